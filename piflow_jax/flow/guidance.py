@@ -1,0 +1,52 @@
+"""Classifier-free guidance of velocities, with an interval and an orthogonal variant."""
+
+import jax
+import jax.numpy as jnp
+
+from piflow_jax.flow.policies.base import per_sample
+
+__all__ = ["guided_velocity"]
+
+
+def guided_velocity(
+    u_cond: jax.Array,
+    u_uncond: jax.Array,
+    scale: float | jax.Array,
+    sigma: jax.Array,
+    interval: tuple[float, float] = (0.0, 1.0),
+    orthogonal: float = 0.0,
+    x: jax.Array | None = None,
+) -> jax.Array:
+    """Guided velocity `u_c + (w - 1)(u_c - u_u)` inside an interval of noise levels.
+
+    Interval guidance follows arXiv 2404.07724, the orthogonal part arXiv 2410.02416: the component
+    of the guidance parallel to the predicted `x_0` (per sample, over all sites and channels) is
+    scaled by `1 - orthogonal`.
+
+    Args:
+      u_cond: `[B, *sites, C]`.
+      u_uncond: `[B, *sites, C]`.
+      scale: `w`, a scalar or `[B]`; 1 is no guidance.
+      sigma: `[B]`, noise levels.
+      interval: noise levels at which to guide, both ends included; outside it the scale is 1.
+      orthogonal: share of the parallel component to remove, in [0, 1].
+      x: `[B, *sites, C]`, the state; needed only when `orthogonal` is not 0.
+
+    Returns:
+      `u[B, *sites, C]`.
+
+    Raises:
+      ValueError: if `orthogonal` is used without `x`.
+    """
+    inside = (sigma >= interval[0]) & (sigma <= interval[1])
+    gain = jnp.where(inside, jnp.asarray(scale, sigma.dtype) - 1, 0)
+    bias = per_sample(gain, u_cond.ndim).astype(u_cond.dtype) * (u_cond - u_uncond)
+    if orthogonal:
+        if x is None:
+            raise ValueError("orthogonal guidance projects on x_0 and needs the state x")
+        axis = x - per_sample(sigma, x.ndim) * u_cond
+        over = tuple(range(1, axis.ndim))
+        along = jnp.mean(bias * axis, over, keepdims=True)
+        along = along / jnp.maximum(jnp.mean(jnp.square(axis), over, keepdims=True), 1e-6)
+        bias = bias - orthogonal * along * axis
+    return u_cond + bias

@@ -1,0 +1,213 @@
+"""pi-ID: policy imitation distillation on one segment (arXiv 2510.14974, Sec. 3.3, Alg. 2).
+
+The detached policy is rolled out to a few intermediate states, the teacher is asked for its velocity
+there, and the differentiable policy's velocity is matched to it with a plain L2 loss.
+"""
+
+from collections.abc import Callable
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from piflow_jax.flow.policies.base import Policy, per_sample, promote
+from piflow_jax.flow.rollout import average_velocity, num_substeps, rollout
+from piflow_jax.flow.schedule import TimeWarp
+
+__all__ = [
+    "ImitationAux",
+    "Intervals",
+    "imitation_loss",
+    "intervals_from_uniforms",
+    "sample_intervals",
+    "window_size",
+]
+
+
+@flax.struct.dataclass
+class Intervals:
+    """Raw-time lengths walked by the student and by the teacher between intermediate states.
+
+    Attributes:
+      student: `[B, M]`, rolled out with the detached policy before each teacher query.
+      teacher: `[B, M]`, stepped along the teacher's velocity after each query.
+      mixed: False if `teacher` is known to be zero before anything is computed; the loss then
+        compiles no rollout for it.
+    """
+
+    student: jax.Array
+    teacher: jax.Array
+    mixed: bool = flax.struct.field(pytree_node=False, default=True)
+
+
+@flax.struct.dataclass
+class ImitationAux:
+    """What the loss saw on its way; nothing here carries gradient.
+
+    Attributes:
+      x_dst: `[B, *sites, C]`, state at the segment's end, reached by the detached policy.
+      tau_dst: `[B]`, its raw time.
+      x: `[M, B, *sites, C]`, the intermediate states.
+      sigma: `[M, B]`, their noise levels.
+      prediction: `[M, B, *sites, C]`, the policy's mean or local velocities.
+      target: `[M, B, *sites, C]`, the teacher's velocities.
+    """
+
+    x_dst: jax.Array
+    tau_dst: jax.Array
+    x: jax.Array
+    sigma: jax.Array
+    prediction: jax.Array
+    target: jax.Array
+
+
+def window_size(
+    segment_size: jax.Array, window_substeps: int, total_substeps: int = 128
+) -> jax.Array:
+    """Raw-time length of the time-smoothing window, at most the segment. Shape of `segment_size`."""
+    substep = segment_size / num_substeps(segment_size, total_substeps)
+    return jnp.minimum(window_substeps * substep, segment_size)
+
+
+def intervals_from_uniforms(
+    student_u: jax.Array,
+    teacher_u: jax.Array,
+    segment_size: jax.Array,
+    window: jax.Array,
+    teacher_ratio: float | jax.Array,
+) -> Intervals:
+    """Turns uniform draws into the intervals of scheduled trajectory mixing.
+
+    Args:
+      student_u: `[B, M]` in [0, 1].
+      teacher_u: `[B, M - 1]` in [0, 1].
+      segment_size: `[B]`, raw-time length of the segment.
+      window: `[B]`, raw-time length of the time-smoothing window.
+      teacher_ratio: share of the segment walked by the teacher, in [0, 1]; 1 is fully off-policy,
+        0 fully on-policy. A Python 0 is recognised and saves the teacher's part.
+
+    Returns:
+      The intervals; student and teacher together cover at most `segment_size - window`.
+
+    Raises:
+      ValueError: if the shapes do not belong together.
+    """
+    if teacher_u.shape != (student_u.shape[0], student_u.shape[1] - 1):
+        raise ValueError(
+            f"teacher_u has shape {teacher_u.shape}; student_u of shape {student_u.shape} asks for "
+            f"{(student_u.shape[0], student_u.shape[1] - 1)}"
+        )
+    room = jnp.expand_dims(segment_size - window, -1)
+    student = jnp.sort(student_u * ((1 - teacher_ratio) * room), axis=-1)
+    zero = jnp.zeros_like(student[:, :1])
+    one = jnp.ones_like(zero)
+    teacher = jnp.diff(jnp.sort(teacher_u, axis=-1), axis=-1, prepend=zero, append=one)
+    return Intervals(
+        student=jnp.diff(student, axis=-1, prepend=zero),
+        teacher=teacher * (teacher_ratio * room),
+        mixed=not (isinstance(teacher_ratio, int | float) and teacher_ratio == 0),
+    )
+
+
+def sample_intervals(
+    key: jax.Array,
+    num_states: int,
+    segment_size: jax.Array,
+    window: jax.Array,
+    teacher_ratio: float | jax.Array,
+) -> Intervals:
+    """Draws the intervals of a training step; see `intervals_from_uniforms`.
+
+    Args:
+      key: a PRNG key.
+      num_states: `M`, intermediate states per segment, at least 1.
+      segment_size: `[B]`.
+      window: `[B]`.
+      teacher_ratio: share of the segment walked by the teacher.
+
+    Returns:
+      The intervals.
+
+    Raises:
+      ValueError: if `num_states` is below 1.
+    """
+    if num_states < 1:
+        raise ValueError(f"num_states must be at least 1, got {num_states}")
+    student_key, teacher_key = jax.random.split(key)
+    batch, dtype = segment_size.shape[0], segment_size.dtype
+    return intervals_from_uniforms(
+        jax.random.uniform(student_key, (batch, num_states), dtype),
+        jax.random.uniform(teacher_key, (batch, num_states - 1), dtype),
+        segment_size,
+        window,
+        teacher_ratio,
+    )
+
+
+def imitation_loss(
+    policy: Policy,
+    teacher: Callable[[jax.Array, jax.Array], jax.Array],
+    x_src: jax.Array,
+    tau_src: jax.Array,
+    segment_size: jax.Array,
+    intervals: Intervals,
+    warp: TimeWarp,
+    *,
+    detached: Policy | None = None,
+    total_substeps: int = 128,
+    window_substeps: int = 0,
+    loss_scale: float = 1.0,
+    eps: float = 1e-4,
+) -> tuple[jax.Array, ImitationAux]:
+    """The pi-ID loss of one segment (paper, Alg. 2; DESIGN section 3.5).
+
+    Args:
+      policy: the student's policy at the segment's source; gradients flow into it.
+      teacher: `(x[B, *sites, C], sigma[B]) -> u[B, *sites, C]`, guided; queried once per state and
+        never differentiated.
+      x_src: `[B, *sites, C]`, states at the segment's start.
+      tau_src: `[B]`, raw times of the segment's start.
+      segment_size: `[B]`, raw-time lengths.
+      intervals: times of the M intermediate states, from `sample_intervals` with the window of
+        `window_size(segment_size, window_substeps, total_substeps)`.
+      warp: raw time to noise level.
+      detached: the policy that visits the states, with its dropout; by default `policy` itself.
+        Its gradient is stopped either way.
+      total_substeps: substeps per unit of raw time.
+      window_substeps: length of the time-smoothing window in substeps; 0 matches local velocities.
+      loss_scale: factor of the loss, 3 on ImageNet and 30 on FLUX and Qwen-Image.
+      eps: smallest difference of noise levels divided by in mean velocities.
+
+    Returns:
+      `(loss[], aux)`, `loss = loss_scale * mean((prediction - target)^2) / 2`.
+    """
+    detached = jax.lax.stop_gradient(policy if detached is None else detached)
+    x_src, tau_src, segment_size = promote(x_src, tau_src, segment_size)
+    window = window_size(segment_size, window_substeps, total_substeps)
+    # Without mixing the mean velocity spans the window alone.
+    bound = None if intervals.mixed else window_substeps
+
+    def state(carry, interval):
+        x, tau = carry
+        student, teacher_interval = interval
+        tau_a = jnp.maximum(tau - student, 0)
+        x_a, sigma_a = rollout(detached, x, tau, tau_a, warp, total_substeps, bound="traced")
+        x_a = jax.lax.stop_gradient(x_a)
+        target = jax.lax.stop_gradient(teacher(x_a, sigma_a)).astype(x_a.dtype)
+        tau_b = jnp.maximum(tau_a - teacher_interval, 0)
+        prediction = average_velocity(
+            policy, x_a, tau_a, tau_b - window, warp, total_substeps, eps, bound=bound
+        )
+        x_b = x_a
+        if intervals.mixed:
+            x_b = x_a + per_sample(warp.warp(tau_b) - sigma_a, x_a.ndim) * target
+        return (x_b, tau_b), (x_a, sigma_a, prediction, target)
+
+    carry = (jax.lax.stop_gradient(x_src), tau_src)
+    columns = (intervals.student.T.astype(tau_src.dtype), intervals.teacher.T.astype(tau_src.dtype))
+    (x, tau), (states, sigmas, predictions, targets) = jax.lax.scan(state, carry, columns)
+    loss = loss_scale * 0.5 * jnp.mean(jnp.square(predictions - targets))
+    tau_dst = tau_src - segment_size
+    x_dst, _ = rollout(detached, x, tau, tau_dst, warp, total_substeps, bound="traced")
+    aux = ImitationAux(x_dst, tau_dst, states, sigmas, predictions, targets)
+    return loss, jax.lax.stop_gradient(aux)

@@ -1,0 +1,44 @@
+"""What every policy is: a network-free velocity field, and the broadcasting it relies on."""
+
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+
+__all__ = ["Policy", "per_sample", "promote"]
+
+
+class Policy(Protocol):
+    """A velocity field predicted once at a segment's source and queried at later times.
+
+    Implementations are frozen pytrees whose leaves are arrays, so that a policy passes through
+    `jit`, `scan`, `vmap` over nothing but its leaves, and `jax.lax.stop_gradient`.
+    """
+
+    def velocity(self, x: jax.Array, sigma: jax.Array) -> jax.Array:
+        """Velocity at a state.
+
+        Args:
+          x: states `[B, *sites, C]`.
+          sigma: noise levels `[B]` in [0, 1]; 1 is noise.
+
+        Returns:
+          `u[B, *sites, C]`, the derivative of the state with respect to sigma.
+        """
+        ...
+
+
+def per_sample(value: jax.Array, ndim: int) -> jax.Array:
+    """Reshapes per-sample scalars `[B]` to `[B, 1, ..., 1]` of rank `ndim`."""
+    return jnp.reshape(value, value.shape + (1,) * (ndim - value.ndim))
+
+
+def promote(*values: jax.Array) -> tuple[jax.Array, ...]:
+    """Casts arrays to their common type, at least float32.
+
+    Policy arithmetic squares signal-to-noise ratios that reach 1e6, which neither bfloat16 nor
+    float16 can represent next to the state.
+    """
+    arrays = [jnp.asarray(value) for value in values]
+    dtype = jnp.result_type(jnp.float32, *arrays)
+    return tuple(array.astype(dtype) for array in arrays)

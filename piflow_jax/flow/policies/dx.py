@@ -1,0 +1,115 @@
+"""DX policy: `x_0` predicted directly at several times of the segment (arXiv 2510.14974, Sec. 3.2)."""
+
+from typing import Literal
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from piflow_jax.flow.policies.base import per_sample, promote
+from piflow_jax.flow.schedule import TimeWarp
+
+__all__ = ["DXPolicy"]
+
+
+@flax.struct.dataclass
+class DXPolicy:
+    """Velocity field that points at an `x_0` varying with time only, `u = (x_t - x_0(tau)) / t`.
+
+    Make one with `DXPolicy.create`. The policy has a raw time of its own (`shift`) and a segment of
+    its own (`segment_size`); both stay as trained when the number of evaluations or the schedule
+    changes at test time.
+
+    Attributes:
+      x0: `[B, N, *sites, C]`. `grid`: values at `tau_dst + n / (N - 1) * (tau_src - tau_dst)`, so
+        index 0 is the segment's end and `N - 1` its source, clamped outside. `polynomial`:
+        coefficients of `(tau_src - tau)^n`.
+      tau_src: `[B]`, raw time of the source.
+      tau_dst: `[B]`, raw time of the segment's end.
+      shift: shift of the raw time.
+      mode: `grid` or `polynomial`.
+      eps: smallest time and smallest segment divided by.
+    """
+
+    x0: jax.Array
+    tau_src: jax.Array
+    tau_dst: jax.Array
+    shift: float = flax.struct.field(pytree_node=False, default=1.0)
+    mode: Literal["grid", "polynomial"] = flax.struct.field(pytree_node=False, default="grid")
+    eps: float = flax.struct.field(pytree_node=False, default=1e-4)
+
+    @classmethod
+    def create(
+        cls,
+        output: jax.Array,
+        x_src: jax.Array,
+        sigma_src: jax.Array,
+        segment_size: float | jax.Array = 1.0,
+        shift: float = 1.0,
+        mode: Literal["grid", "polynomial"] = "grid",
+        eps: float = 1e-4,
+    ) -> "DXPolicy":
+        """Builds the policy of a network's output.
+
+        Args:
+          output: `[B, *sites, N, C]` velocities at the source; each stands for
+            `x0_n = x_src - sigma_src * output_n`.
+          x_src: `[B, *sites, C]`, the state that the network saw.
+          sigma_src: `[B]`, its noise level.
+          segment_size: raw-time length of the policy's segment, a scalar or `[B]`.
+          shift: shift of the policy's raw time.
+          mode: `grid` (linear interpolation) or `polynomial`.
+          eps: smallest time and smallest segment divided by.
+
+        Returns:
+          The policy, in float32 or float64.
+
+        Raises:
+          ValueError: on an unknown mode, or shapes that do not belong together.
+        """
+        if mode not in ("grid", "polynomial"):
+            raise ValueError(f"unknown DX mode {mode!r}; it is 'grid' or 'polynomial'")
+        if output.shape[:-2] + output.shape[-1:] != x_src.shape:
+            raise ValueError(
+                f"DX output has shape {output.shape}, not [B, *sites, N, C] for x_src of shape "
+                f"{x_src.shape}"
+            )
+        if sigma_src.shape != x_src.shape[:1]:
+            raise ValueError(f"sigma_src has shape {sigma_src.shape}, expected {x_src.shape[:1]}")
+        output, x_src, sigma_src = promote(output, x_src, sigma_src)
+        # N beside the batch: a query then reads two contiguous slabs instead of striding over sites.
+        output = jnp.moveaxis(output, -2, 1)
+        tau_src = TimeWarp(shift).unwarp(sigma_src)
+        tau_dst = jnp.maximum(tau_src - segment_size, 0)
+        sigma = per_sample(sigma_src, output.ndim)
+        return cls(
+            x0=jnp.expand_dims(x_src, 1) - sigma * output,
+            tau_src=tau_src,
+            tau_dst=tau_dst,
+            shift=shift,
+            mode=mode,
+            eps=eps,
+        )
+
+    def velocity(self, x: jax.Array, sigma: jax.Array) -> jax.Array:
+        """Velocity at `(x, sigma)`; see the class and `Policy.velocity`."""
+        x, sigma, _ = promote(x, sigma, self.x0)
+        tau = TimeWarp(self.shift).unwarp(sigma)
+        x0 = self._interpolate(tau) if self.mode == "grid" else self._polynomial(tau)
+        return (x - x0) / per_sample(jnp.maximum(sigma, self.eps), x.ndim)
+
+    def _interpolate(self, tau: jax.Array) -> jax.Array:
+        intervals = self.x0.shape[1] - 1
+        if intervals == 0:
+            return self.x0[:, 0]
+        length = jnp.maximum(self.tau_src - self.tau_dst, self.eps)
+        position = jnp.clip((tau - self.tau_dst) / length, 0, 1) * intervals
+        left = jnp.clip(jnp.floor(position).astype(jnp.int32), 0, intervals - 1)
+        pair = jax.vmap(lambda grid, i: jax.lax.dynamic_slice_in_dim(grid, i, 2))(self.x0, left)
+        fraction = per_sample(position - left, self.x0.ndim - 1)
+        return (1 - fraction) * pair[:, 0] + fraction * pair[:, 1]
+
+    def _polynomial(self, tau: jax.Array) -> jax.Array:
+        elapsed = self.tau_src - tau
+        powers = jnp.stack([elapsed**n for n in range(self.x0.shape[1])], axis=1)
+        return jnp.einsum("bn,bn...->b...", powers, self.x0)

@@ -1,0 +1,118 @@
+"""Time: the warp between raw time and noise level, and how [0, 1] is cut into segments.
+
+Conventions (docs: DESIGN section 2): `t = 1` is noise and `t = 0` data, `sigma_t = t`,
+`alpha_t = 1 - t`; raw time `tau` is uniform in substeps and `t = warp(tau)`.
+"""
+
+from typing import NamedTuple
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+__all__ = ["FlowMapTimes", "TimeWarp", "sampling_times", "segment_start"]
+
+
+@flax.struct.dataclass
+class TimeWarp:
+    """The map `t = shift tau / (1 + (shift - 1) tau)` from raw time to noise level.
+
+    Attributes:
+      shift: 1 is the identity; larger values spend more raw time at high noise (1.0 on ImageNet,
+        3.2 on FLUX and Qwen-Image). A static number.
+    """
+
+    shift: float = flax.struct.field(pytree_node=False, default=1.0)
+
+    def warp(self, tau: jax.Array) -> jax.Array:
+        """Noise level in [0, 1] of a raw time in [0, 1]; any shape."""
+        return self.shift * tau / (1 + (self.shift - 1) * tau)
+
+    def unwarp(self, t: jax.Array) -> jax.Array:
+        """Raw time of a noise level; the inverse of `warp`."""
+        return t / (self.shift + (1 - self.shift) * t)
+
+
+class FlowMapTimes(NamedTuple):
+    """Noise levels of a few-step sampler, one entry per network evaluation.
+
+    Attributes:
+      src: `[nfe]`, where the network is evaluated.
+      dst: `[nfe]`, where the policy's rollout ends.
+      to: `[nfe]`, the level after fresh noise has been added; equal to `dst` when deterministic.
+      m: `[nfe]`, share of the signal's noise that is kept, 1 when deterministic.
+    """
+
+    src: np.ndarray
+    dst: np.ndarray
+    to: np.ndarray
+    m: np.ndarray
+
+
+def segment_start(
+    tau: jax.Array, nfe: int, final_step_size_scale: float = 1.0, eps: float = 1e-4
+) -> tuple[jax.Array, jax.Array]:
+    """Snaps raw times up to the start of the segment that holds them (paper, Sec. 3.1 and App.).
+
+    The segment that ends at 0 has length `f * base`, the others `base = 1 / (nfe - 1 + f)`.
+
+    Args:
+      tau: `[B]`, raw times in (0, 1]; smaller ones are clamped to `eps`.
+      nfe: number of segments, at least 1.
+      final_step_size_scale: `f`, relative length of the last segment; clamped to at least `eps`.
+      eps: smallest raw time.
+
+    Returns:
+      `(tau_src[B], segment_size[B])`.
+
+    Raises:
+      ValueError: if `nfe` is below 1 or `f` negative.
+    """
+    f = max(_checked_scale(nfe, final_step_size_scale), eps)
+    base = 1 / (nfe - 1 + f)
+    tau = jnp.maximum(jnp.asarray(tau), eps)
+    index = jnp.clip(jnp.ceil(tau / base + (1 - f)), 1, nfe)
+    tau_src = jnp.clip((index - (1 - f)) * base, eps, 1)
+    return tau_src, jnp.where(index == 1, f * base, base).astype(tau_src.dtype)
+
+
+def sampling_times(
+    nfe: int, warp: TimeWarp, final_step_size_scale: float = 1.0, h: float = 0.0
+) -> FlowMapTimes:
+    """Times of the flow-map SDE sampler.
+
+    Args:
+      nfe: number of network evaluations, at least 1.
+      warp: raw time to noise level.
+      final_step_size_scale: relative length of the last segment.
+      h: stochasticity; 0 is deterministic, `inf` replaces all noise between segments.
+
+    Returns:
+      The times, `[nfe]` each, float64 NumPy: constants of the compiled sampler.
+
+    Raises:
+      ValueError: if `nfe` is below 1 or `h` or the scale negative.
+    """
+    f = _checked_scale(nfe, final_step_size_scale)
+    if not h >= 0:
+        raise ValueError(f"h must be at least 0 (0 is deterministic, inf is allowed), got {h}")
+    tau = np.maximum(np.linspace(1, (f - 1) / (nfe - 1 + f), nfe, endpoint=False), 0)
+    sigma = np.append(warp.warp(tau), 0.0)
+    src, to = sigma[:-1], sigma[1:]
+    if h == 0:
+        m = np.ones(nfe)
+    elif np.isinf(h):
+        m = np.zeros(nfe)
+    else:
+        m = (to * (1 - src) / np.maximum(src * (1 - to), 1e-6)) ** (h * h)
+    dst = to * m / np.maximum(1 - to + to * m, 1e-6)
+    return FlowMapTimes(src, dst, to, m)
+
+
+def _checked_scale(nfe: int, final_step_size_scale: float) -> float:
+    if nfe < 1:
+        raise ValueError(f"nfe must be at least 1, got {nfe}")
+    if not final_step_size_scale >= 0:
+        raise ValueError(f"final_step_size_scale must be at least 0, got {final_step_size_scale}")
+    return float(final_step_size_scale)

