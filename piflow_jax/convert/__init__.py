@@ -1,0 +1,59 @@
+"""Weights of released PyTorch networks in and out."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from flax import linen as nn
+
+from piflow_jax.convert.dit import export_dit, load_dit
+from piflow_jax.models.dit import DiT
+
+LOADERS = {"dit": load_dit, "gm_dit": load_dit, "dx_dit": load_dit}
+EXPORTERS = {DiT: export_dit}
+
+
+def load_torch_state(
+    state: Mapping[str, np.ndarray], model: str, **sizes: Any
+) -> tuple[nn.Module, dict]:
+    """Turns weights under official names into a Flax module and its parameters.
+
+    Args:
+        state: Arrays by official name, in PyTorch layout (linear weights `[out, in]`).
+        model: A name in `LOADERS`.
+        **sizes: What shapes do not show, see the loader of `model` (`load_dit`: `num_heads`,
+            `sample_size`, `time_scale`, `constant_logstd`). Sizes that they do show may be given
+            and are then checked.
+
+    Returns:
+        The module, and its parameters for `module.apply`. Dtypes are those of `state` (float64
+        only under `jax_enable_x64`).
+
+    Raises:
+        ValueError: Unknown model; or names or shapes that do not fit, all of them listed.
+    """
+    if model not in LOADERS:
+        raise ValueError(f"unknown model {model!r}, known are {sorted(LOADERS)}")
+    return LOADERS[model](state, model, **sizes)
+
+
+def to_torch_state(module: nn.Module, params: Mapping) -> dict[str, np.ndarray]:
+    """Turns parameters (or gradients) of a module into arrays under official names.
+
+    Args:
+        module: A module of a type in `EXPORTERS`.
+        params: Its variables, `{"params": ...}`.
+
+    Returns:
+        Arrays by official name, in PyTorch layout, bit for bit.
+
+    Raises:
+        ValueError: The module has no official counterpart, or the parameters are not its own.
+    """
+    if type(module) not in EXPORTERS:
+        known = sorted(cls.__name__ for cls in EXPORTERS)
+        raise ValueError(f"cannot export a {type(module).__name__}, known are {known}")
+    return EXPORTERS[type(module)](module, params)
+
+
+__all__ = ["load_torch_state", "to_torch_state"]

@@ -1,0 +1,220 @@
+"""Weights of the DiT family under their official names.
+
+Source: parameter names and layouts of the pi-Flow release (arXiv 2510.14974) and of the `diffusers`
+DiT checkpoints that it starts from.
+"""
+
+import re
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from piflow_jax.convert.rules import Rule, export_state, import_state, linear
+from piflow_jax.models.dit import DiT
+from piflow_jax.models.heads import DXHead, GMHead, VelocityHead
+from piflow_jax.models.layers import TIME_FEATURES, position_table
+
+PATCH_EMBED = "pos_embed.proj"
+CLASS_EMBED = "emb.class_embedder.embedding_table.weight"
+FIRST_BLOCK_EMBEDDER = "transformer_blocks.0.norm1.emb."
+POSITIONS = "pos_embed.pos_embed"
+OUTPUT = "proj_out_2"
+
+
+def dit_rules(module: DiT) -> list[Rule]:
+    """The table of a DiT.
+
+    Args:
+        module: A DiT with any of the heads of `piflow_jax.models.heads`.
+
+    Returns:
+        Rules that cover every parameter once.
+
+    Raises:
+        ValueError: The head has no official counterpart.
+    """
+    d, p, c = module.hidden, module.patch_size, module.in_channels
+    mlp = int(d * module.mlp_ratio)
+    block = "transformer_blocks.{layer}."
+    attention = tuple(f"{block}attn1.to_{which}" for which in "qkv")
+    patch = {"o": d, "c": c, "p": p, "q": p}
+    return [
+        Rule((f"{PATCH_EMBED}.weight",), ("patch_embed", "kernel"), "o c p q -> (p q c) o", patch),
+        Rule((f"{PATCH_EMBED}.bias",), ("patch_embed", "bias"), "o -> o", {"o": d}),
+        *linear("emb.timestep_embedder.linear_1", ("time_in",), d, TIME_FEATURES),
+        *linear("emb.timestep_embedder.linear_2", ("time_out",), d, d),
+        Rule((CLASS_EMBED,), ("class_embed",), "o i -> o i", {"o": module.num_classes + 1, "i": d}),
+        *linear(f"{block}norm1.linear", ("blocks", "modulation"), d, d, pieces=6),
+        *linear(attention, ("blocks", "qkv"), d, d),
+        *linear(f"{block}attn1.to_out.0", ("blocks", "attention_out"), d, d),
+        *linear(f"{block}ff.net.0.proj", ("blocks", "mlp_in"), mlp, d),
+        *linear(f"{block}ff.net.2", ("blocks", "mlp_out"), d, mlp),
+        *linear("proj_out_1", ("final_modulation",), d, d, pieces=2),
+        *_head_rules(module.head, d, p * p, c),
+    ]
+
+
+def _head_rules(head, d: int, pixels: int, channels: int) -> list[Rule]:
+    # Rows are ordered (row, column, K, C) on both sides, so the head's layers only transpose.
+    if isinstance(head, VelocityHead):
+        return linear(OUTPUT, ("head", "output"), pixels * channels, d)
+    if isinstance(head, DXHead):
+        return linear(OUTPUT, ("head", "output"), pixels * head.num_grid * channels, d)
+    if not isinstance(head, GMHead):
+        raise ValueError(f"no official names for a head of type {type(head).__name__}")
+    k = head.num_components
+    rules = linear("proj_out_means", ("head", "means"), pixels * k * channels, d)
+    rules += linear("proj_out_logweights", ("head", "logweights"), pixels * k, d)
+    if head.constant_logstd is None:
+        rules += linear("proj_out_logstds.1", ("head", "logstd_in"), head.logstd_hidden, d)
+        rules += linear("proj_out_logstds.3", ("head", "logstd_out"), 1, head.logstd_hidden)
+    return rules
+
+
+def load_dit(
+    state: Mapping[str, np.ndarray],
+    model: str,
+    *,
+    num_heads: int,
+    sample_size: int,
+    time_scale: float = 1.0,
+    **given: float,
+) -> tuple[DiT, dict]:
+    """Loads a network of the DiT family.
+
+    Besides the release's own layout, `"dit"` takes two older ones: checkpoints of `diffusers`
+    (an embedder per block, of which the first is kept, and predicted variances, which are dropped)
+    and GMDiT-V1 with one Gaussian (its log-weight channel is dropped).
+
+    Args:
+        state: Arrays by official name.
+        model: "dit", "gm_dit" or "dx_dit".
+        num_heads: Attention heads.
+        sample_size: Side, in sites, of the square input of training.
+        time_scale: See `DiT`.
+        **given: Sizes otherwise read off the shapes, as a check: `patch_size`, `in_channels`,
+            `hidden`, `depth`, `mlp_ratio`, `num_classes`, `num_components`, `logstd_hidden`,
+            `num_grid`. A "gm_dit" without a logstd head needs `constant_logstd`.
+
+    Returns:
+        The module, and `{"params": ...}` as JAX arrays with the dtypes of `state`.
+
+    Raises:
+        ValueError: Names or shapes do not fit (all are listed), or a given size contradicts them.
+    """
+    state = _shared_embedder(dict(state))
+    sizes = _read_sizes(state)
+    pixels = sizes["patch_size"] ** 2
+    if model == "dit":
+        _keep_velocity_rows(state, pixels, sizes["in_channels"])
+        head, head_sizes = VelocityHead(), {}
+    elif model == "dx_dit":
+        rows = _shape(state, f"{OUTPUT}.bias", 1)[0]
+        head_sizes = {"num_grid": rows // (pixels * sizes["in_channels"])}
+        head = DXHead(**head_sizes)
+    else:
+        head, head_sizes = _gm_head(state, pixels, given.pop("constant_logstd", None))
+    _check_given(given, sizes | head_sizes)
+    module = DiT(
+        **sizes, num_heads=num_heads, sample_size=sample_size, time_scale=time_scale, head=head
+    )
+    _drop_position_table(state, module)
+    params = import_state(state, dit_rules(module), module.depth)
+    return module, {"params": jax.tree.map(jnp.asarray, params)}
+
+
+def export_dit(module: DiT, params: Mapping) -> dict[str, np.ndarray]:
+    """Turns parameters of a DiT into arrays under official names, the inverse of `load_dit`.
+
+    Args:
+        module: The module.
+        params: `{"params": ...}`, or anything of that structure, such as gradients.
+
+    Returns:
+        Arrays by official name, in PyTorch layout, dtypes kept.
+
+    Raises:
+        ValueError: The parameters are not this module's, or its head has no official counterpart.
+    """
+    if isinstance(module.head, DXHead) and module.head.input_skip:
+        raise ValueError("DXHead.input_skip: official networks have no such skip")
+    return export_state(params["params"], dit_rules(module), module.depth)
+
+
+def _shape(state: Mapping[str, np.ndarray], name: str, rank: int) -> tuple[int, ...]:
+    if name not in state:
+        raise ValueError(f"the state does not fit the model: missing {name}, no size can be read")
+    shape = np.shape(state[name])
+    if len(shape) != rank:
+        raise ValueError(f"{name} has shape {shape}, expected {rank} axes")
+    return shape
+
+
+def _read_sizes(state: Mapping[str, np.ndarray]) -> dict:
+    """Sizes of the backbone, as fields of `DiT`."""
+    hidden, channels, patch, _ = _shape(state, f"{PATCH_EMBED}.weight", 4)
+    layers = [re.match(r"transformer_blocks\.(\d+)\.", name) for name in state]
+    mlp = _shape(state, "transformer_blocks.0.ff.net.0.proj.weight", 2)[0]
+    return {
+        "patch_size": patch,
+        "in_channels": channels,
+        "hidden": hidden,
+        "depth": 1 + max(int(match[1]) for match in layers if match),
+        "mlp_ratio": mlp / hidden,
+        "num_classes": _shape(state, CLASS_EMBED, 2)[0] - 1,
+    }
+
+
+def _gm_head(
+    state: Mapping[str, np.ndarray], pixels: int, constant_logstd: float | None
+) -> tuple[GMHead, dict]:
+    sizes = {"num_components": _shape(state, "proj_out_logweights.bias", 1)[0] // pixels}
+    has_head = any(name.startswith("proj_out_logstds.") for name in state)
+    if has_head and constant_logstd is not None:
+        raise ValueError("constant_logstd was given but the state has a logstd head")
+    if has_head:
+        sizes["logstd_hidden"] = _shape(state, "proj_out_logstds.1.bias", 1)[0]
+    elif constant_logstd is None:
+        raise ValueError("the state has no logstd head: constant_logstd must be given")
+    return GMHead(**sizes, constant_logstd=constant_logstd), sizes
+
+
+def _check_given(given: Mapping[str, float], sizes: Mapping[str, float]) -> None:
+    unknown = sorted(set(given) - set(sizes))
+    if unknown:
+        raise ValueError(f"unknown sizes {unknown}; known are {sorted(sizes)}")
+    wrong = [f"{k}: given {v}, the state has {sizes[k]}" for k, v in given.items() if v != sizes[k]]
+    if wrong:
+        raise ValueError("; ".join(wrong))
+
+
+def _shared_embedder(state: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Replaces the embedders that `diffusers` keeps in every block by the first block's."""
+    first = {n: a for n, a in state.items() if n.startswith(FIRST_BLOCK_EMBEDDER)}
+    if CLASS_EMBED in state or not first:
+        return state
+    shared = {n: a for n, a in state.items() if ".norm1.emb." not in n}
+    return shared | {f"emb.{n.removeprefix(FIRST_BLOCK_EMBEDDER)}": a for n, a in first.items()}
+
+
+def _keep_velocity_rows(state: dict[str, np.ndarray], pixels: int, channels: int) -> None:
+    """Drops output rows beyond the first C of a pixel, where a known older layout has them."""
+    for name in (f"{OUTPUT}.weight", f"{OUTPUT}.bias"):
+        rows = np.asarray(state[name]) if name in state else None
+        # C + 1: GMDiT-V1 with one Gaussian; 2 C: the original DiT's predicted variance.
+        if rows is not None and len(rows) in (pixels * (channels + 1), pixels * 2 * channels):
+            kept = rows.reshape(pixels, -1, *rows.shape[1:])[:, :channels]
+            state[name] = kept.reshape(pixels * channels, *rows.shape[1:])
+
+
+def _drop_position_table(state: dict[str, np.ndarray], module: DiT) -> None:
+    """Drops the fixed position table, which some exports store, if it is the one we compute."""
+    if POSITIONS not in state:
+        return
+    side = module.sample_size // module.patch_size
+    table = position_table(module.hidden, side, side, side).reshape(1, side * side, module.hidden)
+    stored = np.asarray(state.pop(POSITIONS))
+    if stored.shape != table.shape or not np.allclose(stored, table, atol=1e-5):
+        raise ValueError(f"{POSITIONS} is not the fixed table of sample_size {module.sample_size}")

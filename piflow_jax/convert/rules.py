@@ -1,0 +1,182 @@
+"""Tables that pair weight names and layouts of a PyTorch release with leaves of Flax parameters.
+
+A rule is read in both directions: an `einops` pattern is inverted by exchanging its sides, so what
+is imported can be exported without a second table.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterable, Mapping
+
+import einops
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """One Flax leaf and the PyTorch arrays it is made of.
+
+    Attributes:
+        names: PyTorch names. Several are stacked on a leading axis `n` of the pattern's left side.
+            A name with `{layer}` stands for one array per layer, stacked on a leading axis `l`.
+        path: Keys of the Flax leaf.
+        pattern: `einops` pattern from the (stacked) PyTorch layout to the Flax layout.
+        sizes: Length of every axis in the pattern except `l` and `n`.
+    """
+
+    names: tuple[str, ...]
+    path: tuple[str, ...]
+    pattern: str
+    sizes: Mapping[str, int]
+
+    @property
+    def layered(self) -> bool:
+        """Whether the arrays of all layers are stacked."""
+        return "{layer}" in self.names[0]
+
+    @property
+    def torch_shape(self) -> tuple[int, ...]:
+        """Shape of one PyTorch array."""
+        left = einops.parsing.ParsedExpression(self.pattern.split("->")[0])
+        axes = [group for group in left.composition if group not in (["l"], ["n"])]
+        return tuple(math.prod(self.sizes[axis] for axis in group) for group in axes)
+
+    def torch_names(self, depth: int) -> list[str]:
+        """All PyTorch names of the leaf, layers outermost."""
+        if not self.layered:
+            return list(self.names)
+        return [name.format(layer=i) for i in range(depth) for name in self.names]
+
+    def to_leaf(self, state: Mapping[str, np.ndarray], depth: int) -> np.ndarray:
+        """Builds the Flax leaf from PyTorch arrays."""
+        arrays = [np.asarray(state[name]) for name in self.torch_names(depth)]
+        lead = ((depth,) if self.layered else ()) + self._pieces
+        stacked = np.stack(arrays).reshape(lead + self.torch_shape)
+        return np.ascontiguousarray(einops.rearrange(stacked, self.pattern, **self._known()))
+
+    def from_leaf(self, leaf: np.ndarray, depth: int) -> dict[str, np.ndarray]:
+        """Builds the PyTorch arrays from the Flax leaf."""
+        left, right = self.pattern.split("->")
+        inverse = f"{right.strip()} -> {left.strip()}"
+        stacked = einops.rearrange(np.asarray(leaf), inverse, **self._known())
+        arrays = stacked.reshape((-1, *self.torch_shape))
+        # Copies: a view would keep the whole stack alive and is not contiguous for every writer.
+        return {n: np.array(a) for n, a in zip(self.torch_names(depth), arrays, strict=True)}
+
+    @property
+    def _pieces(self) -> tuple[int, ...]:
+        return (len(self.names),) if len(self.names) > 1 else ()
+
+    def _known(self) -> dict[str, int]:
+        known = dict(self.sizes)
+        if len(self.names) > 1:
+            known["n"] = len(self.names)
+        return known
+
+
+def linear(
+    name: str | tuple[str, ...], path: tuple[str, ...], out: int, in_: int, *, pieces: int = 1
+) -> list[Rule]:
+    """Rules of the weight and the bias of a linear layer (or of several fused ones).
+
+    Args:
+        name: PyTorch module name, `{layer}` in it where layers are stacked; a tuple of names is
+            fused into a kernel `[in, n, out]`.
+        path: Flax module path.
+        out: Output features of one PyTorch module, or of one piece of it.
+        in_: Input features.
+        pieces: The PyTorch module's outputs are this many consecutive pieces, kept apart in Flax
+            as a kernel `[in, s, out]`.
+
+    Returns:
+        Two rules.
+    """
+    names = (name,) if isinstance(name, str) else name
+    sizes = {"o": out}
+    layer = "l " if "{layer}" in names[0] else ""
+    many, split, outs = "", "o", "o"
+    if len(names) > 1:
+        many, outs = "n ", "n o"
+    if pieces > 1:
+        split, outs, sizes = "(s o)", "s o", {"s": pieces, "o": out}
+    weights = tuple(f"{n}.weight" for n in names)
+    biases = tuple(f"{n}.bias" for n in names)
+    kernel = f"{layer}{many}{split} i -> {layer}i {outs}"
+    bias = f"{layer}{many}{split} -> {layer}{outs}"
+    return [
+        Rule(weights, (*path, "kernel"), kernel, {**sizes, "i": in_}),
+        Rule(biases, (*path, "bias"), bias, sizes),
+    ]
+
+
+def import_state(state: Mapping[str, np.ndarray], rules: Iterable[Rule], depth: int) -> dict:
+    """Turns a PyTorch state into nested Flax parameters.
+
+    Args:
+        state: Arrays by PyTorch name.
+        rules: The table.
+        depth: Number of layers.
+
+    Returns:
+        Nested dict of numpy arrays, dtypes as in `state`.
+
+    Raises:
+        ValueError: Lists every missing and unexpected name and every wrong shape.
+    """
+    rules = list(rules)
+    expected = {name: rule.torch_shape for rule in rules for name in rule.torch_names(depth)}
+    problems = [f"missing {name} {shape}" for name, shape in expected.items() if name not in state]
+    problems += [
+        f"unexpected {name} {np.shape(array)}"
+        for name, array in state.items()
+        if name not in expected
+    ]
+    problems += [
+        f"{name} has shape {np.shape(state[name])}, expected {shape}"
+        for name, shape in expected.items()
+        if name in state and np.shape(state[name]) != shape
+    ]
+    if problems:
+        raise ValueError("the state does not fit the model:\n  " + "\n  ".join(problems))
+    params: dict = {}
+    for rule in rules:
+        node = params
+        for key in rule.path[:-1]:
+            node = node.setdefault(key, {})
+        node[rule.path[-1]] = rule.to_leaf(state, depth)
+    return params
+
+
+def export_state(params: Mapping, rules: Iterable[Rule], depth: int) -> dict[str, np.ndarray]:
+    """Turns nested Flax parameters into a PyTorch state, the inverse of `import_state`.
+
+    Args:
+        params: Nested dict of arrays.
+        rules: The table.
+        depth: Number of layers.
+
+    Returns:
+        Arrays by PyTorch name, dtypes as in `params`.
+
+    Raises:
+        ValueError: The parameters have leaves that the table lacks, or the reverse.
+    """
+    rules = list(rules)
+    leaves = dict(_flatten(params))
+    wanted = {rule.path for rule in rules}
+    if wanted != set(leaves):
+        missing = sorted("/".join(path) for path in wanted - set(leaves))
+        extra = sorted("/".join(path) for path in set(leaves) - wanted)
+        raise ValueError(f"the parameters do not fit the table: missing {missing}, unknown {extra}")
+    state: dict[str, np.ndarray] = {}
+    for rule in rules:
+        state |= rule.from_leaf(leaves[rule.path], depth)
+    return state
+
+
+def _flatten(tree: Mapping, path: tuple[str, ...] = ()):
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _flatten(value, (*path, key))
+        else:
+            yield (*path, key), value

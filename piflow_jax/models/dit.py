@@ -1,0 +1,339 @@
+"""Diffusion transformer with adaptive layer norm (DiT), the ImageNet network.
+
+Source: DiT, arXiv 2212.09748, in the form of the pi-Flow release (arXiv 2510.14974): one embedder
+of time and class shared by all blocks.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax.typing import DTypeLike
+
+from piflow_jax.flow.policies import GMOutput
+from piflow_jax.models.heads import VelocityHead
+from piflow_jax.models.layers import (
+    Linear,
+    attend,
+    layer_norm,
+    patchify,
+    position_table,
+    time_features,
+)
+
+# Epsilons of the released weights: 1e-6 before attention and the output, 1e-5 before the MLP.
+ATTENTION_NORM_EPS = 1e-6
+MLP_NORM_EPS = 1e-5
+OUTPUT_NORM_EPS = 1e-6
+
+REMAT_POLICIES = {
+    "none": None,
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_saveable,
+    "dots_no_batch": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+class DiTBlock(nn.Module):
+    """Self-attention and an MLP, both shifted, scaled and gated by the conditioning.
+
+    Attributes:
+        num_heads: Attention heads; must divide the width.
+        mlp_hidden: Width of the MLP's hidden layer.
+        dtype: Compute dtype.
+        param_dtype: Dtype of fresh parameters.
+        attention: `implementation` of `jax.nn.dot_product_attention`.
+    """
+
+    num_heads: int
+    mlp_hidden: int
+    dtype: DTypeLike | None = None
+    param_dtype: DTypeLike = jnp.float32
+    attention: str | None = None
+
+    @nn.compact
+    def __call__(self, tokens: jax.Array, conditioning: jax.Array) -> tuple[jax.Array, None]:
+        """Runs the block.
+
+        Args:
+            tokens: `[B, T, D]`.
+            conditioning: `[B, D]`, after its activation.
+
+        Returns:
+            `[B, T, D]`, and None (what a scan collects).
+        """
+        width = tokens.shape[-1]
+        modulation = self._linear((6, width), "modulation", nn.initializers.zeros)(conditioning)
+        modulation = modulation[:, None]
+        shift, scale, gate = (modulation[:, :, i] for i in range(3))
+        attended = self._attend(layer_norm(tokens, ATTENTION_NORM_EPS) * (1 + scale) + shift)
+        tokens = tokens + gate * attended
+        shift, scale, gate = (modulation[:, :, i] for i in range(3, 6))
+        hidden = layer_norm(tokens, MLP_NORM_EPS) * (1 + scale) + shift
+        hidden = nn.gelu(self._linear((self.mlp_hidden,), "mlp_in")(hidden), approximate=True)
+        tokens = tokens + gate * self._linear((width,), "mlp_out")(hidden)
+        self.sow("intermediates", "tokens", tokens)
+        return tokens, None
+
+    def _attend(self, tokens: jax.Array) -> jax.Array:
+        b, t, width = tokens.shape
+        qkv = self._linear((3, width), "qkv")(tokens)
+        qkv = qkv.reshape(b, t, 3, self.num_heads, width // self.num_heads)
+        q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
+        out = attend(q, k, v, self.attention)
+        return self._linear((width,), "attention_out")(out.reshape(b, t, width))
+
+    def _linear(self, features: tuple[int, ...], name: str, kernel_init=None) -> Linear:
+        options = {} if kernel_init is None else {"kernel_init": kernel_init}
+        return Linear(
+            features,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            name=name,
+            parent=self,
+            **options,
+        )
+
+
+class DiT(nn.Module):
+    """Class-conditional diffusion transformer.
+
+    The defaults are DiT-XL/2 for ImageNet 256x256 latents. Parameters of the blocks are stacked on
+    a leading `layers` axis and the blocks run under a scan.
+
+    Attributes:
+        patch_size: Side of a patch, in sites.
+        in_channels: Channels `C` of input and output.
+        hidden: Width of the tokens; divisible by 4 and by `num_heads`.
+        num_heads: Attention heads.
+        depth: Number of blocks.
+        mlp_ratio: Width of an MLP's hidden layer, over `hidden`.
+        num_classes: Number of classes; label `num_classes` is the null label.
+        sample_size: Side, in sites, of the square input of training: it anchors the positions.
+        time_scale: The network sees `t * time_scale` (1000 for ImageNet FM, 1 for REPA weights).
+        head: Output head, see `piflow_jax.models.heads`.
+        dtype: Compute dtype of the blocks; None is the wider of input and parameters. Embedding,
+            layer-norm statistics, softmax and outputs are float32 at least, whatever it is.
+        param_dtype: Dtype of fresh parameters.
+        remat: What the backward pass recomputes, a name in `REMAT_POLICIES`.
+        scan_unroll: Blocks per iteration of the scan; `depth` leaves no loop.
+        attention: `implementation` of `jax.nn.dot_product_attention`: None, "xla" or "cudnn".
+    """
+
+    patch_size: int = 2
+    in_channels: int = 4
+    hidden: int = 1152
+    num_heads: int = 16
+    depth: int = 28
+    mlp_ratio: float = 4.0
+    num_classes: int = 1000
+    sample_size: int = 32
+    time_scale: float = 1.0
+    head: nn.Module = VelocityHead()
+    dtype: DTypeLike | None = None
+    param_dtype: DTypeLike = jnp.float32
+    remat: str = "none"
+    scan_unroll: int = 1
+    attention: str | None = None
+
+    @nn.compact
+    def __call__(self, x: jax.Array, t: jax.Array, labels: jax.Array) -> jax.Array | GMOutput:
+        """Evaluates the network.
+
+        Args:
+            x: `[B, H, W, C]` states; `H` and `W` are multiples of `patch_size` and may differ from
+                `sample_size` and from each other.
+            t: `[B]` times in [0, 1], 1 is noise.
+            labels: `[B]` integers in `[0, num_classes]`. Others give NaN.
+
+        Returns:
+            What the head makes: `u[B, H, W, C]`, a `GMOutput`, or `[B, H, W, N, C]`. Float32, or
+            float64 with float64 parameters.
+
+        Raises:
+            ValueError: A shape, a size or the name of a remat policy does not fit.
+        """
+        self._check(x, t, labels)
+        embedding = self._embed_condition(t, labels)
+        dtype = jnp.promote_types(x.dtype, embedding.dtype) if self.dtype is None else self.dtype
+
+        def linear(features, name, **options):
+            return Linear(features, dtype=dtype, param_dtype=self.param_dtype, name=name, **options)
+
+        patches = patchify(x, self.patch_size)
+        b, h, w, _ = patches.shape
+        positions = position_table(self.hidden, h, w, self.sample_size // self.patch_size)
+        tokens = linear((self.hidden,), "patch_embed")(patches.reshape(b, h * w, -1))
+        tokens = tokens + jnp.asarray(positions, dtype).reshape(1, h * w, self.hidden)
+        self.sow("intermediates", "embedded", tokens)
+        self.sow("intermediates", "embedding", embedding)
+
+        conditioning = nn.silu(embedding).astype(dtype)
+        tokens, _ = self._blocks(dtype)(tokens, conditioning)
+
+        zeros = nn.initializers.zeros
+        modulation = linear((2, self.hidden), "final_modulation", kernel_init=zeros)(conditioning)
+        shift, scale = modulation[:, None, 0], modulation[:, None, 1]
+        tokens = layer_norm(tokens, OUTPUT_NORM_EPS) * (1 + scale) + shift
+        return self.head(
+            tokens.reshape(b, h, w, self.hidden),
+            embedding,
+            x,
+            t,
+            patch_size=self.patch_size,
+            param_dtype=self.param_dtype,
+        )
+
+    def _embed_condition(self, t: jax.Array, labels: jax.Array) -> jax.Array:
+        """Embedding `[B, D]` of time and class, at least float32, float64 with such parameters."""
+        t = t.astype(jnp.promote_types(t.dtype, jnp.float32))
+        features = time_features(t * self.time_scale)
+
+        def linear(name):
+            return Linear((self.hidden,), param_dtype=self.param_dtype, name=name, parent=self)
+
+        time = linear("time_out")(nn.silu(linear("time_in")(features)))
+        table = self.param(
+            "class_embed",
+            nn.initializers.normal(0.02),
+            (self.num_classes + 1, self.hidden),
+            self.param_dtype,
+        )
+        return time + jnp.take(table, labels, axis=0, mode="fill").astype(time.dtype)
+
+    def _blocks(self, dtype: DTypeLike) -> nn.Module:
+        block = DiTBlock
+        if self.remat != "none":
+            # Inside a loop the compiler cannot merge the recomputation with the forward pass, so
+            # the (costly) barrier against that is needed only when the loop is unrolled.
+            unrolled = self.scan_unroll > 1
+            block = nn.remat(block, policy=REMAT_POLICIES[self.remat], prevent_cse=unrolled)
+        scanned = nn.scan(
+            block,
+            variable_axes={"params": 0, "intermediates": 0},
+            split_rngs={"params": True},
+            in_axes=nn.broadcast,
+            length=self.depth,
+            unroll=self.scan_unroll,
+        )
+        return scanned(
+            num_heads=self.num_heads,
+            mlp_hidden=int(self.hidden * self.mlp_ratio),
+            dtype=dtype,
+            param_dtype=self.param_dtype,
+            attention=self.attention,
+            name="blocks",
+            parent=self,
+        )
+
+    def _check(self, x: jax.Array, t: jax.Array, labels: jax.Array) -> None:
+        if self.remat not in REMAT_POLICIES:
+            raise ValueError(f"remat {self.remat!r} is not one of {sorted(REMAT_POLICIES)}")
+        if self.hidden % 4 or self.hidden % self.num_heads:
+            raise ValueError(
+                f"hidden {self.hidden} must be divisible by 4 and by num_heads {self.num_heads}"
+            )
+        if x.ndim != 4 or x.shape[-1] != self.in_channels:
+            raise ValueError(f"x must be [B, H, W, {self.in_channels}], got {x.shape}")
+        if x.shape[1] % self.patch_size or x.shape[2] % self.patch_size:
+            raise ValueError(f"x {x.shape} is not divisible into patches of {self.patch_size}")
+        if t.shape != x.shape[:1] or labels.shape != x.shape[:1]:
+            raise ValueError(
+                f"t {t.shape} and labels {labels.shape} must be [B] with B = {x.shape[0]}"
+            )
+
+
+def student_from_teacher(
+    key: jax.Array,
+    student: DiT,
+    student_params: dict,
+    teacher_params: dict,
+    *,
+    teacher: DiT | None = None,
+) -> dict:
+    """Starts a student at its teacher, drawing the noise that sets mixture components apart.
+
+    Args:
+        key: Random key.
+        student: The student's module.
+        student_params: Fresh parameters of the student, as `student.init` returns them.
+        teacher_params: Parameters of a teacher with a `VelocityHead`.
+        teacher: The teacher's module; given, its settings that shapes do not show are compared too.
+
+    Returns:
+        Parameters of the student, see `initialize_student`.
+
+    Raises:
+        ValueError: Sizes of teacher and student differ; the message names the field.
+    """
+    shape = student.head.noise_shape(student.in_channels)
+    noise = None if shape is None else jax.random.normal(key, shape, jnp.float32)
+    return initialize_student(student, student_params, teacher_params, noise, teacher=teacher)
+
+
+def initialize_student(
+    student: DiT,
+    student_params: dict,
+    teacher_params: dict,
+    noise: jax.Array | None,
+    *,
+    teacher: DiT | None = None,
+) -> dict:
+    """Deterministic part of `student_from_teacher`.
+
+    Args:
+        student: The student's module.
+        student_params: Fresh parameters of the student; of them only what the teacher lacks (the
+            first layer of the logstd head) and the dtypes are used.
+        teacher_params: Parameters of a teacher with a `VelocityHead`.
+        noise: `[K, C]` standard normal draws for a mixture head, None for none.
+        teacher: The teacher's module; given, its settings that shapes do not show are compared too.
+
+    Returns:
+        Parameters with the structure and dtypes of `student_params`. They share no buffer with
+        either argument, so a training step may donate them.
+
+    Raises:
+        ValueError: Sizes of teacher and student differ; the message names the field.
+    """
+    ours, theirs = student_params["params"], teacher_params["params"]
+    _compare_sizes(student, ours, theirs, teacher)
+    head = student.head.from_velocity(
+        ours["head"], theirs["head"]["output"], channels=student.in_channels, noise=noise
+    )
+    merged = {**theirs, "head": head}
+    return {
+        "params": jax.tree.map(
+            lambda new, old: jnp.array(new, dtype=old.dtype, copy=True), merged, ours
+        )
+    }
+
+
+def _compare_sizes(student: DiT, ours: dict, theirs: dict, teacher: DiT | None) -> None:
+    """Raises ValueError for every size in which the teacher differs from the student."""
+    if set(theirs["head"]) != {"output"}:
+        raise ValueError(f"head: the teacher needs a VelocityHead, it has {set(theirs['head'])}")
+    differences = []
+    if teacher is not None:
+        fields = ("patch_size", "in_channels", "num_heads", "sample_size", "time_scale")
+        for field in fields:
+            a, b = getattr(student, field), getattr(teacher, field)
+            if a != b:
+                differences.append(f"{field}: student {a}, teacher {b}")
+    sizes = {
+        "hidden": lambda p: p["patch_embed"]["kernel"].shape[1],
+        "depth": lambda p: p["blocks"]["qkv"]["bias"].shape[0],
+        "mlp_ratio": lambda p: p["blocks"]["mlp_in"]["bias"].shape[1] / sizes["hidden"](p),
+        "num_classes": lambda p: p["class_embed"].shape[0] - 1,
+        "patch_size^2 * in_channels": lambda p: p["patch_embed"]["kernel"].shape[0],
+    }
+    for field, size in sizes.items():
+        a, b = size(ours), size(theirs)
+        if a != b:
+            differences.append(f"{field}: student {a}, teacher {b}")
+    # A teacher that predicts more than a velocity (say a variance) has a wider output layer.
+    rows = theirs["head"]["output"]["bias"].shape[0]
+    expected = ours["patch_embed"]["kernel"].shape[0]
+    if not differences and rows != expected:
+        differences.append(f"head: teacher has {rows} output rows, a velocity has {expected}")
+    if differences:
+        raise ValueError("teacher and student differ in " + "; ".join(differences))

@@ -1,0 +1,278 @@
+"""Output heads: what a network's last tokens are turned into.
+
+A head consumes tokens `[B, h, w, D]` on their grid, already normalised and modulated, and the
+conditioning embedding `[B, D]`. It knows nothing of the network in front of it. Rows of an output
+layer are ordered (patch row, patch column, mixture component or grid point, channel); weights
+stored in another order are permuted once, when they are converted.
+
+Source: architectures of pi-Flow, arXiv 2510.14974, as released.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax.typing import DTypeLike
+
+from piflow_jax.flow.policies import GMOutput
+from piflow_jax.models.layers import Linear, broadcast_sites, unpatchify
+
+FRESH_MEANS_STD = 0.1
+TEACHER_MEANS_STD = 0.05
+TEACHER_LOGSTD = math.log(0.05)
+
+
+def repeat_rows(velocity: dict, channels: int, copies: int) -> dict:
+    """Repeats the rows of a velocity layer for every mixture component or grid point.
+
+    Args:
+        velocity: `kernel [D, p*p*C]` and `bias [p*p*C]` of the layer.
+        channels: `C`.
+        copies: `K`.
+
+    Returns:
+        `kernel [D, p*p*K*C]` and `bias [p*p*K*C]`, ordered (row, column, K, C).
+    """
+
+    def repeat(rows: jax.Array) -> jax.Array:
+        lead = rows.shape[:-1]
+        rows = rows.reshape(*lead, rows.shape[-1] // channels, 1, channels)
+        return jnp.repeat(rows, copies, axis=-2).reshape(*lead, -1)
+
+    return {name: repeat(jnp.asarray(rows)) for name, rows in velocity.items()}
+
+
+def _patch_bias(per_pixel: jax.Array, size: int) -> jax.Array:
+    """Tiles `per_pixel[K, C]` over patch positions to a bias of `size` rows."""
+    flat = per_pixel.reshape(-1)
+    return jnp.tile(flat, size // flat.size)
+
+
+class VelocityHead(nn.Module):
+    """Predicts one velocity per site, as teachers do."""
+
+    @nn.compact
+    def __call__(
+        self,
+        tokens: jax.Array,
+        embedding: jax.Array,
+        x: jax.Array,
+        sigma: jax.Array,
+        *,
+        patch_size: int,
+        param_dtype: DTypeLike = jnp.float32,
+    ) -> jax.Array:
+        """Maps tokens to velocities.
+
+        Args:
+            tokens: `[B, h, w, D]` final tokens in the compute dtype.
+            embedding: `[B, D]` conditioning embedding; its dtype is the dtype of the output.
+            x: `[B, H, W, C]` input of the network (only its channel count is used).
+            sigma: `[B]` time of the input; unused.
+            patch_size: Side of a patch, in sites.
+            param_dtype: Dtype of fresh parameters.
+
+        Returns:
+            `u[B, H, W, C]`.
+        """
+        del sigma
+        return _project(self, "output", tokens, embedding, patch_size, (x.shape[-1],), param_dtype)
+
+    def noise_shape(self, channels: int) -> None:
+        """Shape of the noise that `from_velocity` wants: none."""
+        del channels
+
+    def from_velocity(
+        self, params: dict, velocity: dict, *, channels: int, noise: jax.Array | None = None
+    ) -> dict:
+        """Copies a teacher's output layer; see `GMHead.from_velocity`."""
+        del params, channels, noise
+        return {"output": dict(velocity)}
+
+
+class DXHead(nn.Module):
+    """Predicts velocities on a grid of times (or polynomial coefficients) per site.
+
+    Attributes:
+        num_grid: Number of grid points `N`. In grid mode point 0 is the segment's end; in
+            polynomial mode point `n` is the coefficient of `(tau_src - tau)^n`.
+        input_skip: Adds `x / sigma` to every point but the first. The policy turns a velocity
+            `u_n` into `x - sigma u_n`, so with the skip a zero output row is a zero coefficient:
+            this is what lets a polynomial student start exactly at its teacher. Leave it off for
+            grid mode and for released weights, which were trained without it.
+        min_sigma: Lower bound of the divisor of the skip.
+    """
+
+    num_grid: int
+    input_skip: bool = False
+    min_sigma: float = 1e-4
+
+    @nn.compact
+    def __call__(
+        self,
+        tokens: jax.Array,
+        embedding: jax.Array,
+        x: jax.Array,
+        sigma: jax.Array,
+        *,
+        patch_size: int,
+        param_dtype: DTypeLike = jnp.float32,
+    ) -> jax.Array:
+        """Maps tokens to grid velocities `[B, H, W, N, C]`; arguments as in `VelocityHead`."""
+        features = (self.num_grid, x.shape[-1])
+        out = _project(self, "output", tokens, embedding, patch_size, features, param_dtype)
+        if not self.input_skip:
+            return out
+        sigma = jnp.maximum(sigma.astype(out.dtype), self.min_sigma)
+        skip = (x.astype(out.dtype) / broadcast_sites(sigma, x))[..., None, :]
+        beyond_first = (jnp.arange(self.num_grid) > 0).astype(out.dtype)
+        return out + skip * beyond_first.reshape(1, 1, 1, self.num_grid, 1)
+
+    def noise_shape(self, channels: int) -> None:
+        """Shape of the noise that `from_velocity` wants: none."""
+        del channels
+
+    def from_velocity(
+        self, params: dict, velocity: dict, *, channels: int, noise: jax.Array | None = None
+    ) -> dict:
+        """Starts every grid point (with `input_skip`: the constant coefficient) at the teacher.
+
+        Args:
+            params: The head's own parameters; none survive.
+            velocity: `kernel [D, p*p*C]`, `bias [p*p*C]` of the teacher's output layer.
+            channels: `C`.
+            noise: Unused.
+
+        Returns:
+            The head's parameters.
+        """
+        del params, noise
+        output = repeat_rows(velocity, channels, self.num_grid)
+        if self.input_skip:
+            first = jnp.repeat(jnp.arange(self.num_grid) == 0, channels)
+            keep = _patch_bias(first, output["bias"].size)
+            output = {
+                name: jnp.where(keep.reshape((1,) * (rows.ndim - 1) + (-1,)), rows, 0)
+                for name, rows in output.items()
+            }
+        return {"output": output}
+
+
+class GMHead(nn.Module):
+    """Predicts a Gaussian mixture of velocities per site, and one standard deviation per sample.
+
+    Fresh: zero output kernels, means' bias `N(0, 0.1^2)` per (component, channel), equal
+    log-weights, `logstd = 0`.
+
+    Attributes:
+        num_components: Number of mixture components `K`.
+        logstd_hidden: Width of the hidden layer of the logstd head.
+        constant_logstd: A fixed log standard deviation; the logstd head is then absent.
+    """
+
+    num_components: int
+    logstd_hidden: int = 1024
+    constant_logstd: float | None = None
+
+    @nn.compact
+    def __call__(
+        self,
+        tokens: jax.Array,
+        embedding: jax.Array,
+        x: jax.Array,
+        sigma: jax.Array,
+        *,
+        patch_size: int,
+        param_dtype: DTypeLike = jnp.float32,
+    ) -> GMOutput:
+        """Maps tokens to a mixture; arguments as in `VelocityHead`.
+
+        Returns:
+            `GMOutput(means[B, H, W, K, C], logweights[B, H, W, K], logstd[B])` with log-weights
+            normalised over K. The log standard deviation reads the embedding without gradient.
+        """
+        del sigma
+        k, channels = self.num_components, x.shape[-1]
+
+        def fresh_bias(key, shape, dtype):
+            noise = FRESH_MEANS_STD * jax.random.normal(key, (k, channels), dtype)
+            return _patch_bias(noise, shape[0])
+
+        means = _project(
+            self, "means", tokens, embedding, patch_size, (k, channels), param_dtype, fresh_bias
+        )
+        logits = _project(self, "logweights", tokens, embedding, patch_size, (k,), param_dtype)
+        return GMOutput(
+            means=means,
+            logweights=jax.nn.log_softmax(logits, axis=-1),
+            logstd=self._logstd(jax.lax.stop_gradient(embedding), param_dtype),
+        )
+
+    def _logstd(self, embedding: jax.Array, param_dtype: DTypeLike) -> jax.Array:
+        """Log standard deviations `[B]`, in the embedding's own precision."""
+        if self.constant_logstd is not None:
+            return jnp.full(embedding.shape[:1], self.constant_logstd, embedding.dtype)
+
+        def linear(size, name, **options):
+            return Linear((size,), param_dtype=param_dtype, name=name, parent=self, **options)
+
+        hidden = nn.silu(linear(self.logstd_hidden, "logstd_in")(nn.silu(embedding)))
+        return linear(1, "logstd_out", kernel_init=nn.initializers.zeros)(hidden)[:, 0]
+
+    def noise_shape(self, channels: int) -> tuple[int, int]:
+        """Shape `(K, C)` of the standard normal noise that `from_velocity` wants."""
+        return (self.num_components, channels)
+
+    def from_velocity(
+        self, params: dict, velocity: dict, *, channels: int, noise: jax.Array | None = None
+    ) -> dict:
+        """Starts every component at the teacher, apart by a little noise in the bias.
+
+        Args:
+            params: The head's own parameters; the first layer of the logstd head survives.
+            velocity: `kernel [D, p*p*C]`, `bias [p*p*C]` of the teacher's output layer.
+            channels: `C`.
+            noise: `[K, C]` standard normal draws, scaled by 0.05 and shared over patch positions;
+                None adds none.
+
+        Returns:
+            The head's parameters: repeated means, zero log-weight layer, `logstd = log 0.05`.
+        """
+        means = repeat_rows(velocity, channels, self.num_components)
+        if noise is not None:
+            offsets = TEACHER_MEANS_STD * noise.astype(means["bias"].dtype)
+            means["bias"] = means["bias"] + _patch_bias(offsets, means["bias"].size)
+        head = {"means": means, "logweights": jax.tree.map(jnp.zeros_like, params["logweights"])}
+        if self.constant_logstd is None:
+            last = params["logstd_out"]
+            head["logstd_in"] = params["logstd_in"]
+            head["logstd_out"] = {
+                "kernel": jnp.zeros_like(last["kernel"]),
+                "bias": jnp.full_like(last["bias"], TEACHER_LOGSTD),
+            }
+        return head
+
+
+def _project(
+    head: nn.Module,
+    name: str,
+    tokens: jax.Array,
+    embedding: jax.Array,
+    patch_size: int,
+    features: tuple[int, ...],
+    param_dtype: DTypeLike,
+    bias_init=nn.initializers.zeros,
+) -> jax.Array:
+    """Zero-initialised output layer `name` of `head`, pixels put in place."""
+    layer = Linear(
+        (patch_size * patch_size * math.prod(features),),
+        dtype=tokens.dtype,
+        output_dtype=embedding.dtype,
+        param_dtype=param_dtype,
+        kernel_init=nn.initializers.zeros,
+        bias_init=bias_init,
+        name=name,
+        parent=head,
+    )
+    return unpatchify(layer(tokens), patch_size, features)
