@@ -1,0 +1,500 @@
+"""Checkpoints: the one module behind which Orbax sits, where nothing is silently "not found".
+
+A step is a directory `<directory>/<step>/` with two Orbax items: `state`, the arrays, and `meta`,
+one JSON document: data position, configuration, what sampling needs (the *spec*), and dtype, shape
+and fingerprint of every leaf. Orbax renames a finished save into place: a killed process leaves a
+temporary directory, never half a step. TensorStore notices missing and truncated files but returns
+flipped bytes of array data as if they were right; the fingerprints catch those.
+"""
+
+import json
+import logging as std_logging
+import os
+import zlib
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from absl import logging
+from etils import epath
+from jax.experimental import multihost_utils
+
+Path = str | os.PathLike
+
+_FORMAT = 1
+_TMP = ".orbax-checkpoint-tmp"
+_STEPS = ocp.path.step.standard_name_format()
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint is corrupt, partial, incompatible or cannot be written."""
+
+
+class Restored(NamedTuple):
+    """What `Checkpointer.restore` returns."""
+
+    step: int
+    state: Any
+    data_state: dict
+    config: dict
+    spec: dict
+
+
+class Checkpointer:
+    """Saves and restores training runs in one directory; use it as a context manager.
+
+    Saving is asynchronous: `save` returns once the arrays are copied to the host, so the caller may
+    donate them. An error of the background write is raised by the next `save`, `wait` or `close`.
+    With several processes every method is called by all of them.
+
+    Args:
+      directory: where the steps lie; made absolute, created unless `read_only`.
+      keep: how many of the latest steps to keep.
+      read_only: refuse to save, and leave the directory as it is.
+      fingerprints: compute and verify the fingerprints of the leaves. They cost a pass over host
+        copies of the state, about a second per GB, at every save and restore.
+
+    Raises:
+      CheckpointError: the directory cannot be created, read or written, or holds only other things.
+    """
+
+    def __init__(
+        self, directory: Path, *, keep: int = 2, read_only: bool = False, fingerprints: bool = True
+    ):
+        if keep < 1:
+            raise ValueError(f"keep must be at least 1, got {keep}")
+        logging.get_absl_logger().addFilter(_no_orbax_chatter)
+        self.directory = _absolute(directory)
+        self._read_only = read_only
+        self._fingerprints = fingerprints
+        # A scan before Orbax tidies up: reports unfinished saves, refuses foreign directories.
+        _steps(self.directory, report=True)
+        if read_only:
+            options = {"read_only": True, "save_interval_steps": 0, "create": False}
+        else:
+            options = {"max_to_keep": keep, "cleanup_tmp_directories": True}
+        try:
+            options = ocp.CheckpointManagerOptions(**options)
+            self._manager = ocp.CheckpointManager(self.directory, options=options)
+        except OSError as error:
+            raise _cannot("open", self.directory, error) from error
+        local = "://" not in str(self.directory)
+        if local and not read_only and not os.access(self.directory, os.W_OK | os.X_OK):
+            error = PermissionError("the directory is read-only for this user")
+            raise _cannot("write checkpoints to", self.directory, error)
+
+    def __enter__(self) -> "Checkpointer":
+        """Returns itself."""
+        return self
+
+    def __exit__(self, kind, value, traceback) -> None:
+        """Closes; an exception already on its way out is not replaced by a failed save's."""
+        try:
+            self.close()
+        except CheckpointError as error:
+            if value is None:
+                raise
+            logging.error("while leaving after %s: %s", kind.__name__, error)
+
+    def latest_step(self) -> int | None:
+        """The last complete step, after any save in flight has ended.
+
+        Returns:
+          The step, or None when the directory is absent or truly holds no checkpoint. The step's
+          contents are not read: `restore` does that, and raises rather than take another one.
+
+        Raises:
+          CheckpointError: the directory holds only foreign files, cannot be read, or a save failed.
+        """
+        self.wait()
+        steps = _steps(self.directory)
+        return steps[-1] if steps else None
+
+    def save(
+        self, step: int, state: Any, *, data_state: Mapping, config: Mapping, spec: Mapping
+    ) -> bool:
+        """Starts saving a step; returns when the arrays may be changed or donated.
+
+        Args:
+          step: the number of optimiser steps done.
+          state: a pytree of `jax.Array` and `np.ndarray` leaves (no typed PRNG keys, no scalars).
+          data_state: the input pipeline's position; like the next two, JSON (tuples become lists).
+          config: the run's configuration.
+          spec: what sampling needs to know.
+
+        Returns:
+          True, or False when exactly this state is already saved as this step.
+
+        Raises:
+          CheckpointError: an earlier save failed, the directory has a later step or a different
+            state for this step, or cannot be written.
+          TypeError: a leaf is not an array, or a mapping is not JSON.
+        """
+        if self._read_only:
+            raise CheckpointError(f"{self.directory} was opened read-only; refusing to save {step}")
+        meta = {
+            "format": _FORMAT,
+            "data_state": _as_json(data_state, "data_state"),
+            "config": _as_json(config, "config"),
+            "spec": _as_json(spec, "spec"),
+            "leaves": _leaf_table(state, fingerprints=self._fingerprints),
+        }
+        self.wait()
+        last = self._manager.latest_step()
+        if last is not None and step <= last:
+            saved = _read_meta(self.directory, last)["leaves"] if step == last else None
+            if self._fingerprints and saved == meta["leaves"]:
+                return False
+            raise CheckpointError(
+                f"refusing to save step {step} to {self.directory}: it already holds step {last}"
+                f"{' with a different state' if step == last else ''}. Resume from that step, or"
+                " pass another --workdir."
+            )
+        args = ocp.args.Composite(
+            state=ocp.args.StandardSave(state),
+            meta=ocp.args.JsonSave({"meta": meta, "crc32": _crc(meta)}),
+        )
+        try:
+            self._manager.save(step, args=args, force=True)
+        except Exception as error:
+            raise _cannot(f"save step {step} to", self.directory, error) from error
+        return True
+
+    def restore(self, state_like: Any, step: int | None = None) -> Restored:
+        """Restores a step exactly: same dtypes, shapes and bits.
+
+        Args:
+          state_like: a tree of the state's structure with `jax.ShapeDtypeStruct` or array leaves. A
+            leaf's sharding says where the values go (the first local device when a ShapeDtypeStruct
+            has none); an `np.ndarray` leaf is restored as one.
+          step: which step, by default the latest.
+
+        Returns:
+          The step with its state and its JSON parts.
+
+        Raises:
+          CheckpointError: there is no such step, or it is corrupt, partial or unlike `state_like`.
+        """
+        self.wait()
+        step, path, meta = _open(self.directory, step)
+        abstract = jax.tree.map(_abstract, state_like)
+        _check_leaves(meta["leaves"], _leaf_table(abstract), path)
+        args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
+        try:
+            state = self._manager.restore(step, args=args)["state"]
+        except Exception as error:
+            raise _unreadable(path, error) from error
+        if self._fingerprints:
+            _check_values(meta["leaves"], state, path)
+        return Restored(step, state, meta["data_state"], meta["config"], meta["spec"])
+
+    def wait(self) -> None:
+        """Waits for the save in flight.
+
+        Raises:
+          CheckpointError: the save failed.
+        """
+        try:
+            self._manager.wait_until_finished()
+            self._manager.check_for_errors()
+        except Exception as error:
+            raise _cannot("save to", self.directory, error) from error
+
+    def close(self) -> None:
+        """Waits for the save in flight and lets the directory go.
+
+        Raises:
+          CheckpointError: the save failed.
+        """
+        try:
+            self._manager.close()
+        except Exception as error:
+            raise _cannot("save to", self.directory, error) from error
+
+
+def read_spec(directory: Path, step: int | None = None) -> tuple[int, dict, dict]:
+    """Reads what a checkpoint is, without its arrays.
+
+    Args:
+      directory: a directory that a `Checkpointer` wrote.
+      step: which step, by default the latest.
+
+    Returns:
+      The step, its spec and its configuration.
+
+    Raises:
+      CheckpointError: there is no such step, or it is corrupt or partial.
+    """
+    step, _, meta = _open(_absolute(directory), step)
+    return step, meta["spec"], meta["config"]
+
+
+def restore_subtree(directory: Path, key: str, like: Any, step: int | None = None) -> Any:
+    """Restores one part of the saved state, reading nothing else: the EMA weights, say.
+
+    Args:
+      directory: a directory that a `Checkpointer` wrote.
+      key: the part's place in the state, such as `"ema_params"`, nested with `/`.
+      like: a tree of that part's structure; see `Checkpointer.restore`.
+      step: which step, by default the latest.
+
+    Returns:
+      The part, of the structure of `like`.
+
+    Raises:
+      CheckpointError: there is no such step or part, or it is corrupt, partial or unlike `like`.
+    """
+    directory = _absolute(directory)
+    step, path, meta = _open(directory, step)
+    abstract = jax.tree.map(_abstract, like)
+    prefix = f"{key}/"
+    saved = {k: v for k, v in meta["leaves"].items() if k == key or k.startswith(prefix)}
+    if not saved:
+        parts = sorted({name.split("/")[0] for name in meta["leaves"]})
+        raise CheckpointError(f"{path} has no {key!r}; its state has {', '.join(parts)}")
+    for part in reversed(key.split("/")):
+        abstract = {part: abstract}
+    _check_leaves(saved, _leaf_table(abstract), path)
+    args = ocp.args.PyTreeRestore(
+        item=abstract,
+        restore_args=ocp.checkpoint_utils.construct_restore_args(abstract),
+        partial_restore=True,
+    )
+    try:
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+            restored = checkpointer.restore(path / "state", args=args)
+    except Exception as error:
+        raise _unreadable(path, error) from error
+    _check_values(saved, restored, path)
+    for part in key.split("/"):
+        restored = restored[part]
+    return restored
+
+
+def check_spec(saved: Mapping, wanted: Mapping, path: Path) -> None:
+    """Refuses settings that contradict what a checkpoint was trained with.
+
+    Args:
+      saved: the checkpoint's spec.
+      wanted: the settings asked for; only its keys are compared, as JSON values.
+      path: the checkpoint, for the message.
+
+    Raises:
+      CheckpointError: some values differ; the message lists every key with both values.
+    """
+    different = []
+    for key, value in sorted(_as_json(wanted, "wanted").items()):
+        if key not in saved or saved[key] != value:
+            there = f"has {saved[key]!r}" if key in saved else "does not have it"
+            different.append(f"  {key}: the checkpoint {there}, asked for {value!r}")
+    if different:
+        remedy = "Drop these settings to use the checkpoint's own, or pass another checkpoint."
+        head = f"the checkpoint {path} contradicts the settings:"
+        raise CheckpointError("\n".join([head, *different, remedy]))
+
+
+def _fingerprint(values: np.ndarray, start: tuple | None = None, shape: tuple | None = None) -> int:
+    """A sum over elements of (bits times an odd weight made of the position), modulo 2^64.
+
+    It is additive over the pieces of an array (`values` starts at `start` in one of `shape`), so
+    that shards need no gathering and a run may be restored on another mesh; any change to a single
+    element changes it.
+    """
+    start = (0,) * values.ndim if start is None else start
+    shape = values.shape if shape is None else shape
+    words = values.view(f"u{values.dtype.itemsize}")
+    total, stride = int(words.sum(dtype=np.uint64)), 1
+    for axis in reversed(range(words.ndim)):
+        others = tuple(i for i in range(words.ndim) if i != axis)
+        sums = words.sum(axis=others, dtype=np.uint64)
+        place = np.arange(start[axis], start[axis] + words.shape[axis], dtype=np.uint64)
+        total += 2 * stride * int(np.dot(sums, place))
+        stride *= shape[axis]
+    return total % 2**64
+
+
+def _leaf_table(tree: Any, *, fingerprints: bool = False) -> dict[str, dict]:
+    """Dtype and shape of every leaf by its path, with fingerprints of the values on request."""
+    table, shares = {}, []
+    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        if not isinstance(leaf, jax.Array | np.ndarray | jax.ShapeDtypeStruct):
+            raise TypeError(f"the state's leaf {name} is a {type(leaf).__name__}, not an array")
+        if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.extended):
+            raise TypeError(f"the state's leaf {name} has dtype {leaf.dtype}; save its key_data")
+        if name in table:
+            raise ValueError(f"two leaves of the state are called {name}")
+        table[name] = {"type": f"{np.dtype(leaf.dtype)}{list(leaf.shape)}"}
+        if fingerprints:
+            shares.append(_local_fingerprint(leaf))
+    if fingerprints:
+        for entry, total in zip(table.values(), _over_processes(shares), strict=True):
+            entry["fingerprint"] = f"{total:016x}"
+    return table
+
+
+def _local_fingerprint(leaf: jax.Array | np.ndarray) -> int:
+    """This process's share of a leaf's fingerprint: each shard counts in one place."""
+    if isinstance(leaf, np.ndarray):
+        return _fingerprint(leaf) if jax.process_index() == 0 else 0
+    total = 0
+    for shard in (s for s in leaf.addressable_shards if s.replica_id == 0):
+        start = tuple(s.indices(n)[0] for s, n in zip(shard.index, leaf.shape, strict=True))
+        total += _fingerprint(np.asarray(shard.data), start, leaf.shape)
+    return total % 2**64
+
+
+def _over_processes(shares: list[int]) -> list[int]:
+    """Adds up the processes' shares, sent as 32-bit halves: JAX may have no 64-bit types."""
+    if jax.process_count() == 1 or not shares:
+        return shares
+    halves = np.asarray(shares, np.uint64).view(np.uint32)
+    gathered = np.ascontiguousarray(multihost_utils.process_allgather(halves)).view(np.uint64)
+    return [int(total) for total in gathered.sum(axis=0)]
+
+
+def _abstract(leaf: Any) -> Any:
+    """The leaf as asked of Orbax; a 64-bit dtype that JAX would silently halve is named as such."""
+    if not isinstance(leaf, jax.Array | jax.ShapeDtypeStruct):
+        return leaf
+    sharding = leaf.sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    dtype = jax.dtypes.canonicalize_dtype(leaf.dtype)
+    return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=sharding)
+
+
+def _check_leaves(saved: Mapping, wanted: Mapping, path: epath.Path) -> None:
+    nothing, lines = {"type": "nothing"}, []
+    for name in sorted(saved.keys() | wanted.keys()):
+        there, here = (table.get(name, nothing)["type"] for table in (saved, wanted))
+        if there != here:
+            lines.append(f"  {name}: {there} in the checkpoint, {here} here")
+    if lines:
+        lines[20:] = [f"  and {len(lines) - 20} more"] if len(lines) > 20 else []
+        remedy = "Use the configuration it was saved with, or pass another --workdir."
+        head = f"the checkpoint {path} does not fit this configuration:"
+        raise CheckpointError("\n".join([head, *lines, remedy]))
+
+
+def _check_values(saved: Mapping, tree: Any, path: epath.Path) -> None:
+    if not all("fingerprint" in entry for entry in saved.values()):
+        return  # written with fingerprints=False
+    found = _leaf_table(tree, fingerprints=True)
+    wrong = [name for name, entry in found.items() if entry != saved[name]]
+    if wrong:
+        raise _bad(path, f"corrupt: the values of {_listed(wrong)} are not those that were saved")
+
+
+def _open(directory: epath.Path, step: int | None) -> tuple[int, epath.Path, dict]:
+    """The step to read, its path and its JSON document."""
+    logging.get_absl_logger().addFilter(_no_orbax_chatter)  # adding it again does nothing
+    steps = _steps(directory, report=True)
+    if not steps:
+        raise CheckpointError(f"there is no checkpoint in {directory}")
+    step = steps[-1] if step is None else step
+    if step not in steps:
+        raise CheckpointError(f"there is no step {step} in {directory}; it has {_listed(steps)}")
+    return step, directory / str(step), _read_meta(directory, step)
+
+
+def _steps(directory: epath.Path, *, report: bool = False) -> list[int]:
+    """The complete steps, ascending; raises for a directory that holds only foreign things."""
+    try:
+        if not directory.exists():
+            return []
+        if not directory.is_dir():
+            raise CheckpointError(f"{directory} is a file; checkpoints need a directory")
+        names = sorted(p.name for p in directory.iterdir())
+        steps = sorted(found.step for found in _STEPS.find_all(directory))
+    except OSError as error:
+        raise _cannot("read", directory, error) from error
+    # On object stores, which cannot rename, an unfinished step is a step without its commit file.
+    unfinished = [n for n in names if _TMP in n or (n.isdigit() and int(n) not in steps)]
+    unfinished = [n for n in unfinished if (directory / n).is_dir()]
+    known = {*map(str, steps), *unfinished, "metadata"}
+    foreign = [n for n in names if n not in known and not n.startswith(".")]
+    if foreign and not steps:
+        raise CheckpointError(
+            f"{directory} holds no checkpoint but other things: {_listed(foreign)}. Move them away"
+            " or pass another --workdir."
+        )
+    if unfinished and report:
+        last = f"the last complete step is {steps[-1]}" if steps else "no step is complete"
+        text = "%s: ignoring %s (unfinished, by a killed run or one still at it); %s"
+        logging.warning(text, directory, _listed(unfinished), last)
+    return steps
+
+
+def _read_meta(directory: epath.Path, step: int) -> dict:
+    """A step's JSON document, verified; raises for a step that lacks one of its parts."""
+    path = directory / str(step)
+    try:
+        missing = " and ".join(name for name in ("state", "meta") if not (path / name).is_dir())
+        if missing:
+            raise _bad(path, f"partial: it lacks {missing}")
+        sealed = ocp.JsonCheckpointHandler().restore(path / "meta")
+    except (OSError, ValueError) as error:
+        raise _unreadable(path, error) from error
+    if not isinstance(sealed, dict) or sealed.get("crc32") != _crc(sealed.get("meta")):
+        raise _bad(path, f"corrupt: {path / 'meta'} was changed after it was written")
+    meta = sealed["meta"]
+    if meta["format"] != _FORMAT:
+        raise _bad(path, f"of format {meta['format']}, and this version reads only {_FORMAT}")
+    return meta
+
+
+def _crc(document: Any) -> int:
+    return zlib.crc32(json.dumps(document, sort_keys=True).encode())
+
+
+def _as_json(mapping: Mapping, what: str) -> dict:
+    try:
+        return json.loads(json.dumps(dict(mapping)))
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"the checkpoint's {what} is not JSON: {error}") from error
+
+
+def _absolute(directory: Path) -> epath.Path:
+    text = os.fspath(directory)
+    return epath.Path(text if "://" in text else os.path.abspath(os.path.expanduser(text)))
+
+
+def _listed(names: Sequence) -> str:
+    return ", ".join(map(str, names[:8])) + (
+        f" and {len(names) - 8} more" if len(names) > 8 else ""
+    )
+
+
+def _bad(path: epath.Path, what: str) -> CheckpointError:
+    earlier = [step for step in _steps(path.parent) if step < int(path.name)]
+    fall_back = f"fall back to step {earlier[-1]}" if earlier else "start from the beginning"
+    return CheckpointError(
+        f"the checkpoint {path} is {what}. Delete this directory to {fall_back}, or pass another"
+        " --workdir."
+    )
+
+
+def _cause(error: BaseException) -> str:
+    while error.__cause__ is not None:  # Orbax wraps what TensorStore says
+        error = error.__cause__
+    text = " ".join(str(error).split()).split(" [tensorstore_spec")[0]
+    return f"{type(error).__name__}: {text[:300]}{' ...' if len(text) > 300 else ''}"
+
+
+def _unreadable(path: epath.Path, error: Exception) -> Exception:
+    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+        return MemoryError(f"not enough memory to restore {path}: {_cause(error)}")
+    return _bad(path, f"corrupt or incomplete and cannot be read ({_cause(error)})")
+
+
+def _cannot(action: str, directory: epath.Path, error: Exception) -> CheckpointError:
+    return CheckpointError(
+        f"cannot {action} {directory} ({_cause(error)}). Check that the path exists, is writable"
+        " and has free space, or pass another --workdir."
+    )
+
+
+def _no_orbax_chatter(record: std_logging.LogRecord) -> bool:
+    """Drops what Orbax logs below the level of an error: it buries a run's own lines."""
+    return record.levelno >= std_logging.ERROR or "/orbax/" not in record.pathname
