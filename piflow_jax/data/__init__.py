@@ -1,0 +1,34 @@
+"""Data sets and the pipeline that they share: `batches(load_source("digits"), ...)`."""
+
+from collections.abc import Callable
+
+from piflow_jax.data.digits import load_digits_source
+from piflow_jax.data.mnist import load_mnist_source
+from piflow_jax.data.pipeline import BatchIterator, batches
+from piflow_jax.data.source import ArraySource, Source
+
+__all__ = ["SOURCES", "ArraySource", "BatchIterator", "Source", "batches", "load_source"]
+
+SOURCES: dict[str, Callable[[str | None], ArraySource]] = {
+    "digits": lambda data_dir: load_digits_source(),
+    "mnist": load_mnist_source,
+}
+
+
+def load_source(name: str, data_dir: str | None = None) -> ArraySource:
+    """Loads a data set by name.
+
+    Args:
+      name: A key of `SOURCES`.
+      data_dir: Where to look for data that does not ship with a package; digits ignore it.
+
+    Returns:
+      The source, with `images`, `labels`, `num_classes`, `shape` and `name`.
+
+    Raises:
+      ValueError: If there is no data set of that name.
+      FileNotFoundError: If its data is not on this machine; the message says how to get it.
+    """
+    if name not in SOURCES:
+        raise ValueError(f"unknown data set {name!r}; choose one of {sorted(SOURCES)}")
+    return SOURCES[name](data_dir)

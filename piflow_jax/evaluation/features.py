@@ -1,0 +1,159 @@
+"""Fixed feature spaces that ship with the package: figures compare between runs and machines.
+
+Each is a small convolutional network trained once by `tools/train_features.py` (the command and the
+accuracy it reached are in that file) to name the digit *and* to restore the clean image from a
+shifted and noised one, with a penalty on correlated features. Classification alone would let the
+images of one class collapse onto a point, where recall and diversity see nothing. The features are
+the penultimate layer, standardised over the real data: every dimension has mean 0 and variance 1
+there, so a squared distance between two unrelated images is about twice the dimension.
+"""
+
+import dataclasses
+import functools
+import hashlib
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from numpy.typing import ArrayLike
+
+Parameters = dict[str, jax.Array]
+
+_BATCH = 512  # one shape, hence one compilation, whatever is asked for
+NAMES = ("digits", "mnist")
+
+
+def penultimate(parameters: Parameters, images: jax.Array, strides: tuple[int, ...]) -> jax.Array:
+    """The network up to its features, before standardisation.
+
+    Args:
+      parameters: `conv{i}_kernel [3, 3, in, out]`, `conv{i}_bias [out]` for each stride, then
+        `dense_kernel [flattened, D]`, `dense_bias [D]`.
+      images: float32[B, H, W, C] in [-1, 1].
+      strides: Stride of each convolution.
+
+    Returns:
+      float32[B, D]. Every activation is SiLU, smooth and never dead, except for the last layer,
+      which is linear: its values are sums over many units and close to Gaussian, which is what the
+      Frechet distance assumes.
+    """
+    exact = jax.lax.Precision.HIGHEST  # the same figures on machines with TF32 or bfloat16 units
+    hidden = images
+    for index, stride in enumerate(strides):
+        hidden = jax.lax.conv_general_dilated(
+            hidden,
+            parameters[f"conv{index}_kernel"],
+            (stride, stride),
+            "SAME",
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            precision=exact,
+        )
+        hidden = jax.nn.silu(hidden + parameters[f"conv{index}_bias"][None, None, None, :])
+    flat = hidden.reshape(len(hidden), -1)
+    dense = jnp.matmul(flat, parameters["dense_kernel"], precision=exact)
+    return dense + parameters["dense_bias"][None, :]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class FeatureNetwork:
+    """A trained feature space.
+
+    Attributes:
+      name: The data set that it belongs to.
+      shape: Shape `(H, W, C)` of the images it takes.
+      strides: Stride of each convolution.
+      parameters: Weights, see `penultimate`; `mean [D]` and `scale [D]` of the standardisation.
+      digest: SHA-256 of the weights, 64 hexadecimal digits. Reports print it: figures compare only
+        between equal digests.
+    """
+
+    name: str
+    shape: tuple[int, int, int]
+    strides: tuple[int, ...]
+    parameters: Parameters
+    digest: str
+
+    @property
+    def dimension(self) -> int:
+        """Number of features of an image."""
+        return self.parameters["mean"].shape[0]
+
+    def extract(self, images: ArrayLike) -> np.ndarray:
+        """Returns the features of images.
+
+        Args:
+          images: [N, H, W, C], any N; values are clipped to [-1, 1] first, as pictures are.
+
+        Returns:
+          float32[N, D].
+
+        Raises:
+          ValueError: If `images` has another shape than `[N, *self.shape]`, or a NaN or infinity.
+        """
+        images = np.asarray(images)
+        if images.shape[1:] != self.shape or images.ndim != 4:
+            raise ValueError(
+                f"`images` must have the shape [N, {', '.join(map(str, self.shape))}] for the "
+                f"features of {self.name!r}, got {list(images.shape)}"
+            )
+        images = images.astype(np.float32)
+        if not np.isfinite(images).all():
+            bad = int((~np.isfinite(images)).any(axis=(1, 2, 3)).sum())
+            raise ValueError(f"`images` has NaN or infinity in {bad} of {len(images)} images")
+        outputs = [np.zeros((0, self.dimension), np.float32)]
+        for start in range(0, len(images), _BATCH):
+            part = images[start : start + _BATCH]
+            padding = ((0, _BATCH - len(part)), (0, 0), (0, 0), (0, 0))
+            features = _standardised(self.parameters, np.pad(part, padding), self.strides)
+            outputs.append(np.asarray(features)[: len(part)])
+        return np.concatenate(outputs)
+
+
+@functools.partial(jax.jit, static_argnames="strides")
+def _standardised(parameters: Parameters, images: jax.Array, strides: tuple[int, ...]) -> jax.Array:
+    raw = penultimate(parameters, jnp.clip(images, -1.0, 1.0), strides)
+    return (raw - parameters["mean"][None, :]) / parameters["scale"][None, :]
+
+
+@functools.cache
+def load_features(name: str) -> FeatureNetwork:
+    """Loads a feature space that ships with the package.
+
+    Args:
+      name: `digits` (8x8x1) or `mnist` (28x28x1).
+
+    Returns:
+      The network, its weights in float32.
+
+    Raises:
+      ValueError: If there is no feature space of that name.
+    """
+    if name not in NAMES:
+        raise ValueError(f"unknown feature space {name!r}; choose one of {list(NAMES)}")
+    with np.load(weight_path(name), allow_pickle=False) as archive:
+        arrays = dict(archive)
+    shape = tuple(int(size) for size in arrays.pop("shape"))
+    strides = tuple(int(stride) for stride in arrays.pop("strides"))
+    return FeatureNetwork(
+        name=name,
+        shape=shape,
+        strides=strides,
+        parameters={key: jnp.asarray(value, jnp.float32) for key, value in arrays.items()},
+        digest=weight_digest(arrays),
+    )
+
+
+def weight_path(name: str) -> Path:
+    """Returns the file beside this module that holds the weights of a feature space."""
+    return Path(__file__).with_name(f"features_{name}.npz")
+
+
+def weight_digest(arrays: dict[str, np.ndarray]) -> str:
+    """Returns the SHA-256 of named arrays: names, shapes and values, in the order of the names."""
+    digest = hashlib.sha256()
+    for key in sorted(arrays):
+        value = np.ascontiguousarray(arrays[key], dtype="<f4")
+        digest.update(f"{key}{list(value.shape)}".encode())
+        digest.update(value.tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,93 @@
+"""Pictures of samples: rows of images with captions, as one PNG."""
+
+import os
+import textwrap
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import ArrayLike
+from PIL import Image, ImageDraw, ImageFont
+
+_TARGET = 48  # pixels an image should take at least, when no scale is given
+_FONT_SIZE = 15
+_LINE = 20
+_MARGIN = 12
+_GAP = 4
+_ROW_GAP = 10
+_CAPTION_CHARACTERS = 26
+_PAPER = (255, 255, 255)
+_INK = (32, 32, 32)
+
+
+def save_grid(
+    path: str | os.PathLike,
+    rows: Sequence[tuple[str, ArrayLike]],
+    scale: int | None = None,
+) -> None:
+    """Writes rows of images, each with a caption at its left, as a PNG.
+
+    Args:
+      path: File to write; its directory must exist.
+      rows: Pairs of a caption and images [N, H, W, C] in [-1, 1] (clipped to it), C 1 (grey) or 3
+        (RGB). Rows may differ in N and in the image size. Long captions are wrapped.
+      scale: Screen pixels of an image's pixel, nearest neighbour. By default the smallest that
+        makes the smallest image 48 pixels high or more.
+
+    Raises:
+      ValueError: If there is no row, a row has another shape or a NaN, or `scale` is not a positive
+        integer.
+    """
+    if not rows:
+        raise ValueError("`rows` is empty")
+    pictures = [_as_bytes(caption, images) for caption, images in rows]
+    if scale is None:
+        scale = max(-(-_TARGET // min(images.shape[1] for images in pictures)), 1)
+    if not isinstance(scale, (int, np.integer)) or scale < 1:
+        raise ValueError(f"`scale` must be a positive integer, got {scale!r}")
+    captions = [textwrap.wrap(caption, _CAPTION_CHARACTERS) for caption, _ in rows]
+    strips = [
+        _strip(np.repeat(np.repeat(images, scale, axis=1), scale, axis=2)) for images in pictures
+    ]
+    font = ImageFont.load_default(size=_FONT_SIZE)
+    lines = [line for caption in captions for line in caption]
+    left = _MARGIN + int(max((font.getlength(line) for line in lines), default=-_MARGIN)) + _MARGIN
+    heights = [
+        max(strip.shape[0], _LINE * len(caption))
+        for strip, caption in zip(strips, captions, strict=True)
+    ]
+    width = left + max(strip.shape[1] for strip in strips) + _MARGIN
+    height = sum(heights) + _ROW_GAP * (len(rows) - 1) + 2 * _MARGIN
+    sheet = Image.new("RGB", (width, height), _PAPER)
+    draw = ImageDraw.Draw(sheet)
+    top = _MARGIN
+    for strip, caption, row_height in zip(strips, captions, heights, strict=True):
+        first = top + (row_height - _LINE * len(caption)) / 2 + _LINE / 2
+        for number, line in enumerate(caption):
+            draw.text((_MARGIN, first + _LINE * number), line, _INK, font, anchor="lm")
+        sheet.paste(Image.fromarray(strip), (left, top + (row_height - strip.shape[0]) // 2))
+        top += row_height + _ROW_GAP
+    sheet.save(path, format="PNG", optimize=True)
+
+
+def _as_bytes(caption: str, images: ArrayLike) -> np.ndarray:
+    """Images uint8[N, H, W, 3] from [N, H, W, C] in [-1, 1]."""
+    images = np.asarray(images, np.float32)
+    if images.ndim != 4 or images.shape[-1] not in (1, 3) or 0 in images.shape:
+        raise ValueError(
+            f"`rows`: the images of {caption!r} must have the shape [N, H, W, 1 or 3], "
+            f"got {list(images.shape)}"
+        )
+    if np.isnan(images).any():
+        raise ValueError(f"`rows`: the images of {caption!r} have NaN")
+    levels = np.rint((np.clip(images, -1, 1) + 1) * 127.5).astype(np.uint8)
+    return np.broadcast_to(levels, (*levels.shape[:-1], 3))
+
+
+def _strip(images: np.ndarray) -> np.ndarray:
+    """Images uint8[N, H, W, 3] side by side, `_GAP` pixels of paper between them."""
+    count, height, width, _ = images.shape
+    strip = np.full((height, count * (width + _GAP) - _GAP, 3), _PAPER, np.uint8)
+    for index, image in enumerate(images):
+        start = index * (width + _GAP)
+        strip[:, start : start + width] = image
+    return strip

