@@ -116,7 +116,7 @@ def test_dropout_matches_reference(name, x64):
 def test_dropping_everything_drops_nothing():
     _, a = golden_files.load("gm_dropout_a_0.npz")
     policy = make_policy(a, 1e-6, np.float32)
-    batch, components = policy.logweights.shape[0], policy.logweights.shape[-1]
+    batch, components = policy.logweights.shape[0], policy.logweights.shape[1]
     dropped = policy.drop(jnp.ones((batch, components), bool))
     np.testing.assert_array_equal(dropped.logweights, policy.logweights)
     one_left = policy.drop(jnp.arange(components)[None] != jnp.full((batch, 1), 2))

@@ -5,6 +5,8 @@ Gaussian transition gives the mixture's posterior mean of `x_0` at every later `
 form, and hence a velocity field without another network evaluation.
 """
 
+import functools
+
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -51,12 +53,16 @@ class GMFlowPolicy:
 
     with `w_k = softmax_k(a_k + <d_k, e - zeta d_k / 2> / den)`. The result does not depend on `r`.
 
+    Sites are the minor axes of what is stored, and the K components are spelled out in the program:
+    a query is then one elementwise loop over sites without reductions, which compilers vectorise
+    and fuse on every backend (on a CPU ten times faster than reductions over a minor K).
+
     Attributes:
-      offsets: `[B, *sites, K, C]`, component means of `x_0` relative to `center`.
-      logweights: `[B, *sites, K]`.
+      offsets: `[B, K, C, *sites]`, component means of `x_0` relative to `center`.
+      logweights: `[B, K, *sites]`.
       variance: `[B]`, variance of `x_0`, shared by all components and sites.
-      center: `[B, *sites, C]`, the reference point `r`; carries no gradient.
-      residual_src: `[B, *sites, C]`, `y_s`.
+      center: `[B, C, *sites]`, the reference point `r`; carries no gradient.
+      residual_src: `[B, C, *sites]`, `y_s`.
       sigma_src: `[B]`.
       eps: smallest time used in the formulas.
     """
@@ -92,18 +98,19 @@ class GMFlowPolicy:
         means, logweights, logstd, x_src, sigma_src = promote(
             output.means, output.logweights, output.logstd, x_src, sigma_src
         )
-        sigma = per_sample(sigma_src, x_src.ndim)
-        x0_means = jnp.expand_dims(x_src, -2) - jnp.expand_dims(sigma, -2) * means
-        weights = jax.nn.softmax(logweights, axis=-1)
-        center = jax.lax.stop_gradient(jnp.einsum("...k,...kc->...c", weights, x0_means))
-        # x_src is an input of the network, not an output: constant in every use of a policy, but
-        # its gradient is kept, for whoever differentiates through a sampler.
+        x_src = jnp.moveaxis(x_src, -1, 1)
+        means = jnp.moveaxis(means, (-2, -1), (1, 2))
+        logweights = jnp.moveaxis(logweights, -1, 1)
+        x0_means = jnp.expand_dims(x_src, 1) - per_sample(sigma_src, means.ndim) * means
+        weights = jnp.expand_dims(jax.nn.softmax(logweights, axis=1), 2)
+        center = jax.lax.stop_gradient(jnp.sum(weights * x0_means, axis=1))
+        alpha_src = 1 - jnp.maximum(per_sample(sigma_src, x_src.ndim), eps)
         return cls(
-            offsets=x0_means - jnp.expand_dims(center, -2),
+            offsets=x0_means - jnp.expand_dims(center, 1),
             logweights=logweights,
             variance=jnp.square(jnp.exp(logstd) * sigma_src),
             center=center,
-            residual_src=x_src - (1 - jnp.maximum(sigma, eps)) * center,
+            residual_src=x_src - alpha_src * center,
             sigma_src=sigma_src,
             eps=eps,
         )
@@ -124,24 +131,32 @@ class GMFlowPolicy:
         def expand(value):
             return per_sample(value, x.ndim)
 
-        residual = x - expand(1 - t) * self.center
+        residual = jnp.moveaxis(x, -1, 1) - expand(1 - t) * self.center
         pull = expand(snr_t / t / denominator) * residual - expand(
             snr_s / s / denominator
         ) * self.residual_src
-        logits = (
-            self.logweights
-            + jnp.einsum("...kc,...c->...k", self.offsets, pull)
-            - expand(0.5 * zeta / denominator) * jnp.sum(jnp.square(self.offsets), -1)
-        )
-        weights = jax.nn.softmax(logits, axis=-1)
-        mean_offset = jnp.einsum("...k,...kc->...c", weights, self.offsets)
+        mean_offset = self._mean_offset(pull, 0.5 * zeta / denominator)
         numerator = (
             expand(1 - v * snr_t - v * jnp.square(snr_s) + excess) * residual
             + expand(v * snr_s / s) * self.residual_src
             + expand(excess) * self.center
             - mean_offset
         )
-        return numerator / expand(denominator * t) - self.center
+        return jnp.moveaxis(numerator / expand(denominator * t) - self.center, 1, -1)
+
+    def _mean_offset(self, pull: jax.Array, half_precision: jax.Array) -> jax.Array:
+        """`sum_k w_k d_k[B, C, *sites]` of `e / den [B, C, *sites]` and `zeta / (2 den) [B]`."""
+        pull = jnp.expand_dims(pull, 1)
+        half_precision = per_sample(half_precision, pull.ndim)
+        inner = jnp.sum(self.offsets * (pull - half_precision * self.offsets), axis=2)
+        # The barriers keep XLA from fusing, and so recomputing, one stage inside the next.
+        logits = jax.lax.optimization_barrier(_unstack(self.logweights + inner))
+        largest = jax.lax.stop_gradient(functools.reduce(jnp.maximum, logits))
+        weights = [jnp.exp(logit - largest) for logit in logits]
+        *weights, total = jax.lax.optimization_barrier([*weights, sum(weights)])
+        offsets = _unstack(self.offsets)
+        weighted = sum(jnp.expand_dims(w, 1) * d for w, d in zip(weights, offsets, strict=True))
+        return weighted / jnp.expand_dims(total, 1)
 
     def drop(self, mask: jax.Array) -> "GMFlowPolicy":
         """GM dropout: removes whole components, the same ones at every site.
@@ -153,8 +168,7 @@ class GMFlowPolicy:
           The policy with log-weight `-inf` on the removed components.
         """
         mask = mask & ~jnp.all(mask, axis=-1, keepdims=True)
-        sites = (1,) * (self.logweights.ndim - 2)
-        mask = jnp.reshape(mask, (mask.shape[0], *sites, mask.shape[1]))
+        mask = jnp.reshape(mask, mask.shape + (1,) * (self.logweights.ndim - 2))
         return self.replace(logweights=jnp.where(mask, -jnp.inf, self.logweights))
 
     def with_temperature(self, temperature: float | jax.Array) -> "GMFlowPolicy":
@@ -168,9 +182,15 @@ class GMFlowPolicy:
         """
         temperature = jnp.clip(jnp.asarray(temperature, self.variance.dtype), self.eps, 1.0)
         return self.replace(
-            logweights=jax.nn.log_softmax(self.logweights / temperature, axis=-1),
+            logweights=jax.nn.log_softmax(self.logweights / temperature, axis=1),
             variance=self.variance * temperature,
         )
+
+
+def _unstack(x: jax.Array) -> list[jax.Array]:
+    """Slices along axis 1 whose gradient is one concatenation, not a padded sum per slice."""
+    pieces = jax.lax.split(x, (1,) * x.shape[1], axis=1)
+    return [jax.lax.squeeze(piece, (1,)) for piece in pieces]
 
 
 def _check_shapes(output: GMOutput, x_src: jax.Array, sigma_src: jax.Array) -> None:

@@ -1,0 +1,116 @@
+"""The recipe's optimiser and its EMA (DESIGN sections 3.8 and 6)."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from piflow_jax.config import OptimizerConfig
+
+__all__ = ["clip_after", "karras_decay", "learning_rate", "make_optimizer", "update_ema"]
+
+# Learning rate of the first warm-up step, as a share of the peak.
+WARMUP_START = 1e-3
+# Share of the peak at which a cosine or linear decay ends.
+DECAY_END = 0.02
+
+
+class ClipState(NamedTuple):
+    """Steps done."""
+
+    count: jax.Array
+
+
+def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
+    """Linear warm-up from a thousandth of the peak, then constant, cosine or linear decay.
+
+    Args:
+      config: peak, warm-up and decay.
+      steps: length of the training.
+
+    Returns:
+      The schedule, a function of the number of steps done.
+    """
+    peak, warmup = config.learning_rate, config.warmup_steps
+    rest = steps - warmup
+    after = {
+        "constant": lambda: optax.constant_schedule(peak),
+        "cosine": lambda: optax.cosine_decay_schedule(peak, rest, alpha=DECAY_END),
+        "linear": lambda: optax.linear_schedule(peak, DECAY_END * peak, rest),
+    }[config.decay]()
+    if warmup == 0:
+        return after
+    return optax.join_schedules(
+        [optax.linear_schedule(WARMUP_START * peak, peak, warmup), after], [warmup]
+    )
+
+
+def clip_after(max_norm: float, start: int) -> optax.GradientTransformation:
+    """Clips by global norm, but not in the first `start` steps.
+
+    Early gradients are large by nature (heads start at zero) and warm-up tames them; clipping them
+    would change their direction relative to each other in Adam's moments.
+
+    Args:
+      max_norm: largest global norm.
+      start: steps that are left alone.
+
+    Returns:
+      The transformation.
+    """
+
+    def init(params):
+        del params
+        return ClipState(jnp.zeros((), jnp.int32))
+
+    def update(updates, state, params=None):
+        del params
+        norm = optax.global_norm(updates)
+        scale = jnp.where(state.count >= start, max_norm / jnp.maximum(norm, max_norm), 1.0)
+        updates = jax.tree.map(lambda g: (g * scale).astype(g.dtype), updates)
+        return updates, ClipState(state.count + 1)
+
+    return optax.GradientTransformation(init, update)
+
+
+def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
+    """AdamW as in the reference: clipping after warm-up, warm-up, no decay of the weights.
+
+    Args:
+      config: the settings.
+      steps: length of the training, for schedules that decay.
+
+    Returns:
+      The transformation.
+    """
+    adamw = optax.adamw(
+        learning_rate(config, steps),
+        b1=config.beta1,
+        b2=config.beta2,
+        weight_decay=config.weight_decay,
+    )
+    if config.grad_clip == 0:
+        return adamw
+    return optax.chain(clip_after(config.grad_clip, config.warmup_steps), adamw)
+
+
+def karras_decay(step: jax.Array, start: int, gamma: float) -> jax.Array:
+    """Weight of the old average, `(1 - 1 / max(step + 1 - start, 1))^(gamma + 1)` (2312.02696).
+
+    Args:
+      step: zero-based step whose parameters are being averaged in.
+      start: step at which averaging starts; before it the average is a copy.
+      gamma: larger is a shorter average.
+
+    Returns:
+      The weight in [0, 1), of the default float type.
+    """
+    t = jnp.maximum(jnp.asarray(step) + 1 - start, 1).astype(jnp.result_type(float))
+    return (1 - 1 / t) ** (gamma + 1)
+
+
+def update_ema(ema, params, step: jax.Array, start: int, gamma: float):
+    """One step of the Karras average over a tree of parameters; see `karras_decay`."""
+    decay = karras_decay(step, start, gamma)
+    return jax.tree.map(lambda e, p: (p + decay * (e - p)).astype(e.dtype), ema, params)

@@ -1,0 +1,145 @@
+"""Train steps: pure functions of state and batch, one jit each."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from piflow_jax.config import Config, OptimizerConfig
+from piflow_jax.flow.schedule import TimeWarp
+from piflow_jax.training.objectives import (
+    data_dependent_loss,
+    data_free_loss_and_grads,
+    flow_matching_loss,
+    guided_teacher,
+    make_policy_factory,
+    sample_draws,
+    teacher_ratio,
+)
+from piflow_jax.training.optimizer import update_ema
+from piflow_jax.training.state import TrainState
+
+__all__ = ["distill_step", "teacher_step"]
+
+Metrics = dict[str, jax.Array]
+StepFn = Callable[..., tuple[TrainState, Metrics]]
+
+
+def _advance(
+    state: TrainState,
+    grads,
+    loss: jax.Array,
+    optimizer: optax.GradientTransformation,
+    config: OptimizerConfig,
+) -> tuple[TrainState, Metrics]:
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    ema = update_ema(
+        state.ema_params, params, state.step, config.warmup_steps, config.ema_gamma
+    )
+    metrics = {"loss": loss, "grad_norm": optax.global_norm(grads)}
+    return TrainState(state.step + 1, params, ema, opt_state), metrics
+
+
+def teacher_step(
+    module, optimizer: optax.GradientTransformation, config: Config, null_label: int
+) -> StepFn:
+    """The flow-matching step of the teacher.
+
+    Args:
+      module: the teacher's module, with a velocity head.
+      optimizer: its optimiser.
+      config: the run's settings.
+      null_label: the label of no class.
+
+    Returns:
+      `(state, root_key, batch) -> (state, metrics)`, to be jitted with the state donated. `batch`
+      has `image[B, H, W, C]` and `label[B]`.
+    """
+    settings = config.teacher
+
+    def step(state: TrainState, root: jax.Array, batch):
+        key = jax.random.fold_in(root, state.step)
+
+        def loss_fn(params):
+            return flow_matching_loss(
+                lambda *inputs: module.apply(params, *inputs),
+                key,
+                batch["image"],
+                batch["label"],
+                null_label,
+                settings.label_dropout,
+                TimeWarp(config.train.shift),
+            )
+
+        loss, grads = jax.value_and_grad(loss_fn)(state.params)
+        return _advance(state, grads, loss, optimizer, settings.optimizer)
+
+    return step
+
+
+def distill_step(
+    student, teacher, optimizer: optax.GradientTransformation, config: Config, null_label: int
+) -> StepFn:
+    """The pi-ID step of the student.
+
+    Args:
+      student: the student's module, with a policy head.
+      teacher: the teacher's module, with a velocity head.
+      optimizer: the student's optimiser.
+      config: the run's settings.
+      null_label: the label of no class.
+
+    Returns:
+      `(state, teacher_params, root_key, batch) -> (state, metrics)`, to be jitted with the state
+      donated and the teacher's parameters not.
+    """
+    train = config.train
+    factory = make_policy_factory(config.policy, train)
+    components = config.policy.num_components if config.policy.kind == "gm" else 0
+
+    def step(state: TrainState, teacher_params, root: jax.Array, batch):
+        images, labels = batch["image"], batch["label"]
+        keys = jax.random.split(jax.random.fold_in(root, state.step), 3)
+        ratio = teacher_ratio(state.step, train.mixing_steps)
+        guided = guided_teacher(
+            lambda *inputs: teacher.apply(teacher_params, *inputs),
+            labels,
+            null_label,
+            config.teacher,
+        )
+        size = images.shape[0]
+        noise = jax.random.normal(keys[0], images.shape, images.dtype)
+        if train.data_free:
+            draws = jax.vmap(lambda key: sample_draws(key, size, train.num_states, components))(
+                jax.random.split(keys[1], train.nfe)
+            )
+            loss, _, grads = data_free_loss_and_grads(
+                student.apply, state.params, guided, factory, labels, noise, draws, ratio, train
+            )
+        else:
+            draws = sample_draws(keys[1], size, train.num_states, components)
+            tau = 1 - jax.random.uniform(keys[2], (size,))  # in (0, 1]
+
+            def loss_fn(params):
+                return data_dependent_loss(
+                    lambda *inputs: student.apply(params, *inputs),
+                    guided,
+                    factory,
+                    images,
+                    labels,
+                    tau,
+                    noise,
+                    draws,
+                    ratio,
+                    train,
+                )
+
+            loss, grads = jax.value_and_grad(loss_fn)(state.params)
+        state, metrics = _advance(state, grads, loss, optimizer, train.optimizer)
+        if train.mixing_steps:
+            metrics["teacher_ratio"] = jnp.asarray(ratio)
+        return state, metrics
+
+    return step
