@@ -1,0 +1,112 @@
+"""The report: systems side by side on the same noise and labels, as table, JSON and picture."""
+
+import dataclasses
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from piflow_jax.evaluation.evaluator import Figures
+from piflow_jax.evaluation.floor import Floor
+
+__all__ = ["Report", "Row"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Row:
+    """One system of a report.
+
+    Attributes:
+      system: its name, such as `teacher`.
+      nfe: network evaluations per sample.
+      figures: what was measured.
+      endpoint_mse: mean squared distance of its (unclipped) endpoints to those of the teacher at
+        its largest number of evaluations; None for that system itself.
+      seconds: sampling time, compilation left out.
+    """
+
+    system: str
+    nfe: int
+    figures: Figures
+    endpoint_mse: float | None
+    seconds: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Report:
+    """A comparison with its protocol.
+
+    Attributes:
+      rows: the systems.
+      data_diversity: the real data's own diversity.
+      floor: the real data's half against half.
+      protocol: everything that the figures depend on.
+    """
+
+    rows: Sequence[Row]
+    data_diversity: float
+    floor: Floor
+    protocol: dict[str, Any]
+
+    def find(self, system: str, nfe: int) -> Row:
+        """The row of a system at a number of evaluations; KeyError if there is none."""
+        for row in self.rows:
+            if (row.system, row.nfe) == (system, nfe):
+                return row
+        raise KeyError(f"no row for {system} at {nfe} NFE")
+
+    def as_dict(self) -> dict[str, Any]:
+        """The report as JSON values."""
+        return dataclasses.asdict(self)
+
+    def write(self, path: str | os.PathLike) -> None:
+        """Writes the report as JSON; the file is replaced in one move."""
+        path = Path(path)
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(self.as_dict(), indent=1) + "\n", encoding="utf-8")
+        temporary.replace(path)
+
+    def table(self) -> str:
+        """The report for people, in fixed-width columns that are also Markdown."""
+        head = ("system", "NFE", "Frechet", "precision", "recall", "diversity", "endpoint", "sec")
+        cells = [head]
+        for row in self.rows:
+            figures = row.figures
+            endpoint = "-" if row.endpoint_mse is None else f"{row.endpoint_mse:.4f}"
+            cells.append(
+                (
+                    row.system,
+                    str(row.nfe),
+                    f"{figures.frechet:.3f}",
+                    f"{figures.precision:.3f}",
+                    f"{figures.recall:.3f}",
+                    f"{figures.diversity:.2f}",
+                    endpoint,
+                    f"{row.seconds:.1f}",
+                )
+            )
+        floor = self.floor
+        cells.append(
+            (
+                "data, half against half",
+                "-",
+                f"{floor.frechet:.3f}",
+                f"{floor.precision:.3f}",
+                f"{floor.recall:.3f}",
+                f"{self.data_diversity:.2f}",
+                "-",
+                "-",
+            )
+        )
+        widths = [max(map(len, column)) for column in np.transpose(cells).tolist()]
+
+        def line(row):
+            first = row[0].ljust(widths[0])
+            rest = (cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))
+            return f"| {' | '.join([first, *rest])} |"
+
+        rule = "| " + " | ".join("-" * width for width in widths) + " |"
+        return "\n".join([line(head), rule, *map(line, cells[1:])])

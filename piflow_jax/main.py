@@ -1,0 +1,65 @@
+"""`python -m piflow_jax.main --config=configs/digits.py --workdir=runs/digits`."""
+
+import logging as std_logging
+import os
+import sys
+
+# Before JAX and TensorFlow are loaded: their start-up chatter is not for the reader of a run.
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
+
+import jax
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from piflow_jax import stages
+from piflow_jax.config import ConfigError, parse
+from piflow_jax.training.checkpoint import CheckpointError
+from piflow_jax.training.loop import Interrupted, NonFiniteLossError
+
+_MODES = {"train": stages.train, "evaluate": stages.evaluate, "sample": stages.sample}
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, such as configs/digits.py.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "The run's directory; a run there is continued.")
+_MODE = flags.DEFINE_enum(
+    "mode",
+    "train",
+    list(_MODES),
+    "train: teacher if none is given, student, report. evaluate: the report again. "
+    "sample: a grid of the student's samples.",
+)
+
+
+def main(argv: list[str]) -> int:
+    """Runs the mode; errors that a user can mend are one paragraph, not a traceback."""
+    if len(argv) > 1:
+        return _refuse(f"unexpected arguments {argv[1:]}; settings are --config.key=value")
+    logging.set_verbosity(logging.INFO)
+    logging.get_absl_handler().setFormatter(std_logging.Formatter("%(message)s"))
+    try:
+        config = parse(_CONFIG.value, jax.device_count())
+        os.makedirs(_WORKDIR.value, exist_ok=True)
+        _MODES[_MODE.value](config, _WORKDIR.value)
+    except Interrupted as stop:
+        logging.info("%s", stop)
+        return 0 if stop.signal == "SIGTERM" else 130
+    except (ConfigError, FileNotFoundError) as error:
+        return _refuse(str(error))
+    except (CheckpointError, NonFiniteLossError, OSError) as error:
+        return _refuse(str(error), code=1)
+    return 0
+
+
+def _refuse(message: str, code: int = 2) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return code
+
+
+def run() -> None:
+    """Parses the flags and runs `main`."""
+    flags.mark_flags_as_required(["config", "workdir"])
+    app.run(main)
+
+
+if __name__ == "__main__":
+    run()

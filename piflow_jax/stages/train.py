@@ -1,0 +1,175 @@
+"""`--mode=train`: the teacher if none is given, then the student, then the report."""
+
+import dataclasses
+import os
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from absl import logging
+
+from piflow_jax.config import Config
+from piflow_jax.data import batches, load_source
+from piflow_jax.models import student_from_teacher
+from piflow_jax.models.dit import DiT
+from piflow_jax.models.flops import forward_flops
+from piflow_jax.stages.systems import load_teacher
+from piflow_jax.training.loop import Stage, run_stage
+from piflow_jax.training.networks import (
+    DataShape,
+    student_network,
+    student_spec,
+    teacher_network,
+    teacher_spec,
+)
+from piflow_jax.training.optimizer import make_optimizer
+from piflow_jax.training.state import TrainState
+from piflow_jax.training.step import distill_step, teacher_step
+
+# Streams of randomness, folded into the seed, so that no two uses share numbers.
+_TEACHER_INIT, _TEACHER_STEPS, _STUDENT_INIT, _STUDENT_STEPS, _STUDENT_DATA = range(5)
+
+
+def train(config: Config, workdir: str | os.PathLike) -> None:
+    """Trains what the work directory does not have yet, and evaluates the student.
+
+    Args:
+      config: the run's settings.
+      workdir: the run's directory: `teacher/` and `student/` with checkpoints and metrics,
+        `report.json`, `samples.png`.
+
+    Raises:
+      CheckpointError: a checkpoint is unusable or contradicts the settings.
+      NonFiniteLossError: a loss became NaN or infinite.
+      Interrupted: a signal came; the state is saved.
+    """
+    # Here, not above: evaluation is a stage of its own and imports this module's siblings.
+    from piflow_jax.stages.evaluate import evaluate
+
+    source = load_source(config.data.name, config.data.data_dir or None)
+    data = DataShape.of(config.data.name, source)
+    if config.teacher.checkpoint:
+        logging.info("teacher: given, %s", config.teacher.checkpoint)
+    else:
+        _run(_teacher_stage(config, source, data), config, workdir)
+    teacher_params = load_teacher(config, data, workdir)
+    _run(_student_stage(config, source, data, teacher_params), config, workdir)
+    evaluate(config, workdir)
+
+
+def _run(stage: Stage, config: Config, workdir: str | os.PathLike) -> None:
+    run_stage(
+        stage,
+        workdir,
+        log_every=config.log_every,
+        checkpoint_every=config.checkpoint_every,
+        keep_checkpoints=config.keep_checkpoints,
+    )
+
+
+def _key(config: Config, stream: int) -> jax.Array:
+    return jax.random.fold_in(jax.random.key(config.seed), stream)
+
+
+def _init(module: DiT, key: jax.Array) -> Any:
+    size = module.sample_size
+    x = jnp.zeros((1, size, size, module.in_channels))
+    return module.init(key, x, jnp.zeros((1,)), jnp.zeros((1,), jnp.int32))
+
+
+def _settings(groups: dict[str, Any]) -> dict[str, Any]:
+    """Settings as flat JSON values by dotted key."""
+    flat = {}
+    for name, value in groups.items():
+        if dataclasses.is_dataclass(value):
+            value = dataclasses.asdict(value)
+        if isinstance(value, dict):
+            flat |= {f"{name}.{key}": entry for key, entry in _settings(value).items()}
+        else:
+            flat[name] = list(value) if isinstance(value, tuple) else value
+    return flat
+
+
+def _extensible(stage: str, decay: str) -> tuple[str, ...]:
+    """A run may be made longer, unless its learning rate depends on its length."""
+    return (f"{stage}.steps",) if decay == "constant" else ()
+
+
+def _teacher_stage(config: Config, source, data: DataShape) -> Stage:
+    module = teacher_network(config.model, data)
+    settings = config.teacher
+    optimizer = make_optimizer(settings.optimizer, settings.steps)
+    step = teacher_step(module, optimizer, config, data.num_classes)
+    own = {
+        key: getattr(settings, key)
+        for key in ("steps", "batch_size", "label_dropout", "optimizer")
+    }
+    flops = 3 * forward_flops(module, data.sample_size, data.sample_size)
+    return Stage(
+        name="teacher",
+        init=lambda: TrainState.create(_init(module, _key(config, _TEACHER_INIT)), optimizer),
+        step=step,
+        constants=(_key(config, _TEACHER_STEPS),),
+        data=_batches(config, source, settings.batch_size, config.seed),
+        steps=settings.steps,
+        batch_size=settings.batch_size,
+        flops_per_step=flops * settings.batch_size,
+        config=_settings(
+            {
+                "seed": config.seed,
+                "data.name": config.data.name,
+                "model": config.model,
+                "teacher": own,
+                "train.shift": config.train.shift,
+            }
+        ),
+        extensible=_extensible("teacher", settings.optimizer.decay),
+        spec=teacher_spec(config, data),
+    )
+
+
+def _student_stage(config: Config, source, data: DataShape, teacher_params) -> Stage:
+    teacher = teacher_network(config.model, data)
+    student = student_network(config.model, config.policy, data)
+    settings = config.train
+    optimizer = make_optimizer(settings.optimizer, settings.steps)
+    distil = distill_step(student, teacher, optimizer, config, data.num_classes)
+    keys = jax.random.split(_key(config, _STUDENT_INIT))
+
+    def init():
+        params = student_from_teacher(
+            keys[1], student, _init(student, keys[0]), teacher_params, teacher=teacher
+        )
+        return TrainState.create(params, optimizer)
+
+    # Each segment of a data-free step has its own student evaluation and teacher queries.
+    segments = settings.nfe if settings.data_free else 1
+    guided = 1 if config.teacher.guidance_scale == 1 else 2
+    size = data.sample_size
+    flops = 3 * forward_flops(student, size, size)
+    flops += settings.num_states * guided * forward_flops(teacher, size, size)
+    groups = {"seed": config.seed, "data.name": config.data.name}
+    groups |= {name: getattr(config, name) for name in ("model", "teacher", "policy", "train")}
+    return Stage(
+        name="student",
+        init=init,
+        step=distil,
+        constants=(teacher_params, _key(config, _STUDENT_STEPS)),
+        data=_batches(config, source, settings.batch_size, config.seed + _STUDENT_DATA),
+        steps=settings.steps,
+        batch_size=settings.batch_size,
+        flops_per_step=flops * segments * settings.batch_size,
+        config=_settings(groups),
+        extensible=_extensible("train", settings.optimizer.decay),
+        spec=student_spec(config, data),
+    )
+
+
+def _batches(config: Config, source, batch_size: int, seed: int):
+    return batches(
+        source,
+        batch_size=batch_size,
+        seed=seed,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )

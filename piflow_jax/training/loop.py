@@ -1,0 +1,244 @@
+"""The training loop: one stage from its last checkpoint to its last step."""
+
+import dataclasses
+import os
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
+
+from piflow_jax.data import BatchIterator
+from piflow_jax.parallel import data_mesh, global_batch, replicated
+from piflow_jax.training.checkpoint import CheckpointError, Checkpointer
+from piflow_jax.training.metrics import MetricWriter
+from piflow_jax.training.signals import GracefulExit
+from piflow_jax.training.state import TrainState
+
+__all__ = ["Interrupted", "NonFiniteLossError", "Stage", "checkpoint_dir", "run_stage"]
+
+
+class Interrupted(RuntimeError):
+    """A signal ended the run after a checkpoint was saved.
+
+    Attributes:
+      signal: its name, such as `SIGTERM`.
+    """
+
+    def __init__(self, signal: str, stage: str, step: int):
+        super().__init__(
+            f"{signal}: saved {stage} at step {step}; the same command continues from there"
+        )
+        self.signal = signal
+
+
+class NonFiniteLossError(RuntimeError):
+    """The loss became NaN or infinite."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Stage:
+    """A stage of training and everything that it needs.
+
+    Attributes:
+      name: `teacher` or `student`; also its directory in the work directory.
+      init: makes the first state; called under jit, with its result placed on the mesh.
+      step: pure step `(state, *constants, batch) -> (state, metrics)`; metrics have `loss`.
+      constants: arguments of the step that it neither changes nor donates.
+      data: endless batches with a position.
+      steps: where the stage ends.
+      batch_size: examples per step, for the throughput.
+      flops_per_step: matrix-product FLOPs of a step, for FLOP/s.
+      config: settings that decide what the stage computes; a resumed run must have the same.
+      extensible: keys of `config` that a resumed run may change.
+      spec: what the checkpoint says of itself.
+    """
+
+    name: str
+    init: Callable[[], TrainState]
+    step: Callable[..., tuple[TrainState, dict[str, jax.Array]]]
+    constants: tuple[Any, ...]
+    data: BatchIterator
+    steps: int
+    batch_size: int
+    flops_per_step: float
+    config: Mapping[str, Any]
+    extensible: tuple[str, ...] = ()
+    spec: Mapping[str, Any]
+
+
+def checkpoint_dir(workdir: str | os.PathLike, stage: str) -> Path:
+    """Where a stage's checkpoints lie."""
+    return Path(workdir).absolute() / stage / "checkpoints"
+
+
+def run_stage(
+    stage: Stage,
+    workdir: str | os.PathLike,
+    *,
+    log_every: int,
+    checkpoint_every: int,
+    keep_checkpoints: int,
+) -> TrainState:
+    """Runs a stage to its end, from its latest checkpoint if it has one.
+
+    The step is compiled once, ahead of the loop. Metrics are fetched one step late, so the host
+    never waits for the device; a checkpoint is saved only after its step's loss has been seen to be
+    finite.
+
+    Args:
+      stage: what to run.
+      workdir: the run's directory.
+      log_every: steps between metrics.
+      checkpoint_every: steps between checkpoints; the last step always has one.
+      keep_checkpoints: checkpoints kept.
+
+    Returns:
+      The state after the last step.
+
+    Raises:
+      CheckpointError: the checkpoint cannot be used, or one cannot be written.
+      NonFiniteLossError: the loss is not finite; names the step and the last good checkpoint.
+      Interrupted: SIGTERM or SIGINT came; the state is saved.
+    """
+    mesh = data_mesh()
+    directory = checkpoint_dir(workdir, stage.name)
+    with Checkpointer(directory, keep=keep_checkpoints) as checkpointer, GracefulExit() as leaving:
+        state, start = _first_state(stage, checkpointer, replicated(mesh))
+        if start >= stage.steps:
+            logging.info("%s: already trained to step %d (%s)", stage.name, start, directory)
+            return state
+        with MetricWriter(
+            workdir, stage.name, stage.steps, first_step=start, print_every=10 * log_every
+        ) as writer:
+            return _Loop(stage, mesh, checkpointer, writer, leaving, log_every, checkpoint_every).run(
+                state, start
+            )
+
+
+def _first_state(stage: Stage, checkpointer: Checkpointer, sharding) -> tuple[TrainState, int]:
+    last = checkpointer.latest_step()
+    if last is None:
+        return jax.jit(stage.init, out_shardings=sharding)(), 0
+    abstract = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        jax.eval_shape(stage.init),
+    )
+    restored = checkpointer.restore(abstract)
+    _check_config(restored.config, stage, checkpointer.directory)
+    try:
+        stage.data.set_state(restored.data_state)
+    except ValueError as error:
+        raise CheckpointError(f"{checkpointer.directory}: {error}") from error
+    logging.info("%s: continuing from step %d (%s)", stage.name, last, checkpointer.directory)
+    return restored.state, last
+
+
+def _check_config(saved: Mapping[str, Any], stage: Stage, path) -> None:
+    wanted = dict(stage.config)
+    different = [
+        f"  config.{key}: the checkpoint has {saved.get(key)!r}, asked for {wanted.get(key)!r}"
+        for key in sorted(saved.keys() | wanted.keys())
+        if key not in stage.extensible and _jsonable(wanted.get(key)) != saved.get(key)
+    ]
+    if different:
+        raise CheckpointError(
+            "\n".join(
+                [
+                    f"the checkpoint {path} was made with other settings:",
+                    *different,
+                    "Take these settings back, or pass another --workdir.",
+                ]
+            )
+        )
+
+
+def _jsonable(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+class _Loop:
+    """The loop proper; a class for the handful of things that every part of it needs."""
+
+    def __init__(self, stage, mesh, checkpointer, writer, leaving, log_every, checkpoint_every):
+        self._stage = stage
+        self._mesh = mesh
+        self._checkpointer = checkpointer
+        self._writer = writer
+        self._leaving = leaving
+        self._log_every = log_every
+        self._checkpoint_every = checkpoint_every
+        self._last_good: int | None = checkpointer.latest_step()
+
+    def run(self, state: TrainState, start: int) -> TrainState:
+        stage = self._stage
+        batch = self._next_batch()
+        compiled = self._compile(state, batch)
+        pending = None
+        self._clock = (start, time.perf_counter())
+        for step in range(start + 1, stage.steps + 1):
+            state, metrics = compiled(state, *stage.constants, batch)
+            if pending is not None:
+                self._report(*pending)
+            pending = (step, metrics)
+            last = step == stage.steps or self._leaving.requested is not None
+            if last or step % self._checkpoint_every == 0:
+                self._report(*pending)
+                pending = None
+                self._save(step, state)
+            if last:
+                break
+            batch = self._next_batch()
+        self._checkpointer.wait()
+        if self._leaving.requested is not None and step < stage.steps:
+            raise Interrupted(self._leaving.requested, stage.name, step)
+        return state
+
+    def _next_batch(self):
+        batch = global_batch(next(self._stage.data), self._mesh)
+        return batch
+
+    def _compile(self, state, batch):
+        began = time.perf_counter()
+        step = jax.jit(self._stage.step, donate_argnums=0, out_shardings=replicated(self._mesh))
+        compiled = step.lower(state, *self._stage.constants, batch).compile()
+        seconds = time.perf_counter() - began
+        self._writer.say(f"{self._stage.name}  step compiled in {seconds:.1f} s")
+        return compiled
+
+    def _report(self, step: int, metrics: Mapping[str, jax.Array]) -> None:
+        values = {name: float(np.asarray(value)) for name, value in metrics.items()}
+        if not np.isfinite(values["loss"]):
+            good = (
+                f"the last good checkpoint is step {self._last_good} in "
+                f"{self._checkpointer.directory}"
+                if self._last_good is not None
+                else f"there is no checkpoint yet in {self._checkpointer.directory}"
+            )
+            raise NonFiniteLossError(
+                f"the loss of {self._stage.name} is {values['loss']} at step {step}; {good}. "
+                "Lower the learning rate or raise its warm-up, and run again."
+            )
+        if step % self._log_every and step != self._stage.steps:
+            return
+        since, began = self._clock
+        now = time.perf_counter()
+        self._clock = (step, now)
+        if step > since:
+            seconds = (now - began) / (step - since)
+            values |= {
+                "step_seconds": seconds,
+                "examples_per_second": self._stage.batch_size / seconds,
+                "flops_per_second": self._stage.flops_per_step / seconds,
+            }
+        self._writer.write(step, values)
+
+    def _save(self, step: int, state: TrainState) -> None:
+        stage = self._stage
+        self._checkpointer.save(
+            step, state, data_state=stage.data.get_state(), config=stage.config, spec=stage.spec
+        )
+        self._last_good = step

@@ -1,0 +1,153 @@
+"""Networks of a configuration, and the spec by which a checkpoint says what it holds.
+
+A spec is a flat dictionary of JSON values in a checkpoint's metadata: everything that changes what
+the weights mean, and nothing that does not (compute dtype, remat, attention).
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+
+from piflow_jax.config import Config, ModelConfig, PolicyConfig, TrainConfig
+from piflow_jax.models import DiT, DXHead, GMHead, VelocityHead
+
+__all__ = [
+    "DataShape",
+    "StudentSettings",
+    "student_network",
+    "student_settings",
+    "student_spec",
+    "teacher_network",
+    "teacher_spec",
+]
+
+_COMPUTE_ONLY = ("dtype", "remat", "scan_unroll", "attention")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataShape:
+    """What a network has to know of its data.
+
+    Attributes:
+      name: the data set.
+      sample_size: side of the square images, in sites.
+      channels: `C`.
+      num_classes: label `num_classes` is the null label.
+    """
+
+    name: str
+    sample_size: int
+    channels: int
+    num_classes: int
+
+    @classmethod
+    def of(cls, name: str, source) -> "DataShape":
+        """The shape of an image source with `shape` and `num_classes`, known as `name`."""
+        height, _, channels = source.shape
+        return cls(
+            name=name, sample_size=height, channels=channels, num_classes=source.num_classes
+        )
+
+
+def _network(model: ModelConfig, data: DataShape, head) -> DiT:
+    return DiT(
+        patch_size=model.patch_size,
+        in_channels=data.channels,
+        hidden=model.hidden,
+        num_heads=model.num_heads,
+        depth=model.depth,
+        mlp_ratio=model.mlp_ratio,
+        num_classes=data.num_classes,
+        sample_size=data.sample_size,
+        time_scale=model.time_scale,
+        head=head,
+        dtype=jnp.dtype(model.dtype),
+        remat=model.remat,
+        scan_unroll=model.scan_unroll,
+        attention=None if model.attention == "default" else model.attention,
+    )
+
+
+def teacher_network(model: ModelConfig, data: DataShape) -> DiT:
+    """The network that predicts velocities."""
+    return _network(model, data, VelocityHead())
+
+
+def student_network(model: ModelConfig, policy: PolicyConfig, data: DataShape) -> DiT:
+    """The network that predicts policies."""
+    if policy.kind == "gm":
+        head = GMHead(policy.num_components, policy.logstd_hidden)
+    else:
+        # Polynomial coefficients beyond the first start at zero only with the skip.
+        head = DXHead(policy.num_grid, input_skip=policy.mode == "polynomial")
+    return _network(model, data, head)
+
+
+def _model_spec(model: ModelConfig, data: DataShape) -> dict[str, Any]:
+    spec = {f"data.{key}": value for key, value in dataclasses.asdict(data).items()}
+    values = dataclasses.asdict(model)
+    return spec | {f"model.{key}": values[key] for key in values if key not in _COMPUTE_ONLY}
+
+
+def teacher_spec(config: Config, data: DataShape) -> dict[str, Any]:
+    """What a teacher's checkpoint says of itself."""
+    return {"kind": "teacher"} | _model_spec(config.model, data)
+
+
+def student_spec(config: Config, data: DataShape) -> dict[str, Any]:
+    """What a student's checkpoint says of itself: network, policy and how it samples."""
+    train, policy = config.train, dataclasses.asdict(config.policy)
+    used = {
+        "gm": ("kind", "num_components", "logstd_hidden"),
+        "dx": ("kind", "num_grid", "mode", "segment_size"),
+    }[config.policy.kind]
+    sampling = ("nfe", "final_step_size_scale", "shift", "total_substeps")
+    return (
+        {"kind": "student"}
+        | _model_spec(config.model, data)
+        # Images are their own latents here; latent data sets put their VAE's scale.
+        | {"latent.scale": 1.0, "latent.shift": 0.0}
+        | {f"policy.{key}": policy[key] for key in used}
+        | {f"train.{key}": getattr(train, key) for key in sampling}
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StudentSettings:
+    """A student's settings as its checkpoint has them."""
+
+    model: ModelConfig
+    policy: PolicyConfig
+    train: TrainConfig
+    data: DataShape
+
+
+def student_settings(spec: Mapping[str, Any]) -> StudentSettings:
+    """Reads a student's spec back.
+
+    Args:
+      spec: what `student_spec` made, after a trip through JSON.
+
+    Returns:
+      The settings; what a spec does not hold has its default.
+
+    Raises:
+      ValueError: if the spec is not a student's.
+    """
+    if spec.get("kind") != "student":
+        raise ValueError(f"this checkpoint holds a {spec.get('kind')}, not a student")
+
+    def group(name):
+        prefix = f"{name}."
+        return {
+            key.removeprefix(prefix): value for key, value in spec.items() if key.startswith(prefix)
+        }
+
+    return StudentSettings(
+        model=ModelConfig(**group("model")),
+        policy=PolicyConfig(**group("policy")),
+        train=TrainConfig(**group("train")),
+        data=DataShape(**group("data")),
+    )
