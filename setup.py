@@ -1,4 +1,4 @@
-"""Installation of piflow_jax: `pip install -e .`, with extras [test], [tpu], [cuda], [notebooks], [mnist]."""
+"""Installation: `pip install -e .`, with extras [test], [tpu], [cuda], [notebooks], [mnist]."""
 
 from pathlib import Path
 
@@ -15,6 +15,8 @@ INSTALL_REQUIRES = [
     "orbax-checkpoint>=0.11.30",
     "ml_collections>=1.1",
     "tensorflow-datasets>=4.9.9",
+    # tensorflow-datasets imports it to prepare a data set and declares it for Python < 3.9 only.
+    "importlib_resources>=6",
     "clu>=0.0.12",
     "einops>=0.8",
     "absl-py>=2.1",
@@ -22,7 +24,7 @@ INSTALL_REQUIRES = [
     "numpy>=2.0",
     "scipy>=1.11",
     "scikit-learn>=1.4",
-    "pillow>=10",
+    "pillow>=10.1",
     "tqdm>=4.66",
     # clu.metric_writers writes TensorBoard event files through TensorFlow.
     "tensorflow-cpu>=2.18; platform_system != 'Darwin' and platform_machine in 'x86_64 AMD64'",

@@ -129,12 +129,16 @@ class TrainConfig:
     optimizer: OptimizerConfig = _field(OptimizerConfig, "")
     data_free: bool = _field(False, "start at noise and walk all segments in each step")
     nfe: int = _field(1, "segments, which is network evaluations per sample", low=1)
-    final_step_size_scale: float = _field(1.0, "length of the last segment over a base one", above=0)
+    final_step_size_scale: float = _field(
+        1.0, "length of the last segment over a base one", above=0
+    )
     shift: float = _field(1.0, "shift of the time warp, teacher and student", above=0)
-    total_substeps: int = _field(128, "policy substeps per unit of raw time", low=1)
+    total_substeps: int = _field(128, "policy substeps per unit of raw time in training", low=1)
     num_states: int = _field(2, "M, teacher queries per segment", low=1)
     window_substeps: int = _field(0, "time-smoothing window; at most a segment's substeps", low=0)
-    gm_dropout: float = _field(0.05, "dropout of components in the rolled-out policy", low=0, high=0.99)
+    gm_dropout: float = _field(
+        0.05, "dropout of components in the rolled-out policy", low=0, high=0.99
+    )
     mixing_steps: int = _field(
         0, "steps over which the teacher's share of the trajectory decays to 0; 0 has none", low=0
     )
@@ -150,6 +154,7 @@ class EvaluationConfig:
     teacher_steps: tuple[int, ...] = _field(
         (1, 2, 4, 8, 32, 128), "Euler steps of the teacher; the last is the one to match", low=1
     )
+    substeps: int = _field(128, "policy substeps per unit of raw time when sampling", low=1)
     seed: int = _field(0, "seed of the noise", low=0)
     grid_samples: int = _field(20, "columns of samples.png", low=1)
 
@@ -221,7 +226,9 @@ def _parse_node(cls: type, config: Any, prefix: str) -> Any:
         if dataclasses.is_dataclass(hint):
             values[name] = _parse_node(hint, config[name], f"{prefix}{name}.")
         else:
-            values[name] = _parse_value(config[name], hint, field.metadata, f"config.{prefix}{name}")
+            values[name] = _parse_value(
+                config[name], hint, field.metadata, f"config.{prefix}{name}"
+            )
     return cls(**values)
 
 
@@ -319,8 +326,8 @@ def reference() -> str:
     lines = [
         "# Configuration keys",
         "",
-        "Made by `python -m piflow_jax.config > docs/configuration.md`. Any key can be overridden on",
-        "the command line: `--config.train.steps=100`. Unknown keys, wrong types and impossible",
+        "Made by `python -m piflow_jax.config > docs/configuration.md`. Any key can be overridden",
+        "on the command line: `--config.train.steps=100`. Unknown keys, wrong types and impossible",
         "values are refused before anything is compiled.",
     ]
 
@@ -334,11 +341,14 @@ def reference() -> str:
                 continue
             name = getattr(hint, "__name__", str(hint)) if not typing.get_args(hint) else str(hint)
             rows.append(
-                f"| `{field.name}` | {name} | `{field.default!r}` | {_range(meta)} | {meta['doc']} |"
+                f"| `{field.name}` | {name} | `{field.default!r}` "
+                f"| {_range(meta)} | {meta['doc']} |"
             )
         if rows:
             lines.extend(["", f"## `{prefix}`", "", cls.__doc__.strip(), ""])
-            lines.extend(["| key | type | default | allowed | meaning |", "| --- " * 5 + "|", *rows])
+            lines.extend(
+                ["| key | type | default | allowed | meaning |", "| --- " * 5 + "|", *rows]
+            )
         for hint, name in groups:
             table(hint, name)
 

@@ -35,6 +35,7 @@ def main(argv: list[str]) -> int:
     if len(argv) > 1:
         return _refuse(f"unexpected arguments {argv[1:]}; settings are --config.key=value")
     logging.set_verbosity(logging.INFO)
+    std_logging.getLogger("jax._src.xla_bridge").setLevel(std_logging.WARNING)  # absent backends
     logging.get_absl_handler().setFormatter(std_logging.Formatter("%(message)s"))
     try:
         config = parse(_CONFIG.value, jax.device_count())

@@ -1,9 +1,9 @@
-"""A configuration small enough to train in a test."""
+"""A configuration small enough to train in a test; a config file like those of `configs/`."""
 
 from piflow_jax.config import base_config
 
 
-def tiny_config():
+def get_config():
     """A few steps of a one-block DiT on the digits."""
     config = base_config()
     config.model.hidden = 16

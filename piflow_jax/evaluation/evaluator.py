@@ -88,8 +88,7 @@ def sample_by_index(
     compiled = jax.jit(run).lower(params, batch_of(0)).compile()
     began = time.perf_counter()
     batches = [
-        np.asarray(compiled(params, batch_of(start)))
-        for start in range(0, num_samples, batch_size)
+        np.asarray(compiled(params, batch_of(start))) for start in range(0, num_samples, batch_size)
     ]
     samples = np.concatenate(batches)[:num_samples].astype(np.float32)
     return samples, time.perf_counter() - began

@@ -1,7 +1,7 @@
 """pi-ID: policy imitation distillation on one segment (arXiv 2510.14974, Sec. 3.3, Alg. 2).
 
-The detached policy is rolled out to a few intermediate states, the teacher is asked for its velocity
-there, and the differentiable policy's velocity is matched to it with a plain L2 loss.
+The detached policy is rolled out to a few intermediate states, the teacher is asked for its
+velocity there, and the differentiable policy's velocity is matched to it with a plain L2 loss.
 """
 
 from collections.abc import Callable
@@ -64,7 +64,7 @@ class ImitationAux:
 def window_size(
     segment_size: jax.Array, window_substeps: int, total_substeps: int = 128
 ) -> jax.Array:
-    """Raw-time length of the time-smoothing window, at most the segment. Shape of `segment_size`."""
+    """Raw-time length of the time-smoothing window, at most the segment, shaped like it."""
     substep = segment_size / num_substeps(segment_size, total_substeps)
     return jnp.minimum(window_substeps * substep, segment_size)
 

@@ -64,9 +64,7 @@ def few_step_sample(
                 raise ValueError(f"{type(policy).__name__} has no temperature")
             policy = policy.with_temperature(jnp.where(index < nfe - 1, temperature, 1.0))
         tau_dst = jnp.full((batch,), warp.unwarp(dst), dtype)
-        x, _ = rollout(
-            policy, x, warp.unwarp(sigma), tau_dst, warp, total_substeps, bound=bound
-        )
+        x, _ = rollout(policy, x, warp.unwarp(sigma), tau_dst, warp, total_substeps, bound=bound)
         if h > 0:
             fresh = jax.random.normal(jax.random.fold_in(key, index), x.shape, dtype)
             x = (1 - to + to * m) * x + to * jnp.sqrt(1 - jnp.square(m)) * fresh

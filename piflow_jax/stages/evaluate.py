@@ -103,7 +103,7 @@ def evaluate(config: Config, workdir: str | os.PathLike) -> Report:
             "weights": "EMA",
             "teacher_solver": "euler",
             "guidance": [config.teacher.guidance_scale, *config.teacher.guidance_interval],
-            "substeps": config.train.total_substeps,
+            "substeps": settings.substeps,
             "dtype": config.model.dtype,
             "device": jax.devices()[0].device_kind,
             "jax": jax.__version__,

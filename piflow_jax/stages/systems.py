@@ -93,7 +93,7 @@ def student_sampler(config: Config, data: DataShape) -> Sampler:
             noise,
             train.nfe,
             TimeWarp(train.shift),
-            total_substeps=train.total_substeps,
+            total_substeps=config.evaluation.substeps,
             final_step_size_scale=train.final_step_size_scale,
         )
 

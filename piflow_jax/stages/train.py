@@ -101,8 +101,7 @@ def _teacher_stage(config: Config, source, data: DataShape) -> Stage:
     optimizer = make_optimizer(settings.optimizer, settings.steps)
     step = teacher_step(module, optimizer, config, data.num_classes)
     own = {
-        key: getattr(settings, key)
-        for key in ("steps", "batch_size", "label_dropout", "optimizer")
+        key: getattr(settings, key) for key in ("steps", "batch_size", "label_dropout", "optimizer")
     }
     flops = 3 * forward_flops(module, data.sample_size, data.sample_size)
     return Stage(

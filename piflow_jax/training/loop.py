@@ -13,7 +13,7 @@ from absl import logging
 
 from piflow_jax.data import BatchIterator
 from piflow_jax.parallel import data_mesh, global_batch, replicated
-from piflow_jax.training.checkpoint import CheckpointError, Checkpointer
+from piflow_jax.training.checkpoint import Checkpointer, CheckpointError
 from piflow_jax.training.metrics import MetricWriter
 from piflow_jax.training.signals import GracefulExit
 from piflow_jax.training.state import TrainState
@@ -114,9 +114,9 @@ def run_stage(
         with MetricWriter(
             workdir, stage.name, stage.steps, first_step=start, print_every=10 * log_every
         ) as writer:
-            return _Loop(stage, mesh, checkpointer, writer, leaving, log_every, checkpoint_every).run(
-                state, start
-            )
+            return _Loop(
+                stage, mesh, checkpointer, writer, leaving, log_every, checkpoint_every
+            ).run(state, start)
 
 
 def _first_state(stage: Stage, checkpointer: Checkpointer, sharding) -> tuple[TrainState, int]:

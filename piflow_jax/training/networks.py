@@ -46,9 +46,7 @@ class DataShape:
     def of(cls, name: str, source) -> "DataShape":
         """The shape of an image source with `shape` and `num_classes`, known as `name`."""
         height, _, channels = source.shape
-        return cls(
-            name=name, sample_size=height, channels=channels, num_classes=source.num_classes
-        )
+        return cls(name=name, sample_size=height, channels=channels, num_classes=source.num_classes)
 
 
 def _network(model: ModelConfig, data: DataShape, head) -> DiT:

@@ -222,9 +222,7 @@ def data_dependent_loss(
     t = per_sample(sigma, x0.ndim)
     x_src = (1 - t) * x0 + t * noise
     policy = policy_factory(student(x_src, sigma, labels), x_src, sigma)
-    loss, _ = _segment_loss(
-        policy, teacher, x_src, tau_src, segment_size, draws, ratio, config
-    )
+    loss, _ = _segment_loss(policy, teacher, x_src, tau_src, segment_size, draws, ratio, config)
     return loss
 
 
@@ -274,9 +272,7 @@ def data_free_loss_and_grads(
 
         def weighted(params):
             policy = policy_factory(student_fn(params, x, sigma, labels), x, sigma)
-            loss, aux = _segment_loss(
-                policy, teacher, x, tau, segment_size, draws, ratio, config
-            )
+            loss, aux = _segment_loss(policy, teacher, x, tau, segment_size, draws, ratio, config)
             return loss * length, (loss, aux.x_dst)
 
         (_, (loss, x_dst)), new = jax.value_and_grad(weighted, has_aux=True)(params)

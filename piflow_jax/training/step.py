@@ -35,9 +35,7 @@ def _advance(
 ) -> tuple[TrainState, Metrics]:
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    ema = update_ema(
-        state.ema_params, params, state.step, config.warmup_steps, config.ema_gamma
-    )
+    ema = update_ema(state.ema_params, params, state.step, config.warmup_steps, config.ema_gamma)
     metrics = {"loss": loss, "grad_norm": optax.global_norm(grads)}
     return TrainState(state.step + 1, params, ema, opt_state), metrics
 

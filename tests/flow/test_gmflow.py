@@ -1,4 +1,4 @@
-"""GMFlow policy against the reference's vectors, a float64 NumPy posterior, and its own extremes."""
+"""GMFlow policy against the reference's vectors, a NumPy posterior, and its own extremes."""
 
 import decimal
 
@@ -172,7 +172,9 @@ def test_gradient_below_eps_is_exact(x64):
     _, a = golden_files.load("gm_pi_0.npz")
     query, (b, y, z) = 9, (0, 3, 5)
     x, w = sites_last(a["x_t"][query])[b, y, z], sites_last(a["w"][query])[b, y, z]
-    site = jax.tree.map(lambda leaf: np.asarray(leaf[b, y, z]), (mixture(a).means, mixture(a).logweights))
+    site = jax.tree.map(
+        lambda leaf: np.asarray(leaf[b, y, z]), (mixture(a).means, mixture(a).logweights)
+    )
     x_src, s = sites_last(a["x_t_src"])[b, y, z], a["sigma_t_src"][b]
     logstd = a["logstds"].reshape(-1)[b]
 

@@ -20,7 +20,9 @@ from piflow_jax.flow.schedule import TimeWarp
 
 
 @functools.cache
-def compiled_loss(policy_kind, mode, total_substeps, window_substeps, eps, policy_eps, mixing, gain):
+def compiled_loss(
+    policy_kind, mode, total_substeps, window_substeps, eps, policy_eps, mixing, gain
+):
     """One jitted loss for all cases of a structure; shifts, ratios and sizes are arguments."""
 
     def loss(output, a, shift, ratio, policy_segment):

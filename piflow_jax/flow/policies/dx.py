@@ -1,4 +1,4 @@
-"""DX policy: `x_0` predicted directly at several times of the segment (arXiv 2510.14974, Sec. 3.2)."""
+"""DX policy: `x_0` predicted at several times of the segment (arXiv 2510.14974, Sec. 3.2)."""
 
 from typing import Literal
 
@@ -77,7 +77,7 @@ class DXPolicy:
         if sigma_src.shape != x_src.shape[:1]:
             raise ValueError(f"sigma_src has shape {sigma_src.shape}, expected {x_src.shape[:1]}")
         output, x_src, sigma_src = promote(output, x_src, sigma_src)
-        # N beside the batch: a query then reads two contiguous slabs instead of striding over sites.
+        # N beside the batch: a query then reads two contiguous slabs, not a stride over sites.
         output = jnp.moveaxis(output, -2, 1)
         tau_src = TimeWarp(shift).unwarp(sigma_src)
         tau_dst = jnp.maximum(tau_src - segment_size, 0)

