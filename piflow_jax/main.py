@@ -56,10 +56,23 @@ def _refuse(message: str, code: int = 2) -> int:
     return code
 
 
+def _parse_flags(argv: list[str]) -> list[str]:
+    """absl's parser, with a line instead of a traceback for an unknown key of the config."""
+    try:
+        return app.parse_flags_with_usage(argv)
+    except (AttributeError, KeyError) as error:
+        keys = [flag.split("=")[0][2:] for flag in argv if flag.startswith("--config.")]
+        if not keys:  # the config file itself is at fault: its author needs the traceback
+            raise
+        reason = " ".join(str(error).replace("\\n", " ").replace("\\'", "").strip("\"'").split())
+        print(f"error: cannot override {' or '.join(keys)}: {reason}", file=sys.stderr)
+        sys.exit(2)
+
+
 def run() -> None:
     """Parses the flags and runs `main`."""
     flags.mark_flags_as_required(["config", "workdir"])
-    app.run(main)
+    app.run(main, flags_parser=_parse_flags)
 
 
 if __name__ == "__main__":

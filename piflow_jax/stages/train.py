@@ -13,6 +13,7 @@ from piflow_jax.data import batches, load_source
 from piflow_jax.models import student_from_teacher
 from piflow_jax.models.dit import DiT
 from piflow_jax.models.flops import forward_flops
+from piflow_jax.stages.evaluate import evaluate
 from piflow_jax.stages.systems import load_teacher
 from piflow_jax.training.loop import Stage, run_stage
 from piflow_jax.training.networks import (
@@ -43,9 +44,6 @@ def train(config: Config, workdir: str | os.PathLike) -> None:
       NonFiniteLossError: a loss became NaN or infinite.
       Interrupted: a signal came; the state is saved.
     """
-    # Here, not above: evaluation is a stage of its own and imports this module's siblings.
-    from piflow_jax.stages.evaluate import evaluate
-
     source = load_source(config.data.name, config.data.data_dir or None)
     data = DataShape.of(config.data.name, source)
     if config.teacher.checkpoint:

@@ -193,7 +193,7 @@ class _Loop:
                 break
             batch = self._next_batch()
         self._checkpointer.wait()
-        if self._leaving.requested is not None and step < stage.steps:
+        if self._leaving.requested is not None:
             raise Interrupted(self._leaving.requested, stage.name, step)
         return state
 

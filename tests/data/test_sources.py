@@ -91,7 +91,7 @@ def test_mnist_without_either_names_both_remedies(tmp_path, log, monkeypatch):
     with pytest.raises(FileNotFoundError) as error:
         load_source("mnist", str(tmp_path))
     message = str(error.value)
-    assert "pip install piflow_jax[mnist]" in message
+    assert "pip install -e '.[mnist]'" in message
     assert "tfds.data_source('mnist'" in message and str(tmp_path) in message
 
 

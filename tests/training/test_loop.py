@@ -124,6 +124,15 @@ def test_interrupted_run_continues_exactly(tmp_path, whole):
     np.testing.assert_array_equal(weights(state), whole)
 
 
+def test_signal_in_the_last_step_ends_the_run_too(tmp_path):
+    def hook(count):
+        if count == 10:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(Interrupted, match="step 10"):
+        run_stage(make_stage(hook=hook), tmp_path, **OPTIONS)
+
+
 def test_longer_run_extends_a_finished_one(tmp_path, whole):
     run_stage(make_stage(7), tmp_path, **OPTIONS)
     state = run_stage(make_stage(10), tmp_path, **OPTIONS)

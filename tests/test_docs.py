@@ -1,0 +1,244 @@
+"""The documentation says what is so: links, keys, code blocks, and tables made of reports."""
+
+import importlib.util
+import json
+import re
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import pytest
+
+from piflow_jax.config import base_config, parse
+from piflow_jax.data import load_source
+from piflow_jax.training.checkpoint import Checkpointer
+from piflow_jax.training.loop import checkpoint_dir
+from piflow_jax.training.networks import DataShape, student_network, student_spec
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", ROOT / "launch" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+NOT_RUN = "<!-- not run"
+
+
+def load_module(path):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+collect_reports = load_module(ROOT / "tools" / "collect_reports.py")
+
+
+def page_id(path):
+    return str(path.relative_to(ROOT))
+
+
+def without_code(text):
+    return re.sub(r"^```.*?^```$", "", text, flags=re.M | re.S)
+
+
+def python_blocks(path):
+    """Code and position of the Python blocks of a page, but for those marked as not run."""
+    text = path.read_text(encoding="utf-8")
+    for match in re.finditer(r"^([^\n]*)\n```python\n(.*?)^```$", text, flags=re.M | re.S):
+        if not match[1].startswith(NOT_RUN):
+            line = text[: match.start(2)].count("\n")
+            yield "\n" * line + match[2]  # so that a traceback has the page's line numbers
+
+
+def execute(code, path, namespace):
+    exec(compile(code, str(path), "exec"), namespace)
+    return namespace
+
+
+def anchors(path):
+    """Names that links to a page's headings may have, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", without_code(path.read_text(encoding="utf-8")), flags=re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("path", PAGES, ids=page_id)
+def test_relative_links_lead_somewhere(path):
+    broken = []
+    for target in re.findall(r"\]\(([^)\s]+)\)", without_code(path.read_text(encoding="utf-8"))):
+        if "://" in target:
+            continue
+        name, _, anchor = target.partition("#")
+        there = (path.parent / name).resolve() if name else path
+        if not there.exists() or (anchor and anchor not in anchors(there)):
+            broken.append(target)
+    assert not broken
+
+
+@pytest.mark.parametrize("path", PAGES, ids=page_id)
+def test_mentioned_keys_exist(path):
+    text = path.read_text(encoding="utf-8")
+    names = set(re.findall(r"(?<![\w./])(?:--)?config\.([a-z_]\w*(?:\.[a-z_]\w*)*)", text))
+    unknown = []
+    for name in sorted(names - {"py"}):
+        node = base_config()
+        for part in name.split("."):
+            if not isinstance(node, ml_collections.ConfigDict) or part not in node:
+                unknown.append(name)
+                break
+            node = node[part]
+    assert not unknown
+
+
+def test_mentioned_configs_parse():
+    text = "".join(path.read_text(encoding="utf-8") for path in PAGES)
+    mentioned = set(re.findall(r"configs/(\w+)\.py(?::(\w+))?", text))
+    table = (ROOT / "README.md").read_text(encoding="utf-8").split("| variant |")[1]
+    mentioned |= {("digits", name) for name in re.findall(r"^\| `(\w+)` \|", table, flags=re.M)}
+    assert len(mentioned) >= 6
+    for name, variant in mentioned:
+        get_config = load_module(ROOT / "configs" / f"{name}.py").get_config
+        parse(get_config(variant) if variant else get_config())
+
+
+def test_readme_opens_with_the_two_commands():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    run, test = re.findall(r"```bash\n(.*?)```", text, flags=re.S)[:2]
+    main = "python -m piflow_jax.main --config=configs/digits.py --workdir=runs/digits"
+    assert run == f"pip install -e . && {main}\n"
+    assert test == 'pip install -e ".[test]" && python -m pytest\n'
+
+
+def test_extending_code_works():
+    namespace = {}
+    for code in python_blocks(ROOT / "docs" / "extending.md"):
+        execute(code, "docs/extending.md", namespace)
+    assert namespace["ConstantPolicy"]
+
+
+@pytest.fixture
+def digits_run(tmp_path, monkeypatch):
+    """A work directory `runs/digits` with an untrained student of the shipped config."""
+    config = parse(load_module(ROOT / "configs" / "digits.py").get_config())
+    data = DataShape.of(config.data.name, load_source(config.data.name))
+    module = student_network(config.model, config.policy, data)
+    inputs = jnp.zeros((1, data.sample_size, data.sample_size, 1)), jnp.zeros(1), jnp.zeros(1, int)
+    params = jax.jit(module.init)(jax.random.key(0), *inputs)
+    workdir = tmp_path / "runs" / "digits"
+    with Checkpointer(checkpoint_dir(workdir, "student")) as checkpointer:
+        spec = student_spec(config, data)
+        checkpointer.save(1, {"ema_params": params}, data_state={}, config={}, spec=spec)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(ROOT))
+
+
+def test_readme_code_works(digits_run):
+    from_run, distil = python_blocks(ROOT / "README.md")
+    execute(from_run, "README.md", {})
+    assert Path("digits.png").exists()
+    names = execute(distil, "README.md", {})
+    # The text says about 0.04 and 2.0; a student that learned nothing is near the latter.
+    assert jnp.mean((names["ours"] - names["many"]) ** 2) < 0.08
+    assert 1.9 < jnp.mean((names["once"] - names["many"]) ** 2) < 2.1
+
+
+def test_running_code_works(tmp_path, monkeypatch):
+    directory = tmp_path / "runs" / "digits" / "student"
+    directory.mkdir(parents=True)
+    line = {"step": 20, "stage": "student", "time": 0.0, "loss": 0.5}
+    (directory / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+    monkeypatch.chdir(tmp_path)
+    (code,) = python_blocks(ROOT / "docs" / "running.md")
+    assert execute(code, "docs/running.md", {})["losses"] == {20: 0.5}
+
+
+def test_tables_are_what_the_reports_say():
+    assert collect_reports.main(["--check"]) == 0
+
+
+def report(seed, frechet):
+    def row(system, nfe, scale, mse):
+        figures = {"frechet": frechet * scale, "precision": 0.9, "recall": 0.8, "diversity": 5.0}
+        row = {"system": system, "nfe": nfe, "figures": figures}
+        return row | {"endpoint_mse": mse, "seconds": 1.25}
+
+    return {
+        "rows": [
+            row("teacher", 1, 20.0, 0.5),
+            row("teacher", 128, 1.0, None),
+            row("student", 1, 1.5, 0.0071),
+        ],
+        "data_diversity": 5.5,
+        "floor": {"frechet": 0.46, "precision": 0.91, "recall": 0.92},
+        "protocol": {
+            "data": "digits",
+            "real_images": 1797,
+            "samples": 5000,
+            "features_sha256": "ab" * 32,
+            "guidance": [1.0, 0.0, 1.0],
+            "device": "cpu",
+            "jax": f"0.{seed}",
+            "seed": seed,
+        },
+    }
+
+
+@pytest.fixture
+def repository(tmp_path):
+    """A root with a README and two seeds of a variant; a function writes further reports."""
+    (tmp_path / "docs" / "results").mkdir(parents=True)
+    readme = f"before\n{collect_reports.BEGIN}\nold\n{collect_reports.END}\nafter\n"
+    (tmp_path / "README.md").write_text(readme)
+
+    def write(name, content):
+        text = content if isinstance(content, str) else json.dumps(content)
+        (tmp_path / "docs" / "results" / name).write_text(text)
+        return ["--root", str(tmp_path)]
+
+    write("digits_gm_seed1.json", report(1, 0.6))
+    write("digits_gm_seed0.json", report(0, 0.4))
+    return tmp_path, write
+
+
+def test_tables_hold_means_and_ratios(repository):
+    root, write = repository
+    root_flag = write("digits_gm_2nfe_seed0.json", report(0, 0.4))
+    assert collect_reports.main([*root_flag, "--check"]) == 1
+    assert collect_reports.main(root_flag) == 0
+    assert collect_reports.main([*root_flag, "--check"]) == 0
+    readme = (root / "README.md").read_text()
+    assert readme.startswith("before\n") and readme.endswith("after\n") and "old" not in readme
+    assert "mean over seeds 0, 1" in readme
+    assert "| **student** | 1 | 0.750 | 0.900 | 0.800 | 5.00 | 0.0071 |" in readme
+    assert "| teacher | 128 | 0.500 | 0.900 | 0.800 | 5.00 | - |" in readme
+    assert "at 128 NFE: 1.50; over the teacher's at 1: 0.075." in readme
+    page = (root / "docs" / "results.md").read_text()
+    assert page.index("digits.py, gm\n") < page.index("digits.py, gm_2nfe\n")
+    assert "| 1 | 0.900 | 0.600 | 12.000 | 1.500 | 0.075 | 0.000 | 0.000 | 0.0071 |" in page
+    assert "| mean | 0.750 | 0.500 | 10.000 | 1.500 | 0.075 | 0.000 | 0.000 | 0.0071 |" in page
+    assert "| data, half against half | - | 0.460 | 0.910 | 0.920 | 5.50 | - | - |" in page
+    assert "| jax | 0.0, 0.1 |" in page and "| guidance | [1.0, 0.0, 1.0] |" in page
+    (root / "docs" / "results.md").write_text(page + "edited")
+    assert collect_reports.main([*root_flag, "--check"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("digits.json", report(0, 1.0), "is not called <config>_<variant>_seed<k>.json"),
+        ("digits_dx_seed3.json", report(2, 1.0), "says that its seed is 2"),
+        ("mnist_gm_seed0.json", report(0, 1.0), "says that its data is digits"),
+        ("digits_dx_seed0.json", "{", "is not a report (JSONDecodeError"),
+        ("digits_dx_seed0.json", {"rows": []}, "is not a report (KeyError: 'floor')"),
+    ],
+)
+def test_unusable_reports_are_named(repository, capsys, name, content, message):
+    _, write = repository
+    assert collect_reports.main(write(name, content)) == 2
+    error = capsys.readouterr().err
+    assert name in error and message in error
+
+
+def test_seeds_of_other_protocols_are_not_averaged(repository, capsys):
+    _, write = repository
+    other = report(2, 0.5)
+    other["protocol"]["samples"] = 1000
+    assert collect_reports.main(write("digits_gm_seed2.json", other)) == 2
+    assert "seeds 0 and 2 of digits_gm differ in samples" in capsys.readouterr().err

@@ -1,0 +1,199 @@
+"""Who may import whom. Reads the source with `ast`; the checker is itself tested on planted faults.
+
+Rooms from the ground up: flow, kernels, models, config; then data, convert, parallel and evaluation
+beside each other; then training, stages, main. A room imports lower rooms only, and of these only
+the ones listed here.
+"""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "piflow_jax"
+NAME = "piflow_jax"
+MAX_LINES = 500
+
+MATHEMATICS = {"flow", "kernels"}
+ROOMS = {
+    "__init__": set(),
+    "flow": set(),
+    "kernels": {"flow"},
+    "models": MATHEMATICS,
+    "config": set(),
+    "data": set(),
+    "convert": {"flow", "models"},
+    "parallel": MATHEMATICS | {"models", "config"},
+    "evaluation": MATHEMATICS | {"models", "config"},
+    "training": MATHEMATICS | {"models", "config", "data", "parallel"},
+}
+ROOMS["stages"] = set(ROOMS) - {"__init__"}
+ROOMS["main"] = set(ROOMS) - {"__init__"}
+
+# All that models know of the policies is the type of their own output.
+MODELS_TAKE_FROM_FLOW = {("piflow_jax.flow.policies", "GMOutput")}
+# What the mathematics may use besides the standard library.
+FLOW_TAKES = {"jax", "numpy", "einops", "flax.struct"}
+# Slow to load and not always there: imported where they are used, inside functions.
+LATE = {"tensorflow", "tensorflow_datasets", "tensorboard", "clu", "torch"}
+
+
+def imports(tree):
+    """`(line, module, name or None, at top level)` of every import, wherever it stands."""
+
+    def visit(node, top):
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.Import):
+                for alias in child.names:
+                    yield child.lineno, alias.name, None, top
+            elif isinstance(child, ast.ImportFrom):
+                for alias in child.names:
+                    yield child.lineno, "." * child.level + (child.module or ""), alias.name, top
+            else:
+                function = isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+                yield from visit(child, top and not function)
+
+    return visit(tree, True)
+
+
+def room_of(parts):
+    return parts[0].removesuffix(".py")
+
+
+def within(module, roots):
+    return any(module == root or module.startswith(root + ".") for root in roots)
+
+
+def import_faults(room, module, name, top):
+    """What is wrong with one import in a room; usually nothing."""
+    full = module if name is None else f"{module}.{name}"
+    if module.startswith("."):
+        yield f"relative import of {full}"
+    elif within(module, [NAME]):
+        rest = full.split(".")[1:]
+        # What is not a room is a name of the package itself, such as `__version__`.
+        target = rest[0] if rest and rest[0] in ROOMS else "__init__"
+        is_module = target != "__init__" or name is None
+        if is_module and target != room and target not in ROOMS[room]:
+            yield f"{room} may not import {full}"
+        elif room == "models" and target == "flow" and (module, name) not in MODELS_TAKE_FROM_FLOW:
+            yield f"models take only GMOutput from flow, not {full}"
+    else:
+        known = within(full, FLOW_TAKES) or module.split(".")[0] in sys.stdlib_module_names
+        if room == "flow" and not known:
+            yield f"flow may not import {full}"
+        if top and within(module, LATE):
+            yield f"{module} is imported at top level, not where it is used"
+
+
+def faults(package):
+    """Everything wrong with the imports and the files of a package, as `file:line: fault`."""
+    found = []
+    for path in sorted(package.rglob("*.py")):
+        where = path.relative_to(package)
+        room = room_of(where.parts)
+        text = path.read_text(encoding="utf-8")
+        if len(text.splitlines()) > MAX_LINES:
+            found.append(f"{where}: has {len(text.splitlines())} lines, over {MAX_LINES}")
+        if path.name == "utils.py":
+            found.append(f"{where}: no module is called utils.py")
+        if room not in ROOMS:
+            found.append(f"{where}: {room} is no room of the house")
+            continue
+        for line, *what in imports(ast.parse(text)):
+            found += [f"{where}:{line}: {fault}" for fault in import_faults(room, *what)]
+    return found
+
+
+def test_no_room_imports_a_higher_one():
+    assert len(list(PACKAGE.rglob("*.py"))) > 30
+    assert not faults(PACKAGE)
+
+
+@pytest.mark.parametrize(
+    ("file", "code", "fault"),
+    [
+        (
+            "flow/x.py",
+            "from piflow_jax.models.dit import DiT",
+            "flow may not import piflow_jax.mod",
+        ),
+        ("flow/x.py", "import piflow_jax.models", "flow may not import piflow_jax.models"),
+        ("flow/x.py", "from piflow_jax import training", "flow may not import piflow_jax.training"),
+        ("flow/x.py", "def f():\n    import piflow_jax.training", "x.py:2: flow may not import"),
+        ("flow/policies/x.py", "import optax", "flow may not import optax"),
+        ("flow/x.py", "from flax import linen", "flow may not import flax.linen"),
+        ("flow/x.py", "import flax", "flow may not import flax"),
+        ("flow/x.py", "from ..models import dit", "relative import of ..models.dit"),
+        ("flow/x.py", "import piflow_jax", "flow may not import piflow_jax"),
+        ("models/x.py", "from piflow_jax.flow.policies import GMFlowPolicy", "only GMOutput"),
+        ("models/x.py", "import piflow_jax.flow.policies", "only GMOutput"),
+        ("models/x.py", "from piflow_jax.config import Config", "models may not import"),
+        ("config.py", "from piflow_jax.training import loop", "config may not import"),
+        ("data/x.py", "from piflow_jax.flow.schedule import TimeWarp", "data may not import"),
+        ("evaluation/x.py", "from piflow_jax.data import digits", "evaluation may not import"),
+        ("evaluation/x.py", "import piflow_jax.training.loop", "evaluation may not import"),
+        ("convert/x.py", "from piflow_jax.parallel import data_mesh", "convert may not import"),
+        ("parallel/x.py", "from piflow_jax.training import state", "parallel may not import"),
+        ("training/x.py", "from piflow_jax.convert import rules", "training may not import"),
+        ("training/x.py", "from piflow_jax import evaluation", "training may not import"),
+        ("training/x.py", "if True:\n    import piflow_jax.stages", "training may not import"),
+        ("stages/x.py", "from piflow_jax.main import main", "stages may not import"),
+        ("data/x.py", "import tensorflow_datasets as tfds", "at top level"),
+        (
+            "main.py",
+            "try:\n    from tensorflow import io\nexcept ImportError:\n    pass",
+            "top lev",
+        ),
+        ("training/x.py", "class A:\n    import clu.metric_writers", "at top level"),
+        ("attic/x.py", "", "attic is no room"),
+        ("data/utils.py", "", "no module is called utils.py"),
+        ("main.py", "\n" * 501, "has 501 lines, over 500"),
+    ],
+)
+def test_planted_faults_are_found(tmp_path, file, code, fault):
+    plant(tmp_path, file, code)
+    (found,) = faults(tmp_path)
+    assert found.startswith(file) and fault in found
+
+
+@pytest.mark.parametrize(
+    ("file", "code"),
+    [
+        ("flow/x.py", "import functools, jax.numpy, flax.struct\nfrom flax import struct"),
+        ("flow/x.py", "from collections.abc import Callable\nfrom piflow_jax.flow import rollout"),
+        ("models/x.py", "from flax import linen\nfrom piflow_jax.flow.policies import GMOutput"),
+        ("data/x.py", "def f():\n    import tensorflow_datasets as tfds"),
+        ("training/x.py", "from piflow_jax import __version__\nimport tensorflow_free"),
+        ("main.py", "from piflow_jax import stages\nimport piflow_jax.convert"),
+        ("main.py", "\n" * 500),
+    ],
+)
+def test_allowed_imports_are_not_found(tmp_path, file, code):
+    plant(tmp_path, file, code)
+    assert not faults(tmp_path)
+
+
+def plant(package, file, code):
+    path = package / file
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(code)
+
+
+def test_the_library_loads_neither_tensorflow_nor_torch():
+    modules = [
+        ".".join((NAME, *path.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(".__init__")
+        for room in ("flow", "models", "evaluation", "convert")
+        for path in sorted((PACKAGE / room).rglob("*.py"))
+    ]
+    assert {"piflow_jax.flow.policies.gmflow", "piflow_jax.models.dit"} < set(modules)
+    code = f"import sys, {NAME}, {', '.join(modules)}; print(*sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=PACKAGE.parent, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    loaded = done.stdout.split()
+    assert "piflow_jax.models.dit" in loaded
+    assert not [module for module in loaded if within(module, LATE)]

@@ -1,0 +1,325 @@
+"""Collects runs' reports into `docs/results.md` and the table of `README.md`.
+
+    cp runs/digits/report.json docs/results/digits_gm_seed0.json
+    python tools/collect_reports.py            # rewrite both files
+    python tools/collect_reports.py --check    # exit 1 if they are not what the reports say
+
+A report's file is called `<config>_<variant>_seed<k>.json`, as in `digits_gm_2nfe_seed1.json`. The
+output is a pure function of the files. It takes the standard library only.
+"""
+
+import argparse
+import json
+import re
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+NAME = re.compile(r"(?P<config>[a-z0-9]+)_(?P<variant>\w+)_seed(?P<seed>\d+)\.json")
+BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
+MAIN_VARIANT = "gm"
+# Seeds of a variant may differ in these and in nothing else that figures depend on.
+FREE_PROTOCOL = ("seed", "device", "jax")
+
+HEAD = """\
+# Results
+
+Made by `python tools/collect_reports.py` from the reports in `docs/results/`; do not edit. What the
+figures mean, and what moves them besides quality, is in [running.md](running.md#evaluation).
+"""
+COLUMNS = ("Frechet", "precision", "recall", "diversity", "endpoint MSE")
+FIGURES = ("frechet", "precision", "recall", "diversity", "endpoint_mse")
+DECIMALS = {"frechet": 3, "precision": 3, "recall": 3, "diversity": 2, "endpoint_mse": 4}
+
+Report = dict[str, Any]
+
+
+class ReportError(ValueError):
+    """A report's file cannot be used."""
+
+
+def load(directory: Path) -> dict[str, dict[str, dict[int, Report]]]:
+    """Reads all reports.
+
+    Args:
+      directory: where the JSON files lie.
+
+    Returns:
+      Reports by config, variant and seed, each sorted; the main variant comes first.
+
+    Raises:
+      ReportError: a file's name or content is wrong, or seeds of a variant cannot be compared.
+    """
+    found: dict = defaultdict(lambda: defaultdict(dict))
+    for path in sorted(directory.glob("*.json")):
+        match = NAME.fullmatch(path.name)
+        if match is None:
+            raise ReportError(f"{path} is not called <config>_<variant>_seed<k>.json")
+        seed = int(match["seed"])
+        found[match["config"]][match["variant"]][seed] = _read(path, match["config"], seed)
+    for config, variants in found.items():
+        for variant, seeds in variants.items():
+            _check_comparable(f"{config}_{variant}", seeds)
+
+    def order(item):
+        return item[0] != MAIN_VARIANT, item[0]
+
+    return {
+        config: {
+            variant: dict(sorted(seeds.items()))
+            for variant, seeds in sorted(variants.items(), key=order)
+        }
+        for config, variants in sorted(found.items())
+    }
+
+
+def _read(path: Path, config: str, seed: int) -> Report:
+    try:
+        report = json.loads(path.read_text(encoding="utf-8"))
+        for row in report["rows"]:
+            row |= row.pop("figures")
+            missing = {"system", "nfe", "seconds", *FIGURES} - row.keys()
+            if missing:
+                raise KeyError(sorted(missing)[0])
+        floor = {name: report["floor"][name] for name in ("frechet", "precision", "recall")}
+        report["floor_row"] = floor | {"diversity": report["data_diversity"], "endpoint_mse": None}
+        protocol = report["protocol"]
+        said, data = protocol["seed"], protocol["data"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ReportError(f"{path} is not a report ({type(error).__name__}: {error})") from error
+    if said != seed:
+        raise ReportError(f"{path} says that its seed is {said}")
+    if not data.startswith(config):
+        raise ReportError(f"{path} says that its data is {data}")
+    if not [row for row in report["rows"] if row["system"] == "student"]:
+        raise ReportError(f"{path} has no student")
+    return report
+
+
+def _check_comparable(name: str, seeds: dict[int, Report]) -> None:
+    def fixed(report):
+        protocol = {k: v for k, v in report["protocol"].items() if k not in FREE_PROTOCOL}
+        return protocol | {"systems": [[row["system"], row["nfe"]] for row in report["rows"]]}
+
+    first, *others = seeds
+    for other in others:
+        one, two = fixed(seeds[first]), fixed(seeds[other])
+        different = sorted(k for k in one.keys() | two.keys() if one.get(k) != two.get(k))
+        if different:
+            raise ReportError(
+                f"seeds {first} and {other} of {name} differ in {', '.join(different)}; "
+                "evaluate them again with equal settings (--mode=evaluate)"
+            )
+
+
+def _number(value: float | None, decimals: int) -> str:
+    return "-" if value is None else f"{value:.{decimals}f}"
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    rule = ["---", *["---:"] * (len(head) - 1)]
+    return [f"| {' | '.join(row)} |" for row in (head, rule, *rows)]
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    return None if None in values else fmean(values)
+
+
+def _figures(rows: Sequence[Report]) -> list[str]:
+    """Cells of the means over rows of one system."""
+    return [_number(_mean([row[name] for row in rows]), DECIMALS[name]) for name in FIGURES]
+
+
+def systems_table(reports: Sequence[Report], *, seconds: bool = False) -> list[str]:
+    """Lines of the table of all systems and the data floor, means over reports."""
+    head = ["system", "NFE", *COLUMNS, *(["sampling, s"] if seconds else [])]
+    lines = []
+    for index, row in enumerate(reports[0]["rows"]):
+        same = [report["rows"][index] for report in reports]
+        time = [_number(fmean(r["seconds"] for r in same), 1)] if seconds else []
+        name = "**student**" if row["system"] == "student" else row["system"]
+        lines.append([name, str(row["nfe"]), *_figures(same), *time])
+    floors = [report["floor_row"] for report in reports]
+    lines.append(["data, half against half", "-", *_figures(floors), *(["-"] if seconds else [])])
+    return _table(head, lines)
+
+
+def _find(report: Report, system: str, pick: Callable[[Report], bool]) -> Report | None:
+    return next((r for r in report["rows"] if r["system"] == system and pick(r)), None)
+
+
+def compare(report: Report) -> dict[str, Any]:
+    """Student against teacher: the rows and the ratios of their Frechet distances.
+
+    Args:
+      report: one report.
+
+    Returns:
+      `student`, `most` (the teacher at most evaluations), `equal` (at the student's, or None),
+      `to_most` and `to_equal` (student over teacher, None where there is no such row).
+    """
+    student = _find(report, "student", lambda row: True)
+    teachers = [row for row in report["rows"] if row["system"] == "teacher"]
+    most = max(teachers, key=lambda row: row["nfe"])
+    equal = _find(report, "teacher", lambda row: row["nfe"] == student["nfe"])
+    return {
+        "student": student,
+        "most": most,
+        "equal": equal,
+        "to_most": student["frechet"] / most["frechet"],
+        "to_equal": equal and student["frechet"] / equal["frechet"],
+    }
+
+
+def comparison_table(seeds: dict[int, Report]) -> list[str]:
+    """Lines of the table of student against teacher, one row a seed and their mean."""
+    pairs = {seed: compare(report) for seed, report in seeds.items()}
+    any_pair = next(iter(pairs.values()))
+    few, many = any_pair["student"]["nfe"], any_pair["most"]["nfe"]
+    columns = {
+        f"Frechet: student, {few} NFE": (3, lambda p: p["student"]["frechet"]),
+        f"teacher, {many} NFE": (3, lambda p: p["most"]["frechet"]),
+        f"teacher, {few} NFE": (3, lambda p: p["equal"] and p["equal"]["frechet"]),
+        f"student / teacher at {many}": (3, lambda p: p["to_most"]),
+        f"student / teacher at {few}": (3, lambda p: p["to_equal"]),
+        "precision, student - teacher": (
+            3,
+            lambda p: p["student"]["precision"] - p["most"]["precision"],
+        ),
+        "recall, student - teacher": (3, lambda p: p["student"]["recall"] - p["most"]["recall"]),
+        "endpoint MSE": (4, lambda p: p["student"]["endpoint_mse"]),
+    }
+    rows = [
+        [str(seed), *(_number(get(pair), decimals) for decimals, get in columns.values())]
+        for seed, pair in pairs.items()
+    ]
+    if len(pairs) > 1:
+        means = [_number(_mean([get(p) for p in pairs.values()]), d) for d, get in columns.values()]
+        rows.append(["mean", *means])
+    return _table(["seed", *columns], rows)
+
+
+def protocol_table(seeds: dict[int, Report]) -> list[str]:
+    """Lines of the table of everything that the figures depend on."""
+    keys = dict.fromkeys(key for report in seeds.values() for key in report["protocol"])
+    rows = []
+    for key in keys:
+        if key == "seed":
+            continue
+        values = dict.fromkeys(
+            value if isinstance(value, str) else json.dumps(value)
+            for value in (report["protocol"].get(key) for report in seeds.values())
+        )
+        rows.append([key, ", ".join(values)])
+    return ["| protocol | |", "| --- | --- |", *(f"| {key} | {value} |" for key, value in rows)]
+
+
+def results_page(reports: dict[str, dict[str, dict[int, Report]]]) -> str:
+    """The text of `docs/results.md`."""
+    lines = [HEAD]
+    if not reports:
+        lines.append("No report has been collected yet.\n")
+    for config, variants in reports.items():
+        for variant, seeds in variants.items():
+            many = len(seeds) > 1
+            count = f"Seed{'s' if many else ''} {', '.join(map(str, seeds))}."
+            pair = compare(next(iter(seeds.values())))
+            lines += [f"## configs/{config}.py, {variant}", "", count, ""]
+            lines += [*comparison_table(seeds), ""]
+            lines += [
+                f"Precision and recall are compared with the teacher's at {pair['most']['nfe']} "
+                "NFE, and endpoints with its endpoints from the same noise."
+                + (" The last row is the mean of each column." if many else ""),
+                "",
+            ]
+            if many:
+                lines += ["### Mean over seeds", "", *systems_table([*seeds.values()]), ""]
+            for seed, report in seeds.items():
+                lines += [f"### Seed {seed}", "", *systems_table([report], seconds=True), ""]
+            lines += ["### Protocol", "", *protocol_table(seeds), ""]
+    return "\n".join(lines).rstrip("\n") + "\n"
+
+
+def readme_block(reports: dict[str, dict[str, dict[int, Report]]]) -> str:
+    """What stands between the markers of `README.md`."""
+    lines = []
+    for config, variants in reports.items():
+        seeds = variants.get(MAIN_VARIANT)
+        if seeds is None:
+            continue
+        all_reports = [*seeds.values()]
+        pairs = [compare(report) for report in all_reports]
+        protocols = [report["protocol"] for report in all_reports]
+        student, most, equal = (pairs[0][name] for name in ("student", "most", "equal"))
+
+        def said(key, protocols=protocols):
+            return ", ".join(dict.fromkeys(str(protocol[key]) for protocol in protocols))
+
+        over = "mean over seeds" if len(seeds) > 1 else "seed"
+        lines += [
+            f"`configs/{config}.py`, {over} {', '.join(map(str, seeds))}; {said('samples')} "
+            f"samples a system, {said('real_images')} real images, device {said('device')}:",
+            "",
+            *systems_table(all_reports),
+            "",
+        ]
+        to_most = fmean(pair["to_most"] for pair in pairs)
+        text = f"Frechet distance of the student at {student['nfe']} NFE over the teacher's at "
+        text += f"{most['nfe']} NFE: {to_most:.2f}"
+        if equal:
+            text += f"; over the teacher's at {student['nfe']}: "
+            text += f"{fmean(pair['to_equal'] for pair in pairs):.3f}"
+        lines += [text + ".", ""]
+    if not lines:
+        lines = ["No report has been collected yet.", ""]
+    return "\n".join(lines)
+
+
+def render(root: Path) -> dict[Path, str]:
+    """Texts of the files that the reports decide, by path.
+
+    Args:
+      root: the repository.
+
+    Returns:
+      `docs/results.md` and `README.md`.
+
+    Raises:
+      ReportError: a report cannot be used, or the README lacks its markers.
+    """
+    reports = load(root / "docs" / "results")
+    readme = root / "README.md"
+    text = readme.read_text(encoding="utf-8")
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
+        raise ReportError(f"{readme} must have {BEGIN} and then {END}, once each")
+    before, after = text.split(BEGIN)[0], text.split(END)[1]
+    block = f"{BEGIN}\n{readme_block(reports)}{END}"
+    return {root / "docs" / "results.md": results_page(reports), readme: before + block + after}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command; returns its exit status."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if stale")
+    parser.add_argument("--root", type=Path, default=Path(__file__).resolve().parents[1])
+    options = parser.parse_args(arguments)
+    try:
+        texts = render(options.root)
+    except (ReportError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    stale = [p for p, text in texts.items() if not p.exists() or p.read_text("utf-8") != text]
+    for path in stale:
+        if options.check:
+            print(f"{path} is stale; run: python tools/collect_reports.py", file=sys.stderr)
+        else:
+            path.write_text(texts[path], encoding="utf-8")
+            print(f"wrote {path}")
+    return 1 if options.check and stale else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
