@@ -54,9 +54,9 @@ def get_config(variant: str = "gm") -> ml_collections.ConfigDict:
 
     config.policy.kind = "gm"
     config.policy.num_components = 16
-    config.train.steps = 6500
+    config.train.steps = 5500
     config.train.batch_size = 64
-    config.train.optimizer.learning_rate = 2e-3
+    config.train.optimizer.learning_rate = 4e-3
     config.train.optimizer.decay = "cosine"
     config.train.total_substeps = 32  # for the visited states; sampling takes 128
     config.train.gm_dropout = 0.05
@@ -64,19 +64,20 @@ def get_config(variant: str = "gm") -> ml_collections.ConfigDict:
     config.evaluation.batch_size = 250
 
     if variant == "dx":
+        config.train.steps = 1500
         config.policy.kind = "dx"
         config.policy.num_grid = 10
         config.train.gm_dropout = 0.0
         config.train.window_substeps = 3  # of 32; the reference's 10 of 128
     elif variant == "gm_2nfe":
         config.train.nfe = 2
-        config.train.steps = 3000
+        config.train.steps = 1500
     elif variant == "datafree":
         config.train.data_free = True
         config.train.nfe = 2
-        config.train.steps = 2000  # two segments, so two student evaluations, in each
+        config.train.steps = 1000  # two segments, so two student evaluations, in each
     elif variant == "guided":
         config.teacher.guidance_scale = 2.0
         config.teacher.guidance_interval = (0.0, 0.6)
-        config.train.steps = 4000
+        config.train.steps = 3000
     return config

@@ -25,15 +25,15 @@ def get_config() -> ml_collections.ConfigDict:
     config.model.depth = 4
     config.model.scan_unroll = 4
 
-    config.teacher.steps = 3000
+    config.teacher.steps = 2000
     config.teacher.batch_size = 64
     config.teacher.optimizer.learning_rate = 1e-3
 
     config.policy.kind = "gm"
     config.policy.num_components = 16
-    config.train.steps = 4000
+    config.train.steps = 3000
     config.train.batch_size = 64
-    config.train.optimizer.learning_rate = 2e-3
+    config.train.optimizer.learning_rate = 4e-3
     config.train.optimizer.decay = "cosine"
     config.train.total_substeps = 32
     config.train.gm_dropout = 0.05

@@ -1,0 +1,308 @@
+"""What a configuration may say, and what is refused with which words."""
+
+import dataclasses
+import math
+import re
+from pathlib import Path
+
+import ml_collections
+import numpy as np
+import pytest
+
+from piflow_jax.config import Config, ConfigError, base_config, parse, reference
+
+ROOT = Path(__file__).parents[1]
+
+
+def changed(**values):
+    """The base configuration with values at dotted keys (`__` for the dot), types unchecked."""
+    config = base_config().to_dict()
+    for key, value in values.items():
+        *groups, name = key.split("__")
+        node = config
+        for group in groups:
+            node = node[group]
+        node[name] = value
+    return ml_collections.ConfigDict(config)
+
+
+def refusal(num_devices=1, **values):
+    with pytest.raises(ConfigError) as error:
+        parse(changed(**values), num_devices)
+    return str(error.value)
+
+
+def leaves(node, prefix=""):
+    for field in dataclasses.fields(node):
+        value = getattr(node, field.name)
+        if dataclasses.is_dataclass(value):
+            yield from leaves(value, f"{prefix}{field.name}__")
+        else:
+            yield f"{prefix}{field.name}", value
+
+
+LEAVES = dict(leaves(Config()))
+
+
+def test_base_configuration_is_the_default():
+    assert parse(base_config()) == Config()
+    assert ml_collections.ConfigDict(dataclasses.asdict(Config())) == base_config()
+
+
+@pytest.mark.parametrize("variant", [None, "mnist"])
+def test_a_parsed_configuration_comes_back_from_its_dictionary(variant):
+    values = {} if variant is None else {"data__name": variant, "train__nfe": 4}
+    parsed = parse(changed(**values))
+    again = parse(ml_collections.ConfigDict(dataclasses.asdict(parsed)))
+    assert again == parsed
+    # JSON turns tuples into lists.
+    listed = dataclasses.asdict(parsed)
+    listed["evaluation"]["teacher_steps"] = list(listed["evaluation"]["teacher_steps"])
+    assert parse(ml_collections.ConfigDict(listed)) == parsed
+
+
+def test_a_configuration_is_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        parse(base_config()).train.nfe = 2
+
+
+# --- Keys ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("key", "known"),
+    [
+        ("stepz", "config has seed, data, model"),
+        ("train__stepz", "config.train has steps, batch_size"),
+        ("train__optimizer__lr", "config.train.optimizer has learning_rate"),
+    ],
+)
+def test_unknown_keys_are_refused_with_the_known_ones(key, known):
+    message = refusal(**{key: 1})
+    assert f"unknown key config.{key.replace('__', '.')};" in message
+    assert known in message
+
+
+@pytest.mark.parametrize("key", ["seed", "train", "train.nfe", "teacher.optimizer.beta1"])
+def test_missing_keys_are_refused(key):
+    config = base_config()
+    *groups, name = key.split(".")
+    node = config
+    for group in groups:
+        node = node[group]
+    del node[name]
+    with pytest.raises(ConfigError, match=rf"missing key config\.{re.escape(key)} \("):
+        parse(config)
+
+
+def test_a_value_in_the_place_of_a_group_is_refused():
+    assert refusal(train=3) == "config.train must be a group of keys, got 3"
+
+
+# --- Types --------------------------------------------------------------------------------------
+
+
+def wrong_values(value):
+    """Values of another type than a default's."""
+    if isinstance(value, bool):
+        return [1, 0.0, "True", None]
+    if isinstance(value, int):
+        return [True, 1.0, "1", None, (1,)]
+    if isinstance(value, float):
+        return [True, "0.5", None, (0.5,), math.nan, math.inf, -math.inf]
+    if isinstance(value, str):
+        return [True, 1, None, ("digits",)]
+    return [1, "1", None, (), ("a",) * len(value), (True,) * len(value)]
+
+
+@pytest.mark.parametrize("key", LEAVES)
+def test_wrong_types_are_refused(key):
+    name = f"config.{key.replace('__', '.')} must "
+    for value in wrong_values(LEAVES[key]):
+        message = refusal(**{key: value})
+        assert message.startswith(name), (value, message)
+
+
+def test_refusals_of_types_say_what_is_wanted():
+    assert refusal(train__steps=1.5) == "config.train.steps must be of type int, got 1.5"
+    assert refusal(train__nfe=True) == "config.train.nfe must be of type int, got True"
+    assert refusal(train__data_free=1) == "config.train.data_free must be of type bool, got 1"
+    assert refusal(train__shift="3.2") == "config.train.shift must be of type float, got '3.2'"
+    assert refusal(train__shift=math.nan) == "config.train.shift must be finite, got nan"
+    message = refusal(teacher__guidance_interval=(0.0, 0.5, 1.0))
+    assert message.startswith("config.teacher.guidance_interval must have 2 entries")
+    message = refusal(evaluation__teacher_steps=(1, 2.5))
+    assert message == "config.evaluation.teacher_steps must be of type int, got 2.5"
+
+
+def test_an_integer_is_taken_for_a_float():
+    parsed = parse(
+        changed(train__shift=3, teacher__guidance_interval=(0, 1), model__time_scale=np.float64(7))
+    )
+    assert type(parsed.train.shift) is float and parsed.train.shift == 3
+    assert [type(end) for end in parsed.teacher.guidance_interval] == [float, float]
+    assert parsed.model.time_scale == 7
+
+
+# --- Ranges -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "allowed"),
+    [
+        ("train__nfe", 0, "at least 1, got 0"),
+        ("train__nfe", -3, "at least 1, got -3"),
+        ("policy__num_components", 0, "at least 1, got 0"),
+        ("policy__num_grid", 0, "at least 1, got 0"),
+        ("train__num_states", 0, "at least 1, got 0"),
+        ("train__total_substeps", 0, "at least 1, got 0"),
+        ("train__window_substeps", -1, "at least 0, got -1"),
+        ("train__shift", 0.0, "above 0, got 0.0"),
+        ("train__final_step_size_scale", 0, "above 0, got 0.0"),
+        ("train__gm_dropout", 1.0, "in [0, 0.99], got 1.0"),
+        ("train__optimizer__learning_rate", 0.0, "above 0, got 0.0"),
+        ("train__optimizer__beta2", 1.0, "in [0, 0.99999], got 1.0"),
+        ("teacher__label_dropout", 1.01, "in [0, 1], got 1.01"),
+        ("teacher__guidance_scale", 0.5, "at least 1, got 0.5"),
+        ("teacher__guidance_interval", (-0.1, 0.5), "in [0, 1], got -0.1"),
+        ("teacher__guidance_interval", (0.0, 1.1), "in [0, 1], got 1.1"),
+        ("evaluation__teacher_steps", (1, 0), "at least 1, got 0"),
+        ("evaluation__num_samples", 1, "at least 2, got 1"),
+        ("data__name", "cifar", "one of 'digits', 'mnist', got 'cifar'"),
+        ("policy__kind", "GM", "one of 'gm', 'dx', got 'GM'"),
+        ("model__dtype", "float16", "one of 'float32', 'bfloat16', got 'float16'"),
+        ("train__optimizer__decay", "step", "one of 'constant', 'cosine', 'linear', got 'step'"),
+    ],
+)
+def test_values_out_of_range_are_refused_with_the_range(key, value, allowed):
+    message = refusal(**{key: value})
+    assert message == f"config.{key.replace('__', '.')} must be {allowed}"
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"train__gm_dropout": 0.99},
+        {"train__optimizer__beta1": 0.0},
+        {"teacher__guidance_interval": (0.3, 0.3)},
+        {"train__window_substeps": 128},
+        {"train__nfe": 4, "train__window_substeps": 32},
+        {"train__nfe": 4, "train__final_step_size_scale": 0.5, "train__window_substeps": 18},
+        {"policy__kind": "dx", "train__gm_dropout": 0.0},
+        {"policy__kind": "dx", "train__gm_dropout": 0.0, "train__nfe": 3,
+         "policy__segment_size": 1 / 3},
+        {"teacher__guidance_scale": 2.0, "teacher__label_dropout": 0.0,
+         "teacher__checkpoint": "elsewhere"},
+        {"train__optimizer__decay": "cosine", "train__optimizer__warmup_steps": 2999},
+    ],
+)  # fmt: skip
+def test_the_ends_of_ranges_are_accepted(values):
+    parse(changed(**values))
+
+
+# --- Values that contradict each other ----------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (
+            {"model__hidden": 66},
+            "config.model.hidden must be divisible by 4 and by config.model.num_heads (4), got 66",
+        ),
+        (
+            {"model__num_heads": 5},
+            "config.model.hidden must be divisible by 4 and by config.model.num_heads (5), got 64",
+        ),
+        (
+            {"model__scan_unroll": 4},
+            "config.model.scan_unroll must be in [1, config.model.depth = 3], got 4",
+        ),
+        (
+            {"teacher__guidance_interval": (0.6, 0.2)},
+            "config.teacher.guidance_interval must be (low, high) with low <= high, got (0.6, 0.2)",
+        ),
+        (
+            {"teacher__guidance_scale": 2.0, "teacher__label_dropout": 0.0},
+            "config.teacher.label_dropout must be above 0 to train a teacher for guidance "
+            "(config.teacher.guidance_scale is 2.0)",
+        ),
+        (  # 128 substeps over 4 segments
+            {"train__nfe": 4, "train__window_substeps": 33},
+            "config.train.window_substeps must be in [0, 32], the substeps of the shortest "
+            "segment, got 33",
+        ),
+        (  # the last segment is half of the others: 128 / 7
+            {
+                "train__nfe": 4,
+                "train__final_step_size_scale": 0.5,
+                "train__window_substeps": 19,
+            },
+            "config.train.window_substeps must be in [0, 18], the substeps of the shortest "
+            "segment, got 19",
+        ),
+        (  # the last segment is longer than the others: 128 / 4 is the shortest
+            {"train__nfe": 2, "train__final_step_size_scale": 3.0, "train__window_substeps": 33},
+            "config.train.window_substeps must be in [0, 32], the substeps of the shortest "
+            "segment, got 33",
+        ),
+        (
+            {"policy__kind": "dx"},
+            "config.train.gm_dropout drops mixture components and must be 0 with "
+            "config.policy.kind = 'dx', got 0.05",
+        ),
+        (
+            {
+                "policy__kind": "dx",
+                "train__gm_dropout": 0.0,
+                "train__nfe": 2,
+                "policy__segment_size": 0.4,
+            },
+            "config.policy.segment_size must be 0 or at least the longest segment, 0.5, got 0.4",
+        ),
+        (
+            {"train__optimizer__decay": "linear", "train__optimizer__warmup_steps": 3000},
+            "config.train.optimizer.warmup_steps must be below config.train.steps (3000) for a "
+            "schedule that decays, got 3000",
+        ),
+        (
+            {"teacher__optimizer__decay": "cosine", "teacher__steps": 50},
+            "config.teacher.optimizer.warmup_steps must be below config.teacher.steps (50) for a "
+            "schedule that decays, got 100",
+        ),
+    ],
+)
+def test_contradictions_are_refused(values, message):
+    assert refusal(**values) == message
+
+
+@pytest.mark.parametrize("group", ["teacher", "train", "evaluation"])
+def test_batches_that_devices_cannot_share_are_refused(group):
+    key, batch = f"{group}__batch_size", 36
+    sizes = {f"{name}__batch_size": 32 for name in ("teacher", "train", "evaluation")}
+    assert refusal(8, **sizes | {key: batch}) == (
+        f"config.{group}.batch_size must be divisible by the 8 devices, got 36"
+    )
+    parse(changed(**sizes), 8)
+    parse(changed(**sizes | {key: batch}), 4)
+
+
+# --- Documentation ------------------------------------------------------------------------------
+
+
+def test_every_key_is_documented():
+    text = reference()
+    for key in LEAVES:
+        group, _, name = f"config.{key.replace('__', '.')}".rpartition(".")
+        section = text.split(f"\n## `{group}`\n")[1].split("\n## ")[0]
+        rows = re.findall(rf"^\| `{name}` \| (.+) \| `(.+)` \| (.*) \| (.+) \|$", section, re.M)
+        assert len(rows) == 1, key
+        assert rows[0][1] == repr(LEAVES[key])
+
+
+def test_the_configuration_page_is_up_to_date():
+    page = ROOT / "docs" / "configuration.md"
+    assert page.exists() and page.read_text(encoding="utf-8") == reference(), (
+        "docs/configuration.md does not say what piflow_jax/config.py does; make it again with "
+        "`python -m piflow_jax.config > docs/configuration.md`"
+    )
