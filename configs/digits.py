@@ -12,7 +12,9 @@ Variants, as in `--config=configs/digits.py:dx`:
     datafree  the same from pure noise: the student's training sees no image
     guided    the teacher guided with scale 2 in [0, 0.6], distilled into 1 evaluation
 
-@TIMES@
+On two CPU cores with nothing beside it (AMD EPYC, 2026-11-23) the default took 5 minutes 12 seconds
+and 1.8 GiB. Expect a student whose Frechet distance at 1 evaluation is about 1.09 times its
+teacher's at 128, and a fourteenth of its teacher's at 1; docs/results.md has every seed.
 """
 
 import ml_collections
@@ -54,7 +56,7 @@ def get_config(variant: str = "gm") -> ml_collections.ConfigDict:
 
     config.policy.kind = "gm"
     config.policy.num_components = 16
-    config.train.steps = 5500
+    config.train.steps = 4500
     config.train.batch_size = 64
     config.train.optimizer.learning_rate = 4e-3
     config.train.optimizer.decay = "cosine"

@@ -129,7 +129,7 @@ def test_bad_overrides_name_the_key(tmp_path, override, message):
 
 def test_killed_run_ends_bit_identical(whole_run, tmp_path):
     """SIGKILL at a random moment of the student's training, then the same command again."""
-    more = ("--config.train.steps=40", "--config.checkpoint_every=3", "--config.log_every=1")
+    more = ("--config.train.steps=60", "--config.checkpoint_every=3", "--config.log_every=1")
     reference = tmp_path / "reference"
     run(reference, *more)
     killed = tmp_path / "killed"
@@ -149,7 +149,7 @@ def test_killed_run_ends_bit_identical(whole_run, tmp_path):
     assert not (killed / "report.json").exists()
     run(killed, *more)
     (step, ours), (other_step, theirs) = final_params(killed), final_params(reference)
-    assert step == other_step == 40
+    assert step == other_step == 60
 
     def same(a, b):
         if isinstance(a, dict):
@@ -164,4 +164,4 @@ def test_killed_run_ends_bit_identical(whole_run, tmp_path):
 
     same(ours, theirs)
     steps = [json.loads(line)["step"] for line in metrics.open()]
-    assert steps == list(range(1, 41)), f"killed after about step {target}"
+    assert steps == list(range(1, 61)), f"killed after about step {target}"
