@@ -14,8 +14,8 @@ Variants, as in `--config=configs/digits.py:dx`:
 
 On two CPU cores with nothing beside it (AMD EPYC, 2026-11-23) the default took 5 minutes 12 seconds
 and 1.8 GiB. Expect a student whose Frechet distance at 1 evaluation is about 1.1 times its
-teacher's at 128 and a fourteenth of its teacher's at 1, with equal precision, recall lower by 0.04 and
-endpoints at a mean squared distance of 0.004; docs/results.md has every seed.
+teacher's at 128 and a fourteenth of its teacher's at 1, with equal precision, recall lower by 0.04
+and endpoints at a mean squared distance of 0.004; docs/results.md has every seed.
 """
 
 import ml_collections
