@@ -88,8 +88,13 @@ class PolicyConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """AdamW with warm-up, clipping after it, and a Karras EMA that starts after it."""
+    """Warm-up, clipping after it, and a Karras EMA that starts after it."""
 
+    kind: str = _field(
+        "adamw",
+        "update rule; muon is for the blocks' matrices and leaves the rest to adamw",
+        choices=("adamw", "muon"),
+    )
     learning_rate: float = _field(1e-3, "peak learning rate", above=0)
     warmup_steps: int = _field(100, "linear warm-up; clipping and EMA start at its end", low=0)
     decay: str = _field("constant", "after warm-up", choices=("constant", "cosine", "linear"))

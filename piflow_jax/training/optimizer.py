@@ -1,19 +1,29 @@
-"""The recipe's optimiser and its EMA (DESIGN sections 3.8 and 6)."""
+"""The optimisers of the recipes and the EMA (DESIGN sections 3.8 and 6)."""
 
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from optax.contrib import MuonDimensionNumbers, muon
 
 from piflow_jax.config import OptimizerConfig
 
-__all__ = ["clip_after", "karras_decay", "learning_rate", "make_optimizer", "update_ema"]
+__all__ = [
+    "clip_after",
+    "karras_decay",
+    "learning_rate",
+    "make_optimizer",
+    "muon_matrices",
+    "update_ema",
+]
 
 # Learning rate of the first warm-up step, as a share of the peak.
 WARMUP_START = 1e-3
 # Share of the peak at which a cosine or linear decay ends.
 DECAY_END = 0.02
+# Root mean square of Muon's updates before the learning rate: about that of Adam's.
+MUON_RMS = 0.2
 
 
 class ClipState(NamedTuple):
@@ -74,8 +84,40 @@ def clip_after(max_norm: float, start: int) -> optax.GradientTransformation:
     return optax.GradientTransformation(init, update)
 
 
+def muon_matrices(params):
+    """Which parameters Muon updates, and along which axes they are matrices.
+
+    These are the kernels of the transformer blocks: from the token's width (the axis after the
+    layers') to the features of one output (the last axis). Axes between them number several outputs
+    of one layer, such as query, key and value; each is a matrix of its own.
+
+    Args:
+      params: the network's parameters; those under `blocks` have a leading axis of layers.
+
+    Returns:
+      A tree of the same structure with `MuonDimensionNumbers`, or None for a parameter that is left
+      to AdamW.
+    """
+
+    def matrix(path, leaf):
+        names = [getattr(key, "key", None) for key in path]
+        hidden = isinstance(leaf, optax.MaskedNode)
+        if "blocks" in names and names[-1] == "kernel" and not hidden:
+            return MuonDimensionNumbers(reduction_axis=1, output_axis=leaf.ndim - 1)
+        return None
+
+    # optax hides the parameters of other groups behind nodes without leaves.
+    return jax.tree_util.tree_map_with_path(
+        matrix, params, is_leaf=lambda x: isinstance(x, optax.MaskedNode)
+    )
+
+
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """AdamW as in the reference: clipping after warm-up, warm-up, no decay of the weights.
+    """The update rule with warm-up and, after it, clipping.
+
+    `adamw` is that of the reference. `muon` orthogonalises the momentum of the blocks' matrices
+    (Jordan, 2024), scaled to Adam's root mean square (2502.16982), and is AdamW elsewhere; both
+    with Nesterov momentum.
 
     Args:
       config: the settings.
@@ -84,15 +126,22 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
     Returns:
       The transformation.
     """
-    adamw = optax.adamw(
-        learning_rate(config, steps),
-        b1=config.beta1,
-        b2=config.beta2,
-        weight_decay=config.weight_decay,
-    )
+    rate = learning_rate(config, steps)
+    if config.kind == "muon":
+        rule = muon(
+            rate,
+            weight_decay=config.weight_decay,
+            adam_b1=config.beta1,
+            adam_b2=config.beta2,
+            adam_weight_decay=config.weight_decay,
+            muon_weight_dimension_numbers=muon_matrices,
+            consistent_rms=MUON_RMS,
+        )
+    else:
+        rule = optax.adamw(rate, b1=config.beta1, b2=config.beta2, weight_decay=config.weight_decay)
     if config.grad_clip == 0:
-        return adamw
-    return optax.chain(clip_after(config.grad_clip, config.warmup_steps), adamw)
+        return rule
+    return optax.chain(clip_after(config.grad_clip, config.warmup_steps), rule)
 
 
 def karras_decay(step: jax.Array, start: int, gamma: float) -> jax.Array:

@@ -1,5 +1,7 @@
 """The optimiser and its average, against the reference and against NumPy."""
 
+import functools
+
 import golden_files
 import jax
 import jax.numpy as jnp
@@ -173,3 +175,67 @@ def test_zero_does_not_clip():
 
 def is_adam(state):
     return isinstance(state, optax.ScaleByAdamState)
+
+
+# --- Muon ---------------------------------------------------------------------------------------
+
+
+def numpy_muon(momenta, gradient, rate, beta=0.95):
+    """One step of Muon with Nesterov momentum on one matrix, after Jordan's description."""
+    momenta.append(gradient)
+    weights = [(1 - beta) * beta**age for age in reversed(range(len(momenta)))]
+    corrected = 1 - beta ** len(momenta)
+    m = sum(w * g for w, g in zip(weights, momenta, strict=True))
+    nesterov = beta * m / (1 - beta ** (len(momenta) + 1)) + (1 - beta) * gradient / corrected
+    x = nesterov / np.linalg.norm(nesterov)
+    x = x.T if x.shape[0] > x.shape[1] else x
+    for _ in range(5):
+        gram = x @ x.T
+        x = 3.4445 * x + (-4.775 * gram + 2.0315 * gram @ gram) @ x
+    x = x.T if gradient.shape[0] > gradient.shape[1] else x
+    return -rate * 0.2 * np.sqrt(max(gradient.shape)) * x
+
+
+def test_muon_updates_the_matrices_of_the_blocks_and_adamw_the_rest(x64):
+    rng = np.random.default_rng(0)
+    shapes = {
+        "blocks": {
+            "qkv": {"kernel": (2, 6, 3, 4), "bias": (2, 3, 4)},
+            "mlp": {"kernel": (2, 4, 8)},
+        },
+        "head": {"kernel": (6, 5)},
+    }
+    draw = functools.partial(
+        jax.tree.map, rng.standard_normal, shapes, is_leaf=lambda x: isinstance(x, tuple)
+    )
+    params = {"params": draw()}
+    config = OptimizerConfig(kind="muon", learning_rate=0.1, warmup_steps=0, grad_clip=0.0)
+    optimizer = make_optimizer(config, 10)
+    adam = optax.adamw(0.1, b1=config.beta1, b2=config.beta2, weight_decay=0.0, nesterov=True)
+    state, adam_state = optimizer.init(params), adam.init(params)
+    update, histories = jax.jit(optimizer.update), {}
+    for _ in range(3):
+        grads = {"params": draw()}
+        updates, state = update(grads, state, params)
+        by_adam, adam_state = adam.update(grads, adam_state, params)
+        for path in (("head", "kernel"), ("blocks", "qkv", "bias")):
+            of_adam = functools.reduce(lambda tree, name: tree[name], path, by_adam["params"])
+            ours = functools.reduce(lambda tree, name: tree[name], path, updates["params"])
+            np.testing.assert_allclose(ours, of_adam, rtol=1e-7)
+        for layer in range(2):
+            for output in range(3):
+                momenta = histories.setdefault((layer, output), [])
+                matrix = grads["params"]["blocks"]["qkv"]["kernel"][layer, :, output]
+                np.testing.assert_allclose(
+                    updates["params"]["blocks"]["qkv"]["kernel"][layer, :, output],
+                    numpy_muon(momenta, matrix, 0.1),
+                    rtol=1e-5,
+                    atol=1e-8,
+                )
+            momenta = histories.setdefault(layer, [])
+            np.testing.assert_allclose(
+                updates["params"]["blocks"]["mlp"]["kernel"][layer],
+                numpy_muon(momenta, grads["params"]["blocks"]["mlp"]["kernel"][layer], 0.1),
+                rtol=1e-5,
+                atol=1e-8,
+            )
