@@ -7,10 +7,12 @@ import numpy as np
 from flax import linen as nn
 
 from piflow_jax.convert.dit import export_dit, load_dit
+from piflow_jax.convert.vae import export_vae, load_vae
 from piflow_jax.models.dit import DiT
+from piflow_jax.models.vae import AutoencoderKL
 
-LOADERS = {"dit": load_dit, "gm_dit": load_dit, "dx_dit": load_dit}
-EXPORTERS = {DiT: export_dit}
+LOADERS = {"dit": load_dit, "gm_dit": load_dit, "dx_dit": load_dit, "vae": load_vae}
+EXPORTERS = {DiT: export_dit, AutoencoderKL: export_vae}
 
 
 def load_torch_state(
@@ -22,8 +24,8 @@ def load_torch_state(
         state: Arrays by official name, in PyTorch layout (linear weights `[out, in]`).
         model: A name in `LOADERS`.
         **sizes: What shapes do not show, see the loader of `model` (`load_dit`: `num_heads`,
-            `sample_size`, `time_scale`, `constant_logstd`). Sizes that they do show may be given
-            and are then checked.
+            `sample_size`, `time_scale`, `constant_logstd`; `load_vae`: `norm_groups`). Sizes of a
+            DiT that they do show may be given and are then checked.
 
     Returns:
         The module, and its parameters for `module.apply`. Dtypes are those of `state` (float64

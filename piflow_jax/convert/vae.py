@@ -1,0 +1,150 @@
+"""Weights of the Stable Diffusion autoencoder under the names of `diffusers`."""
+
+import re
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from piflow_jax.convert.rules import Rule, export_state, import_state, linear
+from piflow_jax.models.vae import AutoencoderKL
+
+# Attention had other names, and 1x1 convolutions in place of linear layers, in early releases of
+# `diffusers`; the published files of `sd-vae-ft-ema` and `sd-vae-ft-mse` still have them.
+_OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+_OLD_NAME = re.compile(r"(.*mid_block\.attentions\.0\.)(query|key|value|proj_attn)(\..*)")
+
+
+def _conv(name: str, path: tuple[str, ...], out: int, in_: int, size: int = 3) -> list[Rule]:
+    sizes = {"o": out, "i": in_, "h": size, "w": size}
+    return [
+        Rule((f"{name}.weight",), (*path, "kernel"), "o i h w -> h w i o", sizes),
+        Rule((f"{name}.bias",), (*path, "bias"), "o -> o", {"o": out}),
+    ]
+
+
+def _norm(name: str, path: tuple[str, ...], features: int) -> list[Rule]:
+    return [
+        Rule((f"{name}.weight",), (*path, "scale"), "o -> o", {"o": features}),
+        Rule((f"{name}.bias",), (*path, "bias"), "o -> o", {"o": features}),
+    ]
+
+
+def _resnet(name: str, path: tuple[str, ...], out: int, in_: int) -> list[Rule]:
+    rules = [
+        *_norm(f"{name}.norm1", (*path, "norm1"), in_),
+        *_conv(f"{name}.conv1", (*path, "conv1"), out, in_),
+        *_norm(f"{name}.norm2", (*path, "norm2"), out),
+        *_conv(f"{name}.conv2", (*path, "conv2"), out, out),
+    ]
+    if out != in_:
+        rules += _conv(f"{name}.conv_shortcut", (*path, "conv_shortcut"), out, in_, 1)
+    return rules
+
+
+def _middle(half: str, features: int) -> list[Rule]:
+    attention = f"{half}.mid_block.attentions.0"
+    path = (half, "mid_attention")
+    rules = _norm(f"{attention}.group_norm", (*path, "group_norm"), features)
+    for ours, official in (("to_q",) * 2, ("to_k",) * 2, ("to_v",) * 2, ("to_out", "to_out.0")):
+        rules += linear(f"{attention}.{official}", (*path, ours), features, features)
+    for i in range(2):
+        name = f"{half}.mid_block.resnets.{i}"
+        rules += _resnet(name, (half, f"mid_resnet_{i}"), features, features)
+    return rules
+
+
+def vae_rules(module: AutoencoderKL) -> list[Rule]:
+    """The table of an autoencoder; it covers every parameter once."""
+    widths, latent = module.channels, module.latent_channels
+    rules = [
+        *_conv("encoder.conv_in", ("encoder", "conv_in"), widths[0], module.in_channels),
+        *_conv("encoder.conv_out", ("encoder", "conv_out"), 2 * latent, widths[-1]),
+        *_norm("encoder.conv_norm_out", ("encoder", "conv_norm_out"), widths[-1]),
+        *_middle("encoder", widths[-1]),
+        *_conv("quant_conv", ("quant_conv",), 2 * latent, 2 * latent, 1),
+        *_conv("post_quant_conv", ("post_quant_conv",), latent, latent, 1),
+        *_conv("decoder.conv_in", ("decoder", "conv_in"), widths[-1], latent),
+        *_conv("decoder.conv_out", ("decoder", "conv_out"), module.in_channels, widths[0]),
+        *_norm("decoder.conv_norm_out", ("decoder", "conv_norm_out"), widths[0]),
+        *_middle("decoder", widths[-1]),
+    ]
+    halves = (
+        ("encoder", "down", widths, module.layers_per_block),
+        ("decoder", "up", widths[::-1], module.layers_per_block + 1),
+    )
+    for half, way, levels, layers in halves:
+        width = levels[0]
+        for level, features in enumerate(levels):
+            block = f"{half}.{way}_blocks.{level}"
+            for layer in range(layers):
+                path = (half, f"{way}_{level}_resnet_{layer}")
+                rules += _resnet(f"{block}.resnets.{layer}", path, features, width)
+                width = features
+            if level + 1 < len(levels):
+                path = (half, f"{way}_{level}_{way}sample")
+                rules += _conv(f"{block}.{way}samplers.0.conv", path, features, features)
+    return rules
+
+
+def load_vae(
+    state: Mapping[str, np.ndarray], model: str, *, norm_groups: int = 32
+) -> tuple[AutoencoderKL, dict]:
+    """Loads an autoencoder; widths, depth and channels are read off the shapes.
+
+    Args:
+        state: Arrays by official name, new or old.
+        model: "vae".
+        norm_groups: Groups of every normalisation, which shapes do not show.
+
+    Returns:
+        The module, and `{"params": ...}` as JAX arrays with the dtypes of `state`.
+
+    Raises:
+        ValueError: Names or shapes do not fit; all are listed.
+    """
+    del model
+    state = _new_names(state)
+    widths = {}
+    for name, array in state.items():
+        match = re.fullmatch(r"encoder\.down_blocks\.(\d+)\.resnets\.0\.conv1\.weight", name)
+        if match:
+            widths[int(match[1])] = np.shape(array)[0]
+    layers = {
+        int(match[1])
+        for match in (re.match(r"encoder\.down_blocks\.0\.resnets\.(\d+)\.", n) for n in state)
+        if match
+    }
+    needed = ("encoder.conv_in.weight", "post_quant_conv.weight")
+    if sorted(widths) != list(range(len(widths))) or not widths or set(needed) - set(state):
+        raise ValueError(
+            "the state does not fit an autoencoder: it needs encoder.down_blocks.0 and on, "
+            f"{' and '.join(needed)}"
+        )
+    module = AutoencoderKL(
+        channels=tuple(widths[level] for level in range(len(widths))),
+        layers_per_block=1 + max(layers),
+        latent_channels=np.shape(state["post_quant_conv.weight"])[0],
+        in_channels=np.shape(state["encoder.conv_in.weight"])[1],
+        norm_groups=norm_groups,
+    )
+    params = import_state(state, vae_rules(module), 0)
+    return module, {"params": jax.tree.map(jnp.asarray, params)}
+
+
+def export_vae(module: AutoencoderKL, params: Mapping) -> dict[str, np.ndarray]:
+    """Turns parameters into arrays under official (new) names, the inverse of `load_vae`."""
+    return export_state(params["params"], vae_rules(module), 0)
+
+
+def _new_names(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    renamed = {}
+    for name, array in state.items():
+        match = _OLD_NAME.fullmatch(name)
+        if match:
+            name = f"{match[1]}{_OLD_ATTENTION[match[2]]}{match[3]}"
+            if np.ndim(array) == 4:
+                array = np.asarray(array)[:, :, 0, 0]
+        renamed[name] = array
+    return renamed

@@ -1,0 +1,249 @@
+"""The autoencoder of Stable Diffusion (2112.10752, section 3.1): the latent space of DiT teachers.
+
+Channels last. Sizes default to those of `sd-vae-ft-ema` and `sd-vae-ft-mse`, which turn 256x256x3
+images into 32x32x4 latents. Parameters come from `piflow_jax.convert`, as model `"vae"`.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax.typing import DTypeLike
+
+from piflow_jax.models.layers import attend
+
+__all__ = ["AutoencoderKL", "decode_in_chunks", "sample_posterior"]
+
+NORM_EPSILON = 1e-6
+# Range to which the logarithm of the posterior's variance is clipped.
+LOGVAR_RANGE = (-30.0, 20.0)
+
+_conv3 = functools.partial(nn.Conv, kernel_size=(3, 3), padding=1)
+_conv1 = functools.partial(nn.Conv, kernel_size=(1, 1))
+
+
+def _norm(groups: int, dtype) -> nn.GroupNorm:
+    # The fast variance loses digits where a channel's mean is large; decoders have such channels.
+    return nn.GroupNorm(groups, epsilon=NORM_EPSILON, dtype=dtype, use_fast_variance=False)
+
+
+class ResnetBlock(nn.Module):
+    """Two normalised convolutions beside a skip, which is a 1x1 convolution if widths differ."""
+
+    features: int
+    norm_groups: int
+    dtype: DTypeLike | None = None
+
+    def setup(self):
+        self.norm1 = _norm(self.norm_groups, self.dtype)
+        self.conv1 = _conv3(self.features, dtype=self.dtype)
+        self.norm2 = _norm(self.norm_groups, self.dtype)
+        self.conv2 = _conv3(self.features, dtype=self.dtype)
+        self.conv_shortcut = _conv1(self.features, dtype=self.dtype)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps x[B, H, W, C] to [B, H, W, features]."""
+        h = self.conv1(nn.silu(self.norm1(x)))
+        h = self.conv2(nn.silu(self.norm2(h)))
+        return h + (x if x.shape[-1] == self.features else self.conv_shortcut(x))
+
+
+class AttentionBlock(nn.Module):
+    """Self-attention of one head over all sites, beside a skip."""
+
+    features: int
+    norm_groups: int
+    dtype: DTypeLike | None = None
+
+    def setup(self):
+        self.group_norm = _norm(self.norm_groups, self.dtype)
+        self.to_q = nn.Dense(self.features, dtype=self.dtype)
+        self.to_k = nn.Dense(self.features, dtype=self.dtype)
+        self.to_v = nn.Dense(self.features, dtype=self.dtype)
+        self.to_out = nn.Dense(self.features, dtype=self.dtype)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps x[B, H, W, C] to the same shape."""
+        tokens = self.group_norm(x).reshape(x.shape[0], -1, 1, self.features)
+        attended = attend(self.to_q(tokens), self.to_k(tokens), self.to_v(tokens))
+        return x + self.to_out(attended).reshape(x.shape)
+
+
+class Encoder(nn.Module):
+    """Image to the posterior's mean and log-variance, before `quant_conv`."""
+
+    channels: tuple[int, ...]
+    layers_per_block: int
+    latent_channels: int
+    norm_groups: int
+    dtype: DTypeLike | None = None
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps x[B, H, W, 3] to [B, H / f, W / f, 2 latent_channels]."""
+        block = functools.partial(ResnetBlock, norm_groups=self.norm_groups, dtype=self.dtype)
+        x = _conv3(self.channels[0], dtype=self.dtype, name="conv_in")(x)
+        for level, features in enumerate(self.channels):
+            for layer in range(self.layers_per_block):
+                x = block(features, name=f"down_{level}_resnet_{layer}")(x)
+            if level + 1 < len(self.channels):
+                x = jnp.pad(x, ((0, 0), (0, 1), (0, 1), (0, 0)))
+                x = nn.Conv(
+                    features,
+                    (3, 3),
+                    strides=2,
+                    padding="VALID",
+                    dtype=self.dtype,
+                    name=f"down_{level}_downsample",
+                )(x)
+        x = _middle(self, x)
+        x = nn.silu(_named_norm(self)(x))
+        return _conv3(2 * self.latent_channels, dtype=self.dtype, name="conv_out")(x)
+
+
+class Decoder(nn.Module):
+    """Latents, after `post_quant_conv`, to an image."""
+
+    channels: tuple[int, ...]
+    layers_per_block: int
+    out_channels: int
+    norm_groups: int
+    dtype: DTypeLike | None = None
+
+    @nn.compact
+    def __call__(self, z: jax.Array) -> jax.Array:
+        """Maps z[B, h, w, latent_channels] to [B, f h, f w, out_channels]."""
+        block = functools.partial(ResnetBlock, norm_groups=self.norm_groups, dtype=self.dtype)
+        x = _conv3(self.channels[-1], dtype=self.dtype, name="conv_in")(z)
+        x = _middle(self, x)
+        for level, features in enumerate(reversed(self.channels)):
+            for layer in range(self.layers_per_block + 1):
+                x = block(features, name=f"up_{level}_resnet_{layer}")(x)
+            if level + 1 < len(self.channels):
+                x = x.repeat(2, axis=1).repeat(2, axis=2)
+                x = _conv3(features, dtype=self.dtype, name=f"up_{level}_upsample")(x)
+        x = nn.silu(_named_norm(self)(x))
+        return _conv3(self.out_channels, dtype=self.dtype, name="conv_out")(x)
+
+
+def _named_norm(half: Encoder | Decoder) -> nn.GroupNorm:
+    return nn.GroupNorm(
+        half.norm_groups,
+        epsilon=NORM_EPSILON,
+        dtype=half.dtype,
+        use_fast_variance=False,
+        name="conv_norm_out",
+    )
+
+
+def _middle(half: Encoder | Decoder, x: jax.Array) -> jax.Array:
+    sizes = (half.channels[-1], half.norm_groups, half.dtype)
+    x = ResnetBlock(*sizes, name="mid_resnet_0")(x)
+    x = AttentionBlock(*sizes, name="mid_attention")(x)
+    return ResnetBlock(*sizes, name="mid_resnet_1")(x)
+
+
+class AutoencoderKL(nn.Module):
+    """The whole autoencoder.
+
+    Attributes:
+        channels: Widths by level; each level but the last halves the resolution.
+        layers_per_block: Residual blocks by level of the encoder (the decoder has one more).
+        latent_channels: `C` of the latents.
+        in_channels: `C` of the images.
+        norm_groups: Groups of every normalisation; divides all widths.
+        dtype: Compute dtype; None is the wider of input and parameters.
+    """
+
+    channels: tuple[int, ...] = (128, 256, 512, 512)
+    layers_per_block: int = 2
+    latent_channels: int = 4
+    in_channels: int = 3
+    norm_groups: int = 32
+    dtype: DTypeLike | None = None
+
+    def setup(self):  # noqa: D102
+        common = {
+            "channels": self.channels,
+            "layers_per_block": self.layers_per_block,
+            "norm_groups": self.norm_groups,
+            "dtype": self.dtype,
+        }
+        self.encoder = Encoder(**common, latent_channels=self.latent_channels)
+        self.decoder = Decoder(**common, out_channels=self.in_channels)
+        self.quant_conv = _conv1(2 * self.latent_channels, dtype=self.dtype)
+        self.post_quant_conv = _conv1(self.latent_channels, dtype=self.dtype)
+
+    @property
+    def downsampling(self) -> int:
+        """Sites of an image per site of its latents, along one side."""
+        return 2 ** (len(self.channels) - 1)
+
+    def encode(self, image: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Posterior of an image's raw latents.
+
+        Args:
+            image: `[B, H, W, in_channels]` in [-1, 1]; `H` and `W` divisible by `downsampling`.
+
+        Returns:
+            Mean and logarithm of the variance, each `[B, H / f, W / f, latent_channels]`.
+
+        Raises:
+            ValueError: The image's sides are not divisible.
+        """
+        if image.shape[1] % self.downsampling or image.shape[2] % self.downsampling:
+            raise ValueError(
+                f"the sides of images must be divisible by {self.downsampling}, got "
+                f"{image.shape[1]}x{image.shape[2]}"
+            )
+        moments = self.quant_conv(self.encoder(image))
+        mean, logvar = jnp.split(moments, 2, axis=-1)
+        return mean, jnp.clip(logvar, *LOGVAR_RANGE)
+
+    def decode(self, latents: jax.Array) -> jax.Array:
+        """Image of raw latents.
+
+        Args:
+            latents: `[B, h, w, latent_channels]`, not scaled.
+
+        Returns:
+            `[B, f h, f w, in_channels]`, about [-1, 1], not clipped.
+        """
+        return self.decoder(self.post_quant_conv(latents))
+
+    def __call__(self, image: jax.Array) -> jax.Array:
+        """Reconstruction of an image from the posterior's mean; initialises all parameters."""
+        return self.decode(self.encode(image)[0])
+
+
+def sample_posterior(key: jax.Array, mean: jax.Array, std: jax.Array) -> jax.Array:
+    """A sample of raw latents.
+
+    Args:
+        key: Random key.
+        mean: `[B, h, w, C]`.
+        std: Standard deviation, `exp(logvar / 2)`, of the same shape.
+
+    Returns:
+        Raw latents of the same shape.
+    """
+    return mean + std * jax.random.normal(key, mean.shape, mean.dtype)
+
+
+def decode_in_chunks(
+    module: AutoencoderKL, params: dict, latents: jax.Array, chunk: int
+) -> jax.Array:
+    """Decodes a batch a few latents at a time, in the memory of those few; jittable.
+
+    Args:
+        module: The autoencoder.
+        params: Its variables.
+        latents: Raw latents `[B, h, w, C]`.
+        chunk: Latents decoded at once.
+
+    Returns:
+        Images `[B, f h, f w, in_channels]`.
+    """
+    decode = functools.partial(module.apply, params, method="decode")
+    return jax.lax.map(lambda z: decode(z[None])[0], latents, batch_size=chunk)
