@@ -1,0 +1,199 @@
+"""`--mode=prepare`: images to cached latents, once, before training on them."""
+
+import concurrent.futures
+import hashlib
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from piflow_jax.data.imagenet import ImageSource, center_crop
+from piflow_jax.data.latents import (
+    SD_VAE_SCALE,
+    LatentsPlan,
+    finalize_latents,
+    missing_shards,
+    start_latents,
+    write_shard,
+)
+from piflow_jax.models.vae import AutoencoderKL
+
+__all__ = ["finalize", "prepare", "vae_identity"]
+
+finalize = finalize_latents
+
+
+def vae_identity(params: Any) -> str:
+    """Hash of an autoencoder's weights: their names, types, shapes and values.
+
+    Args:
+      params: Its variables.
+
+    Returns:
+      SHA-256 in hexadecimal digits.
+    """
+    digest = hashlib.sha256()
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    for name, leaf in sorted((jax.tree_util.keystr(path), leaf) for path, leaf in leaves):
+        value = np.ascontiguousarray(leaf)
+        digest.update(f"{name} {value.dtype} {value.shape}\n".encode())
+        digest.update(value.tobytes())
+    return digest.hexdigest()
+
+
+def prepare(
+    source: ImageSource,
+    vae_module: AutoencoderKL,
+    vae_params: Any,
+    directory: str | os.PathLike,
+    *,
+    image_size: int = 256,
+    shard_size: int = 8192,
+    batch_size: int = 64,
+    process_index: int = 0,
+    process_count: int = 1,
+    on_progress: Callable[[int, int], None] | None = None,
+    scale: float = SD_VAE_SCALE,
+    shift: float = 0.0,
+    dtype: str = "float16",
+    precision: str = "high",
+    read_threads: int = 16,
+) -> dict[str, Any] | None:
+    """Encodes all images and their mirror images, in the order of the source.
+
+    Goes on with the first shard that is missing, so a preparation that was killed is just started
+    again. Process `p` of `P` writes the shards `i` with `i % P == p`; processes need not know of
+    each other but share the directory. Whichever finds all shards in place finalises the set.
+
+    Images go by `center_crop` and to [-1, 1]. One step of all local devices encodes `batch_size`
+    images and as many mirror images, while the next images are decoded by threads.
+
+    Args:
+      source: Images by index.
+      vae_module: The autoencoder.
+      vae_params: Its variables.
+      directory: Where the set goes, local or mounted. TFDS finds it by name, besides by path, if it
+        ends in `imagenet_latents/1.0.0`.
+      image_size: Side of the crops.
+      shard_size: Images in each shard.
+      batch_size: Images in each step, divisible by the number of local devices.
+      process_index: This process.
+      process_count: Number of processes.
+      on_progress: Called after each shard with the number of shards that this call has written and
+        has to write.
+      scale: Scale of latents, recorded for who reads them.
+      shift: Shift of latents, recorded likewise.
+      dtype: Type of the stored moments.
+      precision: JAX's precision of products; `high` is TensorFloat-32 or three bfloat16 passes.
+      read_threads: Threads that read, decode and crop images.
+
+    Returns:
+      The manifest if all shards are there, None if other processes still have some to write.
+
+    Raises:
+      ValueError: If the batch size is not divisible, or the process does not exist.
+      LatentsError: If another preparation was begun in the directory, latents are not finite, or
+        shards are damaged.
+    """
+    if not 0 <= process_index < process_count:
+        raise ValueError(f"process_index must lie in [0, {process_count}), got {process_index}")
+    if batch_size < 1 or batch_size % jax.local_device_count():
+        raise ValueError(
+            f"batch_size ({batch_size}) must be divisible by the number of local devices "
+            f"({jax.local_device_count()})"
+        )
+    image = jax.ShapeDtypeStruct((1, image_size, image_size, 3), jnp.float32)
+    moments, _ = jax.eval_shape(
+        lambda params, x: vae_module.apply(params, x, method="encode"), vae_params, image
+    )
+    plan = LatentsPlan(
+        vae=vae_identity(vae_params),
+        compute=f"{moments.dtype.name}, precision {precision}, {image_size} by centre crop",
+        source=source.description,
+        num_examples=len(source),
+        num_classes=source.num_classes,
+        image_size=image_size,
+        latent_shape=moments.shape[1:],
+        shard_size=shard_size,
+        dtype=dtype,
+        scale=scale,
+        shift=shift,
+    )
+    start_latents(directory, plan)
+    todo = [s for s in missing_shards(directory, plan) if s % process_count == process_index]
+    logging.info("prepare: %d of %d shards to write in %s", len(todo), plan.num_shards, directory)
+    encode = _encoder(vae_module, vae_params, dtype, precision)
+    with concurrent.futures.ThreadPoolExecutor(read_threads) as pool:
+        for done, shard in enumerate(todo, start=1):
+            examples = _encoded(source, plan.shard_range(shard), encode, batch_size, plan, pool)
+            write_shard(directory, plan, shard, examples)
+            if on_progress is not None:
+                on_progress(done, len(todo))
+    if missing_shards(directory, plan):
+        return None
+    return finalize(directory)
+
+
+def _encoder(module: AutoencoderKL, params: Any, dtype: str, precision: str) -> Callable:
+    """The jitted `uint8[B, H, W, 3] -> mean, std [B, 2, h, w, C]` on all local devices."""
+    devices = jax.local_devices()
+    mesh = jax.make_mesh((len(devices),), ("data",), axis_types=(AxisType.Auto,), devices=devices)
+    whole, split = (NamedSharding(mesh, PartitionSpec(*axis)) for axis in ((), ("data",)))
+    params = jax.device_put(params, whole)
+
+    def encode(params, pixels):
+        x = pixels.astype(jnp.float32) / 127.5 - 1.0
+        # Rows stay with their devices: image and mirror image side by side, not one after another.
+        both = jnp.stack([x, x[:, :, ::-1]], axis=1).reshape(-1, *x.shape[1:])
+        mean, logvar = module.apply(params, both, method="encode")
+        moments = (mean, jnp.exp(logvar.astype(jnp.float32) / 2))
+        return tuple(m.astype(dtype).reshape(-1, 2, *m.shape[1:]) for m in moments)
+
+    jitted = jax.jit(encode, in_shardings=(whole, split), out_shardings=split)
+
+    def run(pixels):
+        with jax.default_matmul_precision(precision):
+            return jitted(params, pixels)
+
+    return run
+
+
+def _encoded(
+    source: ImageSource,
+    indices: range,
+    encode: Callable,
+    batch_size: int,
+    plan: LatentsPlan,
+    pool: concurrent.futures.Executor,
+) -> Iterator[dict[str, Any]]:
+    """Examples of one shard. Batches do not cross shards, so a shard is always made alike."""
+
+    def read(index):
+        image, label, key = source[index]
+        return center_crop(image, plan.image_size), label, key
+
+    under_way = None  # on the devices, while the next images are read
+    for start in range(0, len(indices), batch_size):
+        images, labels, keys = zip(
+            *pool.map(read, indices[start : start + batch_size]), strict=True
+        )
+        pixels = np.zeros((batch_size, *images[0].shape), np.uint8)
+        pixels[: len(images)] = images
+        current = (encode(pixels), labels, keys)
+        if under_way is not None:
+            yield from _rows(*under_way)
+        under_way = current
+    yield from _rows(*under_way)
+
+
+def _rows(moments: tuple[jax.Array, jax.Array], labels, keys) -> Iterator[dict[str, Any]]:
+    means, stds = jax.device_get(moments)
+    for mean, std, label, key in zip(
+        means, stds, labels, keys, strict=False
+    ):  # the rest is padding
+        yield {"mean": mean, "std": std, "label": label, "key": key}

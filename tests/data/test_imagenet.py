@@ -1,0 +1,237 @@
+"""Crops against an independent resampling in NumPy; three ways to the same images."""
+
+import io
+import tarfile
+from typing import ClassVar
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from piflow_jax.data.imagenet import (
+    FolderImages,
+    TarImages,
+    TfdsImages,
+    center_crop,
+    open_imagenet,
+)
+
+NAMES = ("n01440764", "n01443537", "n02085620")
+COUNTS = (2, 1, 3)
+
+
+def jpeg(seed, size=(20, 24), mode="RGB"):
+    rng = np.random.default_rng(seed)
+    channels = {"RGB": 3, "L": 1, "CMYK": 4}[mode]
+    pixels = rng.integers(0, 256, (*size, channels), np.uint8).squeeze()
+    buffer = io.BytesIO()
+    Image.fromarray(pixels, mode).save(buffer, "JPEG")
+    return buffer.getvalue()
+
+
+def files():
+    """Encoded images by class and name; one is grey, one CMYK, as a few of ImageNet's are."""
+    modes = ["RGB", "L", "CMYK", "RGB", "RGB", "RGB"]
+    result, seed = {}, 0
+    for name, count in zip(NAMES, COUNTS, strict=True):
+        for index in reversed(range(count)):  # not the order in which they are to be read
+            result[f"{name}/{name}_{index}.JPEG"] = jpeg(seed, mode=modes[seed])
+            seed += 1
+    return result
+
+
+def decoded(data):
+    return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    root = tmp_path / "train"
+    for key, data in reversed(files().items()):
+        path = root / key
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+    (root / "readme.txt").write_text("not a class")
+    (root / NAMES[0] / "notes.txt").write_text("not an image")
+    return root
+
+
+def make_tar(path):
+    with tarfile.open(path, "w") as outer:
+        for name in reversed(NAMES):
+            buffer = io.BytesIO()
+            with tarfile.open(fileobj=buffer, mode="w") as inner:
+                for key, data in files().items():
+                    if key.startswith(name):
+                        entry = tarfile.TarInfo(key.split("/")[1])
+                        entry.size = len(data)
+                        inner.addfile(entry, io.BytesIO(data))
+            entry = tarfile.TarInfo(f"{name}.tar")
+            entry.size = buffer.tell()
+            outer.addfile(entry, io.BytesIO(buffer.getvalue()))
+    return path
+
+
+def make_tfds(root, file_format="array_record"):
+    import tensorflow_datasets as tfds
+
+    with tfds.core.registered.skip_registration():
+
+        class Imagenet2012(tfds.core.GeneratorBasedBuilder):
+            VERSION = tfds.core.Version("5.1.0")
+            url_infos: ClassVar = {}  # nothing to download
+
+            def _info(self):
+                features = {
+                    "image": tfds.features.Image(encoding_format="jpeg"),
+                    "label": tfds.features.ClassLabel(names=list(NAMES)),
+                    "file_name": tfds.features.Text(),
+                }
+                return self.dataset_info_from_configs(features=tfds.features.FeaturesDict(features))
+
+            def _split_generators(self, dl_manager):
+                return {"train": self._generate_examples()}
+
+            def _generate_examples(self):
+                for key, data in files().items():
+                    label, name = key.split("/")
+                    yield key, {"image": io.BytesIO(data), "label": label, "file_name": name}
+
+    Imagenet2012(data_dir=root, file_format=file_format).download_and_prepare()
+    return root
+
+
+def check_source(source):
+    expected = files()
+    assert len(source) == len(expected) and source.num_classes == len(NAMES)
+    found = [source[index] for index in range(len(source))]
+    assert {raw.key for raw in found} == set(expected)
+    for raw in found:
+        assert raw.image.dtype == np.uint8 and raw.image.shape == (20, 24, 3)
+        np.testing.assert_array_equal(raw.image, decoded(expected[raw.key]))
+        assert raw.label == NAMES.index(raw.key.split("/")[0])
+    return [raw.key for raw in found]
+
+
+def test_a_folder_is_read_in_the_order_of_its_names(folder):
+    assert check_source(open_imagenet(str(folder))) == sorted(files())
+
+
+def test_the_tar_file_is_the_folder(folder, tmp_path):
+    source = open_imagenet(str(make_tar(tmp_path / "train.tar")))
+    assert isinstance(source, TarImages)
+    assert check_source(source) == sorted(files())
+    assert source.description == FolderImages(folder).description
+    assert sorted(tmp_path.iterdir()) == [folder, tmp_path / "train.tar"]  # nothing extracted
+
+
+def test_tfds_has_the_same_images(tmp_path):
+    source = open_imagenet(f"tfds:{make_tfds(tmp_path)}")
+    assert isinstance(source, TfdsImages)
+    check_source(source)
+    assert source.description == "TFDS imagenet2012/5.1.0 train: 6 images"
+
+
+def test_tfds_without_random_access_says_how_to_convert(tmp_path):
+    make_tfds(tmp_path, "tfrecord")
+    with pytest.raises(ValueError, match=r"convert_format --dataset_dir=.*5\.1\.0"):
+        TfdsImages(tmp_path)
+
+
+def test_other_images_have_another_description(folder):
+    before = FolderImages(folder).description
+    (folder / NAMES[0] / "new.JPEG").write_bytes(jpeg(9))
+    assert FolderImages(folder).description != before
+
+
+def test_nothing_or_nothing_of_the_kind_is_refused(tmp_path, folder):
+    with pytest.raises(FileNotFoundError):
+        open_imagenet(str(tmp_path / "elsewhere"))
+    with pytest.raises(FileNotFoundError):
+        open_imagenet(str(tmp_path / "elsewhere.tar"))
+    with pytest.raises(FileNotFoundError, match="not prepared in"):
+        open_imagenet(f"tfds:{tmp_path}")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="has no folders"):
+        open_imagenet(str(tmp_path / "empty"))
+    (folder / "n09999999").mkdir()
+    with pytest.raises(ValueError, match=r"no images in .*n09999999"):
+        open_imagenet(str(folder))
+
+
+def test_a_damaged_tar_file_and_a_damaged_image_are_named(tmp_path, folder):
+    path = make_tar(tmp_path / "train.tar")
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 3])
+    with pytest.raises(ValueError, match=r"train\.tar is damaged"):
+        TarImages(path)
+    (folder / NAMES[0] / "bad.JPEG").write_bytes(jpeg(0)[:300])
+    source = FolderImages(folder)
+    (index,) = (i for i in range(len(source)) if source._keys[i].endswith("bad.JPEG"))
+    with pytest.raises(ValueError, match=r"n01440764/bad\.JPEG is not a readable image"):
+        source[index]
+
+
+# The crop, restated without PIL: separable filters, rounded to bytes after each of the two passes.
+
+
+def box(x):
+    return ((x > -0.5) & (x <= 0.5)).astype(float)
+
+
+def cubic(x, a=-0.5):
+    x = np.abs(x)
+    near = (a + 2) * x**3 - (a + 3) * x**2 + 1
+    far = a * (x**3 - 5 * x**2 + 8 * x - 4)
+    return np.where(x < 1, near, np.where(x < 2, far, 0.0))
+
+
+def resample(pixels, axis, size, kernel, support):
+    old = pixels.shape[axis]
+    ratio = old / size
+    stretch = max(ratio, 1.0)
+    weights = np.zeros((size, old))
+    for i in range(size):
+        center = (i + 0.5) * ratio
+        low = max(int(center - support * stretch + 0.5), 0)
+        high = min(int(center + support * stretch + 0.5), old)
+        places = np.arange(low, high)
+        weights[i, places] = kernel((places + 0.5 - center) / stretch)
+    weights /= weights.sum(1, keepdims=True)
+    mixed = np.moveaxis(np.tensordot(weights, pixels, axes=(1, axis)), 0, axis)
+    return np.clip(np.floor(mixed + 0.5), 0, 255)
+
+
+def resize(pixels, height, width, kernel, support):
+    pixels = resample(pixels, 1, width, kernel, support)
+    return resample(pixels, 0, height, kernel, support)
+
+
+def crop_by_definition(pixels, size):
+    pixels = pixels.astype(float)
+    while min(pixels.shape[:2]) >= 2 * size:
+        pixels = resize(pixels, pixels.shape[0] // 2, pixels.shape[1] // 2, box, 0.5)
+    height, width = pixels.shape[:2]
+    scale = size / min(height, width)
+    pixels = resize(pixels, round(height * scale), round(width * scale), cubic, 2.0)
+    top, left = (pixels.shape[0] - size) // 2, (pixels.shape[1] - size) // 2
+    return pixels[top : top + size, left : left + size]
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [(16, 16), (13, 11), (16, 21), (40, 23), (32, 47), (31, 64), (70, 65), (150, 133)],
+)
+def test_crop_is_its_definition(shape):
+    pixels = np.random.default_rng(0).integers(0, 256, (*shape, 3), np.uint8)
+    cropped = center_crop(pixels, 16)
+    assert cropped.dtype == np.uint8 and cropped.shape == (16, 16, 3)
+    # PIL's weights are integers of 22 bits, so that a rare tie may fall to the other side.
+    difference = np.abs(cropped - crop_by_definition(pixels, 16))
+    assert difference.max() <= 1 and np.mean(difference > 0) < 0.01
+
+
+def test_crop_of_doubled_pixels_gives_the_pixels_back():
+    pixels = np.random.default_rng(1).integers(0, 256, (16, 25, 3), np.uint8)
+    doubled = pixels.repeat(4, axis=0).repeat(4, axis=1)
+    np.testing.assert_array_equal(center_crop(doubled, 16), pixels[:, 4:20])

@@ -1,0 +1,262 @@
+"""The cached set: written, read by TFDS itself, refused when damaged; draws from it."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from piflow_jax.data import batches
+from piflow_jax.data.latents import (
+    LatentsError,
+    LatentsPlan,
+    draw_latents,
+    finalize_latents,
+    load_latents_source,
+    missing_shards,
+    start_latents,
+    write_shard,
+)
+
+PLAN = LatentsPlan(
+    vae="abc",
+    compute="float32",
+    source="seven images",
+    num_examples=7,
+    num_classes=3,
+    image_size=16,
+    latent_shape=(4, 4, 2),
+    shard_size=3,
+)
+SHARDS = [f"imagenet_latents-train.array_record-0000{i}-of-00003" for i in range(3)]
+
+
+def example(index, plan=PLAN):
+    rng = np.random.default_rng(index)
+    shape = (2, *plan.latent_shape)
+    return {
+        "mean": rng.normal(size=shape).astype(plan.dtype),
+        "std": np.exp(rng.normal(size=shape) - 5).astype(plan.dtype),
+        "label": index % plan.num_classes,
+        "key": f"n{index}/{index}.JPEG",
+    }
+
+
+def write(directory, plan=PLAN):
+    start_latents(directory, plan)
+    for shard in missing_shards(directory, plan):
+        write_shard(directory, plan, shard, (example(i, plan) for i in plan.shard_range(shard)))
+    return finalize_latents(directory)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_what_is_written_is_read(tmp_path, dtype):
+    plan = dataclasses.replace(PLAN, dtype=dtype)
+    write(tmp_path, plan)
+    source = load_latents_source(tmp_path, expect_vae="abc", expect_scale=0.18215, expect_shift=0)
+    assert (source.name, source.shape, source.num_classes) == ("imagenet_latents", (4, 4, 2), 3)
+    assert len(source) == 7 and sorted(p.name for p in tmp_path.glob("*-of-*")) == SHARDS
+    for index in range(7):
+        expected, found = example(index, plan), source[index]
+        assert set(found) == {"mean", "std", "label"}
+        for name in ("mean", "std"):
+            assert found[name].dtype == dtype
+            np.testing.assert_array_equal(found[name], expected[name])
+        assert found["label"] == expected["label"] and found["label"].dtype == np.int32
+        assert source.key(index) == expected["key"]
+
+
+def test_tfds_reads_the_directory_by_path_and_by_name(tmp_path):
+    import tensorflow_datasets as tfds
+
+    directory = tmp_path / "imagenet_latents" / "1.0.0"
+    write(directory)
+    by_path = tfds.builder_from_directory(directory).as_data_source(split="train")
+    by_name = tfds.data_source("imagenet_latents", split="train", data_dir=tmp_path)
+    for found in (by_path, by_name):
+        assert len(found) == 7
+        for index in range(7):
+            expected = example(index)
+            np.testing.assert_array_equal(found[index]["mean"], expected["mean"])
+            np.testing.assert_array_equal(found[index]["std"], expected["std"])
+            assert found[index]["label"] == expected["label"]
+            assert found[index]["key"].decode() == expected["key"]
+
+
+def test_batches_cover_every_example_with_its_label(tmp_path):
+    write(tmp_path)
+    batch = next(batches(load_latents_source(tmp_path), batch_size=7, seed=0))
+    assert batch["mean"].shape == batch["std"].shape == (7, 2, 4, 4, 2)
+    assert batch["label"].dtype == np.int32
+    order = [
+        next(i for i in range(7) if np.array_equal(example(i)["mean"], mean))
+        for mean in batch["mean"]
+    ]
+    assert sorted(order) == list(range(7)) != order
+    np.testing.assert_array_equal(batch["label"], np.array(order) % 3)
+
+
+def test_the_manifest_tells_what_the_set_is(tmp_path):
+    manifest = write(tmp_path)
+    assert manifest == json.loads((tmp_path / "latents.json").read_text())
+    shards = manifest.pop("shards")
+    assert manifest == {"format": 1, **dataclasses.asdict(PLAN), "latent_shape": [4, 4, 2]}
+    assert [shard["file"] for shard in shards] == SHARDS
+    assert [shard["examples"] for shard in shards] == [3, 3, 1]
+    import hashlib
+
+    for shard in shards:
+        data = (tmp_path / shard["file"]).read_bytes()
+        assert shard["bytes"] == len(data)
+        assert shard["sha256"] == hashlib.sha256(data).hexdigest()
+
+
+@pytest.fixture
+def finished(tmp_path):
+    write(tmp_path)
+    return tmp_path
+
+
+def test_an_unfinished_set_is_refused(tmp_path):
+    with pytest.raises(LatentsError, match=r"latents\.json is missing"):
+        load_latents_source(tmp_path)
+    with pytest.raises(LatentsError, match="no preparation was begun"):
+        finalize_latents(tmp_path)
+    start_latents(tmp_path, PLAN)
+    write_shard(tmp_path, PLAN, 1, map(example, PLAN.shard_range(1)))
+    assert missing_shards(tmp_path, PLAN) == [0, 2]
+    with pytest.raises(LatentsError, match=f"{SHARDS[0]} was not written"):
+        finalize_latents(tmp_path)
+    with pytest.raises(LatentsError, match=r"latents\.json is missing"):
+        load_latents_source(tmp_path)
+
+
+@pytest.mark.parametrize("verify", [True, False])
+@pytest.mark.parametrize("stage", [load_latents_source, finalize_latents])
+def test_a_truncated_or_missing_shard_is_named(finished, stage, verify):
+    def call():
+        stage(finished, **({"verify": verify} if stage is load_latents_source else {}))
+
+    path = finished / SHARDS[1]
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(LatentsError, match=rf"{SHARDS[1]} has \d+ bytes, expected"):
+        call()
+    assert missing_shards(finished, PLAN) == [1]
+    path.unlink()
+    with pytest.raises(LatentsError, match=f"{SHARDS[1]} is missing"):
+        call()
+    write(finished)
+    call()
+
+
+@pytest.mark.parametrize("stage", [load_latents_source, finalize_latents])
+def test_a_flipped_bit_is_found(finished, stage):
+    path = finished / SHARDS[2]
+    data = bytearray(path.read_bytes())
+    data[data.index(example(6)["std"].tobytes()) + 10] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(LatentsError, match=f"{SHARDS[2]} differs from what was written"):
+        stage(finished)
+
+
+def test_a_flipped_bit_is_found_on_reading_when_checksums_are_not_compared(finished):
+    path = finished / SHARDS[2]
+    data = bytearray(path.read_bytes())
+    data[data.index(example(6)["std"].tobytes()) + 10] ^= 1
+    path.write_bytes(data)
+    source = load_latents_source(finished, verify=False)
+    np.testing.assert_array_equal(source[5]["mean"], example(5)["mean"])
+    with pytest.raises(Exception, match="hash mismatch"):
+        source[6]
+
+
+@pytest.mark.parametrize("name", ["dataset_info.json", "features.json"])
+def test_files_of_tfds_are_needed(finished, name):
+    (finished / name).unlink()
+    with pytest.raises(LatentsError, match=f"{name} is missing"):
+        load_latents_source(finished)
+
+
+@pytest.mark.parametrize(
+    ("expectation", "message"),
+    [
+        ({"expect_vae": "xyz"}, "vae 'abc', but 'xyz'"),
+        ({"expect_scale": 0.13025}, r"scale 0\.18215, but 0\.13025"),
+        ({"expect_shift": 0.1159}, r"shift 0\.0, but 0\.1159"),
+    ],
+)
+def test_another_autoencoder_or_scale_is_refused(finished, expectation, message):
+    with pytest.raises(LatentsError, match=message):
+        load_latents_source(finished, **expectation)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda m: m.pop("format"), "has format None"),
+        (lambda m: m.pop("vae"), "lacks or adds .'vae'"),
+        (lambda m: m["shards"][1].pop("sha256"), f"does not have all of {SHARDS[1]}"),
+        (lambda m: m["shards"].pop(), "lists shards of 6 of 7"),
+        (
+            lambda m: [m["shards"][i].update(examples=n) for i, n in ((0, 2), (1, 4))],
+            r"dataset_info\.json contradicts",
+        ),
+    ],
+)
+def test_a_spoilt_manifest_is_refused(finished, spoil, message):
+    path = finished / "latents.json"
+    manifest = json.loads(path.read_text())
+    spoil(manifest)
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(LatentsError, match=message):
+        load_latents_source(finished)
+    path.write_text(path.read_text()[:50])
+    with pytest.raises(LatentsError, match=r"latents\.json is damaged"):
+        load_latents_source(finished)
+
+
+def test_another_plan_in_the_same_directory_is_refused(finished):
+    with pytest.raises(LatentsError, match="vae was 'abc', is 'xyz'; shard_size was 3, is 4"):
+        start_latents(finished, dataclasses.replace(PLAN, vae="xyz", shard_size=4))
+
+
+def test_a_shard_with_the_wrong_latents_does_not_appear(tmp_path):
+    start_latents(tmp_path, PLAN)
+    with pytest.raises(LatentsError, match="shard 0 has 3 images, got 2"):
+        write_shard(tmp_path, PLAN, 0, map(example, range(2)))
+    with pytest.raises(LatentsError, match=r"n1/1\.JPEG are not finite in float16"):
+        spoilt = {**example(1), "std": np.full((2, 4, 4, 2), np.inf, np.float16)}
+        write_shard(tmp_path, PLAN, 0, [example(0), spoilt, example(2)])
+    assert missing_shards(tmp_path, PLAN) == [0, 1, 2] and not list(tmp_path.glob("*-of-*"))
+
+
+def test_draws_have_the_moments_of_the_two_posteriors():
+    count = 20_000
+    mean = np.array([[[1.0, -2.0]], [[4.0, 3.0]]], np.float16)  # [flip, site, channel]
+    std = np.array([[[0.5, 0.25]], [[2.0, 1.0]]], np.float16)
+    shape = (count, *mean.shape)
+    latents = jax.jit(draw_latents, static_argnums=(3, 4))(
+        jax.random.key(0), np.broadcast_to(mean, shape), np.broadcast_to(std, shape), 0.2, 0.5
+    )
+    assert latents.shape == (count, 1, 2) and latents.dtype == jnp.float32
+    mean, std = mean.astype(np.float64), std.astype(np.float64)
+    expected = mean.mean(0)
+    second = np.mean(std**2 + (mean - expected) ** 2, axis=0)
+    raw = np.asarray(latents, np.float64) / 0.2 + 0.5
+    np.testing.assert_allclose(raw.mean(0), expected, atol=5 * np.sqrt(second.max() / count))
+    np.testing.assert_allclose(raw.var(0), second, rtol=0.05)
+    # One coin for all sites and channels, and no correlation of the noise beyond it.
+    between = np.prod((mean - expected)[:, 0], axis=-1).mean()
+    np.testing.assert_allclose(np.cov(raw[:, 0].T)[0, 1], between, rtol=0.05)
+
+
+def test_draws_without_spread_are_the_means_of_either_image():
+    mean = np.stack([np.full((64, 2, 2, 3), 1.0), np.full((64, 2, 2, 3), -1.0)], axis=1)
+    latents = np.asarray(draw_latents(jax.random.key(1), mean, np.zeros_like(mean)))
+    np.testing.assert_allclose(np.abs(latents), 0.18215, rtol=1e-6)
+    assert np.ptp(latents.reshape(64, -1), axis=1).max() == 0
+    assert 16 < np.sum(latents[:, 0, 0, 0] > 0) < 48
+    other = np.asarray(draw_latents(jax.random.key(2), mean, np.zeros_like(mean)))
+    assert not np.array_equal(latents, other)
