@@ -131,6 +131,9 @@ class TrainConfig:
 
     steps: int = _field(3000, "training steps", low=1)
     batch_size: int = _field(128, "global batch; divisible by the number of devices", low=1)
+    microbatches: int = _field(
+        1, "parts of a batch whose gradients are accumulated one after the other", low=1
+    )
     optimizer: OptimizerConfig = _field(OptimizerConfig, "")
     data_free: bool = _field(False, "start at noise and walk all segments in each step")
     nfe: int = _field(1, "segments, which is network evaluations per sample", low=1)
@@ -286,6 +289,11 @@ def _check_together(config: Config, num_devices: int) -> None:
             raise ConfigError(
                 f"config.{key} must be divisible by the {num_devices} devices, got {batch}"
             )
+    if train.batch_size % (train.microbatches * num_devices):
+        raise ConfigError(
+            f"config.train.microbatches times the {num_devices} devices must divide "
+            f"config.train.batch_size ({train.batch_size}), got {train.microbatches}"
+        )
     low, high = teacher.guidance_interval
     if low > high:
         raise ConfigError(

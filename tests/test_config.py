@@ -74,7 +74,7 @@ def test_a_configuration_is_frozen():
     [
         ("stepz", "config has seed, data, model"),
         ("train__stepz", "config.train has steps, batch_size"),
-        ("train__optimizer__lr", "config.train.optimizer has learning_rate"),
+        ("train__optimizer__lr", "config.train.optimizer has kind, learning_rate"),
     ],
 )
 def test_unknown_keys_are_refused_with_the_known_ones(key, known):

@@ -3,7 +3,6 @@
 import os
 
 import jax
-import jax.numpy as jnp
 
 from piflow_jax.config import Config
 from piflow_jax.evaluation.evaluator import Sampler
@@ -15,6 +14,7 @@ from piflow_jax.training.checkpoint import check_spec, read_spec, restore_subtre
 from piflow_jax.training.loop import checkpoint_dir
 from piflow_jax.training.networks import (
     DataShape,
+    abstract_params,
     student_network,
     student_spec,
     teacher_network,
@@ -53,17 +53,10 @@ def load_student(config: Config, data: DataShape, workdir: str | os.PathLike):
 def _load(directory: str | os.PathLike, module: DiT, spec: dict):
     _, saved, _ = read_spec(directory)
     check_spec(saved, spec, directory)
-    size = module.sample_size
-    abstract = jax.eval_shape(
-        module.init,
-        jax.random.key(0),
-        jnp.zeros((1, size, size, module.in_channels)),
-        jnp.zeros((1,)),
-        jnp.zeros((1,), jnp.int32),
-    )
     sharding = replicated(data_mesh())
     abstract = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), abstract
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        abstract_params(module),
     )
     return restore_subtree(directory, "ema_params", abstract)
 

@@ -5,19 +5,18 @@ import os
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from absl import logging
 
 from piflow_jax.config import Config
 from piflow_jax.data import batches, load_source
 from piflow_jax.models import student_from_teacher
-from piflow_jax.models.dit import DiT
 from piflow_jax.models.flops import forward_flops
 from piflow_jax.stages.evaluate import evaluate
 from piflow_jax.stages.systems import load_teacher
 from piflow_jax.training.loop import Stage, run_stage
 from piflow_jax.training.networks import (
     DataShape,
+    init_params,
     student_network,
     student_spec,
     teacher_network,
@@ -69,12 +68,6 @@ def _key(config: Config, stream: int) -> jax.Array:
     return jax.random.fold_in(jax.random.key(config.seed), stream)
 
 
-def _init(module: DiT, key: jax.Array) -> Any:
-    size = module.sample_size
-    x = jnp.zeros((1, size, size, module.in_channels))
-    return module.init(key, x, jnp.zeros((1,)), jnp.zeros((1,), jnp.int32))
-
-
 def _settings(groups: dict[str, Any]) -> dict[str, Any]:
     """Settings as flat JSON values by dotted key."""
     flat = {}
@@ -104,7 +97,7 @@ def _teacher_stage(config: Config, source, data: DataShape) -> Stage:
     flops = 3 * forward_flops(module, data.sample_size, data.sample_size)
     return Stage(
         name="teacher",
-        init=lambda: TrainState.create(_init(module, _key(config, _TEACHER_INIT)), optimizer),
+        init=lambda: TrainState.create(init_params(module, _key(config, _TEACHER_INIT)), optimizer),
         step=step,
         constants=(_key(config, _TEACHER_STEPS),),
         data=_batches(config, source, settings.batch_size, config.seed),
@@ -135,7 +128,7 @@ def _student_stage(config: Config, source, data: DataShape, teacher_params) -> S
 
     def init():
         params = student_from_teacher(
-            keys[1], student, _init(student, keys[0]), teacher_params, teacher=teacher
+            keys[1], student, init_params(student, keys[0]), teacher_params, teacher=teacher
         )
         return TrainState.create(params, optimizer)
 

@@ -8,6 +8,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from piflow_jax.config import Config, ModelConfig, PolicyConfig, TrainConfig
@@ -16,6 +17,8 @@ from piflow_jax.models import DiT, DXHead, GMHead, VelocityHead
 __all__ = [
     "DataShape",
     "StudentSettings",
+    "abstract_params",
+    "init_params",
     "student_network",
     "student_settings",
     "student_spec",
@@ -81,6 +84,18 @@ def student_network(model: ModelConfig, policy: PolicyConfig, data: DataShape) -
         # Polynomial coefficients beyond the first start at zero only with the skip.
         head = DXHead(policy.num_grid, input_skip=policy.mode == "polynomial")
     return _network(model, data, head)
+
+
+def init_params(module: DiT, key: jax.Array) -> Any:
+    """Fresh variables of a network; traceable."""
+    size = module.sample_size
+    x = jnp.zeros((1, size, size, module.in_channels))
+    return module.init(key, x, jnp.zeros((1,)), jnp.zeros((1,), jnp.int32))
+
+
+def abstract_params(module: DiT) -> Any:
+    """Shapes and dtypes of a network's variables, without computing any."""
+    return jax.eval_shape(lambda: init_params(module, jax.random.key(0)))
 
 
 def _model_spec(model: ModelConfig, data: DataShape) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from piflow_jax.training.objectives import (
 from piflow_jax.training.optimizer import update_ema
 from piflow_jax.training.state import TrainState
 
-__all__ = ["distill_step", "teacher_step"]
+__all__ = ["accumulate", "distill_step", "teacher_step"]
 
 Metrics = dict[str, jax.Array]
 StepFn = Callable[..., tuple[TrainState, Metrics]]
@@ -38,6 +38,36 @@ def _advance(
     ema = update_ema(state.ema_params, params, state.step, config.warmup_steps, config.ema_gamma)
     metrics = {"loss": loss, "grad_norm": optax.global_norm(grads)}
     return TrainState(state.step + 1, params, ema, opt_state), metrics
+
+
+def accumulate(loss_and_grads: Callable, batch, count: int):
+    """Mean loss and gradients of a batch, in `count` parts one after the other.
+
+    Every part has the same number of examples, so the result is that of the whole batch; memory is
+    that of one part. Part `i` takes the examples `i, i + count, ...`: a batch that is split over
+    devices then has equally many of each part on each of them, and nothing moves between devices.
+
+    Args:
+      loss_and_grads: `part -> (loss, grads)`, both means over the examples of the part.
+      batch: arrays with the examples in front.
+      count: number of parts; divides the number of examples.
+
+    Returns:
+      `(loss, grads)`.
+    """
+    if count == 1:
+        return loss_and_grads(batch)
+    parts = jax.tree.map(lambda a: jnp.swapaxes(a.reshape(-1, count, *a.shape[1:]), 0, 1), batch)
+    zeros = jax.tree.map(
+        lambda a: jnp.zeros(a.shape, a.dtype),
+        jax.eval_shape(loss_and_grads, jax.tree.map(lambda a: a[0], parts)),
+    )
+
+    def body(total, part):
+        return jax.tree.map(jnp.add, total, loss_and_grads(part)), None
+
+    total, _ = jax.lax.scan(body, zeros, parts)
+    return jax.tree.map(lambda a: a / count, total)
 
 
 def teacher_step(
@@ -101,40 +131,55 @@ def distill_step(
         images, labels = batch["image"], batch["label"]
         keys = jax.random.split(jax.random.fold_in(root, state.step), 3)
         ratio = teacher_ratio(state.step, train.mixing_steps)
-        guided = guided_teacher(
-            lambda *inputs: teacher.apply(teacher_params, *inputs),
-            labels,
-            null_label,
-            config.teacher,
-        )
         size = images.shape[0]
         noise = jax.random.normal(keys[0], images.shape, images.dtype)
         if train.data_free:
             draws = jax.vmap(lambda key: sample_draws(key, size, train.num_states, components))(
                 jax.random.split(keys[1], train.nfe)
             )
-            loss, _, grads = data_free_loss_and_grads(
-                student.apply, state.params, guided, factory, labels, noise, draws, ratio, train
-            )
+            # Segments are the leading axis; microbatches are taken from the one behind it.
+            draws = jax.tree.map(lambda a: jnp.swapaxes(a, 0, 1), draws)
         else:
             draws = sample_draws(keys[1], size, train.num_states, components)
-            tau = 1 - jax.random.uniform(keys[2], (size,))  # in (0, 1]
+        tau = 1 - jax.random.uniform(keys[2], (size,))  # in (0, 1]
 
-            def loss_fn(params):
-                return data_dependent_loss(
-                    lambda *inputs: student.apply(params, *inputs),
-                    guided,
+        def loss_and_grads(part):
+            teacher_velocity = guided_teacher(
+                lambda *inputs: teacher.apply(teacher_params, *inputs),
+                part["labels"],
+                null_label,
+                config.teacher,
+            )
+            if train.data_free:
+                loss, _, grads = data_free_loss_and_grads(
+                    student.apply,
+                    state.params,
+                    teacher_velocity,
                     factory,
-                    images,
-                    labels,
-                    tau,
-                    noise,
-                    draws,
+                    part["labels"],
+                    part["noise"],
+                    jax.tree.map(lambda a: jnp.swapaxes(a, 0, 1), part["draws"]),
                     ratio,
                     train,
                 )
+                return loss, grads
+            return jax.value_and_grad(
+                lambda params: data_dependent_loss(
+                    lambda *inputs: student.apply(params, *inputs),
+                    teacher_velocity,
+                    factory,
+                    part["images"],
+                    part["labels"],
+                    part["tau"],
+                    part["noise"],
+                    part["draws"],
+                    ratio,
+                    train,
+                )
+            )(state.params)
 
-            loss, grads = jax.value_and_grad(loss_fn)(state.params)
+        whole = {"images": images, "labels": labels, "noise": noise, "draws": draws, "tau": tau}
+        loss, grads = accumulate(loss_and_grads, whole, train.microbatches)
         state, metrics = _advance(state, grads, loss, optimizer, train.optimizer)
         if train.mixing_steps:
             metrics["teacher_ratio"] = jnp.asarray(ratio)

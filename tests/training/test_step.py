@@ -1,0 +1,68 @@
+"""The train steps: gradient accumulation against the whole batch."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import tiny
+
+from piflow_jax.config import parse
+from piflow_jax.training.networks import (
+    DataShape,
+    init_params,
+    student_network,
+    teacher_network,
+)
+from piflow_jax.training.state import TrainState
+from piflow_jax.training.step import accumulate, distill_step
+
+DATA = DataShape(name="digits", sample_size=8, channels=1, num_classes=10)
+
+
+def test_parts_are_interleaved_and_averaged():
+    x = jnp.arange(12.0).reshape(6, 2)
+    seen = []
+
+    def loss_and_grads(part):
+        jax.debug.callback(lambda a: seen.append(np.asarray(a)), part, ordered=True)
+        return jnp.mean(part**2), {"w": jnp.mean(part, axis=0)}
+
+    loss, grads = accumulate(loss_and_grads, x, 3)
+    jax.effects_barrier()
+    np.testing.assert_allclose(loss, np.mean(np.arange(12.0) ** 2), rtol=1e-6)
+    np.testing.assert_allclose(grads["w"], np.mean(x, axis=0), rtol=1e-6)
+    # Each third of the rows, one behind the other on a device, gives one row to every part.
+    np.testing.assert_array_equal(seen, [x[0::3], x[1::3], x[2::3]])
+
+
+@pytest.mark.parametrize("data_free", [False, True])
+def test_accumulated_gradients_are_those_of_the_whole_batch(data_free):
+    config = tiny.get_config()
+    config.train.batch_size = 8
+    config.train.data_free = data_free
+    config.train.nfe = 2
+    config.policy.num_components = 3
+    images = jax.random.uniform(jax.random.key(1), (8, 8, 8, 1), minval=-1, maxval=1)
+    batch = {"image": images, "label": jnp.arange(8, dtype=jnp.int32)}
+    optimizer = optax.sgd(1.0)
+    grads = {}
+    for count in (1, 4):
+        config.train.microbatches = count
+        settings = parse(config)
+        teacher = teacher_network(settings.model, DATA)
+        student = student_network(settings.model, settings.policy, DATA)
+        # Of random parameters, none of which has a gradient of zero, as fresh heads do.
+        params = jax.tree.map(
+            lambda a: 0.1 * jax.random.normal(jax.random.key(a.size), a.shape),
+            init_params(student, jax.random.key(0)),
+        )
+        teacher_params = init_params(teacher, jax.random.key(2))
+        step = jax.jit(distill_step(student, teacher, optimizer, settings, DATA.num_classes))
+        state, metrics = step(
+            TrainState.create(params, optimizer), teacher_params, jax.random.key(3), batch
+        )
+        grads[count] = jax.tree.map(jnp.subtract, params, state.params), metrics["loss"]
+    for whole, parts in zip(*map(jax.tree.leaves, grads.values()), strict=True):
+        assert jnp.any(whole != 0)
+        np.testing.assert_allclose(parts, whole, rtol=2e-4, atol=2e-5 * np.max(np.abs(whole)))
