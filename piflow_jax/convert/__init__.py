@@ -7,12 +7,20 @@ import numpy as np
 from flax import linen as nn
 
 from piflow_jax.convert.dit import export_dit, load_dit
+from piflow_jax.convert.files import open_weights, write_safetensors
+from piflow_jax.convert.original_dit import load_original_dit
 from piflow_jax.convert.vae import export_vae, load_vae
 from piflow_jax.models.dit import DiT
 from piflow_jax.models.vae import AutoencoderKL
 
-LOADERS = {"dit": load_dit, "gm_dit": load_dit, "dx_dit": load_dit, "vae": load_vae}
-EXPORTERS = {DiT: export_dit, AutoencoderKL: export_vae}
+LOADERS = {
+    "dit": load_dit,
+    "gm_dit": load_dit,
+    "dx_dit": load_dit,
+    "original_dit": load_original_dit,
+    "original_sit": load_original_dit,
+    "vae": load_vae,
+}
 
 
 def load_torch_state(
@@ -21,11 +29,14 @@ def load_torch_state(
     """Turns weights under official names into a Flax module and its parameters.
 
     Args:
-        state: Arrays by official name, in PyTorch layout (linear weights `[out, in]`).
+        state: Arrays by official name, in PyTorch layout (linear weights `[out, in]`), such as
+            `open_weights` gives.
         model: A name in `LOADERS`.
         **sizes: What shapes do not show, see the loader of `model` (`load_dit`: `num_heads`,
             `sample_size`, `time_scale`, `constant_logstd`; `load_vae`: `norm_groups`). Sizes of a
-            DiT that they do show may be given and are then checked.
+            DiT that they do show may be given and are then checked. `place` (of a DiT or an
+            autoencoder) puts every leaf where it belongs as soon as it is built, see
+            `rules.import_state`.
 
     Returns:
         The module, and its parameters for `module.apply`. Dtypes are those of `state` (float64
@@ -58,4 +69,4 @@ def to_torch_state(module: nn.Module, params: Mapping) -> dict[str, np.ndarray]:
     return EXPORTERS[type(module)](module, params)
 
 
-__all__ = ["load_torch_state", "to_torch_state"]
+__all__ = ["load_torch_state", "open_weights", "to_torch_state", "write_safetensors"]

@@ -7,11 +7,9 @@ DiT checkpoints that it starts from.
 import re
 from collections.abc import Mapping
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-from piflow_jax.convert.rules import Rule, export_state, import_state, linear
+from piflow_jax.convert.rules import Place, Rule, as_jax, export_state, import_state, linear
 from piflow_jax.models.dit import DiT
 from piflow_jax.models.heads import DXHead, GMHead, VelocityHead
 from piflow_jax.models.layers import TIME_FEATURES, position_table
@@ -80,6 +78,7 @@ def load_dit(
     num_heads: int,
     sample_size: int,
     time_scale: float = 1.0,
+    place: Place | None = None,
     **given: float,
 ) -> tuple[DiT, dict]:
     """Loads a network of the DiT family.
@@ -94,6 +93,8 @@ def load_dit(
         num_heads: Attention heads.
         sample_size: Side, in sites, of the square input of training.
         time_scale: See `DiT`.
+        place: Puts every leaf in its place as soon as it is built, see `import_state`; None keeps
+            them on the default device.
         **given: Sizes otherwise read off the shapes, as a check: `patch_size`, `in_channels`,
             `hidden`, `depth`, `mlp_ratio`, `num_classes`, `num_components`, `logstd_hidden`,
             `num_grid`. A "gm_dit" without a logstd head needs `constant_logstd`.
@@ -121,8 +122,7 @@ def load_dit(
         **sizes, num_heads=num_heads, sample_size=sample_size, time_scale=time_scale, head=head
     )
     _drop_position_table(state, module)
-    params = import_state(state, dit_rules(module), module.depth)
-    return module, {"params": jax.tree.map(jnp.asarray, params)}
+    return module, {"params": import_state(state, dit_rules(module), module.depth, place or as_jax)}
 
 
 def export_dit(module: DiT, params: Mapping) -> dict[str, np.ndarray]:

@@ -6,10 +6,16 @@ is imported can be exported without a second table.
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import einops
+import jax
+import jax.numpy as jnp
 import numpy as np
+
+# Puts a finished leaf where it belongs, given its path.
+Place = Callable[[tuple[str, ...], np.ndarray], Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,11 +54,30 @@ class Rule:
         return [name.format(layer=i) for i in range(depth) for name in self.names]
 
     def to_leaf(self, state: Mapping[str, np.ndarray], depth: int) -> np.ndarray:
-        """Builds the Flax leaf from PyTorch arrays."""
-        arrays = [np.asarray(state[name]) for name in self.torch_names(depth)]
-        lead = ((depth,) if self.layered else ()) + self._pieces
-        stacked = np.stack(arrays).reshape(lead + self.torch_shape)
-        return np.ascontiguousarray(einops.rearrange(stacked, self.pattern, **self._known()))
+        """Builds the Flax leaf from PyTorch arrays, of which one layer's are read at a time."""
+        if not self.layered:
+            return np.array(self._piece(state, self.names, self.pattern), order="C")
+        left, right = (side.split() for side in self.pattern.split("->"))
+        if left[0] != "l" or right[0] != "l":
+            raise ValueError(f"{self.pattern!r}: layers must lead on both sides")
+        pattern = f"{' '.join(left[1:])} -> {' '.join(right[1:])}"
+        dtype = np.result_type(*(_dtype(state[name]) for name in self.torch_names(depth)))
+        leaf = None
+        for i in range(depth):
+            piece = self._piece(state, [name.format(layer=i) for name in self.names], pattern)
+            if leaf is None:
+                leaf = np.empty((depth, *piece.shape), dtype)
+            leaf[i] = piece
+            del piece  # before the next layer is read
+        return leaf
+
+    def _piece(
+        self, state: Mapping[str, np.ndarray], names: Iterable[str], pattern: str
+    ) -> np.ndarray:
+        arrays = [np.asarray(state[name]) for name in names]
+        stacked = np.stack(arrays) if len(arrays) > 1 else arrays[0]
+        del arrays
+        return einops.rearrange(stacked, pattern, **self._known())
 
     def from_leaf(self, leaf: np.ndarray, depth: int) -> dict[str, np.ndarray]:
         """Builds the PyTorch arrays from the Flax leaf."""
@@ -63,15 +88,16 @@ class Rule:
         # Copies: a view would keep the whole stack alive and is not contiguous for every writer.
         return {n: np.array(a) for n, a in zip(self.torch_names(depth), arrays, strict=True)}
 
-    @property
-    def _pieces(self) -> tuple[int, ...]:
-        return (len(self.names),) if len(self.names) > 1 else ()
-
     def _known(self) -> dict[str, int]:
         known = dict(self.sizes)
         if len(self.names) > 1:
             known["n"] = len(self.names)
         return known
+
+
+def _dtype(array: Any) -> np.dtype:
+    dtype = getattr(array, "dtype", None)
+    return dtype if isinstance(dtype, np.dtype) else np.asarray(array).dtype
 
 
 def linear(
@@ -109,16 +135,27 @@ def linear(
     ]
 
 
-def import_state(state: Mapping[str, np.ndarray], rules: Iterable[Rule], depth: int) -> dict:
+def import_state(
+    state: Mapping[str, np.ndarray],
+    rules: Iterable[Rule],
+    depth: int,
+    place: Place | None = None,
+) -> dict:
     """Turns a PyTorch state into nested Flax parameters.
 
+    Names and shapes are checked before any array is read. Of lazy arrays, those of one layer are in
+    memory at a time, besides the leaf that they go into.
+
     Args:
-        state: Arrays by PyTorch name.
+        state: Arrays by PyTorch name, lazy ones too (anything with a shape that numpy can read).
         rules: The table.
         depth: Number of layers.
+        place: Called with the path of a leaf, such as `("blocks", "qkv", "kernel")`, and the leaf
+            as numpy array, as soon as it is built; its result is the leaf. Putting the leaf on its
+            devices there keeps the host from holding more than one.
 
     Returns:
-        Nested dict of numpy arrays, dtypes as in `state`.
+        Nested dict of numpy arrays, dtypes as in `state`, or of what `place` returned.
 
     Raises:
         ValueError: Lists every missing and unexpected name and every wrong shape.
@@ -143,8 +180,16 @@ def import_state(state: Mapping[str, np.ndarray], rules: Iterable[Rule], depth: 
         node = params
         for key in rule.path[:-1]:
             node = node.setdefault(key, {})
-        node[rule.path[-1]] = rule.to_leaf(state, depth)
+        leaf = rule.to_leaf(state, depth)
+        node[rule.path[-1]] = leaf if place is None else place(rule.path, leaf)
+        del leaf
     return params
+
+
+def as_jax(path: tuple[str, ...], leaf: np.ndarray) -> jax.Array:
+    """The usual `place`: an array on the default device."""
+    del path
+    return jnp.asarray(leaf)
 
 
 def export_state(params: Mapping, rules: Iterable[Rule], depth: int) -> dict[str, np.ndarray]:

@@ -3,11 +3,9 @@
 import re
 from collections.abc import Mapping
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-from piflow_jax.convert.rules import Rule, export_state, import_state, linear
+from piflow_jax.convert.rules import Place, Rule, as_jax, export_state, import_state, linear
 from piflow_jax.models.vae import AutoencoderKL
 
 # Attention had other names, and 1x1 convolutions in place of linear layers, in early releases of
@@ -89,7 +87,11 @@ def vae_rules(module: AutoencoderKL) -> list[Rule]:
 
 
 def load_vae(
-    state: Mapping[str, np.ndarray], model: str, *, norm_groups: int = 32
+    state: Mapping[str, np.ndarray],
+    model: str,
+    *,
+    norm_groups: int = 32,
+    place: Place | None = None,
 ) -> tuple[AutoencoderKL, dict]:
     """Loads an autoencoder; widths, depth and channels are read off the shapes.
 
@@ -97,6 +99,8 @@ def load_vae(
         state: Arrays by official name, new or old.
         model: "vae".
         norm_groups: Groups of every normalisation, which shapes do not show.
+        place: Puts every leaf in its place as soon as it is built, see `import_state`; None keeps
+            them on the default device.
 
     Returns:
         The module, and `{"params": ...}` as JAX arrays with the dtypes of `state`.
@@ -129,8 +133,7 @@ def load_vae(
         in_channels=np.shape(state["encoder.conv_in.weight"])[1],
         norm_groups=norm_groups,
     )
-    params = import_state(state, vae_rules(module), 0)
-    return module, {"params": jax.tree.map(jnp.asarray, params)}
+    return module, {"params": import_state(state, vae_rules(module), 0, place or as_jax)}
 
 
 def export_vae(module: AutoencoderKL, params: Mapping) -> dict[str, np.ndarray]:

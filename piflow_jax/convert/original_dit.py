@@ -1,0 +1,189 @@
+"""Weights under the names of facebookresearch/DiT, which SiT and REPA kept.
+
+The networks are the ones of `convert.dit` under other names, with fused queries, keys and values.
+Order of the modulations (shift, scale, gate of attention, then of the MLP; shift, scale of the
+output), of the time features (cosines, then sines) and of the output rows (row, column, channel)
+is the same on both sides.
+
+What the weights *mean* differs, and no shape shows it:
+
+| weights | predict | time | load as |
+| --- | --- | --- | --- |
+| REPA | velocity noise - data, as here | 1 is noise, as here | "original_dit" |
+| SiT | velocity data - noise | 1 is data | "original_sit" |
+| DiT | noise of a discrete diffusion | integers up to 999 | "original_dit", `time_scale=1000` |
+
+A DiT is therefore no teacher of a flow, only a start for training one. SiT's time and sign are
+absorbed into the weights, exactly: `cos(f (1 - t))` and `sin(f (1 - t))` are rotations of
+`cos(f t)` and `sin(f t)`, so the first layer of the time embedder is rotated, and the output layer
+is negated. REPA checkpoints trained with the cosine path are no linear flow and do not belong here.
+
+Two differences to the original remain, both shared with the pi-Flow release: the norm before the
+MLP adds 1e-5 to the variance where the original adds 1e-6, and the fixed position table is computed
+rather than read (averaging over a training run moves the stored one by rounding).
+
+Source: DiT, arXiv 2212.09748; SiT, arXiv 2401.08740; REPA, arXiv 2410.06940.
+"""
+
+import math
+import re
+from collections.abc import Mapping
+
+import numpy as np
+
+from piflow_jax.convert.dit import CLASS_EMBED, OUTPUT, PATCH_EMBED, load_dit
+from piflow_jax.convert.files import LazyArray
+from piflow_jax.convert.rules import Place
+from piflow_jax.models.dit import DiT
+from piflow_jax.models.layers import TIME_FEATURES, position_table
+
+TIME_IN = "t_embedder.mlp.0.weight"
+POSITIONS = "pos_embed"
+# REPA's heads onto the features of an image encoder; only its training loss needs them.
+PROJECTORS = "projectors."
+
+_LINEAR = {
+    "x_embedder.proj": PATCH_EMBED,
+    "t_embedder.mlp.0": "emb.timestep_embedder.linear_1",
+    "t_embedder.mlp.2": "emb.timestep_embedder.linear_2",
+    "final_layer.adaLN_modulation.1": "proj_out_1",
+    "final_layer.linear": OUTPUT,
+}
+_BLOCK_LINEAR = {
+    "adaLN_modulation.1": "norm1.linear",
+    "attn.proj": "attn1.to_out.0",
+    "mlp.fc1": "ff.net.0.proj",
+    "mlp.fc2": "ff.net.2",
+}
+_QKV = "attn.qkv"
+_CLASSES = "y_embedder.embedding_table.weight"
+# The averaged table of a long training run is off by 2e-4; a wrong one is off by about 1.
+_POSITION_TOLERANCE = 1e-3
+
+
+def load_original_dit(
+    state: Mapping[str, np.ndarray],
+    model: str,
+    *,
+    num_heads: int,
+    sample_size: int,
+    time_scale: float = 1.0,
+    place: Place | None = None,
+    **given: float,
+) -> tuple[DiT, dict]:
+    """Loads a DiT, SiT or REPA checkpoint; see the table above for what becomes of its meaning.
+
+    Predicted variances and REPA's projectors are dropped.
+
+    Args:
+        state: Arrays by name in the original repositories.
+        model: "original_dit" takes the weights as they are; "original_sit" turns a velocity
+            network with data at t = 1 into one with data at t = 0, as everywhere here.
+        num_heads: Attention heads (16 in the XL and L networks).
+        sample_size: Side, in sites, of the square input of training (32 for 256 pixels).
+        time_scale: See `DiT`; 1 for REPA and SiT.
+        place: Puts every leaf in its place as soon as it is built, see `import_state`.
+        **given: Sizes to be checked, see `load_dit`.
+
+    Returns:
+        The module, and `{"params": ...}` as JAX arrays with the dtypes of `state`.
+
+    Raises:
+        ValueError: Names or shapes do not fit (all are listed), a given size contradicts them, or
+            `time_scale` is not 1 for "original_sit".
+    """
+    state = {n: a for n, a in state.items() if not n.startswith(PROJECTORS)}
+    _check_names(state)
+    _drop_positions(state, sample_size)
+    if model == "original_sit":
+        if time_scale != 1.0:
+            raise ValueError(f"original_sit networks see t in [0, 1], got time_scale {time_scale}")
+        _turn_time(state)
+    return load_dit(
+        _official_names(state),
+        "dit",
+        num_heads=num_heads,
+        sample_size=sample_size,
+        time_scale=time_scale,
+        place=place,
+        **given,
+    )
+
+
+def _check_names(state: Mapping[str, np.ndarray]) -> None:
+    """Lists missing and unexpected names, as the original calls them."""
+    layers = [re.match(r"blocks\.(\d+)\.", name) for name in state]
+    depth = 1 + max((int(match[1]) for match in layers if match), default=0)
+    modules = list(_LINEAR)
+    for i in range(depth):
+        modules += [f"blocks.{i}.{name}" for name in (*_BLOCK_LINEAR, _QKV)]
+    expected = [f"{name}.{which}" for name in modules for which in ("weight", "bias")] + [_CLASSES]
+    problems = [f"missing {name}" for name in expected if name not in state]
+    known = {*expected, POSITIONS}
+    problems += [f"unexpected {n} {np.shape(a)}" for n, a in state.items() if n not in known]
+    if problems:
+        raise ValueError("the state does not fit an original DiT:\n  " + "\n  ".join(problems))
+
+
+def _drop_positions(state: dict[str, np.ndarray], sample_size: int) -> None:
+    """Drops the stored position table, if it is the one we compute."""
+    if POSITIONS not in state:
+        return
+    stored = np.asarray(state.pop(POSITIONS), np.float32)
+    weight = np.shape(state["x_embedder.proj.weight"])
+    side = sample_size // weight[-1]
+    table = position_table(weight[0], side, side, side).reshape(1, side * side, weight[0])
+    if stored.shape != table.shape:
+        raise ValueError(
+            f"{POSITIONS} has shape {stored.shape}, sample_size {sample_size} makes {table.shape}"
+        )
+    error = np.abs(stored - table).max()
+    if not error <= _POSITION_TOLERANCE:
+        raise ValueError(f"{POSITIONS} is not the fixed table, it is off by {error:.2g}")
+
+
+def _turn_time(state: dict[str, np.ndarray]) -> None:
+    """Rotates the time features by a whole unit of time and negates the output."""
+    weight = np.asarray(state[TIME_IN])
+    half = TIME_FEATURES // 2
+    if weight.ndim != 2 or weight.shape[1] != TIME_FEATURES:
+        raise ValueError(f"{TIME_IN} has shape {weight.shape}, expected [.., {TIME_FEATURES}]")
+    unit = np.exp(-math.log(10000.0) * np.arange(half) / half)
+    cos, sin = weight[:, :half].astype(np.float64), weight[:, half:].astype(np.float64)
+    turned = [cos * np.cos(unit) + sin * np.sin(unit), cos * np.sin(unit) - sin * np.cos(unit)]
+    state[TIME_IN] = np.concatenate(turned, axis=1).astype(weight.dtype)
+    for which in ("weight", "bias"):
+        state[f"final_layer.linear.{which}"] = -np.asarray(state[f"final_layer.linear.{which}"])
+
+
+def _official_names(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Renames, and parts the fused queries, keys and values without reading them."""
+    renamed = {}
+    for name, array in state.items():
+        module, _, which = name.rpartition(".")
+        block = re.fullmatch(r"blocks\.(\d+)\.(.+)", module)
+        if name == _CLASSES:
+            renamed[CLASS_EMBED] = array
+        elif block is None:
+            renamed[f"{_LINEAR[module]}.{which}"] = array
+        elif block[2] == _QKV:
+            for i, piece in enumerate("qkv"):
+                official = f"transformer_blocks.{block[1]}.attn1.to_{piece}.{which}"
+                renamed[official] = _third(name, array, i)
+        else:
+            official = f"transformer_blocks.{block[1]}.{_BLOCK_LINEAR[block[2]]}.{which}"
+            renamed[official] = array
+    return renamed
+
+
+def _third(name: str, array: np.ndarray, i: int) -> LazyArray:
+    """Rows of queries, keys or values; copied out, so that the fused array can be let go."""
+    shape = np.shape(array)
+    if not shape or shape[0] % 3:
+        raise ValueError(f"{name} has shape {shape}, expected a multiple of 3 rows")
+    size = shape[0] // 3
+
+    def read() -> np.ndarray:
+        return np.array(np.asarray(array)[i * size : (i + 1) * size])
+
+    return LazyArray((size, *shape[1:]), array.dtype, read)
