@@ -21,6 +21,7 @@ LOADERS = {
     "original_sit": load_original_dit,
     "vae": load_vae,
 }
+EXPORTERS = {DiT: export_dit, AutoencoderKL: export_vae}
 
 
 def load_torch_state(
