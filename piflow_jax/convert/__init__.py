@@ -8,9 +8,11 @@ from flax import linen as nn
 
 from piflow_jax.convert.dit import export_dit, load_dit
 from piflow_jax.convert.files import open_weights, write_safetensors
+from piflow_jax.convert.inception import export_inception, load_inception
 from piflow_jax.convert.original_dit import load_original_dit
 from piflow_jax.convert.vae import export_vae, load_vae
 from piflow_jax.models.dit import DiT
+from piflow_jax.models.inception import InceptionV3
 from piflow_jax.models.vae import AutoencoderKL
 
 LOADERS = {
@@ -20,8 +22,9 @@ LOADERS = {
     "original_dit": load_original_dit,
     "original_sit": load_original_dit,
     "vae": load_vae,
+    "inception": load_inception,
 }
-EXPORTERS = {DiT: export_dit, AutoencoderKL: export_vae}
+EXPORTERS = {DiT: export_dit, AutoencoderKL: export_vae, InceptionV3: export_inception}
 
 
 def load_torch_state(
