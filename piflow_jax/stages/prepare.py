@@ -12,7 +12,9 @@ import numpy as np
 from absl import logging
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from piflow_jax.data.imagenet import ImageSource, center_crop
+from piflow_jax.config import Config, ConfigError
+from piflow_jax.convert import load_torch_state, open_weights
+from piflow_jax.data.imagenet import ImageSource, center_crop, open_imagenet
 from piflow_jax.data.latents import (
     SD_VAE_SCALE,
     LatentsPlan,
@@ -23,7 +25,7 @@ from piflow_jax.data.latents import (
 )
 from piflow_jax.models.vae import AutoencoderKL
 
-__all__ = ["finalize", "prepare", "vae_identity"]
+__all__ = ["finalize", "prepare", "prepare_latents", "vae_identity"]
 
 finalize = finalize_latents
 
@@ -137,6 +139,41 @@ def prepare(
     if missing_shards(directory, plan):
         return None
     return finalize(directory)
+
+
+def prepare_latents(config: Config, workdir: str | os.PathLike) -> None:
+    """`--mode=prepare`: the latents of `config.data.images` into `config.data.data_dir`.
+
+    Args:
+      config: the run's settings; `config.data` names images, autoencoder and directory.
+      workdir: not used; the latents are shared between runs.
+
+    Raises:
+      ConfigError: one of the three is not given, or the autoencoder's file is not one.
+      FileNotFoundError: one of them is not there.
+      LatentsError: another preparation was begun in the directory, or shards are damaged.
+    """
+    del workdir
+    settings = config.data
+    for key in ("images", "vae", "data_dir"):
+        if not getattr(settings, key):
+            raise ConfigError(f"--mode=prepare needs config.data.{key}")
+    source = open_imagenet(settings.images)
+    try:
+        module, params = load_torch_state(open_weights(settings.vae), "vae")
+    except ValueError as error:
+        raise ConfigError(f"config.data.vae = {settings.vae!r}: {error}") from error
+    manifest = prepare(
+        source,
+        module,
+        params,
+        settings.data_dir,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+        on_progress=lambda done, todo: logging.info("prepare: %d/%d shards", done, todo),
+    )
+    if manifest is not None:
+        logging.info("prepare: %d images in %s", manifest["num_examples"], settings.data_dir)
 
 
 def _encoder(module: AutoencoderKL, params: Any, dtype: str, precision: str) -> Callable:

@@ -151,6 +151,13 @@ def test_a_truncated_or_missing_shard_is_named(finished, stage, verify):
     call()
 
 
+def test_a_wrong_count_is_found(finished):
+    record = finished / "preparation" / "00001.json"
+    record.write_text(record.read_text().replace('"examples": 3', '"examples": 2'))
+    with pytest.raises(LatentsError, match=f"{SHARDS[1]} has 3 examples, expected 2"):
+        finalize_latents(finished)
+
+
 @pytest.mark.parametrize("stage", [load_latents_source, finalize_latents])
 def test_a_flipped_bit_is_found(finished, stage):
     path = finished / SHARDS[2]

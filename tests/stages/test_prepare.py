@@ -151,9 +151,9 @@ def test_the_identity_is_of_names_shapes_types_and_values():
     identity = vae_identity(params)
     assert identity == vae_identity(jax.tree.map(jnp.asarray, dict(reversed(params.items()))))
     others = [
-        {"c": params["a"], "b": params["b"]},
+        {"a": params["a"], "c": params["b"]},
         {"a": params["a"].reshape(3, 2), "b": params["b"]},
-        {"a": params["a"].astype(np.float16), "b": params["b"]},
+        {"a": params["a"].astype(np.int32), "b": params["b"]},
         {"a": params["a"], "b": np.array([1, 1, 2], np.float32)},
     ]
     assert len({identity, *map(vae_identity, others)}) == 5
