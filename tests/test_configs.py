@@ -36,6 +36,37 @@ def test_mnist_is_valid():
     assert parse(load("mnist").get_config()).data.name == "mnist"
 
 
+@pytest.mark.parametrize(
+    ("variant", "policy", "window", "guidance", "interval", "steps", "time_scale", "nfe"),
+    [
+        ("gm_repa", 32, 0, 3.2, (0.0, 0.7), 140_000, 1.0, 1),
+        ("gm_repa_2nfe", 32, 0, 2.8, (0.0, 0.7), 24_000, 1.0, 2),
+        ("gm_fm", 32, 0, 2.7, (0.0, 0.6), 140_000, 1000.0, 1),
+        ("dx_repa_10", 10, 10, 3.2, (0.0, 0.7), 40_000, 1.0, 1),
+        ("dx_repa_20", 20, 5, 3.2, (0.0, 0.7), 40_000, 1.0, 1),
+        ("dx_repa_40", 40, 3, 3.2, (0.0, 0.7), 40_000, 1.0, 1),
+    ],
+)
+def test_imagenet_recipes_are_those_of_the_design(
+    variant, policy, window, guidance, interval, steps, time_scale, nfe
+):
+    """Section 6 of the design."""
+    config = parse(load("imagenet").get_config(variant))
+    train, model, teacher = config.train, config.model, config.teacher
+    grid = config.policy.kind == "dx"
+    assert (config.policy.num_grid if grid else config.policy.num_components) == policy
+    assert (train.window_substeps, train.total_substeps, train.num_states) == (window, 128, 2)
+    assert (teacher.guidance_scale, teacher.guidance_interval) == (guidance, interval)
+    assert (train.steps, train.batch_size, train.nfe, train.shift) == (steps, 4096, nfe, 1.0)
+    assert (model.depth, model.num_heads, model.hidden, model.patch_size) == (28, 16, 1152, 2)
+    assert model.time_scale == time_scale
+    assert (train.gm_dropout, config.policy.logstd_hidden) == (0.0 if grid else 0.05, 1024)
+    optimizer = train.optimizer
+    assert (optimizer.kind, optimizer.learning_rate) == ("adamw", 5e-5)
+    assert (optimizer.beta1, optimizer.beta2, optimizer.weight_decay) == (0.9, 0.95, 0.0)
+    assert (optimizer.warmup_steps, optimizer.grad_clip, optimizer.ema_gamma) == (400, 50, 7)
+
+
 def test_unknown_variant_is_named():
     with pytest.raises(ValueError, match="variants gm, dx, gm_2nfe, datafree, guided, not 'xd'"):
         load("digits").get_config("xd")

@@ -3,19 +3,22 @@
 from collections.abc import Callable
 
 from piflow_jax.data.digits import load_digits_source
+from piflow_jax.data.latents import LatentsSource, load_latents_source
 from piflow_jax.data.mnist import load_mnist_source
 from piflow_jax.data.pipeline import BatchIterator, batches
 from piflow_jax.data.source import ArraySource, Source
 
 __all__ = ["SOURCES", "ArraySource", "BatchIterator", "Source", "batches", "load_source"]
 
-SOURCES: dict[str, Callable[[str | None], ArraySource]] = {
+SOURCES: dict[str, Callable[[str | None], ArraySource | LatentsSource]] = {
     "digits": lambda data_dir: load_digits_source(),
     "mnist": load_mnist_source,
+    # Comparing all checksums reads the whole set; a damaged record raises when it is read.
+    "imagenet": lambda data_dir: load_latents_source(data_dir or "", verify=False),
 }
 
 
-def load_source(name: str, data_dir: str | None = None) -> ArraySource:
+def load_source(name: str, data_dir: str | None = None) -> ArraySource | LatentsSource:
     """Loads a data set by name.
 
     Args:
@@ -23,7 +26,7 @@ def load_source(name: str, data_dir: str | None = None) -> ArraySource:
       data_dir: Where to look for data that does not ship with a package; digits ignore it.
 
     Returns:
-      The source, with `images`, `labels`, `num_classes`, `shape` and `name`.
+      The source, with `num_classes`, `shape` and `name`; one in memory has `images` and `labels`.
 
     Raises:
       ValueError: If there is no data set of that name.

@@ -8,7 +8,7 @@ from piflow_jax.evaluation.evaluator import (
     measure,
     sample_by_index,
 )
-from piflow_jax.evaluation.features import FeatureNetwork, load_features
+from piflow_jax.evaluation.features import FEATURE_SPACES, FeatureNetwork, load_features
 from piflow_jax.evaluation.floor import Floor, half_split_floor
 from piflow_jax.evaluation.frechet import (
     GaussianStatistics,
@@ -21,6 +21,7 @@ from piflow_jax.evaluation.precision_recall import PrecisionRecall, precision_re
 from piflow_jax.evaluation.report import Report, Row
 
 __all__ = [
+    "FEATURE_SPACES",
     "FeatureNetwork",
     "Figures",
     "Floor",

@@ -21,7 +21,7 @@ from numpy.typing import ArrayLike
 Parameters = dict[str, jax.Array]
 
 _BATCH = 512  # one shape, hence one compilation, whatever is asked for
-NAMES = ("digits", "mnist")
+FEATURE_SPACES = ("digits", "mnist")
 
 
 def penultimate(parameters: Parameters, images: jax.Array, strides: tuple[int, ...]) -> jax.Array:
@@ -129,8 +129,8 @@ def load_features(name: str) -> FeatureNetwork:
     Raises:
       ValueError: If there is no feature space of that name.
     """
-    if name not in NAMES:
-        raise ValueError(f"unknown feature space {name!r}; choose one of {list(NAMES)}")
+    if name not in FEATURE_SPACES:
+        raise ValueError(f"unknown feature space {name!r}; choose one of {list(FEATURE_SPACES)}")
     with np.load(weight_path(name), allow_pickle=False) as archive:
         arrays = dict(archive)
     shape = tuple(int(size) for size in arrays.pop("shape"))

@@ -1,7 +1,17 @@
-"""What the command line does: train, evaluate, sample. The only rooms that touch the disk."""
+"""What the command line does, a mode each. The only rooms that touch the disk."""
 
+from piflow_jax.stages.compile import compile_step
 from piflow_jax.stages.evaluate import evaluate
+from piflow_jax.stages.prepare import prepare_latents
 from piflow_jax.stages.sample import sample
 from piflow_jax.stages.train import train
 
-__all__ = ["evaluate", "sample", "train"]
+__all__ = ["MODES", "compile_step", "evaluate", "prepare_latents", "sample", "train"]
+
+MODES = {
+    "train": train,
+    "evaluate": evaluate,
+    "sample": sample,
+    "prepare": prepare_latents,
+    "compile": compile_step,
+}

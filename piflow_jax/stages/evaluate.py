@@ -7,9 +7,10 @@ import jax
 import numpy as np
 from absl import logging
 
-from piflow_jax.config import Config
+from piflow_jax.config import Config, ConfigError
 from piflow_jax.data import load_source
 from piflow_jax.evaluation import (
+    FEATURE_SPACES,
     Report,
     Row,
     class_diversity,
@@ -42,7 +43,13 @@ def evaluate(config: Config, workdir: str | os.PathLike) -> Report:
 
     Raises:
       CheckpointError: a checkpoint is missing, unusable or contradicts the settings.
+      ConfigError: the data set has no feature space to be measured in.
     """
+    if config.data.name not in FEATURE_SPACES:
+        raise ConfigError(
+            f"there is no report for config.data.name = {config.data.name!r} yet: no feature space "
+            f"of it ships with the package (those of {', '.join(FEATURE_SPACES)} do)"
+        )
     settings, workdir = config.evaluation, Path(workdir)
     source = load_source(config.data.name, config.data.data_dir or None)
     data = DataShape.of(config.data.name, source)

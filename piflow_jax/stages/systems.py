@@ -3,8 +3,10 @@
 import os
 
 import jax
+import numpy as np
 
-from piflow_jax.config import Config
+from piflow_jax.config import Config, ConfigError
+from piflow_jax.convert import load_torch_state, open_weights
 from piflow_jax.evaluation.evaluator import Sampler
 from piflow_jax.flow.sampling import few_step_sample, ode_sample
 from piflow_jax.flow.schedule import TimeWarp
@@ -26,7 +28,9 @@ __all__ = ["load_student", "load_teacher", "student_sampler", "teacher_sampler"]
 
 
 def load_teacher(config: Config, data: DataShape, workdir: str | os.PathLike):
-    """The teacher's averaged parameters, from the given checkpoint or the work directory.
+    """The teacher's parameters: official weights, or the average of a checkpoint.
+
+    The checkpoint is the given one or that of the work directory.
 
     Args:
       config: the run's settings.
@@ -38,9 +42,31 @@ def load_teacher(config: Config, data: DataShape, workdir: str | os.PathLike):
 
     Raises:
       CheckpointError: there is no checkpoint, it is unusable, or it contradicts the settings.
+      ConfigError: the official weights contradict the settings.
     """
+    if config.teacher.weights:
+        return _official_teacher(config, data)
     directory = config.teacher.checkpoint or checkpoint_dir(workdir, "teacher")
     return _load(directory, teacher_network(config.model, data), teacher_spec(config, data))
+
+
+def _official_teacher(config: Config, data: DataShape):
+    module, path = teacher_network(config.model, data), config.teacher.weights
+    sharding = replicated(data_mesh())
+    sizes = ("patch_size", "in_channels", "hidden", "depth", "mlp_ratio", "num_classes")
+    try:
+        _, params = load_torch_state(
+            open_weights(path),
+            config.teacher.weights_format,
+            num_heads=module.num_heads,
+            sample_size=module.sample_size,
+            time_scale=module.time_scale,
+            place=lambda _, leaf: jax.device_put(leaf.astype(np.float32), sharding),
+            **{size: getattr(module, size) for size in sizes},
+        )
+    except ValueError as error:
+        raise ConfigError(f"config.teacher.weights = {path!r}: {error}") from error
+    return params
 
 
 def load_student(config: Config, data: DataShape, workdir: str | os.PathLike):

@@ -9,6 +9,7 @@ from absl import logging
 
 from piflow_jax.config import Config
 from piflow_jax.data import batches, load_source
+from piflow_jax.evaluation import FEATURE_SPACES
 from piflow_jax.models import student_from_teacher
 from piflow_jax.models.flops import forward_flops
 from piflow_jax.stages.evaluate import evaluate
@@ -45,13 +46,17 @@ def train(config: Config, workdir: str | os.PathLike) -> None:
     """
     source = load_source(config.data.name, config.data.data_dir or None)
     data = DataShape.of(config.data.name, source)
-    if config.teacher.checkpoint:
-        logging.info("teacher: given, %s", config.teacher.checkpoint)
+    given = config.teacher.checkpoint or config.teacher.weights
+    if given:
+        logging.info("teacher: given, %s", given)
     else:
         _run(_teacher_stage(config, source, data), config, workdir)
     teacher_params = load_teacher(config, data, workdir)
     _run(_student_stage(config, source, data, teacher_params), config, workdir)
-    evaluate(config, workdir)
+    if config.data.name in FEATURE_SPACES:
+        evaluate(config, workdir)
+    else:
+        logging.info("no report: no feature space of %s ships with the package", config.data.name)
 
 
 def _run(stage: Stage, config: Config, workdir: str | os.PathLike) -> None:

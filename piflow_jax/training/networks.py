@@ -15,6 +15,7 @@ from piflow_jax.config import Config, ModelConfig, PolicyConfig, TrainConfig
 from piflow_jax.models import DiT, DXHead, GMHead, VelocityHead
 
 __all__ = [
+    "IMAGENET_LATENTS",
     "DataShape",
     "StudentSettings",
     "abstract_params",
@@ -50,6 +51,10 @@ class DataShape:
         """The shape of an image source with `shape` and `num_classes`, known as `name`."""
         height, _, channels = source.shape
         return cls(name=name, sample_size=height, channels=channels, num_classes=source.num_classes)
+
+
+# Latents of 256x256 images under the autoencoder of Stable Diffusion.
+IMAGENET_LATENTS = DataShape(name="imagenet", sample_size=32, channels=4, num_classes=1000)
 
 
 def _network(model: ModelConfig, data: DataShape, head) -> DiT:

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from piflow_jax.config import Config, OptimizerConfig
+from piflow_jax.data.latents import draw_latents
 from piflow_jax.flow.schedule import TimeWarp
 from piflow_jax.training.objectives import (
     data_dependent_loss,
@@ -21,6 +22,9 @@ from piflow_jax.training.optimizer import update_ema
 from piflow_jax.training.state import TrainState
 
 __all__ = ["accumulate", "distill_step", "teacher_step"]
+
+# A stream of its own beside those that the losses split off the same key.
+_POSTERIOR = 0x9057
 
 Metrics = dict[str, jax.Array]
 StepFn = Callable[..., tuple[TrainState, Metrics]]
@@ -38,6 +42,13 @@ def _advance(
     ema = update_ema(state.ema_params, params, state.step, config.warmup_steps, config.ema_gamma)
     metrics = {"loss": loss, "grad_norm": optax.global_norm(grads)}
     return TrainState(state.step + 1, params, ema, opt_state), metrics
+
+
+def _images(batch, key: jax.Array) -> jax.Array:
+    """What the networks see: images as they are, or a draw from the posterior of latents."""
+    if "image" in batch:
+        return batch["image"]
+    return draw_latents(jax.random.fold_in(key, _POSTERIOR), batch["mean"], batch["std"])
 
 
 def accumulate(loss_and_grads: Callable, batch, count: int):
@@ -94,7 +105,7 @@ def teacher_step(
             return flow_matching_loss(
                 lambda *inputs: module.apply(params, *inputs),
                 key,
-                batch["image"],
+                _images(batch, key),
                 batch["label"],
                 null_label,
                 settings.label_dropout,
@@ -128,8 +139,8 @@ def distill_step(
     components = config.policy.num_components if config.policy.kind == "gm" else 0
 
     def step(state: TrainState, teacher_params, root: jax.Array, batch):
-        images, labels = batch["image"], batch["label"]
         keys = jax.random.split(jax.random.fold_in(root, state.step), 3)
+        images, labels = _images(batch, keys[0]), batch["label"]
         ratio = teacher_ratio(state.step, train.mixing_steps)
         size = images.shape[0]
         noise = jax.random.normal(keys[0], images.shape, images.dtype)
