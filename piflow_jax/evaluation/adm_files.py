@@ -1,0 +1,239 @@
+"""Files of ADM's evaluator: references and samples as `.npz`, with hashes of what was read.
+
+Layout as in openai/guided-diffusion: statistics `mu, sigma` of FID's features and `mu_s, sigma_s`
+of sFID's, images in `arr_0`, labels in `arr_1`. Statistics of our own carry two keys more, `count`
+and `feature_network`.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import math
+import os
+import zipfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from piflow_jax.evaluation.frechet import GaussianStatistics
+from piflow_jax.models.inception import POOL_FEATURES, SPATIAL_CHANNELS
+
+SPATIAL_FEATURES = 17 * 17 * SPATIAL_CHANNELS
+REFERENCE_URL = (
+    "https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/imagenet/256/"
+    "VIRTUAL_imagenet256_labeled.npz"
+)
+# First digits of the SHA-256 of `pt_inception-2015-12-05-6726825d.pth`, as its name says.
+_PUBLISHED_WEIGHTS = "6726825d"
+_STATISTICS = ("mu", "sigma", "mu_s", "sigma_s")
+
+
+def is_published(feature_network: str) -> bool:
+    """Whether a hash of weights is that of the published network, whose features make an FID."""
+    return feature_network.startswith(_PUBLISHED_WEIGHTS)
+
+
+def file_digest(path: str | os.PathLike) -> str:
+    """SHA-256 of a file's bytes, 64 hexadecimal digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Reference:
+    """Statistics of real data, in a file of ADM's format.
+
+    Attributes:
+      path: The file.
+      digest: SHA-256 of its bytes.
+      pool: Mean and covariance of FID's features; None if the file has images alone.
+      spatial: Likewise of sFID's features.
+      count: Samples that the statistics are of; None if the file does not say (ADM's do not).
+      feature_network: Hash of the feature network; None in ADM's files, which are of the published.
+      images: Number of images in the file, which give precision and recall; ADM's have 10,000.
+    """
+
+    path: Path
+    digest: str
+    pool: GaussianStatistics | None
+    spatial: GaussianStatistics | None
+    count: int | None
+    feature_network: str | None
+    images: int
+
+    def check(self, feature_network: str) -> None:
+        """Raises ValueError unless the statistics are of the network with this hash."""
+        if self.pool is None or self.feature_network == feature_network:
+            return
+        if self.feature_network is not None:
+            raise ValueError(
+                f"{self.path} is of the feature network {self.feature_network[:16]}, not of "
+                f"{feature_network[:16]}"
+            )
+        if not is_published(feature_network):
+            raise ValueError(
+                f"{self.path} names no feature network, so it is of the published one, which "
+                f"{feature_network[:16]} is not"
+            )
+
+
+def read_reference(path: str | os.PathLike) -> Reference:
+    """Opens a reference: `mu, sigma, mu_s, sigma_s`, or images in `arr_0`, or both.
+
+    Args:
+      path: An `.npz` of ADM, or of `write_statistics`, or of `write_samples`.
+
+    Returns:
+      The reference; images are not read yet.
+
+    Raises:
+      FileNotFoundError: There is none; says what to put there.
+      ValueError: The file has neither statistics nor images, only some of the statistics, or
+        statistics of another shape.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"no reference statistics at {path}: for ImageNet 256x256, download {REFERENCE_URL} "
+            "and put it there"
+        )
+    pool = spatial = None
+    with np.load(path, allow_pickle=False) as archive:
+        names = set(archive.files)
+        found = [name for name in _STATISTICS if name in names]
+        if len(found) < len(_STATISTICS) and (found or "arr_0" not in names):
+            raise ValueError(
+                f"{path} must have {', '.join(_STATISTICS)} or arr_0, has {sorted(names)}"
+            )
+        if found:
+            mu, sigma, mu_s, sigma_s = (archive[name].astype(np.float64) for name in _STATISTICS)
+            pool, spatial = GaussianStatistics(mu, sigma), GaussianStatistics(mu_s, sigma_s)
+        for size, part in ((POOL_FEATURES, pool), (SPATIAL_FEATURES, spatial)):
+            if part and (part.mean.shape, part.covariance.shape) != ((size,), (size, size)):
+                raise ValueError(f"{path} has statistics of {part.mean.shape}, not of {size}")
+        count = int(archive["count"]) if "count" in names else None
+        feature_network = str(archive["feature_network"]) if "feature_network" in names else None
+    images = 0
+    if "arr_0" in names:
+        with _open_member(path, "arr_0") as (shape, _):
+            images = shape[0]
+    return Reference(
+        path=path,
+        digest=file_digest(path),
+        pool=pool,
+        spatial=spatial,
+        count=count,
+        feature_network=feature_network,
+        images=images,
+    )
+
+
+@contextlib.contextmanager
+def _open_member(path: Path, name: str):
+    """Shape, dtype and a stream of the bytes of one array in an `.npz`."""
+    with zipfile.ZipFile(path) as archive, archive.open(f"{name}.npy") as stream:
+        headers = {
+            (1, 0): np.lib.format.read_array_header_1_0,
+            (2, 0): np.lib.format.read_array_header_2_0,
+        }
+        shape, fortran, dtype = headers[np.lib.format.read_magic(stream)](stream)
+        if fortran or dtype != np.uint8 or len(shape) != 4 or shape[-1] != 3:
+            raise ValueError(f"{path}: {name} must be uint8[N, H, W, 3], has {dtype}{list(shape)}")
+        yield shape, stream
+
+
+def image_batches(path: str | os.PathLike, batch_size: int = 512) -> Iterator[np.ndarray]:
+    """Images of an `.npz`, a few at a time in memory.
+
+    Args:
+      path: A file with `arr_0` uint8[N, H, W, 3].
+      batch_size: Images of a batch; the last one may be smaller.
+
+    Yields:
+      uint8[B, H, W, 3].
+
+    Raises:
+      ValueError: `arr_0` is another array, or cut short.
+    """
+    with _open_member(Path(path), "arr_0") as (shape, stream):
+        for start in range(0, shape[0], batch_size):
+            wanted = (min(batch_size, shape[0] - start), *shape[1:])
+            data = stream.read(math.prod(wanted))
+            if len(data) != math.prod(wanted):
+                raise ValueError(f"{path}: arr_0 ends before image {start + wanted[0]}")
+            yield np.frombuffer(data, np.uint8).reshape(wanted)
+
+
+def write_samples(
+    path: str | os.PathLike, batches: Iterable[np.ndarray], labels: ArrayLike
+) -> None:
+    """Writes samples as ADM's evaluator reads them: `arr_0` images, `arr_1` labels.
+
+    Args:
+      path: File to write, `.npz`; replaced in one move.
+      batches: Arrays uint8[B, H, W, 3], written as they come.
+      labels: Integers [N], one for each image of all batches.
+
+    Raises:
+      ValueError: Batches are other arrays, of different sizes, or not N images in all.
+    """
+    path, labels = Path(path), np.asarray(labels)
+    if labels.ndim != 1 or not len(labels) or not np.issubdtype(labels.dtype, np.integer):
+        raise ValueError(f"`labels` must be integers [N], got {labels.dtype}{list(labels.shape)}")
+    temporary = path.with_suffix(".tmp")
+    count, size = 0, None
+    try:
+        with zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+            with archive.open("arr_0.npy", "w", force_zip64=True) as stream:
+                for batch in batches:
+                    size = size or batch.shape[1:]
+                    wrong = batch.shape[1:] != size or len(size) != 3 or size[-1] != 3
+                    if wrong or batch.dtype != np.uint8:
+                        raise ValueError(
+                            f"`batches` must all be uint8[B, H, W, 3] of one size, got "
+                            f"{batch.dtype}{list(batch.shape)}"
+                        )
+                    if count == 0:
+                        shape = (len(labels), *size)
+                        header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+                        np.lib.format.write_array_header_1_0(stream, header)
+                    stream.write(np.ascontiguousarray(batch).data)
+                    count += len(batch)
+            with archive.open("arr_1.npy", "w") as stream:
+                np.lib.format.write_array(stream, labels.astype(np.int64))
+        if count != len(labels):
+            raise ValueError(f"`batches` had {count} images for {len(labels)} `labels`")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_statistics(
+    path: str | os.PathLike,
+    pool: GaussianStatistics,
+    spatial: GaussianStatistics,
+    *,
+    count: int,
+    feature_network: str,
+) -> None:
+    """Writes statistics of real data in ADM's format, with the count and the network's hash.
+
+    Args:
+      path: File to write, `.npz`; replaced in one move.
+      pool: Mean and covariance of FID's features.
+      spatial: Of sFID's features of the same images.
+      count: Number of images.
+      feature_network: SHA-256 of the network's weights.
+    """
+    values = (*pool, *spatial)
+    extra = {"count": np.int64(count), "feature_network": np.str_(feature_network)}
+    path = Path(path)
+    temporary = path.with_suffix(".tmp")
+    try:
+        with temporary.open("wb") as file:
+            np.savez(file, **dict(zip(_STATISTICS, values, strict=True)), **extra)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
