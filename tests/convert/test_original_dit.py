@@ -117,7 +117,7 @@ def test_the_other_epsilon_of_the_original_hardly_matters():
     # The original's 1e-6 where the release and we have 1e-5: seen, but no larger than this.
     state, (x, t, labels) = checkpoint(), inputs()
     error = np.abs(ours(state, "original_dit", x, t, labels) - theirs(state, x, t, labels, 1e-6))
-    assert 1e-6 < error.max() < 1e-4
+    assert 6e-6 < error.max() < 1e-4
 
 
 @pytest.mark.parametrize("learned_sigma", [False, True])
