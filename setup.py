@@ -1,4 +1,4 @@
-"""Installation: `pip install -e .`, with extras [test], [tpu], [cuda], [notebooks], [mnist], [torch]."""
+"""Installation: `pip install -e .`; its extras are in `EXTRAS_REQUIRE`."""
 
 from pathlib import Path
 
