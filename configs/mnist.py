@@ -34,7 +34,8 @@ def get_config() -> ml_collections.ConfigDict:
     config.train.steps = 3000
     config.train.batch_size = 64
     config.train.optimizer.kind = "muon"
-    config.train.optimizer.learning_rate = 5e-3
+    config.train.optimizer.learning_rate = 3e-3
+    config.train.optimizer.beta2 = 0.99
     config.train.optimizer.decay = "cosine"
     config.train.total_substeps = 32
     config.train.gm_dropout = 0.05

@@ -123,7 +123,7 @@ class TeacherConfig:
     )
     weights_format: str = _field(
         "dit",
-        "whose names the weights have: the pi-Flow release's, the original DiT's and REPA's, or SiT's",
+        "whose names the weights have: pi-Flow's release, the original DiT (and REPA), or SiT",
         choices=("dit", "original_dit", "original_sit"),
     )
     steps: int = _field(3000, "training steps", low=1)
