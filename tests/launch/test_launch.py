@@ -207,7 +207,7 @@ def launch(script, *arguments, fake=None):
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=60,
     )
 
 
