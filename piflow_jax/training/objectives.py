@@ -1,8 +1,10 @@
 """Losses of the two stages: flow matching for the teacher, pi-ID for the student.
 
-Random draws are separate from losses, so that a test can put the reference's draws in.
+Random draws are separate from losses, so that a test can put the reference's draws in. The named
+scopes `student`, `teacher` and `policy` are what `parallel.cycles` and profilers sum by.
 """
 
+import functools
 from collections.abc import Callable
 
 import flax.struct
@@ -80,8 +82,9 @@ def guided_teacher(
       `(x[B, *sites, C], sigma[B]) -> u[B, *sites, C]`.
     """
     if config.guidance_scale == 1:
-        return lambda x, sigma: network(x, sigma, labels)
+        return jax.named_scope("teacher")(lambda x, sigma: network(x, sigma, labels))
 
+    @jax.named_scope("teacher")
     def velocity(x, sigma):
         twice = [jnp.concatenate([value, value]) for value in (x, sigma)]
         both = network(*twice, jnp.concatenate([labels, jnp.full_like(labels, null_label)]))
@@ -166,6 +169,14 @@ def teacher_ratio(step: jax.Array, mixing_steps: int) -> float | jax.Array:
     return 1 - jnp.minimum(step, mixing_steps) / mixing_steps
 
 
+def _make_policy(student, policy_factory, x, sigma, labels):
+    with jax.named_scope("student"):
+        output = student(x, sigma, labels)
+    with jax.named_scope("policy"):
+        return policy_factory(output, x, sigma)
+
+
+@jax.named_scope("policy")
 def _segment_loss(policy, teacher, x_src, tau_src, segment_size, draws, ratio, config):
     """pi-ID on one segment under a config; the loss and where the segment ends."""
     window = window_size(segment_size, config.window_substeps, config.total_substeps)
@@ -221,7 +232,7 @@ def data_dependent_loss(
     sigma = TimeWarp(config.shift).warp(tau_src)
     t = per_sample(sigma, x0.ndim)
     x_src = (1 - t) * x0 + t * noise
-    policy = policy_factory(student(x_src, sigma, labels), x_src, sigma)
+    policy = _make_policy(student, policy_factory, x_src, sigma, labels)
     loss, _ = _segment_loss(policy, teacher, x_src, tau_src, segment_size, draws, ratio, config)
     return loss
 
@@ -271,7 +282,8 @@ def data_free_loss_and_grads(
         sigma = warp.warp(tau)
 
         def weighted(params):
-            policy = policy_factory(student_fn(params, x, sigma, labels), x, sigma)
+            student = functools.partial(student_fn, params)
+            policy = _make_policy(student, policy_factory, x, sigma, labels)
             loss, aux = _segment_loss(policy, teacher, x, tau, segment_size, draws, ratio, config)
             return loss * length, (loss, aux.x_dst)
 
