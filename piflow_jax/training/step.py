@@ -30,6 +30,7 @@ Metrics = dict[str, jax.Array]
 StepFn = Callable[..., tuple[TrainState, Metrics]]
 
 
+@jax.named_scope("optimizer")
 def _advance(
     state: TrainState,
     grads,
@@ -75,10 +76,13 @@ def accumulate(loss_and_grads: Callable, batch, count: int):
     )
 
     def body(total, part):
-        return jax.tree.map(jnp.add, total, loss_and_grads(part)), None
+        new = loss_and_grads(part)
+        with jax.named_scope("optimizer"):
+            return jax.tree.map(jnp.add, total, new), None
 
     total, _ = jax.lax.scan(body, zeros, parts)
-    return jax.tree.map(lambda a: a / count, total)
+    with jax.named_scope("optimizer"):
+        return jax.tree.map(lambda a: a / count, total)
 
 
 def teacher_step(
