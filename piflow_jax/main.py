@@ -25,7 +25,8 @@ _MODE = flags.DEFINE_enum(
     "train",
     list(stages.MODES),
     "train: teacher if none is given, student, report. evaluate: the report again. "
-    "sample: a grid of the student's samples. prepare: cached latents of images. "
+    "sample: a grid of the student's samples. export: weights under official names. "
+    "prepare: cached latents of images. statistics: a reference for FID of images. "
     "compile: the step for config.topology, ahead of time.",
 )
 
@@ -38,7 +39,8 @@ def main(argv: list[str]) -> int:
     std_logging.getLogger("jax._src.xla_bridge").setLevel(std_logging.WARNING)  # absent backends
     logging.get_absl_handler().setFormatter(std_logging.Formatter("%(message)s"))
     try:
-        config = parse(_CONFIG.value, jax.device_count())
+        # A slice to compile for has other devices than this machine.
+        config = parse(_CONFIG.value, None if _MODE.value == "compile" else jax.device_count())
         os.makedirs(_WORKDIR.value, exist_ok=True)
         stages.MODES[_MODE.value](config, _WORKDIR.value)
     except Interrupted as stop:

@@ -135,7 +135,7 @@ def test_no_room_imports_a_higher_one():
         ("data/x.py", "from piflow_jax.flow.schedule import TimeWarp", "data may not import"),
         ("evaluation/x.py", "from piflow_jax.data import digits", "evaluation may not import"),
         ("evaluation/x.py", "import piflow_jax.training.loop", "evaluation may not import"),
-        ("convert/x.py", "from piflow_jax.parallel import data_mesh", "convert may not import"),
+        ("convert/x.py", "from piflow_jax.parallel import device_mesh", "convert may not import"),
         ("parallel/x.py", "from piflow_jax.training import state", "parallel may not import"),
         ("training/x.py", "from piflow_jax.convert import rules", "training may not import"),
         ("training/x.py", "from piflow_jax import evaluation", "training may not import"),

@@ -4,6 +4,8 @@ Source: DiT, arXiv 2212.09748, in the form of the pi-Flow release (arXiv 2510.14
 of time and class shared by all blocks.
 """
 
+from collections.abc import Callable, Sequence
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -33,6 +35,15 @@ REMAT_POLICIES = {
 }
 
 
+Constrain = Callable[[jax.Array, Sequence[str | None]], jax.Array]
+
+
+def unconstrained(x: jax.Array, axes: Sequence[str | None]) -> jax.Array:
+    """Leaves it to the compiler where an activation lies."""
+    del axes
+    return x
+
+
 class DiTBlock(nn.Module):
     """Self-attention and an MLP, both shifted, scaled and gated by the conditioning.
 
@@ -42,6 +53,7 @@ class DiTBlock(nn.Module):
         dtype: Compute dtype.
         param_dtype: Dtype of fresh parameters.
         attention: `implementation` of `jax.nn.dot_product_attention`.
+        constrain: See `DiT`.
     """
 
     num_heads: int
@@ -49,6 +61,7 @@ class DiTBlock(nn.Module):
     dtype: DTypeLike | None = None
     param_dtype: DTypeLike = jnp.float32
     attention: str | None = None
+    constrain: Constrain = unconstrained
 
     @nn.compact
     def __call__(self, tokens: jax.Array, conditioning: jax.Array) -> tuple[jax.Array, None]:
@@ -70,13 +83,16 @@ class DiTBlock(nn.Module):
         shift, scale, gate = (modulation[:, :, i] for i in range(3, 6))
         hidden = layer_norm(tokens, MLP_NORM_EPS) * (1 + scale) + shift
         hidden = nn.gelu(self._linear((self.mlp_hidden,), "mlp_in")(hidden), approximate=True)
+        hidden = self.constrain(hidden, ("batch", None, "mlp"))
         tokens = tokens + gate * self._linear((width,), "mlp_out")(hidden)
+        tokens = self.constrain(tokens, ("batch", None, "embed"))
         self.sow("intermediates", "tokens", tokens)
         return tokens, None
 
     def _attend(self, tokens: jax.Array) -> jax.Array:
         b, t, width = tokens.shape
         qkv = self._linear((3, width), "qkv")(tokens)
+        qkv = self.constrain(qkv, ("batch", None, None, "heads"))
         qkv = qkv.reshape(b, t, 3, self.num_heads, width // self.num_heads)
         q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
         out = attend(q, k, v, self.attention)
@@ -117,6 +133,8 @@ class DiT(nn.Module):
         remat: What the backward pass recomputes, a name in `REMAT_POLICIES`.
         scan_unroll: Blocks per iteration of the scan; `depth` leaves no loop.
         attention: `implementation` of `jax.nn.dot_product_attention`: None, "xla" or "cudnn".
+        constrain: `(x, names of axes) -> x`, pins activations to devices; the names are `batch`,
+            `embed`, `heads`, `mlp` or None. By default it leaves them alone.
     """
 
     patch_size: int = 2
@@ -134,6 +152,7 @@ class DiT(nn.Module):
     remat: str = "none"
     scan_unroll: int = 1
     attention: str | None = None
+    constrain: Constrain = unconstrained
 
     @nn.compact
     def __call__(self, x: jax.Array, t: jax.Array, labels: jax.Array) -> jax.Array | GMOutput:
@@ -164,6 +183,7 @@ class DiT(nn.Module):
         positions = position_table(self.hidden, h, w, self.sample_size // self.patch_size)
         tokens = linear((self.hidden,), "patch_embed")(patches.reshape(b, h * w, -1))
         tokens = tokens + jnp.asarray(positions, dtype).reshape(1, h * w, self.hidden)
+        tokens = self.constrain(tokens, ("batch", None, "embed"))
         self.sow("intermediates", "embedded", tokens)
         self.sow("intermediates", "embedding", embedding)
 
@@ -221,6 +241,7 @@ class DiT(nn.Module):
             dtype=dtype,
             param_dtype=self.param_dtype,
             attention=self.attention,
+            constrain=self.constrain,
             name="blocks",
             parent=self,
         )

@@ -1,5 +1,21 @@
 """Devices: the mesh, and how batches and states lie on it."""
 
-from piflow_jax.parallel.mesh import batch_sharding, data_mesh, global_batch, replicated
+from piflow_jax.parallel.mesh import (
+    batch_sharding,
+    device_mesh,
+    global_batch,
+    local_mesh,
+    replicated,
+)
+from piflow_jax.parallel.sharding import ActivationSharding, parameter_shardings, state_shardings
 
-__all__ = ["batch_sharding", "data_mesh", "global_batch", "replicated"]
+__all__ = [
+    "ActivationSharding",
+    "batch_sharding",
+    "device_mesh",
+    "global_batch",
+    "local_mesh",
+    "parameter_shardings",
+    "replicated",
+    "state_shardings",
+]

@@ -1,15 +1,43 @@
-"""A data-parallel mesh over all devices."""
+"""The mesh of all devices, and how batches lie on it."""
 
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-__all__ = ["batch_sharding", "data_mesh", "global_batch", "replicated"]
+__all__ = ["AXES", "batch_sharding", "device_mesh", "global_batch", "local_mesh", "replicated"]
+
+AXES = ("data", "fsdp", "tensor")
 
 
-def data_mesh() -> Mesh:
-    """All devices of all processes on one axis, `data`."""
-    return jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
+def device_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -> Mesh:
+    """Devices on three axes: batches are split over the first two, see `sharding`.
+
+    Args:
+      data: size of the axis `data`; -1 takes the devices that are left.
+      fsdp: size of the axis `fsdp`.
+      tensor: size of the axis `tensor`.
+      devices: by default all of all processes.
+
+    Returns:
+      The mesh. Neighbours are on the last axis, which talks most.
+
+    Raises:
+      ValueError: The sizes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    data = len(devices) // (fsdp * tensor) if data == -1 else data
+    if data * fsdp * tensor != len(devices):
+        raise ValueError(
+            f"a mesh of {data} x {fsdp} x {tensor} does not fit {len(devices)} devices"
+        )
+    return jax.make_mesh(
+        (data, fsdp, tensor), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices
+    )
+
+
+def local_mesh() -> Mesh:
+    """The devices of this process, data-parallel; for work that processes share by turns."""
+    return device_mesh(devices=jax.local_devices())
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -18,8 +46,8 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """The leading axis is split over the devices."""
-    return NamedSharding(mesh, PartitionSpec("data"))
+    """The leading axis is split over `data` and `fsdp`."""
+    return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
 
 
 def global_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
@@ -27,10 +55,10 @@ def global_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Arra
 
     Args:
       batch: arrays with the per-process batch in front.
-      mesh: from `data_mesh`.
+      mesh: from `device_mesh`.
 
     Returns:
-      Global arrays, split over `data`.
+      Global arrays, see `batch_sharding`.
     """
     sharding = batch_sharding(mesh)
     return {

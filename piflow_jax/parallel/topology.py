@@ -2,13 +2,8 @@
 
 import dataclasses
 import os
-from typing import Any
 
-import jax
-import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
-
-__all__ = ["CHIPS", "Chip", "fully_sharded", "topology_mesh"]
+__all__ = ["CHIPS", "Chip", "topology_devices"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,14 +27,14 @@ CHIPS = {
 }
 
 
-def topology_mesh(topology: str) -> Mesh:
-    """A data-parallel mesh over the devices of a slice that need not be attached.
+def topology_devices(topology: str) -> list:
+    """The devices of a slice that need not be attached.
 
     Args:
       topology: such as `v5e:4x4`, `v5p:2x2x1` or `v6e:2x4`.
 
     Returns:
-      The mesh, of one axis `data`; programs can be lowered and compiled for it, not run.
+      The devices, for `device_mesh`; programs can be lowered and compiled for them, not run.
 
     Raises:
       ValueError: the name is not one that `libtpu` knows, or `libtpu` is not installed.
@@ -59,31 +54,4 @@ def topology_mesh(topology: str) -> Mesh:
             f"cannot make the topology {topology!r}: {error}. "
             'Compiling for TPUs needs libtpu: pip install -e ".[tpu]"'
         ) from error
-    devices = np.asarray(description.devices)
-    return Mesh(devices, ("data",), axis_types=(AxisType.Auto,))
-
-
-def fully_sharded(mesh: Mesh, tree: Any) -> Any:
-    """Shardings that split every array over all devices, where an axis divides.
-
-    The last axis that divides is split: it is never the leading axis of stacked layers, so a scan
-    over layers gathers one layer at a time.
-
-    Args:
-      mesh: a mesh of one axis.
-      tree: arrays or their shapes.
-
-    Returns:
-      A tree of `NamedSharding`; arrays without such an axis are replicated.
-    """
-    (axis,) = mesh.axis_names
-
-    def sharding(leaf):
-        spec = [None] * len(leaf.shape)
-        for position in reversed(range(len(leaf.shape))):
-            if leaf.shape[position] % mesh.size == 0 and leaf.shape[position] > 0:
-                spec[position] = axis
-                break
-        return NamedSharding(mesh, PartitionSpec(*spec))
-
-    return jax.tree.map(sharding, tree)
+    return list(description.devices)

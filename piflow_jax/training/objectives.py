@@ -86,9 +86,14 @@ def guided_teacher(
 
     @jax.named_scope("teacher")
     def velocity(x, sigma):
-        twice = [jnp.concatenate([value, value]) for value in (x, sigma)]
-        both = network(*twice, jnp.concatenate([labels, jnp.full_like(labels, null_label)]))
-        cond, uncond = jnp.split(both, 2)
+        def pair(a, b):
+            # Side by side and not one after the other: a batch that is split over devices stays so.
+            return jnp.stack([a, b], axis=1).reshape(-1, *a.shape[1:])
+
+        null = jnp.full_like(labels, null_label)
+        both = network(pair(x, x), pair(sigma, sigma), pair(labels, null))
+        both = both.reshape(-1, 2, *both.shape[1:])
+        cond, uncond = both[:, 0], both[:, 1]
         return guided_velocity(
             cond,
             uncond,

@@ -117,7 +117,9 @@ def test_loops_of_unknown_length_are_given_or_refused():
     cycles = estimated_cycles(text, SCOPES, {"policy": 128})
     assert cycles.by_scope["policy"] == 128 * 11
     assert cycles.traced == ("jit(f)/policy/while",)
-    # A counter that is not counted up by a number of the program.
+    # A test of another kind, and a counter that is not counted up by a number of the program.
+    with pytest.raises(UnknownTripCountError):
+        estimated_cycles(program().replace("direction=LT", "direction=NE"), SCOPES)
     text = program().replace("add(%i, %step)", "multiply(%i, %step)")
     with pytest.raises(UnknownTripCountError):
         estimated_cycles(text, SCOPES)

@@ -21,9 +21,7 @@ def test_an_unknown_slice_is_refused_before_anything_else(tmp_path):
         compile_step(parse(tiny.get_config()), tmp_path)
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
-def test_a_small_step_compiles_for_a_slice(tmp_path):
+def run(workdir, *flags):
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
         "TPU_SKIP_MDS_QUERY": "1",
@@ -31,19 +29,26 @@ def test_a_small_step_compiles_for_a_slice(tmp_path):
     }
     arguments = (
         f"--config={ROOT / 'tests' / 'tiny.py'}",
-        f"--workdir={tmp_path}",
+        f"--workdir={workdir}",
         "--mode=compile",
         "--config.topology=v5e:2x2",
+        "--config.evaluation.batch_size=20",
         "--config.train.microbatches=2",
     )
-    done = subprocess.run(
-        [sys.executable, "-m", "piflow_jax.main", *arguments],
+    return subprocess.run(
+        [sys.executable, "-m", "piflow_jax.main", *arguments, *flags],
         cwd=ROOT,
         env=environment,
         capture_output=True,
         text=True,
         timeout=500,
     )
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
+def test_a_small_step_compiles_for_a_slice(tmp_path):
+    done = run(tmp_path)
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "compile_v5e_2x2.json").read_text())
     assert (report["devices"], report["batch_per_device"]) == (4, 2)
@@ -52,14 +57,33 @@ def test_a_small_step_compiles_for_a_slice(tmp_path):
     assert 0 < report["memory_bytes"]["peak"] < report["memory_bytes"]["chip"]
     assert "fits" in done.stderr
 
-    arguments = [*arguments[:-1], "--config.train.microbatches=8"]
-    refused = subprocess.run(
-        [sys.executable, "-m", "piflow_jax.main", *arguments],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=500,
-    )
+    cycles = report["cycles"]
+    # One loop, which the compiler keeps, has a length that follows from the batch.
+    assert (cycles["rollouts"], cycles["substeps"]) == (1, 8)
+    assert set(cycles["shares"]) == {"teacher", "student", "policy", "optimizer", "other"}
+    assert sum(cycles["shares"].values()) == pytest.approx(1)
+    assert min(cycles["shares"].values()) > 0 and cycles["shares"]["other"] < 0.1
+    shares = ", ".join(f"{name} {share:.1%}" for name, share in cycles["shares"].items())
+    assert shares in done.stderr
+
+    # Four times the substeps are four times the policy's cycles but for what is around the loop.
+    longer = run(tmp_path, "--config.train.total_substeps=32")
+    assert longer.returncode == 0, longer.stderr
+    long = json.loads((tmp_path / "compile_v5e_2x2.json").read_text())["cycles"]
+
+    def of(cycles, *scopes):
+        return sum(cycles["total"] * cycles["shares"][scope] for scope in scopes)
+
+    assert of(long, "teacher", "student") == pytest.approx(of(cycles, "teacher", "student"))
+    assert 1.5 < of(long, "policy") / of(cycles, "policy") < 4
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
+def test_what_does_not_fit_is_refused_with_what_helps(tmp_path):
+    refused = run(tmp_path, "--config.train.microbatches=8")
     assert refused.returncode == 2
-    assert "config.train.microbatches times the 4 devices of v5e:2x2" in refused.stderr
+    assert "config.train.microbatches times the 4 devices that share a batch" in refused.stderr
+    refused = run(tmp_path, f"--config.train.batch_size={2**25}")
+    assert refused.returncode == 2
+    assert "the step does not fit v5e:2x2; raise config.train.microbatches" in refused.stderr
