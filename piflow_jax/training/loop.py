@@ -10,15 +10,17 @@ from typing import Any
 import jax
 import numpy as np
 from absl import logging
+from jax.sharding import Mesh
 
 from piflow_jax.data import BatchIterator
-from piflow_jax.parallel import data_mesh, global_batch, replicated
+from piflow_jax.parallel import device_mesh, global_batch, replicated
+from piflow_jax.training.best import BestCheckpoint
 from piflow_jax.training.checkpoint import Checkpointer, CheckpointError
 from piflow_jax.training.metrics import MetricWriter
 from piflow_jax.training.signals import GracefulExit
 from piflow_jax.training.state import TrainState
 
-__all__ = ["Interrupted", "NonFiniteLossError", "Stage", "checkpoint_dir", "run_stage"]
+__all__ = ["Interrupted", "Look", "NonFiniteLossError", "Stage", "checkpoint_dir", "run_stage"]
 
 
 class Interrupted(RuntimeError):
@@ -40,12 +42,28 @@ class NonFiniteLossError(RuntimeError):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Look:
+    """What was seen of a network while it trains.
+
+    Attributes:
+      figures: by name; written as `eval_<name>`.
+      images: pictures `uint8[H, W, 3]` by name.
+      distance: what makes a checkpoint the best, smaller is better; None if there is no measure.
+    """
+
+    figures: Mapping[str, float]
+    images: Mapping[str, np.ndarray]
+    distance: float | None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Stage:
     """A stage of training and everything that it needs.
 
     Attributes:
       name: `teacher` or `student`; also its directory in the work directory.
-      init: makes the first state; called under jit, with its result placed on the mesh.
+      init: makes the first state of `init_arguments`; called under jit, its result is made where
+        it belongs.
       step: pure step `(state, *constants, batch) -> (state, metrics)`; metrics have `loss`.
       constants: arguments of the step that it neither changes nor donates.
       data: endless batches with a position.
@@ -55,10 +73,13 @@ class Stage:
       config: settings that decide what the stage computes; a resumed run must have the same.
       extensible: keys of `config` that a resumed run may change.
       spec: what the checkpoint says of itself.
+      init_arguments: see `init`.
+      shardings: where a state lies, `state -> shardings`; by default all of it on every device.
+      look: looks at averaged parameters, with one copy of them on this process's devices.
     """
 
     name: str
-    init: Callable[[], TrainState]
+    init: Callable[..., TrainState]
     step: Callable[..., tuple[TrainState, dict[str, jax.Array]]]
     constants: tuple[Any, ...]
     data: BatchIterator
@@ -68,6 +89,9 @@ class Stage:
     config: Mapping[str, Any]
     extensible: tuple[str, ...] = ()
     spec: Mapping[str, Any]
+    init_arguments: tuple[Any, ...] = ()
+    shardings: Callable[[TrainState], Any] | None = None
+    look: Callable[[Any], Look] | None = None
 
 
 def checkpoint_dir(workdir: str | os.PathLike, stage: str) -> Path:
@@ -82,6 +106,8 @@ def run_stage(
     log_every: int,
     checkpoint_every: int,
     keep_checkpoints: int,
+    look_every: int = 0,
+    mesh: Mesh | None = None,
 ) -> TrainState:
     """Runs a stage to its end, from its latest checkpoint if it has one.
 
@@ -95,6 +121,8 @@ def run_stage(
       log_every: steps between metrics.
       checkpoint_every: steps between checkpoints; the last step always has one.
       keep_checkpoints: checkpoints kept.
+      look_every: steps between looks, which also keep the best checkpoint in `<stage>/best`.
+      mesh: devices that share the batch; by default all of them.
 
     Returns:
       The state after the last step.
@@ -104,28 +132,40 @@ def run_stage(
       NonFiniteLossError: the loss is not finite; names the step and the last good checkpoint.
       Interrupted: SIGTERM or SIGINT came; the state is saved.
     """
-    mesh = data_mesh()
+    mesh = mesh or device_mesh()
     directory = checkpoint_dir(workdir, stage.name)
     with Checkpointer(directory, keep=keep_checkpoints) as checkpointer, GracefulExit() as leaving:
-        state, start = _first_state(stage, checkpointer, replicated(mesh))
+        abstract = jax.eval_shape(stage.init, *stage.init_arguments)
+        if stage.shardings is None:
+            shardings = jax.tree.map(lambda _: replicated(mesh), abstract)
+        else:
+            shardings = stage.shardings(abstract)
+        state, start = _first_state(stage, checkpointer, abstract, shardings)
         if start >= stage.steps:
             logging.info("%s: already trained to step %d (%s)", stage.name, start, directory)
             return state
         with MetricWriter(
             workdir, stage.name, stage.steps, first_step=start, print_every=10 * log_every
         ) as writer:
-            return _Loop(
-                stage, mesh, checkpointer, writer, leaving, log_every, checkpoint_every
-            ).run(state, start)
+            loop = _Loop(
+                stage, mesh, shardings, checkpointer, writer, leaving, log_every, checkpoint_every
+            )
+            if stage.look is None or not look_every:
+                return loop.run(state, start)
+            with BestCheckpoint(checkpoint_dir(workdir, f"{stage.name}/best")) as best:
+                return loop.run(state, start, look_every, best)
 
 
-def _first_state(stage: Stage, checkpointer: Checkpointer, sharding) -> tuple[TrainState, int]:
+def _first_state(
+    stage: Stage, checkpointer: Checkpointer, abstract: TrainState, shardings
+) -> tuple[TrainState, int]:
     last = checkpointer.latest_step()
     if last is None:
-        return jax.jit(stage.init, out_shardings=sharding)(), 0
+        return jax.jit(stage.init, out_shardings=shardings)(*stage.init_arguments), 0
     abstract = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        jax.eval_shape(stage.init),
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        abstract,
+        shardings,
     )
     restored = checkpointer.restore(abstract)
     _check_config(restored.config, stage, checkpointer.directory)
@@ -163,9 +203,12 @@ def _jsonable(value: Any) -> Any:
 class _Loop:
     """The loop proper; a class for the handful of things that every part of it needs."""
 
-    def __init__(self, stage, mesh, checkpointer, writer, leaving, log_every, checkpoint_every):
+    def __init__(
+        self, stage, mesh, shardings, checkpointer, writer, leaving, log_every, checkpoint_every
+    ):
         self._stage = stage
         self._mesh = mesh
+        self._shardings = shardings
         self._checkpointer = checkpointer
         self._writer = writer
         self._leaving = leaving
@@ -173,7 +216,13 @@ class _Loop:
         self._checkpoint_every = checkpoint_every
         self._last_good: int | None = checkpointer.latest_step()
 
-    def run(self, state: TrainState, start: int) -> TrainState:
+    def run(
+        self,
+        state: TrainState,
+        start: int,
+        look_every: int = 0,
+        best: BestCheckpoint | None = None,
+    ) -> TrainState:
         stage = self._stage
         batch = self._next_batch()
         compiled = self._compile(state, batch)
@@ -185,8 +234,13 @@ class _Loop:
                 self._report(*pending)
             pending = (step, metrics)
             last = step == stage.steps or self._leaving.requested is not None
+            if best is not None and step % look_every == 0:
+                self._finite(*pending)
+                self._report(*pending, looked=self._look(step, state, best))
+                pending = None
             if last or step % self._checkpoint_every == 0:
-                self._report(*pending)
+                if pending is not None:
+                    self._report(*pending)
                 pending = None
                 self._save(step, state)
             if last:
@@ -203,27 +257,41 @@ class _Loop:
 
     def _compile(self, state, batch):
         began = time.perf_counter()
-        step = jax.jit(self._stage.step, donate_argnums=0, out_shardings=replicated(self._mesh))
+        step = jax.jit(
+            self._stage.step,
+            donate_argnums=0,
+            out_shardings=(self._shardings, replicated(self._mesh)),
+        )
         compiled = step.lower(state, *self._stage.constants, batch).compile()
         seconds = time.perf_counter() - began
         self._writer.say(f"{self._stage.name}  step compiled in {seconds:.1f} s")
         return compiled
 
-    def _report(self, step: int, metrics: Mapping[str, jax.Array]) -> None:
-        values = {name: float(np.asarray(value)) for name, value in metrics.items()}
-        if not np.isfinite(values["loss"]):
-            good = (
-                f"the last good checkpoint is step {self._last_good} in "
-                f"{self._checkpointer.directory}"
-                if self._last_good is not None
-                else f"there is no checkpoint yet in {self._checkpointer.directory}"
-            )
-            raise NonFiniteLossError(
-                f"the loss of {self._stage.name} is {values['loss']} at step {step}; {good}. "
-                "Lower the learning rate or raise its warm-up, and run again."
-            )
-        if step % self._log_every and step != self._stage.steps:
+    def _look(self, step: int, state: TrainState, best: BestCheckpoint) -> dict[str, float]:
+        """Figures and pictures of the averaged parameters; keeps the state if it is the best."""
+        began = time.perf_counter()
+        gather = jax.jit(lambda tree: tree, out_shardings=replicated(self._mesh))
+        params = jax.tree.map(lambda leaf: leaf.addressable_data(0), gather(state.ema_params))
+        look = self._stage.look(params)
+        self._writer.images(step, look.images)
+        text = "  ".join(f"{name} {value:.4g}" for name, value in look.figures.items())
+        if look.distance is not None and best.offer(
+            step, look.distance, lambda checkpointer: self._save_to(checkpointer, step, state)
+        ):
+            text += "  (best so far)"
+        seconds = time.perf_counter() - began
+        self._writer.say(f"{self._stage.name}  look at step {step:,} in {seconds:.1f} s  {text}")
+        since, clock = self._clock
+        self._clock = (since, clock + seconds)  # not the step's time
+        return {f"eval_{name}": value for name, value in look.figures.items()}
+
+    def _report(
+        self, step: int, metrics: Mapping[str, jax.Array], looked: Mapping[str, float] | None = None
+    ) -> None:
+        values = self._finite(step, metrics)
+        if step % self._log_every and step != self._stage.steps and not looked:
             return
+        values |= looked or {}
         since, began = self._clock
         now = time.perf_counter()
         self._clock = (step, now)
@@ -236,9 +304,28 @@ class _Loop:
             }
         self._writer.write(step, values)
 
+    def _finite(self, step: int, metrics: Mapping[str, jax.Array]) -> dict[str, float]:
+        """A step's metrics on the host, if its loss is finite."""
+        values = {name: float(np.asarray(value)) for name, value in metrics.items()}
+        if not np.isfinite(values["loss"]):
+            good = (
+                f"the last good checkpoint is step {self._last_good} in "
+                f"{self._checkpointer.directory}"
+                if self._last_good is not None
+                else f"there is no checkpoint yet in {self._checkpointer.directory}"
+            )
+            raise NonFiniteLossError(
+                f"the loss of {self._stage.name} is {values['loss']} at step {step}; {good}. "
+                "Lower the learning rate or raise its warm-up, and run again."
+            )
+        return values
+
     def _save(self, step: int, state: TrainState) -> None:
+        self._save_to(self._checkpointer, step, state)
+        self._last_good = step
+
+    def _save_to(self, checkpointer: Checkpointer, step: int, state: TrainState) -> None:
         stage = self._stage
-        self._checkpointer.save(
+        checkpointer.save(
             step, state, data_state=stage.data.get_state(), config=stage.config, spec=stage.spec
         )
-        self._last_good = step

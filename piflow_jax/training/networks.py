@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from piflow_jax.config import Config, ModelConfig, PolicyConfig, TrainConfig
+from piflow_jax.data.latents import SD_VAE_SCALE, LatentsSource
 from piflow_jax.models import DiT, DXHead, GMHead, VelocityHead
 
 __all__ = [
@@ -39,22 +40,46 @@ class DataShape:
       sample_size: side of the square images, in sites.
       channels: `C`.
       num_classes: label `num_classes` is the null label.
+      latent_scale: networks see `(latent - latent_shift) * latent_scale`; 1 for images.
+      latent_shift: see `latent_scale`; 0 for images.
+      vae: identity of the autoencoder that made the latents; empty for images, or if not known.
     """
 
     name: str
     sample_size: int
     channels: int
     num_classes: int
+    latent_scale: float = 1.0
+    latent_shift: float = 0.0
+    vae: str = ""
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Shape `(H, W, C)` of a sample."""
+        return self.sample_size, self.sample_size, self.channels
 
     @classmethod
     def of(cls, name: str, source) -> "DataShape":
-        """The shape of an image source with `shape` and `num_classes`, known as `name`."""
+        """What a source of images or of latents, known as `name`, says of itself."""
         height, _, channels = source.shape
-        return cls(name=name, sample_size=height, channels=channels, num_classes=source.num_classes)
+        latent = {}
+        if isinstance(source, LatentsSource):
+            made = source.manifest
+            latent = {"latent_scale": made["scale"], "latent_shift": made["shift"]}
+            latent["vae"] = made["vae"]
+        return cls(
+            name=name,
+            sample_size=height,
+            channels=channels,
+            num_classes=source.num_classes,
+            **latent,
+        )
 
 
 # Latents of 256x256 images under the autoencoder of Stable Diffusion.
-IMAGENET_LATENTS = DataShape(name="imagenet", sample_size=32, channels=4, num_classes=1000)
+IMAGENET_LATENTS = DataShape(
+    name="imagenet", sample_size=32, channels=4, num_classes=1000, latent_scale=SD_VAE_SCALE
+)
 
 
 def _network(model: ModelConfig, data: DataShape, head) -> DiT:
@@ -125,8 +150,6 @@ def student_spec(config: Config, data: DataShape) -> dict[str, Any]:
     return (
         {"kind": "student"}
         | _model_spec(config.model, data)
-        # Images are their own latents here; latent data sets put their VAE's scale.
-        | {"latent.scale": 1.0, "latent.shift": 0.0}
         | {f"policy.{key}": policy[key] for key in used}
         | {f"train.{key}": getattr(train, key) for key in sampling}
     )

@@ -136,9 +136,16 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
             adam_weight_decay=config.weight_decay,
             muon_weight_dimension_numbers=muon_matrices,
             consistent_rms=MUON_RMS,
+            mu_dtype=config.moment_dtype,
         )
     else:
-        rule = optax.adamw(rate, b1=config.beta1, b2=config.beta2, weight_decay=config.weight_decay)
+        rule = optax.adamw(
+            rate,
+            b1=config.beta1,
+            b2=config.beta2,
+            weight_decay=config.weight_decay,
+            mu_dtype=config.moment_dtype,
+        )
     if config.grad_clip == 0:
         return rule
     return optax.chain(clip_after(config.grad_clip, config.warmup_steps), rule)

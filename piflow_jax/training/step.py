@@ -9,6 +9,7 @@ import optax
 from piflow_jax.config import Config, OptimizerConfig
 from piflow_jax.data.latents import draw_latents
 from piflow_jax.flow.schedule import TimeWarp
+from piflow_jax.training.networks import DataShape
 from piflow_jax.training.objectives import (
     data_dependent_loss,
     data_free_loss_and_grads,
@@ -45,11 +46,17 @@ def _advance(
     return TrainState(state.step + 1, params, ema, opt_state), metrics
 
 
-def _images(batch, key: jax.Array) -> jax.Array:
+def _images(batch, key: jax.Array, data: DataShape) -> jax.Array:
     """What the networks see: images as they are, or a draw from the posterior of latents."""
     if "image" in batch:
         return batch["image"]
-    return draw_latents(jax.random.fold_in(key, _POSTERIOR), batch["mean"], batch["std"])
+    return draw_latents(
+        jax.random.fold_in(key, _POSTERIOR),
+        batch["mean"],
+        batch["std"],
+        data.latent_scale,
+        data.latent_shift,
+    )
 
 
 def accumulate(loss_and_grads: Callable, batch, count: int):
@@ -86,7 +93,7 @@ def accumulate(loss_and_grads: Callable, batch, count: int):
 
 
 def teacher_step(
-    module, optimizer: optax.GradientTransformation, config: Config, null_label: int
+    module, optimizer: optax.GradientTransformation, config: Config, data: DataShape
 ) -> StepFn:
     """The flow-matching step of the teacher.
 
@@ -94,11 +101,11 @@ def teacher_step(
       module: the teacher's module, with a velocity head.
       optimizer: its optimiser.
       config: the run's settings.
-      null_label: the label of no class.
+      data: what the data look like.
 
     Returns:
       `(state, root_key, batch) -> (state, metrics)`, to be jitted with the state donated. `batch`
-      has `image[B, H, W, C]` and `label[B]`.
+      has `image[B, H, W, C]`, or `mean` and `std` of latents, and `label[B]`.
     """
     settings = config.teacher
 
@@ -109,9 +116,9 @@ def teacher_step(
             return flow_matching_loss(
                 lambda *inputs: module.apply(params, *inputs),
                 key,
-                _images(batch, key),
+                _images(batch, key, data),
                 batch["label"],
-                null_label,
+                data.num_classes,
                 settings.label_dropout,
                 TimeWarp(config.train.shift),
             )
@@ -123,7 +130,7 @@ def teacher_step(
 
 
 def distill_step(
-    student, teacher, optimizer: optax.GradientTransformation, config: Config, null_label: int
+    student, teacher, optimizer: optax.GradientTransformation, config: Config, data: DataShape
 ) -> StepFn:
     """The pi-ID step of the student.
 
@@ -132,7 +139,7 @@ def distill_step(
       teacher: the teacher's module, with a velocity head.
       optimizer: the student's optimiser.
       config: the run's settings.
-      null_label: the label of no class.
+      data: what the data look like.
 
     Returns:
       `(state, teacher_params, root_key, batch) -> (state, metrics)`, to be jitted with the state
@@ -144,7 +151,7 @@ def distill_step(
 
     def step(state: TrainState, teacher_params, root: jax.Array, batch):
         keys = jax.random.split(jax.random.fold_in(root, state.step), 3)
-        images, labels = _images(batch, keys[0]), batch["label"]
+        images, labels = _images(batch, keys[0], data), batch["label"]
         ratio = teacher_ratio(state.step, train.mixing_steps)
         size = images.shape[0]
         noise = jax.random.normal(keys[0], images.shape, images.dtype)
@@ -162,7 +169,7 @@ def distill_step(
             teacher_velocity = guided_teacher(
                 lambda *inputs: teacher.apply(teacher_params, *inputs),
                 part["labels"],
-                null_label,
+                data.num_classes,
                 config.teacher,
             )
             if train.data_free:

@@ -1,5 +1,7 @@
 """The loop: one compilation, exact resumption, bad losses, signals, contradicting settings."""
 
+import dataclasses
+import json
 import os
 import signal
 
@@ -10,8 +12,15 @@ import optax
 import pytest
 
 from piflow_jax.data import batches, load_source
-from piflow_jax.training.checkpoint import CheckpointError
-from piflow_jax.training.loop import Interrupted, NonFiniteLossError, Stage, run_stage
+from piflow_jax.training.checkpoint import CheckpointError, restore_subtree
+from piflow_jax.training.loop import (
+    Interrupted,
+    Look,
+    NonFiniteLossError,
+    Stage,
+    checkpoint_dir,
+    run_stage,
+)
 from piflow_jax.training.state import TrainState
 
 OPTIMIZER = optax.sgd(0.1)
@@ -173,3 +182,64 @@ def test_non_finite_state_is_never_saved(tmp_path):
 def test_loss_is_watched_between_log_lines(tmp_path):
     with pytest.raises(NonFiniteLossError, match="at step 5"):
         run_stage(make_stage(poison_at=5), tmp_path, **(OPTIONS | {"log_every": 100}))
+
+
+def look_with(distances):
+    """Looks whose distances are given by the number of the look."""
+
+    def look(params):
+        distance = distances[look.count]
+        look.count += 1
+        look.seen.append(np.asarray(params["params"]["w"]))
+        picture = np.zeros((4, 4, 3), np.uint8)
+        return Look(figures={"frechet": distance}, images={"grid": picture}, distance=distance)
+
+    look.count, look.seen = 0, []
+    return look
+
+
+def test_the_best_checkpoint_stays_beside_the_latest(tmp_path):
+    look = look_with([3.0, 1.0, 2.0])
+    stage = dataclasses.replace(make_stage(steps=12), look=look)
+    run_stage(stage, tmp_path, look_every=4, **OPTIONS)
+    assert os.listdir(checkpoint_dir(tmp_path, "toy/best")) == ["8"]
+    best = restore_subtree(checkpoint_dir(tmp_path, "toy/best"), "ema_params", like())
+    np.testing.assert_array_equal(best["params"]["w"], look.seen[1])
+    last = restore_subtree(checkpoint_dir(tmp_path, "toy"), "ema_params", like())
+    np.testing.assert_array_equal(last["params"]["w"], look.seen[2])
+    lines = [json.loads(line) for line in (tmp_path / "toy" / "metrics.jsonl").open()]
+    assert {line["step"]: line.get("eval_frechet") for line in lines if line["step"] % 4 == 0} == {
+        4: 3.0,
+        8: 1.0,
+        12: 2.0,
+    }
+
+
+def test_a_continued_run_remembers_its_best(tmp_path):
+    first = dataclasses.replace(make_stage(steps=8), look=look_with([1.0, 2.0]))
+    run_stage(first, tmp_path, look_every=4, **OPTIONS)
+    then = dataclasses.replace(make_stage(steps=16), look=look_with([1.5, 0.5]))
+    run_stage(then, tmp_path, look_every=4, **OPTIONS)
+    assert os.listdir(checkpoint_dir(tmp_path, "toy/best")) == ["16"]
+    other = dataclasses.replace(make_stage(steps=20), look=look_with([0.7]))
+    run_stage(other, tmp_path, look_every=4, **OPTIONS)
+    assert os.listdir(checkpoint_dir(tmp_path, "toy/best")) == ["16"]
+    (tmp_path / "toy" / "best" / "best.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"best\.json is damaged"):
+        run_stage(make_look_again(), tmp_path, look_every=4, **OPTIONS)
+
+
+def make_look_again():
+    return dataclasses.replace(make_stage(steps=24), look=look_with([0.6]))
+
+
+def test_a_bad_loss_stops_before_anyone_looks(tmp_path):
+    look = look_with([1.0])
+    stage = dataclasses.replace(make_stage(poison_at=4), look=look)
+    with pytest.raises(NonFiniteLossError):
+        run_stage(stage, tmp_path, look_every=4, **OPTIONS)
+    assert look.count == 0
+
+
+def like():
+    return {"params": {"w": jax.ShapeDtypeStruct((3,), jnp.float32)}}

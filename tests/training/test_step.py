@@ -58,7 +58,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(data_free):
             init_params(student, jax.random.key(0)),
         )
         teacher_params = init_params(teacher, jax.random.key(2))
-        step = jax.jit(distill_step(student, teacher, optimizer, settings, DATA.num_classes))
+        step = jax.jit(distill_step(student, teacher, optimizer, settings, DATA))
         state, metrics = step(
             TrainState.create(params, optimizer), teacher_params, jax.random.key(3), batch
         )

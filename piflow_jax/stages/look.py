@@ -1,0 +1,99 @@
+"""Looks at a student in training: a grid of samples, and figures where there is a measure."""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import numpy as np
+
+from piflow_jax.config import Config
+from piflow_jax.data import Source
+from piflow_jax.evaluation import IndexSampler, draw_grid, index_labels, load_features, measure
+from piflow_jax.evaluation.adm import measure_adm, to_uint8
+from piflow_jax.parallel import batch_sharding, local_mesh, replicated
+from piflow_jax.stages.adm import load_inception, load_reference, protocol
+from piflow_jax.stages.autoencoder import check_autoencoder, load_autoencoder, pixel_sampler
+from piflow_jax.stages.sample import shown_classes
+from piflow_jax.stages.systems import student_sampler
+from piflow_jax.training.loop import Look
+from piflow_jax.training.networks import DataShape
+
+# Columns of a grid; more would be too small to see in TensorBoard.
+_COLUMNS = 8
+
+
+def student_look(config: Config, source: Source, data: DataShape) -> Callable[..., Look]:
+    """How to look at a student of these settings.
+
+    Figures are those of the report: of the data set's feature space, or ADM's where
+    `config.evaluation` names feature weights and a reference. A look at latents without these has a
+    grid and no figures.
+
+    Args:
+      config: the run's settings.
+      source: the data.
+      data: what they look like.
+
+    Returns:
+      `params -> Look`, compiled at its first call.
+
+    Raises:
+      ConfigError: an autoencoder, feature weights or a reference do not fit.
+      FileNotFoundError: one of them is not there.
+    """
+    settings, classes = config.evaluation, shown_classes(config, data)
+    sampler, decoder = student_sampler(config, data), ()
+    latents = config.data.name == "imagenet"
+    if latents:
+        autoencoder = load_autoencoder(config)
+        check_autoencoder(autoencoder, data)
+        sampler = pixel_sampler(sampler, autoencoder.module, data)
+        decoder = (jax.device_put(autoencoder.params, replicated(local_mesh())),)
+
+    def index_sampler(labels):
+        return IndexSampler(
+            sampler,
+            shape=data.shape,
+            classes=labels,
+            batch_size=settings.batch_size,
+            seed=settings.seed,
+            sharding=batch_sharding(local_mesh()),
+        )
+
+    grid_sampler = index_sampler(classes)
+    all_sampler = index_sampler(range(data.num_classes))
+    labels = index_labels(settings.every_samples, data.num_classes)
+    if not latents:
+        network = load_features(config.data.name)
+        real = network.extract(source.images)
+    elif settings.features or settings.reference:
+        network = load_inception(config)
+        reference = load_reference(config, network)
+        made = protocol(config, data, autoencoder, network, reference, settings.every_samples)
+    else:
+        network = None
+
+    def figures(params) -> dict[str, float]:
+        if network is None:
+            return {}
+        if not latents:
+            samples = all_sampler(params, settings.every_samples)
+            return dataclasses.asdict(measure(samples, labels, real, network))
+        batches = all_sampler.batches(params, range(settings.every_samples))
+        measured = measure_adm(map(to_uint8, batches), network, reference, made)
+        values = dataclasses.asdict(measured)
+        return {name: value for name, value in values.items() if isinstance(value, float)}
+
+    def look(params) -> Look:
+        params = jax.device_put(params, replicated(local_mesh()))
+        params = (params, *decoder) if latents else params
+        images = grid_sampler(params, _COLUMNS * len(classes))
+        rows = [(f"class {label}", images[i :: len(classes)]) for i, label in enumerate(classes)]
+        found = figures(params)
+        return Look(
+            figures=found,
+            images={"student": np.asarray(draw_grid(rows))},
+            distance=found.get("frechet"),
+        )
+
+    return look

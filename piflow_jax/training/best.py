@@ -1,0 +1,70 @@
+"""The best checkpoint so far, beside the latest ones."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+
+from piflow_jax.training.checkpoint import Checkpointer, CheckpointError
+
+__all__ = ["BestCheckpoint"]
+
+
+class BestCheckpoint:
+    """Keeps the checkpoint with the smallest distance; use it as a context manager.
+
+    The distance is remembered in `best.json` beside the checkpoints, so that a continued run
+    compares with what it had.
+
+    Args:
+      directory: where the checkpoints go.
+
+    Raises:
+      CheckpointError: `best.json` is damaged, or checkpoints cannot be written.
+    """
+
+    def __init__(self, directory: str | os.PathLike):
+        self._checkpointer = Checkpointer(Path(directory), keep=1)
+        self._record = Path(directory).parent / "best.json"
+        self._distance = float("inf")
+        if self._record.exists():
+            try:
+                record = json.loads(self._record.read_text(encoding="utf-8"))
+                self._distance = float(record["distance"])
+            except (ValueError, KeyError, TypeError) as error:
+                raise CheckpointError(
+                    f"{self._record} is damaged ({error!r}); remove it to start the comparison anew"
+                ) from error
+
+    def __enter__(self) -> "BestCheckpoint":
+        """Returns itself."""
+        return self
+
+    def __exit__(self, kind, value, traceback) -> None:
+        """Closes."""
+        self._checkpointer.__exit__(kind, value, traceback)
+
+    def offer(self, step: int, distance: float, save: Callable[[Checkpointer], object]) -> bool:
+        """Keeps a state if it is better than what is there.
+
+        Args:
+          step: its step.
+          distance: smaller is better.
+          save: saves it to the checkpointer that it is given.
+
+        Returns:
+          Whether it was kept.
+        """
+        if not distance < self._distance:
+            return False
+        # A continued run passes steps again; what a later one left cannot be its own best.
+        save(self._checkpointer)
+        self._checkpointer.wait()
+        self._distance = distance
+        if jax.process_index() == 0:
+            temporary = self._record.with_suffix(".tmp")
+            temporary.write_text(json.dumps({"step": step, "distance": distance}) + "\n")
+            temporary.replace(self._record)
+        return True
