@@ -11,6 +11,20 @@ A student of official teacher weights:
     python -m piflow_jax.main --config=configs/imagenet.py:gm_repa --workdir=runs/gm_repa
         --config.data.data_dir=data/imagenet_latents/1.0.0 --config.teacher.weights=teacher.pth
 
+Every `evaluation.every` steps it decodes a grid for TensorBoard (with `data.vae`), and with
+`evaluation.features` and `evaluation.reference` measures FID and keeps the best checkpoint.
+
+FID, sFID, IS, precision and recall of 50,000 samples, of that run or, with `evaluation.weights`, of
+official student weights alone; samples.npz is what ADM's own evaluator reads:
+
+    python -m piflow_jax.main --config=configs/imagenet.py:gm_repa --workdir=runs/gm_repa
+        --mode=evaluate --config.data.vae=sd-vae-ft-ema.safetensors
+        --config.evaluation.features=pt_inception-2015-12-05-6726825d.pth
+        --config.evaluation.reference=VIRTUAL_imagenet256_labeled.npz
+        --config.evaluation.weights=student.safetensors
+
+`--mode=sample` needs `data.vae` only, and `--mode=export` writes official names.
+
 What its step takes on a TPU slice that need not be attached:
 
     python -m piflow_jax.main --config=configs/imagenet.py:gm_repa --workdir=runs/compile
@@ -24,17 +38,26 @@ Variants:
     dx_repa_10    grid of 10 x_0 of the REPA teacher, window 10 of 128
     dx_repa_20    grid of 20, window 5
     dx_repa_40    grid of 40, window 3
+    runlocal      gm_repa's recipe at toy size on the digits, teacher included; under two minutes
 
 The paper's figures are its authors'. Neither ImageNet nor official weights were on the machine that
-this was written on: no figure of ours exists, training has run on small files in the official
-formats only, and there is no FID report yet.
+this was written on: no figure of ours exists, and training, sampling and evaluation have run on
+small files in the official formats only.
 """
 
 import ml_collections
 
 from piflow_jax.config import base_config
 
-VARIANTS = ("gm_repa", "gm_repa_2nfe", "gm_fm", "dx_repa_10", "dx_repa_20", "dx_repa_40")
+VARIANTS = (
+    "gm_repa",
+    "gm_repa_2nfe",
+    "gm_fm",
+    "dx_repa_10",
+    "dx_repa_20",
+    "dx_repa_40",
+    "runlocal",
+)
 # Grid points of the DX policy to the window without which its training diverges.
 DX_WINDOWS = {10: 10, 20: 5, 40: 3}
 
@@ -84,7 +107,15 @@ def get_config(variant: str = "gm_repa") -> ml_collections.ConfigDict:
     config.train.optimizer.learning_rate = 5e-5
     config.train.optimizer.warmup_steps = 400
 
+    config.mesh.data = 1
+    config.mesh.fsdp = -1
+
     config.evaluation.num_samples = 50_000
+    config.evaluation.batch_size = 256
+    # The eight classes that DiT's authors show.
+    config.evaluation.grid_classes = (207, 360, 387, 974, 88, 979, 417, 279)
+    config.evaluation.grid_samples = 8
+    config.evaluation.every_samples = 5000
 
     if variant == "gm_fm":
         config.teacher.guidance_scale = 2.7
@@ -99,4 +130,27 @@ def get_config(variant: str = "gm_repa") -> ml_collections.ConfigDict:
         config.train.window_substeps = DX_WINDOWS[config.policy.num_grid]
         config.train.gm_dropout = 0.0
         config.train.steps = 40_000
+    elif variant == "runlocal":
+        config.data.name = "digits"
+        config.model.hidden = 64
+        config.model.num_heads = 4
+        config.model.depth = 3
+        config.model.scan_unroll = 3
+        config.model.dtype = "float32"
+        config.model.remat = "none"
+        config.model.time_scale = 1000.0  # its teacher is trained here, not REPA's
+        config.teacher.steps = 600
+        config.teacher.batch_size = 64
+        config.policy.num_components = 8
+        config.policy.logstd_hidden = 64
+        config.train.steps = 400
+        config.train.batch_size = 64
+        config.train.optimizer.learning_rate = 2e-3
+        config.train.optimizer.warmup_steps = 100
+        config.evaluation.num_samples = 1000
+        config.evaluation.batch_size = 250
+        config.evaluation.teacher_steps = (1, 8, 32)
+        config.evaluation.grid_classes = ()
+        config.evaluation.every = 200
+        config.evaluation.every_samples = 500
     return config

@@ -3,10 +3,10 @@
 from piflow_jax.evaluation.diversity import class_diversity
 from piflow_jax.evaluation.evaluator import (
     Figures,
+    IndexSampler,
     index_labels,
     index_noise,
     measure,
-    sample_by_index,
 )
 from piflow_jax.evaluation.features import FEATURE_SPACES, FeatureNetwork, load_features
 from piflow_jax.evaluation.floor import Floor, half_split_floor
@@ -16,7 +16,7 @@ from piflow_jax.evaluation.frechet import (
     frechet_distance_from_statistics,
     gaussian_statistics,
 )
-from piflow_jax.evaluation.images import save_grid
+from piflow_jax.evaluation.images import draw_grid, save_grid
 from piflow_jax.evaluation.precision_recall import PrecisionRecall, precision_recall
 from piflow_jax.evaluation.report import Report, Row
 
@@ -26,10 +26,12 @@ __all__ = [
     "Figures",
     "Floor",
     "GaussianStatistics",
+    "IndexSampler",
     "PrecisionRecall",
     "Report",
     "Row",
     "class_diversity",
+    "draw_grid",
     "frechet_distance",
     "frechet_distance_from_statistics",
     "gaussian_statistics",
@@ -39,6 +41,5 @@ __all__ = [
     "load_features",
     "measure",
     "precision_recall",
-    "sample_by_index",
     "save_grid",
 ]

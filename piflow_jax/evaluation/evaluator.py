@@ -2,7 +2,7 @@
 
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ from piflow_jax.evaluation.features import FeatureNetwork
 from piflow_jax.evaluation.frechet import frechet_distance
 from piflow_jax.evaluation.precision_recall import precision_recall
 
-__all__ = ["Figures", "Sampler", "index_labels", "index_noise", "measure", "sample_by_index"]
+__all__ = ["Figures", "IndexSampler", "Sampler", "index_labels", "index_noise", "measure"]
 
 Sampler = Callable[..., jax.Array]
 """`(params, noise[B, H, W, C], labels[B]) -> x_0[B, H, W, C]`."""
@@ -50,48 +50,62 @@ def index_noise(seed: int, indices: jax.Array, shape: tuple[int, ...]) -> jax.Ar
     return jax.vmap(lambda index: jax.random.normal(jax.random.fold_in(key, index), shape))(indices)
 
 
-def sample_by_index(
-    sampler: Sampler,
-    params,
-    num_samples: int,
-    *,
-    shape: tuple[int, int, int],
-    num_classes: int,
-    batch_size: int,
-    seed: int = 0,
-    sharding: jax.sharding.Sharding | None = None,
-) -> tuple[np.ndarray, float]:
-    """Samples with noise and label fixed by index, in one compiled shape.
+class IndexSampler:
+    """Samples by index: noise and label depend on the index alone, in one compiled shape.
+
+    Compilation happens at the first call and is not repeated, whatever the parameters' values.
 
     Args:
       sampler: the system.
-      params: its parameters.
-      num_samples: how many.
-      shape: `(H, W, C)` of a sample.
-      num_classes: classes.
-      batch_size: samples per call; the last call is padded.
+      shape: `(H, W, C)` of the noise.
+      classes: labels in turn; sample `i` has `classes[i % len(classes)]`.
+      batch_size: samples per call of the system; the last call of a range is padded.
       seed: seed of the noise.
       sharding: how a batch lies on the devices; by default it is on one.
-
-    Returns:
-      `(float32[num_samples, H, W, C], seconds)`; the time leaves compilation out.
     """
 
-    def run(params, indices):
-        labels = (indices % num_classes).astype(jnp.int32)
-        return sampler(params, index_noise(seed, indices, shape), labels)
+    def __init__(
+        self,
+        sampler: Sampler,
+        *,
+        shape: tuple[int, int, int],
+        classes: Sequence[int],
+        batch_size: int,
+        seed: int = 0,
+        sharding: jax.sharding.Sharding | None = None,
+    ):
+        self.batch_size = batch_size
+        self.seconds = 0.0
+        self._sharding = sharding
+        self._compiled = None
 
-    def batch_of(start):
-        indices = np.arange(start, start + batch_size, dtype=np.uint32) % num_samples
-        return jax.device_put(indices, sharding)
+        def run(params, indices):
+            labels = jnp.asarray(classes, jnp.int32)[indices % len(classes)]
+            return sampler(params, index_noise(seed, indices, shape), labels)
 
-    compiled = jax.jit(run).lower(params, batch_of(0)).compile()
-    began = time.perf_counter()
-    batches = [
-        np.asarray(compiled(params, batch_of(start))) for start in range(0, num_samples, batch_size)
-    ]
-    samples = np.concatenate(batches)[:num_samples].astype(np.float32)
-    return samples, time.perf_counter() - began
+        self._run = jax.jit(run)
+
+    def batches(self, params, indices: range) -> Iterator[np.ndarray]:
+        """Yields the samples of consecutive indices, `[<= batch_size, ...]` at a time.
+
+        Time spent is added to `seconds`, compilation left out.
+        """
+        for start in range(indices.start, indices.stop, self.batch_size):
+            count = min(self.batch_size, indices.stop - start)
+            numbers = np.arange(start, start + self.batch_size, dtype=np.uint32)
+            numbers[count:] = start  # padding
+            numbers = jax.device_put(numbers, self._sharding)
+            if self._compiled is None:
+                self._compiled = self._run.lower(params, numbers).compile()
+            began = time.perf_counter()
+            samples = np.asarray(self._compiled(params, numbers))[:count]
+            self.seconds += time.perf_counter() - began
+            yield samples
+
+    def __call__(self, params, num_samples: int) -> np.ndarray:
+        """The first samples, `float32[num_samples, ...]`."""
+        batches = list(self.batches(params, range(num_samples)))
+        return np.concatenate(batches).astype(np.float32)
 
 
 def measure(

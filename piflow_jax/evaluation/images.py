@@ -24,14 +24,30 @@ def save_grid(
     rows: Sequence[tuple[str, ArrayLike]],
     scale: int | None = None,
 ) -> None:
-    """Writes rows of images, each with a caption at its left, as a PNG.
+    """Writes rows of images as a PNG, see `draw_grid`.
 
     Args:
       path: File to write; its directory must exist.
+      rows: Captions and images.
+      scale: Screen pixels of an image's pixel.
+
+    Raises:
+      ValueError: As `draw_grid` does.
+    """
+    draw_grid(rows, scale).save(path, format="PNG", optimize=True)
+
+
+def draw_grid(rows: Sequence[tuple[str, ArrayLike]], scale: int | None = None) -> Image.Image:
+    """Draws rows of images, each with a caption at its left.
+
+    Args:
       rows: Pairs of a caption and images [N, H, W, C] in [-1, 1] (clipped to it), C 1 (grey) or 3
         (RGB). Rows may differ in N and in the image size. Long captions are wrapped.
       scale: Screen pixels of an image's pixel, nearest neighbour. By default the smallest that
         makes the smallest image 48 pixels high or more.
+
+    Returns:
+      The picture, in RGB.
 
     Raises:
       ValueError: If there is no row, a row has another shape or a NaN, or `scale` is not a positive
@@ -66,7 +82,7 @@ def save_grid(
             draw.text((_MARGIN, first + _LINE * number), line, _INK, font, anchor="lm")
         sheet.paste(Image.fromarray(strip), (left, top + (row_height - strip.shape[0]) // 2))
         top += row_height + _ROW_GAP
-    sheet.save(path, format="PNG", optimize=True)
+    return sheet
 
 
 def _as_bytes(caption: str, images: ArrayLike) -> np.ndarray:

@@ -236,14 +236,21 @@ def decode_in_chunks(
 ) -> jax.Array:
     """Decodes a batch a few latents at a time, in the memory of those few; jittable.
 
+    Part `i` of `n` takes the latents `i, i + n, ...`, so a batch that is split over devices keeps
+    all of them busy and nothing moves.
+
     Args:
         module: The autoencoder.
         params: Its variables.
         latents: Raw latents `[B, h, w, C]`.
-        chunk: Latents decoded at once.
+        chunk: Latents decoded at once, at most; fewer if their number divides the batch.
 
     Returns:
         Images `[B, f h, f w, in_channels]`.
     """
     decode = functools.partial(module.apply, params, method="decode")
-    return jax.lax.map(lambda z: decode(z[None])[0], latents, batch_size=chunk)
+    size = len(latents)
+    count = next(n for n in range(1, size + 1) if n * chunk >= size and size % n == 0)
+    parts = jnp.swapaxes(latents.reshape(-1, count, *latents.shape[1:]), 0, 1)
+    images = jnp.swapaxes(jax.lax.map(decode, parts), 0, 1)
+    return images.reshape(-1, *images.shape[2:])

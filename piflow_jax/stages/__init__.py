@@ -1,17 +1,30 @@
 """What the command line does, a mode each. The only rooms that touch the disk."""
 
+from piflow_jax.stages.adm import write_reference
 from piflow_jax.stages.compile import compile_step
 from piflow_jax.stages.evaluate import evaluate
+from piflow_jax.stages.export import export
 from piflow_jax.stages.prepare import prepare_latents
 from piflow_jax.stages.sample import sample
 from piflow_jax.stages.train import train
 
-__all__ = ["MODES", "compile_step", "evaluate", "prepare_latents", "sample", "train"]
+__all__ = [
+    "MODES",
+    "compile_step",
+    "evaluate",
+    "export",
+    "prepare_latents",
+    "sample",
+    "train",
+    "write_reference",
+]
 
 MODES = {
     "train": train,
     "evaluate": evaluate,
     "sample": sample,
+    "export": export,
     "prepare": prepare_latents,
+    "statistics": write_reference,
     "compile": compile_step,
 }

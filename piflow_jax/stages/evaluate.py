@@ -11,6 +11,7 @@ from piflow_jax.config import Config, ConfigError
 from piflow_jax.data import load_source
 from piflow_jax.evaluation import (
     FEATURE_SPACES,
+    IndexSampler,
     Report,
     Row,
     class_diversity,
@@ -18,10 +19,11 @@ from piflow_jax.evaluation import (
     index_labels,
     load_features,
     measure,
-    sample_by_index,
     save_grid,
 )
-from piflow_jax.parallel import batch_sharding, data_mesh
+from piflow_jax.evaluation.adm import AdmFigures
+from piflow_jax.parallel import batch_sharding, local_mesh
+from piflow_jax.stages.adm import evaluate_latents
 from piflow_jax.stages.systems import (
     load_student,
     load_teacher,
@@ -31,8 +33,10 @@ from piflow_jax.stages.systems import (
 from piflow_jax.training.networks import DataShape
 
 
-def evaluate(config: Config, workdir: str | os.PathLike) -> Report:
+def evaluate(config: Config, workdir: str | os.PathLike) -> Report | AdmFigures | None:
     """Measures the averaged weights of teacher and student on the same noise and labels.
+
+    Of latents, it measures the student alone as ADM does; see `evaluate_latents`.
 
     Args:
       config: the run's settings.
@@ -43,13 +47,12 @@ def evaluate(config: Config, workdir: str | os.PathLike) -> Report:
 
     Raises:
       CheckpointError: a checkpoint is missing, unusable or contradicts the settings.
-      ConfigError: the data set has no feature space to be measured in.
+      ConfigError: settings that are for other data.
     """
     if config.data.name not in FEATURE_SPACES:
-        raise ConfigError(
-            f"there is no report for config.data.name = {config.data.name!r} yet: no feature space "
-            f"of it ships with the package (those of {', '.join(FEATURE_SPACES)} do)"
-        )
+        return evaluate_latents(config, workdir)
+    if config.evaluation.weights:
+        raise ConfigError("config.evaluation.weights are for config.data.name = 'imagenet'")
     settings, workdir = config.evaluation, Path(workdir)
     source = load_source(config.data.name, config.data.data_dir or None)
     data = DataShape.of(config.data.name, source)
@@ -59,16 +62,15 @@ def evaluate(config: Config, workdir: str | os.PathLike) -> Report:
     logging.info("evaluation: %d samples per system", settings.num_samples)
 
     def run(sampler, params):
-        return sample_by_index(
+        by_index = IndexSampler(
             sampler,
-            params,
-            settings.num_samples,
             shape=source.shape,
-            num_classes=data.num_classes,
+            classes=range(data.num_classes),
             batch_size=settings.batch_size,
             seed=settings.seed,
-            sharding=batch_sharding(data_mesh()),
+            sharding=batch_sharding(local_mesh()),
         )
+        return by_index(params, settings.num_samples), by_index.seconds
 
     def row(system, nfe, samples, seconds, reference):
         mse = None if reference is None else float(np.mean(np.square(samples - reference)))

@@ -1,7 +1,6 @@
 """`--mode=prepare`: images to cached latents, once, before training on them."""
 
 import concurrent.futures
-import hashlib
 import os
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -10,10 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from piflow_jax.config import Config, ConfigError
-from piflow_jax.convert import load_torch_state, open_weights
 from piflow_jax.data.imagenet import ImageSource, center_crop, open_imagenet
 from piflow_jax.data.latents import (
     SD_VAE_SCALE,
@@ -24,28 +21,12 @@ from piflow_jax.data.latents import (
     write_shard,
 )
 from piflow_jax.models.vae import AutoencoderKL
+from piflow_jax.parallel import batch_sharding, local_mesh, replicated
+from piflow_jax.stages.autoencoder import load_autoencoder, tree_digest
 
-__all__ = ["finalize", "prepare", "prepare_latents", "vae_identity"]
+__all__ = ["finalize", "prepare", "prepare_latents"]
 
 finalize = finalize_latents
-
-
-def vae_identity(params: Any) -> str:
-    """Hash of an autoencoder's weights: their names, types, shapes and values.
-
-    Args:
-      params: Its variables.
-
-    Returns:
-      SHA-256 in hexadecimal digits.
-    """
-    digest = hashlib.sha256()
-    leaves = jax.tree_util.tree_leaves_with_path(params)
-    for name, leaf in sorted((jax.tree_util.keystr(path), leaf) for path, leaf in leaves):
-        value = np.ascontiguousarray(leaf)
-        digest.update(f"{name} {value.dtype} {value.shape}\n".encode())
-        digest.update(value.tobytes())
-    return digest.hexdigest()
 
 
 def prepare(
@@ -114,7 +95,7 @@ def prepare(
         lambda params, x: vae_module.apply(params, x, method="encode"), vae_params, image
     )
     plan = LatentsPlan(
-        vae=vae_identity(vae_params),
+        vae=tree_digest(vae_params),
         compute=f"{moments.dtype.name}, precision {precision}, {image_size} by centre crop",
         source=source.description,
         num_examples=len(source),
@@ -159,14 +140,11 @@ def prepare_latents(config: Config, workdir: str | os.PathLike) -> None:
         if not getattr(settings, key):
             raise ConfigError(f"--mode=prepare needs config.data.{key}")
     source = open_imagenet(settings.images)
-    try:
-        module, params = load_torch_state(open_weights(settings.vae), "vae")
-    except ValueError as error:
-        raise ConfigError(f"config.data.vae = {settings.vae!r}: {error}") from error
+    autoencoder = load_autoencoder(config)
     manifest = prepare(
         source,
-        module,
-        params,
+        autoencoder.module,
+        autoencoder.params,
         settings.data_dir,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
@@ -178,9 +156,7 @@ def prepare_latents(config: Config, workdir: str | os.PathLike) -> None:
 
 def _encoder(module: AutoencoderKL, params: Any, dtype: str, precision: str) -> Callable:
     """The jitted `uint8[B, H, W, 3] -> mean, std [B, 2, h, w, C]` on all local devices."""
-    devices = jax.local_devices()
-    mesh = jax.make_mesh((len(devices),), ("data",), axis_types=(AxisType.Auto,), devices=devices)
-    whole, split = (NamedSharding(mesh, PartitionSpec(*axis)) for axis in ((), ("data",)))
+    whole, split = replicated(local_mesh()), batch_sharding(local_mesh())
     params = jax.device_put(params, whole)
 
     def encode(params, pixels):

@@ -3,21 +3,25 @@
 import os
 from pathlib import Path
 
+import jax
 from absl import logging
 
-from piflow_jax.config import Config
-from piflow_jax.data import load_source
-from piflow_jax.evaluation import sample_by_index, save_grid
-from piflow_jax.stages.systems import load_student, student_sampler
+from piflow_jax.config import Config, ConfigError
+from piflow_jax.evaluation import IndexSampler, save_grid
+from piflow_jax.parallel import batch_sharding, local_mesh
+from piflow_jax.stages.autoencoder import check_autoencoder, load_autoencoder, pixel_sampler
+from piflow_jax.stages.systems import data_shape, load_student, student_sampler
 from piflow_jax.training.networks import DataShape
+
+__all__ = ["sample", "shown_classes"]
 
 
 def sample(config: Config, workdir: str | os.PathLike) -> Path:
     """Writes `<workdir>/student.png`, one row per class.
 
     Args:
-      config: the run's settings; `config.evaluation.seed` chooses the noise and
-        `config.evaluation.grid_samples` the columns.
+      config: the run's settings; `config.evaluation.seed` chooses the noise, `grid_classes` the
+        rows and `grid_samples` the columns. Latents are decoded by `config.data.vae`.
       workdir: the run's directory.
 
     Returns:
@@ -25,23 +29,42 @@ def sample(config: Config, workdir: str | os.PathLike) -> Path:
 
     Raises:
       CheckpointError: there is no student, or it contradicts the settings.
+      ConfigError: a class does not exist, or the autoencoder is missing or another one.
     """
-    source = load_source(config.data.name, config.data.data_dir or None)
-    data = DataShape.of(config.data.name, source)
-    params = load_student(config, data, workdir)
-    columns = config.evaluation.grid_samples
-    images, seconds = sample_by_index(
-        student_sampler(config, data),
-        params,
-        columns * data.num_classes,
-        shape=source.shape,
-        num_classes=data.num_classes,
-        batch_size=config.evaluation.batch_size,
-        seed=config.evaluation.seed,
+    settings = config.evaluation
+    data = data_shape(config, workdir)
+    classes = shown_classes(config, data)
+    sampler = student_sampler(config, data)
+    if config.data.name == "imagenet":
+        autoencoder = load_autoencoder(config)
+        check_autoencoder(autoencoder, data)
+        sampler = pixel_sampler(sampler, autoencoder.module, data)
+        params = (load_student(config, data, workdir), autoencoder.params)
+    else:
+        params = load_student(config, data, workdir)
+    run = IndexSampler(
+        sampler,
+        shape=data.shape,
+        classes=classes,
+        batch_size=settings.batch_size,
+        seed=settings.seed,
+        sharding=batch_sharding(local_mesh()),
     )
+    images = run(params, settings.grid_samples * len(classes))
     # Labels go by index, classes in turn.
-    rows = [(f"class {c}", images[c :: data.num_classes]) for c in range(data.num_classes)]
+    rows = [(f"class {label}", images[i :: len(classes)]) for i, label in enumerate(classes)]
     path = Path(workdir) / "student.png"
-    save_grid(path, rows)
-    logging.info("wrote %s: %d samples in %.2f s", path, len(images), seconds)
+    if jax.process_index() == 0:
+        save_grid(path, rows)
+        logging.info("wrote %s: %d samples in %.2f s", path, len(images), run.seconds)
     return path
+
+
+def shown_classes(config: Config, data: DataShape) -> tuple[int, ...]:
+    """The classes of a grid's rows, checked; see `config.evaluation.grid_classes`."""
+    classes = config.evaluation.grid_classes or tuple(range(data.num_classes))
+    if max(classes) >= data.num_classes:
+        raise ConfigError(
+            f"config.evaluation.grid_classes must be below {data.num_classes}, got {max(classes)}"
+        )
+    return classes

@@ -6,17 +6,22 @@ from typing import Any
 
 import jax
 from absl import logging
+from jax.sharding import Mesh
 
-from piflow_jax.config import Config
+from piflow_jax.config import Config, mesh_sizes
 from piflow_jax.data import batches, load_source
 from piflow_jax.evaluation import FEATURE_SPACES
 from piflow_jax.models import student_from_teacher
 from piflow_jax.models.flops import forward_flops
+from piflow_jax.parallel import ActivationSharding, device_mesh
+from piflow_jax.stages.autoencoder import check_autoencoder, load_autoencoder
 from piflow_jax.stages.evaluate import evaluate
-from piflow_jax.stages.systems import load_teacher
+from piflow_jax.stages.look import student_look
+from piflow_jax.stages.systems import load_teacher, student_shardings, teacher_shardings
 from piflow_jax.training.loop import Stage, run_stage
 from piflow_jax.training.networks import (
     DataShape,
+    abstract_params,
     init_params,
     student_network,
     student_spec,
@@ -44,27 +49,38 @@ def train(config: Config, workdir: str | os.PathLike) -> None:
       NonFiniteLossError: a loss became NaN or infinite.
       Interrupted: a signal came; the state is saved.
     """
+    mesh = device_mesh(**mesh_sizes(config.mesh, jax.device_count()))
     source = load_source(config.data.name, config.data.data_dir or None)
     data = DataShape.of(config.data.name, source)
     given = config.teacher.checkpoint or config.teacher.weights
     if given:
         logging.info("teacher: given, %s", given)
     else:
-        _run(_teacher_stage(config, source, data), config, workdir)
-    teacher_params = load_teacher(config, data, workdir)
-    _run(_student_stage(config, source, data, teacher_params), config, workdir)
-    if config.data.name in FEATURE_SPACES:
+        _run(_teacher_stage(config, source, data, mesh), config, workdir, mesh)
+    if config.data.name == "imagenet" and config.data.vae:
+        check_autoencoder(load_autoencoder(config), data)
+    abstract = abstract_params(teacher_network(config.model, data))
+    shardings = teacher_shardings(config, mesh, abstract)
+    teacher_params = load_teacher(config, data, workdir, shardings)
+    _run(_student_stage(config, source, data, teacher_params, mesh), config, workdir, mesh)
+    settings = config.evaluation
+    if config.data.name in FEATURE_SPACES or (settings.features and settings.reference):
         evaluate(config, workdir)
     else:
-        logging.info("no report: no feature space of %s ships with the package", config.data.name)
+        logging.info(
+            "no FID: config.evaluation.features and config.evaluation.reference are not given; "
+            "--mode=evaluate says what they are"
+        )
 
 
-def _run(stage: Stage, config: Config, workdir: str | os.PathLike) -> None:
+def _run(stage: Stage, config: Config, workdir: str | os.PathLike, mesh: Mesh) -> None:
     run_stage(
         stage,
         workdir,
         log_every=config.log_every,
         checkpoint_every=config.checkpoint_every,
+        look_every=config.evaluation.every,
+        mesh=mesh,
         keep_checkpoints=config.keep_checkpoints,
     )
 
@@ -91,11 +107,11 @@ def _extensible(stage: str, decay: str) -> tuple[str, ...]:
     return (f"{stage}.steps",) if decay == "constant" else ()
 
 
-def _teacher_stage(config: Config, source, data: DataShape) -> Stage:
-    module = teacher_network(config.model, data)
+def _teacher_stage(config: Config, source, data: DataShape, mesh: Mesh) -> Stage:
+    module = teacher_network(config.model, data).clone(constrain=ActivationSharding(mesh))
     settings = config.teacher
     optimizer = make_optimizer(settings.optimizer, settings.steps)
-    step = teacher_step(module, optimizer, config, data.num_classes)
+    step = teacher_step(module, optimizer, config, data)
     own = {
         key: getattr(settings, key) for key in ("steps", "batch_size", "label_dropout", "optimizer")
     }
@@ -120,18 +136,20 @@ def _teacher_stage(config: Config, source, data: DataShape) -> Stage:
         ),
         extensible=_extensible("teacher", settings.optimizer.decay),
         spec=teacher_spec(config, data),
+        shardings=lambda state: student_shardings(config, mesh, state),
     )
 
 
-def _student_stage(config: Config, source, data: DataShape, teacher_params) -> Stage:
-    teacher = teacher_network(config.model, data)
-    student = student_network(config.model, config.policy, data)
+def _student_stage(config: Config, source, data: DataShape, teacher_params, mesh: Mesh) -> Stage:
+    constrain = ActivationSharding(mesh)
+    teacher = teacher_network(config.model, data).clone(constrain=constrain)
+    student = student_network(config.model, config.policy, data).clone(constrain=constrain)
     settings = config.train
     optimizer = make_optimizer(settings.optimizer, settings.steps)
-    distil = distill_step(student, teacher, optimizer, config, data.num_classes)
+    distil = distill_step(student, teacher, optimizer, config, data)
     keys = jax.random.split(_key(config, _STUDENT_INIT))
 
-    def init():
+    def init(teacher_params):
         params = student_from_teacher(
             keys[1], student, init_params(student, keys[0]), teacher_params, teacher=teacher
         )
@@ -157,6 +175,9 @@ def _student_stage(config: Config, source, data: DataShape, teacher_params) -> S
         config=_settings(groups),
         extensible=_extensible("train", settings.optimizer.decay),
         spec=student_spec(config, data),
+        init_arguments=(teacher_params,),
+        shardings=lambda state: student_shardings(config, mesh, state),
+        look=student_look(config, source, data) if config.evaluation.every else None,
     )
 
 

@@ -1,5 +1,7 @@
 """ImageNet at toy size, end to end: images, autoencoder, official teacher, a student."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,8 +12,19 @@ from PIL import Image
 from piflow_jax.config import ConfigError, parse
 from piflow_jax.convert import to_torch_state, write_safetensors
 from piflow_jax.data.latents import LatentsError
+from piflow_jax.evaluation.adm import write_samples
+from piflow_jax.models.inception import InceptionV3
 from piflow_jax.models.vae import AutoencoderKL
-from piflow_jax.stages import evaluate, prepare_latents, train
+from piflow_jax.stages import (
+    adm,
+    evaluate,
+    export,
+    prepare_latents,
+    sample,
+    systems,
+    train,
+    write_reference,
+)
 from piflow_jax.stages.systems import load_teacher
 from piflow_jax.training.networks import DataShape, init_params, teacher_network
 
@@ -56,8 +69,148 @@ def test_a_student_of_official_weights_trains_on_prepared_latents(folder, tmp_pa
     train(settings, tmp_path)
     assert (tmp_path / "student" / "checkpoints" / "3").is_dir()
     assert not (tmp_path / "teacher").exists()
-    with pytest.raises(ConfigError, match=r"no report for config.data.name = 'imagenet'"):
-        evaluate(settings, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def trained(folder, tmp_path_factory):
+    """The work directory of a run that looked at its student, and its settings."""
+    root, config, _ = folder
+    config = config.copy_and_resolve_references()
+    config.evaluation.num_samples = 10
+    config.evaluation.batch_size = 4
+    config.evaluation.substeps = 8
+    config.evaluation.grid_classes = (1, 0)
+    config.evaluation.grid_samples = 2
+    config.evaluation.every = 2
+    workdir = tmp_path_factory.mktemp("run")
+    train(parse(config), workdir)
+
+    inception = InceptionV3()
+    state = to_torch_state(inception, init_inception(inception))
+    config.evaluation.features = str(root / "inception.safetensors")
+    write_safetensors(config.evaluation.features, state)
+    config.evaluation.reference = str(root / "reference.npz")
+    write_reference(parse(config), workdir)
+    return workdir, config
+
+
+def init_inception(module):
+    """Weights small enough for the features of random networks to stay finite."""
+    shapes = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, 299, 299, 3), jnp.uint8))
+    rng = np.random.default_rng(0)
+
+    def leaf(path, shape):
+        name = path[-1].key
+        if name in ("scale", "variance"):
+            return np.ones(shape.shape, np.float32)
+        fan = int(np.prod(shape.shape[:-1])) or 1
+        scale = np.sqrt(2 / fan) if name.endswith("kernel") else 0.01
+        return rng.normal(0, scale, shape.shape).astype(np.float32)
+
+    return jax.tree_util.tree_map_with_path(leaf, shapes)
+
+
+def test_a_look_leaves_a_picture_and_latents_without_a_measure_no_best(trained):
+    workdir, _ = trained
+    events = list((workdir / "student").glob("events.out.tfevents.*"))
+    assert b"student" in b"".join(path.read_bytes() for path in events)
+    assert not (workdir / "student" / "best" / "best.json").exists()
+
+
+def test_samples_are_decoded_into_a_grid_of_the_classes(trained):
+    workdir, config = trained
+    path = sample(parse(config), workdir)
+    pixels = np.asarray(Image.open(path))
+    assert pixels.shape[0] > 2 * 256 and pixels.shape[1] > 2 * 256
+    other = config.copy_and_resolve_references()
+    other.evaluation.grid_classes = (2,)
+    with pytest.raises(ConfigError, match="grid_classes must be below 2, got 2"):
+        sample(parse(other), workdir)
+    other.data.vae = ""
+    with pytest.raises(ConfigError, match=r"config.data.vae must name"):
+        evaluate(parse(other), workdir)
+
+
+def test_figures_are_those_of_the_file_however_it_came_about(trained, tmp_path, monkeypatch):
+    workdir, config = trained
+    monkeypatch.setattr(adm, "_SHARD", 4)
+    monkeypatch.setattr(adm, "write_samples", killed)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(parse(config), workdir)
+    monkeypatch.undo()
+    monkeypatch.setattr(adm, "_SHARD", 4)
+    shards = sorted((workdir / "samples").glob("*.npy"))
+    assert [path.name for path in shards] == ["00000.npy", "00001.npy", "00002.npy"]
+    times = [path.stat().st_mtime_ns for path in shards[::2]]
+    shards[1].unlink()  # as if killed before it
+    kept = []
+
+    def note_and_write(*args):
+        kept.extend(path.stat().st_mtime_ns for path in shards[::2])
+        write_samples(*args)
+
+    monkeypatch.setattr(adm, "write_samples", note_and_write)
+    figures = evaluate(parse(config), workdir)
+    assert kept == times
+    with np.load(workdir / "samples" / "samples.npz") as archive:
+        images, labels = archive["arr_0"], archive["arr_1"]
+    assert images.shape == (10, 256, 256, 3) and images.dtype == np.uint8
+    np.testing.assert_array_equal(labels, np.arange(10) % 2)
+    assert not list((workdir / "samples").glob("*.npy"))
+    # No figure of features that are not the published ones is called FID.
+    assert figures.names[0].startswith("Frechet distance of features")
+    written = json.loads((workdir / "adm.json").read_text())
+    assert written["frechet"] == figures.frechet and written["protocol"]["samples"] == 10
+
+    # Exported weights, without the run and its latents, in another batch size, make the same.
+    export(parse(config), workdir)
+    other = config.copy_and_resolve_references()
+    other.evaluation.weights = str(workdir / "student.safetensors")
+    other.evaluation.batch_size = 5
+    other.data.data_dir = "nowhere"
+    monkeypatch.setattr(adm, "write_samples", write_samples)
+    monkeypatch.setattr(systems, "IMAGENET_LATENTS", DATA)
+    evaluate(parse(other), tmp_path)
+    with np.load(tmp_path / "samples" / "samples.npz") as archive:
+        assert np.abs(archive["arr_0"].astype(int) - images).max() <= 1
+
+    # What lies there is not taken for samples of other settings.
+    other.evaluation.seed = 1
+    with pytest.raises(ConfigError, match=r"samples of other settings \(seed was 0, is 1\)"):
+        evaluate(parse(other), tmp_path)
+
+
+def killed(*args):
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "error", "message"),
+    [
+        ("features", "", ConfigError, r"config.evaluation.features must name pt_inception"),
+        ("features", "nowhere.pth", FileNotFoundError, "no Inception weights at nowhere.pth"),
+        ("reference", "", ConfigError, r"config.evaluation.reference must name ADM's"),
+        ("reference", "nowhere.npz", FileNotFoundError, "no reference statistics at nowhere.npz"),
+    ],
+)
+def test_a_missing_file_is_named_before_anything_is_sampled(trained, key, value, error, message):
+    workdir, config = trained
+    other = config.copy_and_resolve_references()
+    other.evaluation[key] = value
+    with pytest.raises(error, match=message):
+        evaluate(parse(other), workdir)
+
+
+def test_latents_of_another_autoencoder_are_refused(trained, tmp_path):
+    workdir, config = trained
+    other = config.copy_and_resolve_references()
+    other.data.vae = str(tmp_path / "vae.safetensors")
+    vae = AutoencoderKL(channels=(32, 32, 32, 32), layers_per_block=1)
+    params = jax.jit(vae.init)(jax.random.key(1), jnp.zeros((1, 32, 32, 3)))
+    write_safetensors(other.data.vae, to_torch_state(vae, params))
+    for mode in (sample, train):
+        with pytest.raises(ConfigError, match=r"but these latents were made by"):
+            mode(parse(other), workdir)
 
 
 def test_what_does_not_fit_is_named(folder, tmp_path):

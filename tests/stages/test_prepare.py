@@ -9,7 +9,8 @@ from PIL import Image
 from piflow_jax.data.imagenet import FolderImages, center_crop
 from piflow_jax.data.latents import LatentsError, load_latents_source
 from piflow_jax.models.vae import AutoencoderKL
-from piflow_jax.stages.prepare import finalize, prepare, vae_identity
+from piflow_jax.stages.autoencoder import tree_digest
+from piflow_jax.stages.prepare import finalize, prepare
 
 SIZES = [(16, 16), (20, 16), (37, 40), (16, 31), (50, 33), (18, 17), (16, 24)]
 
@@ -44,7 +45,7 @@ def whole(images, vae, tmp_path_factory):
         images, *vae, directory, **SETTINGS, on_progress=lambda *now: progress.append(now)
     )
     assert progress == [(1, 3), (2, 3), (3, 3)]
-    assert manifest["vae"] == vae_identity(vae[1])
+    assert manifest["vae"] == tree_digest(vae[1])
     assert manifest["source"] == images.description
     return directory
 
@@ -59,7 +60,7 @@ def contents(directory):
 
 def test_the_set_holds_the_moments_of_image_and_mirror_image(whole, images, vae):
     module, params = vae
-    source = load_latents_source(whole, expect_vae=vae_identity(params), expect_scale=0.18215)
+    source = load_latents_source(whole, expect_vae=tree_digest(params), expect_scale=0.18215)
     assert (len(source), source.shape, source.num_classes) == (7, (8, 8, 4), 3)
     encode = jax.jit(lambda x: module.apply(params, x, method="encode"))
     for index in range(7):
@@ -148,15 +149,15 @@ def test_going_on_with_other_weights_is_refused(whole, images, vae):
 
 def test_the_identity_is_of_names_shapes_types_and_values():
     params = {"a": np.zeros((2, 3), np.float32), "b": np.ones(3, np.float32)}
-    identity = vae_identity(params)
-    assert identity == vae_identity(jax.tree.map(jnp.asarray, dict(reversed(params.items()))))
+    identity = tree_digest(params)
+    assert identity == tree_digest(jax.tree.map(jnp.asarray, dict(reversed(params.items()))))
     others = [
         {"a": params["a"], "c": params["b"]},
         {"a": params["a"].reshape(3, 2), "b": params["b"]},
         {"a": params["a"].astype(np.int32), "b": params["b"]},
         {"a": params["a"], "b": np.array([1, 1, 2], np.float32)},
     ]
-    assert len({identity, *map(vae_identity, others)}) == 5
+    assert len({identity, *map(tree_digest, others)}) == 5
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,109 @@
+"""The autoencoder of latents: its file, its identity, and samplers that end in pixels."""
+
+import hashlib
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from piflow_jax.config import Config, ConfigError
+from piflow_jax.convert import load_torch_state, open_weights
+from piflow_jax.evaluation.evaluator import Sampler
+from piflow_jax.models.vae import AutoencoderKL, decode_in_chunks
+from piflow_jax.parallel import local_mesh, replicated
+from piflow_jax.training.networks import DataShape
+
+__all__ = ["Autoencoder", "check_autoencoder", "load_autoencoder", "pixel_sampler", "tree_digest"]
+
+# Latents that a device decodes at once; 256x256 images of the full-size decoder take 1 GiB each.
+_CHUNK = 8
+
+
+class Autoencoder(NamedTuple):
+    """An autoencoder with its weights; `identity` is the hash of these."""
+
+    module: AutoencoderKL
+    params: Any
+    identity: str
+
+
+def tree_digest(params: Any) -> str:
+    """Hash of a network's weights: their names, types, shapes and values.
+
+    Args:
+      params: Its variables.
+
+    Returns:
+      SHA-256 in hexadecimal digits.
+    """
+    digest = hashlib.sha256()
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    for name, leaf in sorted((jax.tree_util.keystr(path), leaf) for path, leaf in leaves):
+        value = np.ascontiguousarray(leaf)
+        digest.update(f"{name} {value.dtype} {value.shape}\n".encode())
+        digest.update(value.tobytes())
+    return digest.hexdigest()
+
+
+def load_autoencoder(config: Config) -> Autoencoder:
+    """The autoencoder of `config.data.vae`.
+
+    Args:
+      config: the run's settings.
+
+    Returns:
+      The autoencoder.
+
+    Raises:
+      ConfigError: none is given, or the file is not one.
+      FileNotFoundError: the file is not there.
+    """
+    path = config.data.vae
+    if not path:
+        raise ConfigError(
+            "config.data.vae must name the autoencoder's weights, such as "
+            "sd-vae-ft-ema.safetensors or its folder"
+        )
+    try:
+        module, params = load_torch_state(open_weights(path), "vae")
+    except ValueError as error:
+        raise ConfigError(f"config.data.vae = {path!r}: {error}") from error
+    identity = tree_digest(params)
+    return Autoencoder(module, jax.device_put(params, replicated(local_mesh())), identity)
+
+
+def check_autoencoder(autoencoder: Autoencoder, data: DataShape) -> None:
+    """Raises ConfigError if latents were made by another autoencoder, where that is known."""
+    if data.vae and data.vae != autoencoder.identity:
+        raise ConfigError(
+            f"config.data.vae has the weights {autoencoder.identity[:16]}, but these latents were "
+            f"made by {data.vae[:16]}; give the autoencoder that --mode=prepare had"
+        )
+    channels = autoencoder.module.latent_channels
+    if channels != data.channels:
+        raise ConfigError(
+            f"config.data.vae is of latents with {channels} channels, these have {data.channels}"
+        )
+
+
+def pixel_sampler(sampler: Sampler, module: AutoencoderKL, data: DataShape) -> Sampler:
+    """Decodes what a sampler makes; its parameters are a pair, the sampler's and the decoder's.
+
+    Args:
+      sampler: makes latents as networks see them.
+      module: the autoencoder.
+      data: has the latents' scale and shift.
+
+    Returns:
+      `((params, vae_params), noise[B, h, w, C], labels[B]) -> images[B, H, W, 3]`, about [-1, 1].
+    """
+
+    def sample(params, noise, labels):
+        params, vae_params = params
+        latents = sampler(params, noise, labels) / data.latent_scale + data.latent_shift
+        return decode_in_chunks(
+            module, vae_params, latents.astype(jnp.float32), _CHUNK * jax.local_device_count()
+        )
+
+    return sample
