@@ -57,24 +57,27 @@ def get_config(variant: str = "gm") -> ml_collections.ConfigDict:
 
     config.policy.kind = "gm"
     config.policy.num_components = 16
-    config.train.steps = 5600
-    config.train.batch_size = 64
+    config.train.steps = 8800
+    config.train.batch_size = 32  # twice the steps of 64 in the same time learn more
     # At 1,500 steps Muon's student follows its teacher as closely as AdamW's at twice as many.
     config.train.optimizer.kind = "muon"
     config.train.optimizer.learning_rate = 3e-3
     config.train.optimizer.beta2 = 0.99
     config.train.optimizer.decay = "cosine"
-    config.train.total_substeps = 32  # for the visited states; sampling takes 128
+    # Over the last fortieth: at a rate that falls to zero, a longer average only lags behind.
+    config.train.optimizer.ema_gamma = 40.0
+    config.train.total_substeps = 128
     config.train.gm_dropout = 0.05
 
     config.evaluation.batch_size = 250
+    config.evaluation.substeps = 512
 
     if variant == "dx":
         config.train.steps = 1500
         config.policy.kind = "dx"
         config.policy.num_grid = 10
         config.train.gm_dropout = 0.0
-        config.train.window_substeps = 3  # of 32; the reference's 10 of 128
+        config.train.window_substeps = 10
     elif variant == "gm_2nfe":
         config.train.nfe = 2
         config.train.steps = 1500
