@@ -9,7 +9,8 @@ import ml_collections
 import numpy as np
 import pytest
 
-from piflow_jax.config import Config, ConfigError, base_config, parse, reference
+from piflow_jax.config import Config, ConfigError, base_config, mesh_sizes, parse
+from piflow_jax.config.__main__ import reference
 
 ROOT = Path(__file__).parents[1]
 
@@ -112,7 +113,8 @@ def wrong_values(value):
         return [True, "0.5", None, (0.5,), math.nan, math.inf, -math.inf]
     if isinstance(value, str):
         return [True, 1, None, ("digits",)]
-    return [1, "1", None, (), ("a",) * len(value), (True,) * len(value)]
+    empty = [()] if value else []  # an empty default may be given
+    return [1, "1", None, *empty, ("a",) * max(len(value), 1), (True,) * max(len(value), 1)]
 
 
 @pytest.mark.parametrize("key", LEAVES)
@@ -281,7 +283,7 @@ def test_batches_that_devices_cannot_share_are_refused(group):
     key, batch = f"{group}__batch_size", 36
     sizes = {f"{name}__batch_size": 32 for name in ("teacher", "train", "evaluation")}
     assert refusal(8, **sizes | {key: batch}) == (
-        f"config.{group}.batch_size must be divisible by the 8 devices, got 36"
+        f"config.{group}.batch_size must be divisible by the 8 devices that share a batch, got 36"
     )
     parse(changed(**sizes), 8)
     parse(changed(**sizes | {key: batch}), 4)
@@ -303,6 +305,42 @@ def test_every_key_is_documented():
 def test_the_configuration_page_is_up_to_date():
     page = ROOT / "docs" / "configuration.md"
     assert page.exists() and page.read_text(encoding="utf-8") == reference(), (
-        "docs/configuration.md does not say what piflow_jax/config.py does; make it again with "
+        "docs/configuration.md does not say what piflow_jax/config does; make it again with "
         "`python -m piflow_jax.config > docs/configuration.md`"
     )
+
+
+# --- The mesh -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("values", "devices", "sizes"),
+    [
+        ({}, 8, (8, 1, 1)),
+        ({"data": 1, "fsdp": -1}, 8, (1, 8, 1)),
+        ({"data": 2, "fsdp": 4}, 8, (2, 4, 1)),
+        ({"data": -1, "fsdp": 2, "tensor": 2}, 8, (2, 2, 2)),
+    ],
+)
+def test_a_mesh_fills_what_is_left_open(values, devices, sizes):
+    values = {f"mesh__{axis}": size for axis, size in values.items()}
+    config = parse(changed(**values, evaluation__batch_size=8), devices)
+    assert tuple(mesh_sizes(config.mesh, devices).values()) == sizes
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"data": 3}, "config.mesh (data 3 x fsdp 1 x tensor 1) does not fit the 8 devices"),
+        ({"fsdp": 3}, "config.mesh (data -1 x fsdp 3 x tensor 1) does not fit the 8 devices"),
+        ({"fsdp": -1}, "only one size of config.mesh may be -1, ['data', 'fsdp'] are"),
+        ({"fsdp": 0}, "config.mesh.fsdp must be at least 1, or -1 to fill, got 0"),
+        (
+            {"data": 1, "tensor": 8},
+            "config.mesh.tensor (8) must divide config.model.num_heads (4)",
+        ),
+    ],
+)
+def test_a_mesh_that_does_not_fit_is_refused(values, message):
+    values = {f"mesh__{axis}": size for axis, size in values.items()}
+    assert refusal(8, **{"evaluation__batch_size": 8}, **values) == message

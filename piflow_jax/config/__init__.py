@@ -1,0 +1,42 @@
+"""What a configuration may say: one schema, checked before anything is compiled.
+
+`configs/*.py` fill an `ml_collections.ConfigDict` made by `base_config`; `parse` turns it into
+frozen dataclasses, or refuses it with the key and the allowed range. Each field's metadata is its
+documentation; `python -m piflow_jax.config` prints `docs/configuration.md`.
+"""
+
+from piflow_jax.config.parsing import (
+    ConfigError,
+    base_config,
+    check_devices,
+    mesh_sizes,
+    parse,
+)
+from piflow_jax.config.schema import (
+    Config,
+    DataConfig,
+    EvaluationConfig,
+    MeshConfig,
+    ModelConfig,
+    OptimizerConfig,
+    PolicyConfig,
+    TeacherConfig,
+    TrainConfig,
+)
+
+__all__ = [
+    "Config",
+    "ConfigError",
+    "DataConfig",
+    "EvaluationConfig",
+    "MeshConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "PolicyConfig",
+    "TeacherConfig",
+    "TrainConfig",
+    "base_config",
+    "check_devices",
+    "mesh_sizes",
+    "parse",
+]

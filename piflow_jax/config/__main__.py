@@ -1,0 +1,56 @@
+"""`python -m piflow_jax.config` prints `docs/configuration.md`."""
+
+import dataclasses
+import types
+import typing
+
+from piflow_jax.config.schema import Config
+
+
+def reference() -> str:
+    """The documentation of every key, as Markdown."""
+    lines = [
+        "# Configuration keys",
+        "",
+        "Made by `python -m piflow_jax.config > docs/configuration.md`. Any key can be overridden",
+        "on the command line: `--config.train.steps=100`. Unknown keys, wrong types and impossible",
+        "values are refused before anything is compiled.",
+    ]
+
+    def table(cls, prefix):
+        hints = typing.get_type_hints(cls)
+        rows, groups = [], []
+        for field in dataclasses.fields(cls):
+            hint, meta = hints[field.name], field.metadata
+            if dataclasses.is_dataclass(hint):
+                groups.append((hint, f"{prefix}.{field.name}"))
+                continue
+            name = getattr(hint, "__name__", str(hint)) if not typing.get_args(hint) else str(hint)
+            rows.append(
+                f"| `{field.name}` | {name} | `{field.default!r}` "
+                f"| {_range(meta)} | {meta['doc']} |"
+            )
+        if rows:
+            lines.extend(["", f"## `{prefix}`", "", cls.__doc__.strip(), ""])
+            lines.extend(
+                ["| key | type | default | allowed | meaning |", "| --- " * 5 + "|", *rows]
+            )
+        for hint, name in groups:
+            table(hint, name)
+
+    table(Config, "config")
+    return "\n".join(lines) + "\n"
+
+
+def _range(meta: types.MappingProxyType) -> str:
+    if meta["choices"]:
+        return ", ".join(f"`{choice}`" for choice in meta["choices"])
+    if meta["above"] is not None:
+        return f"> {meta['above']}"
+    if meta["high"] is not None:
+        return f"{meta['low']} to {meta['high']}"
+    return f">= {meta['low']}" if meta["low"] is not None else ""
+
+
+if __name__ == "__main__":
+    print(reference(), end="")

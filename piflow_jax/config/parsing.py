@@ -1,0 +1,229 @@
+"""From a `ConfigDict` to the frozen schema, or to the refusal with the key and what is allowed."""
+
+import dataclasses
+import math
+import types
+import typing
+from typing import Any
+
+import ml_collections
+
+from piflow_jax.config.schema import Config, MeshConfig
+
+
+class ConfigError(ValueError):
+    """A configuration names an unknown key, a wrong type or an impossible value."""
+
+
+def base_config() -> ml_collections.ConfigDict:
+    """A configuration with every key at its default, to be changed by a config file."""
+    return _as_config_dict(Config())
+
+
+def _as_config_dict(node: Any) -> ml_collections.ConfigDict:
+    values = {}
+    for field in dataclasses.fields(node):
+        value = getattr(node, field.name)
+        values[field.name] = _as_config_dict(value) if dataclasses.is_dataclass(value) else value
+    return ml_collections.ConfigDict(values)
+
+
+def parse(config: ml_collections.ConfigDict, num_devices: int | None = 1) -> Config:
+    """Checks a configuration and freezes it.
+
+    Args:
+      config: what a config file made and flags changed.
+      num_devices: devices of all processes; None leaves them to `check_devices`.
+
+    Returns:
+      The frozen configuration.
+
+    Raises:
+      ConfigError: on an unknown or missing key, a wrong type, a value out of range, or values that
+        contradict each other. The message names the key and what is allowed.
+    """
+    parsed = _parse_node(Config, config, "")
+    _check_together(parsed)
+    if num_devices is not None:
+        check_devices(parsed, num_devices)
+    return parsed
+
+
+def _parse_node(cls: type, config: Any, prefix: str) -> Any:
+    if not isinstance(config, ml_collections.ConfigDict | dict):
+        raise ConfigError(f"config.{prefix[:-1]} must be a group of keys, got {config!r}")
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    unknown = sorted(set(config) - set(fields))
+    if unknown:
+        raise ConfigError(
+            f"unknown key config.{prefix}{unknown[0]}; "
+            f"config{'.' + prefix[:-1] if prefix else ''} has {', '.join(fields)}"
+        )
+    hints = typing.get_type_hints(cls)
+    values = {}
+    for name, field in fields.items():
+        if name not in config:
+            raise ConfigError(f"missing key config.{prefix}{name} ({field.metadata['doc']})")
+        hint = hints[name]
+        if dataclasses.is_dataclass(hint):
+            values[name] = _parse_node(hint, config[name], f"{prefix}{name}.")
+        else:
+            values[name] = _parse_value(
+                config[name], hint, field.metadata, f"config.{prefix}{name}"
+            )
+    return cls(**values)
+
+
+def _parse_value(value: Any, hint: Any, allowed: types.MappingProxyType, key: str) -> Any:
+    if typing.get_origin(hint) is tuple:
+        items = typing.get_args(hint)
+        if not isinstance(value, tuple | list):
+            raise ConfigError(f"{key} must be a tuple, got {value!r}")
+        if items[-1] is not Ellipsis and len(value) != len(items):
+            raise ConfigError(f"{key} must have {len(items)} entries, got {value!r}")
+        if not value and not allowed["may_be_empty"]:
+            raise ConfigError(f"{key} must not be empty")
+        return tuple(_parse_value(entry, items[0], allowed, key) for entry in value)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
+        raise ConfigError(f"{key} must be of type {hint.__name__}, got {value!r}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{key} must be finite, got {value}")
+    low, high, above, choices = (allowed[name] for name in ("low", "high", "above", "choices"))
+    if choices is not None and value not in choices:
+        raise ConfigError(f"{key} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+    if above is not None and not value > above:
+        raise ConfigError(f"{key} must be above {above}, got {value}")
+    if (low is not None and value < low) or (high is not None and value > high):
+        bounds = f"at least {low}" if high is None else f"in [{low}, {high}]"
+        raise ConfigError(f"{key} must be {bounds}, got {value}")
+    return value
+
+
+def mesh_sizes(mesh: MeshConfig, num_devices: int) -> dict[str, int]:
+    """Sizes of the mesh's axes in their order, with -1 filled in.
+
+    Args:
+      mesh: the settings.
+      num_devices: devices of all processes.
+
+    Returns:
+      `data`, `fsdp` and `tensor`, whose product is the number of devices.
+
+    Raises:
+      ConfigError: a size is 0, more than one is -1, or they do not multiply to that number.
+    """
+    sizes = {axis: getattr(mesh, axis) for axis in ("data", "fsdp", "tensor")}
+    open_axes = [axis for axis, size in sizes.items() if size == -1]
+    for axis, size in sizes.items():
+        if size == 0:
+            raise ConfigError(f"config.mesh.{axis} must be at least 1, or -1 to fill, got 0")
+    if len(open_axes) > 1:
+        raise ConfigError(f"only one size of config.mesh may be -1, {open_axes} are")
+    for axis in open_axes:  # the product has the sign of its -1
+        sizes[axis] = max(-num_devices // math.prod(sizes.values()), 1)
+    if math.prod(sizes.values()) != num_devices:
+        text = " x ".join(f"{axis} {getattr(mesh, axis)}" for axis in sizes)
+        raise ConfigError(f"config.mesh ({text}) does not fit the {num_devices} devices")
+    return sizes
+
+
+def check_devices(config: Config, num_devices: int) -> dict[str, int]:
+    """Refuses a mesh and batches that do not fit the devices.
+
+    Args:
+      config: the parsed configuration.
+      num_devices: devices of all processes.
+
+    Returns:
+      Sizes of the mesh's axes, see `mesh_sizes`.
+
+    Raises:
+      ConfigError: the mesh does not fit, or a batch cannot be divided; names the key.
+    """
+    train = config.train
+    sizes = mesh_sizes(config.mesh, num_devices)
+    if config.model.num_heads % sizes["tensor"]:
+        raise ConfigError(
+            f"config.mesh.tensor ({sizes['tensor']}) must divide config.model.num_heads "
+            f"({config.model.num_heads})"
+        )
+    parts = sizes["data"] * sizes["fsdp"]
+    for key, batch, over in (
+        ("teacher.batch_size", config.teacher.batch_size, parts),
+        ("train.batch_size", train.batch_size, parts),
+        ("evaluation.batch_size", config.evaluation.batch_size, num_devices),
+    ):
+        if batch % over:
+            raise ConfigError(
+                f"config.{key} must be divisible by the {over} devices that share a batch, "
+                f"got {batch}"
+            )
+    if train.batch_size % (train.microbatches * parts):
+        raise ConfigError(
+            f"config.train.microbatches times the {parts} devices that share a batch must divide "
+            f"config.train.batch_size ({train.batch_size}), got {train.microbatches}"
+        )
+    return sizes
+
+
+def _check_together(config: Config) -> None:
+    """Refuses values that are possible alone and not together."""
+    model, train, policy, teacher = config.model, config.train, config.policy, config.teacher
+    if model.hidden % 4 or model.hidden % model.num_heads:
+        raise ConfigError(
+            f"config.model.hidden must be divisible by 4 and by config.model.num_heads "
+            f"({model.num_heads}), got {model.hidden}"
+        )
+    if model.scan_unroll > model.depth:
+        raise ConfigError(
+            f"config.model.scan_unroll must be in [1, config.model.depth = {model.depth}], "
+            f"got {model.scan_unroll}"
+        )
+    if teacher.checkpoint and teacher.weights:
+        raise ConfigError(
+            "config.teacher.checkpoint and config.teacher.weights are both given; empty one of them"
+        )
+    low, high = teacher.guidance_interval
+    if low > high:
+        raise ConfigError(
+            f"config.teacher.guidance_interval must be (low, high) with low <= high, "
+            f"got {teacher.guidance_interval}"
+        )
+    if (
+        teacher.guidance_scale > 1
+        and teacher.label_dropout == 0
+        and not (teacher.checkpoint or teacher.weights)
+    ):
+        raise ConfigError(
+            "config.teacher.label_dropout must be above 0 to train a teacher for guidance "
+            f"(config.teacher.guidance_scale is {teacher.guidance_scale})"
+        )
+    shortest = min(1.0, train.final_step_size_scale) / (train.nfe - 1 + train.final_step_size_scale)
+    room = max(round(shortest * train.total_substeps), 1)
+    if train.window_substeps > room:
+        raise ConfigError(
+            f"config.train.window_substeps must be in [0, {room}], the substeps of the shortest "
+            f"segment, got {train.window_substeps}"
+        )
+    if policy.kind == "dx" and train.gm_dropout > 0:
+        raise ConfigError(
+            "config.train.gm_dropout drops mixture components and must be 0 with "
+            f"config.policy.kind = 'dx', got {train.gm_dropout}"
+        )
+    longest = max(1.0, train.final_step_size_scale) / (train.nfe - 1 + train.final_step_size_scale)
+    if policy.kind == "dx" and 0 < policy.segment_size < longest - 1e-9:
+        raise ConfigError(
+            f"config.policy.segment_size must be 0 or at least the longest segment, {longest:.6g}, "
+            f"got {policy.segment_size}"
+        )
+    for stage, optimizer, steps in (
+        ("teacher", teacher.optimizer, teacher.steps),
+        ("train", train.optimizer, train.steps),
+    ):
+        if optimizer.decay != "constant" and optimizer.warmup_steps >= steps:
+            raise ConfigError(
+                f"config.{stage}.optimizer.warmup_steps must be below config.{stage}.steps "
+                f"({steps}) for a schedule that decays, got {optimizer.warmup_steps}"
+            )

@@ -1,0 +1,209 @@
+"""The schema: every key with its type, default, range and meaning."""
+
+import dataclasses
+from typing import Any
+
+
+def _field(
+    default: Any, doc: str, *, low=None, high=None, above=None, choices=None, may_be_empty=False
+):
+    """A config field with its documentation and its allowed values (bounds are inclusive)."""
+    metadata = dict(
+        doc=doc, low=low, high=high, above=above, choices=choices, may_be_empty=may_be_empty
+    )
+    if dataclasses.is_dataclass(default):
+        return dataclasses.field(default_factory=default, metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+_PLACES = ("split", "whole")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Which data set."""
+
+    name: str = _field("digits", "data set", choices=("digits", "mnist", "imagenet"))
+    data_dir: str = _field(
+        "", "where prepared data lies (imagenet: its latents); empty is the TFDS default"
+    )
+    images: str = _field(
+        "", "what --mode=prepare reads: a folder of class folders, a .tar, or tfds[:DATA_DIR]"
+    )
+    vae: str = _field("", "weights of the autoencoder: a .safetensors file or its folder")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    """How all devices of all processes share the work; the three sizes multiply to their number."""
+
+    data: int = _field(-1, "parts of the batch with parameters of their own; -1 fills", low=-1)
+    fsdp: int = _field(1, "parts of the batch that split the parameters; -1 fills", low=-1)
+    tensor: int = _field(1, "parts of heads and hidden layers; -1 fills", low=-1)
+    student: str = _field("split", "parameters in training, and moments", choices=_PLACES)
+    ema: str = _field("split", "averaged parameters", choices=_PLACES)
+    teacher: str = _field("split", "the teacher's parameters when imitated", choices=_PLACES)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The DiT that teacher and student share, but for the student's head."""
+
+    patch_size: int = _field(2, "side of a patch in sites; divides the image", low=1)
+    hidden: int = _field(64, "width of the tokens; divisible by 4 and by num_heads", low=4)
+    num_heads: int = _field(4, "attention heads", low=1)
+    depth: int = _field(3, "transformer blocks", low=1)
+    mlp_ratio: float = _field(4.0, "hidden width of an MLP over `hidden`", above=0)
+    time_scale: float = _field(1000.0, "the network sees t times this", above=0)
+    dtype: str = _field("float32", "compute dtype", choices=("float32", "bfloat16"))
+    remat: str = _field(
+        "none",
+        "what the backward pass recomputes",
+        choices=("none", "full", "dots", "dots_no_batch"),
+    )
+    scan_unroll: int = _field(1, "blocks per iteration of the scan over layers", low=1)
+    attention: str = _field(
+        "default", "implementation of the attention", choices=("default", "xla", "cudnn")
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PolicyConfig:
+    """The policy that the student predicts."""
+
+    kind: str = _field("gm", "policy: Gaussian mixture or direct x_0 grid", choices=("gm", "dx"))
+    num_components: int = _field(16, "K, mixture components (gm)", low=1)
+    logstd_hidden: int = _field(64, "hidden width of the logstd head (gm)", low=1)
+    num_grid: int = _field(10, "N, grid points or coefficients (dx)", low=1)
+    mode: str = _field("grid", "interpolation of x_0 (dx)", choices=("grid", "polynomial"))
+    segment_size: float = _field(
+        0.0,
+        "raw-time length that the policy covers (dx); 0 is the longest training segment",
+        low=0,
+        high=1,
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """Warm-up, clipping after it, and a Karras EMA that starts after it."""
+
+    kind: str = _field(
+        "adamw",
+        "update rule; muon is for the blocks' matrices and leaves the rest to adamw",
+        choices=("adamw", "muon"),
+    )
+    learning_rate: float = _field(1e-3, "peak learning rate", above=0)
+    warmup_steps: int = _field(100, "linear warm-up; clipping and EMA start at its end", low=0)
+    decay: str = _field("constant", "after warm-up", choices=("constant", "cosine", "linear"))
+    moment_dtype: str = _field(
+        "float32", "type of the first moment's state", choices=("float32", "bfloat16")
+    )
+    beta1: float = _field(0.9, "Adam's first decay rate", low=0, high=0.9999)
+    beta2: float = _field(0.95, "Adam's second decay rate", low=0, high=0.99999)
+    weight_decay: float = _field(0.0, "decoupled weight decay", low=0)
+    grad_clip: float = _field(50.0, "largest global gradient norm; 0 does not clip", low=0)
+    ema_gamma: float = _field(7.0, "gamma of the Karras EMA; larger is shorter", above=0)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TeacherConfig:
+    """The flow-matching teacher: how it is trained when none is given, and how it is guided."""
+
+    checkpoint: str = _field(
+        "", "directory of a teacher's checkpoints; empty trains one first in <workdir>/teacher"
+    )
+    weights: str = _field(
+        "", "official weights to take the teacher from: .safetensors, .pth, or a folder of them"
+    )
+    weights_format: str = _field(
+        "dit",
+        "whose names the weights have: pi-Flow's release, the original DiT (and REPA), or SiT",
+        choices=("dit", "original_dit", "original_sit"),
+    )
+    steps: int = _field(3000, "training steps", low=1)
+    batch_size: int = _field(128, "global batch; divisible by the number of devices", low=1)
+    label_dropout: float = _field(0.1, "probability of the null label", low=0, high=1)
+    optimizer: OptimizerConfig = _field(OptimizerConfig, "")
+    guidance_scale: float = _field(1.0, "guidance of the teacher; 1 is none", low=1)
+    guidance_interval: tuple[float, float] = _field(
+        (0.0, 1.0), "noise levels at which to guide, both ends included", low=0, high=1
+    )
+    orthogonal_guidance: float = _field(
+        0.0, "share of the guidance parallel to x_0 that is removed", low=0, high=1
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Distillation by pi-ID."""
+
+    steps: int = _field(3000, "training steps", low=1)
+    batch_size: int = _field(128, "global batch; divisible by the number of devices", low=1)
+    microbatches: int = _field(
+        1, "parts of a batch whose gradients are accumulated one after the other", low=1
+    )
+    optimizer: OptimizerConfig = _field(OptimizerConfig, "")
+    data_free: bool = _field(False, "start at noise and walk all segments in each step")
+    nfe: int = _field(1, "segments, which is network evaluations per sample", low=1)
+    final_step_size_scale: float = _field(
+        1.0, "length of the last segment over a base one", above=0
+    )
+    shift: float = _field(1.0, "shift of the time warp, teacher and student", above=0)
+    total_substeps: int = _field(128, "policy substeps per unit of raw time in training", low=1)
+    num_states: int = _field(2, "M, teacher queries per segment", low=1)
+    window_substeps: int = _field(0, "time-smoothing window; at most a segment's substeps", low=0)
+    gm_dropout: float = _field(
+        0.05, "dropout of components in the rolled-out policy", low=0, high=0.99
+    )
+    mixing_steps: int = _field(
+        0, "steps over which the teacher's share of the trajectory decays to 0; 0 has none", low=0
+    )
+    loss_scale: float = _field(3.0, "factor of the loss", above=0)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """What is measured, at the end and while the student trains."""
+
+    num_samples: int = _field(5000, "samples per system; noise and label fixed by index", low=2)
+    batch_size: int = _field(500, "samples per jitted call; divisible by the devices", low=1)
+    teacher_steps: tuple[int, ...] = _field(
+        (1, 2, 4, 8, 32, 128), "Euler steps of the teacher; the last is the one to match", low=1
+    )
+    substeps: int = _field(128, "policy substeps per unit of raw time when sampling", low=1)
+    seed: int = _field(0, "seed of the noise", low=0)
+    grid_samples: int = _field(20, "columns of samples.png", low=1)
+    grid_classes: tuple[int, ...] = _field(
+        (), "classes that --mode=sample shows, a row each; empty is all", low=0, may_be_empty=True
+    )
+    every: int = _field(0, "steps between looks at the student in training; 0 has none", low=0)
+    every_samples: int = _field(1000, "samples of such a look", low=2)
+    checkpoint: str = _field(
+        "latest",
+        "which checkpoint of the student; best is that of the smallest distance in training",
+        choices=("latest", "best"),
+    )
+    weights: str = _field(
+        "", "official student weights (.safetensors, .pth) in place of the run's checkpoint"
+    )
+    features: str = _field("", "imagenet: file of the Inception weights that make an FID")
+    reference: str = _field("", "imagenet: ADM's reference, VIRTUAL_imagenet256_labeled.npz")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """A run: data, network, teacher, policy, distillation, evaluation."""
+
+    seed: int = _field(0, "seed of initialisation, data order and training noise", low=0)
+    data: DataConfig = _field(DataConfig, "")
+    model: ModelConfig = _field(ModelConfig, "")
+    teacher: TeacherConfig = _field(TeacherConfig, "")
+    policy: PolicyConfig = _field(PolicyConfig, "")
+    train: TrainConfig = _field(TrainConfig, "")
+    evaluation: EvaluationConfig = _field(EvaluationConfig, "")
+    mesh: MeshConfig = _field(MeshConfig, "")
+    topology: str = _field("", "TPU slice for --mode=compile, such as v5e:4x4")
+    log_every: int = _field(20, "steps between metrics", low=1)
+    checkpoint_every: int = _field(1000, "steps between checkpoints", low=1)
+    keep_checkpoints: int = _field(2, "checkpoints kept per stage", low=1)
