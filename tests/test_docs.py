@@ -186,6 +186,8 @@ def repository(tmp_path):
     (tmp_path / "docs" / "results").mkdir(parents=True)
     readme = f"before\n{collect_reports.BEGIN}\nold\n{collect_reports.END}\nafter\n"
     (tmp_path / "README.md").write_text(readme)
+    begin, end = collect_reports.COMPILED_BEGIN, collect_reports.COMPILED_END
+    (tmp_path / "docs" / "imagenet.md").write_text(f"over\n{begin}\nold\n{end}\nunder\n")
 
     def write(name, content):
         text = content if isinstance(content, str) else json.dumps(content)
@@ -219,6 +221,49 @@ def test_tables_hold_means_and_ratios(repository):
     assert collect_reports.main([*root_flag, "--check"]) == 1
 
 
+def compiled(topology, **settings):
+    shares = {"teacher": 0.4, "student": 0.35, "policy": 0.2, "optimizer": 0.04, "other": 0.01}
+    return {
+        "topology": topology,
+        "devices": 16,
+        "batch_per_device": 256,
+        "microbatches": 16,
+        "remat": "none",
+        "moment_dtype": "float32",
+        "memory_bytes": {"peak": 13 * 2**30, "chip": 16 * 2**30},
+        "flops": {"counted": 3.25e18, "ratio": 0.995},
+        "cycles": {"total": 123456789, "shares": shares},
+        "jax": "0.1",
+        "libtpu": "0.2",
+    } | settings
+
+
+def test_compiled_steps_have_a_table(repository):
+    root, write = repository
+    page = root / "docs" / "imagenet.md"
+    root_flag = ["--root", str(root)]
+    assert collect_reports.main(root_flag) == 0
+    assert "No step has been compiled yet." in page.read_text()
+    write("compile_gm_repa-v6e_4x4.json", compiled("v6e:4x4", remat="dots"))
+    small = {"peak": 17 * 2**30, "chip": 16 * 2**30}
+    halved = compiled("v5e:4x4", moment_dtype="bfloat16", memory_bytes=small)
+    write("compile_gm_repa-v5e_4x4_bfloat16.json", halved)
+    write("compile_gm_repa-v5e_4x4.json", compiled("v5e:4x4"))
+    assert collect_reports.main([*root_flag, "--check"]) == 1
+    assert collect_reports.main(root_flag) == 0
+    assert collect_reports.main([*root_flag, "--check"]) == 0
+    text = page.read_text()
+    assert text.startswith("over\n") and text.endswith("under\n") and "old" not in text
+    first, second, third = (line for line in text.splitlines() if line.startswith("| `gm_repa`"))
+    assert first == (
+        "| `gm_repa` | v5e:4x4 | 16 | 256 in 16 | none | float32 | 13.00 of 16 | 3.250e+18 | 0.995 "
+        "| 1.235e+08 | 40.0% | 35.0% | 20.0% | 4.0% | 1.0% |"
+    )
+    assert "bfloat16 | 17.00 of 16, does not fit |" in second
+    assert "v6e:4x4" in third and "| dots |" in third
+    assert "Compiled with jax 0.1, libtpu 0.2." in text
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
@@ -227,6 +272,12 @@ def test_tables_hold_means_and_ratios(repository):
         ("mnist_gm_seed0.json", report(0, 1.0), "says that its data is digits"),
         ("digits_dx_seed0.json", "{", "is not a report (JSONDecodeError"),
         ("digits_dx_seed0.json", {"rows": []}, "is not a report (KeyError: 'floor')"),
+        (
+            "compile_v5e.json",
+            compiled("v5e:4x4"),
+            "is not called compile_<variant>-<anything>.json",
+        ),
+        ("compile_gm-v5e.json", {"cycles": {}}, "is not a report (KeyError: 'memory_bytes')"),
     ],
 )
 def test_unusable_reports_are_named(repository, capsys, name, content, message):

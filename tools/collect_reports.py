@@ -1,11 +1,13 @@
-"""Collects runs' reports into `docs/results.md` and the table of `README.md`.
+"""Collects runs' reports into `docs/results.md` and the tables of `README.md` and ImageNet's page.
 
     cp runs/digits/report.json docs/results/digits_gm_seed0.json
-    python tools/collect_reports.py            # rewrite both files
+    python tools/collect_reports.py            # rewrite the files
     python tools/collect_reports.py --check    # exit 1 if they are not what the reports say
 
-A report's file is called `<config>_<variant>_seed<k>.json`, as in `digits_gm_2nfe_seed1.json`. The
-output is a pure function of the files. It takes the standard library only.
+A report's file is called `<config>_<variant>_seed<k>.json`, as in `digits_gm_2nfe_seed1.json`.
+What `--mode=compile` wrote is called `compile_<variant>-<anything>.json`, as in
+`compile_gm_repa-v5e_4x4.json`, and makes the table of `docs/imagenet.md`. The output is a pure
+function of the files. It takes the standard library only.
 """
 
 import argparse
@@ -19,7 +21,9 @@ from statistics import fmean
 from typing import Any
 
 NAME = re.compile(r"(?P<config>[a-z0-9]+)_(?P<variant>\w+)_seed(?P<seed>\d+)\.json")
+COMPILED_NAME = re.compile(r"compile_(?P<variant>[a-z0-9_]+)-[\w-]+\.json")
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
+COMPILED_BEGIN, COMPILED_END = "<!-- compile:begin -->", "<!-- compile:end -->"
 MAIN_VARIANT = "gm"
 # Seeds of a variant may differ in these and in nothing else that figures depend on.
 FREE_PROTOCOL = ("seed", "device", "jax")
@@ -32,6 +36,7 @@ figures mean, and what moves them besides quality, is in [running.md](running.md
 """
 COLUMNS = ("Frechet", "precision", "recall", "diversity", "endpoint MSE")
 FIGURES = ("frechet", "precision", "recall", "diversity", "endpoint_mse")
+COMPILED_SCOPES = ("teacher", "student", "policy", "optimizer", "other")
 DECIMALS = {"frechet": 3, "precision": 3, "recall": 3, "diversity": 2, "endpoint_mse": 4}
 
 Report = dict[str, Any]
@@ -55,6 +60,8 @@ def load(directory: Path) -> dict[str, dict[str, dict[int, Report]]]:
     """
     found: dict = defaultdict(lambda: defaultdict(dict))
     for path in sorted(directory.glob("*.json")):
+        if path.name.startswith("compile_"):
+            continue
         match = NAME.fullmatch(path.name)
         if match is None:
             raise ReportError(f"{path} is not called <config>_<variant>_seed<k>.json")
@@ -113,6 +120,66 @@ def _check_comparable(name: str, seeds: dict[int, Report]) -> None:
                 f"seeds {first} and {other} of {name} differ in {', '.join(different)}; "
                 "evaluate them again with equal settings (--mode=evaluate)"
             )
+
+
+def load_compiled(directory: Path) -> list[tuple[str, Report]]:
+    """Reads what `--mode=compile` wrote.
+
+    Args:
+      directory: where the JSON files lie.
+
+    Returns:
+      Variant and report, by variant, slice and precision of the state.
+
+    Raises:
+      ReportError: a file's name or content is wrong.
+    """
+    found = []
+    for path in directory.glob("compile_*.json"):
+        match = COMPILED_NAME.fullmatch(path.name)
+        if match is None:
+            raise ReportError(f"{path} is not called compile_<variant>-<anything>.json")
+        try:
+            report = json.loads(path.read_text(encoding="utf-8"))
+            compiled_row(match["variant"], report)
+        except (ValueError, KeyError, TypeError) as error:
+            raise ReportError(
+                f"{path} is not a report ({type(error).__name__}: {error})"
+            ) from error
+        found.append((match["variant"], report))
+    return sorted(
+        found, key=lambda item: (item[0], item[1]["topology"], item[1]["moment_dtype"] != "float32")
+    )
+
+
+def compiled_row(variant: str, report: Report) -> list[str]:
+    """Cells of one compiled step."""
+    memory, flops, cycles = report["memory_bytes"], report["flops"], report["cycles"]
+    fits = "" if memory["peak"] <= memory["chip"] else ", does not fit"
+    return [
+        f"`{variant}`",
+        report["topology"],
+        str(report["devices"]),
+        f"{report['batch_per_device']} in {report['microbatches']}",
+        report["remat"],
+        report["moment_dtype"],
+        f"{memory['peak'] / 2**30:.2f} of {memory['chip'] / 2**30:.0f}{fits}",
+        f"{flops['counted']:.3e}",
+        f"{flops['ratio']:.3f}",
+        f"{cycles['total']:.3e}",
+        *(f"{cycles['shares'][name]:.1%}" for name in COMPILED_SCOPES),
+    ]
+
+
+def compiled_block(reports: Sequence[tuple[str, Report]]) -> str:
+    """What stands between the markers of `docs/imagenet.md`."""
+    if not reports:
+        return "No step has been compiled yet.\n"
+    head = ["variant", "slice", "devices", "batch per device, in parts", "remat", "first moment"]
+    head += ["GiB per device", "FLOPs per step", "over the minimum", "cycles", *COMPILED_SCOPES]
+    rows = [compiled_row(variant, report) for variant, report in reports]
+    versions = dict.fromkeys(f"jax {r['jax']}, libtpu {r['libtpu']}" for _, r in reports)
+    return "\n".join([*_table(head, rows), "", f"Compiled with {'; '.join(versions)}.", ""])
 
 
 def _number(value: float | None, decimals: int) -> str:
@@ -285,19 +352,31 @@ def render(root: Path) -> dict[Path, str]:
       root: the repository.
 
     Returns:
-      `docs/results.md` and `README.md`.
+      `docs/results.md`, `README.md` and `docs/imagenet.md`.
 
     Raises:
-      ReportError: a report cannot be used, or the README lacks its markers.
+      ReportError: a report cannot be used, or a page lacks its markers.
     """
-    reports = load(root / "docs" / "results")
-    readme = root / "README.md"
-    text = readme.read_text(encoding="utf-8")
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise ReportError(f"{readme} must have {BEGIN} and then {END}, once each")
-    before, after = text.split(BEGIN)[0], text.split(END)[1]
-    block = f"{BEGIN}\n{readme_block(reports)}{END}"
-    return {root / "docs" / "results.md": results_page(reports), readme: before + block + after}
+    results = root / "docs" / "results"
+    reports = load(results)
+    return {
+        root / "docs" / "results.md": results_page(reports),
+        **_filled(root / "README.md", BEGIN, END, readme_block(reports)),
+        **_filled(
+            root / "docs" / "imagenet.md",
+            COMPILED_BEGIN,
+            COMPILED_END,
+            compiled_block(load_compiled(results)),
+        ),
+    }
+
+
+def _filled(page: Path, begin: str, end: str, block: str) -> dict[Path, str]:
+    """A page with another block between its markers."""
+    text = page.read_text(encoding="utf-8")
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+        raise ReportError(f"{page} must have {begin} and then {end}, once each")
+    return {page: f"{text.split(begin)[0]}{begin}\n{block}{end}{text.split(end)[1]}"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
