@@ -127,6 +127,8 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
       The transformation.
     """
     rate = learning_rate(config, steps)
+    # None is the parameters' own type, which is float64 in tests.
+    moment_dtype = None if config.moment_dtype == "float32" else config.moment_dtype
     if config.kind == "muon":
         rule = muon(
             rate,
@@ -136,7 +138,7 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
             adam_weight_decay=config.weight_decay,
             muon_weight_dimension_numbers=muon_matrices,
             consistent_rms=MUON_RMS,
-            mu_dtype=config.moment_dtype,
+            mu_dtype=moment_dtype,
         )
     else:
         rule = optax.adamw(
@@ -144,7 +146,7 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
             b1=config.beta1,
             b2=config.beta2,
             weight_decay=config.weight_decay,
-            mu_dtype=config.moment_dtype,
+            mu_dtype=moment_dtype,
         )
     if config.grad_clip == 0:
         return rule

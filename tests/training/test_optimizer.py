@@ -239,3 +239,24 @@ def test_muon_updates_the_matrices_of_the_blocks_and_adamw_the_rest(x64):
                 rtol=1e-5,
                 atol=1e-8,
             )
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_the_first_moment_may_be_kept_in_half_precision(kind):
+    params = {"params": {"blocks": {"qkv": {"kernel": jnp.ones((2, 4, 3, 4))}}, "b": jnp.ones(4)}}
+    grads = jax.tree.map(lambda leaf: jnp.cos(jnp.arange(leaf.size)).reshape(leaf.shape), params)
+    updates = {}
+    for dtype in ("float32", "bfloat16"):
+        config = OptimizerConfig(kind=kind, warmup_steps=0, moment_dtype=dtype)
+        optimizer = make_optimizer(config, 10)
+        state = optimizer.init(params)
+        for _ in range(3):
+            updates[dtype], state = optimizer.update(grads, state, params)
+        kinds = {leaf.dtype.name for leaf in jax.tree.leaves(state) if leaf.ndim}
+        assert kinds == {"float32", dtype} if kind == "adamw" else dtype in kinds
+    exact = jax.tree.leaves(updates["float32"])
+    for ours, leaf in zip(jax.tree.leaves(updates["bfloat16"]), exact, strict=True):
+        assert ours.dtype == jnp.float32
+        # Muon's iteration, too, runs in the moment's type.
+        tolerance = {"adamw": 0.02, "muon": 0.2}[kind]
+        np.testing.assert_allclose(ours, leaf, atol=tolerance * np.abs(leaf).max())
