@@ -257,6 +257,7 @@ def test_the_first_moment_may_be_kept_in_half_precision(kind):
     exact = jax.tree.leaves(updates["float32"])
     for ours, leaf in zip(jax.tree.leaves(updates["bfloat16"]), exact, strict=True):
         assert ours.dtype == jnp.float32
-        # Muon's iteration, too, runs in the moment's type.
-        tolerance = {"adamw": 0.02, "muon": 0.2}[kind]
-        np.testing.assert_allclose(ours, leaf, atol=tolerance * np.abs(leaf).max())
+        # By direction: Muon's iteration, too, runs in the moment's type, and turns small errors
+        # of a nearly singular matrix into larger ones.
+        cosine = jnp.vdot(ours, leaf) / (jnp.linalg.norm(ours) * jnp.linalg.norm(leaf))
+        assert cosine > {"adamw": 0.999, "muon": 0.95}[kind]
