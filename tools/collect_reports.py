@@ -129,13 +129,13 @@ def load_compiled(directory: Path) -> list[tuple[str, Report]]:
       directory: where the JSON files lie.
 
     Returns:
-      Variant and report, by variant, slice and precision of the state.
+      Variant and report, by variant and slice; without remat and in float32 first.
 
     Raises:
       ReportError: a file's name or content is wrong.
     """
     found = []
-    for path in directory.glob("compile_*.json"):
+    for path in sorted(directory.glob("compile_*.json")):
         match = COMPILED_NAME.fullmatch(path.name)
         if match is None:
             raise ReportError(f"{path} is not called compile_<variant>-<anything>.json")
@@ -147,9 +147,13 @@ def load_compiled(directory: Path) -> list[tuple[str, Report]]:
                 f"{path} is not a report ({type(error).__name__}: {error})"
             ) from error
         found.append((match["variant"], report))
-    return sorted(
-        found, key=lambda item: (item[0], item[1]["topology"], item[1]["moment_dtype"] != "float32")
-    )
+
+    def order(item):
+        variant, report = item
+        plain = report["remat"] == "none", report["moment_dtype"] == "float32"
+        return variant, report["topology"], [not value for value in plain]
+
+    return sorted(found, key=order)
 
 
 def compiled_row(variant: str, report: Report) -> list[str]:
