@@ -86,6 +86,7 @@ def compile_step(config: Config, workdir: str | os.PathLike) -> dict[str, Any]:
         "compile_seconds": seconds,
         "jax": jax.__version__,
         "libtpu": importlib.metadata.version("libtpu"),
+        "libtpu_flags": os.environ.get("LIBTPU_INIT_ARGS", ""),
     }
     path = Path(workdir) / f"compile_{config.topology.replace(':', '_')}.json"
     path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
