@@ -247,6 +247,7 @@ def test_compiled_steps_have_a_table(repository):
     write("compile_gm_repa-v6e_4x4.json", compiled("v6e:4x4", remat="dots"))
     small = {"peak": 17 * 2**30, "chip": 16 * 2**30}
     halved = compiled("v5e:4x4", moment_dtype="bfloat16", memory_bytes=small)
+    halved["libtpu_flags"] = "--xla_jf_spmd_threshold_for_windowed_einsum_mib=1000000 --other=1"
     write("compile_gm_repa-v5e_4x4_bfloat16.json", halved)
     write("compile_gm_repa-v5e_4x4.json", compiled("v5e:4x4"))
     assert collect_reports.main([*root_flag, "--check"]) == 1
@@ -256,11 +257,11 @@ def test_compiled_steps_have_a_table(repository):
     assert text.startswith("over\n") and text.endswith("under\n") and "old" not in text
     first, second, third = (line for line in text.splitlines() if line.startswith("| `gm_repa`"))
     assert first == (
-        "| `gm_repa` | v5e:4x4 | 16 | 256 in 16 | none | float32 | 13.00 of 16 | 3.250e+18 | 0.995 "
-        "| 1.235e+08 | 40.0% | 35.0% | 20.0% | 4.0% | 1.0% |"
+        "| `gm_repa` | v5e:4x4 | 16 | 256 in 16 | none | float32 | on | 13.00 of 16 | 3.250e+18 "
+        "| 0.995 | 1.235e+08 | 40.0% | 35.0% | 20.0% | 4.0% | 1.0% |"
     )
-    assert "bfloat16 | 17.00 of 16, does not fit |" in second
-    assert "v6e:4x4" in third and "| dots |" in third
+    assert "bfloat16 | off | 17.00 of 16, does not fit |" in second
+    assert "v6e:4x4" in third and "| dots | float32 | on |" in third
     assert "Compiled with jax 0.1, libtpu 0.2." in text
 
 
