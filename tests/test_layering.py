@@ -29,7 +29,8 @@ ROOMS = {
     "evaluation": MATHEMATICS | {"models", "config"},
     "training": MATHEMATICS | {"models", "config", "data", "parallel"},
 }
-ROOMS["stages"] = set(ROOMS) - {"__init__"}
+ROOMS["student"] = MATHEMATICS | {"models", "config", "convert", "training"}
+ROOMS["stages"] = set(ROOMS) - {"__init__", "student"}
 ROOMS["main"] = set(ROOMS) - {"__init__"}
 
 # All that models know of the policies is the type of their own output.

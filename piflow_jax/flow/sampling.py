@@ -25,12 +25,13 @@ def few_step_sample(
     h: float = 0.0,
     temperature: float = 1.0,
     key: jax.Array | None = None,
+    start: float = 1.0,
 ) -> jax.Array:
     """Samples from a pi-Flow student (paper, Alg. 1; flow-map SDE of its Sec. 4).
 
     Args:
       policy_fn: `(x[B, *sites, C], sigma[B]) -> policy`, one network evaluation; traced once.
-      noise: `[B, *sites, C]`, standard normal.
+      noise: `[B, *sites, C]`, standard normal; or states at the noise level `start`.
       nfe: network evaluations, at least 1.
       warp: raw time to noise level.
       total_substeps: policy substeps per unit of raw time.
@@ -38,7 +39,9 @@ def few_step_sample(
       h: stochasticity between segments; 0 is deterministic, `inf` renews all noise.
       temperature: mixture temperature of all evaluations but the last; needs a policy with
         `with_temperature` when it is not 1.
-      key: PRNG key of the noise between segments, needed only when `h > 0`.
+      key: PRNG key of the noise between segments, needed only when `h > 0`; one for all, or typed
+        keys `[B]`, with which a sample's noise does not depend on the others.
+      start: noise level of `noise`; below 1 for image to image.
 
     Returns:
       `x_0[B, *sites, C]` in float32 or float64.
@@ -46,7 +49,7 @@ def few_step_sample(
     Raises:
       ValueError: if `h > 0` without a key, if a policy has no temperature, or `nfe < 1`.
     """
-    times = sampling_times(nfe, warp, final_step_size_scale, h)
+    times = sampling_times(nfe, warp, final_step_size_scale, h, start)
     if h > 0 and key is None:
         raise ValueError("h > 0 draws noise between segments and needs key")
     (x,) = promote(noise)
@@ -66,13 +69,22 @@ def few_step_sample(
         tau_dst = jnp.full((batch,), warp.unwarp(dst), dtype)
         x, _ = rollout(policy, x, warp.unwarp(sigma), tau_dst, warp, total_substeps, bound=bound)
         if h > 0:
-            fresh = jax.random.normal(jax.random.fold_in(key, index), x.shape, dtype)
+            fresh = _fresh_noise(key, index, x.shape, dtype)
             x = (1 - to + to * m) * x + to * jnp.sqrt(1 - jnp.square(m)) * fresh
         return x, None
 
     inputs = (*(jnp.asarray(value, dtype) for value in times), jnp.arange(nfe))
     x, _ = jax.lax.scan(segment, x, inputs)
     return x
+
+
+def _fresh_noise(key: jax.Array, index: jax.Array, shape: tuple[int, ...], dtype) -> jax.Array:
+    def draw(key, shape):
+        return jax.random.normal(jax.random.fold_in(key, index), shape, dtype)
+
+    if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) and key.ndim == 1:
+        return jax.vmap(lambda one: draw(one, shape[1:]))(key)
+    return draw(key, shape)
 
 
 def ode_sample(

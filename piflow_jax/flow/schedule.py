@@ -78,7 +78,11 @@ def segment_start(
 
 
 def sampling_times(
-    nfe: int, warp: TimeWarp, final_step_size_scale: float = 1.0, h: float = 0.0
+    nfe: int,
+    warp: TimeWarp,
+    final_step_size_scale: float = 1.0,
+    h: float = 0.0,
+    start: float = 1.0,
 ) -> FlowMapTimes:
     """Times of the flow-map SDE sampler.
 
@@ -87,17 +91,21 @@ def sampling_times(
       warp: raw time to noise level.
       final_step_size_scale: relative length of the last segment.
       h: stochasticity; 0 is deterministic, `inf` replaces all noise between segments.
+      start: noise level of the first evaluation; the segments share the rest of the raw time.
 
     Returns:
       The times, `[nfe]` each, float64 NumPy: constants of the compiled sampler.
 
     Raises:
-      ValueError: if `nfe` is below 1 or `h` or the scale negative.
+      ValueError: if `nfe` is below 1, `h` or the scale negative, or `start` not in (0, 1].
     """
+    if not 0 < start <= 1:
+        raise ValueError(f"start must be in (0, 1], got {start}")
     f = _checked_scale(nfe, final_step_size_scale)
     if not h >= 0:
         raise ValueError(f"h must be at least 0 (0 is deterministic, inf is allowed), got {h}")
     tau = np.maximum(np.linspace(1, (f - 1) / (nfe - 1 + f), nfe, endpoint=False), 0)
+    tau = tau * warp.unwarp(start)
     sigma = np.append(warp.warp(tau), 0.0)
     src, to = sigma[:-1], sigma[1:]
     if h == 0:
