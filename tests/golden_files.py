@@ -4,7 +4,10 @@ import functools
 import json
 from pathlib import Path
 
+import jax
 import numpy as np
+
+from piflow_jax.convert import load_torch_state
 
 HERE = Path(__file__).parent / "golden"
 SHARED = Path(__file__).parents[2] / "shared" / "golden"
@@ -33,6 +36,25 @@ def load(name: str) -> tuple[dict, dict[str, np.ndarray]]:
         path = SHARED / name
     with np.load(path) as arrays:
         return _cases()[name]["params"], dict(arrays)
+
+
+def network(kind: str, file: str, time_scale: float):
+    """The module and variables of the weights in a file, in the precision of the moment."""
+    return _network(kind, file, float(time_scale), jax.config.jax_enable_x64)
+
+
+@functools.cache
+def _network(kind, file, time_scale, x64):
+    del x64  # arrays are made in the precision that is enabled
+    sizes, arrays = load(file)
+    state = {key[3:]: array for key, array in arrays.items() if key.startswith("sd/")}
+    return load_torch_state(
+        state,
+        kind,
+        num_heads=sizes["num_attention_heads"],
+        sample_size=sizes["sample_size"],
+        time_scale=time_scale,
+    )
 
 
 def sites_last(x: np.ndarray, batch_axes: int = 1) -> np.ndarray:

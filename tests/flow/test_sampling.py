@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from golden_files import sites_last
 
-from piflow_jax.convert import load_torch_state
 from piflow_jax.flow.policies import DXPolicy, GMFlowPolicy, GMOutput
 from piflow_jax.flow.rollout import rollout
 from piflow_jax.flow.sampling import few_step_sample, ode_sample
@@ -29,24 +28,13 @@ MARGIN = 10
 # --- The reference's samples --------------------------------------------------------------------
 
 
-@functools.cache
-def network(kind, file, time_scale):
-    sizes, arrays = golden_files.load(file)
-    state = {name[3:]: array for name, array in arrays.items() if name.startswith("sd/")}
-    return load_torch_state(
-        state,
-        kind,
-        num_heads=sizes["num_attention_heads"],
-        sample_size=sizes["sample_size"],
-        time_scale=float(time_scale),
-    )
-
-
 def policy_fn(params, labels):
     """`(x, sigma) -> policy` of a recorded case."""
     gm = params["policy"] == "GMFlow"
     file = params["weights"].split()[-1]
-    module, variables = network("gm_dit" if gm else "dx_dit", file, params["num_timesteps"])
+    module, variables = golden_files.network(
+        "gm_dit" if gm else "dx_dit", file, params["num_timesteps"]
+    )
 
     def create(x, sigma):
         output = module.apply(variables, x, sigma, labels)

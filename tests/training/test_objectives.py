@@ -10,7 +10,7 @@ import pytest
 from golden_files import sites_last
 
 from piflow_jax.config import PolicyConfig, TeacherConfig, TrainConfig
-from piflow_jax.convert import load_torch_state, to_torch_state
+from piflow_jax.convert import to_torch_state
 from piflow_jax.flow.guidance import guided_velocity
 from piflow_jax.flow.policies import GMFlowPolicy, GMOutput
 from piflow_jax.flow.schedule import TimeWarp
@@ -31,18 +31,6 @@ jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_lev
 # --- The reference's training steps -------------------------------------------------------------
 
 
-def network(kind, file, time_scale):
-    sizes, arrays = golden_files.load(file)
-    state = {name[3:]: array for name, array in arrays.items() if name.startswith("sd/")}
-    return load_torch_state(
-        state,
-        kind,
-        num_heads=sizes["num_attention_heads"],
-        sample_size=sizes["sample_size"],
-        time_scale=float(time_scale),
-    )
-
-
 class RecordedStep:
     """One recorded training step: networks, configs and random draws in their order."""
 
@@ -51,8 +39,10 @@ class RecordedStep:
         self.time_scale = params["num_timesteps"]
         self.iteration = params.get("iteration", 0)
         self.recorded_ratio = params.get("teacher_ratio", 0.0)
-        self.student, self.variables = network("gm_dit", "gmdit_student.npz", self.time_scale)
-        teacher, teacher_variables = network("dit", "dit_teacher.npz", self.time_scale)
+        self.student, self.variables = golden_files.network(
+            "gm_dit", "gmdit_student.npz", self.time_scale
+        )
+        teacher, teacher_variables = golden_files.network("dit", "dit_teacher.npz", self.time_scale)
         train, guidance = params["train_cfg"], params["teacher_test_cfg"]
         self.config = TrainConfig(
             nfe=train["nfe"],
