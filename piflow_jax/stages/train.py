@@ -14,6 +14,7 @@ from piflow_jax.evaluation import FEATURE_SPACES
 from piflow_jax.models import student_from_teacher
 from piflow_jax.models.flops import forward_flops
 from piflow_jax.parallel import ActivationSharding, device_mesh
+from piflow_jax.stages.adm import load_inception, load_reference
 from piflow_jax.stages.autoencoder import check_autoencoder, load_autoencoder
 from piflow_jax.stages.evaluate import evaluate
 from piflow_jax.stages.look import student_look
@@ -52,25 +53,34 @@ def train(config: Config, workdir: str | os.PathLike) -> None:
     mesh = device_mesh(**mesh_sizes(config.mesh, jax.device_count()))
     source = load_source(config.data.name, config.data.data_dir or None)
     data = DataShape.of(config.data.name, source)
+    if config.data.name == "imagenet":
+        _check_evaluation(config, data)
     given = config.teacher.checkpoint or config.teacher.weights
     if given:
         logging.info("teacher: given, %s", given)
     else:
         _run(_teacher_stage(config, source, data, mesh), config, workdir, mesh)
-    if config.data.name == "imagenet" and config.data.vae:
-        check_autoencoder(load_autoencoder(config), data)
     abstract = abstract_params(teacher_network(config.model, data))
     shardings = teacher_shardings(config, mesh, abstract)
     teacher_params = load_teacher(config, data, workdir, shardings)
     _run(_student_stage(config, source, data, teacher_params, mesh), config, workdir, mesh)
-    settings = config.evaluation
-    if config.data.name in FEATURE_SPACES or (settings.features and settings.reference):
+    if config.data.name in FEATURE_SPACES or config.evaluation.features:
         evaluate(config, workdir)
     else:
         logging.info(
             "no FID: config.evaluation.features and config.evaluation.reference are not given; "
             "--mode=evaluate says what they are"
         )
+
+
+def _check_evaluation(config: Config, data: DataShape) -> None:
+    """Opens what looks and the evaluation will need, before days are spent on training."""
+    settings = config.evaluation
+    measured = settings.features or settings.reference
+    if config.data.vae or measured or settings.every:
+        check_autoencoder(load_autoencoder(config), data)
+    if measured:
+        load_reference(config, load_inception(config))
 
 
 def _run(stage: Stage, config: Config, workdir: str | os.PathLike, mesh: Mesh) -> None:

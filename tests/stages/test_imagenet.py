@@ -197,8 +197,9 @@ def test_a_missing_file_is_named_before_anything_is_sampled(trained, key, value,
     workdir, config = trained
     other = config.copy_and_resolve_references()
     other.evaluation[key] = value
-    with pytest.raises(error, match=message):
-        evaluate(parse(other), workdir)
+    for mode in (evaluate, train):
+        with pytest.raises(error, match=message):
+            mode(parse(other), workdir)
 
 
 def test_latents_of_another_autoencoder_are_refused(trained, tmp_path):
