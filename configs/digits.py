@@ -12,10 +12,11 @@ Variants, as in `--config=configs/digits.py:dx`:
     datafree  the same from pure noise: the student's training sees no image
     guided    the teacher guided with scale 2 in [0, 0.6], distilled into 1 evaluation
 
-On two CPU cores with nothing beside it (AMD EPYC, 2026-11-23) the default took 5 minutes 12 seconds
-and 1.8 GiB. Expect a student whose Frechet distance at 1 evaluation is about 1.1 times its
-teacher's at 128 and a fourteenth of its teacher's at 1, with equal precision, recall lower by 0.04
-and endpoints at a mean squared distance of 0.004; docs/results.md has every seed.
+Expect a student whose Frechet distance at 1 evaluation is 1.04 times its teacher's at 128 and a
+fifteenth of its teacher's at 1, with precision lower by 0.01, recall by 0.02 and endpoints at a
+mean squared distance of 0.0035; docs/results.md has every seed and variant. On two CPU cores (AMD
+EPYC, 2026-11-24), shared with other work, the default took 6 minutes 31 seconds, of which 8 minutes
+13 seconds of both cores' time, and 1.7 GiB.
 """
 
 import ml_collections
