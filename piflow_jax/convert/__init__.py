@@ -8,10 +8,12 @@ from flax import linen as nn
 
 from piflow_jax.convert.dit import export_dit, load_dit
 from piflow_jax.convert.files import open_weights, write_safetensors
+from piflow_jax.convert.flux import export_flux, load_flux
 from piflow_jax.convert.inception import export_inception, load_inception
 from piflow_jax.convert.original_dit import load_original_dit
 from piflow_jax.convert.vae import export_vae, load_vae
 from piflow_jax.models.dit import DiT
+from piflow_jax.models.flux import Flux
 from piflow_jax.models.inception import InceptionV3
 from piflow_jax.models.vae import AutoencoderKL
 
@@ -23,8 +25,16 @@ LOADERS = {
     "original_sit": load_original_dit,
     "vae": load_vae,
     "inception": load_inception,
+    "flux": load_flux,
+    "gm_flux": load_flux,
+    "dx_flux": load_flux,
 }
-EXPORTERS = {DiT: export_dit, AutoencoderKL: export_vae, InceptionV3: export_inception}
+EXPORTERS = {
+    DiT: export_dit,
+    Flux: export_flux,
+    AutoencoderKL: export_vae,
+    InceptionV3: export_inception,
+}
 
 
 def load_torch_state(
@@ -37,10 +47,10 @@ def load_torch_state(
             `open_weights` gives.
         model: A name in `LOADERS`.
         **sizes: What shapes do not show, see the loader of `model` (`load_dit`: `num_heads`,
-            `sample_size`, `time_scale`, `constant_logstd`; `load_vae`: `norm_groups`). Sizes of a
-            DiT that they do show may be given and are then checked. `place` (of a DiT or an
-            autoencoder) puts every leaf where it belongs as soon as it is built, see
-            `rules.import_state`.
+            `sample_size`, `time_scale`, `constant_logstd`; `load_vae`: `norm_groups`; `load_flux`:
+            `axes_dims_rope`, `constant_logstd`). Sizes of a transformer that they do show may be
+            given and are then checked. `place` (not of Inception) puts every leaf where it belongs
+            as soon as it is built, see `rules.import_state`.
 
     Returns:
         The module, and its parameters for `module.apply`. Dtypes are those of `state` (float64

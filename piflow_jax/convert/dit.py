@@ -112,12 +112,12 @@ def load_dit(
         _keep_velocity_rows(state, pixels, sizes["in_channels"])
         head, head_sizes = VelocityHead(), {}
     elif model == "dx_dit":
-        rows = _shape(state, f"{OUTPUT}.bias", 1)[0]
+        rows = shape_of(state, f"{OUTPUT}.bias", 1)[0]
         head_sizes = {"num_grid": rows // (pixels * sizes["in_channels"])}
         head = DXHead(**head_sizes)
     else:
         head, head_sizes = _gm_head(state, pixels, given.pop("constant_logstd", None))
-    _check_given(given, sizes | head_sizes)
+    check_given(given, sizes | head_sizes)
     module = DiT(
         **sizes, num_heads=num_heads, sample_size=sample_size, time_scale=time_scale, head=head
     )
@@ -143,7 +143,8 @@ def export_dit(module: DiT, params: Mapping) -> dict[str, np.ndarray]:
     return export_state(params["params"], dit_rules(module), module.depth)
 
 
-def _shape(state: Mapping[str, np.ndarray], name: str, rank: int) -> tuple[int, ...]:
+def shape_of(state: Mapping[str, np.ndarray], name: str, rank: int) -> tuple[int, ...]:
+    """Shape of an array of a state; ValueError if it is missing or has not `rank` axes."""
     if name not in state:
         raise ValueError(f"the state does not fit the model: missing {name}, no size can be read")
     shape = np.shape(state[name])
@@ -154,34 +155,35 @@ def _shape(state: Mapping[str, np.ndarray], name: str, rank: int) -> tuple[int, 
 
 def _read_sizes(state: Mapping[str, np.ndarray]) -> dict:
     """Sizes of the backbone, as fields of `DiT`."""
-    hidden, channels, patch, _ = _shape(state, f"{PATCH_EMBED}.weight", 4)
+    hidden, channels, patch, _ = shape_of(state, f"{PATCH_EMBED}.weight", 4)
     layers = [re.match(r"transformer_blocks\.(\d+)\.", name) for name in state]
-    mlp = _shape(state, "transformer_blocks.0.ff.net.0.proj.weight", 2)[0]
+    mlp = shape_of(state, "transformer_blocks.0.ff.net.0.proj.weight", 2)[0]
     return {
         "patch_size": patch,
         "in_channels": channels,
         "hidden": hidden,
         "depth": 1 + max(int(match[1]) for match in layers if match),
         "mlp_ratio": mlp / hidden,
-        "num_classes": _shape(state, CLASS_EMBED, 2)[0] - 1,
+        "num_classes": shape_of(state, CLASS_EMBED, 2)[0] - 1,
     }
 
 
 def _gm_head(
     state: Mapping[str, np.ndarray], pixels: int, constant_logstd: float | None
 ) -> tuple[GMHead, dict]:
-    sizes = {"num_components": _shape(state, "proj_out_logweights.bias", 1)[0] // pixels}
+    sizes = {"num_components": shape_of(state, "proj_out_logweights.bias", 1)[0] // pixels}
     has_head = any(name.startswith("proj_out_logstds.") for name in state)
     if has_head and constant_logstd is not None:
         raise ValueError("constant_logstd was given but the state has a logstd head")
     if has_head:
-        sizes["logstd_hidden"] = _shape(state, "proj_out_logstds.1.bias", 1)[0]
+        sizes["logstd_hidden"] = shape_of(state, "proj_out_logstds.1.bias", 1)[0]
     elif constant_logstd is None:
         raise ValueError("the state has no logstd head: constant_logstd must be given")
     return GMHead(**sizes, constant_logstd=constant_logstd), sizes
 
 
-def _check_given(given: Mapping[str, float], sizes: Mapping[str, float]) -> None:
+def check_given(given: Mapping[str, float], sizes: Mapping[str, float]) -> None:
+    """Raises ValueError for given sizes that are unknown or not those of the state."""
     unknown = sorted(set(given) - set(sizes))
     if unknown:
         raise ValueError(f"unknown sizes {unknown}; known are {sorted(sizes)}")

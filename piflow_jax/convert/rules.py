@@ -28,12 +28,15 @@ class Rule:
         path: Keys of the Flax leaf.
         pattern: `einops` pattern from the (stacked) PyTorch layout to the Flax layout.
         sizes: Length of every axis in the pattern except `l` and `n`.
+        depth: Number of its layers, where a network has stacks of several depths; None is the
+            `depth` that the functions below get.
     """
 
     names: tuple[str, ...]
     path: tuple[str, ...]
     pattern: str
     sizes: Mapping[str, int]
+    depth: int | None = None
 
     @property
     def layered(self) -> bool:
@@ -51,6 +54,7 @@ class Rule:
         """All PyTorch names of the leaf, layers outermost."""
         if not self.layered:
             return list(self.names)
+        depth = depth if self.depth is None else self.depth
         return [name.format(layer=i) for i in range(depth) for name in self.names]
 
     def to_leaf(self, state: Mapping[str, np.ndarray], depth: int) -> np.ndarray:
@@ -62,6 +66,7 @@ class Rule:
             raise ValueError(f"{self.pattern!r}: layers must lead on both sides")
         pattern = f"{' '.join(left[1:])} -> {' '.join(right[1:])}"
         dtype = np.result_type(*(_dtype(state[name]) for name in self.torch_names(depth)))
+        depth = depth if self.depth is None else self.depth
         leaf = None
         for i in range(depth):
             piece = self._piece(state, [name.format(layer=i) for name in self.names], pattern)
@@ -101,7 +106,13 @@ def _dtype(array: Any) -> np.dtype:
 
 
 def linear(
-    name: str | tuple[str, ...], path: tuple[str, ...], out: int, in_: int, *, pieces: int = 1
+    name: str | tuple[str, ...],
+    path: tuple[str, ...],
+    out: int,
+    in_: int,
+    *,
+    pieces: int = 1,
+    depth: int | None = None,
 ) -> list[Rule]:
     """Rules of the weight and the bias of a linear layer (or of several fused ones).
 
@@ -113,6 +124,7 @@ def linear(
         in_: Input features.
         pieces: The PyTorch module's outputs are this many consecutive pieces, kept apart in Flax
             as a kernel `[in, s, out]`.
+        depth: See `Rule`.
 
     Returns:
         Two rules.
@@ -130,8 +142,8 @@ def linear(
     kernel = f"{layer}{many}{split} i -> {layer}i {outs}"
     bias = f"{layer}{many}{split} -> {layer}{outs}"
     return [
-        Rule(weights, (*path, "kernel"), kernel, {**sizes, "i": in_}),
-        Rule(biases, (*path, "bias"), bias, sizes),
+        Rule(weights, (*path, "kernel"), kernel, {**sizes, "i": in_}, depth),
+        Rule(biases, (*path, "bias"), bias, sizes, depth),
     ]
 
 

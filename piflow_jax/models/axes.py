@@ -2,6 +2,9 @@
 
 `embed` is the width of the tokens, `heads` all attention heads together, `mlp` the hidden layer of
 an MLP, `layers` the blocks of a scan. An axis without a name is never split.
+
+What networks have in common is listed once; a network's blocks are a table of their own. An adapter
+(`lora_a`, `lora_b`) lies as the kernel beside it, its rank whole.
 """
 
 from collections.abc import Sequence
@@ -10,22 +13,17 @@ __all__ = ["parameter_axes"]
 
 Axes = tuple[str | None, ...]
 
-# By the last names of a parameter's path.
-_DIT: dict[tuple[str, ...], Axes] = {
+# By the names of a parameter's path, down from the network.
+_OUTSIDE_BLOCKS: dict[tuple[str, ...], Axes] = {
     ("patch_embed", "kernel"): (None, "embed"),
+    ("text_embed", "kernel"): (None, "embed"),
     ("time_in", "kernel"): (None, "embed"),
     ("time_out", "kernel"): ("embed", None),
+    ("guidance_in", "kernel"): (None, "embed"),
+    ("guidance_out", "kernel"): ("embed", None),
+    ("pooled_in", "kernel"): (None, "embed"),
+    ("pooled_out", "kernel"): ("embed", None),
     ("class_embed",): (None, "embed"),
-    ("blocks", "modulation", "kernel"): ("layers", "embed", None, None),
-    ("blocks", "modulation", "bias"): ("layers", None, None),
-    ("blocks", "qkv", "kernel"): ("layers", "embed", None, "heads"),
-    ("blocks", "qkv", "bias"): ("layers", None, "heads"),
-    ("blocks", "attention_out", "kernel"): ("layers", "heads", "embed"),
-    ("blocks", "attention_out", "bias"): ("layers", None),
-    ("blocks", "mlp_in", "kernel"): ("layers", "embed", "mlp"),
-    ("blocks", "mlp_in", "bias"): ("layers", "mlp"),
-    ("blocks", "mlp_out", "kernel"): ("layers", "mlp", "embed"),
-    ("blocks", "mlp_out", "bias"): ("layers", None),
     ("final_modulation", "kernel"): ("embed", None, None),
     ("final_modulation", "bias"): (None, None),
     ("head", "output", "kernel"): ("embed", None),
@@ -34,6 +32,51 @@ _DIT: dict[tuple[str, ...], Axes] = {
     ("head", "logstd_in", "kernel"): ("embed", None),
     ("head", "logstd_out", "kernel"): (None, None),
 }
+# By the name of a layer in its block: the axes of its kernel, behind `layers`. A bias has the axes
+# that the kernel's last ones are, without `embed`: what is added to tokens is whole on each device.
+_DIT_BLOCK: dict[str, Axes] = {
+    "modulation": ("embed", None, None),
+    "qkv": ("embed", None, "heads"),
+    "attention_out": ("heads", "embed"),
+    "mlp_in": ("embed", "mlp"),
+    "mlp_out": ("mlp", "embed"),
+}
+_SINGLE_BLOCK: dict[str, Axes] = {
+    "modulation": ("embed", None, None),
+    "qkv": ("embed", None, "heads"),
+    "mlp_in": ("embed", None, "mlp"),
+    # Attention's output and four pieces of the hidden layer; heads and hidden units lie alike.
+    "out": (None, "mlp", "embed"),
+}
+_BLOCKS: dict[str, dict[str, Axes]] = {
+    "blocks": _DIT_BLOCK,
+    "single_blocks": _SINGLE_BLOCK,
+    # Streams of text and image, each with layers like a DiT's.
+    "double_blocks": {
+        f"{stream}_{layer}": axes
+        for stream in ("image", "text")
+        for layer, axes in _DIT_BLOCK.items()
+    },
+}
+_NORMS = ("query_norm", "key_norm")
+
+
+def _in_block(blocks: str, layer: str, leaf: str) -> Axes | None:
+    """Axes of a stacked parameter, None if there is no such layer."""
+    if leaf == "scale" and layer.removeprefix("image_").removeprefix("text_") in _NORMS:
+        return ("layers", None)
+    kernel = _BLOCKS[blocks].get(layer)
+    if kernel is None:
+        return None
+    outs = len(kernel) - (2 if layer == "out" else 1)
+    ins, outputs = kernel[:-outs], kernel[-outs:]
+    leaves = {
+        "kernel": kernel,
+        "bias": tuple(None if axis == "embed" else axis for axis in outputs),
+        "lora_a": (*ins, None),
+        "lora_b": (None, *outputs),
+    }
+    return ("layers", *leaves[leaf]) if leaf in leaves else None
 
 
 def parameter_axes(path: Sequence[str], ndim: int) -> Axes:
@@ -49,9 +92,15 @@ def parameter_axes(path: Sequence[str], ndim: int) -> Axes:
     Raises:
         ValueError: The parameter is not in the table, or has another number of axes there.
     """
-    axes = _DIT.get(tuple(path))
-    if axes is None and ndim < 2:
-        return (None,) * ndim
+    path = tuple(path)
+    if len(path) == 3 and path[0] in _BLOCKS:
+        axes = _in_block(*path)
+    elif path[-1] in ("lora_a", "lora_b"):
+        kernel = _OUTSIDE_BLOCKS.get((*path[:-1], "kernel"))
+        axes = kernel and ((kernel[0], None) if path[-1] == "lora_a" else (None, *kernel[1:]))
+    else:
+        axes = _OUTSIDE_BLOCKS.get(path)
+        axes = (None,) * ndim if axes is None and ndim < 2 else axes
     if axes is None or len(axes) != ndim:
         raise ValueError(
             f"the parameter {'/'.join(path)} with {ndim} axes is not in the table of axes "

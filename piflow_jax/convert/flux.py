@@ -1,0 +1,279 @@
+"""Weights of FLUX.1 and of its pi-Flow students under their official names.
+
+Source: parameter names and layouts of `diffusers` (`FluxTransformer2DModel`) and of the pi-Flow
+release (arXiv 2510.14974). The release orders the entries of a patch (channel, row, column) and the
+rows of an output layer (K, channel, row, column); here channels are last, so both are permuted.
+"""
+
+import re
+from collections.abc import Mapping
+
+import numpy as np
+
+from piflow_jax.convert.dit import check_given, shape_of
+from piflow_jax.convert.rules import Place, Rule, as_jax, export_state, import_state, linear
+from piflow_jax.models.flux import Flux
+from piflow_jax.models.heads import DXHead, GMHead, VelocityHead
+
+# The released networks have latents of 2 x 2 patches; their weights cannot tell.
+PATCH_SIZE = 2
+AXES_DIMS_ROPE = (16, 56, 56)
+TIME = "time_text_embed.timestep_embedder.linear_{}"
+GUIDANCE = "time_text_embed.guidance_embedder.linear_{}"
+POOLED = "time_text_embed.text_embedder.linear_{}"
+DOUBLE, SINGLE = "transformer_blocks.{layer}.", "single_transformer_blocks.{layer}."
+
+
+def flux_rules(module: Flux) -> list[Rule]:
+    """The table of a FLUX.1 without adapters.
+
+    Args:
+        module: A `Flux` with any of the heads of `piflow_jax.models.heads`.
+
+    Returns:
+        Rules that cover every parameter once.
+
+    Raises:
+        ValueError: The head has no official counterpart.
+    """
+    d, head_size = module.hidden, module.hidden // module.num_heads
+    rules = [
+        *patch_rules("x_embedder", module),
+        *linear("context_embedder", ("text_embed",), d, module.text_features),
+        *embedder_rules(TIME, "time", d, 256),
+        *embedder_rules(POOLED, "pooled", d, module.pooled_features),
+        *stream_rules("double_blocks", "image_", d, head_size, module.double_depth, STREAMS[0]),
+        *stream_rules("double_blocks", "text_", d, head_size, module.double_depth, STREAMS[1]),
+        *linear("norm_out.linear", ("final_modulation",), d, d, pieces=2),
+        *head_rules(module),
+    ]
+    if module.guidance_embed:
+        rules += embedder_rules(GUIDANCE, "guidance", d, 256)
+    depth, path = module.single_depth, ("single_blocks",)
+    out = f"{SINGLE}proj_out"
+    rules += linear(f"{SINGLE}norm.linear", (*path, "modulation"), d, d, pieces=3, depth=depth)
+    rules += attention_rules(path, "", f"{SINGLE}attn.", ATTENTION[0], d, head_size, depth)
+    rules += linear(f"{SINGLE}proj_mlp", (*path, "mlp_in"), d, d, pieces=4, depth=depth)
+    sizes = {"o": d, "s": 5, "i": d}
+    rules += [
+        Rule((f"{out}.weight",), (*path, "out", "kernel"), "l o (s i) -> l s i o", sizes, depth),
+        Rule((f"{out}.bias",), (*path, "out", "bias"), "l o -> l o", {"o": d}, depth),
+    ]
+    return rules
+
+
+# Names of one stream's attention: queries, keys and values; norms of the first two.
+ATTENTION = (
+    (("to_q", "to_k", "to_v"), ("norm_q", "norm_k")),
+    (("add_q_proj", "add_k_proj", "add_v_proj"), ("norm_added_q", "norm_added_k")),
+)
+# And of the stream's other layers: attention, output, modulation, MLP.
+STREAMS = (
+    (ATTENTION[0], "to_out.0", "norm1.linear", "ff"),
+    (ATTENTION[1], "to_add_out", "norm1_context.linear", "ff_context"),
+)
+
+
+def attention_rules(path, prefix, module, names, d, head_size, depth) -> list[Rule]:
+    """Rules of fused queries, keys and values `{prefix}qkv`, and of the norms of the first two."""
+    layers, norms = names
+    rules = linear(
+        tuple(f"{module}{n}" for n in layers), (*path, f"{prefix}qkv"), d, d, depth=depth
+    )
+    for norm, ours in zip(norms, ("query_norm", "key_norm"), strict=True):
+        leaf = (*path, f"{prefix}{ours}", "scale")
+        rules += [Rule((f"{module}{norm}.weight",), leaf, "l o -> l o", {"o": head_size}, depth)]
+    return rules
+
+
+def stream_rules(blocks, prefix, d, head_size, depth, names) -> list[Rule]:
+    """Rules of one stream of the joint blocks `blocks`."""
+    attention, out, modulation, mlp = names
+    path, mlp = (blocks,), f"{DOUBLE}{mlp}.net"
+    return [
+        *linear(
+            f"{DOUBLE}{modulation}", (*path, f"{prefix}modulation"), d, d, pieces=6, depth=depth
+        ),
+        *attention_rules(path, prefix, f"{DOUBLE}attn.", attention, d, head_size, depth),
+        *linear(f"{DOUBLE}attn.{out}", (*path, f"{prefix}attention_out"), d, d, depth=depth),
+        *linear(f"{mlp}.0.proj", (*path, f"{prefix}mlp_in"), 4 * d, d, depth=depth),
+        *linear(f"{mlp}.2", (*path, f"{prefix}mlp_out"), d, 4 * d, depth=depth),
+    ]
+
+
+def embedder_rules(official: str, ours: str, d: int, in_: int) -> list[Rule]:
+    """Rules of a two-layer embedder of a condition."""
+    first = linear(official.format(1), (f"{ours}_in",), d, in_)
+    return first + linear(official.format(2), (f"{ours}_out",), d, d)
+
+
+def patch_rules(name: str, module) -> list[Rule]:
+    """Rules of the layer `patch_embed`."""
+    p = module.patch_size
+    sizes = {"o": module.hidden, "c": module.in_channels, "p": p, "q": p}
+    kernel, bias = ("patch_embed", "kernel"), ("patch_embed", "bias")
+    return [
+        Rule((f"{name}.weight",), kernel, "o (c p q) -> (p q c) o", sizes),
+        Rule((f"{name}.bias",), bias, "o -> o", {"o": module.hidden}),
+    ]
+
+
+def head_rules(module) -> list[Rule]:
+    """Rules of the output head of a FLUX.1 or Qwen-Image.
+
+    Args:
+        module: A network with `head`, `hidden`, `in_channels` and `patch_size`.
+
+    Returns:
+        Rules that cover the head once.
+
+    Raises:
+        ValueError: The head has no official counterpart.
+    """
+    head, c = module.head, module.in_channels
+    if isinstance(head, VelocityHead):
+        return _output("proj_out", "output", 1, c, module)
+    if isinstance(head, DXHead):
+        return _output("proj_out", "output", head.num_grid, c, module)
+    if not isinstance(head, GMHead):
+        raise ValueError(f"no official names for a head of type {type(head).__name__}")
+    rules = _output("proj_out_means", "means", head.num_components, c, module)
+    rules += _output("proj_out_logweights", "logweights", head.num_components, 1, module)
+    if head.constant_logstd is None:
+        hidden = head.logstd_hidden
+        rules += linear("proj_out_logstds.1", ("head", "logstd_in"), hidden, module.hidden)
+        rules += linear("proj_out_logstds.3", ("head", "logstd_out"), 1, hidden)
+    return rules
+
+
+def _output(name: str, ours: str, k: int, c: int, module) -> list[Rule]:
+    p = module.patch_size
+    rows = {"k": k, "c": c, "p": p, "q": p}
+    kernel, bias = ("head", ours, "kernel"), ("head", ours, "bias")
+    sizes = rows | {"i": module.hidden}
+    return [
+        Rule((f"{name}.weight",), kernel, "(k c p q) i -> i (p q k c)", sizes),
+        Rule((f"{name}.bias",), bias, "(k c p q) -> (p q k c)", rows),
+    ]
+
+
+def load_flux(
+    state: Mapping[str, np.ndarray],
+    model: str,
+    *,
+    axes_dims_rope: tuple[int, int, int] = AXES_DIMS_ROPE,
+    place: Place | None = None,
+    **given: float,
+) -> tuple[Flux, dict]:
+    """Loads a FLUX.1 or a student of it whose adapters are part of its weights.
+
+    Args:
+        state: Arrays by official name.
+        model: "flux", "gm_flux" or "dx_flux".
+        axes_dims_rope: See `Flux`; small networks need it.
+        place: Puts every leaf in its place as soon as it is built, see `import_state`; None keeps
+            them on the default device.
+        **given: Sizes otherwise read off the shapes, as a check: `patch_size`, `in_channels`,
+            `hidden`, `num_heads`, `double_depth`, `single_depth`, `text_features`,
+            `pooled_features`, `guidance_embed`, `num_components`, `logstd_hidden`, `num_grid`. A
+            "gm_flux" without a logstd head needs `constant_logstd`.
+
+    Returns:
+        The module, and `{"params": ...}` as JAX arrays with the dtypes of `state`.
+
+    Raises:
+        ValueError: Names or shapes do not fit (all are listed), or a given size contradicts them.
+    """
+    state = dict(state)
+    hidden, head_size = read_width(state, "x_embedder")
+    sizes = {
+        "patch_size": PATCH_SIZE,
+        "in_channels": shape_of(state, "x_embedder.weight", 2)[1] // PATCH_SIZE**2,
+        "hidden": hidden,
+        "num_heads": hidden // head_size,
+        "double_depth": count_layers(state, "transformer_blocks"),
+        "single_depth": count_layers(state, "single_transformer_blocks"),
+        "text_features": shape_of(state, "context_embedder.weight", 2)[1],
+        "pooled_features": shape_of(state, f"{POOLED.format(1)}.weight", 2)[1],
+        "guidance_embed": f"{GUIDANCE.format(1)}.weight" in state,
+    }
+    head, head_sizes = read_head(
+        state, model.partition("_")[0], sizes["in_channels"], given.pop("constant_logstd", None)
+    )
+    check_given(given, sizes | head_sizes)
+    module = Flux(**sizes, axes_dims_rope=tuple(axes_dims_rope), head=head)
+    return module, {"params": import_state(state, flux_rules(module), 0, place or as_jax)}
+
+
+def export_flux(module: Flux, params: Mapping) -> dict[str, np.ndarray]:
+    """Turns parameters of a FLUX.1 into arrays under official names, the inverse of `load_flux`.
+
+    Args:
+        module: The module.
+        params: `{"params": ...}`, or anything of that structure, such as gradients.
+
+    Returns:
+        Arrays by official name, in PyTorch layout, dtypes kept.
+
+    Raises:
+        ValueError: The parameters are not this module's, it has adapters (fuse them, or export
+            them on their own), or its head has no official counterpart.
+    """
+    check_exportable(module)
+    return export_state(params["params"], flux_rules(module), 0)
+
+
+def check_exportable(module) -> None:
+    """Raises ValueError if official networks have no layout for a module's head or adapters."""
+    if isinstance(module.head, DXHead) and module.head.input_skip:
+        raise ValueError("DXHead.input_skip: official networks have no such skip")
+    if module.lora is not None:
+        raise ValueError("the network has adapters: fuse them, or export them on their own")
+
+
+def read_width(state: Mapping[str, np.ndarray], patch_embed: str) -> tuple[int, int]:
+    """Width of the tokens and size of a head."""
+    hidden = shape_of(state, f"{patch_embed}.weight", 2)[0]
+    return hidden, shape_of(state, "transformer_blocks.0.attn.norm_q.weight", 1)[0]
+
+
+def count_layers(state: Mapping[str, np.ndarray], blocks: str) -> int:
+    """One more than the highest number of a block."""
+    found = [re.match(rf"{blocks}\.(\d+)\.", name) for name in state]
+    numbers = [int(match[1]) for match in found if match]
+    if not numbers:
+        raise ValueError(f"the state does not fit the model: it has no {blocks}")
+    return 1 + max(numbers)
+
+
+def read_head(
+    state: Mapping[str, np.ndarray], kind: str, channels: int, constant_logstd: float | None
+) -> tuple[VelocityHead | DXHead | GMHead, dict]:
+    """The head that the output layers are of, and its sizes.
+
+    Args:
+        state: Arrays by official name.
+        kind: "gm", "dx", or anything else for a velocity.
+        channels: Channels of latents.
+        constant_logstd: See `GMHead`; needed if and only if the state has no logstd head.
+
+    Returns:
+        A head of `piflow_jax.models.heads`, and the sizes that were read for it.
+
+    Raises:
+        ValueError: An output layer is missing, or `constant_logstd` does not fit the state.
+    """
+    pixels = PATCH_SIZE**2
+    if kind == "dx":
+        sizes = {"num_grid": shape_of(state, "proj_out.bias", 1)[0] // (pixels * channels)}
+        return DXHead(**sizes), sizes
+    if kind != "gm":
+        return VelocityHead(), {}
+    sizes = {"num_components": shape_of(state, "proj_out_logweights.bias", 1)[0] // pixels}
+    has_head = any(name.startswith("proj_out_logstds.") for name in state)
+    if has_head == (constant_logstd is not None):
+        which = "has a logstd head" if has_head else "has no logstd head"
+        raise ValueError(f"the state {which}, constant_logstd is {constant_logstd}")
+    if has_head:
+        sizes["logstd_hidden"] = shape_of(state, "proj_out_logstds.1.bias", 1)[0]
+    return GMHead(**sizes, constant_logstd=constant_logstd), sizes

@@ -1,0 +1,288 @@
+"""FLUX.1, the text-to-image transformer of Black Forest Labs, as pi-Flow distils it.
+
+Source: the released FLUX.1 [dev] network in the form of `diffusers`, and the heads of pi-Flow
+(arXiv 2510.14974, section 5). Text comes as embeddings: T5's tokens and CLIP's pooled vector.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from jax.typing import DTypeLike
+
+from piflow_jax.flow.policies import GMOutput
+from piflow_jax.models.dit import Constrain, unconstrained
+from piflow_jax.models.heads import VelocityHead
+from piflow_jax.models.joint import (
+    MLP_RATIO,
+    ROPE_BASE,
+    JointBlock,
+    Layers,
+    check_rope_axes,
+    modulated,
+    rotary_table,
+    rotate,
+    round_time,
+    stacked,
+)
+from piflow_jax.models.layers import attend, patchify, time_features
+from piflow_jax.models.lora import AdaptedLinear, LoRA
+
+__all__ = ["FLUX_TARGETS", "Flux", "SingleBlock", "flux_angles"]
+
+# The layers that pi-Flow adapts: feed-forwards of both streams, those of the single blocks with
+# the output that they share with attention, and the embedder of time.
+FLUX_TARGETS = (
+    "image_mlp_in",
+    "image_mlp_out",
+    "text_mlp_in",
+    "text_mlp_out",
+    "mlp_in",
+    "out",
+    "time_in",
+    "time_out",
+)
+# Times and guidance scales reach their sinusoids multiplied by this.
+TIME_SCALE = 1000.0
+
+
+def flux_angles(axes: tuple[int, ...], text_length: int, height: int, width: int) -> np.ndarray:
+    """Rotary angles: text at the origin, image tokens at (0, row, column).
+
+    Args:
+        axes: Features of a head for each of the three coordinates.
+        text_length: Number of text tokens, which come first.
+        height: Rows of image tokens.
+        width: Columns of image tokens.
+
+    Returns:
+        `[text_length + height * width, sum(axes) / 2]` float64 radians.
+    """
+    rows, columns = np.meshgrid(np.arange(height), np.arange(width), indexing="ij")
+    image = np.stack([np.zeros_like(rows), rows, columns], axis=-1).reshape(-1, 3)
+    ids = np.concatenate([np.zeros((text_length, 3)), image]).astype(np.float64)
+    frequencies = [ROPE_BASE ** -(np.arange(0, size, 2) / size) for size in axes]
+    return np.concatenate([ids[:, i, None] * f[None] for i, f in enumerate(frequencies)], axis=-1)
+
+
+class SingleBlock(Layers):
+    """Self-attention and an MLP beside each other, over text and image tokens in one stream."""
+
+    @nn.compact
+    def __call__(
+        self, tokens: jax.Array, conditioning: jax.Array, table: jax.Array
+    ) -> tuple[jax.Array, None]:
+        """Runs the block.
+
+        Args:
+            tokens: `[B, L + T, D]`, text first.
+            conditioning: `[B, D]`, after its activation.
+            table: See `JointBlock`.
+
+        Returns:
+            `[B, L + T, D]`, and None (what a scan collects).
+        """
+        width = tokens.shape[-1]
+        # Shift, scale, gate.
+        modulation = self.linear((3, width), "modulation")(conditioning)
+        hidden = modulated(tokens, modulation[:, 0], modulation[:, 1])
+        # The hidden layer is kept in pieces of the token's width: with the attention's output as
+        # one more piece it is one contraction, which tensor parallelism splits along every piece.
+        mlp = self.linear((MLP_RATIO, width), "mlp_in")(hidden)
+        mlp = self.constrain(nn.gelu(mlp, approximate=True), ("batch", None, None, "mlp"))
+        q, k, v = self.queries_keys_values(hidden)
+        attended = attend(rotate(q, table), rotate(k, table), v, self.attention)
+        attended = attended.reshape(*tokens.shape[:2], 1, width)
+        joined = jnp.concatenate([attended, mlp.astype(attended.dtype)], axis=2)
+        init = nn.initializers.variance_scaling(
+            1.0, "fan_avg", "uniform", in_axis=(0, 1), out_axis=-1
+        )
+        out = self.linear((width,), "out", in_axes=2, kernel_init=init)(joined)
+        tokens = self.constrain(tokens + modulation[:, None, 2] * out, ("batch", None, "embed"))
+        self.sow("intermediates", "tokens", tokens)
+        return tokens, None
+
+
+class Flux(nn.Module):
+    """FLUX.1: double blocks of text and image, then single blocks of both together.
+
+    The defaults are FLUX.1 [dev], 11 901 408 320 parameters. Blocks of either kind are stacked on a
+    leading `layers` axis and run under a scan.
+
+    Attributes:
+        patch_size: Side of a patch, in sites.
+        in_channels: Channels `C` of latents, in and out.
+        hidden: Width of the tokens.
+        num_heads: Attention heads.
+        double_depth: Number of double blocks.
+        single_depth: Number of single blocks.
+        text_features: Width of the text embeddings (T5).
+        pooled_features: Width of the pooled text embedding (CLIP).
+        guidance_embed: Whether the guidance scale is an input (distilled guidance).
+        axes_dims_rope: Features of a head that encode the three coordinates; add up to its size.
+        head: Output head, see `piflow_jax.models.heads`.
+        lora: Adapters, usually `LoRA(FLUX_TARGETS)`; None for none.
+        time_dtype: Times and guidance scales are rounded to it, before and after they are scaled.
+            The released pipelines round both to bfloat16 (a time of 0.9 is 0.8984 there).
+        dtype: Compute dtype of tokens; None is the wider of input and parameters. Conditioning
+            embedding, norms' statistics, rotations, softmax and outputs are float32 at least.
+        param_dtype: Dtype of fresh parameters of the base; the head and `final_modulation` are
+            float32 at least.
+        remat: What the backward pass recomputes, a name in `REMAT_POLICIES`.
+        scan_unroll: Blocks per iteration of either scan.
+        attention: `implementation` of `jax.nn.dot_product_attention`: None, "xla" or "cudnn".
+        constrain: See `DiT`.
+    """
+
+    patch_size: int = 2
+    in_channels: int = 16
+    hidden: int = 3072
+    num_heads: int = 24
+    double_depth: int = 19
+    single_depth: int = 38
+    text_features: int = 4096
+    pooled_features: int = 768
+    guidance_embed: bool = True
+    axes_dims_rope: tuple[int, int, int] = (16, 56, 56)
+    head: nn.Module = VelocityHead()
+    lora: LoRA | None = None
+    time_dtype: DTypeLike = jnp.float32
+    dtype: DTypeLike | None = None
+    param_dtype: DTypeLike = jnp.float32
+    remat: str = "none"
+    scan_unroll: int = 1
+    attention: str | None = None
+    constrain: Constrain = unconstrained
+
+    @nn.compact
+    def __call__(
+        self,
+        x: jax.Array,
+        t: jax.Array,
+        text: jax.Array,
+        pooled: jax.Array,
+        guidance: jax.Array | None = None,
+    ) -> jax.Array | GMOutput:
+        """Evaluates the network.
+
+        Args:
+            x: `[B, H, W, C]` latents; `H` and `W` are multiples of `patch_size`.
+            t: `[B]` times in [0, 1], 1 is noise.
+            text: `[B, L, text_features]` embeddings; all of them are attended to, as in
+                the release.
+            pooled: `[B, pooled_features]` pooled text embeddings.
+            guidance: `[B]` distilled guidance scales (3.5 is usual); None if and only if
+                `guidance_embed` is False.
+
+        Returns:
+            What the head makes: `u[B, H, W, C]`, a `GMOutput`, or `[B, H, W, N, C]`. Float32, or
+            float64 with float64 parameters.
+
+        Raises:
+            ValueError: A shape, a size or the name of a remat policy does not fit.
+        """
+        self._check(x, t, text, pooled, guidance)
+        embedding = self._embed_condition(t, pooled, guidance)
+        dtype = jnp.promote_types(x.dtype, embedding.dtype) if self.dtype is None else self.dtype
+
+        def linear(features, name, **options):
+            options = {"param_dtype": self.param_dtype, **options}
+            return AdaptedLinear(features, dtype=dtype, lora=self.lora, name=name, **options)
+
+        patches = patchify(x, self.patch_size)
+        b, h, w, _ = patches.shape
+        image = linear((self.hidden,), "patch_embed")(patches.reshape(b, h * w, -1))
+        streams = (linear((self.hidden,), "text_embed")(text), image)
+        streams = tuple(self.constrain(tokens, ("batch", None, "embed")) for tokens in streams)
+        length = text.shape[1]
+        table = rotary_table(flux_angles(self.axes_dims_rope, length, h, w))
+        conditioning = nn.silu(embedding).astype(dtype)
+        streams, _ = self._blocks(JointBlock, self.double_depth, "double_blocks", dtype)(
+            streams, conditioning, table
+        )
+        tokens = jnp.concatenate(streams, axis=1)
+        tokens, _ = self._blocks(SingleBlock, self.single_depth, "single_blocks", dtype)(
+            tokens, conditioning, table
+        )
+        tokens = tokens[:, length:]
+
+        # The head and this layer are trained, and not by adapters: never less than float32.
+        trained = jnp.promote_types(self.param_dtype, jnp.float32)
+        modulation = linear((2, self.hidden), "final_modulation", param_dtype=trained)(conditioning)
+        # Here the scale comes first.
+        tokens = modulated(tokens, modulation[:, 1], modulation[:, 0])
+        return self.head(
+            tokens.reshape(b, h, w, self.hidden),
+            embedding,
+            x,
+            t,
+            patch_size=self.patch_size,
+            param_dtype=trained,
+        )
+
+    def example(self, batch: int = 1) -> tuple[jax.ShapeDtypeStruct, ...]:
+        """Shapes of the smallest inputs, for `init` under `jax.eval_shape`."""
+        p = self.patch_size
+        shapes = [
+            (batch, p, p, self.in_channels),
+            (batch,),
+            (batch, 1, self.text_features),
+            (batch, self.pooled_features),
+        ]
+        shapes += [(batch,)] if self.guidance_embed else []
+        return tuple(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes)
+
+    def _embed_condition(
+        self, t: jax.Array, pooled: jax.Array, guidance: jax.Array | None
+    ) -> jax.Array:
+        """Embedding `[B, D]` of time, guidance and pooled text, at least float32."""
+
+        def mlp(name, features):
+            def linear(suffix):
+                return AdaptedLinear(
+                    (self.hidden,),
+                    param_dtype=self.param_dtype,
+                    lora=self.lora,
+                    name=f"{name}_{suffix}",
+                    parent=self,
+                )
+
+            return linear("out")(nn.silu(linear("in")(features)))
+
+        def scaled(value):
+            return round_time(round_time(value, self.time_dtype) * TIME_SCALE, self.time_dtype)
+
+        wide = jnp.promote_types(pooled.dtype, jnp.float32)
+        embedding = mlp("time", time_features(scaled(t)).astype(wide))
+        if guidance is not None:
+            embedding += mlp("guidance", time_features(scaled(guidance)).astype(wide))
+        return embedding + mlp("pooled", pooled.astype(wide))
+
+    def _blocks(self, block: type[Layers], depth: int, name: str, dtype: DTypeLike) -> nn.Module:
+        settings = {
+            "num_heads": self.num_heads,
+            "dtype": dtype,
+            "param_dtype": self.param_dtype,
+            "attention": self.attention,
+            "constrain": self.constrain,
+            "lora": self.lora,
+            "name": name,
+            "parent": self,
+        }
+        return stacked(block, depth, remat=self.remat, unroll=self.scan_unroll, settings=settings)
+
+    def _check(self, x, t, text, pooled, guidance) -> None:
+        check_rope_axes(self.axes_dims_rope, self.hidden, self.num_heads)
+        b = x.shape[0]
+        if x.ndim != 4 or x.shape[-1] != self.in_channels:
+            raise ValueError(f"x must be [B, H, W, {self.in_channels}], got {x.shape}")
+        if x.shape[1] % self.patch_size or x.shape[2] % self.patch_size:
+            raise ValueError(f"x {x.shape} is not divisible into patches of {self.patch_size}")
+        if text.ndim != 3 or (text.shape[0], text.shape[2]) != (b, self.text_features):
+            raise ValueError(f"text must be [{b}, L, {self.text_features}], got {text.shape}")
+        if pooled.shape != (b, self.pooled_features):
+            raise ValueError(f"pooled must be [{b}, {self.pooled_features}], got {pooled.shape}")
+        if (guidance is not None) != self.guidance_embed:
+            raise ValueError(f"guidance_embed is {self.guidance_embed}, guidance is {guidance}")
+        if t.shape != (b,) or (guidance is not None and guidance.shape != (b,)):
+            raise ValueError(f"t {t.shape} and guidance must be [B] with B = {b}")

@@ -1,0 +1,229 @@
+"""Blocks in which text and image tokens attend to each other, each with weights of its own.
+
+The double block of FLUX.1 and the block of Qwen-Image (arXiv 2508.02324, section 2), after MM-DiT
+(arXiv 2403.03206, section 4); the two differ only in rotary tables and in the masking of text.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from jax.typing import DTypeLike
+
+from piflow_jax.models.dit import REMAT_POLICIES, Constrain, unconstrained
+from piflow_jax.models.layers import attend, layer_norm
+from piflow_jax.models.lora import AdaptedLinear, LoRA
+
+NORM_EPS = 1e-6
+ROPE_BASE = 10000.0
+MLP_RATIO = 4
+
+
+class RMSNorm(nn.Module):
+    """Divides the last axis by its root mean square and scales it.
+
+    Attributes:
+        param_dtype: Dtype of a fresh scale.
+    """
+
+    param_dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps `x[..., D]` to the same shape and dtype, in float32 at least."""
+        scale = self.param("scale", nn.initializers.ones, x.shape[-1:], self.param_dtype)
+        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        wide = wide * jax.lax.rsqrt((wide * wide).mean(-1, keepdims=True) + NORM_EPS)
+        return (wide * scale.astype(wide.dtype).reshape((1,) * (x.ndim - 1) + (-1,))).astype(
+            x.dtype
+        )
+
+
+def rotary_table(angles: np.ndarray) -> jax.Array:
+    """Cosines and sines `[2, T, D / 2]` of `angles[T, D / 2]`, rounded to float32.
+
+    They are computed on the host, so that every backend uses the same numbers, and are float32 in
+    the released networks too, whatever their other precision.
+    """
+    wide = angles.astype(np.float64)
+    return jnp.asarray(np.stack([np.cos(wide), np.sin(wide)]).astype(np.float32))
+
+
+def rotate(x: jax.Array, table: jax.Array) -> jax.Array:
+    """Rotary embedding: turns pairs of neighbouring features, in float32 at least.
+
+    Args:
+        x: `[B, T, heads, D]`.
+        table: `[2, T, D / 2]`, see `rotary_table`.
+
+    Returns:
+        Array like `x`.
+    """
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    pairs = wide.reshape(*x.shape[:-1], -1, 2)
+    cos, sin = table.astype(wide.dtype)[:, None, :, None]
+    even, odd = pairs[..., 0], pairs[..., 1]
+    turned = jnp.stack([even * cos - odd * sin, odd * cos + even * sin], axis=-1)
+    return turned.reshape(x.shape).astype(x.dtype)
+
+
+def modulated(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
+    """Normalises `x[B, T, D]`, scales by `1 + scale[B, D]` and shifts by `shift[B, D]`."""
+    return layer_norm(x, NORM_EPS) * (1 + scale[:, None]) + shift[:, None]
+
+
+class Layers(nn.Module):
+    """What blocks have in common: their settings, and linear layers made with them.
+
+    Attributes:
+        num_heads: Attention heads; must divide the width.
+        dtype: Compute dtype.
+        param_dtype: Dtype of fresh parameters of the base.
+        attention: `implementation` of `jax.nn.dot_product_attention`.
+        constrain: See `DiT`.
+        lora: Adapters; None for none.
+    """
+
+    num_heads: int
+    dtype: DTypeLike | None = None
+    param_dtype: DTypeLike = jnp.float32
+    attention: str | None = None
+    constrain: Constrain = unconstrained
+    lora: LoRA | None = None
+
+    def linear(self, features: tuple[int, ...], name: str, **options: Any) -> AdaptedLinear:
+        """A linear layer of this block."""
+        return AdaptedLinear(
+            features,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            lora=self.lora,
+            name=name,
+            parent=self,
+            **options,
+        )
+
+    def queries_keys_values(
+        self, tokens: jax.Array, prefix: str = ""
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Normalised queries and keys, and values, of `tokens[B, T, D]`: `[B, T, heads, size]`."""
+        b, t, width = tokens.shape
+        qkv = self.linear((3, width), f"{prefix}qkv")(tokens)
+        qkv = self.constrain(qkv, ("batch", None, None, "heads"))
+        qkv = qkv.reshape(b, t, 3, self.num_heads, width // self.num_heads)
+        query = RMSNorm(self.param_dtype, name=f"{prefix}query_norm", parent=self)(qkv[:, :, 0])
+        key = RMSNorm(self.param_dtype, name=f"{prefix}key_norm", parent=self)(qkv[:, :, 1])
+        return query, key, qkv[:, :, 2]
+
+
+class JointBlock(Layers):
+    """Joint attention and two MLPs; each stream is shifted, scaled and gated on its own."""
+
+    @nn.compact
+    def __call__(
+        self,
+        streams: tuple[jax.Array, jax.Array],
+        conditioning: jax.Array,
+        table: jax.Array,
+        key_mask: jax.Array | None = None,
+    ) -> tuple[tuple[jax.Array, jax.Array], None]:
+        """Runs the block.
+
+        Args:
+            streams: Text `[B, L, D]` and image tokens `[B, T, D]`.
+            conditioning: `[B, D]`, after its activation.
+            table: `[2, L + T, head size / 2]` rotary table, text first.
+            key_mask: `[B, L + T]`, see `attend`.
+
+        Returns:
+            The two streams, and None (what a scan collects).
+        """
+        names, text_length = ("text_", "image_"), streams[0].shape[1]
+        pieces, modulations = [], []
+        for tokens, prefix in zip(streams, names, strict=True):
+            width = tokens.shape[-1]
+            # Of each half: shift, scale, gate.
+            modulation = self.linear((6, width), f"{prefix}modulation")(conditioning)
+            hidden = modulated(tokens, modulation[:, 0], modulation[:, 1])
+            pieces.append(self.queries_keys_values(hidden, prefix))
+            modulations.append(modulation)
+        q, k, v = (jnp.concatenate(both, axis=1) for both in zip(*pieces, strict=True))
+        q, k = rotate(q, table), rotate(k, table)
+        attended = attend(q, k, v, self.attention, key_mask)
+        attended = attended.reshape(*attended.shape[:2], -1)
+        halves = attended[:, :text_length], attended[:, text_length:]
+        rest = zip(streams, names, halves, modulations, strict=True)
+        streams = tuple(self._finish(*one) for one in rest)
+        self.sow("intermediates", "text", streams[0])
+        self.sow("intermediates", "image", streams[1])
+        return streams, None
+
+    def _finish(
+        self, tokens: jax.Array, prefix: str, attended: jax.Array, modulation: jax.Array
+    ) -> jax.Array:
+        width = tokens.shape[-1]
+        attended = self.linear((width,), f"{prefix}attention_out")(attended)
+        tokens = tokens + modulation[:, None, 2] * attended
+        hidden = modulated(tokens, modulation[:, 3], modulation[:, 4])
+        hidden = self.linear((MLP_RATIO * width,), f"{prefix}mlp_in")(hidden)
+        hidden = self.constrain(nn.gelu(hidden, approximate=True), ("batch", None, "mlp"))
+        tokens = tokens + modulation[:, None, 5] * self.linear((width,), f"{prefix}mlp_out")(hidden)
+        return self.constrain(tokens, ("batch", None, "embed"))
+
+
+def stacked(
+    block: type[Layers], depth: int, *, remat: str, unroll: int, settings: Mapping[str, Any]
+) -> nn.Module:
+    """Blocks under one scan, with parameters stacked on a leading axis.
+
+    Args:
+        block: Class of the block. Its first argument is carried from block to block, the others
+            are the same for all.
+        depth: Number of blocks.
+        remat: A name in `REMAT_POLICIES`.
+        unroll: Blocks per iteration.
+        settings: Fields of the block, with `name` and `parent`.
+
+    Returns:
+        A module with the arguments of the block.
+
+    Raises:
+        ValueError: Unknown remat policy.
+    """
+    if remat not in REMAT_POLICIES:
+        raise ValueError(f"remat {remat!r} is not one of {sorted(REMAT_POLICIES)}")
+    if remat != "none":
+        # As in DiT: the barrier against merging is needed only in unrolled code.
+        block = nn.remat(block, policy=REMAT_POLICIES[remat], prevent_cse=unroll > 1)
+    scanned = nn.scan(
+        block,
+        variable_axes={"params": 0, "intermediates": 0},
+        split_rngs={"params": True, "dropout": True},
+        in_axes=nn.broadcast,
+        length=depth,
+        unroll=unroll,
+    )
+    return scanned(**settings)
+
+
+def round_time(t: jax.Array, dtype: DTypeLike) -> jax.Array:
+    """Times rounded to a dtype and given back in float32 (float64 stays what it is)."""
+    dtype = jnp.dtype(dtype)
+    t = t.astype(jnp.promote_types(t.dtype, jnp.float32))
+    if dtype == jnp.float32:
+        return t
+    info = jnp.finfo(dtype)
+    # A cast there and back is something a compiler may leave out.
+    return jax.lax.reduce_precision(t, info.nexp, info.nmant)
+
+
+def check_rope_axes(axes: Sequence[int], hidden: int, num_heads: int) -> None:
+    """Raises ValueError if rotary axes do not fill a head exactly with pairs."""
+    if hidden % num_heads or sum(axes) * num_heads != hidden or any(a % 2 for a in axes):
+        raise ValueError(
+            f"axes_dims_rope {tuple(axes)} must be even and add up to the size of a head, "
+            f"{hidden} / {num_heads}"
+        )
