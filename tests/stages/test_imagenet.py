@@ -1,5 +1,6 @@
 """ImageNet at toy size, end to end: images, autoencoder, official teacher, a student."""
 
+import dataclasses
 import json
 
 import jax
@@ -26,9 +27,9 @@ from piflow_jax.stages import (
     write_reference,
 )
 from piflow_jax.stages.systems import load_teacher
-from piflow_jax.training.networks import DataShape, init_params, teacher_network
+from piflow_jax.training.networks import IMAGENET_LATENTS, init_params, teacher_network
 
-DATA = DataShape(name="imagenet", sample_size=32, channels=4, num_classes=2)
+DATA = dataclasses.replace(IMAGENET_LATENTS, num_classes=2)
 
 
 @pytest.fixture(scope="module")
