@@ -11,10 +11,12 @@ from piflow_jax.convert.files import open_weights, write_safetensors
 from piflow_jax.convert.flux import export_flux, load_flux
 from piflow_jax.convert.inception import export_inception, load_inception
 from piflow_jax.convert.original_dit import load_original_dit
+from piflow_jax.convert.qwen_image import export_qwen_image, load_qwen_image
 from piflow_jax.convert.vae import export_vae, load_vae
 from piflow_jax.models.dit import DiT
 from piflow_jax.models.flux import Flux
 from piflow_jax.models.inception import InceptionV3
+from piflow_jax.models.qwen_image import QwenImage
 from piflow_jax.models.vae import AutoencoderKL
 
 LOADERS = {
@@ -28,10 +30,14 @@ LOADERS = {
     "flux": load_flux,
     "gm_flux": load_flux,
     "dx_flux": load_flux,
+    "qwen_image": load_qwen_image,
+    "gm_qwen_image": load_qwen_image,
+    "dx_qwen_image": load_qwen_image,
 }
 EXPORTERS = {
     DiT: export_dit,
     Flux: export_flux,
+    QwenImage: export_qwen_image,
     AutoencoderKL: export_vae,
     InceptionV3: export_inception,
 }
@@ -47,10 +53,10 @@ def load_torch_state(
             `open_weights` gives.
         model: A name in `LOADERS`.
         **sizes: What shapes do not show, see the loader of `model` (`load_dit`: `num_heads`,
-            `sample_size`, `time_scale`, `constant_logstd`; `load_vae`: `norm_groups`; `load_flux`:
-            `axes_dims_rope`, `constant_logstd`). Sizes of a transformer that they do show may be
-            given and are then checked. `place` (not of Inception) puts every leaf where it belongs
-            as soon as it is built, see `rules.import_state`.
+            `sample_size`, `time_scale`, `constant_logstd`; `load_vae`: `norm_groups`; `load_flux`
+            and `load_qwen_image`: `axes_dims_rope`, `constant_logstd`). Sizes of a transformer
+            that they do show may be given and are then checked. `place` (not of Inception) puts
+            every leaf where it belongs as soon as it is built, see `rules.import_state`.
 
     Returns:
         The module, and its parameters for `module.apply`. Dtypes are those of `state` (float64

@@ -14,6 +14,7 @@ from piflow_jax.convert.dit import check_given, shape_of
 from piflow_jax.convert.rules import Place, Rule, as_jax, export_state, import_state, linear
 from piflow_jax.models.flux import Flux
 from piflow_jax.models.heads import DXHead, GMHead, VelocityHead
+from piflow_jax.models.layers import TIME_FEATURES
 
 # The released networks have latents of 2 x 2 patches; their weights cannot tell.
 PATCH_SIZE = 2
@@ -40,7 +41,7 @@ def flux_rules(module: Flux) -> list[Rule]:
     rules = [
         *patch_rules("x_embedder", module),
         *linear("context_embedder", ("text_embed",), d, module.text_features),
-        *embedder_rules(TIME, "time", d, 256),
+        *embedder_rules(TIME, "time", d, TIME_FEATURES),
         *embedder_rules(POOLED, "pooled", d, module.pooled_features),
         *stream_rules("double_blocks", "image_", d, head_size, module.double_depth, STREAMS[0]),
         *stream_rules("double_blocks", "text_", d, head_size, module.double_depth, STREAMS[1]),
@@ -48,7 +49,7 @@ def flux_rules(module: Flux) -> list[Rule]:
         *head_rules(module),
     ]
     if module.guidance_embed:
-        rules += embedder_rules(GUIDANCE, "guidance", d, 256)
+        rules += embedder_rules(GUIDANCE, "guidance", d, TIME_FEATURES)
     depth, path = module.single_depth, ("single_blocks",)
     out = f"{SINGLE}proj_out"
     rules += linear(f"{SINGLE}norm.linear", (*path, "modulation"), d, d, pieces=3, depth=depth)

@@ -48,15 +48,15 @@ _SINGLE_BLOCK: dict[str, Axes] = {
     # Attention's output and four pieces of the hidden layer; heads and hidden units lie alike.
     "out": (None, "mlp", "embed"),
 }
+# Streams of text and image, each with layers like a DiT's.
+_JOINT_BLOCK: dict[str, Axes] = {
+    f"{stream}_{layer}": axes for stream in ("image", "text") for layer, axes in _DIT_BLOCK.items()
+}
 _BLOCKS: dict[str, dict[str, Axes]] = {
     "blocks": _DIT_BLOCK,
     "single_blocks": _SINGLE_BLOCK,
-    # Streams of text and image, each with layers like a DiT's.
-    "double_blocks": {
-        f"{stream}_{layer}": axes
-        for stream in ("image", "text")
-        for layer, axes in _DIT_BLOCK.items()
-    },
+    "double_blocks": _JOINT_BLOCK,
+    "joint_blocks": _JOINT_BLOCK,
 }
 _NORMS = ("query_norm", "key_norm")
 

@@ -8,7 +8,7 @@ from piflow_jax.convert import load_torch_state, to_torch_state
 from piflow_jax.models.flux import FLUX_TARGETS, Flux
 from piflow_jax.models.heads import DXHead, GMHead
 from piflow_jax.models.lora import LoRA
-from tests.models.recorded import random_state
+from tests.models.recorded import assert_bit_equal, random_state
 
 D, P = 32, 4
 ROPE = {"axes_dims_rope": (4, 6, 6)}
@@ -16,9 +16,8 @@ ROPE = {"axes_dims_rope": (4, 6, 6)}
 
 def official_state(head="proj_out", copies=1, dtype=np.float32):
     """A state as the release lays it out, from shapes alone: one number per entry."""
-    torch = pytest.importorskip("torch")
+    pytest.importorskip("torch")
     diffusers = pytest.importorskip("diffusers")
-    del torch
     peer = diffusers.FluxTransformer2DModel(
         in_channels=16,
         num_layers=2,
@@ -32,8 +31,7 @@ def official_state(head="proj_out", copies=1, dtype=np.float32):
     )
     state = random_state(peer)
     draw = np.random.default_rng(1).normal
-    rows = state.pop("proj_out.weight"), state.pop("proj_out.bias")
-    del rows
+    del state["proj_out.weight"], state["proj_out.bias"]
     outputs = {head: (copies * 16, D)}
     if head == "proj_out_means":
         outputs |= {
@@ -44,14 +42,6 @@ def official_state(head="proj_out", copies=1, dtype=np.float32):
     for name, shape in outputs.items():
         state[f"{name}.weight"], state[f"{name}.bias"] = draw(size=shape), draw(size=shape[0])
     return {name: np.asarray(array, dtype) for name, array in state.items()}
-
-
-def assert_bit_equal(actual, expected):
-    assert set(actual) == set(expected)
-    for name, array in expected.items():
-        assert actual[name].dtype == array.dtype, name
-        assert actual[name].shape == array.shape, name
-        assert actual[name].tobytes() == np.ascontiguousarray(array).tobytes(), name
 
 
 @pytest.mark.parametrize(

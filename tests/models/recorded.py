@@ -51,8 +51,17 @@ def assert_output(output, arrays, suffix, atol):
         pairs = [(output, layout(recorded))]
     for ours, theirs in pairs:
         assert ours.dtype == (jnp.float32 if suffix else jnp.float64)
-        assert np.abs(theirs).max() > 0.1
+        assert np.abs(theirs).max() > 0.05
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=atol * np.abs(theirs).max())
+
+
+def assert_bit_equal(actual, expected):
+    """Two states have the same names, dtypes, shapes and bits."""
+    assert set(actual) == set(expected)
+    for name, array in expected.items():
+        assert actual[name].dtype == array.dtype, name
+        assert actual[name].shape == array.shape, name
+        assert actual[name].tobytes() == np.ascontiguousarray(array).tobytes(), name
 
 
 def random_state(peer, seed=0):

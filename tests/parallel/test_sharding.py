@@ -13,9 +13,14 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict
 from jax.sharding import PartitionSpec as P
 
 from piflow_jax.models.axes import parameter_axes
+from piflow_jax.models.flux import FLUX_TARGETS, Flux
+from piflow_jax.models.heads import DXHead, GMHead
+from piflow_jax.models.lora import LoRA
+from piflow_jax.models.qwen_image import QWEN_TARGETS, QwenImage
 from piflow_jax.parallel import device_mesh, parameter_shardings
 
 HERE = Path(__file__).parent
@@ -120,3 +125,17 @@ def test_counters_and_whole_parameters_are_on_every_device():
     assert [sharding.spec for sharding in found] == [P(), P(None, "fsdp", "tensor")]
     found = jax.tree.leaves(parameter_shardings(mesh, tree, split=False))
     assert [sharding.spec for sharding in found] == [P(), P()]
+
+
+def test_every_parameter_of_the_text_to_image_networks_has_its_axes():
+    flux = Flux(lora=LoRA(FLUX_TARGETS), head=GMHead(8, logstd_hidden=1024))
+    qwen = QwenImage(lora=LoRA(QWEN_TARGETS), head=DXHead(10))
+    for module in (flux, qwen):
+        shapes = jax.eval_shape(module.init, jax.random.key(0), *module.example())["params"]
+        for path, leaf in flatten_dict(shapes).items():
+            axes = parameter_axes(path, leaf.ndim)
+            # What is large is split; factors of an adapter by their long side.
+            if leaf.size > 10_000_000:
+                assert {"embed", "heads", "mlp"} & set(axes), path
+            if "mlp" in axes:
+                assert leaf.shape[axes.index("mlp")] % 3072 == 0, path

@@ -1,0 +1,110 @@
+"""Weights of Qwen-Image and of its pi-Flow students under their official names.
+
+Source: parameter names and layouts of `diffusers` (`QwenImageTransformer2DModel`) and of the
+pi-Flow release (arXiv 2510.14974). Patches and rows of output layers are ordered as FLUX.1's are.
+"""
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from piflow_jax.convert.dit import check_given, shape_of
+from piflow_jax.convert.flux import (
+    ATTENTION,
+    AXES_DIMS_ROPE,
+    PATCH_SIZE,
+    TIME,
+    check_exportable,
+    count_layers,
+    embedder_rules,
+    head_rules,
+    patch_rules,
+    read_head,
+    read_width,
+    stream_rules,
+)
+from piflow_jax.convert.rules import Place, Rule, as_jax, export_state, import_state, linear
+from piflow_jax.models.layers import TIME_FEATURES
+from piflow_jax.models.qwen_image import QwenImage
+
+# Of one stream: attention, output, modulation, MLP.
+STREAMS = (
+    (ATTENTION[0], "to_out.0", "img_mod.1", "img_mlp"),
+    (ATTENTION[1], "to_add_out", "txt_mod.1", "txt_mlp"),
+)
+
+
+def qwen_image_rules(module: QwenImage) -> list[Rule]:
+    """The table of a Qwen-Image without adapters.
+
+    Args:
+        module: A `QwenImage` with any of the heads of `piflow_jax.models.heads`.
+
+    Returns:
+        Rules that cover every parameter once.
+
+    Raises:
+        ValueError: The head has no official counterpart.
+    """
+    d, head_size, depth = module.hidden, module.hidden // module.num_heads, module.depth
+    sizes = {"o": module.text_features}
+    return [
+        *patch_rules("img_in", module),
+        Rule(("txt_norm.weight",), ("text_norm", "scale"), "o -> o", sizes),
+        *linear("txt_in", ("text_embed",), d, module.text_features),
+        *embedder_rules(TIME, "time", d, TIME_FEATURES),
+        *stream_rules("joint_blocks", "image_", d, head_size, depth, STREAMS[0]),
+        *stream_rules("joint_blocks", "text_", d, head_size, depth, STREAMS[1]),
+        *linear("norm_out.linear", ("final_modulation",), d, d, pieces=2),
+        *head_rules(module),
+    ]
+
+
+def load_qwen_image(
+    state: Mapping[str, np.ndarray],
+    model: str,
+    *,
+    axes_dims_rope: tuple[int, int, int] = AXES_DIMS_ROPE,
+    place: Place | None = None,
+    **given: float,
+) -> tuple[QwenImage, dict]:
+    """Loads a Qwen-Image or a student of it whose adapters are part of its weights.
+
+    Args:
+        state: Arrays by official name.
+        model: "qwen_image", "gm_qwen_image" or "dx_qwen_image".
+        axes_dims_rope: See `QwenImage`; small networks need it.
+        place: Puts every leaf in its place as soon as it is built, see `import_state`; None keeps
+            them on the default device.
+        **given: Sizes otherwise read off the shapes, as a check: `patch_size`, `in_channels`,
+            `hidden`, `num_heads`, `depth`, `text_features`, `num_components`, `logstd_hidden`,
+            `num_grid`. A "gm_qwen_image" without a logstd head needs `constant_logstd`.
+
+    Returns:
+        The module, and `{"params": ...}` as JAX arrays with the dtypes of `state`.
+
+    Raises:
+        ValueError: Names or shapes do not fit (all are listed), or a given size contradicts them.
+    """
+    state = dict(state)
+    hidden, head_size = read_width(state, "img_in")
+    sizes = {
+        "patch_size": PATCH_SIZE,
+        "in_channels": shape_of(state, "img_in.weight", 2)[1] // PATCH_SIZE**2,
+        "hidden": hidden,
+        "num_heads": hidden // head_size,
+        "depth": count_layers(state, "transformer_blocks"),
+        "text_features": shape_of(state, "txt_in.weight", 2)[1],
+    }
+    head, head_sizes = read_head(
+        state, model.partition("_")[0], sizes["in_channels"], given.pop("constant_logstd", None)
+    )
+    check_given(given, sizes | head_sizes)
+    module = QwenImage(**sizes, axes_dims_rope=tuple(axes_dims_rope), head=head)
+    return module, {"params": import_state(state, qwen_image_rules(module), 0, place or as_jax)}
+
+
+def export_qwen_image(module: QwenImage, params: Mapping) -> dict[str, np.ndarray]:
+    """Turns parameters of a Qwen-Image into arrays under official names; see `export_flux`."""
+    check_exportable(module)
+    return export_state(params["params"], qwen_image_rules(module), 0)

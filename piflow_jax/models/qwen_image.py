@@ -1,0 +1,233 @@
+"""Qwen-Image, the text-to-image transformer of Alibaba (arXiv 2508.02324), as pi-Flow distils it.
+
+Source: the released network in the form of `diffusers`, and the heads of pi-Flow (arXiv 2510.14974,
+section 5). Text comes as the hidden states of Qwen2.5-VL.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from jax.typing import DTypeLike
+
+from piflow_jax.flow.policies import GMOutput
+from piflow_jax.models.dit import Constrain, unconstrained
+from piflow_jax.models.heads import VelocityHead
+from piflow_jax.models.joint import (
+    ROPE_BASE,
+    JointBlock,
+    RMSNorm,
+    check_rope_axes,
+    modulated,
+    rotary_table,
+    round_time,
+    stacked,
+)
+from piflow_jax.models.layers import patchify, time_features
+from piflow_jax.models.lora import AdaptedLinear, LoRA
+
+__all__ = ["QWEN_TARGETS", "QwenImage", "qwen_angles"]
+
+# The layers that pi-Flow adapts: feed-forwards of both streams and the embedder of time. It leaves
+# out the text's in the last block, whose text tokens nobody reads; here that block's text adapters
+# exist, as one slice of a stack, get no gradient and are not exported.
+QWEN_TARGETS = (
+    "image_mlp_in",
+    "image_mlp_out",
+    "text_mlp_in",
+    "text_mlp_out",
+    "time_in",
+    "time_out",
+)
+TIME_SCALE = 1000.0
+
+
+def qwen_angles(axes: tuple[int, ...], text_length: int, height: int, width: int) -> np.ndarray:
+    """Rotary angles: image tokens around the origin, text on the diagonal beyond them.
+
+    Rows run from `-ceil(height / 2)` to `floor(height / 2) - 1`, columns likewise, the frame is 0;
+    text token `i` is at `max(height, width) // 2 + i` in all three coordinates.
+
+    Args:
+        axes: Features of a head for each of the three coordinates.
+        text_length: Number of text tokens, which come first.
+        height: Rows of image tokens.
+        width: Columns of image tokens.
+
+    Returns:
+        `[text_length + height * width, sum(axes) / 2]` float32 radians. The released network makes
+        them in float32, which at position 1000 is 3e-5 away from the exact angle.
+    """
+    rows, columns = np.meshgrid(
+        np.arange(height) - (height - height // 2),
+        np.arange(width) - (width - width // 2),
+        indexing="ij",
+    )
+    image = np.stack([np.zeros_like(rows), rows, columns], axis=-1).reshape(-1, 3)
+    text = np.arange(text_length) + max(height // 2, width // 2)
+    ids = np.concatenate([np.stack([text] * 3, axis=-1), image]).astype(np.float32)
+    angles = []
+    for i, size in enumerate(axes):
+        exponents = np.arange(0, size, 2, dtype=np.float32) / np.float32(size)
+        powers = (ROPE_BASE ** exponents.astype(np.float64)).astype(np.float32)
+        angles.append(ids[:, i, None] * (np.float32(1) / powers)[None])
+    return np.concatenate(angles, axis=-1)
+
+
+class QwenImage(nn.Module):
+    """Qwen-Image: joint blocks of text and image, conditioned on time alone.
+
+    The defaults are the released network, 20 430 401 088 parameters. Blocks are stacked on a
+    leading `layers` axis and run under a scan.
+
+    Padded text is masked: no token attends to it, so an image does not depend on the length to
+    which prompts were padded. The pi-Flow release does not mask it (a padded token's embedding
+    moves its output), nor did `diffusers` when Qwen-Image appeared; newer `diffusers` does.
+
+    Attributes:
+        patch_size: Side of a patch, in sites.
+        in_channels: Channels `C` of latents, in and out.
+        hidden: Width of the tokens.
+        num_heads: Attention heads.
+        depth: Number of blocks.
+        text_features: Width of the text embeddings.
+        axes_dims_rope: Features of a head that encode frame, row and column; add up to its size.
+        head: Output head, see `piflow_jax.models.heads`.
+        lora: Adapters, usually `LoRA(QWEN_TARGETS)`; None for none.
+        time_dtype: Times and the frequencies of their sinusoids are rounded to it. The released
+            pipelines round both to bfloat16, which moves angles by up to a radian.
+        dtype: Compute dtype of tokens; None is the wider of input and parameters. Conditioning
+            embedding, norms' statistics, rotations, softmax and outputs are float32 at least.
+        param_dtype: Dtype of fresh parameters of the base; the head and `final_modulation` are
+            float32 at least.
+        remat: What the backward pass recomputes, a name in `REMAT_POLICIES`.
+        scan_unroll: Blocks per iteration of the scan.
+        attention: `implementation` of `jax.nn.dot_product_attention`: None, "xla" or "cudnn".
+        constrain: See `DiT`.
+    """
+
+    patch_size: int = 2
+    in_channels: int = 16
+    hidden: int = 3072
+    num_heads: int = 24
+    depth: int = 60
+    text_features: int = 3584
+    axes_dims_rope: tuple[int, int, int] = (16, 56, 56)
+    head: nn.Module = VelocityHead()
+    lora: LoRA | None = None
+    time_dtype: DTypeLike = jnp.float32
+    dtype: DTypeLike | None = None
+    param_dtype: DTypeLike = jnp.float32
+    remat: str = "none"
+    scan_unroll: int = 1
+    attention: str | None = None
+    constrain: Constrain = unconstrained
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, t: jax.Array, text: jax.Array, mask: jax.Array | None = None
+    ) -> jax.Array | GMOutput:
+        """Evaluates the network.
+
+        Args:
+            x: `[B, H, W, C]` latents; `H` and `W` are multiples of `patch_size`.
+            t: `[B]` times in [0, 1], 1 is noise.
+            text: `[B, L, text_features]` text embeddings, from position 0 on; what is padding may
+                hold any finite numbers.
+            mask: `[B, L]`, zero or False where `text` is padding. None hides nothing, which is what
+                the pi-Flow release computes.
+
+        Returns:
+            What the head makes: `u[B, H, W, C]`, a `GMOutput`, or `[B, H, W, N, C]`. Float32, or
+            float64 with float64 parameters.
+
+        Raises:
+            ValueError: A shape, a size or the name of a remat policy does not fit.
+        """
+        self._check(x, t, text, mask)
+        embedding = self._embed_time(t)
+        dtype = jnp.promote_types(x.dtype, embedding.dtype) if self.dtype is None else self.dtype
+
+        def linear(features, name, **options):
+            options = {"param_dtype": self.param_dtype, **options}
+            return AdaptedLinear(features, dtype=dtype, lora=self.lora, name=name, **options)
+
+        patches = patchify(x, self.patch_size)
+        b, h, w, _ = patches.shape
+        image = linear((self.hidden,), "patch_embed")(patches.reshape(b, h * w, -1))
+        text = RMSNorm(self.param_dtype, name="text_norm")(text)
+        streams = (linear((self.hidden,), "text_embed")(text), image)
+        streams = tuple(self.constrain(tokens, ("batch", None, "embed")) for tokens in streams)
+        table = rotary_table(qwen_angles(self.axes_dims_rope, text.shape[1], h, w))
+        conditioning = nn.silu(embedding).astype(dtype)
+        key_mask = None
+        if mask is not None:
+            shown = jnp.ones((b, h * w), bool)
+            key_mask = jnp.concatenate([mask.astype(bool), shown], axis=1)
+        (_, tokens), _ = self._blocks(dtype)(streams, conditioning, table, key_mask)
+
+        # The head and this layer are trained, and not by adapters: never less than float32.
+        trained = jnp.promote_types(self.param_dtype, jnp.float32)
+        modulation = linear((2, self.hidden), "final_modulation", param_dtype=trained)(conditioning)
+        # Here the scale comes first.
+        tokens = modulated(tokens, modulation[:, 1], modulation[:, 0])
+        return self.head(
+            tokens.reshape(b, h, w, self.hidden),
+            embedding,
+            x,
+            t,
+            patch_size=self.patch_size,
+            param_dtype=trained,
+        )
+
+    def example(self, batch: int = 1) -> tuple[jax.ShapeDtypeStruct, ...]:
+        """Shapes of the smallest inputs, for `init` under `jax.eval_shape`."""
+        p = self.patch_size
+        shapes = (batch, p, p, self.in_channels), (batch,), (batch, 1, self.text_features)
+        return tuple(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes)
+
+    def _embed_time(self, t: jax.Array) -> jax.Array:
+        """Embedding `[B, D]` of time, at least float32, float64 with such parameters."""
+        features = time_features(
+            round_time(t, self.time_dtype), scale=TIME_SCALE, frequency_dtype=self.time_dtype
+        )
+
+        def linear(name):
+            return AdaptedLinear(
+                (self.hidden,),
+                param_dtype=self.param_dtype,
+                lora=self.lora,
+                name=name,
+                parent=self,
+            )
+
+        return linear("time_out")(nn.silu(linear("time_in")(features)))
+
+    def _blocks(self, dtype: DTypeLike) -> nn.Module:
+        settings = {
+            "num_heads": self.num_heads,
+            "dtype": dtype,
+            "param_dtype": self.param_dtype,
+            "attention": self.attention,
+            "constrain": self.constrain,
+            "lora": self.lora,
+            "name": "joint_blocks",
+            "parent": self,
+        }
+        return stacked(
+            JointBlock, self.depth, remat=self.remat, unroll=self.scan_unroll, settings=settings
+        )
+
+    def _check(self, x, t, text, mask) -> None:
+        check_rope_axes(self.axes_dims_rope, self.hidden, self.num_heads)
+        if x.ndim != 4 or x.shape[-1] != self.in_channels:
+            raise ValueError(f"x must be [B, H, W, {self.in_channels}], got {x.shape}")
+        if x.shape[1] % self.patch_size or x.shape[2] % self.patch_size:
+            raise ValueError(f"x {x.shape} is not divisible into patches of {self.patch_size}")
+        b = x.shape[0]
+        if text.ndim != 3 or (text.shape[0], text.shape[2]) != (b, self.text_features):
+            raise ValueError(f"text must be [{b}, L, {self.text_features}], got {text.shape}")
+        if mask is not None and mask.shape != text.shape[:2]:
+            raise ValueError(f"mask {mask.shape} must be [B, L] = {text.shape[:2]}")
+        if t.shape != (b,):
+            raise ValueError(f"t {t.shape} must be [B] with B = {b}")
