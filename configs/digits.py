@@ -15,8 +15,8 @@ Variants, as in `--config=configs/digits.py:dx`:
 Expect a student whose Frechet distance at 1 evaluation is 1.04 times its teacher's at 128 and a
 fifteenth of its teacher's at 1, with precision lower by 0.01, recall by 0.02 and endpoints at a
 mean squared distance of 0.0035; docs/results.md has every seed and variant. On two CPU cores (AMD
-EPYC, 2026-11-24), shared with other work, the default took 6 minutes 31 seconds, of which 8 minutes
-13 seconds of both cores' time, and 1.7 GiB.
+EPYC, 2026-11-24) the default took 5 minutes 33 seconds, 8 minutes 20 seconds of both cores' time,
+and 1.7 GiB.
 """
 
 import ml_collections

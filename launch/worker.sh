@@ -33,11 +33,12 @@ alive() {
   [[ "$(ps -o args= -p "$pid" 2>/dev/null)" == *worker.sh*run* ]]
 }
 
+# In this order: a process that ends meanwhile has left its line before it is gone.
 state() {
-  if [[ -s $record ]]; then
-    cat "$record"
-  elif alive; then
+  if alive; then
     echo running
+  elif [[ -s $record ]]; then
+    cat "$record"
   elif [[ -e $record.pid ]]; then
     echo lost
   else
@@ -49,8 +50,8 @@ supervise() {
   local child="" signals=0 seen code end
   if [[ $dir ]]; then
     mkdir -p "$dir"
-    rm -f "$record" "$record.halted"
     echo $$ >"$record.pid"
+    rm -f "$record" "$record.halted"
   fi
   trap 'signals=$((signals + 1)); [[ ! $child ]] || kill -TERM "$child" 2>/dev/null || true' TERM
   "$@" &

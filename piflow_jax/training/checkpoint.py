@@ -411,7 +411,7 @@ def _steps(directory: epath.Path, *, report: bool = False) -> list[int]:
         raise _cannot("read", directory, error) from error
     # On object stores, which cannot rename, an unfinished step is a step without its commit file.
     unfinished = [n for n in names if _TMP in n or (n.isdigit() and int(n) not in steps)]
-    unfinished = [n for n in unfinished if (directory / n).is_dir()]
+    unfinished = [n for n in unfinished if not (directory / n).is_file()]  # it may just be gone
     known = {*map(str, steps), *unfinished, "metadata"}
     foreign = [n for n in names if n not in known and not n.startswith(".")]
     if foreign and not steps:

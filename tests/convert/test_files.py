@@ -393,7 +393,8 @@ def test_leaves_go_straight_onto_eight_devices(tmp_path):
         env={
             "PATH": "",
             "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+            "XLA_FLAGS": "--xla_force_host_platform_device_count=8 "
+            "--xla_backend_optimization_level=0",
         },
         capture_output=True,
         text=True,

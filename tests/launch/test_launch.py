@@ -367,6 +367,14 @@ def test_worker_says_how_it_ended(fake):
         assert launch("worker.sh", "state", f"--dir={notes}").stdout == f"worker: {line}\n"
 
 
+def test_a_worker_that_ends_while_it_is_looked_at_is_not_lost(fake):
+    notes = fake / "notes"
+    notes.mkdir()
+    (notes / "0.pid").write_text("1\n")
+    install(fake / "bin/ps", '#!/usr/bin/env bash\necho stopped >"$FAKE/notes/0"\n')
+    assert launch("worker.sh", "state", f"--dir={notes}", fake=fake).stdout == "worker: stopped\n"
+
+
 def test_a_second_sigterm_does_not_end_the_wait(fake):
     """Clusters signal the supervisor and the program; neither may leave the other behind."""
     program = fake / "slow"

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tensorstore
+from etils import epath
 
 from piflow_jax.training import checkpoint
 from piflow_jax.training.checkpoint import (
@@ -177,6 +178,17 @@ def test_foreign_files_alone_are_refused_and_beside_steps_ignored(saved, tmp_pat
         Checkpointer(tmp_path)
     shutil.copytree(saved / "2", tmp_path / "2")
     assert restore(tmp_path).step == 2
+
+
+def test_an_unfinished_step_that_vanishes_is_no_foreign_file(tmp_path, monkeypatch):
+    """Another process's Orbax removes them while this one looks."""
+    unfinished = tmp_path / "3.orbax-checkpoint-tmp"
+    iterdir = epath.Path(tmp_path).__class__.iterdir
+    monkeypatch.setattr(
+        epath.Path(tmp_path).__class__, "iterdir", lambda self: [*iterdir(self), self / unfinished]
+    )
+    with Checkpointer(tmp_path) as checkpointer:
+        assert checkpointer.latest_step() is None
 
 
 def test_a_file_instead_of_a_directory(tmp_path):
