@@ -15,11 +15,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
-from jax.experimental import multihost_utils
+
+from piflow_jax.training.fingerprints import leaf_table
 
 Path = str | os.PathLike
 
@@ -139,7 +139,7 @@ class Checkpointer:
             "data_state": _as_json(data_state, "data_state"),
             "config": _as_json(config, "config"),
             "spec": _as_json(spec, "spec"),
-            "leaves": _leaf_table(state, fingerprints=self._fingerprints),
+            "leaves": leaf_table(state, fingerprints=self._fingerprints),
         }
         self.wait()
         last = self._manager.latest_step()
@@ -180,7 +180,7 @@ class Checkpointer:
         self.wait()
         step, path, meta = _open(self.directory, step)
         abstract = jax.tree.map(_abstract, state_like)
-        _check_leaves(meta["leaves"], _leaf_table(abstract), path)
+        _check_leaves(meta["leaves"], leaf_table(abstract), path)
         args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
         try:
             state = self._manager.restore(step, args=args)["state"]
@@ -256,7 +256,7 @@ def restore_subtree(directory: Path, key: str, like: Any, step: int | None = Non
         raise CheckpointError(f"{path} has no {key!r}; its state has {', '.join(parts)}")
     for part in reversed(key.split("/")):
         abstract = {part: abstract}
-    _check_leaves(saved, _leaf_table(abstract), path)
+    _check_leaves(saved, leaf_table(abstract), path)
     args = ocp.args.PyTreeRestore(
         item=abstract,
         restore_args=ocp.checkpoint_utils.construct_restore_args(abstract),
@@ -295,66 +295,6 @@ def check_spec(saved: Mapping, wanted: Mapping, path: Path) -> None:
         raise CheckpointError("\n".join([head, *different, remedy]))
 
 
-def _fingerprint(values: np.ndarray, start: tuple | None = None, shape: tuple | None = None) -> int:
-    """A sum over elements of (bits times an odd weight made of the position), modulo 2^64.
-
-    It is additive over the pieces of an array (`values` starts at `start` in one of `shape`), so
-    that shards need no gathering and a run may be restored on another mesh; any change to a single
-    element changes it.
-    """
-    start = (0,) * values.ndim if start is None else start
-    shape = values.shape if shape is None else shape
-    words = values.view(f"u{values.dtype.itemsize}")
-    total, stride = int(words.sum(dtype=np.uint64)), 1
-    for axis in reversed(range(words.ndim)):
-        others = tuple(i for i in range(words.ndim) if i != axis)
-        sums = words.sum(axis=others, dtype=np.uint64)
-        place = np.arange(start[axis], start[axis] + words.shape[axis], dtype=np.uint64)
-        total += 2 * stride * int(np.dot(sums, place))
-        stride *= shape[axis]
-    return total % 2**64
-
-
-def _leaf_table(tree: Any, *, fingerprints: bool = False) -> dict[str, dict]:
-    """Dtype and shape of every leaf by its path, with fingerprints of the values on request."""
-    table, shares = {}, []
-    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
-        if not isinstance(leaf, jax.Array | np.ndarray | jax.ShapeDtypeStruct):
-            raise TypeError(f"the state's leaf {name} is a {type(leaf).__name__}, not an array")
-        if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.extended):
-            raise TypeError(f"the state's leaf {name} has dtype {leaf.dtype}; save its key_data")
-        if name in table:
-            raise ValueError(f"two leaves of the state are called {name}")
-        table[name] = {"type": f"{np.dtype(leaf.dtype)}{list(leaf.shape)}"}
-        if fingerprints:
-            shares.append(_local_fingerprint(leaf))
-    if fingerprints:
-        for entry, total in zip(table.values(), _over_processes(shares), strict=True):
-            entry["fingerprint"] = f"{total:016x}"
-    return table
-
-
-def _local_fingerprint(leaf: jax.Array | np.ndarray) -> int:
-    """This process's share of a leaf's fingerprint: each shard counts in one place."""
-    if isinstance(leaf, np.ndarray):
-        return _fingerprint(leaf) if jax.process_index() == 0 else 0
-    total = 0
-    for shard in (s for s in leaf.addressable_shards if s.replica_id == 0):
-        start = tuple(s.indices(n)[0] for s, n in zip(shard.index, leaf.shape, strict=True))
-        total += _fingerprint(np.asarray(shard.data), start, leaf.shape)
-    return total % 2**64
-
-
-def _over_processes(shares: list[int]) -> list[int]:
-    """Adds up the processes' shares, sent as 32-bit halves: JAX may have no 64-bit types."""
-    if jax.process_count() == 1 or not shares:
-        return shares
-    halves = np.asarray(shares, np.uint64).view(np.uint32)
-    gathered = np.ascontiguousarray(multihost_utils.process_allgather(halves)).view(np.uint64)
-    return [int(total) for total in gathered.sum(axis=0)]
-
-
 def _abstract(leaf: Any) -> Any:
     """The leaf as asked of Orbax; a 64-bit dtype that JAX would silently halve is named as such."""
     if not isinstance(leaf, jax.Array | jax.ShapeDtypeStruct):
@@ -380,7 +320,7 @@ def _check_leaves(saved: Mapping, wanted: Mapping, path: epath.Path) -> None:
 def _check_values(saved: Mapping, tree: Any, path: epath.Path) -> None:
     if not all("fingerprint" in entry for entry in saved.values()):
         return  # written with fingerprints=False
-    found = _leaf_table(tree, fingerprints=True)
+    found = leaf_table(tree, fingerprints=True)
     wrong = [name for name, entry in found.items() if entry != saved[name]]
     if wrong:
         raise _bad(path, f"corrupt: the values of {_listed(wrong)} are not those that were saved")
