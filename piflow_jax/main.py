@@ -8,15 +8,10 @@ import sys
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 
-import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
 from piflow_jax import stages
-from piflow_jax.config import ConfigError, parse
-from piflow_jax.data.latents import LatentsError
-from piflow_jax.training.checkpoint import CheckpointError
-from piflow_jax.training.loop import Interrupted, NonFiniteLossError
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, such as configs/digits.py.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "The run's directory; a run there is continued.")
@@ -32,30 +27,15 @@ _MODE = flags.DEFINE_enum(
 
 
 def main(argv: list[str]) -> int:
-    """Runs the mode; errors that a user can mend are one paragraph, not a traceback."""
+    """Runs the mode and returns the exit status."""
     if len(argv) > 1:
-        return _refuse(f"unexpected arguments {argv[1:]}; settings are --config.key=value")
+        settings = "settings are --config.key=value"
+        print(f"error: unexpected arguments {argv[1:]}; {settings}", file=sys.stderr)
+        return 2
     logging.set_verbosity(logging.INFO)
     std_logging.getLogger("jax._src.xla_bridge").setLevel(std_logging.WARNING)  # absent backends
     logging.get_absl_handler().setFormatter(std_logging.Formatter("%(message)s"))
-    try:
-        # A slice to compile for has other devices than this machine.
-        config = parse(_CONFIG.value, None if _MODE.value == "compile" else jax.device_count())
-        os.makedirs(_WORKDIR.value, exist_ok=True)
-        stages.MODES[_MODE.value](config, _WORKDIR.value)
-    except Interrupted as stop:
-        logging.info("%s", stop)
-        return 0 if stop.signal == "SIGTERM" else 130
-    except (ConfigError, FileNotFoundError, LatentsError) as error:
-        return _refuse(str(error))
-    except (CheckpointError, NonFiniteLossError, OSError) as error:
-        return _refuse(str(error), code=1)
-    return 0
-
-
-def _refuse(message: str, code: int = 2) -> int:
-    print(f"error: {message}", file=sys.stderr)
-    return code
+    return stages.run(_MODE.value, _CONFIG.value, _WORKDIR.value)
 
 
 def _parse_flags(argv: list[str]) -> list[str]:

@@ -127,6 +127,37 @@ def test_bad_overrides_name_the_key(tmp_path, override, message):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_directory_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    done = run(tmp_path / "file" / "run", check=False)
+    assert done.returncode == 1
+    assert re.search(f"error: .*{tmp_path}/file/run.*--workdir", done.stderr)
+    assert "Traceback" not in done.stderr
+
+
+def test_a_full_disk_ends_the_run_with_its_last_good_step(whole_run, tmp_path):
+    """A limit on the size of files stands in for it: 20 kB hold the metrics, no checkpoint."""
+    workdir, _ = whole_run
+    copy = tmp_path / "copy"
+    shutil.copytree(workdir, copy)
+    limited = ["bash", "-c", 'ulimit -f 20; trap "" XFSZ; exec "$@"', "-"]
+    more = ("--config.train.steps=9", "--config.evaluation.num_samples=20")
+    done = subprocess.run(
+        [*limited, *command(copy, *more)],
+        cwd=ROOT,
+        env=os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 1
+    error = done.stderr[done.stderr.rindex("error: ") :]
+    assert "cannot save" in error and "free space" in error, done.stderr
+    # Nothing that was there is lost: the same command goes on.
+    run(copy, *more)
+    assert final_params(copy)[0] == 9
+
+
 def test_killed_run_ends_bit_identical(whole_run, tmp_path):
     """SIGKILL at a random moment of the student's training, then the same command again."""
     more = ("--config.train.steps=60", "--config.checkpoint_every=3", "--config.log_every=1")

@@ -20,6 +20,7 @@ from piflow_jax.config.schema import (
     ModelConfig,
     OptimizerConfig,
     PolicyConfig,
+    ProcessesConfig,
     TeacherConfig,
     TrainConfig,
 )
@@ -33,6 +34,7 @@ __all__ = [
     "ModelConfig",
     "OptimizerConfig",
     "PolicyConfig",
+    "ProcessesConfig",
     "TeacherConfig",
     "TrainConfig",
     "base_config",

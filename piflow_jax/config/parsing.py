@@ -129,12 +129,13 @@ def mesh_sizes(mesh: MeshConfig, num_devices: int) -> dict[str, int]:
     return sizes
 
 
-def check_devices(config: Config, num_devices: int) -> dict[str, int]:
+def check_devices(config: Config, num_devices: int, num_processes: int = 1) -> dict[str, int]:
     """Refuses a mesh and batches that do not fit the devices.
 
     Args:
       config: the parsed configuration.
       num_devices: devices of all processes.
+      num_processes: processes, which take turns in sampling, each on its own devices.
 
     Returns:
       Sizes of the mesh's axes, see `mesh_sizes`.
@@ -153,7 +154,7 @@ def check_devices(config: Config, num_devices: int) -> dict[str, int]:
     for key, batch, over in (
         ("teacher.batch_size", config.teacher.batch_size, parts),
         ("train.batch_size", train.batch_size, parts),
-        ("evaluation.batch_size", config.evaluation.batch_size, num_devices),
+        ("evaluation.batch_size", config.evaluation.batch_size, num_devices // num_processes),
     ):
         if batch % over:
             raise ConfigError(
@@ -184,6 +185,11 @@ def _check_together(config: Config) -> None:
     if teacher.checkpoint and teacher.weights:
         raise ConfigError(
             "config.teacher.checkpoint and config.teacher.weights are both given; empty one of them"
+        )
+    if config.profile and (len(config.profile) != 2 or config.profile[0] > config.profile[1]):
+        raise ConfigError(
+            "config.profile must be empty or (first, last) with first <= last, got "
+            f"{config.profile}"
         )
     low, high = teacher.guidance_interval
     if low > high:

@@ -46,6 +46,16 @@ class MeshConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class ProcessesConfig:
+    """Time limits of a run of several processes."""
+
+    start_seconds: int = _field(300, "until all processes have found each other", low=1)
+    heartbeat_seconds: int = _field(
+        100, "after which a process that does not answer is lost, and the others stop", low=5
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """The DiT that teacher and student share, but for the student's head."""
 
@@ -203,6 +213,16 @@ class Config:
     train: TrainConfig = _field(TrainConfig, "")
     evaluation: EvaluationConfig = _field(EvaluationConfig, "")
     mesh: MeshConfig = _field(MeshConfig, "")
+    processes: ProcessesConfig = _field(ProcessesConfig, "")
+    profile: tuple[int, ...] = _field(
+        (), "first and last step of each stage to profile", low=1, may_be_empty=True
+    )
+    peak_flops: float = _field(
+        0.0, "FLOP/s of a device at most, for the utilisation; 0 looks known devices up", low=0
+    )
+    compilation_cache: str = _field(
+        "", "directory that keeps compiled programs between runs; empty keeps none"
+    )
     topology: str = _field("", "TPU slice for --mode=compile, such as v5e:4x4")
     log_every: int = _field(20, "steps between metrics", low=1)
     checkpoint_every: int = _field(1000, "steps between checkpoints", low=1)

@@ -100,7 +100,6 @@ class BatchIterator(Iterator[dict[str, np.ndarray]]):
         self._identity = {
             "seed": seed,
             "batch_size": batch_size,
-            "process_count": process_count,
             "length": len(source),
         }
         self._threads = 0 if hasattr(source, "gather") else _READ_THREADS
@@ -143,10 +142,11 @@ class BatchIterator(Iterator[dict[str, np.ndarray]]):
 
         Raises:
           ValueError: If the state is not one, or belongs to a pipeline with another seed, batch
-            size, process count or data set length; the message says what differs.
+            size or data set length; the message says what differs.
         """
         expected = {"position", *self._identity}
-        if not isinstance(state, dict) or set(state) != expected:
+        # Older states have the process count, on which batches do not depend.
+        if not isinstance(state, dict) or set(state) - {"process_count"} != expected:
             raise ValueError(f"a data state has the keys {sorted(expected)}, got {state!r}")
         differences = [
             f"{key} was {state[key]} and is now {value}"

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 
 from piflow_jax.evaluation.diversity import class_diversity
 from piflow_jax.evaluation.features import FeatureNetwork
@@ -103,9 +104,21 @@ class IndexSampler:
             yield samples
 
     def __call__(self, params, num_samples: int) -> np.ndarray:
-        """The first samples, `float32[num_samples, ...]`."""
-        batches = list(self.batches(params, range(num_samples)))
-        return np.concatenate(batches).astype(np.float32)
+        """The first samples, `float32[num_samples, ...]`.
+
+        Processes share the work, and all of them get all samples; all have to call it.
+        """
+        count = jax.process_count()
+        share = -(-num_samples // count)
+        start = min(jax.process_index() * share, num_samples)
+        mine = range(start, min(start + share, num_samples))
+        # One that has nothing left to do still needs the shape of a sample.
+        batches = list(self.batches(params, mine or range(1)))
+        samples = np.concatenate(batches).astype(np.float32)[: len(mine)]
+        if count == 1:
+            return samples
+        samples = np.pad(samples, [(0, share - len(mine)), *[(0, 0)] * (samples.ndim - 1)])
+        return multihost_utils.process_allgather(samples, tiled=True)[:num_samples]
 
 
 def measure(

@@ -8,6 +8,7 @@ from piflow_jax.parallel.mesh import (
     replicated,
 )
 from piflow_jax.parallel.sharding import ActivationSharding, parameter_shardings, state_shardings
+from piflow_jax.parallel.topology import peak_flops
 
 __all__ = [
     "ActivationSharding",
@@ -16,6 +17,7 @@ __all__ = [
     "global_batch",
     "local_mesh",
     "parameter_shardings",
+    "peak_flops",
     "replicated",
     "state_shardings",
 ]

@@ -1,6 +1,7 @@
 """What the command line does, a mode each. The only rooms that touch the disk."""
 
 from piflow_jax.stages.adm import write_reference
+from piflow_jax.stages.command import MODES, run
 from piflow_jax.stages.compile import compile_step
 from piflow_jax.stages.evaluate import evaluate
 from piflow_jax.stages.export import export
@@ -14,17 +15,8 @@ __all__ = [
     "evaluate",
     "export",
     "prepare_latents",
+    "run",
     "sample",
     "train",
     "write_reference",
 ]
-
-MODES = {
-    "train": train,
-    "evaluate": evaluate,
-    "sample": sample,
-    "export": export,
-    "prepare": prepare_latents,
-    "statistics": write_reference,
-    "compile": compile_step,
-}

@@ -30,6 +30,7 @@ from piflow_jax.training.networks import (
     teacher_spec,
 )
 from piflow_jax.training.optimizer import make_optimizer
+from piflow_jax.training.run_lock import RunLock
 from piflow_jax.training.state import TrainState
 from piflow_jax.training.step import distill_step, teacher_step
 
@@ -46,10 +47,16 @@ def train(config: Config, workdir: str | os.PathLike) -> None:
         `report.json`, `samples.png`.
 
     Raises:
+      BlockingIOError: another run is at work in the directory.
       CheckpointError: a checkpoint is unusable or contradicts the settings.
       NonFiniteLossError: a loss became NaN or infinite.
       Interrupted: a signal came; the state is saved.
     """
+    with RunLock(workdir):
+        _train(config, workdir)
+
+
+def _train(config: Config, workdir: str | os.PathLike) -> None:
     mesh = device_mesh(**mesh_sizes(config.mesh, jax.device_count()))
     source = load_source(config.data.name, config.data.data_dir or None)
     data = DataShape.of(config.data.name, source)
@@ -92,6 +99,8 @@ def _run(stage: Stage, config: Config, workdir: str | os.PathLike, mesh: Mesh) -
         look_every=config.evaluation.every,
         mesh=mesh,
         keep_checkpoints=config.keep_checkpoints,
+        profile=config.profile,
+        peak_flops=config.peak_flops,
     )
 
 

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 
 from piflow_jax.training.checkpoint import Checkpointer, CheckpointError
 
@@ -57,7 +59,9 @@ class BestCheckpoint:
         Returns:
           Whether it was kept.
         """
-        if not distance < self._distance:
+        # Processes may have measured a little differently; the first one decides.
+        better = distance < self._distance
+        if not multihost_utils.broadcast_one_to_all(np.asarray(better)):
             return False
         # A continued run passes steps again; what a later one left cannot be its own best.
         save(self._checkpointer)

@@ -8,19 +8,28 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from absl import logging
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from piflow_jax.data import BatchIterator
 from piflow_jax.parallel import device_mesh, global_batch, replicated
+from piflow_jax.parallel.processes import over_devices
 from piflow_jax.training.best import BestCheckpoint
 from piflow_jax.training.checkpoint import Checkpointer, CheckpointError
 from piflow_jax.training.metrics import MetricWriter
+from piflow_jax.training.monitor import Monitor, step_memory
 from piflow_jax.training.signals import GracefulExit
 from piflow_jax.training.state import TrainState
 
 __all__ = ["Interrupted", "Look", "NonFiniteLossError", "Stage", "checkpoint_dir", "run_stage"]
+
+
+# Where the processes tell each other of a signal: its place in the list, the largest counts.
+_LEAVE = "leave"
+_SIGNALS = (None, "SIGTERM", "SIGINT")
 
 
 class Interrupted(RuntimeError):
@@ -108,6 +117,8 @@ def run_stage(
     keep_checkpoints: int,
     look_every: int = 0,
     mesh: Mesh | None = None,
+    profile: tuple[int, ...] = (),
+    peak_flops: float = 0.0,
 ) -> TrainState:
     """Runs a stage to its end, from its latest checkpoint if it has one.
 
@@ -123,6 +134,8 @@ def run_stage(
       keep_checkpoints: checkpoints kept.
       look_every: steps between looks, which also keep the best checkpoint in `<stage>/best`.
       mesh: devices that share the batch; by default all of them.
+      profile: first and last step to profile, into the stage's directory; empty for none.
+      peak_flops: see `Monitor`.
 
     Returns:
       The state after the last step.
@@ -144,11 +157,30 @@ def run_stage(
         if start >= stage.steps:
             logging.info("%s: already trained to step %d (%s)", stage.name, start, directory)
             return state
-        with MetricWriter(
-            workdir, stage.name, stage.steps, first_step=start, print_every=10 * log_every
-        ) as writer:
+        monitor = Monitor(
+            stage.name,
+            f"{os.fspath(workdir)}/{stage.name}" if jax.process_index() == 0 else None,
+            batch_size=stage.batch_size,
+            flops_per_step=stage.flops_per_step,
+            peak=peak_flops,
+            profile=profile,
+        )
+        with (
+            MetricWriter(
+                workdir, stage.name, stage.steps, first_step=start, print_every=10 * log_every
+            ) as writer,
+            monitor,
+        ):
             loop = _Loop(
-                stage, mesh, shardings, checkpointer, writer, leaving, log_every, checkpoint_every
+                stage,
+                mesh,
+                shardings,
+                checkpointer,
+                writer,
+                monitor,
+                leaving,
+                log_every,
+                checkpoint_every,
             )
             if stage.look is None or not look_every:
                 return loop.run(state, start)
@@ -204,17 +236,28 @@ class _Loop:
     """The loop proper; a class for the handful of things that every part of it needs."""
 
     def __init__(
-        self, stage, mesh, shardings, checkpointer, writer, leaving, log_every, checkpoint_every
+        self,
+        stage,
+        mesh,
+        shardings,
+        checkpointer,
+        writer,
+        monitor,
+        leaving,
+        log_every,
+        checkpoint_every,
     ):
         self._stage = stage
         self._mesh = mesh
         self._shardings = shardings
         self._checkpointer = checkpointer
         self._writer = writer
+        self._monitor = monitor
         self._leaving = leaving
         self._log_every = log_every
         self._checkpoint_every = checkpoint_every
         self._last_good: int | None = checkpointer.latest_step()
+        self._several = jax.process_count() > 1
 
     def run(
         self,
@@ -226,14 +269,18 @@ class _Loop:
         stage = self._stage
         batch = self._next_batch()
         compiled = self._compile(state, batch)
-        pending = None
-        self._clock = (start, time.perf_counter())
+        metrics = pending = None
+        self._monitor.start(start)
         for step in range(start + 1, stage.steps + 1):
+            self._monitor.before(step, metrics)
+            seen = metrics
             state, metrics = compiled(state, *stage.constants, batch)
             if pending is not None:
                 self._report(*pending)
+            end = step == stage.steps
+            leave = self._asked_to_leave(seen, end)
             pending = (step, metrics)
-            last = step == stage.steps or self._leaving.requested is not None
+            last = end or leave is not None
             if best is not None and step % look_every == 0:
                 self._finite(*pending)
                 self._report(*pending, looked=self._look(step, state, best))
@@ -242,33 +289,71 @@ class _Loop:
                 if pending is not None:
                     self._report(*pending)
                 pending = None
-                self._save(step, state)
+                with self._monitor.compiling():
+                    self._save(step, state)
             if last:
                 break
             batch = self._next_batch()
         self._checkpointer.wait()
-        if self._leaving.requested is not None:
-            raise Interrupted(self._leaving.requested, stage.name, step)
+        if leave is not None:
+            raise Interrupted(leave, stage.name, step)
         return state
 
     def _next_batch(self):
-        batch = global_batch(next(self._stage.data), self._mesh)
+        with self._monitor.waiting():
+            batch = next(self._stage.data)
+        batch = global_batch(batch, self._mesh)
+        if self._several:
+            # Whether this process was asked to leave travels with its share of the batch.
+            asked = _SIGNALS.index(self._leaving.requested)
+            here = np.full(len(self._mesh.local_devices), asked, np.int32)
+            batch[_LEAVE] = over_devices(here, self._mesh)
         return batch
+
+    def _asked_to_leave(self, seen: Mapping[str, jax.Array] | None, end: bool) -> str | None:
+        """The signal that ends the run after this step.
+
+        Several processes go by what all of them see in the metrics of the step before, which are
+        on the host by now: whichever got the signal, all leave after the same step. At the stage's
+        end they ask each other: what came in the last steps must not be lost.
+        """
+        if not self._several:
+            return self._leaving.requested
+        if end:
+            asked = np.int32(_SIGNALS.index(self._leaving.requested))
+            with self._monitor.compiling():
+                return _SIGNALS[int(multihost_utils.process_allgather(asked).max())]
+        return None if seen is None else _SIGNALS[int(np.asarray(seen[_LEAVE]))]
 
     def _compile(self, state, batch):
         began = time.perf_counter()
+
+        def with_leave(state, *arguments):
+            *constants, batch = arguments
+            asked = batch.pop(_LEAVE)
+            state, metrics = self._stage.step(state, *constants, batch)
+            return state, metrics | {_LEAVE: jnp.max(asked)}
+
         step = jax.jit(
-            self._stage.step,
+            with_leave if self._several else self._stage.step,
             donate_argnums=0,
             out_shardings=(self._shardings, replicated(self._mesh)),
         )
         compiled = step.lower(state, *self._stage.constants, batch).compile()
         seconds = time.perf_counter() - began
-        self._writer.say(f"{self._stage.name}  step compiled in {seconds:.1f} s")
+        memory = step_memory(compiled)
+        self._writer.say(
+            f"{self._stage.name}  step compiled in {seconds:.1f} s, "
+            f"{memory['peak'] / 2**20:,.0f} MiB per device"
+        )
         return compiled
 
     def _look(self, step: int, state: TrainState, best: BestCheckpoint) -> dict[str, float]:
         """Figures and pictures of the averaged parameters; keeps the state if it is the best."""
+        with self._monitor.aside():
+            return self._looked(step, state, best)
+
+    def _looked(self, step: int, state: TrainState, best: BestCheckpoint) -> dict[str, float]:
         began = time.perf_counter()
         gather = jax.jit(lambda tree: tree, out_shardings=replicated(self._mesh))
         params = jax.tree.map(lambda leaf: leaf.addressable_data(0), gather(state.ema_params))
@@ -281,8 +366,6 @@ class _Loop:
             text += "  (best so far)"
         seconds = time.perf_counter() - began
         self._writer.say(f"{self._stage.name}  look at step {step:,} in {seconds:.1f} s  {text}")
-        since, clock = self._clock
-        self._clock = (since, clock + seconds)  # not the step's time
         return {f"eval_{name}": value for name, value in look.figures.items()}
 
     def _report(
@@ -292,21 +375,14 @@ class _Loop:
         if step % self._log_every and step != self._stage.steps and not looked:
             return
         values |= looked or {}
-        since, began = self._clock
-        now = time.perf_counter()
-        self._clock = (step, now)
-        if step > since:
-            seconds = (now - began) / (step - since)
-            values |= {
-                "step_seconds": seconds,
-                "examples_per_second": self._stage.batch_size / seconds,
-                "flops_per_second": self._stage.flops_per_step / seconds,
-            }
+        values |= self._monitor.figures(step)
         self._writer.write(step, values)
 
     def _finite(self, step: int, metrics: Mapping[str, jax.Array]) -> dict[str, float]:
         """A step's metrics on the host, if its loss is finite."""
-        values = {name: float(np.asarray(value)) for name, value in metrics.items()}
+        values = {
+            name: float(np.asarray(value)) for name, value in metrics.items() if name != _LEAVE
+        }
         if not np.isfinite(values["loss"]):
             good = (
                 f"the last good checkpoint is step {self._last_good} in "

@@ -162,7 +162,6 @@ def test_state_is_the_same_on_every_process():
     [
         (LENGTH, {"seed": 1}, "seed was 0 and is now 1"),
         (LENGTH, {"batch_size": 8}, "batch_size was 4 and is now 8"),
-        (LENGTH, {"process_count": 2}, "process_count was 1 and is now 2"),
         (LENGTH + 1, {}, "length was 23 and is now 24"),
         (LENGTH + 1, {"seed": 9}, "seed was 0 and is now 9; length was 23 and is now 24"),
     ],

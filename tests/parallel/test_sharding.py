@@ -36,26 +36,31 @@ MESHES = {
 PRECISE = ("one", "fsdp4_tensor2")
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("runs")
-    jobs = [("float32", name, shape) for name, shape in MESHES.items()]
-    jobs += [("float64", name, MESHES[name]) for name in PRECISE]
+def on_eight_devices(script, *arguments):
+    """What a script of this directory prints last."""
     environment = os.environ | {
         "XLA_FLAGS": "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0",
         "JAX_PLATFORMS": "cpu",
         "JAX_ENABLE_X64": "1",
-        "PYTHONPATH": str(HERE.parents[1]),
+        "PYTHONPATH": f"{HERE.parents[1]}:{HERE.parent}",
     }
     done = subprocess.run(
-        [sys.executable, HERE / "sharded_runs.py", folder, json.dumps(jobs)],
+        [sys.executable, HERE / script, *arguments],
         env=environment,
         capture_output=True,
         text=True,
         timeout=500,
     )
     assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
+    return json.loads(done.stdout)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
+    jobs = [("float32", name, shape) for name, shape in MESHES.items()]
+    jobs += [("float64", name, MESHES[name]) for name in PRECISE]
+    found = on_eight_devices("sharded_runs.py", folder, json.dumps(jobs))
     for run in found.values():
         run["params"] = dict(np.load(run["params"]))
     return found
@@ -78,6 +83,15 @@ def test_twenty_steps_are_those_of_one_device(runs, mesh, precision, tolerance):
             # Adam makes steps of the full rate.
             difference, values = difference[:, ::2], values[:, ::2]
         assert np.linalg.norm(difference) <= tolerance * np.linalg.norm(values), name
+
+
+def test_a_run_of_eight_devices_continues_on_fewer_and_another_mesh(tmp_path):
+    found = on_eight_devices("resumed_runs.py", tmp_path)
+    assert set(found) == {"four", "two", "one"}
+    for name, run in found.items():
+        assert run["steps"] == 8
+        # Of the run that was on one device all the time.
+        assert run["losses"] < 1e-5 and run["state"] < 1e-5, name
 
 
 def test_the_state_is_made_where_it_belongs(runs):

@@ -1,0 +1,262 @@
+"""Many processes as one program: how they find each other, and how they end together.
+
+Every process runs the same command. Who it is, it learns from its environment, in this order:
+
+* `JAX_COORDINATOR_ADDRESS`, `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID`, set by hand;
+* Slurm's variables of a step (`srun`), read by JAX;
+* Open MPI's or PMI's (MPICH, Intel) rank and size, with `JAX_COORDINATOR_ADDRESS` where JAX cannot
+  tell the address;
+* the metadata of a Cloud TPU or of GKE, read by JAX.
+
+Without any of these there is one process, and nothing is started.
+"""
+
+import contextlib
+import dataclasses
+import logging as std_logging
+import os
+import sys
+import threading
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+from jax.sharding import PartitionSpec
+
+from piflow_jax.config import ProcessesConfig
+from piflow_jax.parallel.mesh import AXES, device_mesh
+
+__all__ = ["Place", "ProcessError", "end", "find", "over_devices", "start"]
+
+_ADDRESS, _COUNT, _INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
+# Variables of MPI launchers: size and rank.
+_MPI = (("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"), ("PMI_SIZE", "PMI_RANK"))
+_ORTE = "OMPI_MCA_orte_hnp_uri"  # Open MPI up to 4: JAX reads the address off it
+
+
+class ProcessError(RuntimeError):
+    """The processes of a run did not find each other, or one of them was lost."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where a process stands among the others.
+
+    Attributes:
+      source: what said so: `environment`, `slurm`, `mpi` or `tpu`.
+      address: `host:port` of process 0; None leaves it to JAX.
+      count: number of processes; None leaves it to JAX.
+      index: this process; None leaves it to JAX.
+    """
+
+    source: str
+    address: str | None = None
+    count: int | None = None
+    index: int | None = None
+
+
+def find(environ: Mapping[str, str], *, tpu: bool = False) -> Place | None:
+    """Reads this process's place off its environment.
+
+    Args:
+      environ: the environment.
+      tpu: whether the machine has TPUs, which is no matter of the environment.
+
+    Returns:
+      The place, or None if there is one process only.
+
+    Raises:
+      ProcessError: the variables contradict each other, or some are missing; names them.
+    """
+    if _COUNT in environ or _INDEX in environ:
+        missing = [name for name in (_ADDRESS, _COUNT, _INDEX) if not environ.get(name)]
+        if missing:
+            raise ProcessError(f"{' and '.join(missing)} must be set too, or none of the three")
+        return _place(
+            "environment", environ[_ADDRESS], (_COUNT, environ[_COUNT]), (_INDEX, environ[_INDEX])
+        )
+    # SLURM_NTASKS would be there in a batch script too, which is one process and no step.
+    if "SLURM_STEP_NODELIST" in environ and "SLURM_PROCID" in environ:
+        size = environ.get("SLURM_STEP_NUM_TASKS") or environ.get("SLURM_NTASKS", "1")
+        place = _place(
+            "slurm", None, ("SLURM_STEP_NUM_TASKS", size), ("SLURM_PROCID", environ["SLURM_PROCID"])
+        )
+        if place is not None:
+            return place
+    for size, rank in _MPI:
+        if size in environ and rank in environ:
+            address = environ.get(_ADDRESS)
+            place = _place("mpi", address, (size, environ[size]), (rank, environ[rank]))
+            if place is None:
+                continue
+            if not address and _ORTE not in environ:
+                raise ProcessError(
+                    f"{size}={environ[size]} says that there are several processes, but not where "
+                    f"the first one is; set {_ADDRESS}=HOST:PORT to the host of rank 0"
+                )
+            return place
+    return Place(source="tpu") if tpu else None
+
+
+def _place(
+    source: str, address: str | None, count: tuple[str, str], index: tuple[str, str]
+) -> Place | None:
+    numbers = []
+    for name, text in (count, index):
+        try:
+            numbers.append(int(text))
+        except ValueError:
+            raise ProcessError(f"{name} must be an integer, got {text!r}") from None
+    if not 0 <= numbers[1] < numbers[0]:
+        raise ProcessError(f"{index[0]} must be in [0, {count[0]} = {numbers[0]}), got {index[1]}")
+    if address and not address.rpartition(":")[2].isdigit():
+        raise ProcessError(f"{_ADDRESS} must be HOST:PORT, got {address!r}")
+    if numbers[0] == 1:
+        return None
+    return Place(source=source, address=address, count=numbers[0], index=numbers[1])
+
+
+def start(settings: ProcessesConfig, environ: Mapping[str, str] | None = None) -> None:
+    """Connects this process with the others, if there are any; before JAX has looked at devices.
+
+    Ends with a sum over all devices, so that a network that connects but does not carry data is
+    found before anything is compiled. Processes other than the first log warnings only.
+
+    Args:
+      settings: time limits.
+      environ: by default this process's environment.
+
+    If the others are not found or do not answer in time, the process ends with an error and status
+    1: what waits for them cannot be interrupted, and JAX's own limit is an abort without words.
+
+    Raises:
+      ProcessError: connecting or the sum failed at once.
+    """
+    environ = os.environ if environ is None else environ
+    place = find(environ, tpu=_has_tpu(environ))
+    if place is None:
+        return
+    if place.index:
+        logging.set_verbosity(logging.WARNING)
+    std_logging.getLogger("jax._src.distributed").setLevel(std_logging.ERROR)  # it says proxies
+    # Its handler of SIGTERM would swallow the signal outside of training as well; the loop agrees
+    # on a step by itself (`training.loop`).
+    jax.config.update("jax_enable_preemption_service", False)
+    method = {"slurm": "slurm", "mpi": "ompi", "tpu": None, "environment": "deactivate"}
+    detect = "deactivate" if place.address else method[place.source]
+    known = {}
+    if detect == "deactivate":
+        known = {
+            "coordinator_address": place.address,
+            "num_processes": place.count,
+            "process_id": place.index,
+        }
+    unconnected = _unconnected(place, environ)
+    try:
+        with _time_limit(settings, unconnected):
+            jax.distributed.initialize(
+                **known,
+                cluster_detection_method=detect,
+                initialization_timeout=2 * settings.start_seconds,  # ours comes first
+                heartbeat_timeout_seconds=settings.heartbeat_seconds,
+                shutdown_timeout_seconds=settings.heartbeat_seconds,
+            )
+    except (RuntimeError, ValueError, OSError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ProcessError(f"{unconnected} ({reason})") from error
+    _preflight(place, settings)
+    count, devices = jax.process_count(), jax.device_count()
+    logging.info("%d processes (%s), %d devices", count, place.source, devices)
+
+
+@contextlib.contextmanager
+def _time_limit(settings: ProcessesConfig, message: str) -> Iterator[None]:
+    def give_up():
+        limit = f"config.processes.start_seconds = {settings.start_seconds}"
+        print(f"error: {message} (waited {limit})", file=sys.stderr, flush=True)
+        os._exit(1)
+
+    timer = threading.Timer(settings.start_seconds, give_up)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def _unconnected(place: Place, environ: Mapping[str, str]) -> str:
+    nodes = environ.get("SLURM_STEP_NODELIST")
+    where = place.address or (f"the first of {nodes}" if nodes else "the address that JAX found")
+    return (
+        f"process {_name(place)} did not join the others at {where}. Check that all processes were "
+        "started and process 0 still runs, that its port is free and open to the others, and that "
+        "no proxy variable stands in the way"
+    )
+
+
+def _name(place: Place) -> str:
+    return "?" if place.index is None else f"{place.index} of {place.count}"
+
+
+def over_devices(values: np.ndarray, mesh=None) -> jax.Array:
+    """An array with one entry for each device, this process's entries given.
+
+    Args:
+      values: `[devices of this process]`.
+      mesh: by default one of all devices.
+
+    Returns:
+      A global array `[devices]`.
+    """
+    sharding = jax.NamedSharding(mesh or device_mesh(), PartitionSpec(AXES))
+    return jax.make_array_from_process_local_data(sharding, values)
+
+
+def _preflight(place: Place, settings: ProcessesConfig) -> None:
+    head = f"process {_name(place)}: the first sum over all devices"
+    check = "Check that the processes reach each other on all ports, not only on process 0's"
+    try:
+        with _time_limit(settings, f"{head} did not end. {check}"):
+            ones = np.ones(jax.local_device_count(), np.int32)
+            found = int(jax.jit(jnp.sum)(over_devices(ones)))
+    except RuntimeError as error:
+        text = " ".join(str(error).split())[:300]
+        raise ProcessError(f"{head} failed: {text}. {check}") from error
+    if found != jax.device_count():
+        raise ProcessError(f"{head} is {found}, but there are {jax.device_count()}. {check}")
+
+
+def _has_tpu(environ: Mapping[str, str]) -> bool:
+    """Whether JAX would use TPUs of this machine."""
+    platforms = environ.get("JAX_PLATFORMS", "tpu")
+    chips = [*Path("/dev").glob("accel*"), *Path("/dev").glob("vfio/[0-9]*")]
+    # GPUs handed through to a virtual machine are in /dev/vfio as well.
+    gpu = Path("/dev/nvidiactl").exists()
+    return "tpu" in platforms.split(",") and bool(chips) and not gpu
+
+
+def end(code: int) -> int:
+    """Ends this process's part in the run.
+
+    After a success it waits for the others. After an error it does not return: Python's own way
+    out would wait for processes that are waiting for this one. They notice at once that its
+    connections are closed, or after `config.processes.heartbeat_seconds`.
+
+    Args:
+      code: the exit status.
+
+    Returns:
+      The same status.
+    """
+    if not jax.distributed.is_initialized():
+        return code
+    if code not in (0, 130):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    jax.distributed.shutdown()
+    return code

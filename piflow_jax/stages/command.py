@@ -1,0 +1,85 @@
+"""A mode from settings to exit status: what is common to all of them."""
+
+import os
+import sys
+import traceback
+
+import jax
+import ml_collections
+from absl import logging
+from etils import epath
+
+from piflow_jax.config import Config, ConfigError, check_devices, parse
+from piflow_jax.data.latents import LatentsError
+from piflow_jax.parallel import processes
+from piflow_jax.stages.adm import write_reference
+from piflow_jax.stages.compile import compile_step
+from piflow_jax.stages.evaluate import evaluate
+from piflow_jax.stages.export import export
+from piflow_jax.stages.prepare import prepare_latents
+from piflow_jax.stages.sample import sample
+from piflow_jax.stages.train import train
+from piflow_jax.training.checkpoint import CheckpointError
+from piflow_jax.training.loop import Interrupted, NonFiniteLossError
+
+__all__ = ["MODES", "run"]
+
+MODES = {
+    "train": train,
+    "evaluate": evaluate,
+    "sample": sample,
+    "export": export,
+    "prepare": prepare_latents,
+    "statistics": write_reference,
+    "compile": compile_step,
+}
+
+
+def run(mode: str, config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> int:
+    """Runs a mode; errors that a user can mend are one paragraph, not a traceback.
+
+    Starts the processes of a cluster first. After an error that only some of them have, it does not
+    return, see `processes.end`.
+
+    Args:
+      mode: a key of `MODES`.
+      config: what a config file made and flags changed.
+      workdir: the run's directory; made if need be.
+
+    Returns:
+      The exit status: 0; 2 for settings or data; 1 for the run; 130 after SIGINT.
+    """
+    try:
+        parsed = parse(config, None)
+        _start(parsed, mode, workdir)
+        MODES[mode](parsed, workdir)
+    except Interrupted as stop:
+        logging.info("%s", stop)
+        return processes.end(0 if stop.signal == "SIGTERM" else 130)
+    except (ConfigError, FileNotFoundError, LatentsError) as error:
+        return _refuse(str(error), 2)
+    except (CheckpointError, NonFiniteLossError, OSError, processes.ProcessError) as error:
+        return _refuse(str(error), 1)
+    except Exception:
+        if jax.process_count() == 1:
+            raise
+        traceback.print_exc()
+        return _refuse(f"process {jax.process_index()} failed, or lost another one", 1)
+    return processes.end(0)
+
+
+def _start(config: Config, mode: str, workdir: str | os.PathLike) -> None:
+    if config.compilation_cache:
+        jax.config.update("jax_compilation_cache_dir", config.compilation_cache)
+    if mode != "compile":  # a slice to compile for has other devices than this machine
+        processes.start(config.processes)
+        check_devices(config, jax.device_count(), jax.process_count())
+    try:
+        epath.Path(workdir).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"cannot make {workdir} ({error}); pass another --workdir") from error
+
+
+def _refuse(message: str, code: int) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return processes.end(code)

@@ -1,0 +1,68 @@
+"""Starts a run on eight devices, continues it on others, and prints how far the ends are apart."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import tiny
+from absl import logging
+
+from piflow_jax.config import parse
+from piflow_jax.data import load_source
+from piflow_jax.parallel import device_mesh
+from piflow_jax.stages.train import _student_stage
+from piflow_jax.training.loop import run_stage
+from piflow_jax.training.networks import DataShape, init_params, teacher_network
+
+FIRST, STEPS = 4, 8
+# data, fsdp, tensor
+START, ENDS = (1, 8, 1), {"four": (2, 2, 1), "two": (1, 1, 2), "one": (1, 1, 1)}
+
+
+def run(workdir, shape, steps):
+    settings = tiny.get_config()
+    settings.train.steps = steps
+    settings.train.optimizer.learning_rate = 1e-4
+    config = parse(settings, None)
+    mesh = device_mesh(*shape, devices=jax.devices()[: int(np.prod(shape))])
+    source = load_source("digits")
+    data = DataShape.of("digits", source)
+    teacher = jax.jit(lambda: init_params(teacher_network(config.model, data), jax.random.key(0)))
+    teacher = jax.device_put(teacher(), jax.NamedSharding(mesh, jax.P()))
+    stage = _student_stage(config, source, data, teacher, mesh)
+    options = {"log_every": 1, "checkpoint_every": 100, "keep_checkpoints": 1}
+    state = run_stage(stage, workdir, mesh=mesh, **options)
+    flat = jax.tree_util.tree_leaves_with_path((state.params, state.ema_params, state.opt_state))
+    lines = (workdir / "student/metrics.jsonl").read_text().splitlines()
+    losses = [json.loads(line)["loss"] for line in lines]
+    return losses, {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in flat}
+
+
+def distance(ours, theirs):
+    """The largest relative distance of a leaf; biases of keys are rounding alone."""
+    found = {}
+    for name, values in theirs.items():
+        if "['qkv']['bias']" not in name:
+            size = max(np.linalg.norm(values), 1e-30)
+            found[name] = float(np.linalg.norm(ours[name] - values) / size)
+    return max(found.values())
+
+
+if __name__ == "__main__":
+    logging.set_verbosity(logging.ERROR)
+    folder = Path(sys.argv[1])
+    losses, whole = run(folder / "whole", (1, 1, 1), STEPS)
+    run(folder / "start", START, FIRST)
+    results = {}
+    for name, shape in ENDS.items():
+        shutil.copytree(folder / "start", folder / name)
+        ours, arrays = run(folder / name, shape, STEPS)
+        results[name] = {
+            "steps": len(ours),
+            "losses": float(np.max(np.abs(np.divide(ours, losses) - 1))),
+            "state": distance(arrays, whole),
+        }
+    print(json.dumps(results))

@@ -1,0 +1,284 @@
+"""Several real processes on this machine, started as a cluster starts them."""
+
+import contextlib
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from piflow_jax.parallel.processes import Place, ProcessError, find
+
+ROOT = Path(__file__).parents[2]
+CONFIG = ROOT / "tests" / "tiny.py"
+# Enough steps for a signal to come in the middle; the evaluation is short.
+STUDENT_STEPS = 40
+JOB = [
+    f"--config.train.steps={STUDENT_STEPS}",
+    "--config.checkpoint_every=5",
+    "--config.log_every=1",
+    "--config.processes.heartbeat_seconds=5",
+    "--config.processes.start_seconds=60",
+]
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def by_hand(port, count, index):
+    return {
+        "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
+        "JAX_NUM_PROCESSES": str(count),
+        "JAX_PROCESS_ID": str(index),
+    }
+
+
+def by_slurm(port, count, index):
+    """What `srun` sets in each task of a step."""
+    return {
+        "SLURM_JOB_ID": str(port),  # JAX makes the port of it
+        "SLURM_STEP_NODELIST": "127.0.0.1",
+        "SLURM_STEP_NUM_TASKS": str(count),
+        "SLURM_NTASKS": str(count),
+        "SLURM_PROCID": str(index),
+        "SLURM_LOCALID": "0",
+    }
+
+
+def by_mpi(port, count, index):
+    """What `mpirun` of Open MPI 5 sets, and the address that it does not."""
+    return {
+        "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
+        "OMPI_COMM_WORLD_SIZE": str(count),
+        "OMPI_COMM_WORLD_RANK": str(index),
+        "OMPI_COMM_WORLD_LOCAL_RANK": str(index),
+    }
+
+
+@contextlib.contextmanager
+def started(workdir, logs, count, *arguments, launcher=by_hand, port=None):
+    """The processes, whose outputs go to `logs/<index>`; none outlives the test."""
+    logs.mkdir(parents=True, exist_ok=True)
+    port = port or free_port()
+    running = []
+    command = [sys.executable, "-m", "piflow_jax.main", f"--config={CONFIG}"]
+    try:
+        for index in range(count):
+            environment = {
+                key: value
+                for key, value in os.environ.items()
+                if not key.startswith(("SLURM_", "OMPI_", "JAX_"))
+            }
+            environment |= {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "no_proxy": "*"}
+            environment |= launcher(port, count, index) if count > 1 else {}
+            with (logs / str(index)).open("w") as log:
+                running.append(
+                    subprocess.Popen(
+                        [*command, f"--workdir={workdir}", *arguments],
+                        cwd=ROOT,
+                        env=environment,
+                        stdout=log,
+                        stderr=subprocess.STDOUT,
+                    )
+                )
+        yield running
+    finally:
+        for process in running:
+            process.kill()
+            process.wait()
+
+
+def finish(running, logs, timeout=240):
+    """Exit statuses, and what each process said."""
+    deadline = time.monotonic() + timeout
+    codes = [process.wait(max(deadline - time.monotonic(), 0.1)) for process in running]
+    return codes, [(logs / str(index)).read_text() for index in range(len(running))]
+
+
+def run(workdir, logs, count, *arguments, **options):
+    with started(workdir, logs, count, *JOB, *arguments, **options) as running:
+        codes, said = finish(running, logs)
+    assert codes == [0] * count, "\n".join(said)
+    return said
+
+
+def steps_done(workdir):
+    path = workdir / "student" / "metrics.jsonl"
+    return path.read_text().count("\n") if path.exists() else 0
+
+
+def until_step(workdir, step, running):
+    deadline = time.monotonic() + 200
+    while steps_done(workdir) < step:
+        assert time.monotonic() < deadline and all(p.poll() is None for p in running)
+        time.sleep(0.002)
+
+
+def arrays(workdir, step=STUDENT_STEPS):
+    """All arrays of the student's checkpoint, flat."""
+    path = workdir / "student" / "checkpoints" / str(step) / "state"
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+        # As NumPy's: the devices it was saved from are not here.
+        on_host = jax.tree.map(
+            lambda _: ocp.RestoreArgs(restore_type=np.ndarray),
+            reader.metadata(path).item_metadata.tree,
+        )
+        tree = reader.restore(path, args=ocp.args.PyTreeRestore(restore_args=on_host))
+    return dict(flat(tree))
+
+
+def flat(tree, prefix=""):
+    if isinstance(tree, dict | list | tuple):
+        items = tree.items() if isinstance(tree, dict) else enumerate(tree)
+        for key, value in items:
+            yield from flat(value, f"{prefix}/{key}")
+    elif tree is not None:
+        yield prefix, tree
+
+
+def assert_close(ours, theirs, tolerance):
+    assert ours.keys() == theirs.keys()
+    for name, values in theirs.items():
+        if name.startswith(("/params", "/ema_params")) and "/qkv/bias" not in name:
+            difference = np.linalg.norm(ours[name] - values)
+            assert difference <= tolerance * np.linalg.norm(values), name
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("one")
+    run(workdir, workdir / "logs", 1)
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("two")
+    return workdir, run(workdir, workdir / "logs", 2)
+
+
+def test_two_processes_give_the_result_of_one(one, two):
+    workdir, said = two
+    assert_close(arrays(workdir), arrays(one), 1e-5)
+    ours, theirs = (json.loads((w / "report.json").read_text())["rows"] for w in (workdir, one))
+    for row, other in zip(ours, theirs, strict=True):
+        assert row["figures"] == pytest.approx(other["figures"], rel=1e-3)
+        assert (row["endpoint_mse"] is None) == (other["endpoint_mse"] is None)
+        assert (row["endpoint_mse"] or 0) == pytest.approx(other["endpoint_mse"] or 0, rel=1e-3)
+    assert "2 processes (environment), 2 devices" in said[0]
+    # The second one is silent, and its numbers are in no file.
+    assert [line for line in said[1].splitlines() if not line.startswith("[Gloo]")] == []
+    lines = [json.loads(line)["step"] for line in (workdir / "student/metrics.jsonl").open()]
+    assert lines == list(range(1, STUDENT_STEPS + 1))
+
+
+def test_four_processes_and_another_mesh_give_the_result_of_one(one, tmp_path):
+    """Under Slurm's variables, the parameters split over the processes."""
+    mesh = ["--config.mesh.data=2", "--config.mesh.fsdp=2"]
+    said = run(tmp_path, tmp_path / "logs", 4, *mesh, launcher=by_slurm)
+    assert "4 processes (slurm), 4 devices" in said[0]
+    assert_close(arrays(tmp_path), arrays(one), 1e-5)
+
+
+def test_stopped_and_killed_processes_continue_exactly(two, tmp_path):
+    logs = tmp_path / "logs"
+    # A pre-emption notice reaches one of them; all save the same step and leave.
+    with started(tmp_path, logs, 2, *JOB) as running:
+        until_step(tmp_path, 3, running)
+        running[1].send_signal(signal.SIGTERM)
+        codes, said = finish(running, logs)
+    assert codes == [0, 0], said
+    stopped = re.search(r"SIGTERM: saved student at step (\d+)", said[0])
+    assert stopped and 3 <= int(stopped[1]) < STUDENT_STEPS
+    # One dies; the other one ends with an error, soon.
+    with started(tmp_path, logs, 2, *JOB, launcher=by_mpi) as running:
+        until_step(tmp_path, int(stopped[1]) + 3, running)
+        running[1].kill()
+        killed = time.monotonic()
+        codes, said = finish(running, logs)
+    assert codes[0] not in (0, None) and codes[1] == -signal.SIGKILL
+    assert time.monotonic() - killed < 60, "it hung"
+    assert "error: process 0 failed, or lost another one" in said[0]
+    assert not (tmp_path / "report.json").exists()
+    run(tmp_path, logs, 2)
+    ours, theirs = arrays(tmp_path), arrays(two[0])
+    assert ours.keys() == theirs.keys()
+    for name, values in theirs.items():
+        np.testing.assert_array_equal(ours[name], values, err_msg=name)
+
+
+def test_when_the_first_one_dies_the_others_stop(tmp_path):
+    logs = tmp_path / "logs"
+    with started(tmp_path, logs, 2, *JOB) as running:
+        until_step(tmp_path, 2, running)
+        running[0].kill()
+        killed = time.monotonic()
+        codes, said = finish(running, logs)
+    assert codes[1] not in (0, None)
+    assert time.monotonic() - killed < 60, "it hung"
+    assert said[1]
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_processes_that_are_not_all_there_say_so(tmp_path, index):
+    environment = os.environ | by_hand(free_port(), 2, index) | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "piflow_jax.main", f"--config={CONFIG}"]
+    command += [f"--workdir={tmp_path}", "--config.processes.start_seconds=3"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 1
+    error = done.stderr[done.stderr.rindex("error: ") :]
+    address = environment["JAX_COORDINATOR_ADDRESS"]
+    for part in (f"process {index} of 2 did not join the others at {address}", "start_seconds = 3"):
+        assert part in error
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("environ", "place"),
+    [
+        ({}, None),
+        (by_hand(1234, 4, 3), Place("environment", "127.0.0.1:1234", 4, 3)),
+        (by_hand(1234, 1, 0), None),
+        (by_slurm(4321, 8, 7), Place("slurm", None, 8, 7)),
+        (by_slurm(4321, 1, 0), None),
+        ({"SLURM_NTASKS": "8", "SLURM_PROCID": "0"}, None),  # a batch script, no step
+        (by_mpi(1234, 2, 1), Place("mpi", "127.0.0.1:1234", 2, 1)),
+        (
+            {"PMI_SIZE": "2", "PMI_RANK": "0", "JAX_COORDINATOR_ADDRESS": "a:1"},
+            Place("mpi", "a:1", 2, 0),
+        ),
+        (by_slurm(4321, 2, 0) | by_hand(1234, 2, 1), Place("environment", "127.0.0.1:1234", 2, 1)),
+    ],
+)
+def test_a_process_finds_its_place(environ, place):
+    assert find(environ) == place
+    # The machine counts where nothing else says anything.
+    said = "JAX_PROCESS_ID" in environ
+    assert find(environ, tpu=True) == (place if said else place or Place("tpu"))
+
+
+@pytest.mark.parametrize(
+    ("environ", "message"),
+    [
+        ({"JAX_PROCESS_ID": "1"}, "JAX_COORDINATOR_ADDRESS and JAX_NUM_PROCESSES must be set too"),
+        (by_hand(1, 2, 2), r"JAX_PROCESS_ID must be in \[0, JAX_NUM_PROCESSES = 2\), got 2"),
+        (by_hand(1, 2, "x"), "JAX_PROCESS_ID must be an integer, got 'x'"),
+        (by_hand(1, 2, 0) | {"JAX_COORDINATOR_ADDRESS": "host"}, "must be HOST:PORT, got 'host'"),
+        ({"PMI_SIZE": "2", "PMI_RANK": "0"}, "set JAX_COORDINATOR_ADDRESS=HOST:PORT"),
+    ],
+)
+def test_variables_that_make_no_sense_are_named(environ, message):
+    with pytest.raises(ProcessError, match=message):
+        find(environ)
