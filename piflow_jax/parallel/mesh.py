@@ -2,6 +2,7 @@
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 __all__ = ["AXES", "batch_sharding", "device_mesh", "global_batch", "local_mesh", "replicated"]
@@ -19,10 +20,12 @@ def device_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) ->
       devices: by default all of all processes.
 
     Returns:
-      The mesh. Neighbours are on the last axis, which talks most.
+      The mesh. Neighbours are on the last axis, which talks most. Of several TPU slices, whose
+      network between them is slow, each has its own part of `data`.
 
     Raises:
-      ValueError: The sizes do not multiply to the number of devices.
+      ValueError: The sizes do not multiply to the number of devices, or the slices do not divide
+        `data`.
     """
     devices = jax.devices() if devices is None else devices
     data = len(devices) // (fsdp * tensor) if data == -1 else data
@@ -30,6 +33,14 @@ def device_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) ->
         raise ValueError(
             f"a mesh of {data} x {fsdp} x {tensor} does not fit {len(devices)} devices"
         )
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices > 1:
+        if data % slices:
+            raise ValueError(f"config.mesh.data ({data}) must be divisible by the {slices} slices")
+        hybrid = mesh_utils.create_hybrid_device_mesh(
+            (data // slices, fsdp, tensor), (slices, 1, 1), devices
+        )
+        return Mesh(hybrid, AXES, axis_types=(AxisType.Auto,) * 3)
     return jax.make_mesh(
         (data, fsdp, tensor), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices
     )

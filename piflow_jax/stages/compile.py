@@ -4,6 +4,7 @@ import dataclasses
 import importlib.metadata
 import json
 import os
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,11 @@ from piflow_jax.data import load_source
 from piflow_jax.models.dit import DiT
 from piflow_jax.models.flops import forward_flops, traced_flops
 from piflow_jax.parallel import ActivationSharding, batch_sharding, device_mesh, replicated
+from piflow_jax.parallel.collectives import collective_bytes
 from piflow_jax.parallel.cycles import estimated_cycles
 from piflow_jax.parallel.topology import CHIPS, Chip, topology_devices
 from piflow_jax.stages.systems import student_shardings, teacher_shardings
+from piflow_jax.training.monitor import step_memory
 from piflow_jax.training.networks import (
     IMAGENET_LATENTS,
     DataShape,
@@ -80,15 +83,19 @@ def compile_step(config: Config, workdir: str | os.PathLike) -> dict[str, Any]:
         "remat": config.model.remat,
         "dtype": config.model.dtype,
         "moment_dtype": config.train.optimizer.moment_dtype,
-        "memory_bytes": _memory(compiled) | {"chip": _chip(config).memory},
+        "memory_bytes": dict(step_memory(compiled)) | {"chip": _chip(config).memory},
         "flops": _flops(config, program),
         "cycles": _cycles(config, compiled),
+        "collective_bytes": collective_bytes(
+            compiled.as_text(), SCOPES, {"policy": config.train.total_substeps}
+        ),
         "compile_seconds": seconds,
         "jax": jax.__version__,
         "libtpu": importlib.metadata.version("libtpu"),
         "libtpu_flags": os.environ.get("LIBTPU_INIT_ARGS", ""),
     }
-    path = Path(workdir) / f"compile_{config.topology.replace(':', '_')}.json"
+    name = re.sub(r"\W", "_", config.topology)
+    path = Path(workdir) / f"compile_{name}.json"
     path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     logging.info("%s", _summary(report))
     logging.info("wrote %s", path)
@@ -164,22 +171,6 @@ def _program(config: Config, mesh: Mesh) -> _Program:
 
 def _chip(config: Config) -> Chip:
     return CHIPS[config.topology.split(":")[0]]
-
-
-def _memory(compiled) -> dict[str, int]:
-    """Bytes of a device's memory; donated arguments and what replaces them are counted once."""
-    memory = compiled.memory_analysis()
-    peak = (
-        memory.argument_size_in_bytes
-        + memory.output_size_in_bytes
-        - memory.alias_size_in_bytes
-        + memory.temp_size_in_bytes
-    )
-    return {
-        "arguments": memory.argument_size_in_bytes,
-        "temporary": memory.temp_size_in_bytes,
-        "peak": peak,
-    }
 
 
 def _flops(config: Config, program: _Program) -> dict[str, Any]:

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from piflow_jax.parallel.cycles import UnknownTripCountError, estimated_cycles
+from piflow_jax.parallel.cycles import estimated_cycles
+from piflow_jax.parallel.program import UnknownTripCountError
 
 ROOT = Path(__file__).parents[2]
 SCOPES = ("teacher", "student", "policy")
