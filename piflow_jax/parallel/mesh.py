@@ -34,16 +34,14 @@ def device_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) ->
             f"a mesh of {data} x {fsdp} x {tensor} does not fit {len(devices)} devices"
         )
     slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if data % slices:
+        raise ValueError(f"config.mesh.data ({data}) must be divisible by the {slices} slices")
+    shape, split = (data // slices, fsdp, tensor), {"allow_split_physical_axes": True}
     if slices > 1:
-        if data % slices:
-            raise ValueError(f"config.mesh.data ({data}) must be divisible by the {slices} slices")
-        hybrid = mesh_utils.create_hybrid_device_mesh(
-            (data // slices, fsdp, tensor), (slices, 1, 1), devices
-        )
-        return Mesh(hybrid, AXES, axis_types=(AxisType.Auto,) * 3)
-    return jax.make_mesh(
-        (data, fsdp, tensor), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices
-    )
+        grid = mesh_utils.create_hybrid_device_mesh(shape, (slices, 1, 1), devices, **split)
+    else:
+        grid = mesh_utils.create_device_mesh(shape, devices, **split)
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 def local_mesh() -> Mesh:
