@@ -80,6 +80,7 @@ def test_an_untrained_network_is_blamed():
         lambda x, t: exact(x, t, shift=1.0), teacher, NOISE, 1, WARP, free=free(6), **FAST
     )
     assert found.reasons()[0].startswith("network: a free policy reaches")
+    assert found.rollout.rollout[-1] < 0.1 * found.rollout.student
     figure = plot_diagnosis(found)
     titles = [axes.get_title() for axes in figure.axes]
     assert len(titles) == 4 and all(titles)

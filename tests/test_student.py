@@ -149,6 +149,8 @@ def test_few_programs_serve_all_batch_sizes(run, monkeypatch):
         part = student.sample(0, np.arange(count) % 10, substeps=4)
         assert part.shape == (count, 8, 8, 1)
         np.testing.assert_allclose(part, whole[:count], rtol=1e-4, atol=1e-5)
+    # The same labels in a later call are other samples.
+    assert np.abs(whole[1280:1290] - whole[:10]).max(axis=(1, 2, 3)).min() > 0.1
     assert len(traces) == 9 * per_program  # powers of two from 1 to 256
 
 
@@ -261,8 +263,12 @@ for count in (3, 8):
 
 mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
 split = jax.NamedSharding(mesh, P("data"))
-batch = {"labels": jax.device_put(np.zeros(32, np.int32), split)}
-(sampler,) = spread._samplers.values()
+((program, sampler),) = spread._samplers.items()
+calls = []
+spread._samplers[program] = lambda *args: calls.append(args) or sampler(*args)
+spread.sample(0, np.zeros(32, np.int32), substeps=16, h=1.0)
+batch = calls[0][-1]
+assert batch["labels"].sharding.is_equivalent_to(split, 1)
 text = sampler.lower(spread.params, jax.random.key(0), np.uint32(0), batch).compile().as_text()
 assert "f32[4,8,8,1]" in text and "f32[32,8,8,1]" not in text, "each device draws its own"
 x = jax.random.normal(jax.random.key(1), (8, 8, 8, 1))
