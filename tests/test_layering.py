@@ -32,7 +32,8 @@ ROOMS = {
 ROOMS["student"] = MATHEMATICS | {"models", "config", "convert", "training"}
 ROOMS["stages"] = set(ROOMS) - {"__init__", "student"}
 ROOMS["diagnostics"] = MATHEMATICS
-ROOMS["main"] = set(ROOMS) - {"__init__", "student", "diagnostics"}
+ROOMS["demo"] = {"__init__", "flow", "evaluation"}
+ROOMS["main"] = set(ROOMS) - {"__init__", "student", "diagnostics", "demo"}
 
 # All that models know of the policies is the type of their own output.
 MODELS_TAKE_FROM_FLOW = {("piflow_jax.flow.policies", "GMOutput")}
