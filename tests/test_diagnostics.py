@@ -87,6 +87,7 @@ def test_an_untrained_network_is_blamed():
     np.testing.assert_allclose(figure.axes[0].lines[0].get_ydata(), found.gap.gap[0])
 
 
+@pytest.mark.slow
 def test_a_policy_that_is_too_small_is_blamed():
     one = policy_capacity(*free(1), teacher, NOISE, WARP, steps=300, total_substeps=64)
     six = policy_capacity(*free(6), teacher, NOISE, WARP, steps=300, total_substeps=64)

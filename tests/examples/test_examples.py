@@ -3,6 +3,8 @@
 import importlib.util
 from pathlib import Path
 
+import pytest
+
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
@@ -15,6 +17,7 @@ def load(name):
     return module
 
 
+@pytest.mark.slow
 def test_a_ddpm_of_flax_nnx_is_distilled():
     figures = load("nnx_teacher").main().figures
     # The data have variance 1: a student that learned nothing is about 2 away.
