@@ -144,7 +144,7 @@ def make_page(drawer: Drawer) -> Any:
                 teacher_nfe = gradio.Slider(0, 128, 32, step=1, label="teacher's NFE")
                 button = gradio.Button("Draw", variant="primary")
             with gradio.Column(scale=2):
-                picture = gradio.Image(label="samples", format="png")
+                picture = gradio.Image(label="samples", format="png", buttons=[])
                 times = gradio.Textbox(label="times", lines=2)
         inputs = [label, seed, nfe, substeps, temperature, teacher_nfe]
 
