@@ -1,6 +1,6 @@
 """A run that the notebooks make for themselves: the digits in about a minute, for looking at.
 
-It is `configs/digits.py` with a tenth of its training steps. For figures that mean something, use that.
+It is `configs/digits.py` with fewer training steps. For figures that mean something, use that.
 """
 
 from pathlib import Path
@@ -25,14 +25,14 @@ def quick_run(workdir: str = "runs/notebook") -> str:
     config = base_config()
     config.data.name = "digits"
     config.model.scan_unroll = 3
-    config.teacher.steps = 600
+    config.teacher.steps = 2000
     config.teacher.batch_size = 64
-    config.train.steps = 700
+    config.train.steps = 600
     config.train.batch_size = 32
-    config.train.optimizer.kind = "muon"
-    config.train.optimizer.learning_rate = 3e-3
-    config.train.optimizer.beta2 = 0.99
     for optimizer in (config.teacher.optimizer, config.train.optimizer):
+        optimizer.kind = "muon"
+        optimizer.learning_rate = 3e-3
+        optimizer.beta2 = 0.99
         optimizer.decay = "cosine"
         optimizer.ema_gamma = 40.0
     config.evaluation.num_samples = 200
