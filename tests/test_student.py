@@ -1,6 +1,11 @@
 """Students in notebooks: every way to load one, samples that do not depend on their company."""
 
+import dataclasses
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +21,14 @@ from piflow_jax.flow.rollout import rollout
 from piflow_jax.flow.schedule import TimeWarp
 from piflow_jax.stages.systems import student_sampler
 from piflow_jax.training.checkpoint import Checkpointer
-from piflow_jax.training.networks import DataShape, init_params, student_network, student_spec
+from piflow_jax.training.networks import (
+    DataShape,
+    init_params,
+    student_network,
+    student_spec,
+    teacher_network,
+    teacher_spec,
+)
 from piflow_jax.training.state import TrainState
 
 DATA = DataShape(name="digits", sample_size=8, channels=1, num_classes=10)
@@ -46,6 +58,24 @@ def run(settings, tmp_path_factory):
     write_safetensors(workdir / "student.safetensors", to_torch_state(module, params), metadata)
     write_safetensors(workdir / "official.safetensors", to_torch_state(module, params))
     return workdir, params
+
+
+def test_a_runs_teacher_is_its_network(settings, tmp_path):
+    module = teacher_network(settings.model, DATA)
+    params = jax.jit(lambda: init_params(module, jax.random.key(0)))()
+    params = jax.tree.map(lambda leaf: leaf + 0.1, params)
+    state = TrainState(step=jnp.int32(1), params=params, ema_params=params, opt_state=())
+    with Checkpointer(tmp_path / "teacher" / "checkpoints") as checkpointer:
+        checkpointer.save(1, state, data_state={}, config={}, spec=teacher_spec(settings, DATA))
+    x, t, labels = jax.random.normal(jax.random.key(1), (3, 8, 8, 1)), jnp.full(3, 0.5), LABELS[:3]
+    teacher, loaded = piflow_jax.load_teacher(tmp_path, guidance_scale=2.0)
+    cond, uncond = (module.apply(params, x, t, c) for c in (labels, 0 * labels + 10))
+    found = teacher.velocity(loaded, x, t, labels)
+    np.testing.assert_allclose(found, 2 * cond - uncond, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="holds a teacher, not a student"):
+        piflow_jax.load(tmp_path / "teacher" / "checkpoints")
+    with pytest.raises(FileNotFoundError, match="nowhere: no such checkpoint"):
+        piflow_jax.load_teacher(tmp_path / "nowhere")
 
 
 @pytest.fixture(scope="module")
@@ -104,17 +134,30 @@ def test_noise_between_segments_differs_by_sample(student):
     assert np.std(drawn, axis=0).min() > 1e-3
 
 
-def test_few_programs_serve_all_batch_sizes(run):
+def test_few_programs_serve_all_batch_sizes(run, monkeypatch):
+    traces = []
+    policy = piflow_jax.Student.policy
+    monkeypatch.setattr(
+        piflow_jax.Student, "policy", lambda *args: traces.append(1) or policy(*args)
+    )
     student = piflow_jax.load(run[0])
-    for count in (1, 3, 4, 6, 9, 16, 260, 512):
-        student.sample(count, np.arange(count) % 10, substeps=4)
-    ((_, sampler),) = student._samplers.items()
-    assert sampler._cache_size() == 5  # 1, 4, 8, 16 and 256
+    # A scan traces its body more than once.
+    student.sample(0, LABELS[:1], substeps=4)
+    per_program = len(traces)
+    whole = student.sample(0, np.arange(10_000) % 10, substeps=4)
+    for count in (1, 2, 3, 5, 9, 17, 33, 65, 129, 255, 257, 700, 5000):
+        part = student.sample(0, np.arange(count) % 10, substeps=4)
+        assert part.shape == (count, 8, 8, 1)
+        np.testing.assert_allclose(part, whole[:count], rtol=1e-4, atol=1e-5)
+    # The same labels in a later call are other samples.
+    assert np.abs(whole[1280:1290] - whole[:10]).max(axis=(1, 2, 3)).min() > 0.1
+    assert len(traces) == 9 * per_program  # powers of two from 1 to 256
 
 
 def test_seeds_and_keys_of_both_kinds_are_the_same(student):
     expected = student.sample(7, LABELS[:4], substeps=16)
-    for key in (np.int64(7), jax.random.key(7), jax.random.PRNGKey(7)):
+    keys = (np.int64(7), np.asarray(7), jnp.asarray(7), jax.random.key(7), jax.random.PRNGKey(7))
+    for key in (*keys, np.asarray(jax.random.PRNGKey(7))):
         np.testing.assert_array_equal(student.sample(key, LABELS[:4], substeps=16), expected)
 
 
@@ -122,6 +165,40 @@ def test_image_to_image_stays_near_the_image_at_little_noise(student):
     x = np.asarray(student.sample(0, LABELS[:4], substeps=64))
     near = student.sample(1, LABELS[:4], substeps=64, start=0.01, x=x)
     assert np.abs(near - x).max() < 0.2
+
+
+@pytest.mark.parametrize("key", [0.5, jax.random.split(jax.random.key(0)), np.zeros((2, 2))])
+def test_what_is_no_key_says_so(student, key):
+    with pytest.raises(ValueError, match="key must be a seed or one PRNG key, got an array"):
+        student.sample(key, LABELS[:1])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_noise_is_float32_whatever_the_dtype_of_the_network(run, dtype):
+    student = piflow_jax.load(run[0], dtype=dtype)
+    # A narrow mixture at velocity zero: every sample is its own noise.
+    params = jax.tree.map(jnp.zeros_like, student.params)
+    params["params"]["head"]["logstd_out"]["bias"] -= 20
+    still = dataclasses.replace(student, params=params)
+    found = still.sample(5, LABELS, substeps=16)
+    for i, sample in enumerate(found):
+        noise = jax.random.normal(jax.random.fold_in(jax.random.key(5), i), (8, 8, 1), jnp.float32)
+        np.testing.assert_allclose(sample, noise, atol=1e-5)
+    assert found.dtype == jnp.float32
+    given = np.asarray(jax.random.normal(jax.random.key(1), found.shape))
+    np.testing.assert_allclose(still.sample(5, LABELS, substeps=16, noise=given), given, atol=1e-5)
+    x = np.ones_like(given)
+    mixed = still.sample(5, LABELS, substeps=16, noise=given, x=x, start=0.25)
+    np.testing.assert_allclose(mixed, 0.75 * x + 0.25 * given, atol=1e-5)
+
+
+def test_nothing_of_the_callers_is_donated(student):
+    x = jnp.ones((4, 8, 8, 1))
+    mine = [x, x + 1, jax.random.PRNGKey(3), jnp.arange(4), *jax.tree.leaves(student.params)]
+    copies = jax.tree.map(np.array, mine)
+    student.sample(mine[2], mine[3], substeps=16, start=0.5, x=mine[0], noise=mine[1])
+    assert not any(leaf.is_deleted() for leaf in mine)
+    jax.tree.map(np.testing.assert_array_equal, mine, copies)
 
 
 @pytest.mark.parametrize(
@@ -133,6 +210,7 @@ def test_image_to_image_stays_near_the_image_at_little_noise(student):
         ([1], {"start": 0.5}, "start below 1 and x go together"),
         ([1], {"start": 0.5, "x": np.zeros((2, 8, 8, 1))}, r"x must be \[1, 8, 8, 1\]"),
         ([1], {"start": 0.0, "x": np.zeros((1, 8, 8, 1))}, r"start must be in \(0, 1\]"),
+        ([1], {"noise": np.zeros((8, 8, 1))}, r"noise must be \[1, 8, 8, 1\], got \[8, 8, 1\]"),
         ([1], {"nfe": -1}, "nfe must be at least 1"),
     ],
 )
@@ -166,3 +244,75 @@ def test_policies_compose_with_transformations(student):
     each = jax.jit(jax.vmap(velocity))(x, labels)
     together = jax.jit(lambda: student.policy(x, one, labels).velocity(x, one))()
     np.testing.assert_allclose(each, together, rtol=1e-4, atol=1e-5)
+
+
+FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+EIGHT_DEVICES = """
+import sys
+import jax, jax.numpy as jnp, numpy as np
+from jax.sharding import PartitionSpec as P
+import piflow_jax
+
+student = piflow_jax.load(sys.argv[1])
+labels = np.arange(23) % 10
+whole = np.asarray(student.sample(0, labels, substeps=16, h=1.0))
+for count in (3, 8):
+    spread = student.on(jax.devices()[:count])
+    found = spread.sample(0, labels, substeps=16, h=1.0)
+    np.testing.assert_allclose(found, whole, rtol=1e-4, atol=1e-5)
+
+mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+split = jax.NamedSharding(mesh, P("data"))
+((program, sampler),) = spread._samplers.items()
+calls = []
+spread._samplers[program] = lambda *args: calls.append(args) or sampler(*args)
+spread.sample(0, np.zeros(32, np.int32), substeps=16, h=1.0)
+batch = calls[0][-1]
+assert batch["labels"].sharding.is_equivalent_to(split, 1)
+text = sampler.lower(spread.params, jax.random.key(0), np.uint32(0), batch).compile().as_text()
+assert "f32[4,8,8,1]" in text and "f32[32,8,8,1]" not in text, "each device draws its own"
+x = jax.random.normal(jax.random.key(1), (8, 8, 8, 1))
+
+def endpoint(x, labels):
+    one = jnp.ones_like(x[:, 0, 0, 0])
+    policy = student.policy(x, one, labels)
+    return piflow_jax.rollout(policy, x, one, 0 * one, piflow_jax.TimeWarp(1.0), 16)[0]
+
+each = jax.jit(jax.shard_map(endpoint, mesh=mesh, in_specs=P("data"), out_specs=P("data")))
+np.testing.assert_allclose(each(x, labels[:8]), jax.jit(endpoint)(x, labels[:8]), atol=1e-5)
+print("same")
+"""
+
+
+def test_devices_share_the_work_and_change_no_sample(run):
+    environment = os.environ | {"XLA_FLAGS": FLAGS}
+    done = subprocess.run(
+        [sys.executable, "-c", EIGHT_DEVICES, str(run[0])],
+        env=environment | {"JAX_PLATFORMS": "cpu"},
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout == "same\n", done.stderr
+    with pytest.raises(ValueError, match="at least one device"):
+        piflow_jax.load(run[0]).on([])
+
+
+IMPORT = """
+import sys, time, jax
+before = time.process_time()
+import piflow_jax
+for name in piflow_jax.__all__:
+    getattr(piflow_jax, name)
+print(time.process_time() - before)
+assert not {"tensorflow", "torch", "matplotlib", "gradio"} & set(sys.modules)
+"""
+
+
+def test_importing_every_name_takes_under_two_seconds_beyond_jax():
+    # Of the processor's time: a busy machine is not the package's fault.
+    run = [sys.executable, "-c", IMPORT]
+    root = Path(__file__).parents[1]
+    done = [subprocess.run(run, cwd=root, capture_output=True, text=True) for _ in range(2)]
+    assert not any(one.returncode for one in done), done[0].stderr
+    assert min(float(one.stdout) for one in done) < 2

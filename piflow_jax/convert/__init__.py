@@ -1,4 +1,7 @@
-"""Weights of released PyTorch networks in and out."""
+"""Weights of released PyTorch networks in and out.
+
+The names are those of the releases of pi-Flow (arXiv 2510.14974) and of the networks it builds on.
+"""
 
 from collections.abc import Mapping
 from typing import Any
@@ -52,7 +55,7 @@ def load_torch_state(
         state: Arrays by official name, in PyTorch layout (linear weights `[out, in]`), such as
             `open_weights` gives.
         model: A name in `LOADERS`.
-        **sizes: What shapes do not show, see the loader of `model` (`load_dit`: `num_heads`,
+        sizes: What shapes do not show, see the loader of `model` (`load_dit`: `num_heads`,
             `sample_size`, `time_scale`, `constant_logstd`; `load_vae`: `norm_groups`; `load_flux`
             and `load_qwen_image`: `axes_dims_rope`, `constant_logstd`). Sizes of a transformer
             that they do show may be given and are then checked. `place` (not of Inception) puts

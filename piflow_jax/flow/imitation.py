@@ -123,7 +123,7 @@ def sample_intervals(
       num_states: `M`, intermediate states per segment, at least 1.
       segment_size: `[B]`.
       window: `[B]`.
-      teacher_ratio: share of the segment walked by the teacher.
+      teacher_ratio: share of the segment walked by the teacher, a scalar in [0, 1].
 
     Returns:
       The intervals.

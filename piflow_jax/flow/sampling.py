@@ -96,6 +96,8 @@ def ode_sample(
 ) -> jax.Array:
     """Samples from a flow-matching teacher by integrating its ODE from noise to data.
 
+    The Euler steps are those by which the paper's teachers sample; Heun as in arXiv 2206.00364.
+
     Args:
       velocity_fn: `(x[B, *sites, C], sigma[B]) -> u[B, *sites, C]`, with guidance; traced once
         (twice for `heun`).

@@ -30,7 +30,7 @@ class TimeWarp:
         return self.shift * tau / (1 + (self.shift - 1) * tau)
 
     def unwarp(self, t: jax.Array) -> jax.Array:
-        """Raw time of a noise level; the inverse of `warp`."""
+        """Raw time of a noise level, of any shape; the inverse of `warp`."""
         return t / (self.shift + (1 - self.shift) * t)
 
 

@@ -25,6 +25,7 @@ __all__ = [
     "student_settings",
     "student_spec",
     "teacher_network",
+    "teacher_settings",
     "teacher_spec",
 ]
 
@@ -177,18 +178,28 @@ def student_settings(spec: Mapping[str, Any]) -> StudentSettings:
     Raises:
       ValueError: if the spec is not a student's.
     """
-    if spec.get("kind") != "student":
-        raise ValueError(f"this checkpoint holds a {spec.get('kind')}, not a student")
-
-    def group(name):
-        prefix = f"{name}."
-        return {
-            key.removeprefix(prefix): value for key, value in spec.items() if key.startswith(prefix)
-        }
-
+    _check_kind(spec, "student")
     return StudentSettings(
-        model=ModelConfig(**group("model")),
-        policy=PolicyConfig(**group("policy")),
-        train=TrainConfig(**group("train")),
-        data=DataShape(**group("data")),
+        model=ModelConfig(**_group(spec, "model")),
+        policy=PolicyConfig(**_group(spec, "policy")),
+        train=TrainConfig(**_group(spec, "train")),
+        data=DataShape(**_group(spec, "data")),
     )
+
+
+def teacher_settings(spec: Mapping[str, Any]) -> tuple[ModelConfig, DataShape]:
+    """Reads a teacher's spec back, see `student_settings`."""
+    _check_kind(spec, "teacher")
+    return ModelConfig(**_group(spec, "model")), DataShape(**_group(spec, "data"))
+
+
+def _check_kind(spec: Mapping[str, Any], kind: str) -> None:
+    if spec.get("kind") != kind:
+        raise ValueError(f"this checkpoint holds a {spec.get('kind')}, not a {kind}")
+
+
+def _group(spec: Mapping[str, Any], name: str) -> dict[str, Any]:
+    prefix = f"{name}."
+    return {
+        key.removeprefix(prefix): value for key, value in spec.items() if key.startswith(prefix)
+    }

@@ -1,4 +1,7 @@
-"""What every policy is: a network-free velocity field, and the broadcasting it relies on."""
+"""What every policy is: a network-free velocity field, and the broadcasting it relies on.
+
+Policies are those of arXiv 2510.14974, Sec. 3.1.
+"""
 
 from typing import Protocol
 

@@ -1,0 +1,243 @@
+"""Teachers of any making: what a network predicts, and of which diffusion, as a velocity of ours.
+
+Every Gaussian diffusion `z_s = a(s) x_0 + b(s) eps` visits the states of ours, `x_t = (1 - t) x_0 +
+t eps`, up to a factor: at the time `s` of the same ratio of noise to signal, `b / a = t / (1 - t)`,
+`z_s = (a + b) x_t` (arXiv 2206.00364, Sec. 3; arXiv 2209.03003 for the straight path). A network's
+prediction at `z_s`, together with `z_s` itself, gives `x_0` and `eps`, and so `u = eps - x_0`.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from piflow_jax.flow.guidance import guided_velocity
+from piflow_jax.flow.policies.base import per_sample, promote
+
+__all__ = ["Schedule", "Teacher"]
+
+# An `eps` says nothing of `x_0` where there is no signal, an `x_0` nothing of `eps` without noise.
+_LARGEST_FOR_EPS = 1 - 1e-3
+_SMALLEST_FOR_X0 = 1e-4
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """The diffusion that a teacher was trained on, `z_s = a(s) x_0 + b(s) eps`.
+
+    Make one with `Schedule.straight`, `.cosine`, `.variance_exploding` or `.discrete`, or of three
+    functions of your own. All work on arrays of any shape.
+
+    Attributes:
+      signal: `s -> a(s)`.
+      noise: `s -> b(s)`.
+      time: `t -> s`, the teacher's time at which `b / a = t / (1 - t)`, of our noise level `t`.
+      time_scale: the network is given `s * time_scale`.
+      levels: smallest and largest noise level `t` that the teacher knows; beyond, it is asked
+        there.
+    """
+
+    signal: Callable[[jax.Array], jax.Array]
+    noise: Callable[[jax.Array], jax.Array]
+    time: Callable[[jax.Array], jax.Array]
+    time_scale: float = 1.0
+    levels: tuple[float, float] = (0.0, 1.0)
+
+    @classmethod
+    def straight(cls, *, data_at: Literal[0, 1] = 0, time_scale: float = 1.0) -> "Schedule":
+        """Flow matching and rectified flow: `a = 1 - s`, `b = s`, or the other way round.
+
+        Args:
+          data_at: the time of data; 1 where `s = 0` is noise, as in many codebases of flows.
+          time_scale: the network is given `s * time_scale`.
+
+        Returns:
+          The schedule.
+
+        Raises:
+          ValueError: `data_at` is neither 0 nor 1.
+        """
+        if data_at not in (0, 1):
+            raise ValueError(f"data_at must be 0 or 1, got {data_at}")
+
+        def same(s):
+            return s
+
+        def other(s):
+            return 1 - s
+
+        noise, signal = (same, other) if data_at == 0 else (other, same)
+        return cls(signal=signal, noise=noise, time=noise, time_scale=time_scale)
+
+    @classmethod
+    def cosine(cls, *, time_scale: float = 1.0) -> "Schedule":
+        """The variance-preserving cosine schedule: `a = cos(pi s / 2)`, `b = sin(pi s / 2)`.
+
+        Args:
+          time_scale: the network is given `s * time_scale`.
+
+        Returns:
+          The schedule, `s` in [0, 1].
+        """
+        return cls(
+            signal=lambda s: jnp.cos(jnp.pi * s / 2),
+            noise=lambda s: jnp.sin(jnp.pi * s / 2),
+            time=lambda t: jnp.arctan2(t, 1 - t) * 2 / jnp.pi,
+            time_scale=time_scale,
+        )
+
+    @classmethod
+    def variance_exploding(cls, *, smallest: float = 2e-3, largest: float = 80.0) -> "Schedule":
+        """The schedule of EDM: `a = 1`, `b = s`, the standard deviation of the noise.
+
+        Args:
+          smallest: standard deviation of the least noise that the network knows.
+          largest: of the most.
+
+        Returns:
+          The schedule.
+        """
+        return cls(
+            signal=jnp.ones_like,
+            noise=lambda s: s,
+            time=lambda t: t / (1 - t),
+            levels=(smallest / (1 + smallest), largest / (1 + largest)),
+        )
+
+    @classmethod
+    def discrete(cls, alphas_cumprod: np.ndarray) -> "Schedule":
+        """The schedule of DDPM: `a_i^2 = alphas_cumprod[i]`, `b_i^2 = 1 - a_i^2`, `i` the time.
+
+        Between indices the logarithm of `b / a` is interpolated, so times are no integers.
+
+        Args:
+          alphas_cumprod: `[N]`, falling, in (0, 1).
+
+        Returns:
+          The schedule, `s` in `[0, N - 1]`.
+
+        Raises:
+          ValueError: the values do not fall within (0, 1).
+        """
+        table = np.asarray(alphas_cumprod, np.float64)
+        if table.ndim != 1 or not (np.diff(table) < 0).all() or not 0 < table[-1] < table[0] < 1:
+            raise ValueError("alphas_cumprod must be [N], falling, in (0, 1)")
+        half_log_ratio = 0.5 * np.log((1 - table) / table)
+        index = np.arange(len(table), dtype=np.float64)
+        ratios = np.exp(half_log_ratio[[0, -1]])
+
+        def level(s):
+            return 2 * jnp.interp(s, index, half_log_ratio)
+
+        return cls(
+            signal=lambda s: jnp.sqrt(jax.nn.sigmoid(-level(s))),
+            noise=lambda s: jnp.sqrt(jax.nn.sigmoid(level(s))),
+            time=lambda t: jnp.interp(jnp.log(t / (1 - t)), half_log_ratio, index),
+            levels=tuple(float(ratio / (1 + ratio)) for ratio in ratios),
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Teacher:
+    """A network that somebody trained, and what has to be known of it to imitate it.
+
+    Attributes:
+      predict: `(params, z[B, *sites, C], s[B], cond) -> prediction[B, *sites, C]`, in the teacher's
+        own time (times `schedule.time_scale`) and scale.
+      shape: `(*sites, C)` of a sample.
+      prediction: what it predicts. `u` is `dz/ds`, so that it points at data where `s = 1` is data;
+        `eps` the noise; `x0` the data; `v` is `a eps - b x_0` (arXiv 2202.00512).
+      schedule: the diffusion it was trained on.
+      guidance_scale: classifier-free guidance of the velocity, 1 is none.
+      guidance_interval: noise levels `t` at which to guide, both ends included.
+      null_cond: what stands for no condition: `cond` of a single sample, without the axis `B`.
+    """
+
+    predict: Callable[[Any, jax.Array, jax.Array, Any], jax.Array]
+    shape: tuple[int, ...]
+    prediction: Literal["u", "eps", "x0", "v"] = "u"
+    schedule: Schedule = dataclasses.field(default_factory=Schedule.straight)
+    guidance_scale: float = 1.0
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
+    null_cond: Any = None
+
+    def __post_init__(self) -> None:
+        """Refuses what is no teacher."""
+        if self.prediction not in ("u", "eps", "x0", "v"):
+            raise ValueError(f"prediction must be u, eps, x0 or v, got {self.prediction!r}")
+        if self.guidance_scale != 1 and self.null_cond is None:
+            raise ValueError("guidance needs null_cond, what stands for no condition")
+
+    def velocity(self, params: Any, x: jax.Array, t: jax.Array, cond: Any = None) -> jax.Array:
+        """The guided velocity `dx/dt` of our convention: `t = 1` is noise, `t = 0` data.
+
+        Args:
+          params: the teacher's parameters, as `predict` takes them.
+          x: `[B, *sites, C]`, states `(1 - t) x_0 + t eps`.
+          t: `[B]`, noise levels in [0, 1].
+          cond: conditions, arrays `[B, ...]` in any structure, or None.
+
+        Returns:
+          `u[B, *sites, C]`, float32 or float64.
+
+        Raises:
+          ValueError: states or predictions are not of the teacher's shape.
+        """
+        if x.shape[1:] != tuple(self.shape):
+            raise ValueError(f"x has shape {x.shape}, the teacher's samples are {self.shape}")
+        x, t = promote(x, t)
+        if self.guidance_scale == 1:
+            return self._velocity(params, x, t, cond)
+
+        def pair(a, b):
+            # Side by side and not one after the other: a batch that is split over devices stays so.
+            return jnp.stack([a, b], axis=1).reshape(-1, *a.shape[1:])
+
+        null = jax.tree.map(lambda a, n: jnp.broadcast_to(n, a.shape), cond, self.null_cond)
+        both = self._velocity(params, pair(x, x), pair(t, t), jax.tree.map(pair, cond, null))
+        both = both.reshape(-1, 2, *x.shape[1:])
+        return guided_velocity(
+            both[:, 0], both[:, 1], self.guidance_scale, t, self.guidance_interval
+        )
+
+    def bind(self, params: Any, cond: Any = None) -> Callable[[jax.Array, jax.Array], jax.Array]:
+        """The teacher of one batch, as losses and samplers take it.
+
+        Args:
+          params: the teacher's parameters.
+          cond: conditions of the batch, arrays `[B, ...]` in any structure, or None.
+
+        Returns:
+          `(x[B, *sites, C], t[B]) -> u[B, *sites, C]`, see `velocity`.
+        """
+        return lambda x, t: self.velocity(params, x, t, cond)
+
+    def _velocity(self, params, x, t, cond):
+        schedule = self.schedule
+        low, high = schedule.levels
+        if self.prediction == "eps":
+            high = min(high, _LARGEST_FOR_EPS)
+        elif self.prediction == "x0":
+            low = max(low, _SMALLEST_FOR_X0)
+        s = schedule.time(jnp.clip(t, low, high)).astype(x.dtype)
+        (a, a_rate), (b, b_rate) = (
+            jax.jvp(function, (s,), (jnp.ones_like(s),))
+            for function in (schedule.signal, schedule.noise)
+        )
+        a, b, a_rate, b_rate = (per_sample(value, x.ndim) for value in (a, b, a_rate, b_rate))
+        z = (a + b) * x
+        out = self.predict(params, z, s * schedule.time_scale, cond)
+        if out.shape != x.shape:
+            raise ValueError(f"the teacher predicts {out.shape} of states {x.shape}")
+        out = out.astype(x.dtype)
+        if self.prediction == "eps":
+            return out - (z - b * out) / a
+        if self.prediction == "x0":
+            return (z - a * out) / b - out
+        if self.prediction == "v":
+            return ((b - a) * z + (a + b) * out) / (a * a + b * b)
+        # z = a x_0 + b eps and u = a' x_0 + b' eps, solved for eps - x_0.
+        return ((a + b) * out - (a_rate + b_rate) * z) / (a * b_rate - b * a_rate)

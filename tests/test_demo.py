@@ -1,0 +1,139 @@
+"""The page: what its button draws, and that it serves it."""
+
+import os
+import re
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+import piflow_jax
+from piflow_jax.config import parse
+from piflow_jax.demo import Drawer, main, make_page
+from piflow_jax.evaluation import draw_grid
+from piflow_jax.stages.systems import teacher_sampler
+from piflow_jax.training.checkpoint import Checkpointer
+from piflow_jax.training.networks import (
+    DataShape,
+    init_params,
+    student_network,
+    student_spec,
+    teacher_network,
+    teacher_spec,
+)
+from piflow_jax.training.state import TrainState
+
+DATA = DataShape(name="digits", sample_size=8, channels=1, num_classes=10)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    settings, workdir = parse(tiny.get_config()), tmp_path_factory.mktemp("run")
+    networks = {
+        "teacher": (teacher_network(settings.model, DATA), teacher_spec(settings, DATA)),
+        "student": (
+            student_network(settings.model, settings.policy, DATA),
+            student_spec(settings, DATA),
+        ),
+    }
+    for stage, (module, spec) in networks.items():
+        params = jax.jit(lambda module=module: init_params(module, jax.random.key(0)))()
+        params = jax.tree.map(lambda leaf: leaf + 0.05, params)
+        state = TrainState(step=jnp.int32(1), params=params, ema_params=params, opt_state=())
+        with Checkpointer(workdir / stage / "checkpoints") as checkpointer:
+            checkpointer.save(1, state, data_state={}, config={}, spec=spec)
+    return workdir
+
+
+def test_the_picture_is_of_both_on_the_same_noise(run):
+    drawer = Drawer.load(run)
+    picture, times = drawer.draw(3, 5, 2, 16, 1.0, 4, count=4)
+    labels = np.full(4, 3)
+    mine = piflow_jax.load(run).sample(5, labels, substeps=16, nfe=2)
+    noise = jnp.stack(
+        [jax.random.normal(jax.random.fold_in(jax.random.key(5), i), DATA.shape) for i in range(4)]
+    )
+    # The sampler of `--mode=evaluate`.
+    sampler = teacher_sampler(parse(tiny.get_config()), DATA, 4)
+    theirs = sampler(drawer.teacher_params, noise, jnp.asarray(labels))
+    expected = draw_grid([("student, 2 NFE", mine), ("teacher, 4 NFE", theirs)])
+    # Rounding may move a grey level by one.
+    assert np.abs(picture.astype(int) - np.asarray(expected).astype(int)).max() <= 1
+    names = [line.split(":")[0] for line in times.splitlines()]
+    assert names == ["student, 2 NFE", "teacher, 4 NFE"]
+    alone, times = drawer.draw(3, 5, 1, 16, 1.0, 0, count=4)
+    assert alone.shape[0] < picture.shape[0] and "teacher" not in times
+
+
+def test_a_student_without_a_teacher_is_shown_alone(run):
+    picture, times = Drawer.load(run / "student" / "checkpoints").draw(0, 0, 1, 8, 1.0, 4, count=2)
+    assert picture.dtype == np.uint8 and "teacher" not in times
+
+
+def test_a_checkpoint_is_needed(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main([])
+    assert "--checkpoint" in capsys.readouterr().err
+    with pytest.raises(FileNotFoundError, match="nowhere: no such checkpoint"):
+        Drawer.load(tmp_path / "nowhere")
+
+
+def test_the_page_is_served_and_draws(run, monkeypatch):
+    pytest.importorskip("gradio", reason='needs pip install -e ".[demo]"')
+    gradio_client = pytest.importorskip("gradio_client")
+    monkeypatch.setenv("GRADIO_ANALYTICS_ENABLED", "False")
+    page = make_page(Drawer.load(run))
+    try:
+        _, url, _ = page.launch(prevent_thread_lock=True, server_name="127.0.0.1", quiet=True)
+        client = gradio_client.Client(url, verbose=False)
+        picture, times = client.predict(3, 5, 1, 16, 1.0, 4, api_name="/draw")
+        assert times.startswith("student, 1 NFE: ") and "teacher, 4 NFE: " in times
+        from PIL import Image
+
+        with Image.open(picture if isinstance(picture, str) else picture["path"]) as image:
+            expected, _ = Drawer.load(run).draw(3, 5, 1, 16, 1.0, 4)
+            np.testing.assert_allclose(np.asarray(image.convert("RGB")), expected, atol=1)
+        with pytest.raises(Exception, match=r"class|label|Value|choices"):
+            client.predict(11, 5, 1, 16, 1.0, 4, api_name="/draw")
+    finally:
+        page.close()
+
+
+def test_a_browser_shows_the_page(run, monkeypatch):
+    pytest.importorskip("gradio", reason='needs pip install -e ".[demo]"')
+    playwright = pytest.importorskip("playwright.sync_api")
+    browser_path = shutil.which("chromium") or shutil.which("google-chrome")
+    if browser_path is None:
+        pytest.skip("needs Chromium")
+    monkeypatch.setenv("GRADIO_ANALYTICS_ENABLED", "False")
+    drawer = Drawer.load(run)
+    page = make_page(drawer)
+    try:
+        _, url, _ = page.launch(prevent_thread_lock=True, server_name="127.0.0.1", quiet=True)
+        with playwright.sync_playwright() as driver:
+            browser = driver.chromium.launch(executable_path=browser_path, args=["--no-sandbox"])
+            tab = browser.new_page(viewport={"width": 1200, "height": 900})
+            tab.goto(url)
+            times = tab.get_by_label("times")
+            # It draws when it is opened; then with another number of the student's evaluations.
+            playwright.expect(times).to_have_value(
+                re.compile("student, 1 NFE: .*ms"), timeout=60000
+            )
+            tab.get_by_label("number input for student's NFE").fill("2")
+            tab.get_by_role("button", name="Draw").click()
+            playwright.expect(times).to_have_value(
+                re.compile("student, 2 NFE: .*ms"), timeout=60000
+            )
+            image = tab.locator("img").first
+            playwright.expect(image).to_be_visible()
+            width, height = image.evaluate("i => [i.naturalWidth, i.naturalHeight]")
+            if path := os.environ.get("PIFLOW_SCREENSHOT"):
+                tab.screenshot(path=path)
+            browser.close()
+        expected, _ = drawer.draw(3, 0, 2, 128, 1.0, 32)
+        assert (height, width) == expected.shape[:2]
+    finally:
+        page.close()
