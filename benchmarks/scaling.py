@@ -1,0 +1,111 @@
+"""Weak scaling on paper: ImageNet's step compiled for slices of 8 to 1024 chips, and its bounds.
+
+`python benchmarks/scaling.py v5e:2x4 v5p:8x8x16 'v6e:16x16*4'` compiles the step of
+`configs/imagenet.py:gm_repa` for each slice with the same batch on every chip, and adds
+FLOPs and bytes by collective to `benchmarks/results/scaling.json`; a slice takes two to six minutes
+and 3 GB. `python benchmarks/scaling.py` prints the table of `docs/scaling.md` from that file.
+
+Parameters are split over up to 128 chips (`fsdp`; the width, 1152, is divisible by no larger power
+of two), and the rest is `data`. Times are bounds: FLOPs over the chip's peak, bytes over the
+bandwidth of all its links, or of its share of the host's network between slices. Of the two
+efficiencies, the upper one takes transfers to run beside the arithmetic, the lower one after it.
+"""
+
+import argparse
+import json
+import os
+import tempfile
+from pathlib import Path
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+# Weights are gathered whole: the compiler's default, pieces of a layer one by one, is slower by its
+# own estimate (docs/imagenet.md).
+os.environ.setdefault("LIBTPU_INIT_ARGS", "--xla_jf_spmd_threshold_for_windowed_einsum_mib=1000000")
+
+import jax
+
+from configs import imagenet
+from piflow_jax.config import parse
+from piflow_jax.parallel.collectives import BETWEEN_SLICES
+from piflow_jax.parallel.topology import CHIPS, topology_devices
+from piflow_jax.stages.compile import compile_step
+
+RESULT = Path(__file__).parent / "results" / "scaling.json"
+# Examples on a chip, and parts that they go through the network in.
+BATCH = {"v5e": (64, 4), "v5p": (256, 4), "v6e": (128, 4)}
+WIDEST = 128
+
+
+def measure(topology: str) -> dict:
+    """Compiles for one slice."""
+    chips = len(topology_devices(topology))
+    settings = imagenet.get_config("gm_repa")
+    settings.topology = topology
+    settings.mesh.fsdp = min(chips, WIDEST)
+    settings.mesh.data = -1
+    per_chip, parts = BATCH[topology.split(":")[0]]
+    for batch in (settings.train, settings.teacher, settings.evaluation):
+        batch.batch_size = chips * per_chip  # of the first alone is what is compiled
+    settings.train.microbatches = parts
+    with tempfile.TemporaryDirectory() as folder:
+        report = compile_step(parse(settings, None), folder)
+    return {
+        "chips": chips,
+        "fsdp": settings.mesh.fsdp,
+        "batch_per_chip": per_chip,
+        "memory": report["memory_bytes"]["peak"],
+        "flops": report["flops"]["counted"] / chips,
+        "bytes": report["collective_bytes"],
+        "jax": report["jax"],
+        "libtpu": report["libtpu"],
+    }
+
+
+def table(results: dict[str, dict]) -> str:
+    """The results as Markdown."""
+    lines = [
+        "| slice | chips | fsdp x data | batch per chip | TFLOP per chip | GB gathered | "
+        "GB reduced | GB other | GB between slices | arithmetic, ms | links, ms | network, ms | "
+        "efficiency |",
+        "| --- | " + "---: | " * 12,
+    ]
+    order = sorted(results.items(), key=lambda item: (item[0].split(":")[0], item[1]["chips"]))
+    for topology, row in order:
+        chip, sent = CHIPS[topology.split(":")[0]], dict(row["bytes"])
+        network = sent.pop(BETWEEN_SLICES, 0)
+        inside = sum(sent.values())
+        gathered = sent.pop("all-gather", 0)
+        reduced = sent.pop("reduce-scatter", 0) + sent.pop("all-reduce", 0)
+        times = (row["flops"] / chip.flops, inside / chip.links, network / chip.network)
+        low, high = times[0] / sum(times), times[0] / max(times)
+        cells = [
+            topology,
+            row["chips"],
+            f"{row['fsdp']} x {row['chips'] // row['fsdp']}",
+            row["batch_per_chip"],
+            f"{row['flops'] / 1e12:.1f}",
+            *(f"{n / 1e9:.2f}" for n in (gathered, reduced, sum(sent.values()), network)),
+            *(f"{1e3 * time:.1f}" for time in times),
+            f"{low:.0%} to {high:.0%}",
+        ]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    versions = sorted({(row["jax"], row["libtpu"]) for row in results.values()})
+    lines += ["", "Compiled with " + "; ".join(f"jax {j}, libtpu {t}" for j, t in versions) + "."]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Runs the benchmark."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("slices", nargs="*")
+    results = json.loads(RESULT.read_text()) if RESULT.exists() else {}
+    for topology in parser.parse_args().slices:
+        results[topology] = measure(topology)
+        RESULT.write_text(json.dumps(results, indent=1) + "\n")
+        jax.clear_caches()
+    print(table(results))
+
+
+if __name__ == "__main__":
+    main()
