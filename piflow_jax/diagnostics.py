@@ -113,7 +113,7 @@ class Diagnosis:
         """What stands out, a sentence each, the largest part of the error first."""
         found = []
         at_use = float(self.rollout.rollout[-1])
-        if at_use > 0.25 * self.rollout.student:
+        if at_use > 0.25 * self.rollout.student and at_use > 0.01 * self.naive:
             found.append(
                 (at_use, f"rollout: substeps are too few, they move endpoints by {at_use:.2g}")
             )
@@ -122,7 +122,7 @@ class Diagnosis:
             if own > 4 * free and own > 0.01 * self.naive:
                 text = f"network: a free policy reaches {free:.2g}, the student {own:.2g}: train on"
                 found.append((own - free, text))
-            if free > 0.05 * self.naive:
+            if free > 0.1 * self.naive:
                 text = (
                     f"policy: even a free one stays {free:.2g} away: more components or evaluations"
                 )
