@@ -8,7 +8,9 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import ml_collections
+import numpy as np
 import pytest
+from PIL import Image
 
 from piflow_jax.config import base_config, parse
 from piflow_jax.data import load_source
@@ -137,6 +139,29 @@ def test_readme_code_works(digits_run):
     # The text says about 0.04 and 2.0; a student that learned nothing is near the latter.
     assert jnp.mean((names["ours"] - names["many"]) ** 2) < 0.08
     assert 1.9 < jnp.mean((names["once"] - names["many"]) ** 2) < 2.1
+    check_concepts(names)
+
+
+def check_concepts(names):
+    """The figures of docs/method.md, drawn of the README's example."""
+    concepts = load_module(ROOT / "tools" / "draw_concepts.py")
+    paths = concepts.write(names, Path())
+    text = (ROOT / "docs" / "method.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"\(images/(.*?)\)", text)) == {path.name for path in paths}
+    for path in paths:
+        with Image.open(path) as drawn, Image.open(ROOT / "docs" / "images" / path.name) as shown:
+            assert drawn.size == shown.size and drawn.convert("L").getextrema()[0] < 100
+    # The weights in them are those of the policy: with them, its x_0.
+    x, t = jnp.array([[0.7, -0.4]]), jnp.array([0.4])
+    policy = names["policy_at"](names["params"], names["noise"][:1], jnp.ones(1))
+    states, times = np.stack([names["noise"][0], x[0]]), np.array([1.0, 0.4])
+    _, weights = concepts.component_weights(policy, states, times)
+    means, v = np.asarray(policy.offsets + policy.center[:, None])[0], float(policy.variance[0])
+    # At s = 1: zeta = ((1 - t) / t)^2 and nu = (1 - t) x / t^2.
+    components = (v * 0.6 * np.asarray(x) / 0.16 + means) / (v * (0.6 / 0.4) ** 2 + 1)
+    np.testing.assert_allclose(
+        x - 0.4 * policy.velocity(x, t), (weights @ components)[None], atol=1e-4
+    )
 
 
 def test_teachers_code_works():
