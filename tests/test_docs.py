@@ -186,6 +186,42 @@ def test_troubleshooting_has_messages_that_exist():
     assert not [message for message in messages if message not in ours]
 
 
+def table_rows(text, names):
+    """Cells of a table's rows whose first one is one of the names, by name."""
+    rows = re.findall(r"^\| `(\w+)` \| (.*) \|$", text, flags=re.M)
+    found = {name: cells.split(" | ") for name, cells in rows if name in names}
+    assert set(found) == set(names)
+    return found
+
+
+def test_recipes_are_those_of_the_configs_and_reports():
+    paper, ours = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8").split("digits:begin")
+    imagenet = load_module(ROOT / "configs" / "imagenet.py")
+    variants = [name for name in imagenet.VARIANTS if name != "runlocal"]
+    for name, cells in table_rows(paper, variants).items():
+        config = parse(imagenet.get_config(name))
+        train, teacher, policy = config.train, config.teacher, config.policy
+        size = f"K = {policy.num_components}" if policy.kind == "gm" else f"N = {policy.num_grid}"
+        low, high = teacher.guidance_interval
+        assert cells == [
+            f"{policy.kind.upper()}, {size}",
+            f"{train.gm_dropout}",
+            f"{train.window_substeps}",
+            f"{teacher.guidance_scale}",
+            f"{low:g} to {high:g}",
+            f"{train.nfe}",
+            f"{train.steps}",
+        ]
+    digits = load_module(ROOT / "configs" / "digits.py")
+    for name, (ratio, endpoint) in table_rows(ours, digits.VARIANTS).items():
+        report = ROOT / "docs" / "results" / f"digits_{name}_seed0.json"
+        rows = json.loads(report.read_text(encoding="utf-8"))["rows"]
+        (student,) = (row for row in rows if row["system"] == "student")
+        (many,) = (row for row in rows if (row["system"], row["nfe"]) == ("teacher", 128))
+        frechet = student["figures"]["frechet"] / many["figures"]["frechet"]
+        assert (ratio, endpoint) == (f"{frechet:.2f}", f"{student['endpoint_mse']:.4f}")
+
+
 def test_running_code_works(tmp_path, monkeypatch):
     directory = tmp_path / "runs" / "digits" / "student"
     directory.mkdir(parents=True)
