@@ -54,6 +54,8 @@ EXTRAS_REQUIRE = {
     "peers": ["torch==2.13.0", "diffusers>=0.35"],
     "notebooks": ["jupyterlab>=4", "matplotlib>=3.8", "nbclient>=0.10", "ipykernel>=6"],
     "demo": ["gradio>=6"],
+    # The page in a browser; Chromium itself is the system's.
+    "browser": ["gradio>=6", "playwright>=1.45"],
     "docs": ["mkdocs-material>=9.5", "mkdocstrings[python]>=0.27"],
 }
 

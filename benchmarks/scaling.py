@@ -2,7 +2,7 @@
 
 `python benchmarks/scaling.py v5e:2x4 v5p:8x8x16 'v6e:16x16*4'` compiles the step of
 `configs/imagenet.py:gm_repa` for each slice with the same batch on every chip, and adds
-FLOPs and bytes by collective to `benchmarks/results/scaling.json`; a slice takes three minutes of
+FLOPs and bytes by collective to `benchmarks/results/scaling.json`; a slice takes four minutes of
 a processor and 3 GB, whatever its size. `v5e:8x8@64` is another mesh than the configuration's, of
 `fsdp = 64`. `python benchmarks/scaling.py` prints the table of `docs/scaling.md` from that file.
 

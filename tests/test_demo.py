@@ -104,7 +104,9 @@ def test_the_page_is_served_and_draws(run, monkeypatch):
 
 def test_a_browser_shows_the_page(run, monkeypatch):
     pytest.importorskip("gradio", reason='needs pip install -e ".[demo]"')
-    playwright = pytest.importorskip("playwright.sync_api")
+    playwright = pytest.importorskip(
+        "playwright.sync_api", reason='needs pip install -e ".[browser]"'
+    )
     browser_path = shutil.which("chromium") or shutil.which("google-chrome")
     if browser_path is None:
         pytest.skip("needs Chromium")

@@ -3,6 +3,7 @@
 import ast
 import importlib.util
 import json
+import os
 import re
 from pathlib import Path
 
@@ -248,6 +249,16 @@ def test_running_code_works(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (code,) = python_blocks(ROOT / "docs" / "running.md")
     assert execute(code, "docs/running.md", {})["losses"] == {20: 0.5}
+
+
+def test_the_scaling_table_is_that_of_its_results(monkeypatch):
+    monkeypatch.setattr(
+        os, "environ", dict(os.environ)
+    )  # the benchmark is for a process of its own
+    monkeypatch.syspath_prepend(str(ROOT))
+    scaling = load_module(ROOT / "benchmarks" / "scaling.py")
+    table = scaling.table(json.loads(scaling.RESULT.read_text(encoding="utf-8")))
+    assert table in (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
 
 
 def test_tables_are_what_the_reports_say():

@@ -58,7 +58,7 @@ def final_params(workdir):
 @pytest.fixture(scope="module")
 def whole_run(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("run")
-    return workdir, run(workdir)
+    return workdir, run(workdir, f"--config.compilation_cache={workdir / 'compiled'}")
 
 
 def test_job_writes_report_picture_and_metrics(whole_run):
@@ -76,6 +76,12 @@ def test_job_writes_report_picture_and_metrics(whole_run):
         assert expected <= set(lines[-1])
         assert list((workdir / stage).glob("events.out.tfevents.*"))
     assert "| student " in done.stderr and "half against half" in done.stderr
+
+
+def test_programs_are_kept_for_a_restart(whole_run):
+    # JAX keeps those that took it a second or more.
+    names = [path.name for path in (whole_run[0] / "compiled").iterdir()]
+    assert any(name.startswith("jit_step") for name in names), names
 
 
 def test_console_is_for_people(whole_run):

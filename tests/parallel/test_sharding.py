@@ -16,12 +16,15 @@ import pytest
 from flax.traverse_util import flatten_dict
 from jax.sharding import PartitionSpec as P
 
+from piflow_jax.config import base_config, parse
 from piflow_jax.models.axes import parameter_axes
 from piflow_jax.models.flux import FLUX_TARGETS, Flux
 from piflow_jax.models.heads import DXHead, GMHead
 from piflow_jax.models.lora import LoRA
 from piflow_jax.models.qwen_image import QWEN_TARGETS, QwenImage
 from piflow_jax.parallel import device_mesh, parameter_shardings
+from piflow_jax.stages.systems import student_shardings, teacher_shardings
+from piflow_jax.training.state import TrainState
 
 HERE = Path(__file__).parent
 MESHES = {
@@ -139,6 +142,27 @@ def test_counters_and_whole_parameters_are_on_every_device():
     assert [sharding.spec for sharding in found] == [P(), P(None, "fsdp", "tensor")]
     found = jax.tree.leaves(parameter_shardings(mesh, tree, split=False))
     assert [sharding.spec for sharding in found] == [P(), P()]
+
+
+@pytest.mark.parametrize("place", ["student", "ema", "teacher"])
+def test_each_part_of_the_state_has_a_rule_of_its_own(place):
+    mesh = device_mesh(devices=jax.devices()[:1])
+    params = {"params": {"blocks": {"mlp_in": {"kernel": jax.ShapeDtypeStruct((2, 12, 24), "f4")}}}}
+    state = TrainState(
+        step=jax.ShapeDtypeStruct((), "i4"), params=params, ema_params=params, opt_state=params
+    )
+    settings = base_config()
+    settings.mesh[place] = "whole"
+    config = parse(settings)
+    found = student_shardings(config, mesh, state)
+    parts = {
+        "student": (found.params, found.opt_state),
+        "ema": (found.ema_params,),
+        "teacher": (teacher_shardings(config, mesh, params),),
+    }
+    for name, trees in parts.items():
+        expected = P() if name == place else P(None, "fsdp", "tensor")
+        assert [sharding.spec for sharding in jax.tree.leaves(trees)] == [expected] * len(trees)
 
 
 def test_every_parameter_of_the_text_to_image_networks_has_its_axes():
