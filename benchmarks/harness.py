@@ -7,6 +7,7 @@ doing falls on all of them. Ratios are medians of the rounds' ratios. What was m
 """
 
 import dataclasses
+import gc
 import json
 import os
 import statistics
@@ -23,6 +24,7 @@ __all__ = [
     "Peaks",
     "Work",
     "compare",
+    "compare_apart",
     "load",
     "machine",
     "measured_peaks",
@@ -33,7 +35,6 @@ __all__ = [
 ]
 
 RESULTS = Path(__file__).parent / "results"
-_WARM_UP = 2
 # glibc returns large blocks to the system at once and takes a page fault for each page of the next;
 # PyTorch, which allocates for every operation, runs three times slower for it.
 _ALLOCATOR = {
@@ -116,7 +117,7 @@ def _seconds(call: Callable[[], Any]) -> float:
 
 
 def measured_peaks(dtypes: tuple[str, ...] = ("float32", "bfloat16")) -> Peaks:
-    """Measures what the default device does at most: the best of ten runs.
+    """Measures what the default device does at most: the best of twelve runs.
 
     Float32 products are true ones, without TF32. Traffic is that of `a <- a + 2 b` in place.
     """
@@ -125,7 +126,7 @@ def measured_peaks(dtypes: tuple[str, ...] = ("float32", "bfloat16")) -> Peaks:
     add = jax.jit(lambda a, b: a + 2 * b, donate_argnums=0)
     a, b = jnp.ones(length, jnp.float32), jnp.ones(length, jnp.float32)
     best = float("inf")
-    for _ in range(_WARM_UP + 10):
+    for _ in range(12):
         start = time.perf_counter()
         a = settle(add(a, b))
         best = min(best, time.perf_counter() - start)
@@ -133,7 +134,7 @@ def measured_peaks(dtypes: tuple[str, ...] = ("float32", "bfloat16")) -> Peaks:
     for dtype in dtypes:
         matrix = jnp.ones((size, size), dtype)
         product = jax.jit(lambda m: jnp.matmul(m, m, precision="highest"))
-        least = min(_seconds(lambda p=product, m=matrix: p(m)) for _ in range(_WARM_UP + 10))
+        least = min(_seconds(lambda p=product, m=matrix: p(m)) for _ in range(12))
         flops[dtype] = 2 * size**3 / least
     return Peaks(bytes=3 * a.nbytes / best, flops=flops)
 
@@ -161,13 +162,57 @@ def compare(
       work, `bound_seconds` and what the bound is.
     """
     first = {name: _seconds(call) for name, call in alternatives.items()}
-    for _ in range(_WARM_UP - 1):
-        for call in alternatives.values():
-            settle(call())
+    for call in alternatives.values():
+        settle(call())
     times: dict[str, list[float]] = {name: [] for name in alternatives}
     for _ in range(rounds):
         for name, call in alternatives.items():
             times[name].append(_seconds(call))
+    return _case(first, times, work, peaks)
+
+
+def compare_apart(
+    builders: Mapping[str, Callable[[], Callable[[], Any]]],
+    work: Work,
+    peaks: Peaks | None = None,
+    *,
+    rounds: int = 20,
+) -> dict[str, Any]:
+    """Times alternatives that do not fit into memory together, one after the other.
+
+    One that does not fit by itself is left out, and named.
+
+    Args:
+      builders: what makes the calls, by name; see `compare` for these and the rest.
+      work: what each of them does.
+      peaks: what the machine does at most.
+      rounds: how often each is timed.
+
+    Returns:
+      A case, as `compare` makes.
+    """
+    first, times = {}, {}
+    for name, build in builders.items():
+        try:
+            call = build()
+            first[name] = _seconds(call)
+            settle(call())
+            times[name] = [_seconds(call) for _ in range(rounds)]
+        except (jax.errors.JaxRuntimeError, RuntimeError) as error:
+            if "memory" not in str(error).lower() and "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            print(f"{name} does not fit: {str(error).splitlines()[0]}", file=sys.stderr)
+            first.pop(name, None)
+        call = None
+        gc.collect()
+        jax.clear_caches()
+        torch = sys.modules.get("torch")
+        if torch is not None and torch.cuda.is_available():
+            torch.cuda.empty_cache()
+    return _case(first, times, work, peaks)
+
+
+def _case(first, times, work: Work, peaks: Peaks | None) -> dict[str, Any]:
     base = next(iter(times.values()))
     rows = {}
     for name, found in times.items():
@@ -179,7 +224,7 @@ def compare(
             "spread": (high - low) / median,
             "ratio": statistics.median(t / b for t, b in zip(found, base, strict=True)),
         }
-    case = {"work": dataclasses.asdict(work), "rounds": rounds, "alternatives": rows}
+    case = {"work": dataclasses.asdict(work), "rounds": len(base), "alternatives": rows}
     if peaks is not None:
         case |= {"peaks": dataclasses.asdict(peaks)} | _bound(work, peaks)
     return case

@@ -272,7 +272,7 @@ class Trainer:
     """An optimiser with warm-up, clipping after it and a Karras average, of one network."""
 
     def __init__(self, network: DiT, config: OptimizerConfig):
-        self.network, self.config, self.count = network, config, 0
+        self.config, self.count = config, 0
         self.ema = copy.deepcopy(network)
         parameters = list(network.parameters())
         matrices = []
@@ -314,6 +314,11 @@ class Trainer:
         return loss.detach()
 
 
+def _precision(config: Config, like: Tensor):
+    bfloat16 = config.model.dtype == "bfloat16"
+    return torch.autocast(like.device.type, torch.bfloat16, enabled=bfloat16)
+
+
 class Distillation:
     """The pi-ID step of a Gaussian-mixture student: one segment, no window, no mixing."""
 
@@ -322,6 +327,8 @@ class Distillation:
             raise ValueError("the twin has Gaussian mixtures without a window, with data")
         self.student, self.teacher = student, teacher.requires_grad_(False)
         self.config, self.null_label = config, null_label
+        if config.model.dtype == "bfloat16":
+            self.teacher.blocks.to(torch.bfloat16)
         self.trainer = Trainer(student, config.train.optimizer)
 
     def guided(self, x: Tensor, sigma: Tensor, labels: Tensor) -> Tensor:
@@ -369,7 +376,9 @@ class Distillation:
 
     def __call__(self, images: Tensor, labels: Tensor) -> Tensor:
         """One step; the loss."""
-        return self.trainer.advance(self.loss(images, labels, self.draws(images)))
+        with _precision(self.config, images):
+            loss = self.loss(images, labels, self.draws(images))
+        return self.trainer.advance(loss)
 
 
 class FlowMatching:
@@ -392,4 +401,6 @@ class FlowMatching:
         sigma = warp(tau, self.config.train.shift)
         dropped = torch.rand(b, device=images.device) < self.config.teacher.label_dropout
         labels = labels.masked_fill(dropped, self.null_label)
-        return self.trainer.advance(self.loss(images, labels, sigma, torch.randn_like(images)))
+        with _precision(self.config, images):
+            loss = self.loss(images, labels, sigma, torch.randn_like(images))
+        return self.trainer.advance(loss)
