@@ -4,7 +4,6 @@ import dataclasses
 import json
 import os
 import signal
-import threading
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +12,7 @@ import optax
 import pytest
 
 from piflow_jax.data import batches, load_source
+from piflow_jax.training import loop
 from piflow_jax.training.checkpoint import CheckpointError, restore_subtree
 from piflow_jax.training.loop import (
     Interrupted,
@@ -25,7 +25,6 @@ from piflow_jax.training.loop import (
 from piflow_jax.training.state import TrainState
 
 OPTIMIZER = optax.sgd(0.1)
-LATE = {"log_every": 2, "checkpoint_every": 100, "keep_checkpoints": 2}
 OPTIONS = {"log_every": 2, "checkpoint_every": 4, "keep_checkpoints": 2}
 
 
@@ -33,7 +32,7 @@ def init():
     return TrainState.create({"params": {"w": jnp.ones((3,))}}, OPTIMIZER)
 
 
-def make_stage(steps=10, *, on_trace=None, poison_at=None, hook=None, delay=None, **config):
+def make_stage(steps=10, *, on_trace=None, poison_at=None, hook=None, **config):
     def step(state, root, batch):
         if on_trace is not None:
             on_trace()
@@ -46,8 +45,6 @@ def make_stage(steps=10, *, on_trace=None, poison_at=None, hook=None, delay=None
         loss, grads = jax.value_and_grad(loss_fn)(state.params)
         updates, opt_state = OPTIMIZER.update(grads, state.opt_state)
         params = optax.apply_updates(state.params, updates)
-        if delay is not None:
-            loss = loss + delay(state)
         if poison_at is not None:
             loss = jnp.where(state.step + 1 == poison_at, jnp.nan, loss)
         return TrainState(state.step + 1, params, params, opt_state), {"loss": loss}
@@ -126,22 +123,35 @@ def test_nothing_compiles_inside_the_loop(tmp_path):
     assert seen_at[12] == seen_at[3]
 
 
-def test_the_host_runs_a_step_ahead_of_the_device(tmp_path, whole):
-    """A step's end waits here for the batch after the next, which only a free host can ask for."""
-    asked = [threading.Event() for _ in range(12)]
+class Watched:
+    """A metric that tells when it is fetched."""
 
-    def wait(step):
-        assert asked[min(int(step) + 2, 10)].wait(60), "the host waits for the step it has started"
-        return np.float32(0)
+    def __init__(self, value, on_fetch):
+        self._value, self._on_fetch = value, on_fetch
 
-    def on_device(state):
-        shape = jax.ShapeDtypeStruct((), np.float32)
-        # A CPU runs what is cheaper than this on the host's own thread.
-        square = jnp.full((32, 32), state.step, jnp.float32)
-        return jax.pure_callback(wait, shape, state.step) + 0 * jnp.sum(square @ square)
+    def __array__(self, *args, **kwargs):
+        self._on_fetch()
+        return np.asarray(self._value)
 
-    stage = make_stage(delay=on_device, hook=lambda count: asked[count].set())
-    np.testing.assert_array_equal(weights(run_stage(stage, tmp_path, **LATE)), whole)
+
+def test_metrics_are_fetched_when_the_next_step_has_been_started(tmp_path, monkeypatch):
+    started, fetched = [], []
+    compile_step = loop._Loop._compile
+
+    def compile_watched(self, state, batch):
+        compiled = compile_step(self, state, batch)
+
+        def call(*arguments):
+            started.append(step := len(started) + 1)
+            state, metrics = compiled(*arguments)
+            saw = lambda: fetched.append((step, len(started)))  # noqa: E731
+            return state, {"loss": Watched(metrics["loss"], saw)}
+
+        return call
+
+    monkeypatch.setattr(loop._Loop, "_compile", compile_watched)
+    run_stage(make_stage(), tmp_path, **(OPTIONS | {"checkpoint_every": 100}))
+    assert fetched == [(step, min(step + 1, 10)) for step in range(1, 11)]
 
 
 def test_interrupted_run_continues_exactly(tmp_path, whole):
