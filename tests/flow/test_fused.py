@@ -66,9 +66,7 @@ def test_auto_is_fused_where_that_is_possible(x64):
         for implementation in ("auto", "scan")
     ]
     np.testing.assert_array_equal(*ends)
-    with pytest.raises(
-        ValueError, match="GMFlowPolicy in float32, not for a GMFlowPolicy .*float64"
-    ):
+    with pytest.raises(ValueError, match=r"in float32, not for a GMFlowPolicy .*float64"):
         rollout(*double, WARP, 8, implementation="fused")
 
 
