@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 
 from piflow_jax.flow.policies.base import Policy, per_sample, promote
-from piflow_jax.flow.rollout import average_velocity, num_substeps, rollout
+from piflow_jax.flow.rollout import average_velocity, rollout
 from piflow_jax.flow.schedule import TimeWarp
+from piflow_jax.flow.substeps import num_substeps
 
 __all__ = [
     "ImitationAux",

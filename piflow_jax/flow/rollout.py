@@ -5,15 +5,13 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
+from piflow_jax.flow.fused import fused_rollout
 from piflow_jax.flow.policies.base import Policy, per_sample, promote
+from piflow_jax.flow.policies.gmflow import GMFlowPolicy
 from piflow_jax.flow.schedule import TimeWarp
+from piflow_jax.flow.substeps import Solver, Substeps, check_solver, step_weights
 
-__all__ = ["average_velocity", "num_substeps", "rollout"]
-
-
-def num_substeps(delta_tau: jax.Array, total_substeps: int) -> jax.Array:
-    """Substeps of an interval of raw time: rounded half to even, at least one. Any shape."""
-    return jnp.maximum(jnp.round(delta_tau * total_substeps), 1)
+__all__ = ["average_velocity", "rollout"]
 
 
 def rollout(
@@ -25,12 +23,14 @@ def rollout(
     total_substeps: int = 128,
     *,
     bound: int | Literal["traced"] | None = None,
+    solver: Solver = "euler",
+    implementation: Literal["auto", "scan", "fused"] = "auto",
 ) -> tuple[jax.Array, jax.Array]:
     """Integrates a policy from `tau_start` down to `tau_end`, per sample.
 
-    A sample takes `n = max(round((tau_start - tau_end) total_substeps), 1)` Euler steps, uniform in
-    raw time and stepped in the noise level. Substep counts differ within a batch: the loop runs to
-    a common bound, and a sample that has arrived takes steps of length zero.
+    A sample takes `n = max(round((tau_start - tau_end) total_substeps), 1)` steps, uniform in raw
+    time and stepped in the noise level. Substep counts differ within a batch: the loop runs to a
+    common bound, and a sample that has arrived takes steps of length zero.
 
     Args:
       policy: the velocity field.
@@ -43,45 +43,83 @@ def rollout(
         [0, 1], and differentiable. An integer is a tighter static bound: a sample that would need
         more substeps takes that many longer ones. `"traced"` runs to the largest count in the
         batch, the fastest where no reverse-mode gradient is needed.
+      solver: `euler`, or `multistep`, of second order: two-step Adams-Bashforth, which reuses the
+        velocity of the substep before.
+      implementation: `scan` is the reference, a loop over substeps of the whole batch. `fused`
+        takes a block of sites through all its substeps at once (`piflow_jax.kernels`); it is there
+        for Gaussian mixtures in float32, and derivatives are the reference's. `auto` is `fused`
+        where that is possible.
 
     Returns:
       `(x_end[B, *sites, C], sigma_end[B])`.
 
     Raises:
-      ValueError: if `total_substeps` or `bound` is below 1.
+      ValueError: if `total_substeps` or `bound` is below 1, the solver or the implementation is
+        unknown, or `fused` is asked for where there is none.
     """
     if total_substeps < 1:
         raise ValueError(f"total_substeps must be at least 1, got {total_substeps}")
+    if bound not in ("traced", None) and bound < 1:
+        raise ValueError(f"bound must be at least 1, got {bound}")
+    check_solver(solver)
+    if implementation not in ("auto", "scan", "fused"):
+        raise ValueError(
+            f"unknown implementation {implementation!r}; it is 'auto', 'scan' or 'fused'"
+        )
     x, tau_start, tau_end = promote(x, tau_start, tau_end)
-    delta = tau_start - tau_end
-    count = num_substeps(delta, total_substeps)
-    if bound != "traced":
-        trips = total_substeps if bound is None else bound
-        if trips < 1:
-            raise ValueError(f"bound must be at least 1, got {bound}")
-        count = jnp.minimum(count, trips)
-    step_size = delta / count
+    fusible = isinstance(policy, GMFlowPolicy) and promote(x, policy.center)[0].dtype == jnp.float32
+    if implementation == "fused" and not fusible:
+        raise ValueError(
+            "implementation='fused' is for a GMFlowPolicy in float32, not for a "
+            f"{type(policy).__name__} with states in {x.dtype}; 'auto' takes the scan there"
+        )
+    trips = total_substeps if bound in ("traced", None) else bound
+    substeps = Substeps.between(tau_start, tau_end, total_substeps, trips)
 
-    def time_after(steps):
-        return jnp.maximum(tau_start - step_size * jnp.minimum(steps, count), 0)
+    def reference(policy, x, substeps):
+        return _scan(policy, x, substeps, warp, solver, trips, bound == "traced")
 
-    def substep(index, x):
-        # A sample that has arrived is evaluated at its last substep again, with step zero: never
-        # beyond its end, where the velocity may be singular and 0 * inf would poison gradients.
-        sigma = warp.warp(time_after(jnp.minimum(index, count - 1)))
-        step = jnp.where(index < count, warp.warp(time_after(index + 1)) - sigma, 0)
-        return x + per_sample(step, x.ndim) * policy.velocity(x, sigma)
-
-    if bound == "traced":
-        x = jax.lax.fori_loop(0, jnp.max(count).astype(jnp.int32), substep, x)
-    elif trips == 1:
-        x = substep(jnp.zeros((), jnp.int32), x)
+    if implementation == "scan" or not fusible or trips == 1:
+        x_end = reference(policy, x, substeps)
     else:
-        # Recomputing the velocity in the backward pass keeps the memory at one state a substep
-        # instead of K components a substep.
-        body = jax.checkpoint(lambda x, index: (substep(index, x), None), prevent_cse=False)
-        x, _ = jax.lax.scan(body, x, jnp.arange(trips))
-    return x, warp.warp(time_after(count))
+        fused = jax.custom_jvp(lambda *state: fused_rollout(*state, warp, solver, trips))
+        # Both modes of differentiation; where nothing is differentiated this is not reached.
+        fused.defjvp(lambda primals, tangents: jax.jvp(reference, primals, tangents))
+        x_end = fused(policy, x, substeps)
+    return x_end, warp.warp(substeps.time_after(substeps.count))
+
+
+def _scan(
+    policy: Policy,
+    x: jax.Array,
+    substeps: Substeps,
+    warp: TimeWarp,
+    solver: Solver,
+    trips: int,
+    traced: bool,
+) -> jax.Array:
+    """The reference: a loop over substeps, each of the whole batch."""
+
+    def substep(index, carry):
+        x, previous = carry
+        begin, end = substeps.levels(index, warp)
+        before, _ = substeps.levels(jnp.maximum(index - 1, 0), warp)
+        velocity = policy.velocity(x, begin)
+        weights = step_weights(before, begin, end, solver)
+        step, step_previous = (per_sample(weight, x.ndim) for weight in weights)
+        x = x + step * velocity
+        return (x, ()) if solver == "euler" else (x + step_previous * previous, velocity)
+
+    carry = (x, () if solver == "euler" else jnp.zeros_like(x))
+    if traced:
+        last = jnp.max(substeps.count).astype(jnp.int32)
+        return jax.lax.fori_loop(0, last, substep, carry)[0]
+    if trips == 1:
+        return substep(jnp.zeros((), jnp.int32), carry)[0]
+    # Recomputing the velocity in the backward pass keeps the memory at one state a substep instead
+    # of K components a substep.
+    body = jax.checkpoint(lambda carry, index: (substep(index, carry), None), prevent_cse=False)
+    return jax.lax.scan(body, carry, jnp.arange(trips))[0][0]
 
 
 def average_velocity(

@@ -1,11 +1,13 @@
 """Layers shared by the networks: linear, layer norm, time features, patches."""
 
+import functools
 import math
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 from flax import linen as nn
 from jax.typing import ArrayLike, DTypeLike
 
@@ -122,6 +124,7 @@ def attend(
         k: Keys, like `q`.
         v: Values, like `q`.
         implementation: `implementation` of `jax.nn.dot_product_attention`; None lets JAX choose.
+            Where "cudnn" cannot be had for these arrays, JAX chooses and the log says why.
         key_mask: `[B, T]` booleans, False for keys that nobody sees; None shows all of them.
 
     Returns:
@@ -133,7 +136,28 @@ def attend(
         logits = jnp.einsum("bthd,bshd->bhts", q, k) / math.sqrt(q.shape[-1])
         logits = logits if mask is None else jnp.where(mask, logits, -jnp.inf)
         return jnp.einsum("bhts,bshd->bthd", jax.nn.softmax(logits, axis=-1), v)
+    if implementation == "cudnn" and not _has_cudnn(q, k, v, mask):
+        implementation = None
     return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation=implementation)
+
+
+def _has_cudnn(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None) -> bool:
+    """Whether cuDNN has attention for these shapes and types here; JAX itself is asked."""
+    if jax.default_backend() != "gpu":
+        _say_once(f"the backend is {jax.default_backend()}")
+        return False
+    attention = functools.partial(jax.nn.dot_product_attention, implementation="cudnn")
+    try:
+        jax.eval_shape(lambda q, k, v, mask: attention(q, k, v, mask=mask), q, k, v, mask)
+    except (NotImplementedError, RuntimeError, ValueError) as error:
+        _say_once(f"q {q.dtype}{list(q.shape)}: {error}")
+        return False
+    return True
+
+
+@functools.cache
+def _say_once(reason: str) -> None:
+    logging.warning("attention by cuDNN is not to be had, JAX's own takes its place: %s", reason)
 
 
 def time_features(

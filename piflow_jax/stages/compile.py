@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from piflow_jax.config import Config, ConfigError, check_devices
 from piflow_jax.data import load_source
 from piflow_jax.models.dit import DiT
-from piflow_jax.models.flops import forward_flops, traced_flops
+from piflow_jax.models.flops import traced_flops
 from piflow_jax.parallel import ActivationSharding, batch_sharding, device_mesh, replicated
 from piflow_jax.parallel.collectives import collective_bytes
 from piflow_jax.parallel.cycles import estimated_cycles
@@ -34,7 +34,7 @@ from piflow_jax.training.networks import (
 )
 from piflow_jax.training.optimizer import make_optimizer
 from piflow_jax.training.state import TrainState
-from piflow_jax.training.step import StepFn, distill_step
+from piflow_jax.training.step import StepFn, distill_flops, distill_step
 
 GIB = 2**30
 # Named scopes of the step whose shares of the estimated cycles are reported.
@@ -111,7 +111,7 @@ class _Program:
     shardings: tuple[Any, ...]
     student: DiT
     teacher: DiT
-    sample_size: int
+    data: DataShape
 
     def compile(self, topology: str) -> jax.stages.Compiled:
         whole = self.shardings[2]
@@ -165,7 +165,7 @@ def _program(config: Config, mesh: Mesh) -> _Program:
         ),
         student=student,
         teacher=teacher,
-        sample_size=size,
+        data=data,
     )
 
 
@@ -175,13 +175,11 @@ def _chip(config: Config) -> Chip:
 
 def _flops(config: Config, program: _Program) -> dict[str, Any]:
     """FLOPs of a step on all devices, and the least that the method can do with."""
-    size = program.sample_size
     counted = traced_flops(program.step, *program.arguments)
-    queries = config.train.num_states * (1 if config.teacher.guidance_scale == 1 else 2)
-    segments = config.train.nfe if config.train.data_free else 1
-    evaluations = segments * config.train.batch_size
-    of_student = evaluations * 3 * forward_flops(program.student, size, size)
-    of_teacher = evaluations * queries * forward_flops(program.teacher, size, size)
+    of_student, of_teacher = (
+        config.train.batch_size * flops
+        for flops in distill_flops(program.student, program.teacher, config, program.data)
+    )
     minimum = of_student + of_teacher
     return {
         "counted": counted,

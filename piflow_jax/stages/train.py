@@ -12,7 +12,6 @@ from piflow_jax.config import Config, mesh_sizes
 from piflow_jax.data import batches, load_source
 from piflow_jax.evaluation import FEATURE_SPACES
 from piflow_jax.models import student_from_teacher
-from piflow_jax.models.flops import forward_flops
 from piflow_jax.parallel import ActivationSharding, device_mesh
 from piflow_jax.stages.adm import load_inception, load_reference
 from piflow_jax.stages.autoencoder import check_autoencoder, load_autoencoder
@@ -32,7 +31,7 @@ from piflow_jax.training.networks import (
 from piflow_jax.training.optimizer import make_optimizer
 from piflow_jax.training.run_lock import RunLock
 from piflow_jax.training.state import TrainState
-from piflow_jax.training.step import distill_step, teacher_step
+from piflow_jax.training.step import distill_flops, distill_step, teacher_flops, teacher_step
 
 # Streams of randomness, folded into the seed, so that no two uses share numbers.
 _TEACHER_INIT, _TEACHER_STEPS, _STUDENT_INIT, _STUDENT_STEPS, _STUDENT_DATA = range(5)
@@ -134,7 +133,6 @@ def _teacher_stage(config: Config, source, data: DataShape, mesh: Mesh) -> Stage
     own = {
         key: getattr(settings, key) for key in ("steps", "batch_size", "label_dropout", "optimizer")
     }
-    flops = 3 * forward_flops(module, data.sample_size, data.sample_size)
     return Stage(
         name="teacher",
         init=lambda: TrainState.create(init_params(module, _key(config, _TEACHER_INIT)), optimizer),
@@ -143,7 +141,7 @@ def _teacher_stage(config: Config, source, data: DataShape, mesh: Mesh) -> Stage
         data=_batches(config, source, settings.batch_size, config.seed),
         steps=settings.steps,
         batch_size=settings.batch_size,
-        flops_per_step=flops * settings.batch_size,
+        flops_per_step=teacher_flops(module, data) * settings.batch_size,
         config=_settings(
             {
                 "seed": config.seed,
@@ -174,12 +172,6 @@ def _student_stage(config: Config, source, data: DataShape, teacher_params, mesh
         )
         return TrainState.create(params, optimizer)
 
-    # Each segment of a data-free step has its own student evaluation and teacher queries.
-    segments = settings.nfe if settings.data_free else 1
-    guided = 1 if config.teacher.guidance_scale == 1 else 2
-    size = data.sample_size
-    flops = 3 * forward_flops(student, size, size)
-    flops += settings.num_states * guided * forward_flops(teacher, size, size)
     groups = {"seed": config.seed, "data.name": config.data.name}
     groups |= {name: getattr(config, name) for name in ("model", "teacher", "policy", "train")}
     return Stage(
@@ -190,7 +182,7 @@ def _student_stage(config: Config, source, data: DataShape, teacher_params, mesh
         data=_batches(config, source, settings.batch_size, config.seed + _STUDENT_DATA),
         steps=settings.steps,
         batch_size=settings.batch_size,
-        flops_per_step=flops * segments * settings.batch_size,
+        flops_per_step=sum(distill_flops(student, teacher, config, data)) * settings.batch_size,
         config=_settings(groups),
         extensible=_extensible("train", settings.optimizer.decay),
         spec=student_spec(config, data),

@@ -9,6 +9,7 @@ import optax
 from piflow_jax.config import Config, OptimizerConfig
 from piflow_jax.data.latents import draw_latents
 from piflow_jax.flow.schedule import TimeWarp
+from piflow_jax.models.flops import forward_flops
 from piflow_jax.training.networks import DataShape
 from piflow_jax.training.objectives import (
     data_dependent_loss,
@@ -22,7 +23,7 @@ from piflow_jax.training.objectives import (
 from piflow_jax.training.optimizer import update_ema
 from piflow_jax.training.state import TrainState
 
-__all__ = ["accumulate", "distill_step", "teacher_step"]
+__all__ = ["accumulate", "distill_flops", "distill_step", "teacher_flops", "teacher_step"]
 
 # A stream of its own beside those that the losses split off the same key.
 _POSTERIOR = 0x9057
@@ -208,3 +209,30 @@ def distill_step(
         return state, metrics
 
     return step
+
+
+def teacher_flops(module, data: DataShape) -> int:
+    """Matrix-product FLOPs that one example needs in the teacher's flow-matching step."""
+    return 3 * forward_flops(module, data.sample_size, data.sample_size)
+
+
+def distill_flops(student, teacher, config: Config, data: DataShape) -> tuple[int, int]:
+    """Matrix-product FLOPs that one example needs in the pi-ID step, and nothing else of weight.
+
+    Args:
+      student: the student's module.
+      teacher: the teacher's module.
+      config: the run's settings.
+      data: what the data look like.
+
+    Returns:
+      The student's three forward evaluations' worth and the guided teacher's at every state, each
+      as often as a data-free step has segments.
+    """
+    size = data.sample_size
+    segments = config.train.nfe if config.train.data_free else 1
+    queries = config.train.num_states * (1 if config.teacher.guidance_scale == 1 else 2)
+    return (
+        segments * 3 * forward_flops(student, size, size),
+        segments * queries * forward_flops(teacher, size, size),
+    )

@@ -1,0 +1,254 @@
+"""A train step of a configuration, beside the same step in plain PyTorch.
+
+    python benchmarks/train_step.py
+    python benchmarks/train_step.py --config=configs/imagenet.py:gm_repa --batch-size=128
+
+The first is the main job on this machine: the teacher's step and the student's. The second is for
+one GPU: the student's step of ImageNet with random weights and latents, which no data are needed
+for, against the matrix products of the same process; "of the bound" is then the utilisation that
+counts only three forward evaluations of the student and the guided teacher's at each state.
+Without `--batch-size` a batch is the configuration's, in one part.
+
+Every call makes several steps, as a loop would that looks at the last of them. On a GPU the
+alternatives run one after the other, each with the memory to itself.
+"""
+
+import argparse
+import copy
+import gc
+import importlib.util
+import itertools
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+# What PyTorch is to use cannot be JAX's already.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
+import jax
+import numpy as np
+
+from benchmarks import harness
+from piflow_jax.config import Config, parse
+from piflow_jax.data import load_source
+from piflow_jax.models import student_from_teacher
+from piflow_jax.training.networks import (
+    IMAGENET_LATENTS,
+    DataShape,
+    init_params,
+    student_network,
+    teacher_network,
+)
+from piflow_jax.training.optimizer import make_optimizer
+from piflow_jax.training.state import TrainState
+from piflow_jax.training.step import distill_flops, distill_step, teacher_flops, teacher_step
+
+STEPS = 4
+OURS = "piflow_jax"
+
+
+def load_config(name: str):
+    """The `ConfigDict` of `FILE[:VARIANT]`."""
+    path, _, variant = name.partition(":")
+    spec = importlib.util.spec_from_file_location("benchmarked", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config(variant) if variant else module.get_config()
+
+
+class Subject:
+    """A stage of a configuration: its batch, weights, and step in both frameworks."""
+
+    def __init__(self, config: Config, stage: str):
+        self.config, self.stage = config, stage
+        self.size = (config.train if stage == "student" else config.teacher).batch_size
+        rng = np.random.default_rng(0)
+        if config.data.name == "imagenet":
+            self.data = IMAGENET_LATENTS
+            images = rng.standard_normal((self.size, *self.data.shape), np.float32)
+            labels = rng.integers(0, self.data.num_classes, self.size)
+        else:
+            source = load_source(config.data.name)
+            self.data = DataShape.of(config.data.name, source)
+            chosen = rng.integers(0, len(source), self.size)
+            images, labels = source.images[chosen], source.labels[chosen]
+        self.batch = {"image": images, "label": labels.astype(np.int32)}
+
+    def modules(self, config: Config):
+        """Student and teacher."""
+        return (
+            student_network(config.model, config.policy, self.data),
+            teacher_network(config.model, self.data),
+        )
+
+    def weights(self):
+        """The student's and the teacher's: fresh, but for a teacher without zeros."""
+        student, teacher = self.modules(self.config)
+
+        @jax.jit
+        def make(key):
+            keys = jax.random.split(key, 4)
+            fresh = init_params(teacher, keys[0])
+            leaves, tree = jax.tree.flatten(fresh)
+            noise = zip(leaves, jax.random.split(keys[1], len(leaves)), strict=True)
+            noisy = [leaf + 0.02 * jax.random.normal(k, leaf.shape) for leaf, k in noise]
+            params = jax.tree.unflatten(tree, noisy)
+            return student_from_teacher(
+                keys[2], student, init_params(student, keys[3]), params
+            ), params
+
+        return make(jax.random.key(0))
+
+    def flops(self) -> float:
+        """The least arithmetic of a step."""
+        student, teacher = self.modules(self.config)
+        if self.stage == "teacher":
+            return self.size * teacher_flops(teacher, self.data)
+        return self.size * sum(distill_flops(student, teacher, self.config, self.data))
+
+    def ours(self, config: Config) -> Callable:
+        """Our step with these settings, compiled at its first call."""
+        student, teacher = self.modules(config)
+        of_student, of_teacher = self.weights()
+        if self.stage == "student":
+            optimizer = make_optimizer(config.train.optimizer, config.train.steps)
+            step = distill_step(student, teacher, optimizer, config, self.data)
+            constants, params = (of_teacher, jax.random.key(1)), of_student
+        else:
+            optimizer = make_optimizer(config.teacher.optimizer, config.teacher.steps)
+            step = teacher_step(teacher, optimizer, config, self.data)
+            constants, params = (jax.random.key(1),), of_teacher
+        step = jax.jit(step, donate_argnums=0)
+        state = jax.jit(lambda params: TrainState.create(params, optimizer))(params)
+        batch = jax.device_put(self.batch)
+
+        def call():
+            nonlocal state
+            for _ in range(STEPS):
+                state, metrics = step(state, *constants, batch)
+            return metrics
+
+        return call
+
+    def torch(self, threads: int = 0, compiled: bool = False) -> Callable:
+        """The same in PyTorch, on a GPU if there is one."""
+        import torch
+
+        from benchmarks import torch_twin
+
+        policy = self.config.policy
+        device = "cuda" if jax.default_backend() == "gpu" else "cpu"
+        modules, params = self.modules(self.config), self.weights()
+        teacher = torch_twin.from_flax(modules[1], params[1]).to(device)
+        null = self.data.num_classes
+        networks = [teacher]
+        if self.stage == "student":
+            student = torch_twin.from_flax(
+                modules[0], params[0], policy.num_components, policy.logstd_hidden
+            ).to(device)
+            networks.append(student)
+            step = torch_twin.Distillation(student, teacher, self.config, null)
+        else:
+            step = torch_twin.FlowMatching(teacher, self.config, null)
+        if compiled:
+            for network in networks:
+                network.compile()
+        images = torch.from_numpy(np.moveaxis(self.batch["image"], -1, 1).copy()).to(device)
+        labels = torch.from_numpy(self.batch["label"].astype(np.int64)).to(device)
+
+        def call():
+            if threads:
+                torch.set_num_threads(threads)
+            for _ in range(STEPS):
+                loss = step(images, labels)
+            return float(loss)
+
+        return call
+
+
+def our_alternatives(config, remats: list[str], attentions: list[str]) -> dict[str, Config]:
+    """Settings by name; the first has the plain name."""
+    found = {}
+    for remat, attention in itertools.product(
+        remats or [config.model.remat], attentions or [config.model.attention]
+    ):
+        changed = copy.deepcopy(config)
+        changed.model.remat, changed.model.attention = remat, attention
+        name = f"{OURS}, remat {remat}, attention {attention}" if found else OURS
+        found[name] = parse(changed)
+    return found
+
+
+def measure(raw, stage: str, options) -> dict:
+    """Times a stage's alternatives."""
+    accelerated = jax.default_backend() != "cpu"
+    ours = our_alternatives(raw, options.remat, options.attention)
+    subject = Subject(ours[OURS], stage)
+    builders = {name: lambda c=config: subject.ours(c) for name, config in ours.items()}
+    if options.torch and importlib.util.find_spec("torch"):
+        if accelerated:
+            builders["PyTorch"] = subject.torch
+        else:
+            cores = harness.machine()["cores"]
+            for count in sorted({cores, 1}, reverse=True):
+                name = f"PyTorch, {count} thread{'s' if count > 1 else ''}"
+                builders[name] = lambda count=count: subject.torch(count)
+        if options.compile:
+            builders["PyTorch, torch.compile"] = lambda: subject.torch(compiled=True)
+    dtype = ours[OURS].model.dtype
+    work = harness.Work(
+        items=STEPS * subject.size,
+        unit="examples",
+        flops=STEPS * subject.flops(),
+        dtype=dtype,
+    )
+    peaks = harness.measured_peaks((dtype,))
+    if accelerated or options.apart:
+        return harness.compare_apart(builders, work, peaks, rounds=options.rounds)
+    calls = {name: build() for name, build in builders.items()}
+    case = harness.compare(calls, work, peaks, rounds=options.rounds)
+    calls.clear()
+    gc.collect()
+    return case
+
+
+def main() -> None:
+    """Runs the benchmark."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--config", default="configs/digits.py")
+    parser.add_argument("--batch-size", type=int, help="examples; by default the configuration's")
+    parser.add_argument("--stage", nargs="+", choices=("student", "teacher"))
+    parser.add_argument("--optimizer", choices=("adamw", "muon"), help="in place of the student's")
+    parser.add_argument("--remat", nargs="+", default=[], help="policies to compare")
+    parser.add_argument("--attention", nargs="+", default=[], help="implementations to compare")
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--torch", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--compile", action="store_true", help="torch.compile as well")
+    parser.add_argument("--apart", action="store_true", help="one after the other, as on a GPU")
+    options = parser.parse_args()
+    harness.tune_allocator()
+    raw = load_config(options.config)
+    raw.train.microbatches = 1
+    for group in (raw.train, raw.teacher):
+        group.batch_size = options.batch_size or group.batch_size
+    if options.optimizer:
+        raw.train.optimizer.kind = options.optimizer
+    if jax.default_backend() == "gpu":
+        options.remat = options.remat or ["none"]
+        options.attention = options.attention or ["cudnn", "xla"]
+    given = raw.data.name == "imagenet"
+    for stage in options.stage or (["student"] if given else ["student", "teacher"]):
+        case = measure(raw, stage, options)
+        group = raw.train if stage == "student" else raw.teacher
+        name = f"{Path(options.config).name}, {stage}, batch {group.batch_size}"
+        harness.save(
+            "train_step",
+            f"{name}, {group.optimizer.kind}",
+            case,
+            dtype=raw.model.dtype,
+            steps_per_call=STEPS,
+        )
+
+
+if __name__ == "__main__":
+    main()

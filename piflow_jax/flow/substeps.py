@@ -1,0 +1,98 @@
+"""Substeps of a rollout: where each begins and ends, and what a solver makes of its velocity."""
+
+from typing import Literal, get_args
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from piflow_jax.flow.policies.base import per_sample
+from piflow_jax.flow.schedule import TimeWarp
+
+__all__ = ["Solver", "Substeps", "check_solver", "num_substeps", "step_weights"]
+
+Solver = Literal["euler", "multistep"]
+"""First order, or second order by the velocity of the substep before."""
+
+
+def check_solver(solver: str) -> None:
+    """Raises a `ValueError` for a solver that there is not."""
+    if solver not in get_args(Solver):
+        raise ValueError(f"unknown solver {solver!r}; it is 'euler' or 'multistep'")
+
+
+def num_substeps(delta_tau: jax.Array, total_substeps: int) -> jax.Array:
+    """Substeps of an interval of raw time: rounded half to even, at least one. Any shape."""
+    return jnp.maximum(jnp.round(delta_tau * total_substeps), 1)
+
+
+@flax.struct.dataclass
+class Substeps:
+    """The substeps of each sample, uniform in raw time.
+
+    Attributes:
+      tau_start: `[B]`, raw time at which the first begins.
+      length: `[B]`, raw-time length of each.
+      count: `[B]`, how many there are, as a floating-point number.
+    """
+
+    tau_start: jax.Array
+    length: jax.Array
+    count: jax.Array
+
+    @classmethod
+    def between(
+        cls, tau_start: jax.Array, tau_end: jax.Array, total_substeps: int, most: int
+    ) -> "Substeps":
+        """The substeps from `tau_start[B]` down to `tau_end[B]`, at most `most` of them."""
+        delta = tau_start - tau_end
+        count = jnp.minimum(num_substeps(delta, total_substeps), most)
+        return cls(tau_start=tau_start, length=delta / count, count=count)
+
+    def time_after(self, steps: jax.Array) -> jax.Array:
+        """Raw time after a number of substeps, of all samples or `[B]` or `[B, N]`; at least 0."""
+        columns = (self.tau_start, self.length, self.count)
+        start, length, count = (per_sample(a, max(jnp.ndim(steps), 1)) for a in columns)
+        return jnp.maximum(start - length * jnp.minimum(steps, count), 0)
+
+    def levels(self, index: jax.Array, warp: TimeWarp) -> tuple[jax.Array, jax.Array]:
+        """Noise levels at which a substep begins and ends.
+
+        A sample that has arrived is at its last substep again, with length zero: never beyond its
+        end, where the velocity may be singular and 0 * inf would poison gradients.
+
+        Args:
+          index: of the substep, a scalar or `[1, N]`.
+          warp: raw time to noise level.
+
+        Returns:
+          `(begin, end)`, `[B]` or `[B, N]`.
+        """
+        count = per_sample(self.count, max(jnp.ndim(index), 1))
+        begin = warp.warp(self.time_after(jnp.minimum(index, count - 1)))
+        return begin, jnp.where(index < count, warp.warp(self.time_after(index + 1)), begin)
+
+
+def step_weights(
+    before: jax.Array, begin: jax.Array, end: jax.Array, solver: Solver
+) -> tuple[jax.Array, jax.Array]:
+    """Factors of a substep's velocity and of the one before in the step from `begin` to `end`.
+
+    The velocity of `multistep` is a line in the noise level through the two (Adams-Bashforth); the
+    first substep, before which there is none, is one of Euler.
+
+    Args:
+      before: noise level at which the substep before began; `begin` if there was none.
+      begin: noise level at which this one begins.
+      end: and ends.
+      solver: `euler` or `multistep`.
+
+    Returns:
+      `(step, step_previous)`, shaped like the levels.
+    """
+    step = end - begin
+    if solver == "euler":
+        return step, jnp.zeros_like(step)
+    gap = begin - before
+    ratio = jnp.where(gap == 0, 0, step / jnp.where(gap == 0, 1, gap)) / 2
+    return step * (1 + ratio), -step * ratio
