@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from flax import linen as nn
 
+from piflow_jax.convert.adapters import adapter_config, export_adapter, load_adapter
 from piflow_jax.convert.dit import export_dit, load_dit
 from piflow_jax.convert.files import open_weights, write_safetensors
 from piflow_jax.convert.flux import export_flux, load_flux
@@ -92,4 +93,12 @@ def to_torch_state(module: nn.Module, params: Mapping) -> dict[str, np.ndarray]:
     return EXPORTERS[type(module)](module, params)
 
 
-__all__ = ["load_torch_state", "open_weights", "to_torch_state", "write_safetensors"]
+__all__ = [
+    "adapter_config",
+    "export_adapter",
+    "load_adapter",
+    "load_torch_state",
+    "open_weights",
+    "to_torch_state",
+    "write_safetensors",
+]

@@ -2,7 +2,7 @@
 
 from piflow_jax.stages.adm import write_reference
 from piflow_jax.stages.command import MODES, run
-from piflow_jax.stages.compile import compile_step
+from piflow_jax.stages.compile import compile_sampling, compile_step
 from piflow_jax.stages.evaluate import evaluate
 from piflow_jax.stages.export import export
 from piflow_jax.stages.prepare import prepare_latents
@@ -11,6 +11,7 @@ from piflow_jax.stages.train import train
 
 __all__ = [
     "MODES",
+    "compile_sampling",
     "compile_step",
     "evaluate",
     "export",
