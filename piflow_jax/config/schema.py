@@ -23,7 +23,7 @@ _PLACES = ("split", "whole")
 class DataConfig:
     """Which data set."""
 
-    name: str = _field("digits", "data set", choices=("digits", "mnist", "imagenet"))
+    name: str = _field("digits", "data set", choices=("digits", "mnist", "imagenet", "prompts"))
     data_dir: str = _field(
         "", "where prepared data lies (imagenet: its latents); empty is the TFDS default"
     )

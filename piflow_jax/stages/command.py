@@ -10,7 +10,7 @@ from absl import logging
 from etils import epath
 
 from piflow_jax.config import Config, ConfigError, check_devices, parse
-from piflow_jax.data.latents import LatentsError
+from piflow_jax.data.shards import ShardsError
 from piflow_jax.parallel import processes
 from piflow_jax.stages.adm import write_reference
 from piflow_jax.stages.compile import compile_step
@@ -56,7 +56,7 @@ def run(mode: str, config: ml_collections.ConfigDict, workdir: str | os.PathLike
     except Interrupted as stop:
         logging.info("%s", stop)
         return processes.end(0 if stop.signal == "SIGTERM" else 130)
-    except (ConfigError, FileNotFoundError, LatentsError) as error:
+    except (ConfigError, FileNotFoundError, ShardsError) as error:
         return _refuse(str(error), 2)
     except (CheckpointError, NonFiniteLossError, OSError, processes.ProcessError) as error:
         return _refuse(str(error), 1)
