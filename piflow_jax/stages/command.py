@@ -17,6 +17,7 @@ from piflow_jax.stages.compile import compile_step
 from piflow_jax.stages.evaluate import evaluate
 from piflow_jax.stages.export import export
 from piflow_jax.stages.prepare import prepare_latents
+from piflow_jax.stages.prepare_prompts import prepare_prompts
 from piflow_jax.stages.sample import sample
 from piflow_jax.stages.train import train
 from piflow_jax.training.checkpoint import CheckpointError
@@ -24,12 +25,18 @@ from piflow_jax.training.loop import Interrupted, NonFiniteLossError
 
 __all__ = ["MODES", "run"]
 
+
+def _prepare(config: Config, workdir: str | os.PathLike) -> None:
+    of_data = prepare_prompts if config.data.name == "prompts" else prepare_latents
+    of_data(config, workdir)
+
+
 MODES = {
     "train": train,
     "evaluate": evaluate,
     "sample": sample,
     "export": export,
-    "prepare": prepare_latents,
+    "prepare": _prepare,
     "statistics": write_reference,
     "compile": compile_step,
 }
