@@ -37,6 +37,19 @@ class DataConfig:
         "", "what --mode=prepare reads: a folder of class folders, a .tar, or tfds[:DATA_DIR]"
     )
     vae: str = _field("", "weights of the autoencoder: a .safetensors file or its folder")
+    prompts: str = _field(
+        "", "list of prompts that --mode=prepare encodes: a .txt, .jsonl or .parquet file"
+    )
+    text_encoder: str = _field(
+        "", "what encodes them: the folder of FLUX.1 or Qwen-Image, or words:D:P (hashed words)"
+    )
+    text_length: int = _field(0, "most tokens of a prompt; 0 is the encoder's own limit", low=0)
+    text_dtype: str = _field(
+        "bfloat16", "type of the text encoder's weights", choices=("float32", "bfloat16")
+    )
+    image_size: int = _field(
+        1024, "side of square images of prompts; other shapes have about as many pixels", low=16
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -76,8 +76,8 @@ class CaptionedDigits:
         return self.images.shape[1:]
 
     @property
-    def channels(self) -> int:
-        """Channels `C` of an image."""
+    def latent_channels(self) -> int:
+        """Channels `C` of an image, which stands for latents."""
         return self.images.shape[-1]
 
     @property

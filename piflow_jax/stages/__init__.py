@@ -6,6 +6,7 @@ from piflow_jax.stages.compile import compile_sampling, compile_step
 from piflow_jax.stages.evaluate import evaluate
 from piflow_jax.stages.export import export
 from piflow_jax.stages.prepare import prepare_latents
+from piflow_jax.stages.prepare_prompts import prepare_prompts
 from piflow_jax.stages.sample import sample
 from piflow_jax.stages.train import train
 
@@ -16,6 +17,7 @@ __all__ = [
     "evaluate",
     "export",
     "prepare_latents",
+    "prepare_prompts",
     "run",
     "sample",
     "train",

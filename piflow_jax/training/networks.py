@@ -109,12 +109,11 @@ class DataShape:
 
     @classmethod
     def _of_captions(cls, name: str, source) -> "DataShape":
-        # Captions alone do not say what latents they are for: those of either network's autoencoder.
-        channels = getattr(source, "channels", TEXT_LATENTS["flux"].channels)
+        # Prompts alone do not say what latents they are for: those of either network's autoencoder.
         return cls(
             name=name,
             sample_size=max(max(bucket) for bucket in source.buckets),
-            channels=channels,
+            channels=source.latent_channels or TEXT_LATENTS["flux"].channels,
             num_classes=getattr(source, "num_classes", 0),
             text_features=source.text_features,
             pooled_features=source.pooled_features,

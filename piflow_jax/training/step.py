@@ -51,7 +51,7 @@ def _images(batch, key: jax.Array, data: DataShape) -> jax.Array:
     """What the networks see: images or latents as they are, or a draw from a posterior."""
     for name in ("image", "latents"):
         if name in batch:
-            return batch[name]
+            return batch[name].astype(jnp.promote_types(batch[name].dtype, jnp.float32))
     return draw_latents(
         jax.random.fold_in(key, _POSTERIOR),
         batch["mean"],
