@@ -113,6 +113,7 @@ def distil(network, optimizer=None, batch=None, **changes):
     return step(state, params, jax.random.key(3), batch)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("network", NETWORKS)
 def test_gradients_are_those_of_the_whole_network_at_the_trained_parameters(network):
     """Against a student that has the base among its own parameters, and trains all of them."""
@@ -144,6 +145,7 @@ def test_gradients_are_those_of_the_whole_network_at_the_trained_parameters(netw
         assert unread or np.abs(b).max() > 0, name
 
 
+@pytest.mark.slow
 def test_dropout_of_adapters_differs_by_step_and_leaves_the_teacher_alone():
     kept = distil("flux")[1]["loss"]
     one = distil("flux", model__lora_dropout=0.5)[1]["loss"]
@@ -153,6 +155,7 @@ def test_dropout_of_adapters_differs_by_step_and_leaves_the_teacher_alone():
     assert np.isfinite(none) and none != one
 
 
+@pytest.mark.slow
 def test_prompts_without_images_say_by_an_empty_canvas_what_is_sampled():
     _, source, *_ = system("flux")
     batch = {name: a for name, a in batch_of(source).items() if name != "latents"}
