@@ -210,8 +210,16 @@ class EvaluationConfig:
     weights: str = _field(
         "", "official student weights (.safetensors, .pth) in place of the run's checkpoint"
     )
-    features: str = _field("", "imagenet: file of the Inception weights that make an FID")
+    features: str = _field("", "imagenet, prompts: file of the Inception weights that make an FID")
     reference: str = _field("", "imagenet: ADM's reference, VIRTUAL_imagenet256_labeled.npz")
+    images: str = _field(
+        "", "prompts: the student's pictures, a folder of <place>-<seed>.png or an .npz file"
+    )
+    teacher_images: str = _field("", "prompts: the teacher's pictures of the same noise, likewise")
+    clip: str = _field("", "prompts: folder of the CLIP that compares pictures with prompts")
+    diversity_features: str = _field(
+        "", "prompts: folder of the network that compares pictures of one prompt; empty is clip"
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
