@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from flax import linen as nn
 
+from piflow_jax.convert.adapters import adapter_config, export_adapter, load_adapter
 from piflow_jax.convert.autoencoders import open_autoencoder
 from piflow_jax.convert.dit import export_dit, load_dit
 from piflow_jax.convert.files import open_weights, write_safetensors
@@ -98,6 +99,9 @@ def to_torch_state(module: nn.Module, params: Mapping) -> dict[str, np.ndarray]:
 
 
 __all__ = [
+    "adapter_config",
+    "export_adapter",
+    "load_adapter",
     "load_torch_state",
     "open_autoencoder",
     "open_weights",

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+from piflow_jax.data.captions import CaptionedDigits, load_captioned_digits_source
 from piflow_jax.data.digits import load_digits_source
 from piflow_jax.data.latents import LatentsSource, load_latents_source
 from piflow_jax.data.mnist import load_mnist_source
@@ -11,18 +12,19 @@ from piflow_jax.data.source import ArraySource, Source
 
 __all__ = ["SOURCES", "ArraySource", "BatchIterator", "Source", "batches", "load_source"]
 
-SOURCES: dict[str, Callable[[str | None], ArraySource | LatentsSource | PromptsSource]] = {
+AnySource = ArraySource | LatentsSource | PromptsSource | CaptionedDigits
+
+SOURCES: dict[str, Callable[[str | None], AnySource]] = {
     "digits": lambda data_dir: load_digits_source(),
     "mnist": load_mnist_source,
+    "captioned_digits": lambda data_dir: load_captioned_digits_source(),
     # Comparing all checksums reads the whole set; a damaged record raises when it is read.
     "imagenet": lambda data_dir: load_latents_source(data_dir or "", verify=False),
     "prompts": lambda data_dir: load_prompts_source(data_dir or "", verify=False),
 }
 
 
-def load_source(
-    name: str, data_dir: str | None = None
-) -> ArraySource | LatentsSource | PromptsSource:
+def load_source(name: str, data_dir: str | None = None) -> AnySource:
     """Loads a data set by name.
 
     Args:

@@ -2,7 +2,7 @@
 
 from piflow_jax.stages.adm import write_reference
 from piflow_jax.stages.command import MODES, run
-from piflow_jax.stages.compile import compile_step
+from piflow_jax.stages.compile import compile_sampling, compile_step
 from piflow_jax.stages.evaluate import evaluate
 from piflow_jax.stages.evaluate_prompts import evaluate_images
 from piflow_jax.stages.export import export
@@ -13,6 +13,7 @@ from piflow_jax.stages.train import train
 
 __all__ = [
     "MODES",
+    "compile_sampling",
     "compile_step",
     "evaluate",
     "evaluate_images",

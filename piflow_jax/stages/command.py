@@ -13,7 +13,7 @@ from piflow_jax.config import Config, ConfigError, check_devices, parse
 from piflow_jax.data.shards import ShardsError
 from piflow_jax.parallel import processes
 from piflow_jax.stages.adm import write_reference
-from piflow_jax.stages.compile import compile_step
+from piflow_jax.stages.compile import compile_sampling, compile_step
 from piflow_jax.stages.evaluate import evaluate
 from piflow_jax.stages.evaluate_prompts import evaluate_images
 from piflow_jax.stages.export import export
@@ -45,6 +45,7 @@ MODES = {
     "prepare": _prepare,
     "statistics": write_reference,
     "compile": compile_step,
+    "compile_sampling": compile_sampling,
 }
 
 
@@ -84,7 +85,7 @@ def run(mode: str, config: ml_collections.ConfigDict, workdir: str | os.PathLike
 def _start(config: Config, mode: str, workdir: str | os.PathLike) -> None:
     if config.compilation_cache:
         jax.config.update("jax_compilation_cache_dir", config.compilation_cache)
-    if mode != "compile":  # a slice to compile for has other devices than this machine
+    if not mode.startswith("compile"):  # a slice to compile for has other devices than this machine
         processes.start(config.processes)
         check_devices(config, jax.device_count(), jax.process_count())
     try:

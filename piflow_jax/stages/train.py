@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+from statistics import fmean
 from typing import Any
 
 import jax
@@ -11,8 +12,7 @@ from jax.sharding import Mesh
 from piflow_jax.config import Config, mesh_sizes
 from piflow_jax.data import batches, load_source
 from piflow_jax.evaluation import FEATURE_SPACES
-from piflow_jax.models import student_from_teacher
-from piflow_jax.models.flops import forward_flops
+from piflow_jax.models.flops import forward_flops, gradient_flops
 from piflow_jax.parallel import ActivationSharding, device_mesh
 from piflow_jax.stages.adm import load_inception, load_reference
 from piflow_jax.stages.autoencoder import check_autoencoder, load_autoencoder
@@ -24,6 +24,7 @@ from piflow_jax.training.networks import (
     DataShape,
     abstract_params,
     init_params,
+    initial_student,
     student_network,
     student_spec,
     teacher_network,
@@ -130,11 +131,11 @@ def _teacher_stage(config: Config, source, data: DataShape, mesh: Mesh) -> Stage
     module = teacher_network(config.model, data).clone(constrain=ActivationSharding(mesh))
     settings = config.teacher
     optimizer = make_optimizer(settings.optimizer, settings.steps)
-    step = teacher_step(module, optimizer, config, data)
+    step = teacher_step(module, optimizer, config, data, getattr(source, "null", None))
     own = {
         key: getattr(settings, key) for key in ("steps", "batch_size", "label_dropout", "optimizer")
     }
-    flops = 3 * forward_flops(module, data.sample_size, data.sample_size)
+    flops = _mean_flops(gradient_flops, module, source, data)
     return Stage(
         name="teacher",
         init=lambda: TrainState.create(init_params(module, _key(config, _TEACHER_INIT)), optimizer),
@@ -165,21 +166,17 @@ def _student_stage(config: Config, source, data: DataShape, teacher_params, mesh
     student = student_network(config.model, config.policy, data).clone(constrain=constrain)
     settings = config.train
     optimizer = make_optimizer(settings.optimizer, settings.steps)
-    distil = distill_step(student, teacher, optimizer, config, data)
-    keys = jax.random.split(_key(config, _STUDENT_INIT))
+    distil = distill_step(student, teacher, optimizer, config, data, getattr(source, "null", None))
 
     def init(teacher_params):
-        params = student_from_teacher(
-            keys[1], student, init_params(student, keys[0]), teacher_params, teacher=teacher
-        )
-        return TrainState.create(params, optimizer)
+        key = _key(config, _STUDENT_INIT)
+        return TrainState.create(initial_student(key, student, teacher, teacher_params), optimizer)
 
     # Each segment of a data-free step has its own student evaluation and teacher queries.
     segments = settings.nfe if settings.data_free else 1
     guided = 1 if config.teacher.guidance_scale == 1 else 2
-    size = data.sample_size
-    flops = 3 * forward_flops(student, size, size)
-    flops += settings.num_states * guided * forward_flops(teacher, size, size)
+    flops = _mean_flops(gradient_flops, student, source, data)
+    flops += settings.num_states * guided * _mean_flops(forward_flops, teacher, source, data)
     groups = {"seed": config.seed, "data.name": config.data.name}
     groups |= {name: getattr(config, name) for name in ("model", "teacher", "policy", "train")}
     return Stage(
@@ -198,6 +195,13 @@ def _student_stage(config: Config, source, data: DataShape, teacher_params, mesh
         shardings=lambda state: student_shardings(config, mesh, state),
         look=student_look(config, source, data) if config.evaluation.every else None,
     )
+
+
+def _mean_flops(count, module, source, data: DataShape) -> float:
+    """FLOPs of an example, the mean over the shapes that batches have."""
+    shapes = getattr(source, "buckets", [(data.sample_size, data.sample_size)])
+    length = getattr(source, "text_length", 0)
+    return fmean(count(module, height, width, length) for height, width in shapes)
 
 
 def _batches(config: Config, source, batch_size: int, seed: int):
