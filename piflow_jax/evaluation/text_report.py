@@ -13,8 +13,8 @@ from typing import Any
 __all__ = ["TextReport"]
 
 _TITLES = {
-    "teacher_fid": "teacher FID",
-    "patch_fid": "teacher patch FID",
+    "teacher_fid": "teacher {fid}",
+    "patch_fid": "teacher patch {fid}",
     "clip": "CLIP similarity",
     "teacher_clip": "CLIP similarity of the teacher",
     "diversity": "diversity",
@@ -45,8 +45,10 @@ class TextReport:
     protocol: dict[str, Any]
 
     def table(self) -> str:
-        """The figures that there are, one a line."""
-        figures = [(title, getattr(self, name)) for name, title in _TITLES.items()]
+        """The figures that there are, one a line; FID only if the features are the published."""
+        published = self.protocol.get("inception", {}).get("published")
+        fid = "FID" if published else "Frechet distance"
+        figures = [(title.format(fid=fid), getattr(self, name)) for name, title in _TITLES.items()]
         return "\n".join(
             f"{title:32}{value:10.4f}" for title, value in figures if value is not None
         )

@@ -62,6 +62,8 @@ def config(tmp_path, monkeypatch):
     (tmp_path / "list.txt").write_text("\n".join(PROMPTS))
     made = base_config()
     made.data.name = "prompts"
+    made.model.network = "flux"
+    made.model.rope_axes = (8, 4, 4)
     made.data.prompts = str(tmp_path / "list.txt")
     made.evaluation.images = str(tmp_path / "student")
     made.evaluation.teacher_images = str(tmp_path / "teacher")
@@ -110,6 +112,9 @@ def test_features_are_kept_and_figures_can_be_left_out(config, tmp_path, monkeyp
     monkeypatch.setattr(Clip, "image_features", never)
     again = evaluate_prompts.evaluate_images(parse(config), tmp_path)
     assert again == first and again.table().count("\n") == 5
+    assert again.table().splitlines()[0].startswith("teacher Frechet distance ")
+    first.protocol["inception"]["published"] = True
+    assert first.table().splitlines()[1].startswith("teacher patch FID ")
     config.evaluation.features = config.evaluation.teacher_images = ""
     alone = evaluate_prompts.evaluate_images(parse(config), tmp_path)
     assert alone.teacher_fid is None and alone.clip == first.clip
