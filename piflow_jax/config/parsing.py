@@ -266,11 +266,6 @@ def _check_text(config: Config) -> None:
         )
     if not reads_text:
         return
-    if any(side % 16 for side in config.evaluation.image_size):
-        raise ConfigError(
-            "config.evaluation.image_size must be two multiples of 16, got "
-            f"{config.evaluation.image_size}"
-        )
     axes = model.rope_axes
     if len(axes) != 3 or sum(axes) * model.num_heads != model.hidden or any(a % 2 for a in axes):
         raise ConfigError(

@@ -231,9 +231,6 @@ class EvaluationConfig:
         1.0, "of the mixture, in all evaluations but the last (gm); 1 leaves it", above=0, high=1
     )
     seed: int = _field(0, "seed of the noise", low=0)
-    image_size: tuple[int, int] = _field(
-        (1024, 1024), "height and width of images made of prompts, multiples of 16", low=16
-    )
     grid_samples: int = _field(20, "columns of samples.png", low=1)
     grid_classes: tuple[int, ...] = _field(
         (), "classes that --mode=sample shows, a row each; empty is all", low=0, may_be_empty=True

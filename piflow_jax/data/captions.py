@@ -1,8 +1,7 @@
 """Digits with captions: text-to-image in small, on embeddings that are made here.
 
-A caption is a few words that name the digit, such as "a handwritten seven". An embedding of a word
-is a fixed random vector; that of a token adds a share of the token before it, so that tokens depend
-on their neighbours as a text encoder's do. The keys are those of cached prompts (`prompts.py`).
+A caption is a few words that name the digit, such as "a handwritten seven". Its embeddings are
+those of `WordEncoder`. The keys of examples are those of cached prompts (`prompts.py`).
 """
 
 import dataclasses
@@ -11,40 +10,13 @@ import functools
 import numpy as np
 
 from piflow_jax.data.digits import load_digits_source
+from piflow_jax.data.text_encoders import WordEncoder
 
-__all__ = ["CAPTION_FEATURES", "CaptionedDigits", "load_captioned_digits_source"]
+__all__ = ["CaptionedDigits", "load_captioned_digits_source"]
 
-CAPTION_FEATURES = 24
-POOLED_FEATURES = 16
 _DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 _FORMS = ("{}", "a {}", "the digit {}", "a handwritten {}", "a drawing of a {}")
-# What a token has of the one before it.
-_CARRIED = 0.5
-
-
-@functools.cache
-def _word(word: str, features: int) -> np.ndarray:
-    """The embedding of a word, a standard normal vector that depends on the word alone."""
-    key = np.frombuffer(word.ljust(16, "\0").encode()[:16], np.uint64)
-    return np.random.Generator(np.random.Philox(key=key)).standard_normal(features)
-
-
-def embed(caption: str) -> tuple[np.ndarray, np.ndarray]:
-    """Embeds a caption.
-
-    Args:
-      caption: words with blanks between them; empty is one token of its own.
-
-    Returns:
-      Its tokens `float32[L, CAPTION_FEATURES]` and its pooled embedding `float32[POOLED_FEATURES]`.
-    """
-    words = caption.split() or ["<empty>"]
-    tokens, before = [], np.zeros(CAPTION_FEATURES)
-    for word in words:
-        before = _word(word, CAPTION_FEATURES) + _CARRIED * before
-        tokens.append(before)
-    pooled = np.mean([_word(word, POOLED_FEATURES) for word in words], axis=0)
-    return np.float32(tokens), np.float32(pooled)
+_ENCODER = WordEncoder(text_features=24, pooled_features=16)
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
@@ -67,8 +39,8 @@ class CaptionedDigits:
     text_length: int
     null: dict[str, np.ndarray]
     num_classes: int = len(_DIGITS)
-    text_features: int = CAPTION_FEATURES
-    pooled_features: int = POOLED_FEATURES
+    text_features: int = _ENCODER.text_features
+    pooled_features: int = _ENCODER.pooled_features
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -100,11 +72,17 @@ class CaptionedDigits:
         return {key: np.stack([example[key] for example in examples]) for key in examples[0]}
 
 
+@functools.cache
+def _embedded(caption: str) -> dict[str, np.ndarray]:
+    return _ENCODER([caption])[0]
+
+
 def _example(caption: str, length: int) -> dict[str, np.ndarray]:
-    tokens, pooled = embed(caption)
+    embedding = _embedded(caption)
+    tokens = embedding["text"]
     text = np.zeros((length, tokens.shape[1]), np.float32)
     text[: len(tokens)] = tokens
-    return {"text": text, "text_length": np.int32(len(tokens)), "pooled": pooled}
+    return {"text": text, "text_length": np.int32(len(tokens)), "pooled": embedding["pooled"]}
 
 
 @functools.cache
@@ -118,7 +96,7 @@ def load_captioned_digits_source() -> CaptionedDigits:
     captions = tuple(
         _FORMS[i % len(_FORMS)].format(_DIGITS[label]) for i, label in enumerate(digits.labels)
     )
-    length = max(len(caption.split()) for caption in captions)
+    length = max(len(_embedded(caption)["text"]) for caption in captions)
     return CaptionedDigits(
         name="captioned_digits",
         images=digits.images,

@@ -77,8 +77,8 @@ def compile_step(config: Config, workdir: str | os.PathLike) -> dict[str, Any]:
     train = config.train
     program = _step_program(config, mesh)
     remedy = (
-        f"the step does not fit {config.topology}; raise config.train.microbatches, set config.model.remat or split the state over "
-        "config.mesh.fsdp"
+        f"the step does not fit {config.topology}; raise config.train.microbatches, set "
+        "config.model.remat or split the state over config.mesh.fsdp"
     )
     settings = {
         "batch_size": train.batch_size,
@@ -218,8 +218,8 @@ def _data(config: Config) -> DataShape:
 def _size(config: Config, data: DataShape) -> tuple[int, int]:
     """Rows and columns of a sample."""
     if config.data.name == "prompts":
-        height, width = config.evaluation.image_size
-        return height // LATENT_STRIDE, width // LATENT_STRIDE
+        side = config.data.image_size // LATENT_STRIDE
+        return side, side
     return data.sample_size, data.sample_size
 
 

@@ -24,8 +24,8 @@ from piflow_jax.training.checkpoint import (
     read_spec,
     restore_subtree,
 )
-from piflow_jax.training.loop import checkpoint_dir
 from piflow_jax.training.conditions import conditions, null_conditions
+from piflow_jax.training.loop import checkpoint_dir
 from piflow_jax.training.networks import (
     IMAGENET_LATENTS,
     DataShape,
