@@ -15,6 +15,14 @@ def byte_letters():
     return sorted(ByteLevel.alphabet())
 
 
+def write_clip_tokenizer(folder):
+    """CLIP's tokenizer, a token a letter; returns the number of its tokens."""
+    letters = byte_letters()
+    vocabulary = [*letters, *(f"{c}</w>" for c in letters), "<|startoftext|>", "<|endoftext|>"]
+    _write_bpe(folder, vocabulary, "CLIPTokenizer", 77, "<|endoftext|>")
+    return len(vocabulary)
+
+
 def write_flux(folder):
     """CLIP and T5 with their tokenizers."""
     import torch
@@ -22,17 +30,15 @@ def write_flux(folder):
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
     torch.manual_seed(0)
-    letters = byte_letters()
-    vocabulary = [*letters, *(f"{c}</w>" for c in letters), "<|startoftext|>", "<|endoftext|>"]
-    _write_bpe(folder / "tokenizer", vocabulary, "CLIPTokenizer", 77, "<|endoftext|>")
+    size = write_clip_tokenizer(folder / "tokenizer")
     clip = transformers.CLIPTextConfig(
-        vocab_size=len(vocabulary),
+        vocab_size=size,
         hidden_size=16,
         intermediate_size=32,
         num_hidden_layers=2,
         num_attention_heads=2,
-        bos_token_id=len(vocabulary) - 2,
-        eos_token_id=len(vocabulary) - 1,
+        bos_token_id=size - 2,
+        eos_token_id=size - 1,
     )
     transformers.CLIPTextModel(clip).save_pretrained(folder / "text_encoder")
     pieces = ["<pad>", "</s>", "<unk>", *WORDS]
@@ -96,7 +102,7 @@ def write_qwen(folder):
 
 
 def _write_bpe(folder, vocabulary, kind, longest, end):
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     table = {token: i for i, token in enumerate(vocabulary)}
     (folder / "vocab.json").write_text(json.dumps(table))
     (folder / "merges.txt").write_text("#version: 0.2\n")

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from piflow_jax.config import parse
+from piflow_jax.config import mesh_sizes, parse
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 
@@ -104,6 +104,18 @@ def test_miniatures_are_the_same_program(name):
         assert getattr(small.train, key) == getattr(large.train, key)
     assert small.teacher.guidance_scale == large.teacher.guidance_scale
     assert small.model.distilled_guidance == large.model.distilled_guidance
+
+
+def test_imagenet_splits_its_state_over_sixteen_devices_at_most():
+    config = parse(load("imagenet").get_config(), None)
+    sizes = {n: tuple(mesh_sizes(config, n).values()) for n in (1, 8, 16, 64, 1024)}
+    assert sizes == {
+        1: (1, 1, 1),
+        8: (1, 8, 1),
+        16: (1, 16, 1),
+        64: (4, 16, 1),
+        1024: (64, 16, 1),
+    }
 
 
 def test_unknown_variant_is_named():

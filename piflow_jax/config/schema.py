@@ -57,7 +57,12 @@ class MeshConfig:
     """How all devices of all processes share the work; the three sizes multiply to their number."""
 
     data: int = _field(-1, "parts of the batch with parameters of their own; -1 fills", low=-1)
-    fsdp: int = _field(1, "parts of the batch that split the parameters; -1 fills", low=-1)
+    fsdp: int = _field(
+        1,
+        "parts of the batch that split the parameters; -1 fills, but where data is -1 too only as "
+        "far as parts of model.hidden are whole tiles of 8",
+        low=-1,
+    )
     tensor: int = _field(1, "parts of heads and hidden layers; -1 fills", low=-1)
     student: str = _field("split", "parameters in training, and moments", choices=_PLACES)
     ema: str = _field("split", "averaged parameters", choices=_PLACES)
@@ -240,8 +245,16 @@ class EvaluationConfig:
     weights: str = _field(
         "", "official student weights (.safetensors, .pth) in place of the run's checkpoint"
     )
-    features: str = _field("", "imagenet: file of the Inception weights that make an FID")
+    features: str = _field("", "imagenet, prompts: file of the Inception weights that make an FID")
     reference: str = _field("", "imagenet: ADM's reference, VIRTUAL_imagenet256_labeled.npz")
+    images: str = _field(
+        "", "prompts: the student's pictures, a folder of <place>-<seed>.png or an .npz file"
+    )
+    teacher_images: str = _field("", "prompts: the teacher's pictures of the same noise, likewise")
+    clip: str = _field("", "prompts: folder of the CLIP that compares pictures with prompts")
+    diversity_features: str = _field(
+        "", "prompts: folder of the network that compares pictures of one prompt; empty is clip"
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -31,7 +31,7 @@ class Prompt:
     Attributes:
       text: The prompt.
       aspect: Width over height of its image.
-      image: File of the image that it describes; empty if there is none.
+      image: File of the image that it describes, as the list has it; empty if there is none.
     """
 
     text: str
@@ -45,7 +45,8 @@ def read_prompts(path: str | os.PathLike) -> list[Prompt]:
     Args:
       path: A `.txt` file with a prompt on each line (empty ones are passed over); a `.jsonl` file
         of objects, or a `.parquet` file of rows, with `prompt` and perhaps `aspect` (such as
-        "16:9", width first), or `height` and `width`, and `image`, a file relative to the list's.
+        "16:9", width first), or `height` and `width`, and `image`, a file relative to the list's
+        folder.
 
     Returns:
       The prompts, in order.
@@ -145,7 +146,7 @@ def _prompt(path: Path, number: int, entry: Any) -> Prompt:
         raise ValueError(
             f"{where}: 'aspect' must be like '16:9', or 'height' and 'width' positive numbers"
         ) from error
-    return Prompt(entry["prompt"], aspect, os.fspath(path.parent / image) if image else "")
+    return Prompt(entry["prompt"], aspect, image)
 
 
 def _aspect(entry: dict[str, Any]) -> float:

@@ -15,6 +15,7 @@ from piflow_jax.parallel import processes
 from piflow_jax.stages.adm import write_reference
 from piflow_jax.stages.compile import compile_sampling, compile_step
 from piflow_jax.stages.evaluate import evaluate
+from piflow_jax.stages.evaluate_prompts import evaluate_images
 from piflow_jax.stages.export import export
 from piflow_jax.stages.prepare import prepare_latents
 from piflow_jax.stages.prepare_prompts import prepare_prompts
@@ -31,9 +32,14 @@ def _prepare(config: Config, workdir: str | os.PathLike) -> None:
     of_data(config, workdir)
 
 
+def _evaluate(config: Config, workdir: str | os.PathLike) -> None:
+    of_data = evaluate_images if config.data.name == "prompts" else evaluate
+    of_data(config, workdir)
+
+
 MODES = {
     "train": train,
-    "evaluate": evaluate,
+    "evaluate": _evaluate,
     "sample": sample,
     "export": export,
     "prepare": _prepare,

@@ -5,6 +5,7 @@ The text encoders are PyTorch's and run here alone; see `piflow_jax.data.text_en
 
 import os
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -43,6 +44,7 @@ def encode_prompts(
     process_index: int = 0,
     process_count: int = 1,
     autoencoder: Autoencoder | None = None,
+    image_folder: str | os.PathLike = "",
     on_progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any] | None:
     """Encodes all prompts and the empty one, aspect ratio by aspect ratio.
@@ -66,6 +68,7 @@ def encode_prompts(
       process_index: This process.
       process_count: Number of processes.
       autoencoder: Of the images; None leaves the images out.
+      image_folder: What names of images are relative to.
       on_progress: Called after each shard with the number of shards that this call has written and
         has to write.
 
@@ -103,7 +106,7 @@ def encode_prompts(
     missing = missing_prompt_shards(directory, plan)
     todo = [shard for shard in missing if shard % process_count == process_index]
     logging.info("prepare: %d of %d shards to write in %s", len(todo), plan.num_shards, directory)
-    to_latents = None if autoencoder is None else _latents_encoder(autoencoder)
+    to_latents = None if autoencoder is None else _latents_encoder(autoencoder, image_folder)
     listed = [(i, prompts[i], sizes[i]) for i in order] + [(len(prompts), Prompt(""), None)]
     for done, shard in enumerate(todo, start=1):
         part = [listed[i] for i in plan.shard_range(shard)]
@@ -158,6 +161,7 @@ def prepare_prompts(config: Config, workdir: str | os.PathLike) -> None:
         process_index=jax.process_index(),
         process_count=jax.process_count(),
         autoencoder=autoencoder,
+        image_folder=os.path.dirname(settings.prompts),
         on_progress=lambda done, todo: logging.info("prepare: %d/%d shards", done, todo),
     )
     if manifest is not None:
@@ -181,11 +185,11 @@ def _encoded(
         for (index, prompt, size), embedding in zip(batch, embeddings, strict=True):
             example = {"prompt": prompt.text, "index": index, **embedding}
             if to_latents is not None and size is not None:
-                example["latents"] = to_latents(_fitted(prompt.image, size), index)
+                example["latents"] = to_latents(prompt.image, size, index)
             yield example
 
 
-def _fitted(path: str, size: tuple[int, int]) -> np.ndarray:
+def _fitted(path: Path, size: tuple[int, int]) -> np.ndarray:
     """An image as uint8[height, width, 3], scaled to cover this size and cut at its centre."""
     from PIL import Image, ImageOps
 
@@ -194,7 +198,10 @@ def _fitted(path: str, size: tuple[int, int]) -> np.ndarray:
         return np.asarray(ImageOps.fit(image.convert("RGB"), size[::-1], Image.Resampling.LANCZOS))
 
 
-def _latents_encoder(autoencoder: Autoencoder) -> Callable[[np.ndarray, int], np.ndarray]:
+def _latents_encoder(
+    autoencoder: Autoencoder, folder: str | os.PathLike
+) -> Callable[[str, tuple[int, int], int], np.ndarray]:
+    """Latents of an image's file, at a size, with the noise of an index."""
     module = autoencoder.module
     if module.downsampling != _DOWNSAMPLING:
         raise ConfigError(
@@ -208,4 +215,7 @@ def _latents_encoder(autoencoder: Autoencoder) -> Callable[[np.ndarray, int], np
         key = jax.random.fold_in(jax.random.key(0), index)
         return module.scaled(sample_posterior(key, mean, jnp.exp(logvar / 2)))[0]
 
-    return lambda pixels, index: np.asarray(encode(autoencoder.params, pixels, index))
+    def of_file(image, size, index):
+        return np.asarray(encode(autoencoder.params, _fitted(Path(folder) / image, size), index))
+
+    return of_file

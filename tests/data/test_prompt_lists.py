@@ -1,7 +1,6 @@
 """Lists of prompts in three formats; what is wrong in them is named."""
 
 import json
-import os
 
 import pytest
 
@@ -22,19 +21,18 @@ ENTRIES = [
 ]
 
 
-def expected(folder):
-    return [
-        Prompt("plain"),
-        Prompt("wide", 16 / 9),
-        Prompt("tall", 0.5),
-        Prompt("seen", 1.0, os.fspath(folder / "images/0.png")),
-    ]
+EXPECTED = [
+    Prompt("plain"),
+    Prompt("wide", 16 / 9),
+    Prompt("tall", 0.5),
+    Prompt("seen", 1.0, "images/0.png"),
+]
 
 
 def test_json_lines(tmp_path):
     path = tmp_path / "list.jsonl"
     path.write_text("\n".join(map(json.dumps, ENTRIES)) + "\n\n")
-    assert read_prompts(path) == expected(tmp_path)
+    assert read_prompts(path) == EXPECTED
 
 
 def test_parquet(tmp_path):
@@ -45,7 +43,7 @@ def test_parquet(tmp_path):
     keys = ("prompt", "aspect", "height", "width", "image")
     columns = {key: [entry.get(key) for entry in ENTRIES] for key in keys}
     parquet.write_table(pyarrow.table({**columns, "other": [1, 2, 3, 4]}), path, row_group_size=2)
-    assert read_prompts(path) == expected(tmp_path)
+    assert read_prompts(path) == EXPECTED
 
 
 @pytest.mark.parametrize(

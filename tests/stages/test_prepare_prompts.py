@@ -130,15 +130,22 @@ def test_images_become_latents_of_their_bucket(tmp_path):
     for i, prompt in enumerate(PROMPTS[:3]):
         pixels = np.broadcast_to(rng.integers(0, 256, 3, np.uint8), (150, 200, 3))
         Image.fromarray(np.ascontiguousarray(pixels)).save(tmp_path / f"{i}.png")
-        prompts.append(Prompt(prompt.text, prompt.aspect, str(tmp_path / f"{i}.png")))
+        prompts.append(Prompt(prompt.text, prompt.aspect, f"{i}.png"))
     directory = tmp_path / "set"
-    manifest = encode_prompts(prompts, ENCODER, directory, **SETTINGS, autoencoder=autoencoder)
+    manifest = encode_prompts(
+        prompts,
+        ENCODER,
+        directory,
+        **SETTINGS,
+        autoencoder=autoencoder,
+        image_folder=tmp_path,
+    )
     assert manifest["latents"] == "identity of the autoencoder"
     source = load_prompts_source(directory)
     assert source.latent_channels == 2
     for i, place in enumerate([0, 2, 1]):
         height, width = source[i]["canvas"].shape[:2]
-        pixel = np.asarray(Image.open(prompts[place].image))[0, 0]
+        pixel = np.asarray(Image.open(tmp_path / prompts[place].image))[0, 0]
         raw = source[i]["latents"].astype(np.float32) / 0.5 + 0.25
         noise = (raw - (pixel[:2] / 127.5 - 1)) / 0.2
         assert raw.shape == (height, width, 2)
@@ -153,6 +160,8 @@ def test_images_become_latents_of_their_bucket(tmp_path):
 def config(tmp_path, **data):
     made = base_config()
     made.data.name = "prompts"
+    made.model.network = "flux"
+    made.model.rope_axes = (8, 4, 4)
     made.data.prompts = str(tmp_path / "list.jsonl")
     made.data.text_encoder = "words:6:4"
     made.data.data_dir = str(tmp_path / "set")

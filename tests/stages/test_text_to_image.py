@@ -20,7 +20,9 @@ from piflow_jax.stages.prepare_prompts import encode_prompts
 from piflow_jax.stages.sample_prompts import find_prompts
 from piflow_jax.training.networks import DataShape, init_params, teacher_network
 
-PROMPTS = [Prompt(f"{'very ' * (i % 3)}red fox {i}", aspect) for i, aspect in enumerate([1, 2, 1, 2])]
+PROMPTS = [
+    Prompt(f"{'very ' * (i % 3)}red fox {i}", aspect) for i, aspect in enumerate([1, 2, 1, 2])
+]
 
 
 @pytest.fixture(scope="module")
@@ -43,11 +45,15 @@ def prepared(tmp_path_factory):
 def test_prompts_without_embeddings_are_refused_with_what_makes_them(prepared):
     root, config = prepared
     source = load_prompts_source(root / "cache")
-    assert [source.prompts[i] for i in find_prompts(source, ["red fox 3"], "cache")] == ["red fox 3"]
+    assert [source.prompts[i] for i in find_prompts(source, ["red fox 3"], "cache")] == [
+        "red fox 3"
+    ]
     (root / "other.txt").write_text("red fox 0\na blue fox\n")
     config = config.copy_and_resolve_references()
     config.data.prompts = str(root / "other.txt")
-    with pytest.raises(ConfigError, match=r"1 of the prompts, the first is 'a blue fox'; .*prepare"):
+    with pytest.raises(
+        ConfigError, match=r"1 of the prompts, the first is 'a blue fox'; .*prepare"
+    ):
         sample(parse(config), root)
 
 
