@@ -8,7 +8,8 @@ A report's file is called `<config>_<variant>_seed<k>.json`, as in `digits_gm_2n
 What `--mode=compile` wrote is called `compile_<variant>-<anything>.json`, as in
 `compile_gm_repa-v5e_4x4.json`, and makes the table of `docs/imagenet.md`; those of FLUX.1 and
 Qwen-Image lie in `docs/results/text_to_image/` as `<network>-<step or sampling>-<anything>.json`
-and make the table of `docs/text_to_image.md`. The output is a pure function of the files. It takes the standard library only.
+and make the table of `docs/text_to_image.md`. The output is a pure function of the files. It takes
+the standard library only.
 """
 
 import argparse
