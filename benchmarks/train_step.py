@@ -32,6 +32,7 @@ from benchmarks import harness
 from piflow_jax.config import Config, parse
 from piflow_jax.data import load_source
 from piflow_jax.models import student_from_teacher
+from piflow_jax.models.flops import gradient_flops
 from piflow_jax.training.networks import (
     IMAGENET_LATENTS,
     DataShape,
@@ -41,7 +42,7 @@ from piflow_jax.training.networks import (
 )
 from piflow_jax.training.optimizer import make_optimizer
 from piflow_jax.training.state import TrainState
-from piflow_jax.training.step import distill_flops, distill_step, teacher_flops, teacher_step
+from piflow_jax.training.step import distill_flops, distill_step, teacher_step
 
 STEPS = 4
 OURS = "piflow_jax"
@@ -102,9 +103,10 @@ class Subject:
     def flops(self) -> float:
         """The least arithmetic of a step."""
         student, teacher = self.modules(self.config)
+        side = self.data.sample_size
         if self.stage == "teacher":
-            return self.size * teacher_flops(teacher, self.data)
-        return self.size * sum(distill_flops(student, teacher, self.config, self.data))
+            return self.size * gradient_flops(teacher, side, side)
+        return self.size * sum(distill_flops(student, teacher, self.config, side, side).values())
 
     def ours(self, config: Config) -> Callable:
         """Our step with these settings, compiled at its first call."""

@@ -20,9 +20,12 @@ _MODE = flags.DEFINE_enum(
     "train",
     list(stages.MODES),
     "train: teacher if none is given, student, report. evaluate: the report again. "
-    "sample: a grid of the student's samples. export: weights under official names. "
-    "prepare: cached latents of images. statistics: a reference for FID of images. "
-    "compile: the step for config.topology, ahead of time.",
+    "sample: a grid of the student's samples, or a picture of each prompt. export: weights under "
+    "official names. prepare: cached latents or prompts. statistics: a reference for FID. "
+    "compile, compile_sampling: the step or the sampler for config.topology, ahead of time.",
+)
+_PROMPTS = flags.DEFINE_string(
+    "prompts", None, "List of prompts to sample or to prepare; short for --config.data.prompts."
 )
 
 
@@ -35,6 +38,8 @@ def main(argv: list[str]) -> int:
     logging.set_verbosity(logging.INFO)
     std_logging.getLogger("jax._src.xla_bridge").setLevel(std_logging.WARNING)  # absent backends
     logging.get_absl_handler().setFormatter(std_logging.Formatter("%(message)s"))
+    if _PROMPTS.value is not None:
+        _CONFIG.value.data.prompts = _PROMPTS.value
     return stages.run(_MODE.value, _CONFIG.value, _WORKDIR.value)
 
 

@@ -170,7 +170,11 @@ def test_an_integer_is_taken_for_a_float():
         ("teacher__guidance_interval", (0.0, 1.1), "in [0, 1], got 1.1"),
         ("evaluation__teacher_steps", (1, 0), "at least 1, got 0"),
         ("evaluation__num_samples", 1, "at least 2, got 1"),
-        ("data__name", "cifar", "one of 'digits', 'mnist', 'imagenet', got 'cifar'"),
+        (
+            "data__name",
+            "cifar",
+            "one of 'digits', 'mnist', 'imagenet', 'prompts', 'captioned_digits', got 'cifar'",
+        ),
         ("policy__kind", "GM", "one of 'gm', 'dx', got 'GM'"),
         ("model__dtype", "float16", "one of 'float32', 'bfloat16', got 'float16'"),
         ("train__optimizer__decay", "step", "one of 'constant', 'cosine', 'linear', got 'step'"),

@@ -40,7 +40,8 @@ MODELS_TAKE_FROM_FLOW = {("piflow_jax.flow.policies", "GMOutput")}
 # What the mathematics may use besides the standard library.
 FLOW_TAKES = {"jax", "numpy", "einops", "flax.struct"}
 # Slow to load and not always there: imported where they are used, inside functions.
-LATE = {"tensorflow", "tensorflow_datasets", "tensorboard", "clu", "torch", "matplotlib", "gradio"}
+LATE = {"tensorflow", "tensorflow_datasets", "tensorboard", "clu", "torch", "transformers"}
+LATE |= {"pyarrow", "matplotlib", "gradio"}
 
 
 def imports(tree):

@@ -162,10 +162,12 @@ def check_devices(config: Config, num_devices: int, num_processes: int = 1) -> d
             f"({config.model.num_heads})"
         )
     parts = sizes["data"] * sizes["fsdp"]
+    # A network that reads text is too large to be whole on a device: all of them share a sample.
+    samplers = num_devices // num_processes if config.model.network == "dit" else parts
     for key, batch, over in (
         ("teacher.batch_size", config.teacher.batch_size, parts),
         ("train.batch_size", train.batch_size, parts),
-        ("evaluation.batch_size", config.evaluation.batch_size, num_devices // num_processes),
+        ("evaluation.batch_size", config.evaluation.batch_size, samplers),
     ):
         if batch % over:
             raise ConfigError(
@@ -193,6 +195,7 @@ def _check_together(config: Config) -> None:
             f"config.model.scan_unroll must be in [1, config.model.depth = {model.depth}], "
             f"got {model.scan_unroll}"
         )
+    _check_text(config)
     if teacher.checkpoint and teacher.weights:
         raise ConfigError(
             "config.teacher.checkpoint and config.teacher.weights are both given; empty one of them"
@@ -243,4 +246,35 @@ def _check_together(config: Config) -> None:
             raise ConfigError(
                 f"config.{stage}.optimizer.warmup_steps must be below config.{stage}.steps "
                 f"({steps}) for a schedule that decays, got {optimizer.warmup_steps}"
+            )
+
+
+def _check_text(config: Config) -> None:
+    """Refuses a network without its kind of conditions, and settings that it has no use for."""
+    model, reads_text = config.model, config.model.network != "dit"
+    of_text = ("prompts", "captioned_digits")
+    if reads_text != (config.data.name in of_text):
+        wanted = " or ".join(map(repr, of_text)) if reads_text else "a data set with classes"
+        raise ConfigError(
+            f"config.model.network = {model.network!r} needs {wanted} as config.data.name, "
+            f"got {config.data.name!r}"
+        )
+    if config.policy.kind == "dx" and config.evaluation.temperature != 1:
+        raise ConfigError(
+            "config.evaluation.temperature is that of a mixture and must be 1 with "
+            f"config.policy.kind = 'dx', got {config.evaluation.temperature}"
+        )
+    if not reads_text:
+        return
+    axes = model.rope_axes
+    if len(axes) != 3 or sum(axes) * model.num_heads != model.hidden or any(a % 2 for a in axes):
+        raise ConfigError(
+            "config.model.rope_axes must be three even numbers that add up to config.model.hidden "
+            f"/ config.model.num_heads ({model.hidden} / {model.num_heads}), got {axes}"
+        )
+    for stage in ("teacher", "train"):
+        if getattr(config, stage).optimizer.kind == "muon":
+            raise ConfigError(
+                f"config.{stage}.optimizer.kind = 'muon' is for config.model.network = 'dit'; "
+                "give 'adamw'"
             )

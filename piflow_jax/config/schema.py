@@ -23,14 +23,33 @@ _PLACES = ("split", "whole")
 class DataConfig:
     """Which data set."""
 
-    name: str = _field("digits", "data set", choices=("digits", "mnist", "imagenet"))
+    name: str = _field(
+        "digits",
+        "data set; the last two are captions with their embeddings",
+        choices=("digits", "mnist", "imagenet", "prompts", "captioned_digits"),
+    )
     data_dir: str = _field(
-        "", "where prepared data lies (imagenet: its latents); empty is the TFDS default"
+        "",
+        "where prepared data lies (imagenet: its latents, prompts: their embeddings); empty is "
+        "the TFDS default",
     )
     images: str = _field(
         "", "what --mode=prepare reads: a folder of class folders, a .tar, or tfds[:DATA_DIR]"
     )
     vae: str = _field("", "weights of the autoencoder: a .safetensors file or its folder")
+    prompts: str = _field(
+        "", "list of prompts that --mode=prepare encodes: a .txt, .jsonl or .parquet file"
+    )
+    text_encoder: str = _field(
+        "", "what encodes them: the folder of FLUX.1 or Qwen-Image, or words:D:P (hashed words)"
+    )
+    text_length: int = _field(0, "most tokens of a prompt; 0 is the encoder's own limit", low=0)
+    text_dtype: str = _field(
+        "bfloat16", "type of the text encoder's weights", choices=("float32", "bfloat16")
+    )
+    image_size: int = _field(
+        1024, "side of square images of prompts; other shapes have about as many pixels", low=16
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -62,14 +81,33 @@ class ProcessesConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """The DiT that teacher and student share, but for the student's head."""
+    """The network that teacher and student share, but for the student's head and adapters."""
 
+    network: str = _field(
+        "dit", "dit is told classes; the others read text", choices=("dit", "flux", "qwen_image")
+    )
     patch_size: int = _field(2, "side of a patch in sites; divides the image", low=1)
     hidden: int = _field(64, "width of the tokens; divisible by 4 and by num_heads", low=4)
     num_heads: int = _field(4, "attention heads", low=1)
-    depth: int = _field(3, "transformer blocks", low=1)
-    mlp_ratio: float = _field(4.0, "hidden width of an MLP over `hidden`", above=0)
-    time_scale: float = _field(1000.0, "the network sees t times this", above=0)
+    depth: int = _field(3, "transformer blocks (flux: those of two streams)", low=1)
+    single_depth: int = _field(38, "blocks of one stream, behind the others (flux)", low=1)
+    rope_axes: tuple[int, ...] = _field(
+        (16, 56, 56), "a head's features for frame, row, column (flux, qwen_image)", low=2
+    )
+    mlp_ratio: float = _field(4.0, "hidden width of an MLP over `hidden` (dit)", above=0)
+    time_scale: float = _field(1000.0, "the network sees t times this (dit)", above=0)
+    distilled_guidance: float = _field(
+        3.5, "guidance scale that the network is told (flux); 0 if it has no such input", low=0
+    )
+    lora_rank: int = _field(256, "rank of the student's adapters (flux, qwen_image)", low=1)
+    lora_dropout: float = _field(
+        0.0, "dropout of the adapters' inputs in training (flux, qwen_image)", low=0, high=0.99
+    )
+    base_dtype: str = _field(
+        "float32",
+        "type of the parameters that distillation leaves as they are (flux, qwen_image)",
+        choices=("float32", "bfloat16"),
+    )
     dtype: str = _field("float32", "compute dtype", choices=("float32", "bfloat16"))
     remat: str = _field(
         "none",
@@ -133,7 +171,8 @@ class TeacherConfig:
     )
     weights_format: str = _field(
         "dit",
-        "whose names the weights have: pi-Flow's release, the original DiT (and REPA), or SiT",
+        "whose names the weights of a dit have: pi-Flow's release, the original DiT (and REPA), or "
+        "SiT; other networks have those of diffusers",
         choices=("dit", "original_dit", "original_sit"),
     )
     steps: int = _field(3000, "training steps", low=1)
@@ -187,6 +226,10 @@ class EvaluationConfig:
         (1, 2, 4, 8, 32, 128), "Euler steps of the teacher; the last is the one to match", low=1
     )
     substeps: int = _field(128, "policy substeps per unit of raw time when sampling", low=1)
+    nfe: int = _field(0, "the student's network evaluations; 0 is as trained", low=0)
+    temperature: float = _field(
+        1.0, "of the mixture, in all evaluations but the last (gm); 1 leaves it", above=0, high=1
+    )
     seed: int = _field(0, "seed of the noise", low=0)
     grid_samples: int = _field(20, "columns of samples.png", low=1)
     grid_classes: tuple[int, ...] = _field(
@@ -202,8 +245,16 @@ class EvaluationConfig:
     weights: str = _field(
         "", "official student weights (.safetensors, .pth) in place of the run's checkpoint"
     )
-    features: str = _field("", "imagenet: file of the Inception weights that make an FID")
+    features: str = _field("", "imagenet, prompts: file of the Inception weights that make an FID")
     reference: str = _field("", "imagenet: ADM's reference, VIRTUAL_imagenet256_labeled.npz")
+    images: str = _field(
+        "", "prompts: the student's pictures, a folder of <place>-<seed>.png or an .npz file"
+    )
+    teacher_images: str = _field("", "prompts: the teacher's pictures of the same noise, likewise")
+    clip: str = _field("", "prompts: folder of the CLIP that compares pictures with prompts")
+    diversity_features: str = _field(
+        "", "prompts: folder of the network that compares pictures of one prompt; empty is clip"
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -9,12 +9,15 @@ from typing import Any
 import numpy as np
 from flax import linen as nn
 
+from piflow_jax.convert.adapters import adapter_config, export_adapter, load_adapter
+from piflow_jax.convert.autoencoders import open_autoencoder
 from piflow_jax.convert.dit import export_dit, load_dit
 from piflow_jax.convert.files import open_weights, write_safetensors
 from piflow_jax.convert.flux import export_flux, load_flux
 from piflow_jax.convert.inception import export_inception, load_inception
 from piflow_jax.convert.original_dit import load_original_dit
 from piflow_jax.convert.qwen_image import export_qwen_image, load_qwen_image
+from piflow_jax.convert.qwen_vae import load_qwen_vae
 from piflow_jax.convert.vae import export_vae, load_vae
 from piflow_jax.models.dit import DiT
 from piflow_jax.models.flux import Flux
@@ -29,6 +32,7 @@ LOADERS = {
     "original_dit": load_original_dit,
     "original_sit": load_original_dit,
     "vae": load_vae,
+    "qwen_vae": load_qwen_vae,
     "inception": load_inception,
     "flux": load_flux,
     "gm_flux": load_flux,
@@ -56,10 +60,12 @@ def load_torch_state(
             `open_weights` gives.
         model: A name in `LOADERS`.
         sizes: What shapes do not show, see the loader of `model` (`load_dit`: `num_heads`,
-            `sample_size`, `time_scale`, `constant_logstd`; `load_vae`: `norm_groups`; `load_flux`
-            and `load_qwen_image`: `axes_dims_rope`, `constant_logstd`). Sizes of a transformer
-            that they do show may be given and are then checked. `place` (not of Inception) puts
-            every leaf where it belongs as soon as it is built, see `rules.import_state`.
+            `sample_size`, `time_scale`, `constant_logstd`; `load_vae`: `norm_groups`,
+            `latent_scale`, `latent_shift`; `load_qwen_vae`: `latents_mean`, `latents_std`;
+            `load_flux` and `load_qwen_image`: `axes_dims_rope`, `constant_logstd`). Sizes of a
+            transformer that they do show may be given and are then checked. `place` (not of
+            Inception) puts every leaf where it belongs as soon as it is built, see
+            `rules.import_state`.
 
     Returns:
         The module, and its parameters for `module.apply`. Dtypes are those of `state` (float64
@@ -92,4 +98,13 @@ def to_torch_state(module: nn.Module, params: Mapping) -> dict[str, np.ndarray]:
     return EXPORTERS[type(module)](module, params)
 
 
-__all__ = ["load_torch_state", "open_weights", "to_torch_state", "write_safetensors"]
+__all__ = [
+    "adapter_config",
+    "export_adapter",
+    "load_adapter",
+    "load_torch_state",
+    "open_autoencoder",
+    "open_weights",
+    "to_torch_state",
+    "write_safetensors",
+]

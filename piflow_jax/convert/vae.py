@@ -1,4 +1,4 @@
-"""Weights of the Stable Diffusion autoencoder under the names of `diffusers`."""
+"""Weights of the autoencoders of Stable Diffusion and FLUX.1 under the names of `diffusers`."""
 
 import re
 from collections.abc import Mapping
@@ -13,8 +13,13 @@ from piflow_jax.models.vae import AutoencoderKL
 _OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 _OLD_NAME = re.compile(r"(.*mid_block\.attentions\.0\.)(query|key|value|proj_attn)(\..*)")
 
+# Scale and shift of latents, from the releases' `config.json`.
+_STABLE_DIFFUSION = (0.18215, 0.0)
+_FLUX = (0.3611, 0.1159)
 
-def _conv(name: str, path: tuple[str, ...], out: int, in_: int, size: int = 3) -> list[Rule]:
+
+def conv(name: str, path: tuple[str, ...], out: int, in_: int, size: int = 3) -> list[Rule]:
+    """Rules of the weight and the bias of a convolution with kernels of `size` by `size`."""
     sizes = {"o": out, "i": in_, "h": size, "w": size}
     return [
         Rule((f"{name}.weight",), (*path, "kernel"), "o i h w -> h w i o", sizes),
@@ -32,12 +37,12 @@ def _norm(name: str, path: tuple[str, ...], features: int) -> list[Rule]:
 def _resnet(name: str, path: tuple[str, ...], out: int, in_: int) -> list[Rule]:
     rules = [
         *_norm(f"{name}.norm1", (*path, "norm1"), in_),
-        *_conv(f"{name}.conv1", (*path, "conv1"), out, in_),
+        *conv(f"{name}.conv1", (*path, "conv1"), out, in_),
         *_norm(f"{name}.norm2", (*path, "norm2"), out),
-        *_conv(f"{name}.conv2", (*path, "conv2"), out, out),
+        *conv(f"{name}.conv2", (*path, "conv2"), out, out),
     ]
     if out != in_:
-        rules += _conv(f"{name}.conv_shortcut", (*path, "conv_shortcut"), out, in_, 1)
+        rules += conv(f"{name}.conv_shortcut", (*path, "conv_shortcut"), out, in_, 1)
     return rules
 
 
@@ -57,17 +62,18 @@ def vae_rules(module: AutoencoderKL) -> list[Rule]:
     """The table of an autoencoder; it covers every parameter once."""
     widths, latent = module.channels, module.latent_channels
     rules = [
-        *_conv("encoder.conv_in", ("encoder", "conv_in"), widths[0], module.in_channels),
-        *_conv("encoder.conv_out", ("encoder", "conv_out"), 2 * latent, widths[-1]),
+        *conv("encoder.conv_in", ("encoder", "conv_in"), widths[0], module.in_channels),
+        *conv("encoder.conv_out", ("encoder", "conv_out"), 2 * latent, widths[-1]),
         *_norm("encoder.conv_norm_out", ("encoder", "conv_norm_out"), widths[-1]),
         *_middle("encoder", widths[-1]),
-        *_conv("quant_conv", ("quant_conv",), 2 * latent, 2 * latent, 1),
-        *_conv("post_quant_conv", ("post_quant_conv",), latent, latent, 1),
-        *_conv("decoder.conv_in", ("decoder", "conv_in"), widths[-1], latent),
-        *_conv("decoder.conv_out", ("decoder", "conv_out"), module.in_channels, widths[0]),
+        *conv("decoder.conv_in", ("decoder", "conv_in"), widths[-1], latent),
+        *conv("decoder.conv_out", ("decoder", "conv_out"), module.in_channels, widths[0]),
         *_norm("decoder.conv_norm_out", ("decoder", "conv_norm_out"), widths[0]),
         *_middle("decoder", widths[-1]),
     ]
+    if module.quant_convs:
+        rules += conv("quant_conv", ("quant_conv",), 2 * latent, 2 * latent, 1)
+        rules += conv("post_quant_conv", ("post_quant_conv",), latent, latent, 1)
     halves = (
         ("encoder", "down", widths, module.layers_per_block),
         ("decoder", "up", widths[::-1], module.layers_per_block + 1),
@@ -82,7 +88,7 @@ def vae_rules(module: AutoencoderKL) -> list[Rule]:
                 width = features
             if level + 1 < len(levels):
                 path = (half, f"{way}_{level}_{way}sample")
-                rules += _conv(f"{block}.{way}samplers.0.conv", path, features, features)
+                rules += conv(f"{block}.{way}samplers.0.conv", path, features, features)
     return rules
 
 
@@ -91,6 +97,8 @@ def load_vae(
     model: str,
     *,
     norm_groups: int = 32,
+    latent_scale: float | None = None,
+    latent_shift: float | None = None,
     place: Place | None = None,
 ) -> tuple[AutoencoderKL, dict]:
     """Loads an autoencoder; widths, depth and channels are read off the shapes.
@@ -99,6 +107,9 @@ def load_vae(
         state: Arrays by official name, new or old.
         model: "vae".
         norm_groups: Groups of every normalisation, which shapes do not show.
+        latent_scale: Scale of latents, which shapes do not show either; None is that of FLUX.1 if
+            there are no convolutions around the latents, else that of Stable Diffusion.
+        latent_shift: Shift of latents, likewise.
         place: Puts every leaf in its place as soon as it is built, see `import_state`; None keeps
             them on the default device.
 
@@ -120,24 +131,42 @@ def load_vae(
         for match in (re.match(r"encoder\.down_blocks\.0\.resnets\.(\d+)\.", n) for n in state)
         if match
     }
-    needed = ("encoder.conv_in.weight", "post_quant_conv.weight")
+    needed = ("encoder.conv_in.weight", "decoder.conv_in.weight")
     if sorted(widths) != list(range(len(widths))) or not widths or set(needed) - set(state):
         raise ValueError(
             "the state does not fit an autoencoder: it needs encoder.down_blocks.0 and on, "
             f"{' and '.join(needed)}"
         )
+    quant_convs = any(name.startswith(("quant_conv.", "post_quant_conv.")) for name in state)
+    scale, shift = _STABLE_DIFFUSION if quant_convs else _FLUX
     module = AutoencoderKL(
         channels=tuple(widths[level] for level in range(len(widths))),
         layers_per_block=1 + max(layers),
-        latent_channels=np.shape(state["post_quant_conv.weight"])[0],
+        latent_channels=np.shape(state["decoder.conv_in.weight"])[1],
         in_channels=np.shape(state["encoder.conv_in.weight"])[1],
         norm_groups=norm_groups,
+        quant_convs=quant_convs,
+        latent_scale=scale if latent_scale is None else latent_scale,
+        latent_shift=shift if latent_shift is None else latent_shift,
     )
     return module, {"params": import_state(state, vae_rules(module), 0, place or as_jax)}
 
 
 def export_vae(module: AutoencoderKL, params: Mapping) -> dict[str, np.ndarray]:
-    """Turns parameters into arrays under official (new) names, the inverse of `load_vae`."""
+    """Turns parameters into arrays under official (new) names, the inverse of `load_vae`.
+
+    Args:
+        module: The autoencoder.
+        params: Its variables, `{"params": ...}`.
+
+    Returns:
+        Arrays by official name.
+
+    Raises:
+        ValueError: It is Qwen-Image's, of whose weights only those for one frame were read.
+    """
+    if module.norm_groups is None:
+        raise ValueError("Qwen-Image's autoencoder was read for one frame and cannot be exported")
     return export_state(params["params"], vae_rules(module), 0)
 
 

@@ -1,29 +1,21 @@
 """Cached latents: the autoencoder's posterior of every image and of its mirror image.
 
-A set is a directory that TFDS reads as `imagenet_latents` (ArrayRecord shards, `dataset_info.json`,
-`features.json`) and beside them `latents.json`, the manifest: which autoencoder and images, the
-scale and shift of latents, and each shard's length and SHA-256. The manifest is written last, so a
-directory that has one was finished.
-
-While it is written, `preparation/` holds the plan, one small record for each shard, and shards
-under construction. A shard is moved to its place when it is complete, with its record before it; so
-one that is in its place is whole, and a preparation that was killed goes on with the others. The
-directory must be local or mounted.
+A set is a `ShardedSet` (see `piflow_jax.data.shards`) that TFDS reads as `imagenet_latents`: beside
+the shards there are `dataset_info.json` and `features.json`. The manifest, `latents.json`, says
+which autoencoder and images, and the scale and shift of latents.
 
 The set stores raw moments. What models see is `(sample - shift) * scale`; see `draw_latents`.
 """
 
-import concurrent.futures
 import dataclasses
-import hashlib
-import json
 import os
-import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, SupportsIndex
 
 import numpy as np
+
+from piflow_jax.data.shards import Plan, ShardedSet, ShardsError
 
 if TYPE_CHECKING:
     import jax
@@ -47,35 +39,27 @@ NAME = "imagenet_latents"
 MANIFEST = "latents.json"
 SD_VAE_SCALE = 0.18215
 
-_FORMAT = 1
 _SPLIT = "train"
 _VERSION = "1.0.0"
 _DTYPES = ("float16", "float32")
-_WORK = "preparation"
-_PLAN = "plan.json"
 _TFDS_FILES = ("dataset_info.json", "features.json")
-# One record for each read. Half-precision noise hardly compresses: 6%, and reads take twice as long
-_WRITER_OPTIONS = "group_size:1,uncompressed"
-_HASH_THREADS = 8
 
 
-class LatentsError(ValueError):
-    """A cached set is unfinished, damaged, or not the one that was asked for."""
+class LatentsError(ShardsError):
+    """A cached set of latents is unfinished, damaged, or not the one that was asked for."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LatentsPlan:
+class LatentsPlan(Plan):
     """What a set is, fixed before its first shard is written.
 
     Attributes:
       vae: Identity of the autoencoder, a hash of its weights.
       compute: How it was evaluated, for the record.
       source: What the images are.
-      num_examples: Number of images.
       num_classes: Number of their classes.
       image_size: Side of the square crops.
       latent_shape: `(H, W, C)` of the latents.
-      shard_size: Images in each shard; the last may have fewer.
       dtype: Type of the stored moments, `float16` or `float32`.
       scale: Latents are `(sample - shift) * scale`.
       shift: See `scale`.
@@ -84,39 +68,29 @@ class LatentsPlan:
       ValueError: If a number is out of range or the type is neither.
     """
 
+    stem = f"{NAME}-{_SPLIT}"
+
     vae: str
     compute: str
     source: str
-    num_examples: int
     num_classes: int
     image_size: int
     latent_shape: tuple[int, int, int]
-    shard_size: int
     dtype: str = "float16"
     scale: float = SD_VAE_SCALE
     shift: float = 0.0
 
     def __post_init__(self):  # noqa: D105
+        super().__post_init__()
         object.__setattr__(self, "latent_shape", tuple(self.latent_shape))
-        for name in ("num_examples", "num_classes", "image_size", "shard_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        self.check_positive("num_classes", "image_size")
         if self.dtype not in _DTYPES:
             raise ValueError(f"dtype must be one of {_DTYPES}, got {self.dtype!r}")
 
-    @property
-    def num_shards(self) -> int:
-        """Number of shards."""
-        return -(-self.num_examples // self.shard_size)
 
-    def shard_name(self, shard: int) -> str:
-        """Name of a shard's file, as TFDS wants it."""
-        return f"{NAME}-{_SPLIT}.array_record-{shard:05d}-of-{self.num_shards:05d}"
-
-    def shard_range(self, shard: int) -> range:
-        """The images of a shard."""
-        start = shard * self.shard_size
-        return range(start, min(start + self.shard_size, self.num_examples))
+_SET = ShardedSet(
+    manifest=MANIFEST, format=1, plan=LatentsPlan, error=LatentsError, contents="latents"
+)
 
 
 def start_latents(directory: str | os.PathLike, plan: LatentsPlan) -> None:
@@ -129,30 +103,12 @@ def start_latents(directory: str | os.PathLike, plan: LatentsPlan) -> None:
     Raises:
       LatentsError: If a preparation with another plan was begun there.
     """
-    work = Path(directory) / _WORK
-    work.mkdir(parents=True, exist_ok=True)
-    if not (work / _PLAN).exists():
-        _write_json(work / _PLAN, dataclasses.asdict(plan))
-    known = _read_plan(directory)  # perhaps another process's, which came first
-    if known != plan:
-        differences = [
-            f"{field.name} was {getattr(known, field.name)!r}, is {getattr(plan, field.name)!r}"
-            for field in dataclasses.fields(plan)
-            if getattr(known, field.name) != getattr(plan, field.name)
-        ]
-        raise LatentsError(f"{directory} was begun differently: {'; '.join(differences)}")
+    _SET.start(directory, plan)
 
 
 def missing_shards(directory: str | os.PathLike, plan: LatentsPlan) -> list[int]:
     """Shards that are not there, or shorter or longer than they were when they were written."""
-    missing = []
-    for shard in range(plan.num_shards):
-        path = Path(directory) / plan.shard_name(shard)
-        record = _record_path(directory, shard)
-        whole = path.exists() and record.exists()
-        if not whole or path.stat().st_size != _read_json(record)["bytes"]:
-            missing.append(shard)
-    return missing
+    return _SET.missing(directory, plan)
 
 
 def write_shard(
@@ -173,29 +129,7 @@ def write_shard(
     Raises:
       LatentsError: If there are not as many as the shard has images, or one is not finite.
     """
-    from array_record.python.array_record_module import ArrayRecordWriter
-
-    features = _features(plan)
-    under_way = Path(directory) / _WORK / f"{shard:05d}.array_record"
-    writer = ArrayRecordWriter(os.fspath(under_way), _WRITER_OPTIONS)
-    count = 0
-    try:
-        for example in examples:
-            if not all(np.isfinite(example[name]).all() for name in ("mean", "std")):
-                raise LatentsError(f"latents of {example['key']} are not finite in {plan.dtype}")
-            writer.write(features.serialize_example(example))
-            count += 1
-    finally:
-        writer.close()
-    if count != len(plan.shard_range(shard)):
-        raise LatentsError(
-            f"shard {shard} has {len(plan.shard_range(shard))} images, got {count} latents"
-        )
-    with open(under_way, "rb+") as file:
-        os.fsync(file.fileno())
-    record = {"examples": count, "bytes": under_way.stat().st_size, "sha256": _digest(under_way)}
-    _write_json(_record_path(directory, shard), record)
-    os.replace(under_way, Path(directory) / plan.shard_name(shard))
+    _SET.write(directory, plan, shard, _serialized(plan, examples))
 
 
 def finalize_latents(directory: str | os.PathLike) -> dict[str, Any]:
@@ -212,25 +146,7 @@ def finalize_latents(directory: str | os.PathLike) -> dict[str, Any]:
     Raises:
       LatentsError: If a shard is missing or not as it was written; the message names its file.
     """
-    directory = Path(directory)
-    plan = _read_plan(directory)
-    shards = []
-    for shard in range(plan.num_shards):
-        record = _record_path(directory, shard)
-        if not record.exists():
-            raise LatentsError(f"{directory / plan.shard_name(shard)} was not written")
-        shards.append({"file": plan.shard_name(shard), **_read_json(record)})
-    _verify_shards(directory, shards, checksums=True)
-    for entry in shards:
-        count = _num_records(directory / entry["file"])
-        if count != entry["examples"]:
-            raise LatentsError(
-                f"{directory / entry['file']} has {count} examples, expected {entry['examples']}"
-            )
-    _write_tfds_files(directory, plan, shards)
-    manifest = {"format": _FORMAT, **dataclasses.asdict(plan), "shards": shards}
-    _write_json(directory / MANIFEST, manifest)
-    return _read_json(directory / MANIFEST)
+    return _SET.finalize(directory, _write_tfds_files)
 
 
 class LatentsSource:
@@ -305,12 +221,7 @@ def load_latents_source(
         message names it), or it was made with another autoencoder, scale or shift.
     """
     directory = Path(directory)
-    if not (directory / MANIFEST).exists():
-        raise LatentsError(
-            f"{directory / MANIFEST} is missing: there are no latents, or their preparation has "
-            "not finished; run it (again)"
-        )
-    manifest = _read_manifest(directory / MANIFEST)
+    manifest = _SET.open(directory)
     expected = {"vae": expect_vae, "scale": expect_scale, "shift": expect_shift}
     for name, value in expected.items():
         if value is not None and manifest[name] != value:
@@ -320,7 +231,7 @@ def load_latents_source(
     for name in _TFDS_FILES:
         if not (directory / name).exists():
             raise LatentsError(f"{directory / name} is missing")
-    _verify_shards(directory, manifest["shards"], checksums=verify)
+    _SET.verify(directory, manifest["shards"], checksums=verify)
     return LatentsSource(directory, manifest)
 
 
@@ -375,20 +286,12 @@ def _features(plan: LatentsPlan):
     )
 
 
-def _read_manifest(path: Path) -> dict[str, Any]:
-    manifest = _read_json(path)
-    if manifest.get("format") != _FORMAT:
-        raise LatentsError(f"{path} has format {manifest.get('format')!r}, expected {_FORMAT}")
-    fields = {field.name for field in dataclasses.fields(LatentsPlan)} | {"format", "shards"}
-    if set(manifest) != fields:
-        raise LatentsError(f"{path} lacks or adds {sorted(fields ^ set(manifest))}")
-    for shard in manifest["shards"]:
-        if set(shard) != {"file", "examples", "bytes", "sha256"}:
-            raise LatentsError(f"{path} does not have all of {shard.get('file')}")
-    total = sum(shard["examples"] for shard in manifest["shards"])
-    if total != manifest["num_examples"]:
-        raise LatentsError(f"{path} lists shards of {total} of {manifest['num_examples']} examples")
-    return manifest
+def _serialized(plan: LatentsPlan, examples: Iterable[dict[str, Any]]) -> Iterator[bytes]:
+    features = _features(plan)
+    for example in examples:
+        if not all(np.isfinite(example[name]).all() for name in ("mean", "std")):
+            raise LatentsError(f"latents of {example['key']} are not finite in {plan.dtype}")
+        yield features.serialize_example(example)
 
 
 def _write_tfds_files(directory: Path, plan: LatentsPlan, shards: list[dict[str, Any]]) -> None:
@@ -412,72 +315,3 @@ def _write_tfds_files(directory: Path, plan: LatentsPlan, shards: list[dict[str,
         check_data=False,  # it would read with TensorFlow, which cannot read ArrayRecord
         description=f"Moments of autoencoder {plan.vae}. Images: {plan.source}.",
     )
-
-
-def _verify_shards(directory: Path, shards: list[dict[str, Any]], *, checksums: bool) -> None:
-    """Compares lengths of all shards first, then their contents."""
-    for shard in shards:
-        path = directory / shard["file"]
-        if not path.exists():
-            raise LatentsError(f"{path} is missing")
-        if path.stat().st_size != shard["bytes"]:
-            raise LatentsError(
-                f"{path} has {path.stat().st_size} bytes, expected {shard['bytes']}; remove it and "
-                "prepare again"
-            )
-    if not checksums:
-        return
-    with concurrent.futures.ThreadPoolExecutor(_HASH_THREADS) as pool:
-        digests = pool.map(lambda shard: _digest(directory / shard["file"]), shards)
-        for shard, digest in zip(shards, digests, strict=True):
-            if digest != shard["sha256"]:
-                raise LatentsError(
-                    f"{directory / shard['file']} differs from what was written: its SHA-256 is "
-                    f"{digest}, expected {shard['sha256']}; remove it and prepare again"
-                )
-
-
-def _num_records(path: Path) -> int:
-    from array_record.python.array_record_module import ArrayRecordReader
-
-    reader = ArrayRecordReader(os.fspath(path))
-    try:
-        return reader.num_records()
-    finally:
-        reader.close()
-
-
-def _digest(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _record_path(directory: str | os.PathLike, shard: int) -> Path:
-    return Path(directory) / _WORK / f"{shard:05d}.json"
-
-
-def _read_plan(directory: str | os.PathLike) -> LatentsPlan:
-    path = Path(directory) / _WORK / _PLAN
-    if not path.exists():
-        raise LatentsError(f"no preparation was begun in {directory}: {path} is missing")
-    try:
-        return LatentsPlan(**_read_json(path))
-    except TypeError as error:
-        raise LatentsError(f"{path} is not a plan: {error}") from error
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise LatentsError(f"{path} is damaged: {error}") from error
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    """Writes a file that is there as a whole or not at all."""
-    under_way = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    with open(under_way, "w", encoding="utf-8") as file:
-        file.write(json.dumps(content, indent=2) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(under_way, path)

@@ -8,14 +8,19 @@ inside a batch. Process `p` of `P` takes rows `[p B / P, (p + 1) B / P)` of it, 
 trains on does not depend on how many processes share the work. The whole position is therefore one
 integer, the number of batches taken.
 
+A source whose examples have several shapes keeps those of one shape together, in buckets. Then each
+batch is of one bucket, which on every process is the same: every bucket has an endless order of its
+own, and `BucketSchedule` says which bucket's turn it is.
+
 Grain reads: a `MapDataset` over whole batches, by threads ahead of the consumer for sources on
 disk, in the calling thread and by one gather for sources in memory (0.1 ms for 256 digits). Grain's
 own `shuffle`, one call for each example, costs about 30 us an example, 8 ms for such a batch.
 """
 
+import functools
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,6 +28,9 @@ import numpy as np
 from piflow_jax.data.source import Source
 
 _READ_THREADS = 4
+# Philox's second key is the epoch, with the bucket above it; the last stream shuffles turns.
+_STREAM_BITS = 40
+_TURNS = 2**23
 
 
 class Order:
@@ -31,11 +39,13 @@ class Order:
     Args:
       length: Number of examples.
       seed: Any integer in [0, 2**64).
+      stream: Orders of different streams are independent.
     """
 
-    def __init__(self, length: int, seed: int):
+    def __init__(self, length: int, seed: int, stream: int = 0):
         self.length = length
         self.seed = seed
+        self._stream = stream << _STREAM_BITS
         self._cache: dict[int, np.ndarray] = {}
         self._lock = threading.Lock()
 
@@ -43,7 +53,7 @@ class Order:
         """Returns the permutation int64[length] of one epoch; do not write to it."""
         with self._lock:
             if epoch not in self._cache:
-                key = np.array([self.seed, epoch], np.uint64)
+                key = np.array([self.seed, self._stream + epoch], np.uint64)
                 words = np.random.Philox(key=key).random_raw(self.length)
                 for old in sorted(self._cache)[:-1]:  # readers straddle at most two epochs
                     del self._cache[old]
@@ -61,12 +71,57 @@ class Order:
         return np.concatenate(parts)
 
 
+class BucketSchedule:
+    """Whose turn it is: the endless sequence of buckets, in proportion to their sizes.
+
+    Before round `r` bucket `b` has had `floor(r n_b / B)` turns, so in the long run as many as its
+    examples fill batches; within a round turns are shuffled. A single bucket has all turns.
+
+    Args:
+      sizes: Numbers of examples `n_b` of the buckets.
+      batch_size: Examples `B` of a batch.
+      seed: Any integer in [0, 2**64).
+    """
+
+    def __init__(self, sizes: Sequence[int], batch_size: int, seed: int):
+        self.sizes = tuple(sizes)
+        self.batch_size = batch_size
+        self.seed = seed
+        self._round = functools.lru_cache(maxsize=2)(self._shuffled)
+
+    def __call__(self, batch: int) -> tuple[int, int]:
+        """Returns the bucket of a batch and how many turns that bucket had before."""
+        if len(self.sizes) == 1:
+            return 0, batch
+        # Turns are rounded down, so it is this round or a later one.
+        round_ = batch * self.batch_size // sum(self.sizes)
+        while sum(self._turns(round_ + 1)) <= batch:
+            round_ += 1
+        before, buckets = self._turns(round_), self._round(round_)
+        place = batch - sum(before)
+        bucket = int(buckets[place])
+        return bucket, before[bucket] + int(np.sum(buckets[:place] == bucket))
+
+    def _shuffled(self, round_: int) -> np.ndarray:
+        turns = np.subtract(self._turns(round_ + 1), self._turns(round_))
+        buckets = np.repeat(np.arange(len(turns)), turns)
+        key = np.array([self.seed, (_TURNS << _STREAM_BITS) + round_], np.uint64)
+        words = np.random.Philox(key=key).random_raw(len(buckets))
+        return buckets[np.argsort(words, kind="stable")]
+
+    def _turns(self, round_: int) -> list[int]:
+        return [round_ * size // self.batch_size for size in self.sizes]
+
+
 class _Batches:
     """The endless sequence of one process's batches, as a source for Grain."""
 
-    def __init__(self, source: Source, order: Order, batch_size: int, index: int, count: int):
+    def __init__(self, source: Source, seed: int, batch_size: int, index: int, count: int):
+        sizes = bucket_sizes(source)
         self._source = source
-        self._order = order
+        self._schedule = BucketSchedule(sizes, batch_size, seed)
+        self._orders = [Order(size, seed, bucket) for bucket, size in enumerate(sizes)]
+        self._starts = np.cumsum((0, *sizes))
         self._batch_size = batch_size
         self._local_size = batch_size // count
         self._offset = index * self._local_size
@@ -75,8 +130,9 @@ class _Batches:
         return sys.maxsize
 
     def __getitem__(self, batch: int) -> dict[str, np.ndarray]:
-        start = batch * self._batch_size + self._offset
-        indices = self._order(start, start + self._local_size)
+        bucket, turn = self._schedule(batch)
+        start = turn * self._batch_size + self._offset
+        indices = self._starts[bucket] + self._orders[bucket](start, start + self._local_size)
         if hasattr(self._source, "gather"):
             return self._source.gather(indices)
         if hasattr(self._source, "__getitems__"):  # ArrayRecord reads many at once
@@ -96,14 +152,15 @@ class BatchIterator(Iterator[dict[str, np.ndarray]]):
     def __init__(
         self, source: Source, *, batch_size: int, seed: int, process_index: int, process_count: int
     ):
-        order = Order(len(source), seed)
         self._identity = {
             "seed": seed,
             "batch_size": batch_size,
             "length": len(source),
         }
+        if len(bucket_sizes(source)) > 1:
+            self._identity["buckets"] = list(bucket_sizes(source))
         self._threads = 0 if hasattr(source, "gather") else _READ_THREADS
-        self._source = _Batches(source, order, batch_size, process_index, process_count)
+        self._source = _Batches(source, seed, batch_size, process_index, process_count)
         self._start(0)
 
     def _start(self, position: int) -> None:
@@ -175,7 +232,8 @@ def batches(
 
     Args:
       source: Anything with `__len__` and `__getitem__(i) -> dict` of arrays; a method
-        `gather(indices)` that returns a stacked batch marks it as held in memory.
+        `gather(indices)` that returns a stacked batch marks it as held in memory. Examples may
+        have several shapes if they come bucket by bucket and `bucket_sizes` says how many of each.
       batch_size: Global batch size, divisible by `process_count`. It may exceed the data set.
       seed: Integer in [0, 2**64).
       process_index: This process, `0 <= process_index < process_count`.
@@ -210,6 +268,11 @@ def batches(
         process_index=int(process_index),
         process_count=int(process_count),
     )
+
+
+def bucket_sizes(source: Source) -> tuple[int, ...]:
+    """Numbers of examples of equal shapes, in order; one number where all shapes are equal."""
+    return tuple(getattr(source, "bucket_sizes", (len(source),)))
 
 
 def _is_int(value: Any) -> bool:

@@ -21,7 +21,8 @@ from numpy.typing import ArrayLike
 Parameters = dict[str, jax.Array]
 
 _BATCH = 512  # one shape, hence one compilation, whatever is asked for
-FEATURE_SPACES = ("digits", "mnist")
+# By data set, the feature space of its images.
+FEATURE_SPACES = {"digits": "digits", "mnist": "mnist", "captioned_digits": "digits"}
 
 
 def penultimate(parameters: Parameters, images: jax.Array, strides: tuple[int, ...]) -> jax.Array:
@@ -121,7 +122,7 @@ def load_features(name: str) -> FeatureNetwork:
     """Loads a feature space that ships with the package.
 
     Args:
-      name: `digits` (8x8x1) or `mnist` (28x28x1).
+      name: A data set: `digits`, with or without captions (8x8x1), or `mnist` (28x28x1).
 
     Returns:
       The network, its weights in float32.
@@ -131,6 +132,7 @@ def load_features(name: str) -> FeatureNetwork:
     """
     if name not in FEATURE_SPACES:
         raise ValueError(f"unknown feature space {name!r}; choose one of {list(FEATURE_SPACES)}")
+    name = FEATURE_SPACES[name]
     with np.load(weight_path(name), allow_pickle=False) as archive:
         arrays = dict(archive)
     shape = tuple(int(size) for size in arrays.pop("shape"))

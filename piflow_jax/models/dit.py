@@ -203,6 +203,22 @@ class DiT(nn.Module):
             param_dtype=self.param_dtype,
         )
 
+    def example(self, batch: int = 1) -> tuple[jax.ShapeDtypeStruct, ...]:
+        """Shapes of inputs as in training, for `init`.
+
+        Args:
+            batch: Number of examples.
+
+        Returns:
+            States, times and labels.
+        """
+        size = self.sample_size
+        return (
+            jax.ShapeDtypeStruct((batch, size, size, self.in_channels), jnp.float32),
+            jax.ShapeDtypeStruct((batch,), jnp.float32),
+            jax.ShapeDtypeStruct((batch,), jnp.int32),
+        )
+
     def _embed_condition(self, t: jax.Array, labels: jax.Array) -> jax.Array:
         """Embedding `[B, D]` of time and class, at least float32, float64 with such parameters."""
         t = t.astype(jnp.promote_types(t.dtype, jnp.float32))

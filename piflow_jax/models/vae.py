@@ -1,13 +1,19 @@
-"""The autoencoder of Stable Diffusion (2112.10752, section 3.1): the latent space of DiT teachers.
+"""The autoencoder of Stable Diffusion (2112.10752, section 3.1), and those that came from it.
 
-Channels last. Sizes default to those of `sd-vae-ft-ema` and `sd-vae-ft-mse`, which turn 256x256x3
-images into 32x32x4 latents. Parameters come from `piflow_jax.convert`, as model `"vae"`.
+The latent spaces of DiT teachers (`sd-vae-ft-ema` and `sd-vae-ft-mse`, whose sizes are the
+defaults), of FLUX.1 (16 channels, no convolutions around the latents) and of Qwen-Image. The last
+is an autoencoder of videos, causal in time (2508.02324, section 2.3); a picture is its first frame,
+before which it sees zeros, so of each kernel only the last slice in time matters, and what remains
+is this network with other norms and upsampling that halves widths.
+
+Channels last. Parameters come from `piflow_jax.convert`, as models `"vae"` and `"qwen_vae"`.
 """
 
 import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from jax.typing import DTypeLike
 
@@ -23,16 +29,36 @@ _conv3 = functools.partial(nn.Conv, kernel_size=(3, 3), padding=1)
 _conv1 = functools.partial(nn.Conv, kernel_size=(1, 1))
 
 
-def _norm(groups: int, dtype) -> nn.GroupNorm:
+class ChannelNorm(nn.Module):
+    """Divides the channels of each site by their root mean square and scales them."""
+
+    dtype: DTypeLike | None = None
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps x[..., C] to the same shape; statistics are float32 at least."""
+        scale = self.param("scale", nn.initializers.ones, x.shape[-1:])
+        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        # Norms are cut off at 1e-12, as in the release: sites of zeros stay zeros.
+        square = jnp.maximum(jnp.sum(wide * wide, axis=-1, keepdims=True), 1e-24)
+        wide = wide * jax.lax.rsqrt(square) * x.shape[-1] ** 0.5 * jnp.expand_dims(scale, (0, 1, 2))
+        return wide.astype(self.dtype or jnp.promote_types(x.dtype, scale.dtype))
+
+
+def _norm(groups: int | None, dtype, name: str | None = None) -> nn.Module:
+    if groups is None:
+        return ChannelNorm(dtype, name=name)
     # The fast variance loses digits where a channel's mean is large; decoders have such channels.
-    return nn.GroupNorm(groups, epsilon=NORM_EPSILON, dtype=dtype, use_fast_variance=False)
+    return nn.GroupNorm(
+        groups, epsilon=NORM_EPSILON, dtype=dtype, use_fast_variance=False, name=name
+    )
 
 
 class ResnetBlock(nn.Module):
     """Two normalised convolutions beside a skip, which is a 1x1 convolution if widths differ."""
 
     features: int
-    norm_groups: int
+    norm_groups: int | None
     dtype: DTypeLike | None = None
 
     def setup(self):
@@ -53,7 +79,7 @@ class AttentionBlock(nn.Module):
     """Self-attention of one head over all sites, beside a skip."""
 
     features: int
-    norm_groups: int
+    norm_groups: int | None
     dtype: DTypeLike | None = None
 
     def setup(self):
@@ -76,7 +102,7 @@ class Encoder(nn.Module):
     channels: tuple[int, ...]
     layers_per_block: int
     latent_channels: int
-    norm_groups: int
+    norm_groups: int | None
     dtype: DTypeLike | None = None
 
     @nn.compact
@@ -98,7 +124,7 @@ class Encoder(nn.Module):
                     name=f"down_{level}_downsample",
                 )(x)
         x = _middle(self, x)
-        x = nn.silu(_named_norm(self)(x))
+        x = nn.silu(_norm(self.norm_groups, self.dtype, "conv_norm_out")(x))
         return _conv3(2 * self.latent_channels, dtype=self.dtype, name="conv_out")(x)
 
 
@@ -108,7 +134,8 @@ class Decoder(nn.Module):
     channels: tuple[int, ...]
     layers_per_block: int
     out_channels: int
-    norm_groups: int
+    norm_groups: int | None
+    halving_upsample: bool
     dtype: DTypeLike | None = None
 
     @nn.compact
@@ -122,19 +149,10 @@ class Decoder(nn.Module):
                 x = block(features, name=f"up_{level}_resnet_{layer}")(x)
             if level + 1 < len(self.channels):
                 x = x.repeat(2, axis=1).repeat(2, axis=2)
-                x = _conv3(features, dtype=self.dtype, name=f"up_{level}_upsample")(x)
-        x = nn.silu(_named_norm(self)(x))
+                width = features // 2 if self.halving_upsample else features
+                x = _conv3(width, dtype=self.dtype, name=f"up_{level}_upsample")(x)
+        x = nn.silu(_norm(self.norm_groups, self.dtype, "conv_norm_out")(x))
         return _conv3(self.out_channels, dtype=self.dtype, name="conv_out")(x)
-
-
-def _named_norm(half: Encoder | Decoder) -> nn.GroupNorm:
-    return nn.GroupNorm(
-        half.norm_groups,
-        epsilon=NORM_EPSILON,
-        dtype=half.dtype,
-        use_fast_variance=False,
-        name="conv_norm_out",
-    )
 
 
 def _middle(half: Encoder | Decoder, x: jax.Array) -> jax.Array:
@@ -152,7 +170,13 @@ class AutoencoderKL(nn.Module):
         layers_per_block: Residual blocks by level of the encoder (the decoder has one more).
         latent_channels: `C` of the latents.
         in_channels: `C` of the images.
-        norm_groups: Groups of every normalisation; divides all widths.
+        norm_groups: Groups of every normalisation; divides all widths. None normalises the channels
+            of each site (Qwen-Image).
+        quant_convs: Whether a 1x1 convolution follows the encoder and precedes the decoder.
+        halving_upsample: Whether the decoder's convolutions that upsample halve the width.
+        latent_scale: What diffusion models see is `(latents - latent_shift) * latent_scale`; a
+            number, or one for each channel.
+        latent_shift: See `latent_scale`.
         dtype: Compute dtype; None is the wider of input and parameters.
     """
 
@@ -160,7 +184,11 @@ class AutoencoderKL(nn.Module):
     layers_per_block: int = 2
     latent_channels: int = 4
     in_channels: int = 3
-    norm_groups: int = 32
+    norm_groups: int | None = 32
+    quant_convs: bool = True
+    halving_upsample: bool = False
+    latent_scale: float | tuple[float, ...] = 0.18215
+    latent_shift: float | tuple[float, ...] = 0.0
     dtype: DTypeLike | None = None
 
     def setup(self):  # noqa: D102
@@ -171,9 +199,17 @@ class AutoencoderKL(nn.Module):
             "dtype": self.dtype,
         }
         self.encoder = Encoder(**common, latent_channels=self.latent_channels)
-        self.decoder = Decoder(**common, out_channels=self.in_channels)
-        self.quant_conv = _conv1(2 * self.latent_channels, dtype=self.dtype)
-        self.post_quant_conv = _conv1(self.latent_channels, dtype=self.dtype)
+        self.decoder = Decoder(
+            **common, out_channels=self.in_channels, halving_upsample=self.halving_upsample
+        )
+        if self.quant_convs:
+            self.quant_conv = _conv1(2 * self.latent_channels, dtype=self.dtype)
+            self.post_quant_conv = _conv1(self.latent_channels, dtype=self.dtype)
+
+    def _scale_and_shift(self, latents: jax.Array) -> tuple[np.ndarray, np.ndarray]:
+        shape = (1,) * (latents.ndim - 1) + (-1,)
+        both = (self.latent_scale, self.latent_shift)
+        return tuple(np.asarray(value, latents.dtype).reshape(shape) for value in both)
 
     @property
     def downsampling(self) -> int:
@@ -197,7 +233,9 @@ class AutoencoderKL(nn.Module):
                 f"the sides of images must be divisible by {self.downsampling}, got "
                 f"{image.shape[1]}x{image.shape[2]}"
             )
-        moments = self.quant_conv(self.encoder(image))
+        moments = self.encoder(image)
+        if self.quant_convs:
+            moments = self.quant_conv(moments)
         mean, logvar = jnp.split(moments, 2, axis=-1)
         return mean, jnp.clip(logvar, *LOGVAR_RANGE)
 
@@ -210,7 +248,17 @@ class AutoencoderKL(nn.Module):
         Returns:
             `[B, f h, f w, in_channels]`, about [-1, 1], not clipped.
         """
-        return self.decoder(self.post_quant_conv(latents))
+        return self.decoder(self.post_quant_conv(latents) if self.quant_convs else latents)
+
+    def scaled(self, latents: jax.Array) -> jax.Array:
+        """What diffusion models see of raw latents `[..., latent_channels]`; same shape."""
+        scale, shift = self._scale_and_shift(latents)
+        return (latents - shift) * scale
+
+    def raw(self, latents: jax.Array) -> jax.Array:
+        """Raw latents, for `decode`, of what diffusion models see; the inverse of `scaled`."""
+        scale, shift = self._scale_and_shift(latents)
+        return latents / scale + shift
 
     def __call__(self, image: jax.Array) -> jax.Array:
         """Reconstruction of an image from the posterior's mean; initialises all parameters."""

@@ -2,19 +2,24 @@
 
 from piflow_jax.stages.adm import write_reference
 from piflow_jax.stages.command import MODES, run
-from piflow_jax.stages.compile import compile_step
+from piflow_jax.stages.compile import compile_sampling, compile_step
 from piflow_jax.stages.evaluate import evaluate
+from piflow_jax.stages.evaluate_prompts import evaluate_images
 from piflow_jax.stages.export import export
 from piflow_jax.stages.prepare import prepare_latents
+from piflow_jax.stages.prepare_prompts import prepare_prompts
 from piflow_jax.stages.sample import sample
 from piflow_jax.stages.train import train
 
 __all__ = [
     "MODES",
+    "compile_sampling",
     "compile_step",
     "evaluate",
+    "evaluate_images",
     "export",
     "prepare_latents",
+    "prepare_prompts",
     "run",
     "sample",
     "train",

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from piflow_jax.config import Config, ConfigError
-from piflow_jax.convert import load_torch_state, open_weights
+from piflow_jax.convert import open_autoencoder
 from piflow_jax.evaluation.evaluator import Sampler
 from piflow_jax.models.vae import AutoencoderKL, decode_in_chunks
 from piflow_jax.parallel import local_mesh, replicated
@@ -73,7 +73,7 @@ def load_autoencoder(config: Config) -> Autoencoder:
             "sd-vae-ft-ema.safetensors or its folder"
         )
     try:
-        module, params = load_torch_state(open_weights(path), "vae")
+        module, params = open_autoencoder(path)
     except ValueError as error:
         raise ConfigError(f"config.data.vae = {path!r}: {error}") from error
     identity = tree_digest(params)

@@ -10,13 +10,15 @@ from absl import logging
 from etils import epath
 
 from piflow_jax.config import Config, ConfigError, check_devices, parse
-from piflow_jax.data.latents import LatentsError
+from piflow_jax.data.shards import ShardsError
 from piflow_jax.parallel import processes
 from piflow_jax.stages.adm import write_reference
-from piflow_jax.stages.compile import compile_step
+from piflow_jax.stages.compile import compile_sampling, compile_step
 from piflow_jax.stages.evaluate import evaluate
+from piflow_jax.stages.evaluate_prompts import evaluate_images
 from piflow_jax.stages.export import export
 from piflow_jax.stages.prepare import prepare_latents
+from piflow_jax.stages.prepare_prompts import prepare_prompts
 from piflow_jax.stages.sample import sample
 from piflow_jax.stages.train import train
 from piflow_jax.training.checkpoint import CheckpointError
@@ -24,14 +26,26 @@ from piflow_jax.training.loop import Interrupted, NonFiniteLossError
 
 __all__ = ["MODES", "run"]
 
+
+def _prepare(config: Config, workdir: str | os.PathLike) -> None:
+    of_data = prepare_prompts if config.data.name == "prompts" else prepare_latents
+    of_data(config, workdir)
+
+
+def _evaluate(config: Config, workdir: str | os.PathLike) -> None:
+    of_data = evaluate_images if config.data.name == "prompts" else evaluate
+    of_data(config, workdir)
+
+
 MODES = {
     "train": train,
-    "evaluate": evaluate,
+    "evaluate": _evaluate,
     "sample": sample,
     "export": export,
-    "prepare": prepare_latents,
+    "prepare": _prepare,
     "statistics": write_reference,
     "compile": compile_step,
+    "compile_sampling": compile_sampling,
 }
 
 
@@ -56,7 +70,7 @@ def run(mode: str, config: ml_collections.ConfigDict, workdir: str | os.PathLike
     except Interrupted as stop:
         logging.info("%s", stop)
         return processes.end(0 if stop.signal == "SIGTERM" else 130)
-    except (ConfigError, FileNotFoundError, LatentsError) as error:
+    except (ConfigError, FileNotFoundError, ShardsError) as error:
         return _refuse(str(error), 2)
     except (CheckpointError, NonFiniteLossError, OSError, processes.ProcessError) as error:
         return _refuse(str(error), 1)
@@ -71,7 +85,7 @@ def run(mode: str, config: ml_collections.ConfigDict, workdir: str | os.PathLike
 def _start(config: Config, mode: str, workdir: str | os.PathLike) -> None:
     if config.compilation_cache:
         jax.config.update("jax_compilation_cache_dir", config.compilation_cache)
-    if mode != "compile":  # a slice to compile for has other devices than this machine
+    if not mode.startswith("compile"):  # a slice to compile for has other devices than this machine
         processes.start(config.processes)
         check_devices(config, jax.device_count(), jax.process_count())
     try:

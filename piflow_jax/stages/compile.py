@@ -1,4 +1,4 @@
-"""`--mode=compile`: the student's step, compiled for a TPU slice that need not be attached."""
+"""`--mode=compile` and `--mode=compile_sampling`: for a TPU slice that need not be attached."""
 
 import dataclasses
 import importlib.metadata
@@ -6,37 +6,49 @@ import json
 import os
 import re
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from absl import logging
 from jax.sharding import Mesh
 
 from piflow_jax.config import Config, ConfigError, check_devices
 from piflow_jax.data import load_source
-from piflow_jax.models.dit import DiT
-from piflow_jax.models.flops import traced_flops
-from piflow_jax.parallel import ActivationSharding, batch_sharding, device_mesh, replicated
+from piflow_jax.models.flops import forward_flops, traced_flops
+from piflow_jax.parallel import (
+    ActivationSharding,
+    batch_sharding,
+    device_mesh,
+    parameter_shardings,
+    replicated,
+)
 from piflow_jax.parallel.collectives import collective_bytes
 from piflow_jax.parallel.cycles import estimated_cycles
 from piflow_jax.parallel.topology import CHIPS, Chip, topology_devices
-from piflow_jax.stages.systems import student_shardings, teacher_shardings
+from piflow_jax.stages.systems import student_sampler, student_shardings, teacher_shardings
+from piflow_jax.training.conditions import conditions
 from piflow_jax.training.monitor import step_memory
 from piflow_jax.training.networks import (
     IMAGENET_LATENTS,
+    TEXT_LATENTS,
+    TEXT_LENGTH,
     DataShape,
     abstract_params,
-    init_params,
     student_network,
     teacher_network,
+    trained_part,
 )
 from piflow_jax.training.optimizer import make_optimizer
 from piflow_jax.training.state import TrainState
-from piflow_jax.training.step import StepFn, distill_flops, distill_step
+from piflow_jax.training.step import distill_flops, distill_step
 
 GIB = 2**30
+# Pixels of an image along a side of a latent, of the autoencoders of FLUX.1 and Qwen-Image.
+LATENT_STRIDE = 8
 # Named scopes of the step whose shares of the estimated cycles are reported.
 SCOPES = ("teacher", "student", "policy", "optimizer")
 
@@ -44,8 +56,8 @@ SCOPES = ("teacher", "student", "policy", "optimizer")
 def compile_step(config: Config, workdir: str | os.PathLike) -> dict[str, Any]:
     """Compiles the distillation step of a configuration and says what it takes.
 
-    State, teacher and batch lie on the slice as `config.mesh` says. No weights and, for ImageNet,
-    no data are needed.
+    State, teacher and batch lie on the slice as `config.mesh` says. No weights and, for ImageNet
+    and prompts, no data are needed.
 
     Args:
       config: the run's settings; `config.topology` names the slice.
@@ -54,118 +66,252 @@ def compile_step(config: Config, workdir: str | os.PathLike) -> dict[str, Any]:
     Returns:
       What is written: memory by device in bytes, FLOPs of a step, the compiler's estimate of cycles
       by device and step with each part's share, seconds. The policy's rollouts end when the
-      farthest sample of the batch has arrived; each is counted at `train.total_substeps`, the most
-      that there can be.
+      farthest sample of the batch has arrived; each is counted at the substeps of the longest
+      segment, the most that there can be.
 
     Raises:
       ConfigError: `config.topology` is unknown, the batch does not divide, or the step does not
         fit the devices' memory.
     """
+    mesh = _mesh(config)
+    train = config.train
+    program = _step_program(config, mesh)
+    remedy = (
+        f"the step does not fit {config.topology}; raise config.train.microbatches, set "
+        "config.model.remat or split the state over config.mesh.fsdp"
+    )
+    settings = {
+        "batch_size": train.batch_size,
+        "batch_per_device": train.batch_size / mesh.size,
+        "microbatches": train.microbatches,
+        "remat": config.model.remat,
+        "moment_dtype": train.optimizer.moment_dtype,
+    }
+    return _report(config, mesh, program, remedy, settings, Path(workdir), "compile")
+
+
+def compile_sampling(config: Config, workdir: str | os.PathLike) -> dict[str, Any]:
+    """Compiles the student's sampler, without a decoder, as `compile_step` does the step.
+
+    `config.evaluation.batch_size` samples are made at a time, by parameters that are split as
+    `config.mesh` says.
+
+    Args:
+      config: the run's settings; `config.topology` names the slice.
+      workdir: `compile_sampling_<topology>.json` is written there.
+
+    Returns:
+      What is written, see `compile_step`.
+
+    Raises:
+      ConfigError: see `compile_step`.
+    """
+    mesh = _mesh(config)
+    program = _sampling_program(config, mesh)
+    batch_size = config.evaluation.batch_size
+    settings = {
+        "batch_size": batch_size,
+        "batch_per_device": batch_size / mesh.size,
+        "nfe": config.evaluation.nfe or config.train.nfe,
+    }
+    remedy = (
+        f"the sampler does not fit {config.topology}; lower config.evaluation.batch_size or split "
+        "the parameters over config.mesh.fsdp"
+    )
+    return _report(config, mesh, program, remedy, settings, Path(workdir), "compile_sampling")
+
+
+def _mesh(config: Config) -> Mesh:
     try:
         devices = topology_devices(config.topology)
     except ValueError as error:
         raise ConfigError(f"config.topology: {error}") from error
-    mesh = device_mesh(**check_devices(config, len(devices)), devices=devices)
-    program = _program(config, mesh)
-
-    logging.info("compiling for %s, %d devices", config.topology, mesh.size)
-    start = time.perf_counter()
-    compiled = program.compile(config.topology)
-    seconds = time.perf_counter() - start
-
-    report = {
-        "topology": config.topology,
-        "devices": mesh.size,
-        "mesh": {axis: size for axis, size in mesh.shape.items() if size > 1},
-        "batch_size": config.train.batch_size,
-        "batch_per_device": config.train.batch_size // mesh.size,
-        "microbatches": config.train.microbatches,
-        "remat": config.model.remat,
-        "dtype": config.model.dtype,
-        "moment_dtype": config.train.optimizer.moment_dtype,
-        "memory_bytes": dict(step_memory(compiled)) | {"chip": _chip(config).memory},
-        "flops": _flops(config, program),
-        "cycles": _cycles(config, compiled),
-        "collective_bytes": collective_bytes(
-            compiled.as_text(), SCOPES, {"policy": config.train.total_substeps}
-        ),
-        "compile_seconds": seconds,
-        "jax": jax.__version__,
-        "libtpu": importlib.metadata.version("libtpu"),
-        "libtpu_flags": os.environ.get("LIBTPU_INIT_ARGS", ""),
-    }
-    name = re.sub(r"\W", "_", config.topology)
-    path = Path(workdir) / f"compile_{name}.json"
-    path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    logging.info("%s", _summary(report))
-    logging.info("wrote %s", path)
-    return report
+    return device_mesh(**check_devices(config, len(devices)), devices=devices)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class _Program:
-    """The step, what it takes and where that lies."""
+    """A program, what it takes and where that lies.
 
-    step: StepFn
+    Attributes:
+      function: what is compiled.
+      arguments: shapes of its arguments.
+      shardings: of the arguments.
+      results: shardings of its results.
+      donated: whether the first argument is.
+      examples: samples that come of one run.
+      minimum: FLOPs of the networks' evaluations and gradients, without recomputation, by network.
+      substeps: of the longest rollout of a policy.
+    """
+
+    function: Callable
     arguments: tuple[Any, ...]
     shardings: tuple[Any, ...]
-    student: DiT
-    teacher: DiT
-    data: DataShape
+    results: Any
+    donated: bool
+    examples: int
+    minimum: dict[str, int]
+    substeps: int
 
-    def compile(self, topology: str) -> jax.stages.Compiled:
-        whole = self.shardings[2]
-        step = jax.jit(
-            self.step,
-            donate_argnums=0,
+    def compile(self, remedy: str) -> jax.stages.Compiled:
+        jitted = jax.jit(
+            self.function,
+            donate_argnums=(0,) if self.donated else (),
             in_shardings=self.shardings,
-            out_shardings=(self.shardings[0], whole),
+            out_shardings=self.results,
         )
-        lowered = step.lower(*self.arguments)
+        lowered = jitted.lower(*self.arguments)
         try:
             return lowered.compile()
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
             reason = str(error).splitlines()[0]
-            raise ConfigError(
-                f"the step does not fit {topology}; raise config.train.microbatches, set "
-                f"config.model.remat or split the state over config.mesh.fsdp ({reason})"
-            ) from error
+            raise ConfigError(f"{remedy} ({reason})") from error
 
 
-def _program(config: Config, mesh: Mesh) -> _Program:
+def _report(
+    config: Config,
+    mesh: Mesh,
+    program: _Program,
+    remedy: str,
+    settings: dict[str, Any],
+    workdir: Path,
+    name: str,
+) -> dict[str, Any]:
+    logging.info("compiling for %s, %d devices", config.topology, mesh.size)
+    start = time.perf_counter()
+    compiled = program.compile(remedy)
+    seconds = time.perf_counter() - start
+    text = compiled.as_text()
+    substeps = {"policy": program.substeps}
+    report = {
+        "topology": config.topology,
+        "devices": mesh.size,
+        "mesh": {axis: size for axis, size in mesh.shape.items() if size > 1},
+        **settings,
+        "dtype": config.model.dtype,
+        "memory_bytes": dict(step_memory(compiled)) | {"chip": _chip(config).memory},
+        "flops": _flops(program),
+        "cycles": _cycles(text, program.substeps),
+        "collective_bytes": collective_bytes(text, SCOPES, substeps),
+        "compile_seconds": seconds,
+        "jax": jax.__version__,
+        "libtpu": importlib.metadata.version("libtpu"),
+        "libtpu_flags": os.environ.get("LIBTPU_INIT_ARGS", ""),
+    }
+    path = workdir / f"{name}_{re.sub(r'[^A-Za-z0-9_]', '_', config.topology)}.json"
+    path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    logging.info("%s", _summary(report))
+    logging.info("wrote %s", path)
+    return report
+
+
+def _data(config: Config) -> DataShape:
     if config.data.name == "imagenet":
-        data = IMAGENET_LATENTS
+        return IMAGENET_LATENTS
+    if config.data.name == "prompts":
+        return TEXT_LATENTS[config.model.network]
+    return DataShape.of(config.data.name, load_source(config.data.name))
+
+
+def _size(config: Config, data: DataShape) -> tuple[int, int]:
+    """Rows and columns of a sample."""
+    if config.data.name == "prompts":
+        side = config.data.image_size // LATENT_STRIDE
+        return side, side
+    return data.sample_size, data.sample_size
+
+
+def _batch(config: Config, data: DataShape, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """A batch of training, without latents where there are captions."""
+    height, width = _size(config, data)
+
+    def leaf(*shape, dtype=jnp.float32):
+        return jax.ShapeDtypeStruct((batch_size, *shape), dtype)
+
+    if config.model.network == "dit":
+        return {"image": leaf(height, width, data.channels), "label": leaf(dtype=jnp.int32)}
+    if config.train.data_free:
+        sample = {"canvas": leaf(height, width, 0)}
     else:
-        data = DataShape.of(config.data.name, load_source(config.data.name))
+        sample = {"latents": leaf(height, width, data.channels)}
+    text = {
+        "text": leaf(TEXT_LENGTH, data.text_features, dtype=jnp.bfloat16),
+        "text_length": leaf(dtype=jnp.int32),
+        "index": leaf(dtype=jnp.int32),
+    }
+    if data.pooled_features:
+        text["pooled"] = leaf(data.pooled_features)
+    return sample | text
+
+
+def _null(batch: dict[str, jax.ShapeDtypeStruct]) -> dict[str, np.ndarray]:
+    """The example of an empty caption, of which the shapes alone matter here."""
+    return {name: np.zeros(leaf.shape[1:], leaf.dtype) for name, leaf in batch.items()}
+
+
+def _text_length(batch: dict[str, jax.ShapeDtypeStruct]) -> int:
+    return batch["text"].shape[1] if "text" in batch else 0
+
+
+def _step_program(config: Config, mesh: Mesh) -> _Program:
+    data, train = _data(config), config.train
     constrain = ActivationSharding(mesh)
     teacher = teacher_network(config.model, data).clone(constrain=constrain)
     student = student_network(config.model, config.policy, data).clone(constrain=constrain)
-    optimizer = make_optimizer(config.train.optimizer, config.train.steps)
-
-    def init():
-        return TrainState.create(init_params(student, jax.random.key(0)), optimizer)
-
-    size, batch_size = data.sample_size, config.train.batch_size
-    state, teacher_params = jax.eval_shape(init), abstract_params(teacher)
-    image = (batch_size, size, size, data.channels)
-    batch = {
-        "image": jax.ShapeDtypeStruct(image, jnp.float32),
-        "label": jax.ShapeDtypeStruct((batch_size,), jnp.int32),
-    }
+    optimizer = make_optimizer(train.optimizer, train.steps)
+    trained = trained_part(student, abstract_params(student))
+    state = jax.eval_shape(lambda trained: TrainState.create(trained, optimizer), trained)
+    teacher_params = abstract_params(teacher)
+    batch = _batch(config, data, train.batch_size)
+    size, length = _size(config, data), _text_length(batch)
+    of_state = student_shardings(config, mesh, state)
+    f = train.final_step_size_scale
     return _Program(
-        step=distill_step(student, teacher, optimizer, config, data),
+        function=distill_step(student, teacher, optimizer, config, data, _null(batch)),
         arguments=(state, teacher_params, jax.eval_shape(lambda: jax.random.key(0)), batch),
         shardings=(
-            student_shardings(config, mesh, state),
+            of_state,
             teacher_shardings(config, mesh, teacher_params),
             replicated(mesh),
             batch_sharding(mesh),
         ),
-        student=student,
-        teacher=teacher,
-        data=data,
+        results=(of_state, replicated(mesh)),
+        donated=True,
+        examples=train.batch_size,
+        minimum={
+            network: train.batch_size * flops
+            for network, flops in distill_flops(student, teacher, config, *size, length).items()
+        },
+        substeps=max(round(max(1.0, f) / (train.nfe - 1 + f) * train.total_substeps), 1),
+    )
+
+
+def _sampling_program(config: Config, mesh: Mesh) -> _Program:
+    data, settings = _data(config), config.evaluation
+    sampler = student_sampler(config, data, ActivationSharding(mesh))
+    student = student_network(config.model, config.policy, data)
+    params = abstract_params(student)
+    batch = _batch(config, data, settings.batch_size)
+    size = _size(config, data)
+    noise = jax.ShapeDtypeStruct((settings.batch_size, *size, data.channels), jnp.float32)
+
+    def sample(params, noise, batch):
+        return sampler(params, noise, conditions(config.model, batch))
+
+    nfe, f = settings.nfe or config.train.nfe, config.train.final_step_size_scale
+    split = batch_sharding(mesh)
+    forward = forward_flops(student, *size, _text_length(batch))
+    return _Program(
+        function=sample,
+        arguments=(params, noise, batch),
+        shardings=(parameter_shardings(mesh, params), split, split),
+        results=split,
+        donated=False,
+        examples=settings.batch_size,
+        minimum={"student": settings.batch_size * nfe * forward},
+        substeps=max(round(max(1.0, f) / (nfe - 1 + f) * settings.substeps), 1),
     )
 
 
@@ -173,26 +319,22 @@ def _chip(config: Config) -> Chip:
     return CHIPS[config.topology.split(":")[0]]
 
 
-def _flops(config: Config, program: _Program) -> dict[str, Any]:
-    """FLOPs of a step on all devices, and the least that the method can do with."""
-    counted = traced_flops(program.step, *program.arguments)
-    of_student, of_teacher = (
-        config.train.batch_size * flops
-        for flops in distill_flops(program.student, program.teacher, config, program.data)
-    )
-    minimum = of_student + of_teacher
+def _flops(program: _Program) -> dict[str, Any]:
+    """FLOPs of a run on all devices, and the least that the method can do with."""
+    counted = traced_flops(program.function, *program.arguments)
+    minimum = sum(program.minimum.values())
     return {
         "counted": counted,
         "minimum": minimum,
         "ratio": counted / minimum,
-        "teacher_share": of_teacher / minimum,
+        "teacher_share": program.minimum.get("teacher", 0) / minimum,
+        "per_example": counted / program.examples,
     }
 
 
-def _cycles(config: Config, compiled) -> dict[str, Any]:
-    """The compiler's estimate for a step on one device, and what each part of it takes."""
-    substeps = config.train.total_substeps
-    cycles = estimated_cycles(compiled.as_text(), SCOPES, {"policy": substeps})
+def _cycles(text: str, substeps: int) -> dict[str, Any]:
+    """The compiler's estimate for a run on one device, and what each part of it takes."""
+    cycles = estimated_cycles(text, SCOPES, {"policy": substeps})
     return {
         "total": cycles.total,
         "shares": cycles.shares,
@@ -205,15 +347,15 @@ def _summary(report: dict[str, Any]) -> str:
     memory, flops, cycles = report["memory_bytes"], report["flops"], report["cycles"]
     shares = ", ".join(f"{scope} {share:.1%}" for scope, share in cycles["shares"].items())
     fits = "fits" if memory["peak"] <= memory["chip"] else "does NOT fit"
+    parts = f" in {report['microbatches']} microbatches" if "microbatches" in report else ""
     return (
-        f"{report['topology']}: {report['batch_per_device']} examples per device in "
-        f"{report['microbatches']} microbatches, remat {report['remat']}\n"
+        f"{report['topology']}: {report['batch_per_device']:g} examples per device{parts}\n"
         f"memory per device: {memory['peak'] / GIB:.2f} GiB of {memory['chip'] / GIB:.0f}, {fits} "
         f"(state and inputs {memory['arguments'] / GIB:.2f}, temporary "
         f"{memory['temporary'] / GIB:.2f})\n"
-        f"FLOPs per step: {flops['counted']:.3e}, {flops['ratio']:.3f} times the minimum; "
+        f"FLOPs of a run: {flops['counted']:.3e}, {flops['ratio']:.3f} times the minimum; "
         f"the teacher's share of the minimum is {flops['teacher_share']:.0%}\n"
-        f"estimated cycles per step and device: {cycles['total']:.3e}, rollouts at "
+        f"estimated cycles by device: {cycles['total']:.3e}, rollouts at "
         f"{cycles['substeps']} substeps; {shares}\n"
         f"compiled in {report['compile_seconds']:.0f} s"
     )

@@ -29,6 +29,7 @@ from piflow_jax.stages.systems import (
     load_teacher,
     student_sampler,
     teacher_sampler,
+    told_by_class,
 )
 from piflow_jax.training.networks import DataShape
 
@@ -63,7 +64,7 @@ def evaluate(config: Config, workdir: str | os.PathLike) -> Report | AdmFigures 
 
     def run(sampler, params):
         by_index = IndexSampler(
-            sampler,
+            told_by_class(config, source, sampler),
             shape=source.shape,
             classes=range(data.num_classes),
             batch_size=settings.batch_size,
@@ -84,14 +85,15 @@ def evaluate(config: Config, workdir: str | os.PathLike) -> Report | AdmFigures 
 
     teacher = load_teacher(config, data, workdir)
     most = settings.teacher_steps[-1]
-    reference, reference_seconds = run(teacher_sampler(config, data, most), teacher)
+    null = getattr(source, "null", None)
+    reference, reference_seconds = run(teacher_sampler(config, data, most, null), teacher)
     rows, pictures = [], {most: reference}
     for steps in settings.teacher_steps[:-1]:
-        samples, seconds = run(teacher_sampler(config, data, steps), teacher)
+        samples, seconds = run(teacher_sampler(config, data, steps, null), teacher)
         pictures[steps] = samples
         rows.append(row("teacher", steps, samples, seconds, reference))
     rows.append(row("teacher", most, reference, reference_seconds, None))
-    nfe = config.train.nfe
+    nfe = settings.nfe or config.train.nfe
     student = load_student(config, data, workdir)
     samples, seconds = run(student_sampler(config, data), student)
     rows.append(row("student", nfe, samples, seconds, reference))
@@ -102,6 +104,7 @@ def evaluate(config: Config, workdir: str | os.PathLike) -> Report | AdmFigures 
         floor=half_split_floor(real),
         protocol={
             "data": source.name,
+            "network": config.model.network,
             "real_images": len(source),
             "samples": settings.num_samples,
             "noise_seed": settings.seed,

@@ -3,19 +3,31 @@
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 from absl import logging
 
 from piflow_jax.config import Config
-from piflow_jax.convert import to_torch_state, write_safetensors
+from piflow_jax.convert import (
+    adapter_config,
+    export_adapter,
+    to_torch_state,
+    write_safetensors,
+)
+from piflow_jax.models.lora import fuse
 from piflow_jax.stages.systems import data_shape, load_student, load_teacher
 from piflow_jax.training.loop import checkpoint_dir
 from piflow_jax.training.networks import (
+    DataShape,
     student_network,
     student_spec,
     teacher_network,
     teacher_spec,
+    trained_part,
 )
+
+# What official pipelines look for in an adapter's directory.
+_ADAPTER = "adapter/diffusion_pytorch_model.safetensors"
 
 
 def export(config: Config, workdir: str | os.PathLike) -> list[Path]:
@@ -23,6 +35,10 @@ def export(config: Config, workdir: str | os.PathLike) -> list[Path]:
 
     Names and layouts are those of the pi-Flow release, the values are the averaged ones, bit for
     bit. The file's metadata has what the network, the policy and sampling need, under `piflow_jax`.
+
+    A student with adapters is written twice: as `adapter/`, what was trained, for official
+    pipelines to put on the official network, and as `student.safetensors`, a whole network into
+    whose weights the adapters have been added.
 
     Args:
       config: the run's settings.
@@ -34,19 +50,53 @@ def export(config: Config, workdir: str | os.PathLike) -> list[Path]:
     Raises:
       CheckpointError: there is no student, or it contradicts the settings.
     """
+    workdir = Path(workdir)
     data = data_shape(config, workdir)
     student = student_network(config.model, config.policy, data)
     params = load_student(config, data, workdir)
-    parts = [("student", student, params, student_spec(config, data))]
-    if checkpoint_dir(workdir, "teacher").is_dir():
-        teacher = teacher_network(config.model, data)
-        params = load_teacher(config, data, workdir)
-        parts.append(("teacher", teacher, params, teacher_spec(config, data)))
+    metadata = _metadata(config, student_spec(config, data))
     paths = []
-    for name, module, params, spec in parts:
-        path = Path(workdir) / f"{name}.safetensors"
-        metadata = {"format": "pt", "piflow_jax": json.dumps(spec)}
-        write_safetensors(path, to_torch_state(module, params), metadata)
-        logging.info("wrote %s", path)
-        paths.append(path)
+    if config.model.network != "dit":
+        path = workdir / _ADAPTER
+        path.parent.mkdir(exist_ok=True)
+        state = export_adapter(student, trained_part(student, params))
+        paths.append(_written(path, state, metadata))
+        beside = path.with_name("config.json")
+        beside.write_text(json.dumps(adapter_config(student), indent=2) + "\n", encoding="utf-8")
+        paths.append(beside)
+        params, student = fuse(params, student.lora.scale), student.clone(lora=None)
+    state = to_torch_state(student, params)
+    paths.append(_written(workdir / "student.safetensors", state, metadata))
+    if checkpoint_dir(workdir, "teacher").is_dir():
+        paths.append(_teacher(config, data, workdir))
     return paths
+
+
+def _teacher(config: Config, data: DataShape, workdir: Path) -> Path:
+    state = to_torch_state(teacher_network(config.model, data), load_teacher(config, data, workdir))
+    metadata = {"format": "pt", "piflow_jax": json.dumps(teacher_spec(config, data))}
+    return _written(workdir / "teacher.safetensors", state, metadata)
+
+
+def _metadata(config: Config, spec: dict[str, Any]) -> dict[str, str]:
+    """What a student's file says of itself, to us and to the official pipelines."""
+    policy = {"type": "GMFlow"}
+    if config.policy.kind == "dx":
+        train, f = config.train, config.train.final_step_size_scale
+        policy = {
+            "type": "DX",
+            "segment_size": config.policy.segment_size or max(1.0, f) / (train.nfe - 1 + f),
+            "shift": train.shift,
+            "mode": config.policy.mode,
+        }
+    return {
+        "format": "pt",
+        "piflow_jax": json.dumps(spec),
+        "policy_config": json.dumps(policy),
+    }
+
+
+def _written(path: Path, state: dict[str, Any], metadata: dict[str, str]) -> Path:
+    write_safetensors(path, state, metadata)
+    logging.info("wrote %s", path)
+    return path

@@ -14,7 +14,7 @@ from piflow_jax.parallel import batch_sharding, local_mesh, replicated
 from piflow_jax.stages.adm import load_inception, load_reference, protocol
 from piflow_jax.stages.autoencoder import check_autoencoder, load_autoencoder, pixel_sampler
 from piflow_jax.stages.sample import shown_classes
-from piflow_jax.stages.systems import student_sampler
+from piflow_jax.stages.systems import student_sampler, told_by_class
 from piflow_jax.training.loop import Look
 from piflow_jax.training.networks import DataShape
 
@@ -42,7 +42,7 @@ def student_look(config: Config, source: Source, data: DataShape) -> Callable[..
       FileNotFoundError: one of them is not there.
     """
     settings, classes = config.evaluation, shown_classes(config, data)
-    sampler, decoder = student_sampler(config, data), ()
+    sampler, decoder = told_by_class(config, source, student_sampler(config, data)), ()
     latents = config.data.name == "imagenet"
     if latents:
         autoencoder = load_autoencoder(config)

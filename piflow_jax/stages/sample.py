@@ -7,17 +7,24 @@ import jax
 from absl import logging
 
 from piflow_jax.config import Config, ConfigError
-from piflow_jax.evaluation import IndexSampler, save_grid
+from piflow_jax.data import load_source
+from piflow_jax.evaluation import FEATURE_SPACES, IndexSampler, save_grid
 from piflow_jax.parallel import batch_sharding, local_mesh
 from piflow_jax.stages.autoencoder import check_autoencoder, load_autoencoder, pixel_sampler
-from piflow_jax.stages.systems import data_shape, load_student, student_sampler
+from piflow_jax.stages.sample_prompts import sample_prompts
+from piflow_jax.stages.systems import (
+    data_shape,
+    load_student,
+    student_sampler,
+    told_by_class,
+)
 from piflow_jax.training.networks import DataShape
 
 __all__ = ["sample", "shown_classes"]
 
 
-def sample(config: Config, workdir: str | os.PathLike) -> Path:
-    """Writes `<workdir>/student.png`, one row per class.
+def sample(config: Config, workdir: str | os.PathLike) -> Path | list[Path]:
+    """Writes `<workdir>/student.png`, one row per class; of prompts see `sample_prompts`.
 
     Args:
       config: the run's settings; `config.evaluation.seed` chooses the noise, `grid_classes` the
@@ -25,16 +32,21 @@ def sample(config: Config, workdir: str | os.PathLike) -> Path:
       workdir: the run's directory.
 
     Returns:
-      The picture's path.
+      The picture's path, or those of the prompts' pictures.
 
     Raises:
       CheckpointError: there is no student, or it contradicts the settings.
       ConfigError: a class does not exist, or the autoencoder is missing or another one.
     """
+    if config.data.name == "prompts":
+        return sample_prompts(config, workdir)
     settings = config.evaluation
     data = data_shape(config, workdir)
     classes = shown_classes(config, data)
     sampler = student_sampler(config, data)
+    if config.data.name in FEATURE_SPACES:  # their images are at hand, and so are captions
+        source = load_source(config.data.name, config.data.data_dir or None)
+        sampler = told_by_class(config, source, sampler)
     if config.data.name == "imagenet":
         autoencoder = load_autoencoder(config)
         check_autoencoder(autoencoder, data)

@@ -1,20 +1,22 @@
 """Trained systems from checkpoints, as samplers."""
 
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 
 from piflow_jax.config import Config, ConfigError
-from piflow_jax.convert import load_torch_state, open_weights
-from piflow_jax.data import load_source
+from piflow_jax.convert import load_adapter, load_torch_state, open_weights
+from piflow_jax.data import Source, load_source
 from piflow_jax.evaluation.evaluator import Sampler
 from piflow_jax.flow.sampling import few_step_sample, ode_sample
 from piflow_jax.flow.schedule import TimeWarp
-from piflow_jax.models.dit import DiT
+from piflow_jax.models.dit import Constrain
 from piflow_jax.parallel import local_mesh, parameter_shardings, replicated, state_shardings
 from piflow_jax.training.checkpoint import (
     CheckpointError,
@@ -22,16 +24,20 @@ from piflow_jax.training.checkpoint import (
     read_spec,
     restore_subtree,
 )
+from piflow_jax.training.conditions import conditions, null_conditions
 from piflow_jax.training.loop import checkpoint_dir
 from piflow_jax.training.networks import (
     IMAGENET_LATENTS,
     DataShape,
+    Network,
     abstract_params,
     student_network,
     student_settings,
     student_spec,
     teacher_network,
     teacher_spec,
+    trained_part,
+    with_base,
 )
 from piflow_jax.training.objectives import guided_teacher, make_policy_factory
 
@@ -43,10 +49,22 @@ __all__ = [
     "student_shardings",
     "teacher_sampler",
     "teacher_shardings",
+    "told_by_class",
 ]
 
-# Sizes that official weights show and a configuration has too.
-_SIZES = ("patch_size", "in_channels", "hidden", "depth", "mlp_ratio", "num_classes")
+# Sizes that official weights show and a configuration has too, and what they do not show.
+_SIZES = {
+    "dit": ("patch_size", "in_channels", "hidden", "depth", "mlp_ratio", "num_classes"),
+    "flux": (
+        *("patch_size", "in_channels", "hidden", "num_heads", "double_depth", "single_depth"),
+        *("text_features", "pooled_features", "guidance_embed", "axes_dims_rope"),
+    ),
+    "qwen_image": (
+        *("patch_size", "in_channels", "hidden", "num_heads", "depth", "text_features"),
+        "axes_dims_rope",
+    ),
+}
+_NOT_SHOWN = ("num_heads", "sample_size", "time_scale")
 
 
 def teacher_shardings(config: Config, mesh: Mesh, params: Any) -> Any:
@@ -116,15 +134,17 @@ def load_teacher(
     """
     module = teacher_network(config.model, data)
     if config.teacher.weights:
-        key, form = "config.teacher.weights", config.teacher.weights_format
-        return _official(config.teacher.weights, key, form, module, shardings)
+        network = config.model.network
+        form = config.teacher.weights_format if network == "dit" else network
+        return _official(
+            config.teacher.weights, "config.teacher.weights", form, module, network, shardings
+        )
     directory = config.teacher.checkpoint or checkpoint_dir(workdir, "teacher")
     return _load(directory, module, teacher_spec(config, data), shardings)
 
 
-def _placed(module: DiT, shardings: Any) -> Any:
-    """Shapes of a network's parameters with the shardings that they get."""
-    abstract = abstract_params(module)
+def _placed(abstract: Any, shardings: Any) -> Any:
+    """Shapes of parameters with the shardings that they get."""
     if shardings is None:
         shardings = jax.tree.map(lambda _: replicated(local_mesh()), abstract)
     return jax.tree.map(
@@ -134,24 +154,23 @@ def _placed(module: DiT, shardings: Any) -> Any:
     )
 
 
-def _official(path: str, key: str, form: str, module: DiT, shardings: Any):
+def _official(path: str, key: str, form: str, module: Network, network: str, shardings: Any):
     """Parameters of official weights, if they are this module's."""
-    where = flatten_dict(_placed(module, shardings)["params"])
+    where = flatten_dict(_placed(abstract_params(module), shardings)["params"])
 
     def place(name, leaf):
         # One that has no place is no parameter of this module, which is said below.
-        sharding = where[name].sharding if name in where else None
-        return jax.device_put(leaf.astype(np.float32), sharding)
+        if name not in where:
+            return jax.device_put(leaf)
+        return jax.device_put(np.asarray(leaf, where[name].dtype), where[name].sharding)
 
+    sizes = _SIZES[network] + (_NOT_SHOWN if network == "dit" else ())
     try:
         loaded, params = load_torch_state(
             open_weights(path),
             form,
-            num_heads=module.num_heads,
-            sample_size=module.sample_size,
-            time_scale=module.time_scale,
             place=place,
-            **{size: getattr(module, size) for size in _SIZES},
+            **{size: getattr(module, size) for size in sizes},
         )
         if loaded.head != module.head:
             raise ValueError(f"the head is {loaded.head}, the settings are those of {module.head}")
@@ -161,55 +180,157 @@ def _official(path: str, key: str, form: str, module: DiT, shardings: Any):
 
 
 def load_student(
-    config: Config,
-    data: DataShape,
-    workdir: str | os.PathLike,
-    shardings: Any = None,
+    config: Config, data: DataShape, workdir: str | os.PathLike, mesh: Mesh | None = None
 ):
     """The student's parameters: official weights, or the average of the run's checkpoint.
 
-    See `load_teacher`.
+    Those of a student with adapters are the teacher's, see `load_teacher`, with adapters, head and
+    last modulation from there.
+
+    Args:
+      config: the run's settings.
+      data: what the data looks like.
+      workdir: the run's directory.
+      mesh: devices over which the parameters are split; by default every device of this process has
+        all of them.
+
+    Returns:
+      Parameters of `student_network(config.model, config.policy, data)`.
+
+    Raises:
+      CheckpointError: there is no checkpoint, it is unusable, or it contradicts the settings.
+      ConfigError: the official weights contradict the settings.
     """
     module = student_network(config.model, config.policy, data)
-    if config.evaluation.weights:
+    trained = trained_part(module, abstract_params(module))
+    shardings = None if mesh is None else parameter_shardings(mesh, trained)
+    base = None
+    if config.model.network != "dit":
+        of_base = abstract_params(teacher_network(config.model, data))
+        of_base = None if mesh is None else parameter_shardings(mesh, of_base)
+        base = load_teacher(config, data, workdir, of_base)
+    if not config.evaluation.weights:
+        directory = student_dir(config, workdir)
+        trained = _load(directory, module, student_spec(config, data), shardings)
+    elif base is None:
         path, form = config.evaluation.weights, f"{config.policy.kind}_dit"
-        return _official(path, "config.evaluation.weights", form, module, shardings)
-    return _load(student_dir(config, workdir), module, student_spec(config, data), shardings)
+        trained = _official(path, "config.evaluation.weights", form, module, "dit", shardings)
+    else:
+        trained = _official_adapter(config, module, trained, shardings)
+    return with_base(module, trained, base)
 
 
-def _load(directory: str | os.PathLike, module: DiT, spec: dict, shardings: Any):
+def _official_adapter(config: Config, module: Network, abstract: Any, shardings: Any):
+    """The trained part of a student as pi-Flow releases it, in the types of our own."""
+    placed = flatten_dict(_placed(abstract, shardings)["params"])
+
+    def place(name, leaf):
+        return jax.device_put(np.asarray(leaf, placed[name].dtype), placed[name].sharding)
+
+    path = config.evaluation.weights
+    try:
+        return load_adapter(module, open_weights(path), place=place)
+    except ValueError as error:
+        raise ConfigError(f"config.evaluation.weights = {path!r}: {error}") from error
+
+
+def _load(directory: str | os.PathLike, module: Network, spec: dict, shardings: Any):
     _, saved, _ = read_spec(directory)
     check_spec(saved, spec, directory)
-    return restore_subtree(directory, "ema_params", _placed(module, shardings))
+    abstract = trained_part(module, abstract_params(module))
+    return restore_subtree(directory, "ema_params", _placed(abstract, shardings))
 
 
-def teacher_sampler(config: Config, data: DataShape, steps: int) -> Sampler:
-    """The guided teacher's Euler sampler, `(params, noise, labels) -> x_0`."""
+def teacher_sampler(
+    config: Config, data: DataShape, steps: int, null: Mapping[str, Any] | None = None
+) -> Sampler:
+    """The guided teacher's Euler sampler.
+
+    Args:
+      config: the run's settings.
+      data: what the data looks like.
+      steps: Euler steps.
+      null: of captions, the example of the empty one; needed for guidance only.
+
+    Returns:
+      `(params, noise[B, H, W, C], told) -> x_0[B, H, W, C]`; what the network is told are labels
+      `[B]`, or of captions its conditions.
+    """
     module = teacher_network(config.model, data)
 
-    def sample(params, noise, labels):
+    def sample(params, noise, told):
+        guided = config.teacher.guidance_scale != 1
         velocity = guided_teacher(
-            lambda *inputs: module.apply(params, *inputs), labels, data.num_classes, config.teacher
+            lambda x, sigma, told: module.apply(params, x, sigma, **told),
+            _named(told),
+            null_conditions(config.model, data.num_classes, null) if guided else None,
+            config.teacher,
         )
         return ode_sample(velocity, noise, steps, TimeWarp(config.train.shift))
 
     return sample
 
 
-def student_sampler(config: Config, data: DataShape) -> Sampler:
-    """The student's sampler at its trained NFE, `(params, noise, labels) -> x_0`."""
-    module = student_network(config.model, config.policy, data)
-    factory = make_policy_factory(config.policy, config.train, sampling=True)
-    train = config.train
+def student_sampler(config: Config, data: DataShape, constrain: Constrain | None = None) -> Sampler:
+    """The student's sampler, at its trained NFE or that of `config.evaluation.nfe`.
 
-    def sample(params, noise, labels):
-        return few_step_sample(
-            lambda x, sigma: factory(module.apply(params, x, sigma, labels), x, sigma),
-            noise,
-            train.nfe,
-            TimeWarp(train.shift),
-            total_substeps=config.evaluation.substeps,
-            final_step_size_scale=train.final_step_size_scale,
-        )
+    Args:
+      config: the run's settings.
+      data: what the data looks like.
+      constrain: see `DiT`; for parameters that are split.
+
+    Returns:
+      `(params, noise, told) -> x_0`, see `teacher_sampler`.
+    """
+    module = student_network(config.model, config.policy, data)
+    if constrain is not None:
+        module = module.clone(constrain=constrain)
+    factory = make_policy_factory(config.policy, config.train, sampling=True)
+    train, settings = config.train, config.evaluation
+
+    def sample(params, noise, told):
+        def policy(x, sigma):
+            with jax.named_scope("student"):
+                output = module.apply(params, x, sigma, **_named(told))
+            with jax.named_scope("policy"):
+                return factory(output, x, sigma)
+
+        # What runs between the network's evaluations is the policy's.
+        with jax.named_scope("policy"):
+            return few_step_sample(
+                policy,
+                noise,
+                settings.nfe or train.nfe,
+                TimeWarp(train.shift),
+                total_substeps=settings.substeps,
+                final_step_size_scale=train.final_step_size_scale,
+                temperature=settings.temperature,
+            )
 
     return sample
+
+
+def told_by_class(config: Config, source: Source, sampler: Sampler) -> Sampler:
+    """A sampler whose third argument are labels, whatever the network is told.
+
+    Args:
+      config: the run's settings.
+      source: the data; with captions, it has one of each class.
+      sampler: see `student_sampler`.
+
+    Returns:
+      The sampler itself for a network that is told labels.
+    """
+    if config.model.network == "dit":
+        return sampler
+    table = source.of_classes()
+
+    def sample(params, noise, labels):
+        batch = {name: jnp.asarray(rows)[labels] for name, rows in table.items()}
+        return sampler(params, noise, conditions(config.model, batch))
+
+    return sample
+
+
+def _named(told: jax.Array | Mapping[str, jax.Array]) -> Mapping[str, jax.Array]:
+    return told if isinstance(told, Mapping) else {"labels": told}

@@ -1,7 +1,10 @@
 """`--mode=train`: the teacher if none is given, then the student, then the report."""
 
 import dataclasses
+import functools
 import os
+from collections.abc import Callable
+from statistics import fmean
 from typing import Any
 
 import jax
@@ -11,7 +14,7 @@ from jax.sharding import Mesh
 from piflow_jax.config import Config, mesh_sizes
 from piflow_jax.data import batches, load_source
 from piflow_jax.evaluation import FEATURE_SPACES
-from piflow_jax.models import student_from_teacher
+from piflow_jax.models.flops import gradient_flops
 from piflow_jax.parallel import ActivationSharding, device_mesh
 from piflow_jax.stages.adm import load_inception, load_reference
 from piflow_jax.stages.autoencoder import check_autoencoder, load_autoencoder
@@ -23,6 +26,7 @@ from piflow_jax.training.networks import (
     DataShape,
     abstract_params,
     init_params,
+    initial_student,
     student_network,
     student_spec,
     teacher_network,
@@ -31,7 +35,7 @@ from piflow_jax.training.networks import (
 from piflow_jax.training.optimizer import make_optimizer
 from piflow_jax.training.run_lock import RunLock
 from piflow_jax.training.state import TrainState
-from piflow_jax.training.step import distill_flops, distill_step, teacher_flops, teacher_step
+from piflow_jax.training.step import distill_flops, distill_step, teacher_step
 
 # Streams of randomness, folded into the seed, so that no two uses share numbers.
 _TEACHER_INIT, _TEACHER_STEPS, _STUDENT_INIT, _STUDENT_STEPS, _STUDENT_DATA = range(5)
@@ -129,7 +133,7 @@ def _teacher_stage(config: Config, source, data: DataShape, mesh: Mesh) -> Stage
     module = teacher_network(config.model, data).clone(constrain=ActivationSharding(mesh))
     settings = config.teacher
     optimizer = make_optimizer(settings.optimizer, settings.steps)
-    step = teacher_step(module, optimizer, config, data)
+    step = teacher_step(module, optimizer, config, data, getattr(source, "null", None))
     own = {
         key: getattr(settings, key) for key in ("steps", "batch_size", "label_dropout", "optimizer")
     }
@@ -141,7 +145,8 @@ def _teacher_stage(config: Config, source, data: DataShape, mesh: Mesh) -> Stage
         data=_batches(config, source, settings.batch_size, config.seed),
         steps=settings.steps,
         batch_size=settings.batch_size,
-        flops_per_step=teacher_flops(module, data) * settings.batch_size,
+        flops_per_step=settings.batch_size
+        * _mean_flops(functools.partial(gradient_flops, module), source, data),
         config=_settings(
             {
                 "seed": config.seed,
@@ -163,14 +168,14 @@ def _student_stage(config: Config, source, data: DataShape, teacher_params, mesh
     student = student_network(config.model, config.policy, data).clone(constrain=constrain)
     settings = config.train
     optimizer = make_optimizer(settings.optimizer, settings.steps)
-    distil = distill_step(student, teacher, optimizer, config, data)
-    keys = jax.random.split(_key(config, _STUDENT_INIT))
+    distil = distill_step(student, teacher, optimizer, config, data, getattr(source, "null", None))
 
     def init(teacher_params):
-        params = student_from_teacher(
-            keys[1], student, init_params(student, keys[0]), teacher_params, teacher=teacher
-        )
-        return TrainState.create(params, optimizer)
+        key = _key(config, _STUDENT_INIT)
+        return TrainState.create(initial_student(key, student, teacher, teacher_params), optimizer)
+
+    def flops(*shape):
+        return sum(distill_flops(student, teacher, config, *shape).values())
 
     groups = {"seed": config.seed, "data.name": config.data.name}
     groups |= {name: getattr(config, name) for name in ("model", "teacher", "policy", "train")}
@@ -182,7 +187,7 @@ def _student_stage(config: Config, source, data: DataShape, teacher_params, mesh
         data=_batches(config, source, settings.batch_size, config.seed + _STUDENT_DATA),
         steps=settings.steps,
         batch_size=settings.batch_size,
-        flops_per_step=sum(distill_flops(student, teacher, config, data)) * settings.batch_size,
+        flops_per_step=settings.batch_size * _mean_flops(flops, source, data),
         config=_settings(groups),
         extensible=_extensible("train", settings.optimizer.decay),
         spec=student_spec(config, data),
@@ -190,6 +195,13 @@ def _student_stage(config: Config, source, data: DataShape, teacher_params, mesh
         shardings=lambda state: student_shardings(config, mesh, state),
         look=student_look(config, source, data) if config.evaluation.every else None,
     )
+
+
+def _mean_flops(count: Callable[..., int], source, data: DataShape) -> float:
+    """FLOPs of an example, the mean over the shapes that batches have."""
+    shapes = getattr(source, "buckets", [(data.sample_size, data.sample_size)])
+    length = getattr(source, "text_length", 0)
+    return fmean(count(height, width, length) for height, width in shapes)
 
 
 def _batches(config: Config, source, batch_size: int, seed: int):

@@ -1,5 +1,6 @@
 """The training loop: one stage from its last checkpoint to its last step."""
 
+import contextlib
 import dataclasses
 import os
 import time
@@ -122,9 +123,10 @@ def run_stage(
 ) -> TrainState:
     """Runs a stage to its end, from its latest checkpoint if it has one.
 
-    The step is compiled once, ahead of the loop. Metrics are fetched one step late, so the host
-    never waits for the device; a checkpoint is saved only after its step's loss has been seen to be
-    finite.
+    The step is compiled ahead of the loop, and again for batches of another shape when the first
+    of them comes: prompts come in several aspect ratios. Metrics are fetched one step late, so the
+    host never waits for the device; a checkpoint is saved only after its step's loss has been seen
+    to be finite.
 
     Args:
       stage: what to run.
@@ -258,6 +260,7 @@ class _Loop:
         self._checkpoint_every = checkpoint_every
         self._last_good: int | None = checkpointer.latest_step()
         self._several = jax.process_count() > 1
+        self._programs: dict[Any, Callable] = {}
 
     def run(
         self,
@@ -268,13 +271,13 @@ class _Loop:
     ) -> TrainState:
         stage = self._stage
         batch = self._next_batch()
-        compiled = self._compile(state, batch)
+        self._program(state, batch)
         metrics = pending = None
         self._monitor.start(start)
         for step in range(start + 1, stage.steps + 1):
             self._monitor.before(step, metrics)
             seen = metrics
-            state, metrics = compiled(state, *stage.constants, batch)
+            state, metrics = self._program(state, batch)(state, *stage.constants, batch)
             if pending is not None:
                 self._report(*pending)
             end = step == stage.steps
@@ -324,6 +327,14 @@ class _Loop:
             with self._monitor.compiling():
                 return _SIGNALS[int(multihost_utils.process_allgather(asked).max())]
         return None if seen is None else _SIGNALS[int(np.asarray(seen[_LEAVE]))]
+
+    def _program(self, state, batch) -> Callable:
+        """The step, compiled for batches of this shape."""
+        shapes = tuple((name, batch[name].shape) for name in sorted(batch))
+        if shapes not in self._programs:
+            with self._monitor.aside() if self._programs else contextlib.nullcontext():
+                self._programs[shapes] = self._compile(state, batch)
+        return self._programs[shapes]
 
     def _compile(self, state, batch):
         began = time.perf_counter()

@@ -13,23 +13,48 @@ import jax.numpy as jnp
 
 from piflow_jax.config import Config, ModelConfig, PolicyConfig, TrainConfig
 from piflow_jax.data.latents import SD_VAE_SCALE, LatentsSource
-from piflow_jax.models import DiT, DXHead, GMHead, VelocityHead
+from piflow_jax.models import DiT, DXHead, GMHead, VelocityHead, student_from_teacher
+from piflow_jax.models.flux import FLUX_TARGETS, Flux
+from piflow_jax.models.lora import LoRA, initial_trained, merge, split
+from piflow_jax.models.qwen_image import QWEN_TARGETS, QwenImage
 
 __all__ = [
     "IMAGENET_LATENTS",
+    "TEXT_LATENTS",
+    "TEXT_LENGTH",
     "DataShape",
+    "Network",
     "StudentSettings",
     "abstract_params",
     "init_params",
+    "initial_student",
     "student_network",
     "student_settings",
     "student_spec",
     "teacher_network",
     "teacher_settings",
     "teacher_spec",
+    "trained_part",
+    "with_base",
 ]
 
-_COMPUTE_ONLY = ("dtype", "remat", "scan_unroll", "attention")
+Network = DiT | Flux | QwenImage
+
+# Keys of `ModelConfig` that change what a network's weights mean, in the specs.
+_MEANT_BY = {
+    "dit": ("patch_size", "hidden", "num_heads", "depth", "mlp_ratio", "time_scale"),
+    "flux": (
+        *("network", "patch_size", "hidden", "num_heads", "depth", "single_depth", "rope_axes"),
+        "distilled_guidance",
+    ),
+    "qwen_image": ("network", "patch_size", "hidden", "num_heads", "depth", "rope_axes"),
+}
+# Of `DataShape`; networks that read text know neither classes nor one size.
+_DATA_MEANT_BY_CLASSES = (
+    *("name", "sample_size", "channels", "num_classes"),
+    *("latent_scale", "latent_shift", "vae"),
+)
+_DATA_MEANT_BY_TEXT = ("name", "channels", "text_features", "pooled_features")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,21 +63,25 @@ class DataShape:
 
     Attributes:
       name: the data set.
-      sample_size: side of the square images, in sites.
+      sample_size: side of the square images, in sites; of captions the longest side of any shape.
       channels: `C`.
       num_classes: label `num_classes` is the null label.
       latent_scale: networks see `(latent - latent_shift) * latent_scale`; 1 for images.
       latent_shift: see `latent_scale`; 0 for images.
       vae: identity of the autoencoder that made the latents; empty for images, or if not known.
+      text_features: width of the embeddings of captions' tokens; 0 for data with classes.
+      pooled_features: width of the captions' pooled embeddings; 0 where there are none.
     """
 
     name: str
-    sample_size: int
     channels: int
-    num_classes: int
+    sample_size: int = 0
+    num_classes: int = 0
     latent_scale: float = 1.0
     latent_shift: float = 0.0
     vae: str = ""
+    text_features: int = 0
+    pooled_features: int = 0
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -62,6 +91,8 @@ class DataShape:
     @classmethod
     def of(cls, name: str, source) -> "DataShape":
         """What a source of images or of latents, known as `name`, says of itself."""
+        if hasattr(source, "text_features"):
+            return cls._of_captions(name, source)
         height, _, channels = source.shape
         latent = {}
         if isinstance(source, LatentsSource):
@@ -76,6 +107,18 @@ class DataShape:
             **latent,
         )
 
+    @classmethod
+    def _of_captions(cls, name: str, source) -> "DataShape":
+        # Prompts alone do not say what latents they are for: those of either network's autoencoder.
+        return cls(
+            name=name,
+            sample_size=max(max(bucket) for bucket in source.buckets),
+            channels=source.latent_channels or TEXT_LATENTS["flux"].channels,
+            num_classes=getattr(source, "num_classes", 0),
+            text_features=source.text_features,
+            pooled_features=source.pooled_features,
+        )
+
 
 # Latents of 256x256 images under the autoencoder of Stable Diffusion.
 IMAGENET_LATENTS = DataShape(
@@ -83,56 +126,144 @@ IMAGENET_LATENTS = DataShape(
 )
 
 
-def _network(model: ModelConfig, data: DataShape, head) -> DiT:
-    return DiT(
-        patch_size=model.patch_size,
-        in_channels=data.channels,
-        hidden=model.hidden,
-        num_heads=model.num_heads,
-        depth=model.depth,
-        mlp_ratio=model.mlp_ratio,
-        num_classes=data.num_classes,
-        sample_size=data.sample_size,
-        time_scale=model.time_scale,
-        head=head,
-        dtype=jnp.dtype(model.dtype),
-        remat=model.remat,
-        scan_unroll=model.scan_unroll,
-        attention=None if model.attention == "default" else model.attention,
+# Latents of 1024x1024 images for FLUX.1, with embeddings of T5 and CLIP; Qwen-Image's latents have
+# the same shape, its embeddings are those of Qwen2.5-VL.
+TEXT_LATENTS = {
+    "flux": DataShape(
+        name="prompts",
+        sample_size=128,
+        channels=16,
+        num_classes=0,
+        text_features=4096,
+        pooled_features=768,
+    ),
+    "qwen_image": DataShape(
+        name="prompts", sample_size=128, channels=16, num_classes=0, text_features=3584
+    ),
+}
+
+# Tokens of a caption in the recipes of both.
+TEXT_LENGTH = 512
+
+
+def _network(model: ModelConfig, data: DataShape, head, lora: LoRA | None = None) -> Network:
+    common = {
+        "patch_size": model.patch_size,
+        "in_channels": data.channels,
+        "hidden": model.hidden,
+        "num_heads": model.num_heads,
+        "head": head,
+        "dtype": jnp.dtype(model.dtype),
+        "remat": model.remat,
+        "scan_unroll": model.scan_unroll,
+        "attention": None if model.attention == "default" else model.attention,
+    }
+    if model.network == "dit":
+        return DiT(
+            depth=model.depth,
+            mlp_ratio=model.mlp_ratio,
+            num_classes=data.num_classes,
+            sample_size=data.sample_size,
+            time_scale=model.time_scale,
+            **common,
+        )
+    common |= {
+        "text_features": data.text_features,
+        "axes_dims_rope": tuple(model.rope_axes),
+        "param_dtype": jnp.dtype(model.base_dtype),
+        "lora": lora,
+    }
+    if model.network == "qwen_image":
+        return QwenImage(depth=model.depth, **common)
+    return Flux(
+        double_depth=model.depth,
+        single_depth=model.single_depth,
+        pooled_features=data.pooled_features,
+        guidance_embed=model.distilled_guidance > 0,
+        **common,
     )
 
 
-def teacher_network(model: ModelConfig, data: DataShape) -> DiT:
+def teacher_network(model: ModelConfig, data: DataShape) -> Network:
     """The network that predicts velocities."""
     return _network(model, data, VelocityHead())
 
 
-def student_network(model: ModelConfig, policy: PolicyConfig, data: DataShape) -> DiT:
-    """The network that predicts policies."""
+def student_network(model: ModelConfig, policy: PolicyConfig, data: DataShape) -> Network:
+    """The network that predicts policies; one that reads text is its teacher's with adapters."""
     if policy.kind == "gm":
         head = GMHead(policy.num_components, policy.logstd_hidden)
     else:
         # Polynomial coefficients beyond the first start at zero only with the skip.
         head = DXHead(policy.num_grid, input_skip=policy.mode == "polynomial")
-    return _network(model, data, head)
+    targets = {"dit": None, "flux": FLUX_TARGETS, "qwen_image": QWEN_TARGETS}[model.network]
+    lora = targets and LoRA(targets, rank=model.lora_rank, dropout=model.lora_dropout)
+    return _network(model, data, head, lora)
 
 
-def init_params(module: DiT, key: jax.Array) -> Any:
+def init_params(module: Network, key: jax.Array) -> Any:
     """Fresh variables of a network; traceable."""
-    size = module.sample_size
-    x = jnp.zeros((1, size, size, module.in_channels))
-    return module.init(key, x, jnp.zeros((1,)), jnp.zeros((1,), jnp.int32))
+    return module.init(key, *(jnp.zeros(leaf.shape, leaf.dtype) for leaf in module.example()))
 
 
-def abstract_params(module: DiT) -> Any:
+def abstract_params(module: Network) -> Any:
     """Shapes and dtypes of a network's variables, without computing any."""
     return jax.eval_shape(lambda: init_params(module, jax.random.key(0)))
 
 
+def trained_part(module: Network, params: Any) -> Any:
+    """What training changes of a network's variables, or of their shapes.
+
+    Args:
+      module: the network.
+      params: its variables.
+
+    Returns:
+      All of them; of a network with adapters these, the head and the last modulation. The rest is
+      its base.
+    """
+    return params if getattr(module, "lora", None) is None else split(params)[1]
+
+
+def with_base(module: Network, trained: Any, base: Any) -> Any:
+    """The inverse of `trained_part`; copies nothing.
+
+    Args:
+      module: the network.
+      trained: what training changes.
+      base: the teacher's variables, whose head is left out; unused without adapters.
+
+    Returns:
+      The network's variables.
+    """
+    return trained if getattr(module, "lora", None) is None else merge(base, trained)
+
+
+def initial_student(key: jax.Array, student: Network, teacher: Network, teacher_params: Any) -> Any:
+    """The trained part of a student that starts at its teacher; traceable.
+
+    Args:
+      key: random key.
+      student: the student's network.
+      teacher: the teacher's network.
+      teacher_params: its variables.
+
+    Returns:
+      Variables for `with_base`.
+    """
+    keys = jax.random.split(key)
+    if isinstance(student, DiT):
+        fresh = init_params(student, keys[0])
+        return student_from_teacher(keys[1], student, fresh, teacher_params, teacher=teacher)
+    return initial_trained(keys[1], student, teacher_params)
+
+
 def _model_spec(model: ModelConfig, data: DataShape) -> dict[str, Any]:
-    spec = {f"data.{key}": value for key, value in dataclasses.asdict(data).items()}
-    values = dataclasses.asdict(model)
-    return spec | {f"model.{key}": values[key] for key in values if key not in _COMPUTE_ONLY}
+    kept = _DATA_MEANT_BY_CLASSES if model.network == "dit" else _DATA_MEANT_BY_TEXT
+    spec = {f"data.{key}": getattr(data, key) for key in kept}
+    values = {key: getattr(model, key) for key in _MEANT_BY[model.network]}
+    values = {key: list(v) if isinstance(v, tuple) else v for key, v in values.items()}
+    return spec | {f"model.{key}": value for key, value in values.items()}
 
 
 def teacher_spec(config: Config, data: DataShape) -> dict[str, Any]:
@@ -148,9 +279,11 @@ def student_spec(config: Config, data: DataShape) -> dict[str, Any]:
         "dx": ("kind", "num_grid", "mode", "segment_size"),
     }[config.policy.kind]
     sampling = ("nfe", "final_step_size_scale", "shift", "total_substeps")
+    adapters = {} if config.model.network == "dit" else {"model.lora_rank": config.model.lora_rank}
     return (
         {"kind": "student"}
         | _model_spec(config.model, data)
+        | adapters
         | {f"policy.{key}": policy[key] for key in used}
         | {f"train.{key}": getattr(train, key) for key in sampling}
     )
@@ -180,7 +313,7 @@ def student_settings(spec: Mapping[str, Any]) -> StudentSettings:
     """
     _check_kind(spec, "student")
     return StudentSettings(
-        model=ModelConfig(**_group(spec, "model")),
+        model=_model(spec),
         policy=PolicyConfig(**_group(spec, "policy")),
         train=TrainConfig(**_group(spec, "train")),
         data=DataShape(**_group(spec, "data")),
@@ -190,7 +323,12 @@ def student_settings(spec: Mapping[str, Any]) -> StudentSettings:
 def teacher_settings(spec: Mapping[str, Any]) -> tuple[ModelConfig, DataShape]:
     """Reads a teacher's spec back, see `student_settings`."""
     _check_kind(spec, "teacher")
-    return ModelConfig(**_group(spec, "model")), DataShape(**_group(spec, "data"))
+    return _model(spec), DataShape(**_group(spec, "data"))
+
+
+def _model(spec: Mapping[str, Any]) -> ModelConfig:
+    values = _group(spec, "model")
+    return ModelConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
 
 def _check_kind(spec: Mapping[str, Any], kind: str) -> None:

@@ -6,6 +6,7 @@ scopes `student`, `teacher` and `policy` are what `parallel.cycles` and profiler
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import flax.struct
 import jax
@@ -29,8 +30,14 @@ __all__ = [
     "teacher_ratio",
 ]
 
-Network = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
-"""A network with its parameters bound: `(x[B, *sites, C], sigma[B], labels[B]) -> output`."""
+Conditions = Any
+"""What a network is told beside state and time: arrays `[B, ...]` in any structure."""
+
+Network = Callable[..., Any]
+"""A network with its parameters bound: `(x[B, *sites, C], sigma[B], conditions) -> output`.
+
+One with dropout also takes a PRNG key, the keyword `key`.
+"""
 
 PolicyFactory = Callable[[jax.Array, jax.Array, jax.Array], Policy]
 """`(network output, x_src, sigma_src) -> policy`."""
@@ -38,6 +45,9 @@ PolicyFactory = Callable[[jax.Array, jax.Array, jax.Array], Policy]
 # Of the reference: policies in training, policies in its sampler.
 TRAIN_EPS = 1e-6
 SAMPLE_EPS = 1e-4
+
+# A stream of its own beside those that are split off the same key.
+_ADAPTERS = 0xADA
 
 
 def make_policy_factory(
@@ -68,21 +78,21 @@ def make_policy_factory(
 
 
 def guided_teacher(
-    network: Network, labels: jax.Array, null_label: int, config: TeacherConfig
+    network: Network, conditions: Conditions, null: Conditions, config: TeacherConfig
 ) -> Callable[[jax.Array, jax.Array], jax.Array]:
     """The teacher's guided velocity for one batch, conditional and unconditional in one call.
 
     Args:
       network: the teacher.
-      labels: `[B]`.
-      null_label: the label of no class.
+      conditions: of the batch.
+      null: what stands for no condition, of a single example.
       config: guidance scale, interval and orthogonal share.
 
     Returns:
       `(x[B, *sites, C], sigma[B]) -> u[B, *sites, C]`.
     """
     if config.guidance_scale == 1:
-        return jax.named_scope("teacher")(lambda x, sigma: network(x, sigma, labels))
+        return jax.named_scope("teacher")(lambda x, sigma: network(x, sigma, conditions))
 
     @jax.named_scope("teacher")
     def velocity(x, sigma):
@@ -90,8 +100,9 @@ def guided_teacher(
             # Side by side and not one after the other: a batch that is split over devices stays so.
             return jnp.stack([a, b], axis=1).reshape(-1, *a.shape[1:])
 
-        null = jnp.full_like(labels, null_label)
-        both = network(pair(x, x), pair(sigma, sigma), pair(labels, null))
+        nothing = jax.tree.map(lambda a, n: jnp.broadcast_to(n, a.shape), conditions, null)
+        told = jax.tree.map(lambda a, n: pair(a, n.astype(a.dtype)), conditions, nothing)
+        both = network(pair(x, x), pair(sigma, sigma), told)
         both = both.reshape(-1, 2, *both.shape[1:])
         cond, uncond = both[:, 0], both[:, 1]
         return guided_velocity(
@@ -111,9 +122,9 @@ def flow_matching_loss(
     network: Network,
     key: jax.Array,
     x0: jax.Array,
-    labels: jax.Array,
-    null_label: int,
-    label_dropout: float,
+    conditions: Conditions,
+    null: Conditions,
+    dropout: float,
     warp: TimeWarp,
 ) -> jax.Array:
     """Conditional flow matching, `mean((u - (eps - x_0))^2)` at `tau ~ U(0, 1)`.
@@ -122,9 +133,9 @@ def flow_matching_loss(
       network: the teacher.
       key: PRNG key.
       x0: `[B, *sites, C]`, data.
-      labels: `[B]`.
-      null_label: replaces a label with probability `label_dropout`.
-      label_dropout: see `null_label`.
+      conditions: of the batch.
+      null: replaces an example's conditions with probability `dropout`; of a single example.
+      dropout: see `null`.
       warp: raw time to noise level.
 
     Returns:
@@ -137,8 +148,13 @@ def flow_matching_loss(
     sigma = warp.warp((jnp.arange(batch) + offsets) / batch)
     noise = jax.random.normal(noise_key, x0.shape, x0.dtype)
     t = per_sample(sigma, x0.ndim)
-    dropped = jax.random.bernoulli(label_key, label_dropout, labels.shape)
-    velocity = network((1 - t) * x0 + t * noise, sigma, jnp.where(dropped, null_label, labels))
+    dropped = jax.random.bernoulli(label_key, dropout, (batch,))
+
+    def drop(told, nothing):
+        where = dropped.reshape((batch,) + (1,) * (told.ndim - 1))
+        return jnp.where(where, jnp.broadcast_to(nothing, told.shape).astype(told.dtype), told)
+
+    velocity = network((1 - t) * x0 + t * noise, sigma, jax.tree.map(drop, conditions, null))
     return jnp.mean(jnp.square(velocity - (noise - x0)))
 
 
@@ -150,20 +166,26 @@ class Draws:
       student: `[B, M]` uniforms of the student's intervals.
       teacher: `[B, M - 1]` uniforms of the teacher's intervals.
       dropout: `[B, K]` uniforms of the mixture dropout; a component is dropped below its rate.
+      adapters: `[B]` keys for the dropout of the student's adapters, of which the first counts;
+        None for a student without.
     """
 
     student: jax.Array
     teacher: jax.Array
     dropout: jax.Array
+    adapters: jax.Array | None = None
 
 
-def sample_draws(key: jax.Array, batch: int, num_states: int, components: int) -> Draws:
-    """Draws the uniforms of one segment; `batch`, `M` and `K` as in `Draws`."""
+def sample_draws(
+    key: jax.Array, batch: int, num_states: int, components: int, adapters: bool = False
+) -> Draws:
+    """Draws the numbers of one segment; `batch`, `M`, `K` and `adapters` as in `Draws`."""
     student, teacher, dropout = jax.random.split(key, 3)
     return Draws(
         jax.random.uniform(student, (batch, num_states)),
         jax.random.uniform(teacher, (batch, num_states - 1)),
         jax.random.uniform(dropout, (batch, components)),
+        jax.random.split(jax.random.fold_in(key, _ADAPTERS), batch) if adapters else None,
     )
 
 
@@ -174,9 +196,10 @@ def teacher_ratio(step: jax.Array, mixing_steps: int) -> float | jax.Array:
     return 1 - jnp.minimum(step, mixing_steps) / mixing_steps
 
 
-def _make_policy(student, policy_factory, x, sigma, labels):
+def _make_policy(student, policy_factory, x, sigma, conditions, draws):
+    dropout = {} if draws.adapters is None else {"key": draws.adapters[0]}
     with jax.named_scope("student"):
-        output = student(x, sigma, labels)
+        output = student(x, sigma, conditions, **dropout)
     with jax.named_scope("policy"):
         return policy_factory(output, x, sigma)
 
@@ -209,7 +232,7 @@ def data_dependent_loss(
     teacher: Callable[[jax.Array, jax.Array], jax.Array],
     policy_factory: PolicyFactory,
     x0: jax.Array,
-    labels: jax.Array,
+    conditions: Conditions,
     tau: jax.Array,
     noise: jax.Array,
     draws: Draws,
@@ -223,7 +246,7 @@ def data_dependent_loss(
       teacher: the guided teacher.
       policy_factory: makes the policy of the student's output.
       x0: `[B, *sites, C]`, data.
-      labels: `[B]`.
+      conditions: of the batch.
       tau: `[B]`, raw times in (0, 1], snapped up to the start of their segment.
       noise: `[B, *sites, C]`.
       draws: the segment's random numbers.
@@ -237,7 +260,7 @@ def data_dependent_loss(
     sigma = TimeWarp(config.shift).warp(tau_src)
     t = per_sample(sigma, x0.ndim)
     x_src = (1 - t) * x0 + t * noise
-    policy = _make_policy(student, policy_factory, x_src, sigma, labels)
+    policy = _make_policy(student, policy_factory, x_src, sigma, conditions, draws)
     loss, _ = _segment_loss(policy, teacher, x_src, tau_src, segment_size, draws, ratio, config)
     return loss
 
@@ -247,7 +270,7 @@ def data_free_loss_and_grads(
     params,
     teacher: Callable[[jax.Array, jax.Array], jax.Array],
     policy_factory: PolicyFactory,
-    labels: jax.Array,
+    conditions: Conditions,
     noise: jax.Array,
     draws: Draws,
     ratio: float | jax.Array,
@@ -260,11 +283,11 @@ def data_free_loss_and_grads(
     so memory does not grow with their number.
 
     Args:
-      student_fn: `(params, x, sigma, labels) -> output`.
-      params: the student's parameters.
+      student_fn: `(params, x, sigma, conditions) -> output`, see `Network`.
+      params: the student's parameters that are trained.
       teacher: the guided teacher.
       policy_factory: makes the policy of the student's output.
-      labels: `[B]`.
+      conditions: of the batch.
       noise: `[B, *sites, C]`, where the walk starts.
       draws: the segments' random numbers, stacked on a leading axis of length `nfe`.
       ratio: share of the trajectory walked by the teacher.
@@ -288,7 +311,7 @@ def data_free_loss_and_grads(
 
         def weighted(params):
             student = functools.partial(student_fn, params)
-            policy = _make_policy(student, policy_factory, x, sigma, labels)
+            policy = _make_policy(student, policy_factory, x, sigma, conditions, draws)
             loss, aux = _segment_loss(policy, teacher, x, tau, segment_size, draws, ratio, config)
             return loss * length, (loss, aux.x_dst)
 

@@ -1,6 +1,6 @@
 """Train steps: pure functions of state and batch, one jit each."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -9,8 +9,9 @@ import optax
 from piflow_jax.config import Config, OptimizerConfig
 from piflow_jax.data.latents import draw_latents
 from piflow_jax.flow.schedule import TimeWarp
-from piflow_jax.models.flops import forward_flops
-from piflow_jax.training.networks import DataShape
+from piflow_jax.models.flops import forward_flops, gradient_flops
+from piflow_jax.training.conditions import conditions, null_conditions
+from piflow_jax.training.networks import DataShape, Network, with_base
 from piflow_jax.training.objectives import (
     data_dependent_loss,
     data_free_loss_and_grads,
@@ -23,7 +24,7 @@ from piflow_jax.training.objectives import (
 from piflow_jax.training.optimizer import update_ema
 from piflow_jax.training.state import TrainState
 
-__all__ = ["accumulate", "distill_flops", "distill_step", "teacher_flops", "teacher_step"]
+__all__ = ["accumulate", "distill_flops", "distill_step", "teacher_step"]
 
 # A stream of its own beside those that the losses split off the same key.
 _POSTERIOR = 0x9057
@@ -48,9 +49,10 @@ def _advance(
 
 
 def _images(batch, key: jax.Array, data: DataShape) -> jax.Array:
-    """What the networks see: images as they are, or a draw from the posterior of latents."""
-    if "image" in batch:
-        return batch["image"]
+    """What the networks see: images or latents as they are, or a draw from a posterior."""
+    for name in ("image", "latents"):
+        if name in batch:
+            return batch[name].astype(jnp.promote_types(batch[name].dtype, jnp.float32))
     return draw_latents(
         jax.random.fold_in(key, _POSTERIOR),
         batch["mean"],
@@ -93,8 +95,20 @@ def accumulate(loss_and_grads: Callable, batch, count: int):
         return jax.tree.map(lambda a: a / count, total)
 
 
+def _samples_like(batch, data: DataShape) -> jax.ShapeDtypeStruct:
+    """Shape `(B, H, W, C)` and dtype of a batch's samples, which need not be in it."""
+    if "canvas" in batch:
+        canvas = batch["canvas"]
+        return jax.ShapeDtypeStruct((*canvas.shape[:-1], data.channels), canvas.dtype)
+    return jax.eval_shape(lambda batch: _images(batch, jax.random.key(0), data), batch)
+
+
 def teacher_step(
-    module, optimizer: optax.GradientTransformation, config: Config, data: DataShape
+    module: Network,
+    optimizer: optax.GradientTransformation,
+    config: Config,
+    data: DataShape,
+    null: Mapping[str, jax.Array] | None = None,
 ) -> StepFn:
     """The flow-matching step of the teacher.
 
@@ -103,10 +117,12 @@ def teacher_step(
       optimizer: its optimiser.
       config: the run's settings.
       data: what the data look like.
+      null: of captions, the example of the empty one.
 
     Returns:
       `(state, root_key, batch) -> (state, metrics)`, to be jitted with the state donated. `batch`
-      has `image[B, H, W, C]`, or `mean` and `std` of latents, and `label[B]`.
+      has `image[B, H, W, C]`, `latents`, or `mean` and `std` of latents, and what `conditions`
+      takes.
     """
     settings = config.teacher
 
@@ -115,11 +131,11 @@ def teacher_step(
 
         def loss_fn(params):
             return flow_matching_loss(
-                lambda *inputs: module.apply(params, *inputs),
+                lambda x, sigma, told: module.apply(params, x, sigma, **told),
                 key,
                 _images(batch, key, data),
-                batch["label"],
-                data.num_classes,
+                conditions(config.model, batch),
+                null_conditions(config.model, data.num_classes, null),
                 settings.label_dropout,
                 TimeWarp(config.train.shift),
             )
@@ -131,9 +147,17 @@ def teacher_step(
 
 
 def distill_step(
-    student, teacher, optimizer: optax.GradientTransformation, config: Config, data: DataShape
+    student: Network,
+    teacher: Network,
+    optimizer: optax.GradientTransformation,
+    config: Config,
+    data: DataShape,
+    null: Mapping[str, jax.Array] | None = None,
 ) -> StepFn:
     """The pi-ID step of the student.
+
+    A student with adapters has its teacher's parameters as its base: they are one argument of the
+    step, used by both, and the state holds nothing of their size.
 
     Args:
       student: the student's module, with a policy head.
@@ -141,45 +165,56 @@ def distill_step(
       optimizer: the student's optimiser.
       config: the run's settings.
       data: what the data look like.
+      null: of captions, the example of the empty one; needed for guidance only.
 
     Returns:
       `(state, teacher_params, root_key, batch) -> (state, metrics)`, to be jitted with the state
-      donated and the teacher's parameters not.
+      donated and the teacher's parameters not. A batch of captions without latents says by an
+      empty array `canvas[B, H, W, 0]` what their size is.
     """
     train = config.train
     factory = make_policy_factory(config.policy, train)
     components = config.policy.num_components if config.policy.kind == "gm" else 0
+    dropout = config.model.network != "dit" and config.model.lora_dropout > 0
 
     def step(state: TrainState, teacher_params, root: jax.Array, batch):
         keys = jax.random.split(jax.random.fold_in(root, state.step), 3)
-        images, labels = _images(batch, keys[0], data), batch["label"]
+        like = _samples_like(batch, data)
+        size = like.shape[0]
         ratio = teacher_ratio(state.step, train.mixing_steps)
-        size = images.shape[0]
-        noise = jax.random.normal(keys[0], images.shape, images.dtype)
+        noise = jax.random.normal(keys[0], like.shape, like.dtype)
+
+        def sample(key):
+            return sample_draws(key, size, train.num_states, components, dropout)
+
         if train.data_free:
-            draws = jax.vmap(lambda key: sample_draws(key, size, train.num_states, components))(
-                jax.random.split(keys[1], train.nfe)
-            )
+            draws = jax.vmap(sample)(jax.random.split(keys[1], train.nfe))
             # Segments are the leading axis; microbatches are taken from the one behind it.
             draws = jax.tree.map(lambda a: jnp.swapaxes(a, 0, 1), draws)
         else:
-            draws = sample_draws(keys[1], size, train.num_states, components)
+            draws = sample(keys[1])
         tau = 1 - jax.random.uniform(keys[2], (size,))  # in (0, 1]
 
+        def student_fn(params, x, sigma, told, key=None):
+            params = with_base(student, params, teacher_params)
+            rngs = None if key is None else {"dropout": key}
+            return student.apply(params, x, sigma, **told, rngs=rngs)
+
         def loss_and_grads(part):
+            guided = config.teacher.guidance_scale != 1
             teacher_velocity = guided_teacher(
-                lambda *inputs: teacher.apply(teacher_params, *inputs),
-                part["labels"],
-                data.num_classes,
+                lambda x, sigma, told: teacher.apply(teacher_params, x, sigma, **told),
+                part["conditions"],
+                null_conditions(config.model, data.num_classes, null) if guided else None,
                 config.teacher,
             )
             if train.data_free:
                 loss, _, grads = data_free_loss_and_grads(
-                    student.apply,
+                    student_fn,
                     state.params,
                     teacher_velocity,
                     factory,
-                    part["labels"],
+                    part["conditions"],
                     part["noise"],
                     jax.tree.map(lambda a: jnp.swapaxes(a, 0, 1), part["draws"]),
                     ratio,
@@ -188,11 +223,11 @@ def distill_step(
                 return loss, grads
             return jax.value_and_grad(
                 lambda params: data_dependent_loss(
-                    lambda *inputs: student.apply(params, *inputs),
+                    lambda *inputs, **options: student_fn(params, *inputs, **options),
                     teacher_velocity,
                     factory,
                     part["images"],
-                    part["labels"],
+                    part["conditions"],
                     part["tau"],
                     part["noise"],
                     part["draws"],
@@ -201,7 +236,14 @@ def distill_step(
                 )
             )(state.params)
 
-        whole = {"images": images, "labels": labels, "noise": noise, "draws": draws, "tau": tau}
+        whole = {
+            "conditions": conditions(config.model, batch),
+            "noise": noise,
+            "draws": draws,
+            "tau": tau,
+        }
+        if not train.data_free:
+            whole["images"] = _images(batch, keys[0], data)
         loss, grads = accumulate(loss_and_grads, whole, train.microbatches)
         state, metrics = _advance(state, grads, loss, optimizer, train.optimizer)
         if train.mixing_steps:
@@ -211,28 +253,26 @@ def distill_step(
     return step
 
 
-def teacher_flops(module, data: DataShape) -> int:
-    """Matrix-product FLOPs that one example needs in the teacher's flow-matching step."""
-    return 3 * forward_flops(module, data.sample_size, data.sample_size)
-
-
-def distill_flops(student, teacher, config: Config, data: DataShape) -> tuple[int, int]:
+def distill_flops(
+    student, teacher, config: Config, height: int, width: int, text_length: int = 0
+) -> dict[str, int]:
     """Matrix-product FLOPs that one example needs in the pi-ID step, and nothing else of weight.
 
     Args:
       student: the student's module.
       teacher: the teacher's module.
       config: the run's settings.
-      data: what the data look like.
+      height: sites of a sample.
+      width: sites of a sample.
+      text_length: tokens of text, of networks that read them.
 
     Returns:
-      The student's three forward evaluations' worth and the guided teacher's at every state, each
-      as often as a data-free step has segments.
+      `student`, its evaluation with the gradient, and `teacher`, the guided evaluations at every
+      state; each as often as a data-free step has segments.
     """
-    size = data.sample_size
     segments = config.train.nfe if config.train.data_free else 1
     queries = config.train.num_states * (1 if config.teacher.guidance_scale == 1 else 2)
-    return (
-        segments * 3 * forward_flops(student, size, size),
-        segments * queries * forward_flops(teacher, size, size),
-    )
+    return {
+        "student": segments * gradient_flops(student, height, width, text_length),
+        "teacher": segments * queries * forward_flops(teacher, height, width, text_length),
+    }

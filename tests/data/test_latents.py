@@ -225,13 +225,13 @@ def test_a_spoilt_manifest_is_refused(finished, spoil, message):
 
 
 def test_another_plan_in_the_same_directory_is_refused(finished):
-    with pytest.raises(LatentsError, match="vae was 'abc', is 'xyz'; shard_size was 3, is 4"):
+    with pytest.raises(LatentsError, match="shard_size was 3, is 4; vae was 'abc', is 'xyz'"):
         start_latents(finished, dataclasses.replace(PLAN, vae="xyz", shard_size=4))
 
 
 def test_a_shard_with_the_wrong_latents_does_not_appear(tmp_path):
     start_latents(tmp_path, PLAN)
-    with pytest.raises(LatentsError, match="shard 0 has 3 images, got 2"):
+    with pytest.raises(LatentsError, match="shard 0 has 3 latents, got 2"):
         write_shard(tmp_path, PLAN, 0, map(example, range(2)))
     with pytest.raises(LatentsError, match=r"n1/1\.JPEG are not finite in float16"):
         spoilt = {**example(1), "std": np.full((2, 4, 4, 2), np.inf, np.float16)}

@@ -6,8 +6,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from piflow_jax.convert import load_torch_state, to_torch_state
-from piflow_jax.models.vae import decode_in_chunks, sample_posterior
+from piflow_jax.convert import load_torch_state, open_autoencoder, to_torch_state
+from piflow_jax.convert.files import LazyArray
+from piflow_jax.convert.qwen_vae import flattened, qwen_vae_rules
+from piflow_jax.convert.vae import vae_rules
+from piflow_jax.models.vae import AutoencoderKL, decode_in_chunks, sample_posterior
 
 NAME = "autoencoder_kl.npz"
 SCALE = 0.18215
@@ -132,11 +135,204 @@ def test_autoencoder_matches_that_of_diffusers():
     with jax.enable_x64(True):
         module, variables = load_torch_state(state, "vae", norm_groups=8)
         image = np.random.default_rng(0).uniform(-1, 1, (3, 16, 24, 3))
-        mean, logvar = module.apply(variables, jnp.asarray(image), method="encode")
-        decoded = module.apply(variables, mean, method="decode")
+
+        @jax.jit
+        def run(variables, image):
+            mean, logvar = module.apply(variables, image, method="encode")
+            return mean, logvar, module.apply(variables, mean, method="decode")
+
+        mean, logvar, decoded = run(variables, jnp.asarray(image))
     with torch.no_grad():
         posterior = peer.encode(torch.from_numpy(np.moveaxis(image, -1, 1))).latent_dist
         theirs = peer.decode(posterior.mean).sample
     for ours, other in ((mean, posterior.mean), (logvar, posterior.logvar), (decoded, theirs)):
         other = np.moveaxis(other.numpy(), 1, -1)
         np.testing.assert_allclose(ours, other, rtol=1e-9, atol=1e-10)
+
+
+def test_flux_autoencoder_matches_that_of_diffusers():
+    """No convolutions around the latents, other scale and shift, odd numbers of sites."""
+    torch = pytest.importorskip("torch")
+    diffusers = pytest.importorskip("diffusers")
+    torch.manual_seed(1)
+    peer = diffusers.AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(16, 32),
+        layers_per_block=1,
+        latent_channels=16,
+        norm_num_groups=8,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+        shift_factor=0.1159,
+        scaling_factor=0.3611,
+    )
+    state = {name: tensor.numpy() for name, tensor in peer.state_dict().items()}
+    module, variables = load_torch_state(state, "vae", norm_groups=8)
+    assert module.latent_channels == 16 and not module.quant_convs
+    assert (module.latent_scale, module.latent_shift) == (0.3611, 0.1159)
+    compare_in_float32(torch, module, variables, peer, frames=False)
+    back = to_torch_state(module, variables)
+    assert set(back) == set(state)
+    for name, array in state.items():
+        np.testing.assert_array_equal(back[name], array)
+
+
+def qwen_peer():
+    diffusers = pytest.importorskip("diffusers")
+    rng = np.random.default_rng(2)
+    return diffusers.AutoencoderKLQwenImage(
+        base_dim=8,
+        z_dim=4,
+        dim_mult=[1, 2],
+        num_res_blocks=1,
+        temperal_downsample=[True],
+        latents_mean=rng.normal(size=4).tolist(),
+        latents_std=rng.uniform(1, 3, 4).tolist(),
+    )
+
+
+def test_qwen_autoencoder_matches_that_of_diffusers():
+    torch = pytest.importorskip("torch")
+    torch.manual_seed(2)
+    peer = qwen_peer()
+    with torch.no_grad():
+        for name, parameter in peer.named_parameters():
+            if name.endswith("gamma"):
+                parameter.uniform_(0.5, 1.5)
+    state = {name: tensor.numpy() for name, tensor in peer.state_dict().items()}
+    module, variables = load_torch_state(
+        state,
+        "qwen_vae",
+        latents_mean=peer.config.latents_mean,
+        latents_std=peer.config.latents_std,
+    )
+    assert (module.channels, module.layers_per_block) == ((8, 16), 1)
+    assert module.latent_channels == 4 and module.norm_groups is None
+    compare_in_float32(torch, module, variables, peer, frames=True)
+    with pytest.raises(ValueError, match="one frame"):
+        to_torch_state(module, variables)
+
+
+def test_qwen_latents_have_the_published_statistics():
+    diffusers = pytest.importorskip("diffusers")
+    import inspect
+
+    from piflow_jax.convert.qwen_vae import LATENTS_MEAN, LATENTS_STD
+
+    published = inspect.signature(diffusers.AutoencoderKLQwenImage.__init__).parameters
+    assert tuple(published["latents_mean"].default) == LATENTS_MEAN
+    assert tuple(published["latents_std"].default) == LATENTS_STD
+
+
+def test_what_does_not_fit_a_qwen_autoencoder_is_listed():
+    pytest.importorskip("torch")
+    state = {name: tensor.numpy() for name, tensor in qwen_peer().state_dict().items()}
+    statistics = {"latents_mean": [0.0] * 4, "latents_std": [1.0] * 4}
+    with pytest.raises(ValueError, match="latents_mean has 16 numbers, the latents 4 channels"):
+        load_torch_state(state, "qwen_vae")
+    del state["decoder.norm_out.gamma"]
+    state["encoder.extra"] = np.zeros(3)
+    with pytest.raises(ValueError, match=r"missing decoder\.norm_out\.gamma") as error:
+        load_torch_state(state, "qwen_vae", **statistics)
+    assert "unexpected encoder.extra" in str(error.value)
+    with pytest.raises(ValueError, match="does not fit Qwen-Image's autoencoder"):
+        load_torch_state({"a": np.zeros(2)}, "qwen_vae")
+
+
+@pytest.mark.parametrize("kind", ["flux", "qwen"])
+def test_the_published_sizes_have_the_names_and_shapes_of_diffusers(kind):
+    torch = pytest.importorskip("torch")
+    diffusers = pytest.importorskip("diffusers")
+    with torch.device("meta"):
+        if kind == "qwen":
+            peer = diffusers.AutoencoderKLQwenImage()
+            module = AutoencoderKL(
+                channels=(96, 192, 384, 384),
+                latent_channels=16,
+                norm_groups=None,
+                halving_upsample=True,
+            )
+            rules = qwen_vae_rules(module)
+        else:
+            peer = diffusers.AutoencoderKL(
+                down_block_types=("DownEncoderBlock2D",) * 4,
+                up_block_types=("UpDecoderBlock2D",) * 4,
+                block_out_channels=(128, 256, 512, 512),
+                layers_per_block=2,
+                latent_channels=16,
+                use_quant_conv=False,
+                use_post_quant_conv=False,
+            )
+            module = AutoencoderKL(latent_channels=16, quant_convs=False)
+            rules = vae_rules(module)
+    state = {k: LazyArray(v.shape, np.float32, None) for k, v in peer.state_dict().items()}
+    state = flattened(state) if kind == "qwen" else state
+    expected = {name: rule.torch_shape for rule in rules for name in rule.torch_names(0)}
+    assert {name: array.shape for name, array in state.items()} == expected
+    shapes = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, 16, 16, 3)))["params"]
+    found = {tuple(k.key for k in path) for path, _ in jax.tree.leaves_with_path(shapes)}
+    assert found == {rule.path for rule in rules}
+
+
+@pytest.mark.parametrize("kind", ["flux", "qwen"])
+def test_a_published_folder_tells_scale_and_shift(tmp_path, kind):
+    pytest.importorskip("torch")
+    diffusers = pytest.importorskip("diffusers")
+    if kind == "qwen":
+        peer = qwen_peer()
+    else:
+        peer = diffusers.AutoencoderKL(
+            block_out_channels=(8,),
+            norm_num_groups=4,
+            latent_channels=2,
+            use_quant_conv=False,
+            use_post_quant_conv=False,
+            scaling_factor=0.5,
+            shift_factor=0.25,
+        )
+    peer.save_pretrained(tmp_path)
+    module, _ = open_autoencoder(tmp_path)
+    raw = np.random.default_rng(0).normal(size=(2, 3, module.latent_channels))
+    settings = peer.config
+    if kind == "qwen":
+        expected = (raw - settings.latents_mean) / settings.latents_std
+    else:
+        expected = (raw - 0.25) * 0.5
+        assert module.norm_groups == 4
+    np.testing.assert_allclose(module.scaled(raw), expected, rtol=1e-12)
+    np.testing.assert_allclose(module.raw(module.scaled(raw)), raw, rtol=1e-12)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"config\.json is damaged"):
+        open_autoencoder(tmp_path)
+
+
+def compare_in_float32(torch, module, variables, peer, frames):
+    image = np.random.default_rng(0).uniform(-1, 1, (2, 10, 14, 3)).astype(np.float32)
+
+    @jax.jit
+    def run(variables, image):
+        mean, logvar = module.apply(variables, image, method="encode")
+        latents = module.scaled(mean)
+        decoded = module.apply(variables, module.raw(latents), method="decode")
+        return mean, logvar, latents, decoded
+
+    mean, logvar, latents, decoded = run(variables, image)
+    with torch.no_grad():
+        x = torch.from_numpy(np.moveaxis(image, -1, 1).copy())
+        posterior = peer.encode(x[:, :, None] if frames else x).latent_dist
+        theirs = peer.decode(posterior.mean).sample
+    settings = peer.config
+    if frames:
+        shift, scale = np.array(settings.latents_mean), 1 / np.array(settings.latents_std)
+    else:
+        shift, scale = settings.shift_factor, settings.scaling_factor
+    for ours, other in ((mean, posterior.mean), (logvar, posterior.logvar), (decoded, theirs)):
+        other = np.moveaxis(other.numpy(), 1, -1)
+        other = other[:, 0] if frames else other
+        assert np.std(other) > 1e-2
+        if frames and ours is decoded:  # which the release clips
+            ours = np.clip(ours, -1, 1)
+        np.testing.assert_allclose(ours, other, rtol=1e-4, atol=1e-5)
+    expected = (np.asarray(mean, np.float64) - shift) * scale
+    np.testing.assert_allclose(latents, expected, rtol=1e-5, atol=1e-6)

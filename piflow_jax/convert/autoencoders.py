@@ -1,0 +1,57 @@
+"""Autoencoders from their published folders: weights, and what `config.json` says beside them.
+
+Source: the `vae` folders of Stable Diffusion, FLUX.1 and Qwen-Image in the form of `diffusers`.
+"""
+
+import json
+import os
+import re
+from typing import Any
+
+from piflow_jax.convert.files import open_weights
+from piflow_jax.convert.qwen_vae import load_qwen_vae
+from piflow_jax.convert.rules import Place
+from piflow_jax.convert.vae import load_vae
+from piflow_jax.models.vae import AutoencoderKL
+
+__all__ = ["open_autoencoder"]
+
+# What a loader is told: its argument by the key of `config.json`.
+_VAE = {
+    "norm_num_groups": "norm_groups",
+    "scaling_factor": "latent_scale",
+    "shift_factor": "latent_shift",
+}
+_QWEN_VAE = {"latents_mean": "latents_mean", "latents_std": "latents_std"}
+
+
+def open_autoencoder(
+    path: str | os.PathLike, place: Place | None = None
+) -> tuple[AutoencoderKL, dict]:
+    """Loads an autoencoder of either kind, which the names of its weights tell.
+
+    Args:
+        path: A weight file or its folder, see `open_weights`. Scale and shift of latents come from
+            the `config.json` beside the weights; without one they are those of Stable Diffusion,
+            FLUX.1 or Qwen-Image.
+        place: See `import_state`.
+
+    Returns:
+        The module, and its variables `{"params": ...}`.
+
+    Raises:
+        FileNotFoundError: No such file.
+        ValueError: It is no autoencoder, or `config.json` is damaged.
+    """
+    weights = open_weights(path)
+    qwen = any(re.search(r"\.time_conv\.|\.gamma$", name) for name in weights)
+    load, keys = (load_qwen_vae, _QWEN_VAE) if qwen else (load_vae, _VAE)
+    beside = weights.path.parent / "config.json"
+    settings: dict[str, Any] = {}
+    if beside.exists():
+        try:
+            written = json.loads(beside.read_text(encoding="utf-8"))
+            settings = {keys[key]: written[key] for key in keys if written.get(key) is not None}
+        except (ValueError, AttributeError) as error:
+            raise ValueError(f"{beside} is damaged: {error}") from error
+    return load(weights, "qwen_vae" if qwen else "vae", **settings, place=place)

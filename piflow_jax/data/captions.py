@@ -1,0 +1,107 @@
+"""Digits with captions: text-to-image in small, on embeddings that are made here.
+
+A caption is a few words that name the digit, such as "a handwritten seven". Its embeddings are
+those of `WordEncoder`. The keys of examples are those of cached prompts (`prompts.py`).
+"""
+
+import dataclasses
+import functools
+
+import numpy as np
+
+from piflow_jax.data.digits import load_digits_source
+from piflow_jax.data.text_encoders import WordEncoder
+
+__all__ = ["CaptionedDigits", "load_captioned_digits_source"]
+
+_DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+_FORMS = ("{}", "a {}", "the digit {}", "a handwritten {}", "a drawing of a {}")
+_ENCODER = WordEncoder(text_features=24, pooled_features=16)
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class CaptionedDigits:
+    """The digits, each with a caption; held in memory.
+
+    Attributes:
+      name: Short name for logs and reports.
+      images: float32[N, H, W, C] in [-1, 1].
+      labels: int32[N], the digits.
+      captions: N captions.
+      text_length: Tokens that captions are padded to, the length of the longest.
+      null: Example of the empty caption, without an image.
+    """
+
+    name: str
+    images: np.ndarray
+    labels: np.ndarray
+    captions: tuple[str, ...]
+    text_length: int
+    null: dict[str, np.ndarray]
+    num_classes: int = len(_DIGITS)
+    text_features: int = _ENCODER.text_features
+    pooled_features: int = _ENCODER.pooled_features
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Shape `(H, W, C)` of one image."""
+        return self.images.shape[1:]
+
+    @property
+    def latent_channels(self) -> int:
+        """Channels `C` of an image, which stands for latents."""
+        return self.images.shape[-1]
+
+    @property
+    def buckets(self) -> list[tuple[int, int]]:
+        """Shapes `(H, W)` that images have: one."""
+        return [self.images.shape[1:3]]
+
+    def __len__(self) -> int:
+        """Returns the number of examples."""
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        """Returns one example: `latents`, which are the image, and its caption's embeddings."""
+        example = _example(self.captions[index], self.text_length)
+        return example | {"latents": self.images[index], "index": np.int32(index)}
+
+    def of_classes(self) -> dict[str, np.ndarray]:
+        """Examples of one caption of each class, stacked; without images."""
+        examples = [_example(_FORMS[3].format(digit), self.text_length) for digit in _DIGITS]
+        return {key: np.stack([example[key] for example in examples]) for key in examples[0]}
+
+
+@functools.cache
+def _embedded(caption: str) -> dict[str, np.ndarray]:
+    return _ENCODER([caption])[0]
+
+
+def _example(caption: str, length: int) -> dict[str, np.ndarray]:
+    embedding = _embedded(caption)
+    tokens = embedding["text"]
+    text = np.zeros((length, tokens.shape[1]), np.float32)
+    text[: len(tokens)] = tokens
+    return {"text": text, "text_length": np.int32(len(tokens)), "pooled": embedding["pooled"]}
+
+
+@functools.cache
+def load_captioned_digits_source() -> CaptionedDigits:
+    """Loads the digits with their captions.
+
+    Returns:
+      1,797 images float32[8, 8, 1]; image `i` has form `i mod 5` of the captions of its digit.
+    """
+    digits = load_digits_source()
+    captions = tuple(
+        _FORMS[i % len(_FORMS)].format(_DIGITS[label]) for i, label in enumerate(digits.labels)
+    )
+    length = max(len(_embedded(caption)["text"]) for caption in captions)
+    return CaptionedDigits(
+        name="captioned_digits",
+        images=digits.images,
+        labels=digits.labels,
+        captions=captions,
+        text_length=length,
+        null=_example("", length),
+    )

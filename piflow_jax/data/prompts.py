@@ -1,0 +1,353 @@
+"""Cached prompts: the text encoders' embeddings, and the latents of images where there are any.
+
+A set is a `ShardedSet` (see `piflow_jax.data.shards`) with the manifest `prompts.json`: which
+encoders and list, how many prompts of each aspect ratio. A record is a `.safetensors` file of one
+prompt: its text tokens in bfloat16, as many as there are and not padded, the pooled embedding where
+the encoders make one, the prompt itself, and an image's latents where the list names images. The
+last record is the empty prompt, for guidance.
+
+Prompts of one aspect ratio, a bucket, stand together, in the order of their list. So what bucket a
+prompt is in is known without reading it.
+
+Source: the caches of pi-Flow (arXiv 2510.14974, section 5.2), made once before training.
+"""
+
+import bisect
+import dataclasses
+import itertools
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, SupportsIndex
+
+import ml_dtypes
+import numpy as np
+
+from piflow_jax.data.shards import Plan, ShardedSet, ShardsError
+
+__all__ = [
+    "MANIFEST",
+    "NAME",
+    "PromptTexts",
+    "PromptsError",
+    "PromptsPlan",
+    "PromptsSource",
+    "finalize_prompts",
+    "load_prompts_source",
+    "missing_prompt_shards",
+    "start_prompts",
+    "write_prompt_shard",
+]
+
+NAME = "prompts"
+MANIFEST = "prompts.json"
+
+_TEXT_DTYPE = ml_dtypes.bfloat16
+# Latents are a few standard deviations: float16 keeps three more bits of them than bfloat16.
+_LATENTS_DTYPE = np.float16
+_DTYPES = {
+    "BF16": ml_dtypes.bfloat16,
+    "F16": np.float16,
+    "I32": np.int32,
+    "U8": np.uint8,
+}
+
+
+class PromptsError(ShardsError):
+    """A cached set of prompts is unfinished, damaged, or not the one that was asked for."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PromptsPlan(Plan):
+    """What a set is, fixed before its first shard is written.
+
+    `num_examples` is one more than there are prompts: the last record is the empty prompt.
+
+    Attributes:
+      encoder: Identity of the text encoders, a hash of their weights and how they are used.
+      compute: How they were evaluated, for the record.
+      source: What the prompts are, with a hash of their list.
+      buckets: `(H, W)` of latents, one for each aspect ratio.
+      bucket_sizes: Number of prompts of each.
+      text_features: Width of the text embeddings.
+      pooled_features: Width of the pooled embedding; 0 if the encoders make none.
+      max_length: Tokens beyond which a prompt was cut off.
+      latent_channels: Channels of the images' latents; 0 if the list names no images.
+      latents: Identity of the autoencoder of the images' latents; empty if there are none.
+
+    Raises:
+      ValueError: If a number is out of range or the buckets do not add up.
+    """
+
+    stem = "prompts"
+
+    encoder: str
+    compute: str
+    source: str
+    buckets: tuple[tuple[int, int], ...]
+    bucket_sizes: tuple[int, ...]
+    text_features: int
+    pooled_features: int
+    max_length: int
+    latent_channels: int = 0
+    latents: str = ""
+
+    def __post_init__(self):  # noqa: D105
+        super().__post_init__()
+        object.__setattr__(self, "buckets", tuple(tuple(size) for size in self.buckets))
+        object.__setattr__(self, "bucket_sizes", tuple(self.bucket_sizes))
+        self.check_positive("text_features", "max_length")
+        if len(self.buckets) != len(self.bucket_sizes) or min(self.bucket_sizes, default=0) < 1:
+            raise ValueError(f"buckets {self.buckets} have sizes {self.bucket_sizes}")
+        if sum(self.bucket_sizes) + 1 != self.num_examples:
+            raise ValueError(
+                f"buckets of {self.bucket_sizes} prompts and the empty one are not "
+                f"{self.num_examples} examples"
+            )
+
+
+_SET = ShardedSet(
+    manifest=MANIFEST,
+    format=1,
+    plan=PromptsPlan,
+    error=PromptsError,
+    contents="prompts",
+    notes=("text_length",),
+)
+
+
+def start_prompts(directory: str | os.PathLike, plan: PromptsPlan) -> None:
+    """Records what a directory is going to hold, or checks that it is what it was.
+
+    Args:
+      directory: The set's directory; made if need be.
+      plan: What it is going to hold.
+
+    Raises:
+      PromptsError: If a preparation with another plan was begun there.
+    """
+    _SET.start(directory, plan)
+
+
+def missing_prompt_shards(directory: str | os.PathLike, plan: PromptsPlan) -> list[int]:
+    """Shards that are not there, or shorter or longer than they were when they were written."""
+    return _SET.missing(directory, plan)
+
+
+def write_prompt_shard(
+    directory: str | os.PathLike,
+    plan: PromptsPlan,
+    shard: int,
+    examples: Iterable[dict[str, Any]],
+) -> None:
+    """Writes one shard, which appears under its name only when it is complete.
+
+    Args:
+      directory: The set's directory, after `start_prompts`.
+      plan: What it holds.
+      shard: Index of the shard.
+      examples: In the set's order: `prompt: str`; `index: int`, its place in the list; `text`:
+        `[L, text_features]` with the prompt's own length `1 <= L <= max_length`; `pooled`:
+        `[pooled_features]`, where the plan has it; `latents`: `[H, W, latent_channels]` of the
+        prompt's bucket, where the plan has them (the empty prompt has none).
+
+    Raises:
+      PromptsError: If there are not as many as the shard has, or one has other shapes or is not
+        finite.
+    """
+    notes = {"text_length": 0}
+    _SET.write(directory, plan, shard, _serialized(plan, shard, examples, notes), notes)
+
+
+def finalize_prompts(directory: str | os.PathLike) -> dict[str, Any]:
+    """Verifies all shards and writes the manifest.
+
+    It may be called again, and by several processes at once.
+
+    Args:
+      directory: The set's directory.
+
+    Returns:
+      The manifest.
+
+    Raises:
+      PromptsError: If a shard is missing or not as it was written; the message names its file.
+    """
+    return _SET.finalize(directory)
+
+
+class PromptTexts(Sequence[str]):
+    """The prompts themselves by index, each read from its record when it is asked for.
+
+    Args:
+      records: The set's records.
+      length: Number of prompts.
+    """
+
+    def __init__(self, records: Sequence[bytes], length: int):
+        self._records = records
+        self._length = length
+
+    def __len__(self) -> int:
+        """Returns the number of prompts."""
+        return self._length
+
+    def __getitem__(self, index: Any) -> Any:
+        """Returns one prompt, or a list of them for a slice."""
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(self._length))]
+        index = range(self._length)[index]  # negative ones, and IndexError
+        return _arrays(self._records[index])["prompt"].tobytes().decode()
+
+
+class PromptsSource:
+    """A finished set by index, for `piflow_jax.data.batches`; made by `load_prompts_source`.
+
+    Examples are `text: bfloat16[L, D]`, zeros beyond the prompt's own tokens; `text_length:
+    int32[]`, their number; `pooled: bfloat16[P]` where the encoders make one; `index: int32[]`, the
+    prompt's place in its list; `canvas: float32[H, W, 0]`, whose shape is that of the prompt's
+    latents; `latents: float16[H, W, C]` where the set has images.
+
+    Attributes:
+      name: `prompts`.
+      text_length: `L`, the most tokens that a prompt of the set has.
+      text_features: `D`.
+      pooled_features: `P`; 0 if there is no pooled embedding.
+      latent_channels: `C`; 0 if there are no latents.
+      buckets: `(H, W)` of latents, for each aspect ratio.
+      bucket_sizes: Number of prompts of each; they come bucket by bucket.
+      null: The empty prompt: `text`, `text_length` and, where there is one, `pooled`.
+      prompts: The prompts themselves.
+      manifest: All that is known of the set, `prompts.json`.
+    """
+
+    def __init__(self, directory: Path, manifest: dict[str, Any]):
+        from array_record.python.array_record_data_source import ArrayRecordDataSource
+
+        self.name = NAME
+        self.manifest = manifest
+        self.text_length = max(shard["text_length"] for shard in manifest["shards"])
+        self.text_features = manifest["text_features"]
+        self.pooled_features = manifest["pooled_features"]
+        self.latent_channels = manifest["latent_channels"]
+        self.buckets = tuple(tuple(size) for size in manifest["buckets"])
+        self.bucket_sizes = tuple(manifest["bucket_sizes"])
+        self._ends = list(itertools.accumulate(self.bucket_sizes))
+        paths = [os.fspath(directory / shard["file"]) for shard in manifest["shards"]]
+        self._records = ArrayRecordDataSource(paths)
+        self.prompts = PromptTexts(self._records, len(self))
+        self.null = self._embedding(_arrays(self._records[len(self)]))
+
+    def __len__(self) -> int:
+        """Returns the number of prompts."""
+        return self.manifest["num_examples"] - 1
+
+    def __getitem__(self, index: SupportsIndex) -> dict[str, np.ndarray]:
+        """Returns one example, `0 <= index < len(self)`."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"there are {len(self)} prompts, no number {index}")
+        arrays = _arrays(self._records[index])
+        height, width = self.buckets[self.bucket(index)]
+        example = self._embedding(arrays)
+        example["index"] = arrays["index"]
+        example["canvas"] = np.zeros((height, width, 0), np.float32)
+        if self.latent_channels:
+            example["latents"] = arrays["latents"]
+        return example
+
+    def bucket(self, index: SupportsIndex) -> int:
+        """Returns the bucket of a prompt; reads nothing."""
+        return bisect.bisect_right(self._ends, index)
+
+    def _embedding(self, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        length = len(arrays["text"])
+        text = np.zeros((self.text_length, self.text_features), _TEXT_DTYPE)
+        text[:length] = arrays["text"]
+        embedding = {"text": text, "text_length": np.asarray(length, np.int32)}
+        if self.pooled_features:
+            embedding["pooled"] = arrays["pooled"]
+        return embedding
+
+
+def load_prompts_source(
+    directory: str | os.PathLike, *, expect_encoder: str | None = None, verify: bool = True
+) -> PromptsSource:
+    """Opens a finished set.
+
+    Args:
+      directory: Its directory.
+      expect_encoder: Identity of the text encoders that it must come from; None takes any.
+      verify: Compare all checksums, which reads the whole set. Without it only lengths of files are
+        compared; a damaged record then raises when it is read.
+
+    Returns:
+      The source.
+
+    Raises:
+      PromptsError: If the set is unfinished, a file is missing or differs from the manifest (the
+        message names it), or it was made with other encoders.
+    """
+    directory = Path(directory)
+    manifest = _SET.open(directory)
+    if expect_encoder is not None and manifest["encoder"] != expect_encoder:
+        raise PromptsError(
+            f"{directory} was made with encoder {manifest['encoder']!r}, "
+            f"but {expect_encoder!r} was asked for"
+        )
+    _SET.verify(directory, manifest["shards"], checksums=verify)
+    return PromptsSource(directory, manifest)
+
+
+def _serialized(
+    plan: PromptsPlan, shard: int, examples: Iterable[dict[str, Any]], notes: dict[str, int]
+) -> Iterator[bytes]:
+    from safetensors.numpy import save
+
+    ends = list(itertools.accumulate(plan.bucket_sizes))
+    for position, example in enumerate(examples, start=plan.shard_range(shard).start):
+        bucket = bisect.bisect_right(ends, position)
+        size = plan.buckets[bucket] if bucket < len(plan.buckets) else None
+        arrays = _checked(plan, example, size)
+        notes["text_length"] = max(notes["text_length"], len(arrays["text"]))
+        yield save(arrays)
+
+
+def _checked(
+    plan: PromptsPlan, example: dict[str, Any], size: tuple[int, int] | None
+) -> dict[str, np.ndarray]:
+    """Arrays of a record, all as the plan says."""
+    prompt = example["prompt"]
+    text = np.asarray(example["text"], _TEXT_DTYPE)
+    if text.shape[1:] != (plan.text_features,) or not 1 <= len(text) <= plan.max_length:
+        raise PromptsError(
+            f"text of {prompt!r} has shape {text.shape}, expected [1 to {plan.max_length}, "
+            f"{plan.text_features}]"
+        )
+    expected = {}
+    if plan.pooled_features:
+        expected["pooled"] = (_TEXT_DTYPE, (plan.pooled_features,))
+    if plan.latent_channels and size is not None:
+        expected["latents"] = (_LATENTS_DTYPE, (*size, plan.latent_channels))
+    arrays = {"text": text}
+    for name, (dtype, shape) in expected.items():
+        arrays[name] = np.asarray(example[name], dtype)
+        if arrays[name].shape != shape:
+            raise PromptsError(
+                f"{name} of {prompt!r} has shape {arrays[name].shape}, expected {shape}"
+            )
+    for name, array in arrays.items():
+        if not np.isfinite(array.astype(np.float32)).all():
+            raise PromptsError(f"{name} of {prompt!r} is not finite in {array.dtype.name}")
+    arrays["prompt"] = np.frombuffer(prompt.encode(), np.uint8)
+    arrays["index"] = np.asarray(example["index"], np.int32)
+    return arrays
+
+
+def _arrays(record: bytes) -> dict[str, np.ndarray]:
+    """Arrays of a record; `safetensors.numpy` knows no bfloat16."""
+    import safetensors
+
+    return {
+        name: np.frombuffer(tensor["data"], _DTYPES[tensor["dtype"]]).reshape(tensor["shape"])
+        for name, tensor in safetensors.deserialize(record)
+    }

@@ -1,0 +1,326 @@
+"""Text encoders: the released PyTorch networks, kept as they are, and one that needs none.
+
+They run once, in `--mode=prepare`; training reads what they made. `transformers` comes with the
+extra `text` and is loaded only when a released encoder is.
+
+Source: how the pipelines of FLUX.1 and Qwen-Image in `diffusers` encode prompts, to which the tests
+compare.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+__all__ = [
+    "FluxEncoder",
+    "QwenEncoder",
+    "TextEncoder",
+    "WordEncoder",
+    "load_text_encoder",
+]
+
+_WORDS = "words"
+# Qwen-Image describes its task to the language model and drops what comes of this description.
+_QWEN_SYSTEM = (
+    "Describe the image by detailing the color, shape, size, texture, quantity, text, "
+    "spatial relationships of the objects and background:"
+)
+_QWEN_TEMPLATE = (
+    f"<|im_start|>system\n{_QWEN_SYSTEM}<|im_end|>\n"
+    "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
+)
+_QWEN_DROPPED = 34
+
+
+class TextEncoder(Protocol):
+    """What turns prompts into embeddings.
+
+    Attributes:
+      identity: Hash of its weights and of how it is used.
+      compute: How it is evaluated, for the record.
+      text_features: Width `D` of the text embeddings.
+      pooled_features: Width `P` of the pooled embedding; 0 if there is none.
+      max_length: Tokens of a prompt, at most.
+    """
+
+    identity: str
+    compute: str
+    text_features: int
+    pooled_features: int
+    max_length: int
+
+    def __call__(self, prompts: Sequence[str]) -> list[dict[str, np.ndarray]]:
+        """Returns `text: float32[L, D]` and perhaps `pooled: float32[P]` of each prompt."""
+        ...
+
+
+class WordEncoder:
+    """Hashes words to fixed random vectors: no weights, the same on every machine.
+
+    A token is its word's vector plus half a vector of its place, so that order counts; the pooled
+    embedding is the mean of the words' own. All have unit variance or less. For miniatures.
+
+    Args:
+      text_features: Width of the text embeddings.
+      pooled_features: Width of the pooled embedding.
+      max_length: Words of a prompt, at most.
+    """
+
+    def __init__(self, text_features: int = 64, pooled_features: int = 32, max_length: int = 77):
+        self.text_features = text_features
+        self.pooled_features = pooled_features
+        self.max_length = max_length
+        self.identity = f"{_WORDS}:{text_features}:{pooled_features}, {max_length} words"
+        self.compute = "float32"
+
+    def __call__(self, prompts: Sequence[str]) -> list[dict[str, np.ndarray]]:
+        """Returns `text: float32[L, D]` and `pooled: float32[P]` of each prompt."""
+        return [self._encode(prompt) for prompt in prompts]
+
+    def _encode(self, prompt: str) -> dict[str, np.ndarray]:
+        words = ["", *prompt.lower().split()][: self.max_length]  # the empty prompt has a token too
+        places = [f"{i}" for i in range(len(words))]
+        text = _vectors(words, "text", self.text_features)
+        text += _vectors(places, "place", self.text_features) / 2
+        pooled = _vectors(words, "pooled", self.pooled_features).mean(axis=0)
+        return {"text": text, "pooled": pooled}
+
+
+class FluxEncoder:
+    """FLUX.1's two encoders: the tokens of T5, and CLIP's pooled embedding.
+
+    T5 sees and makes padding, and FLUX.1 attends to it, so all `max_length` tokens belong to the
+    embedding, whatever the prompt's length.
+
+    Args:
+      folder: The release's, or what it has of `tokenizer`, `text_encoder`, `tokenizer_2` and
+        `text_encoder_2`.
+      max_length: Tokens of T5, 512 at most. Fewer make the cache and every later step cheaper, and
+        images a little different.
+      dtype: Of the weights, `bfloat16` or `float32`.
+      device: PyTorch's name of the device.
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike,
+        *,
+        max_length: int = 512,
+        dtype: str = "bfloat16",
+        device: str = "cpu",
+    ):
+        import torch
+        import transformers
+
+        folder = Path(folder)
+        parts = ("tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2")
+        load = {"dtype": getattr(torch, dtype), "local_files_only": True}
+        self._torch, self._device = torch, device
+        self._clip_tokens, self._t5_tokens = (
+            transformers.AutoTokenizer.from_pretrained(folder / name, local_files_only=True)
+            for name in parts[::2]
+        )
+        self._clip = transformers.CLIPTextModel.from_pretrained(folder / parts[1], **load)
+        self._t5 = transformers.T5EncoderModel.from_pretrained(folder / parts[3], **load)
+        for network in (self._clip, self._t5):
+            network.eval().to(device)
+        self.max_length = max_length
+        self.text_features = self._t5.config.d_model
+        self.pooled_features = self._clip.config.hidden_size
+        self.identity = f"flux {max_length} {_files_digest(folder, parts)}"
+        self.compute = _compute(dtype, device)
+
+    def __call__(self, prompts: Sequence[str]) -> list[dict[str, np.ndarray]]:
+        """Returns `text: float32[max_length, D]` and `pooled: float32[P]` of each prompt."""
+        longest = self._clip.config.max_position_embeddings  # 77
+        with self._torch.inference_mode():
+            pooled = self._clip(self._ids(self._clip_tokens, prompts, longest)).pooler_output
+            text = self._t5(self._ids(self._t5_tokens, prompts, self.max_length))[0]
+        pairs = zip(_floats(text), _floats(pooled), strict=True)
+        return [{"text": tokens, "pooled": vector} for tokens, vector in pairs]
+
+    def _ids(self, tokenizer, prompts: Sequence[str], length: int):
+        tokens = tokenizer(
+            list(prompts),
+            padding="max_length",
+            max_length=length,
+            truncation=True,
+            return_tensors="pt",
+        )
+        return tokens.input_ids.to(self._device)
+
+
+class QwenEncoder:
+    """Qwen-Image's encoder: the last hidden states of Qwen2.5-VL, told to describe an image.
+
+    Args:
+      folder: The release's, or what it has of `tokenizer` and `text_encoder`.
+      max_length: Tokens of a prompt with the end of its template, 1024 at most.
+      dtype: Of the weights, `bfloat16` or `float32`.
+      device: PyTorch's name of the device.
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike,
+        *,
+        max_length: int = 1024,
+        dtype: str = "bfloat16",
+        device: str = "cpu",
+    ):
+        import torch
+        import transformers
+
+        folder = Path(folder)
+        self._torch, self._device = torch, device
+        self._tokens = transformers.AutoTokenizer.from_pretrained(
+            folder / "tokenizer", local_files_only=True
+        )
+        network = transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained(
+            folder / "text_encoder", dtype=getattr(torch, dtype), local_files_only=True
+        )
+        self._network = network.model.eval().to(device)  # without the logits of each word
+        self.max_length = max_length
+        self.text_features = network.config.get_text_config().hidden_size
+        self.pooled_features = 0
+        parts = ("tokenizer", "text_encoder")
+        self.identity = f"qwen_image {max_length} {_files_digest(folder, parts)}"
+        self.compute = _compute(dtype, device)
+
+    def __call__(self, prompts: Sequence[str]) -> list[dict[str, np.ndarray]]:
+        """Returns `text: float32[L, D]` of each prompt."""
+        tokens = self._tokens(
+            [_QWEN_TEMPLATE.format(prompt) for prompt in prompts],
+            max_length=self.max_length + _QWEN_DROPPED,
+            padding=True,
+            truncation=True,
+            return_tensors="pt",
+        ).to(self._device)
+        with self._torch.inference_mode():
+            hidden = self._network(
+                input_ids=tokens.input_ids, attention_mask=tokens.attention_mask
+            ).last_hidden_state
+        masks = tokens.attention_mask.bool().cpu().numpy()
+        pairs = zip(_floats(hidden), masks, strict=True)
+        return [{"text": states[mask][_QWEN_DROPPED:]} for states, mask in pairs]
+
+
+def load_text_encoder(
+    name: str, *, max_length: int = 0, dtype: str = "bfloat16", device: str = ""
+) -> TextEncoder:
+    """The encoder of a name.
+
+    Args:
+      name: The folder of a release of FLUX.1 or Qwen-Image (which of the two, its files tell), or
+        "words", "words:D" or "words:D:P" for a `WordEncoder`.
+      max_length: Tokens of a prompt, at most; 0 is the release's own limit, 512 or 1024.
+      dtype: Of a released network's weights.
+      device: PyTorch's name of the device; empty is the first GPU, or the CPU.
+
+    Returns:
+      The encoder.
+
+    Raises:
+      FileNotFoundError: There is no such folder.
+      ImportError: A release, and PyTorch or `transformers` is not installed.
+      ValueError: The folder is not of a release, the name is wrong, or the length too large.
+    """
+    if name.split(":")[0] == _WORDS:
+        return _word_encoder(name, max_length)
+    folder = Path(name)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{name}: there is no such folder of text encoders")
+    kind, longest = _kind(folder)
+    if not 0 <= max_length <= longest:
+        raise ValueError(f"{name} takes {longest} tokens at most, not {max_length}")
+    try:
+        import torch
+        import transformers  # noqa: F401
+    except ImportError as error:
+        raise ImportError(
+            f"{name}: text encoders need PyTorch and transformers, pip install 'piflow_jax[text]'"
+        ) from error
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    with _quiet():
+        return kind(folder, max_length=max_length or longest, dtype=dtype, device=device)
+
+
+def _word_encoder(name: str, max_length: int) -> WordEncoder:
+    try:
+        sizes = [int(size) for size in name.split(":")[1:]]
+    except ValueError:
+        sizes = [0]
+    if len(sizes) > 2 or min(sizes, default=1) < 1:
+        raise ValueError(f"{name!r} is not like 'words:64:32', widths of text and pooled embedding")
+    return WordEncoder(*sizes, **({"max_length": max_length} if max_length else {}))
+
+
+def _kind(folder: Path) -> tuple[type, int]:
+    config = folder / "text_encoder" / "config.json"
+    if not config.exists():
+        raise ValueError(
+            f"{folder} is not of a release of FLUX.1 or Qwen-Image: it has no "
+            "text_encoder/config.json"
+        )
+    kind = json.loads(config.read_text(encoding="utf-8")).get("model_type")
+    if kind == "qwen2_5_vl":
+        return QwenEncoder, 1024
+    if kind == "clip_text_model" and (folder / "text_encoder_2").is_dir():
+        return FluxEncoder, 512
+    raise ValueError(
+        f"{folder}: FLUX.1 has a clip_text_model and a text_encoder_2, Qwen-Image a qwen2_5_vl, "
+        f"not {kind!r}"
+    )
+
+
+def _floats(tensor: Any) -> np.ndarray:
+    return tensor.float().cpu().numpy()
+
+
+def _vectors(words: Sequence[str], use: str, size: int) -> np.ndarray:
+    """Standard normal float32[len(words), size] from each word's hash."""
+    rows = []
+    for word in words:
+        digest = hashlib.sha256(f"{use} {word}".encode()).digest()
+        key = np.frombuffer(digest[:16], "<u8").astype(np.uint64)
+        # Sums of twelve uniforms: NumPy keeps raw bits between versions, its normals it may not.
+        words_ = np.random.Philox(key=key).random_raw(12 * size).reshape(12, size)
+        rows.append((words_ / 2.0**64).sum(axis=0) - 6)
+    return np.stack(rows).astype(np.float32)
+
+
+def _files_digest(folder: Path, parts: Sequence[str]) -> str:
+    """Hash of all files of some subfolders, names included."""
+    digest = hashlib.sha256()
+    for path in sorted(p for part in parts for p in (folder / part).rglob("*") if p.is_file()):
+        with open(path, "rb") as file:
+            content = hashlib.file_digest(file, "sha256").hexdigest()
+        digest.update(f"{path.relative_to(folder)} {content}\n".encode())
+    return digest.hexdigest()
+
+
+def _compute(dtype: str, device: str) -> str:
+    import torch
+    import transformers
+
+    return (
+        f"{dtype} on {device}, torch {torch.__version__}, transformers {transformers.__version__}"
+    )
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the progress bars of loading."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.enable_progress_bar()

@@ -1,0 +1,183 @@
+"""Sets of pictures made from prompts, and features of them that are computed once.
+
+A set is a folder of PNG files named by the prompt's place in its list and the seed,
+`<place>-<seed>.png` or `<place>.png`, or an `.npz` file with `images`, and perhaps `place` and
+`seed`. Features are kept in chunks beside the report: an evaluation that was killed goes on, and
+one of another student does not read the teacher's pictures again.
+"""
+
+import hashlib
+import os
+import re
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+__all__ = ["ImageSet", "cached_features", "centre_patch", "open_images", "resized"]
+
+# Side of what Inception sees.
+PATCH = 299
+
+_NAME = re.compile(r"(\d+)(?:-(\d+))?\.png")
+_CHUNK = 64
+
+
+class ImageSet:
+    """Pictures by number, in the order of prompts and then of seeds; made by `open_images`.
+
+    Attributes:
+      places: int[N], each one's prompt, by its place in the list.
+      seeds: int[N].
+    """
+
+    def __init__(
+        self,
+        places: np.ndarray,
+        seeds: np.ndarray,
+        read: Callable[[int], np.ndarray],
+        fingerprint: Callable[[int], str],
+    ):
+        order = np.lexsort((seeds, places))
+        self.places, self.seeds = places[order], seeds[order]
+        self._order, self._read, self._fingerprint = order, read, fingerprint
+
+    def __len__(self) -> int:
+        """Returns the number of pictures."""
+        return len(self.places)
+
+    def __getitem__(self, number: int) -> np.ndarray:
+        """Returns one picture, uint8[H, W, 3]; read anew each time."""
+        return self._read(self._order[number])
+
+    def digest(self, numbers: range) -> str:
+        """Hash of which files these pictures are: their names, lengths and times."""
+        parts = [self._fingerprint(self._order[number]) for number in numbers]
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def open_images(path: str | os.PathLike) -> ImageSet:
+    """Opens a set.
+
+    Args:
+      path: A folder of PNG files, or an `.npz` file with `images: uint8[N, H, W, 3]` and perhaps
+        `place: int[N]` (by default 0, 1, ...) and `seed: int[N]` (by default 0).
+
+    Returns:
+      The set.
+
+    Raises:
+      FileNotFoundError: There is no such file or folder.
+      ValueError: It has no pictures, a file's name is not like `12-0.png`, or arrays have other
+        shapes or types; or two pictures have the same place and seed.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: there are no such pictures")
+    images = _open_folder(path) if path.is_dir() else _open_archive(path)
+    pairs = np.stack([images.places, images.seeds], axis=1)
+    if not len(images):
+        raise ValueError(f"{path} has no pictures")
+    if len(np.unique(pairs, axis=0)) != len(images):
+        raise ValueError(f"{path} has several pictures of one prompt with the same seed")
+    return images
+
+
+def _open_folder(path: Path) -> ImageSet:
+    from PIL import Image
+
+    files = sorted(path.glob("*.png"))
+    matches = [_NAME.fullmatch(file.name) for file in files]
+    for file, match in zip(files, matches, strict=True):
+        if match is None:
+            raise ValueError(f"{file} is not named <place>-<seed>.png or <place>.png")
+
+    def read(i):
+        with Image.open(files[i]) as image:
+            return np.asarray(image.convert("RGB"))
+
+    def fingerprint(i):
+        status = files[i].stat()
+        return f"{files[i].name} {status.st_size} {status.st_mtime_ns}"
+
+    places = np.array([int(match[1]) for match in matches], int)
+    seeds = np.array([int(match[2] or 0) for match in matches], int)
+    return ImageSet(places, seeds, read, fingerprint)
+
+
+def _open_archive(path: Path) -> ImageSet:
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            arrays = {name: archive[name] for name in archive.files}
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} is no folder of PNG files and no .npz file: {error}") from error
+    images = arrays.get("images")
+    if images is None or images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
+        raise ValueError(f"{path} needs `images`: uint8[N, H, W, 3]")
+    places = arrays.get("place", np.arange(len(images)))
+    seeds = arrays.get("seed", np.zeros(len(images), int))
+    for name, numbers in (("place", places), ("seed", seeds)):
+        if numbers.shape != (len(images),) or not np.issubdtype(numbers.dtype, np.integer):
+            raise ValueError(f"{path}: `{name}` must be {len(images)} integers")
+    status = path.stat()
+    fingerprint = f"{path.name} {status.st_size} {status.st_mtime_ns}"
+    return ImageSet(places, seeds, images.__getitem__, lambda i: f"{fingerprint} {i}")
+
+
+def resized(image: np.ndarray) -> np.ndarray:
+    """A picture uint8[H, W, 3] as uint8[299, 299, 3], by Pillow's bicubic filter, antialiased."""
+    from PIL import Image
+
+    picture = Image.fromarray(image).resize((PATCH, PATCH), Image.Resampling.BICUBIC)
+    return np.asarray(picture)
+
+
+def centre_patch(image: np.ndarray) -> np.ndarray:
+    """The central uint8[299, 299, 3] of a picture uint8[H, W, 3], not scaled.
+
+    Raises:
+      ValueError: If the picture is smaller.
+    """
+    height, width = image.shape[:2]
+    if min(height, width) < PATCH:
+        raise ValueError(f"a patch of {PATCH} pixels does not fit into {height}x{width}")
+    top, left = (height - PATCH) // 2, (width - PATCH) // 2
+    return image[top : top + PATCH, left : left + PATCH]
+
+
+def cached_features(
+    images: ImageSet,
+    extract: Callable[[list[np.ndarray]], np.ndarray],
+    directory: str | os.PathLike,
+    key: str,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> np.ndarray:
+    """Features of all pictures of a set, from the cache as far as it goes.
+
+    Args:
+      images: The pictures.
+      extract: Features `[B, D]` of a list of B pictures.
+      directory: Where chunks are kept; made if need be.
+      key: What the features are: network, its weights and how pictures reach it.
+      on_progress: Called after each chunk with the number of pictures done and of all.
+
+    Returns:
+      float32[N, D].
+    """
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    chunks = []
+    for start in range(0, len(images), _CHUNK):
+        numbers = range(start, min(start + _CHUNK, len(images)))
+        name = hashlib.sha256(f"{key}\n{images.digest(numbers)}".encode()).hexdigest()
+        path = directory / f"{name[:32]}.npy"
+        if not path.exists():
+            features = np.asarray(extract([images[number] for number in numbers]), np.float32)
+            under_way = path.with_name(f".{uuid.uuid4().hex}.npy")
+            np.save(under_way, features)
+            os.replace(under_way, path)
+        chunks.append(np.load(path))
+        if on_progress is not None:
+            on_progress(numbers.stop, len(images))
+    return np.concatenate(chunks)

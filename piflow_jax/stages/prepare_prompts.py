@@ -1,0 +1,221 @@
+"""`--mode=prepare` of prompts: their embeddings, and their images' latents, once, before training.
+
+The text encoders are PyTorch's and run here alone; see `piflow_jax.data.text_encoders`.
+"""
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+
+from piflow_jax.config import Config, ConfigError
+from piflow_jax.data.prompt_lists import ASPECTS, Prompt, bucket_size, list_digest, read_prompts
+from piflow_jax.data.prompts import (
+    PromptsPlan,
+    finalize_prompts,
+    missing_prompt_shards,
+    start_prompts,
+    write_prompt_shard,
+)
+from piflow_jax.data.text_encoders import TextEncoder, load_text_encoder
+from piflow_jax.models.vae import sample_posterior
+from piflow_jax.stages.autoencoder import Autoencoder, load_autoencoder
+
+__all__ = ["encode_prompts", "prepare_prompts"]
+
+# Sites of latents per pixel, along a side, of both released autoencoders.
+_DOWNSAMPLING = 8
+
+
+def encode_prompts(
+    prompts: Sequence[Prompt],
+    encoder: TextEncoder,
+    directory: str | os.PathLike,
+    *,
+    source: str,
+    image_size: int = 1024,
+    shard_size: int = 512,
+    batch_size: int = 32,
+    process_index: int = 0,
+    process_count: int = 1,
+    autoencoder: Autoencoder | None = None,
+    image_folder: str | os.PathLike = "",
+    on_progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Any] | None:
+    """Encodes all prompts and the empty one, aspect ratio by aspect ratio.
+
+    Goes on with the first shard that is missing, so a preparation that was killed is just started
+    again. Process `p` of `P` writes the shards `i` with `i % P == p`; processes need not know of
+    each other but share the directory. Whichever finds all shards in place finalises the set.
+
+    Images are scaled to cover their bucket's size and cut at its centre; latents are one sample of
+    the autoencoder's posterior, as pi-Flow trains on, with noise that depends on the prompt's place
+    alone.
+
+    Args:
+      prompts: The list.
+      encoder: The text encoders.
+      directory: Where the set goes, local or mounted.
+      source: What the prompts are, for the record.
+      image_size: Side of a square image; others have about as many pixels.
+      shard_size: Prompts in each shard.
+      batch_size: Prompts encoded at once. Batches do not cross shards.
+      process_index: This process.
+      process_count: Number of processes.
+      autoencoder: Of the images; None leaves the images out.
+      image_folder: What names of images are relative to.
+      on_progress: Called after each shard with the number of shards that this call has written and
+        has to write.
+
+    Returns:
+      The manifest if all shards are there, None if other processes still have some to write.
+
+    Raises:
+      ValueError: If some prompts have an image and others none, or the process does not exist.
+      PromptsError: If another preparation was begun in the directory, or shards are damaged.
+    """
+    if not 0 <= process_index < process_count:
+        raise ValueError(f"process_index must lie in [0, {process_count}), got {process_index}")
+    sizes = [bucket_size(prompt.aspect, image_size) for prompt in prompts]
+    known = dict.fromkeys(bucket_size(width / height, image_size) for width, height in ASPECTS)
+    buckets = [size for size in known if size in sizes]
+    order = sorted(range(len(prompts)), key=lambda i: buckets.index(sizes[i]))
+    if autoencoder is not None and not all(prompt.image for prompt in prompts):
+        bare = next(i for i, prompt in enumerate(prompts) if not prompt.image)
+        raise ValueError(f"latents need an image of every prompt, number {bare} has none")
+    plan = PromptsPlan(
+        encoder=encoder.identity,
+        compute=encoder.compute,
+        source=f"{source}, SHA-256 {list_digest(prompts)}",
+        num_examples=len(prompts) + 1,
+        shard_size=shard_size,
+        buckets=[tuple(side // _DOWNSAMPLING for side in size) for size in buckets],
+        bucket_sizes=[sizes.count(size) for size in buckets],
+        text_features=encoder.text_features,
+        pooled_features=encoder.pooled_features,
+        max_length=encoder.max_length,
+        latent_channels=0 if autoencoder is None else autoencoder.module.latent_channels,
+        latents="" if autoencoder is None else autoencoder.identity,
+    )
+    start_prompts(directory, plan)
+    missing = missing_prompt_shards(directory, plan)
+    todo = [shard for shard in missing if shard % process_count == process_index]
+    logging.info("prepare: %d of %d shards to write in %s", len(todo), plan.num_shards, directory)
+    to_latents = None if autoencoder is None else _latents_encoder(autoencoder, image_folder)
+    listed = [(i, prompts[i], sizes[i]) for i in order] + [(len(prompts), Prompt(""), None)]
+    for done, shard in enumerate(todo, start=1):
+        part = [listed[i] for i in plan.shard_range(shard)]
+        examples = _encoded(part, encoder, batch_size, to_latents)
+        write_prompt_shard(directory, plan, shard, examples)
+        if on_progress is not None:
+            on_progress(done, len(todo))
+    if missing_prompt_shards(directory, plan):
+        return None
+    return finalize_prompts(directory)
+
+
+def prepare_prompts(config: Config, workdir: str | os.PathLike) -> None:
+    """`--mode=prepare` of prompts: `config.data.prompts` into `config.data.data_dir`.
+
+    Args:
+      config: the run's settings; `config.data` names list, encoders and directory, and an
+        autoencoder if the list's images are to become latents.
+      workdir: not used; embeddings are shared between runs.
+
+    Raises:
+      ConfigError: one of the three is not given, or not what it should be.
+      FileNotFoundError: one of them is not there.
+      PromptsError: another preparation was begun in the directory, or shards are damaged.
+    """
+    del workdir
+    settings = config.data
+    for key in ("prompts", "text_encoder", "data_dir"):
+        if not getattr(settings, key):
+            raise ConfigError(f"--mode=prepare of prompts needs config.data.{key}")
+    try:
+        prompts = read_prompts(settings.prompts)
+    except (ImportError, ValueError) as error:
+        raise ConfigError(f"config.data.prompts: {error}") from error
+    try:
+        encoder = load_text_encoder(
+            settings.text_encoder, max_length=settings.text_length, dtype=settings.text_dtype
+        )
+    except (ImportError, ValueError) as error:
+        raise ConfigError(f"config.data.text_encoder or text_length: {error}") from error
+    autoencoder = load_autoencoder(config) if settings.vae else None
+    if autoencoder is not None and not all(prompt.image for prompt in prompts):
+        raise ConfigError(
+            f"config.data.vae is given, but not all of {settings.prompts} has an 'image'"
+        )
+    manifest = encode_prompts(
+        prompts,
+        encoder,
+        settings.data_dir,
+        source=os.path.basename(settings.prompts),
+        image_size=settings.image_size,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+        autoencoder=autoencoder,
+        image_folder=os.path.dirname(settings.prompts),
+        on_progress=lambda done, todo: logging.info("prepare: %d/%d shards", done, todo),
+    )
+    if manifest is not None:
+        logging.info(
+            "prepare: %d prompts of %d aspect ratios in %s",
+            manifest["num_examples"] - 1,
+            len(manifest["buckets"]),
+            settings.data_dir,
+        )
+
+
+def _encoded(
+    part: Sequence[tuple[int, Prompt, tuple[int, int] | None]],
+    encoder: TextEncoder,
+    batch_size: int,
+    to_latents: Callable | None,
+) -> Iterator[dict[str, Any]]:
+    for start in range(0, len(part), batch_size):
+        batch = part[start : start + batch_size]
+        embeddings = encoder([prompt.text for _, prompt, _ in batch])
+        for (index, prompt, size), embedding in zip(batch, embeddings, strict=True):
+            example = {"prompt": prompt.text, "index": index, **embedding}
+            if to_latents is not None and size is not None:
+                example["latents"] = to_latents(prompt.image, size, index)
+            yield example
+
+
+def _fitted(path: Path, size: tuple[int, int]) -> np.ndarray:
+    """An image as uint8[height, width, 3], scaled to cover this size and cut at its centre."""
+    from PIL import Image, ImageOps
+
+    with Image.open(path) as image:
+        # Pillow's sizes have the width first.
+        return np.asarray(ImageOps.fit(image.convert("RGB"), size[::-1], Image.Resampling.LANCZOS))
+
+
+def _latents_encoder(
+    autoencoder: Autoencoder, folder: str | os.PathLike
+) -> Callable[[str, tuple[int, int], int], np.ndarray]:
+    """Latents of an image's file, at a size, with the noise of an index."""
+    module = autoencoder.module
+    if module.downsampling != _DOWNSAMPLING:
+        raise ConfigError(
+            f"config.data.vae shrinks images by {module.downsampling}, not by {_DOWNSAMPLING}"
+        )
+
+    @jax.jit
+    def encode(params, pixels, index):
+        image = pixels[None].astype(jnp.float32) / 127.5 - 1
+        mean, logvar = module.apply(params, image, method="encode")
+        key = jax.random.fold_in(jax.random.key(0), index)
+        return module.scaled(sample_posterior(key, mean, jnp.exp(logvar / 2)))[0]
+
+    def of_file(image, size, index):
+        return np.asarray(encode(autoencoder.params, _fitted(Path(folder) / image, size), index))
+
+    return of_file

@@ -1,0 +1,199 @@
+"""`--mode=sample` of prompts: one PNG each, with the settings that made it."""
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+from jax.experimental import multihost_utils
+
+from piflow_jax.config import Config, ConfigError, mesh_sizes
+from piflow_jax.data.prompt_lists import read_prompts
+from piflow_jax.data.prompts import PromptsSource, load_prompts_source
+from piflow_jax.evaluation import index_noise
+from piflow_jax.evaluation.adm import to_uint8
+from piflow_jax.models.vae import decode_in_chunks
+from piflow_jax.parallel import ActivationSharding, batch_sharding, device_mesh
+from piflow_jax.stages.autoencoder import check_autoencoder, load_autoencoder
+from piflow_jax.stages.systems import load_student, student_sampler
+from piflow_jax.training.conditions import conditions
+from piflow_jax.training.networks import DataShape, student_spec
+
+__all__ = ["find_prompts", "sample_prompts"]
+
+# Latents that a device decodes at once; those of 1024x1024 images take gigabytes each.
+_CHUNK = 1
+
+
+def find_prompts(source: PromptsSource, wanted: Sequence[str], where: str) -> list[int]:
+    """Where prompts stand in a cached set, which is read from its beginning until all are found.
+
+    Args:
+      source: the set.
+      wanted: the prompts.
+      where: the set's directory, for the message.
+
+    Returns:
+      An index for each.
+
+    Raises:
+      ConfigError: some are not there; names the first.
+    """
+    missing, found = set(wanted), {}
+    for index, prompt in enumerate(source.prompts):
+        if not missing:
+            break
+        if prompt in missing:
+            found[prompt] = index
+            missing.remove(prompt)
+    if missing:
+        first = next(prompt for prompt in wanted if prompt in missing)
+        raise ConfigError(
+            f"{where} has no embeddings of {len(missing)} of the prompts, the first is {first!r}; "
+            "make them with --mode=prepare and the same config.data.prompts, config.data.data_dir "
+            "and config.data.text_encoder"
+        )
+    return [found[prompt] for prompt in wanted]
+
+
+def sample_prompts(config: Config, workdir: str | os.PathLike) -> list[Path]:
+    """Writes `<workdir>/samples/<number>.png` for each prompt of a list.
+
+    Embeddings and shapes of images are those of the cached set `config.data.data_dir`; the noise
+    of a prompt depends on `config.evaluation.seed` and its place in the list alone. Without an
+    autoencoder (`config.data.vae`) latents are written, as `.npy`.
+
+    Args:
+      config: the run's settings; `config.data.prompts` is the list, without one all prompts of the
+        set are sampled.
+      workdir: the run's directory.
+
+    Returns:
+      The files. A PNG has the prompt as `prompt`, and as `piflow_jax` the settings in JSON.
+
+    Raises:
+      CheckpointError: there is no student, or it contradicts the settings.
+      ConfigError: embeddings are missing, or the autoencoder is another one.
+      PromptsError: the set is unfinished or damaged.
+    """
+    where = config.data.data_dir
+    if not where:
+        raise ConfigError(
+            "config.data.data_dir must name a set that --mode=prepare made of prompts"
+        )
+    source = load_prompts_source(where, verify=False)
+    if config.data.prompts:
+        wanted = [prompt.text for prompt in read_prompts(config.data.prompts)]
+        indices = find_prompts(source, wanted, where)
+    else:
+        indices = list(range(len(source)))
+    data = DataShape.of(config.data.name, source)
+    autoencoder = load_autoencoder(config) if config.data.vae else None
+    if autoencoder is not None:
+        check_autoencoder(autoencoder, data)
+    mesh = device_mesh(**mesh_sizes(config, jax.device_count()))
+    params = load_student(config, data, workdir, mesh)
+    sampler = jax.jit(_sampler(config, data, mesh), out_shardings=batch_sharding(mesh))
+    directory = Path(workdir) / "samples"
+    directory.mkdir(exist_ok=True)
+    paths = []
+    for places, batch in _batches(config, source, indices, mesh):
+        noise_indices = np.asarray(places, np.uint32)
+        latents = sampler(params, *jax.device_put((noise_indices, batch), batch_sharding(mesh)))
+        latents = _here(latents)
+        for place, sample in dict(zip(places, latents, strict=True)).items():
+            image = sample if autoencoder is None else _decoded(autoencoder, sample)
+            made = _settings(config, data, place)
+            prompt = source.prompts[indices[place]]
+            paths.append(_write(directory / f"{place:05d}", image, prompt, made))
+    logging.info("wrote %d files to %s", len(paths), directory)
+    return sorted(paths)
+
+
+def _sampler(config: Config, data: DataShape, mesh: jax.sharding.Mesh):
+    sampler = student_sampler(config, data, ActivationSharding(mesh))
+
+    def sample(params, places, batch):
+        shape = (*batch["canvas"].shape[1:-1], data.channels)
+        noise = index_noise(config.evaluation.seed, places, shape)
+        return sampler(params, noise, conditions(config.model, batch))
+
+    return sample
+
+
+def _batches(
+    config: Config, source: PromptsSource, indices: Sequence[int], mesh: jax.sharding.Mesh
+) -> Iterator[tuple[list[int], dict[str, np.ndarray]]]:
+    """Places in the list and their embeddings, of one shape each; the last place fills a batch."""
+    by_bucket: dict[int, list[int]] = {}
+    for place, index in enumerate(indices):
+        by_bucket.setdefault(source.bucket(index), []).append(place)
+    parts = mesh.shape["data"] * mesh.shape["fsdp"]
+    for places in by_bucket.values():
+        most = min(config.evaluation.batch_size, -(-len(places) // parts) * parts)
+        for start in range(0, len(places), most):
+            part = places[start : start + most]
+            part += part[-1:] * (most - len(part))
+            examples = [source[indices[place]] for place in part]
+            names = ("text", "text_length", "pooled", "canvas")
+            yield (
+                part,
+                {
+                    name: np.stack([example[name] for example in examples])
+                    for name in names
+                    if name in examples[0]
+                },
+            )
+
+
+def _here(samples: jax.Array) -> np.ndarray:
+    """Samples of all processes on this host."""
+    if jax.process_count() > 1:
+        samples = multihost_utils.process_allgather(samples, tiled=True)
+    return np.asarray(samples, np.float32)
+
+
+def _decoded(autoencoder, latents: np.ndarray) -> np.ndarray:
+    module = autoencoder.module
+    images = decode_in_chunks(
+        module, autoencoder.params, module.raw(jnp.asarray(latents)[None]), _CHUNK
+    )
+    return np.asarray(images[0], np.float32)
+
+
+def _settings(config: Config, data: DataShape, place: int) -> dict[str, Any]:
+    """What made a picture, beside its prompt and the student's weights."""
+    settings = config.evaluation
+    return student_spec(config, data) | {
+        "evaluation.nfe": settings.nfe or config.train.nfe,
+        "evaluation.temperature": settings.temperature,
+        "evaluation.substeps": settings.substeps,
+        "evaluation.seed": settings.seed,
+        "evaluation.weights": settings.weights,
+        "evaluation.checkpoint": settings.checkpoint,
+        "model.dtype": config.model.dtype,
+        "place": place,
+    }
+
+
+def _write(path: Path, sample: np.ndarray, prompt: str, made: dict[str, Any]) -> Path:
+    from PIL import Image, PngImagePlugin
+
+    picture = sample.shape[-1] in (1, 3)
+    path = path.with_suffix(".png" if picture else ".npy")
+    if jax.process_index() != 0:
+        return path
+    if not picture:
+        np.save(path, sample)
+        return path
+    text = PngImagePlugin.PngInfo()
+    text.add_itxt("prompt", prompt)
+    text.add_itxt("piflow_jax", json.dumps(made))
+    pixels = to_uint8(sample)
+    Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).save(path, pnginfo=text)
+    return path

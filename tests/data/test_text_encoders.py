@@ -1,0 +1,127 @@
+"""Text encoders against the pipelines of `diffusers`, with tiny networks in official formats."""
+
+import numpy as np
+import pytest
+import released
+
+from piflow_jax.data.text_encoders import WordEncoder, load_text_encoder
+
+PROMPTS = ["a red fox", "", "two tails in the snow, two tails in the snow " * 40]
+
+
+@pytest.fixture(scope="module")
+def flux(tmp_path_factory):
+    pytest.importorskip("transformers")
+    return released.write_flux(tmp_path_factory.mktemp("flux"))
+
+
+@pytest.fixture(scope="module")
+def qwen(tmp_path_factory):
+    pytest.importorskip("transformers")
+    return released.write_qwen(tmp_path_factory.mktemp("qwen"))
+
+
+def test_flux_encodes_as_its_pipeline(flux):
+    diffusers = pytest.importorskip("diffusers")
+    import transformers
+
+    encoder = load_text_encoder(str(flux), max_length=64, dtype="float32")
+    assert (encoder.text_features, encoder.pooled_features, encoder.max_length) == (24, 16, 64)
+    found = encoder(PROMPTS)
+    pipeline = diffusers.FluxPipeline(
+        scheduler=None,
+        vae=None,
+        transformer=None,
+        tokenizer=transformers.AutoTokenizer.from_pretrained(flux / "tokenizer"),
+        text_encoder=transformers.CLIPTextModel.from_pretrained(flux / "text_encoder"),
+        tokenizer_2=transformers.AutoTokenizer.from_pretrained(flux / "tokenizer_2"),
+        text_encoder_2=transformers.T5EncoderModel.from_pretrained(flux / "text_encoder_2"),
+    )
+    text, pooled, _ = pipeline.encode_prompt(PROMPTS, None, max_sequence_length=64)
+    for i, example in enumerate(found):
+        assert example["text"].shape == (64, 24) and example["text"].dtype == np.float32
+        np.testing.assert_allclose(example["text"], text[i].detach(), rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(example["pooled"], pooled[i].detach(), rtol=1e-5, atol=1e-6)
+    # Padding is not nothing, and depends on the prompt.
+    assert np.abs(found[0]["text"][-1] - found[1]["text"][-1]).max() > 1e-3
+
+
+def test_qwen_encodes_as_its_pipeline(qwen):
+    diffusers = pytest.importorskip("diffusers")
+    import transformers
+
+    encoder = load_text_encoder(str(qwen), dtype="float32")
+    assert (encoder.text_features, encoder.pooled_features, encoder.max_length) == (32, 0, 1024)
+    found = encoder(PROMPTS)
+    pipeline = diffusers.QwenImagePipeline(
+        scheduler=None,
+        vae=None,
+        transformer=None,
+        tokenizer=transformers.AutoTokenizer.from_pretrained(qwen / "tokenizer"),
+        text_encoder=transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained(
+            qwen / "text_encoder"
+        ),
+    )
+    text, mask = pipeline.encode_prompt(PROMPTS, max_sequence_length=1024)
+    lengths = mask.sum(1).tolist()
+    assert lengths[0] < 1024 and lengths[2] == 1024  # a token a letter here; the last is cut off
+    for i, example in enumerate(found):
+        assert example["text"].shape == (lengths[i], 32)
+        expected = text[i, : lengths[i]].detach()
+        np.testing.assert_allclose(example["text"], expected, rtol=1e-4, atol=1e-5)
+    # A prompt's embedding does not depend on the others of its batch, and a shorter limit cuts.
+    alone = encoder(PROMPTS[:1])[0]["text"]
+    np.testing.assert_allclose(alone, found[0]["text"], rtol=1e-4, atol=1e-5)
+    short = load_text_encoder(str(qwen), max_length=200, dtype="float32")(PROMPTS[2:])[0]["text"]
+    np.testing.assert_allclose(short, found[2]["text"][:200], rtol=1e-4, atol=1e-5)
+
+
+def test_identity_is_of_weights_tokenizer_and_length(flux):
+    def identity(length=32):
+        return load_text_encoder(str(flux), max_length=length, dtype="float32").identity
+
+    first = identity()
+    assert identity() == first != identity(33)
+    path = flux / "tokenizer_2" / "tokenizer_config.json"
+    before = path.read_text()
+    path.write_text(before + " ")
+    assert identity() != first
+    path.write_text(before)
+    assert identity() == first
+
+
+def test_what_is_no_release_is_refused(tmp_path, flux):
+    with pytest.raises(FileNotFoundError, match="no such folder of text encoders"):
+        load_text_encoder(str(tmp_path / "absent"))
+    with pytest.raises(ValueError, match=r"it has no text_encoder/config\.json"):
+        load_text_encoder(str(tmp_path))
+    (tmp_path / "text_encoder").mkdir()
+    (tmp_path / "text_encoder" / "config.json").write_text('{"model_type": "bert"}')
+    with pytest.raises(ValueError, match="not 'bert'"):
+        load_text_encoder(str(tmp_path))
+    with pytest.raises(ValueError, match="takes 512 tokens at most, not 513"):
+        load_text_encoder(str(flux), max_length=513)
+
+
+def test_hashed_words_are_fixed_and_tell_order():
+    encoder = load_text_encoder("words:16:8", max_length=5)
+    assert (encoder.text_features, encoder.pooled_features, encoder.max_length) == (16, 8, 5)
+    first, other, again, cut = encoder(["red fox", "fox red", "Red  FOX", "a b c d e f g"])
+    empty = WordEncoder(16, 8, 5)([""])[0]
+    assert first["text"].shape == (3, 16) and empty["text"].shape == (1, 16)
+    assert cut["text"].shape == (5, 16) and first["pooled"].shape == (8,)
+    np.testing.assert_array_equal(first["text"], again["text"])
+    np.testing.assert_allclose(first["pooled"], other["pooled"], rtol=1e-6)
+    assert np.abs(first["text"][1:] - other["text"][1:]).max() > 0.1
+    # For ever: a cached set and a trained miniature depend on these numbers.
+    recorded = [0.8649042, 1.0636530, -0.2651313]
+    np.testing.assert_allclose(empty["pooled"][:3], recorded, rtol=1e-6)
+    many = WordEncoder(64, 64, 2000)([" ".join(map(str, range(1500)))])[0]["text"]
+    np.testing.assert_allclose(many.std(), np.sqrt(1.25), rtol=0.02)
+    np.testing.assert_allclose(many.mean(), 0, atol=0.02)
+
+
+@pytest.mark.parametrize("name", ["words:x", "words:0", "words:1:2:3"])
+def test_sizes_of_words_are_checked(name):
+    with pytest.raises(ValueError, match="is not like 'words:64:32'"):
+        load_text_encoder(name)

@@ -1,0 +1,22 @@
+"""A configuration of a network that reads text, small enough to train in a test."""
+
+import tiny
+
+
+def get_config(network="flux"):
+    """A few steps of a network of one block of each kind on captioned digits."""
+    config = tiny.get_config()
+    config.data.name = "captioned_digits"
+    config.model.network = network
+    config.model.hidden = 16
+    config.model.num_heads = 2
+    config.model.depth = 1
+    config.model.single_depth = 1
+    config.model.rope_axes = (4, 2, 2)
+    config.model.lora_rank = 3
+    config.train.nfe = 2
+    config.train.final_step_size_scale = 0.5
+    config.train.shift = 3.2
+    config.train.data_free = True
+    config.train.window_substeps = 1
+    return config

@@ -1,0 +1,240 @@
+"""The train steps of networks that read text: conditions, adapters on a shared base, sizes."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import tiny_text
+from jax.sharding import PartitionSpec
+
+from piflow_jax.config import parse
+from piflow_jax.data import batches, load_source
+from piflow_jax.flow.guidance import guided_velocity
+from piflow_jax.models.lora import DOWN, UP
+from piflow_jax.parallel import device_mesh, parameter_shardings
+from piflow_jax.training.conditions import conditions, null_conditions
+from piflow_jax.training.monitor import step_memory
+from piflow_jax.training.networks import (
+    DataShape,
+    abstract_params,
+    init_params,
+    initial_student,
+    student_network,
+    teacher_network,
+    trained_part,
+    with_base,
+)
+from piflow_jax.training.objectives import guided_teacher
+from piflow_jax.training.optimizer import make_optimizer
+from piflow_jax.training.state import TrainState
+from piflow_jax.training.step import distill_step
+
+NETWORKS = ("flux", "qwen_image")
+BATCH = 4
+
+
+@functools.cache
+def system(network, **changes):
+    """Settings, source, networks, the teacher's parameters and a student's trained ones."""
+    config = tiny_text.get_config(network)
+    config.train.batch_size = BATCH
+    for key, value in changes.items():
+        group, _, name = key.partition("__")
+        setattr(getattr(config, group), name, value)
+    config = parse(config)
+    source = load_source("captioned_digits")
+    data = DataShape.of("captioned_digits", source)
+    teacher = teacher_network(config.model, data)
+    student = student_network(config.model, config.policy, data)
+
+    @jax.jit
+    def draw():
+        params = init_params(teacher, jax.random.key(0))
+        trained = initial_student(jax.random.key(1), student, teacher, params)
+        # Nothing hidden behind a zero, as fresh heads and adapters are.
+        leaves, tree = jax.tree.flatten(trained)
+        noise = [0.1 * jax.random.normal(jax.random.key(i), a.shape) for i, a in enumerate(leaves)]
+        return params, jax.tree.unflatten(tree, [a + b for a, b in zip(leaves, noise, strict=True)])
+
+    return config, source, data, teacher, student, *draw()
+
+
+@functools.cache
+def batch_of(source, size=BATCH):
+    return {
+        name: jnp.asarray(a) for name, a in next(batches(source, batch_size=size, seed=0)).items()
+    }
+
+
+def test_qwen_image_is_told_what_is_padding_and_flux_its_guidance():
+    config, source, *_ = system("qwen_image")
+    batch = batch_of(source)
+    told = conditions(config.model, batch)
+    assert set(told) == {"text", "mask"}
+    np.testing.assert_array_equal(told["mask"].sum(axis=1), batch["text_length"])
+    assert told["mask"][:, 0].all() and len(set(np.asarray(batch["text_length"]))) > 1
+    null = null_conditions(config.model, 0, source.null)
+    np.testing.assert_array_equal(null["text"], source.null["text"])
+    assert null["mask"].tolist() == [True] + [False] * (source.text_length - 1)
+
+    config, *_ = system("flux")
+    told = conditions(config.model, batch)
+    assert set(told) == {"text", "pooled", "guidance"}
+    np.testing.assert_array_equal(told["guidance"], np.full(BATCH, 3.5))
+
+
+def test_a_teacher_is_guided_by_the_empty_prompt_whatever_its_padding():
+    config, source, data, teacher, _, params, _ = system("qwen_image", teacher__guidance_scale=4.0)
+    batch = batch_of(source)
+    told = conditions(config.model, batch)
+    shape = (BATCH, *data.shape)
+    x, sigma = jax.random.normal(jax.random.key(0), shape), jnp.linspace(0.2, 1.0, BATCH)
+    apply = jax.jit(lambda x, sigma, told: teacher.apply(params, x, sigma, **told))
+    null = null_conditions(config.model, 0, source.null)
+    guided = guided_teacher(apply, told, null, config.teacher)(x, sigma)
+    # By hand: one evaluation with the caption, one with the empty prompt's own single token.
+    empty = {
+        "text": jnp.tile(jnp.asarray(source.null["text"])[None, :1], (BATCH, 1, 1)),
+        "mask": jnp.ones((BATCH, 1), bool),
+    }
+    expected = guided_velocity(apply(x, sigma, told), apply(x, sigma, empty), 4.0, sigma)
+    np.testing.assert_allclose(guided, expected, rtol=2e-4, atol=2e-4)
+
+
+def distil(network, optimizer=None, batch=None, **changes):
+    config, source, data, teacher, student, params, trained = system(network, **changes)
+    optimizer = optimizer or optax.sgd(1.0)
+    step = jax.jit(distill_step(student, teacher, optimizer, config, data, source.null))
+    state = TrainState.create(trained, optimizer)
+    batch = batch_of(source) if batch is None else batch
+    return step(state, params, jax.random.key(3), batch)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("network", NETWORKS)
+def test_gradients_are_those_of_the_whole_network_at_the_trained_parameters(network):
+    """Against a student that has the base among its own parameters, and trains all of them."""
+    _, _, _, _, student, params, trained = system(network)
+    state, metrics = distil(network)
+    whole = with_base(student, trained, params)
+
+    class Whole:
+        """The student as a module without adapters to the step: nothing is merged."""
+
+        lora = None
+        apply = staticmethod(student.apply)
+
+    config, source, data, teacher, *_ = system(network)
+    step = jax.jit(distill_step(Whole(), teacher, optax.sgd(1.0), config, data, source.null))
+    every, expected = step(
+        TrainState.create(whole, optax.sgd(1.0)), params, jax.random.key(3), batch_of(source)
+    )
+    np.testing.assert_allclose(metrics["loss"], expected["loss"], rtol=1e-6)
+    moved = jax.tree.map(jnp.subtract, trained, state.params)
+    reference = jax.tree.map(jnp.subtract, trained, trained_part(student, every.params))
+    for (path, a), b in zip(
+        jax.tree_util.tree_leaves_with_path(moved), jax.tree.leaves(reference), strict=True
+    ):
+        name = jax.tree_util.keystr(path)
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6 * np.abs(b).max(), err_msg=name)
+        # Nobody reads the text behind Qwen-Image's last block.
+        unread = network == "qwen_image" and "text_mlp" in name
+        assert unread or np.abs(b).max() > 0, name
+
+
+@pytest.mark.slow
+def test_dropout_of_adapters_differs_by_step_and_leaves_the_teacher_alone():
+    kept = distil("flux")[1]["loss"]
+    one = distil("flux", model__lora_dropout=0.5)[1]["loss"]
+    assert one != kept and one == distil("flux", model__lora_dropout=0.5)[1]["loss"]
+    # All inputs of the adapters dropped: the student of the base and the trained output.
+    none = distil("flux", model__lora_dropout=0.99)[1]["loss"]
+    assert np.isfinite(none) and none != one
+
+
+@pytest.mark.slow
+def test_prompts_without_images_say_by_an_empty_canvas_what_is_sampled():
+    _, source, *_ = system("flux")
+    batch = {name: a for name, a in batch_of(source).items() if name != "latents"}
+    losses = []
+    for height, width in ((8, 8), (4, 6)):
+        batch["canvas"] = jnp.zeros((BATCH, height, width, 0))
+        losses.append(float(distil("flux", batch=batch)[1]["loss"]))
+    # Square ones as in the batch with latents, of which a data-free step sees the size alone.
+    np.testing.assert_allclose(losses[0], distil("flux")[1]["loss"], rtol=1e-6)
+    assert np.isfinite(losses).all() and losses[0] != losses[1]
+
+
+def trained_count(config, data):
+    """Trained parameters of FLUX.1 by hand: layers of the release's list, head, last modulation."""
+    d, r, p = config.model.hidden, config.model.lora_rank, config.model.patch_size
+    mlp = r * (d + 4 * d) + r * (4 * d + d)
+    double, single = 2 * mlp, r * (d + 4 * d) + r * (5 * d + d)
+    time = r * (256 + d) + r * (d + d)
+    k, hidden = config.policy.num_components, config.policy.logstd_hidden
+    rows = k * p * p * (data.channels + 1)
+    head = rows * (d + 1) + hidden * (d + 1) + hidden + 1
+    blocks = config.model.depth * double + config.model.single_depth * single
+    return blocks + time + head + 2 * d * (d + 1)
+
+
+def test_state_is_of_the_trained_parameters_only_and_the_step_holds_the_base_once():
+    config, source, data, teacher, student, params, trained = system(
+        "flux", model__hidden=64, model__num_heads=4, model__rope_axes=(4, 6, 6), model__depth=3
+    )
+    count = trained_count(config, data)
+    optimizer = make_optimizer(config.train.optimizer, config.train.steps)
+    state = TrainState.create(trained, optimizer)
+    # Parameters, average and two moments in float32; counters of the step, clipping and schedule.
+    counters = [leaf for leaf in jax.tree.leaves(state) if leaf.ndim == 0]
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+    assert size == 4 * 4 * count + 4 * len(counters)
+    assert count == sum(leaf.size for leaf in jax.tree.leaves(state.ema_params))
+
+    batch, base = batch_of(source), sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    key = jax.random.key(3)
+    step = jax.jit(
+        distill_step(student, teacher, optimizer, config, data, source.null), donate_argnums=0
+    )
+    memory = step_memory(step.lower(state, params, key, batch).compile())
+    given = size + base + sum(leaf.nbytes for leaf in batch.values())
+    # A batch's unused parts and a key of 8 bytes; arrays start at multiples of 64 bytes.
+    leaves = len(jax.tree.leaves((state, params, batch)))
+    unused = batch["latents"].nbytes
+    assert given - unused - 4096 <= memory["arguments"] <= given + 64 * leaves
+    assert memory["temporary"] < base, "the base is held a second time"
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_every_parameter_has_a_place_on_a_mesh(network):
+    config = tiny_text.get_config(network)
+    source = load_source("captioned_digits")
+    data = DataShape.of("captioned_digits", source)
+    for kind, dropout in (("gm", 0.05), ("dx", 0.0)):
+        config.policy.kind, config.train.gm_dropout = kind, dropout
+        settings = parse(config)
+        student = student_network(settings.model, settings.policy, data)
+        params = abstract_params(student)
+        mesh = device_mesh(devices=jax.devices()[:1])
+        places = parameter_shardings(mesh, params)
+        found = {
+            tuple(k.key for k in path)[1:]: s.spec
+            for path, s in jax.tree_util.tree_leaves_with_path(places)
+        }
+        blocks = "single_blocks" if network == "flux" else "joint_blocks"
+        mlp = "mlp_in" if network == "flux" else "image_mlp_in"
+        # An adapter lies as the kernel beside it, its rank whole.
+        assert found[(blocks, mlp, DOWN)] == PartitionSpec(None, "fsdp", None)
+        assert found[(blocks, mlp, UP)][-1] == "tensor"
+        assert found[("time_out", DOWN)] == PartitionSpec("fsdp", None)
+        split = {name for name, spec in found.items() if "fsdp" in spec or "tensor" in spec}
+        sizes = {path: leaf.size for path, leaf in _flat(params)}
+        assert sum(sizes[name] for name in split) > 0.9 * sum(sizes.values())
+
+
+def _flat(params):
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        yield tuple(k.key for k in path)[1:], leaf
