@@ -3,9 +3,9 @@
     python -m benchmarks.sampler
     python -m benchmarks.sampler --config=configs/imagenet.py:gm_repa --batch-size=64
 
-The first is the main job's student on this machine, the second is for one GPU. Weights are random
-but for their zeros: what is timed depends on none. Beside the sampler stands its network
-evaluations alone, in float32 policies' place nothing: the difference is what policies cost.
+The first is the main job's student on this machine, the second is for one GPU. Weights are random.
+Beside the sampler, as a notebook calls it, stand its network evaluations alone: the difference is
+what noise, policies and the call cost. "Of the bound" counts the network's matrix products only.
 """
 
 import argparse

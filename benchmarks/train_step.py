@@ -1,7 +1,7 @@
 """A train step of a configuration, beside the same step in plain PyTorch.
 
-    python benchmarks/train_step.py
-    python benchmarks/train_step.py --config=configs/imagenet.py:gm_repa --batch-size=128
+    python -m benchmarks.train_step
+    python -m benchmarks.train_step --config=configs/imagenet.py:gm_repa --batch-size=128
 
 The first is the main job on this machine: the teacher's step and the student's. The second is for
 one GPU: the student's step of ImageNet with random weights and latents, which no data are needed
@@ -49,7 +49,7 @@ OURS = "piflow_jax"
 
 
 def load_config(name: str):
-    """The `ConfigDict` of `FILE[:VARIANT]`."""
+    """The `ConfigDict` of `FILE[:VARIANT]`, as `--config` takes it."""
     path, _, variant = name.partition(":")
     spec = importlib.util.spec_from_file_location("benchmarked", path)
     module = importlib.util.module_from_spec(spec)
@@ -188,15 +188,15 @@ def measure(raw, stage: str, options) -> dict:
     subject = Subject(ours[OURS], stage)
     builders = {name: lambda c=config: subject.ours(c) for name, config in ours.items()}
     if options.torch and importlib.util.find_spec("torch"):
+        cores = 0 if accelerated else harness.machine()["cores"]
         if accelerated:
             builders["PyTorch"] = subject.torch
         else:
-            cores = harness.machine()["cores"]
             for count in sorted({cores, 1}, reverse=True):
                 name = f"PyTorch, {count} thread{'s' if count > 1 else ''}"
                 builders[name] = lambda count=count: subject.torch(count)
         if options.compile:
-            builders["PyTorch, torch.compile"] = lambda: subject.torch(compiled=True)
+            builders["PyTorch, torch.compile"] = lambda: subject.torch(cores, compiled=True)
     dtype = ours[OURS].model.dtype
     work = harness.Work(
         items=STEPS * subject.size,
