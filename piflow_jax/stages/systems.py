@@ -305,6 +305,7 @@ def student_sampler(config: Config, data: DataShape, constrain: Constrain | None
                 total_substeps=settings.substeps,
                 final_step_size_scale=train.final_step_size_scale,
                 temperature=settings.temperature,
+                solver=settings.solver,
             )
 
     return sample
