@@ -11,7 +11,7 @@ import jax
 from absl import logging
 from jax.sharding import Mesh
 
-from piflow_jax.config import Config, mesh_sizes
+from piflow_jax.config import Config, ConfigError, mesh_sizes
 from piflow_jax.data import batches, load_source
 from piflow_jax.evaluation import FEATURE_SPACES
 from piflow_jax.models.flops import gradient_flops
@@ -52,6 +52,7 @@ def train(config: Config, workdir: str | os.PathLike) -> None:
     Raises:
       BlockingIOError: another run is at work in the directory.
       CheckpointError: a checkpoint is unusable or contradicts the settings.
+      ConfigError: a teacher is to be trained on prompts.
       NonFiniteLossError: a loss became NaN or infinite.
       Interrupted: a signal came; the state is saved.
     """
@@ -68,6 +69,10 @@ def _train(config: Config, workdir: str | os.PathLike) -> None:
     given = config.teacher.checkpoint or config.teacher.weights
     if given:
         logging.info("teacher: given, %s", given)
+    elif config.data.name == "prompts":
+        raise ConfigError(
+            "prompts are for students: give config.teacher.weights or config.teacher.checkpoint"
+        )
     else:
         _run(_teacher_stage(config, source, data, mesh), config, workdir, mesh)
     abstract = abstract_params(teacher_network(config.model, data))
