@@ -22,7 +22,7 @@ _MODE = flags.DEFINE_enum(
     "train: teacher if none is given, student, report. evaluate: the report again. "
     "sample: a grid of the student's samples. export: weights under official names. "
     "prepare: cached latents of images. statistics: a reference for FID of images. "
-    "compile: the step for config.topology, ahead of time.",
+    "compile: the step for config.topology, ahead of time. rivals: methods at equal compute.",
 )
 
 

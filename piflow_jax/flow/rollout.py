@@ -28,6 +28,7 @@ def rollout(
 ) -> tuple[jax.Array, jax.Array]:
     """Integrates a policy from `tau_start` down to `tau_end`, per sample.
 
+    A policy with a `displacement` is integrated exactly, in one evaluation; others by substeps.
     A sample takes `n = max(round((tau_start - tau_end) total_substeps), 1)` Euler steps, uniform in
     raw time and stepped in the noise level. Substep counts differ within a batch: the loop runs to
     a common bound, and a sample that has arrived takes steps of length zero.
@@ -53,6 +54,9 @@ def rollout(
     if total_substeps < 1:
         raise ValueError(f"total_substeps must be at least 1, got {total_substeps}")
     x, tau_start, tau_end = promote(x, tau_start, tau_end)
+    if hasattr(policy, "displacement"):
+        sigma_end = warp.warp(jnp.maximum(tau_end, 0))
+        return x + policy.displacement(x, warp.warp(tau_start), sigma_end), sigma_end
     delta = tau_start - tau_end
     count = num_substeps(delta, total_substeps)
     if bound != "traced":

@@ -6,11 +6,13 @@ from piflow_jax.stages.compile import compile_step
 from piflow_jax.stages.evaluate import evaluate
 from piflow_jax.stages.export import export
 from piflow_jax.stages.prepare import prepare_latents
+from piflow_jax.stages.rivals import compare_rivals
 from piflow_jax.stages.sample import sample
 from piflow_jax.stages.train import train
 
 __all__ = [
     "MODES",
+    "compare_rivals",
     "compile_step",
     "evaluate",
     "export",

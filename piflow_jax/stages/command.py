@@ -17,6 +17,7 @@ from piflow_jax.stages.compile import compile_step
 from piflow_jax.stages.evaluate import evaluate
 from piflow_jax.stages.export import export
 from piflow_jax.stages.prepare import prepare_latents
+from piflow_jax.stages.rivals import compare_rivals
 from piflow_jax.stages.sample import sample
 from piflow_jax.stages.train import train
 from piflow_jax.training.checkpoint import CheckpointError
@@ -32,6 +33,7 @@ MODES = {
     "prepare": prepare_latents,
     "statistics": write_reference,
     "compile": compile_step,
+    "rivals": compare_rivals,
 }
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from absl import logging
 
-from piflow_jax.config import Config
+from piflow_jax.config import Config, ConfigError
 from piflow_jax.convert import to_torch_state, write_safetensors
 from piflow_jax.stages.systems import data_shape, load_student, load_teacher
 from piflow_jax.training.loop import checkpoint_dir
@@ -33,7 +33,13 @@ def export(config: Config, workdir: str | os.PathLike) -> list[Path]:
 
     Raises:
       CheckpointError: there is no student, or it contradicts the settings.
+      ConfigError: the student's policy is ArcFlow's, which the release does not have.
     """
+    if config.policy.kind == "arc":
+        raise ConfigError(
+            "config.policy.kind = 'arc' has no official names to be exported under; "
+            "piflow_jax.load reads the run's directory"
+        )
     data = data_shape(config, workdir)
     student = student_network(config.model, config.policy, data)
     params = load_student(config, data, workdir)

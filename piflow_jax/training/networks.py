@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from piflow_jax.config import Config, ModelConfig, PolicyConfig, TrainConfig
 from piflow_jax.data.latents import SD_VAE_SCALE, LatentsSource
-from piflow_jax.models import DiT, DXHead, GMHead, VelocityHead
+from piflow_jax.models import ArcHead, DiT, DXHead, GMHead, VelocityHead
 
 __all__ = [
     "IMAGENET_LATENTS",
@@ -21,6 +21,8 @@ __all__ = [
     "StudentSettings",
     "abstract_params",
     "init_params",
+    "rival_network",
+    "rival_spec",
     "student_network",
     "student_settings",
     "student_spec",
@@ -111,17 +113,25 @@ def student_network(model: ModelConfig, policy: PolicyConfig, data: DataShape) -
     """The network that predicts policies."""
     if policy.kind == "gm":
         head = GMHead(policy.num_components, policy.logstd_hidden)
+    elif policy.kind == "arc":
+        head = ArcHead(policy.num_components)
     else:
         # Polynomial coefficients beyond the first start at zero only with the skip.
         head = DXHead(policy.num_grid, input_skip=policy.mode == "polynomial")
     return _network(model, data, head)
 
 
+def rival_network(model: ModelConfig, data: DataShape, *, two_times: bool) -> DiT:
+    """The same network as the teacher's, for a rival: of one time or of two."""
+    return teacher_network(model, data).clone(two_times=two_times)
+
+
 def init_params(module: DiT, key: jax.Array) -> Any:
     """Fresh variables of a network; traceable."""
     size = module.sample_size
-    x = jnp.zeros((1, size, size, module.in_channels))
-    return module.init(key, x, jnp.zeros((1,)), jnp.zeros((1,), jnp.int32))
+    x, t = jnp.zeros((1, size, size, module.in_channels)), jnp.zeros((1,))
+    second = (t,) if module.two_times else ()
+    return module.init(key, x, t, jnp.zeros((1,), jnp.int32), *second)
 
 
 def abstract_params(module: DiT) -> Any:
@@ -145,6 +155,7 @@ def student_spec(config: Config, data: DataShape) -> dict[str, Any]:
     train, policy = config.train, dataclasses.asdict(config.policy)
     used = {
         "gm": ("kind", "num_components", "logstd_hidden"),
+        "arc": ("kind", "num_components"),
         "dx": ("kind", "num_grid", "mode", "segment_size"),
     }[config.policy.kind]
     sampling = ("nfe", "final_step_size_scale", "shift", "total_substeps")
@@ -154,6 +165,12 @@ def student_spec(config: Config, data: DataShape) -> dict[str, Any]:
         | {f"policy.{key}": policy[key] for key in used}
         | {f"train.{key}": getattr(train, key) for key in sampling}
     )
+
+
+def rival_spec(config: Config, data: DataShape, method: str) -> dict[str, Any]:
+    """What a rival's checkpoint says of itself; no student, whose network predicts a policy."""
+    spec = {"kind": "rival", "method": method, "train.shift": config.train.shift}
+    return spec | _model_spec(config.model, data)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -22,7 +22,7 @@ from piflow_jax.training.objectives import (
 from piflow_jax.training.optimizer import update_ema
 from piflow_jax.training.state import TrainState
 
-__all__ = ["accumulate", "distill_step", "teacher_step"]
+__all__ = ["accumulate", "advance", "distill_step", "images_of", "teacher_step"]
 
 # A stream of its own beside those that the losses split off the same key.
 _POSTERIOR = 0x9057
@@ -32,13 +32,25 @@ StepFn = Callable[..., tuple[TrainState, Metrics]]
 
 
 @jax.named_scope("optimizer")
-def _advance(
+def advance(
     state: TrainState,
     grads,
     loss: jax.Array,
     optimizer: optax.GradientTransformation,
     config: OptimizerConfig,
 ) -> tuple[TrainState, Metrics]:
+    """The state after an optimiser's step, its average included, and what the loop reports.
+
+    Args:
+      state: the state before.
+      grads: gradients by `state.params`.
+      loss: scalar.
+      optimizer: the update rule.
+      config: the settings of warm-up and average.
+
+    Returns:
+      `(state, metrics)`.
+    """
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     ema = update_ema(state.ema_params, params, state.step, config.warmup_steps, config.ema_gamma)
@@ -46,8 +58,8 @@ def _advance(
     return TrainState(state.step + 1, params, ema, opt_state), metrics
 
 
-def _images(batch, key: jax.Array, data: DataShape) -> jax.Array:
-    """What the networks see: images as they are, or a draw from the posterior of latents."""
+def images_of(batch, key: jax.Array, data: DataShape) -> jax.Array:
+    """What the networks see, `[B, H, W, C]`: images, or a draw from the posterior of latents."""
     if "image" in batch:
         return batch["image"]
     return draw_latents(
@@ -116,7 +128,7 @@ def teacher_step(
             return flow_matching_loss(
                 lambda *inputs: module.apply(params, *inputs),
                 key,
-                _images(batch, key, data),
+                images_of(batch, key, data),
                 batch["label"],
                 data.num_classes,
                 settings.label_dropout,
@@ -124,7 +136,7 @@ def teacher_step(
             )
 
         loss, grads = jax.value_and_grad(loss_fn)(state.params)
-        return _advance(state, grads, loss, optimizer, settings.optimizer)
+        return advance(state, grads, loss, optimizer, settings.optimizer)
 
     return step
 
@@ -147,11 +159,11 @@ def distill_step(
     """
     train = config.train
     factory = make_policy_factory(config.policy, train)
-    components = config.policy.num_components if config.policy.kind == "gm" else 0
+    components = 0 if config.policy.kind == "dx" else config.policy.num_components
 
     def step(state: TrainState, teacher_params, root: jax.Array, batch):
         keys = jax.random.split(jax.random.fold_in(root, state.step), 3)
-        images, labels = _images(batch, keys[0], data), batch["label"]
+        images, labels = images_of(batch, keys[0], data), batch["label"]
         ratio = teacher_ratio(state.step, train.mixing_steps)
         size = images.shape[0]
         noise = jax.random.normal(keys[0], images.shape, images.dtype)
@@ -202,7 +214,7 @@ def distill_step(
 
         whole = {"images": images, "labels": labels, "noise": noise, "draws": draws, "tau": tau}
         loss, grads = accumulate(loss_and_grads, whole, train.microbatches)
-        state, metrics = _advance(state, grads, loss, optimizer, train.optimizer)
+        state, metrics = advance(state, grads, loss, optimizer, train.optimizer)
         if train.mixing_steps:
             metrics["teacher_ratio"] = jnp.asarray(ratio)
         return state, metrics
