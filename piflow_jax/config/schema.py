@@ -174,6 +174,15 @@ class TrainConfig:
         0, "steps over which the teacher's share of the trajectory decays to 0; 0 has none", low=0
     )
     loss_scale: float = _field(3.0, "factor of the loss", above=0)
+    adaptive_power: float = _field(
+        0.0,
+        "p of a weight 1 / (error + 1e-3)^p of each sample and state; 0 is plain",
+        low=0,
+        high=1,
+    )
+    time_power: float = _field(
+        0.0, "q of a weight t^q of the noise level of a state; 2 weighs x_0 alike", low=0, high=2
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

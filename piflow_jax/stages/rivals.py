@@ -48,7 +48,9 @@ from piflow_jax.training.run_lock import RunLock
 
 __all__ = ["compare_rivals"]
 
-POLICY_METHOD = re.compile(r"(?P<kind>gm|arc)(_(?P<nfe>\d+)nfe)?")
+POLICY_METHOD = re.compile(r"(?P<kind>gm|arc)(_(?P<nfe>\d+)nfe)?(_(?P<loss>adaptive|timed))?")
+# Weights of pi-ID that are no part of its paper, by the end of a method's name.
+LOSSES = {"adaptive": {"adaptive_power": 1.0}, "timed": {"time_power": 1.0}}
 CREDIT = "+teacher"
 # Of one method in one round of the timing, at least.
 ROUND_SECONDS = 0.5
@@ -230,7 +232,8 @@ class _Comparison:
         policy = config.policy
         match = POLICY_METHOD.fullmatch(name)
         if match:
-            train = dataclasses.replace(train, nfe=int(match["nfe"] or 1))
+            weights = LOSSES.get(match["loss"], {})
+            train = dataclasses.replace(train, nfe=int(match["nfe"] or 1), **weights)
             policy = dataclasses.replace(policy, kind=match["kind"])
         return dataclasses.replace(config, seed=seed, train=train, policy=policy)
 

@@ -203,6 +203,8 @@ def _segment_loss(policy, teacher, x_src, tau_src, segment_size, draws, ratio, c
         total_substeps=config.total_substeps,
         window_substeps=config.window_substeps,
         loss_scale=config.loss_scale,
+        adaptive_power=config.adaptive_power,
+        time_power=config.time_power,
     )
 
 
