@@ -141,6 +141,16 @@ def test_counters_and_whole_parameters_are_on_every_device():
     assert [sharding.spec for sharding in found] == [P(), P()]
 
 
+def test_every_parameter_of_a_rival_has_its_axes():
+    module = DiT(two_times=True, head=ArcHead(16), hidden=64, num_heads=4, depth=2)
+    t = jnp.zeros(1)
+    inputs = jnp.zeros((1, 32, 32, 4)), t, jnp.zeros(1, jnp.int32), t
+    shapes = jax.eval_shape(module.init, jax.random.key(0), *inputs)["params"]
+    axes = {path: parameter_axes(path, a.ndim) for path, a in flatten_dict(shapes).items()}
+    assert axes["second_time_in", "kernel"] == axes["time_in", "kernel"] == (None, "embed")
+    assert axes["head", "rates", "kernel"] == axes["head", "means", "kernel"] == ("embed", None)
+
+
 def test_every_parameter_of_the_text_to_image_networks_has_its_axes():
     flux = Flux(lora=LoRA(FLUX_TARGETS), head=GMHead(8, logstd_hidden=1024))
     qwen = QwenImage(lora=LoRA(QWEN_TARGETS), head=DXHead(10))
