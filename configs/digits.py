@@ -98,6 +98,7 @@ def get_config(variant: str = "gm") -> ml_collections.ConfigDict:
         config.model.scan_unroll = 1  # ten programs to compile: a loop compiles faster
         config.evaluation.teacher_steps = (1, 2, 4, 32)
         config.evaluation.substeps = 128
-        config.rivals.seconds = 12.0
+        config.train.optimizer.warmup_steps = 20
+        config.rivals.seconds = 16.0
         config.rivals.pairs = 4000
     return config

@@ -168,7 +168,13 @@ class _Comparison:
                     f"config.rivals.seconds ({budget}) must be above the {before:.0f} s that "
                     "config.rivals.pairs take on this machine"
                 )
-            steps = max(int((total - before) / seconds[name]), 1)
+            steps = int((total - before) / seconds[name])
+            warmup = config.train.optimizer.warmup_steps
+            if steps <= warmup:
+                raise ConfigError(
+                    f"config.rivals.seconds ({budget}) buys {steps} steps of {method} here, which "
+                    f"must be more than config.train.optimizer.warmup_steps ({warmup})"
+                )
             methods[method] = {
                 "step_seconds": seconds[name],
                 "steps": steps,

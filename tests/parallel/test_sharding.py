@@ -11,14 +11,16 @@ import types
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 from jax.sharding import PartitionSpec as P
 
+from piflow_jax.models import DiT
 from piflow_jax.models.axes import parameter_axes
 from piflow_jax.models.flux import FLUX_TARGETS, Flux
-from piflow_jax.models.heads import DXHead, GMHead
+from piflow_jax.models.heads import ArcHead, DXHead, GMHead
 from piflow_jax.models.lora import LoRA
 from piflow_jax.models.qwen_image import QWEN_TARGETS, QwenImage
 from piflow_jax.parallel import device_mesh, parameter_shardings
