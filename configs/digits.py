@@ -97,8 +97,10 @@ def get_config(variant: str = "gm") -> ml_collections.ConfigDict:
         config.model.time_scale = 1.0
         config.model.scan_unroll = 1  # ten programs to compile: a loop compiles faster
         config.evaluation.teacher_steps = (1, 2, 4, 32)
-        config.evaluation.substeps = 128
+        config.evaluation.num_samples = 2000
+        config.evaluation.substeps = 64
         config.train.optimizer.warmup_steps = 20
-        config.rivals.seconds = 16.0
-        config.rivals.pairs = 4000
+        config.rivals.seconds = 10.0
+        config.rivals.methods += ("gm_adaptive", "gm_timed")
+        config.rivals.pairs = 2000
     return config

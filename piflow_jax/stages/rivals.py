@@ -69,7 +69,7 @@ def compare_rivals(config: Config, workdir: str | os.PathLike) -> dict[str, Any]
       workdir: the run's directory; `rivals.json` is the report.
 
     Returns:
-      The report.
+      The report, which is written after each seed.
 
     Raises:
       ConfigError: there is no such method, or settings that are for other data.
@@ -117,21 +117,21 @@ class _Comparison:
             return times
         bench = Bench(config)
         teacher_rows, reference = self._teacher_rows(bench)
-        rows = []
-        for seed in config.rivals.seeds:
-            for method in config.rivals.methods:
-                rows += self._result(method, seed, times["methods"][method], bench, reference)
-        report = {"rows": rows, "teacher": teacher_rows, "times": times}
         of_data = bench.of_data()
+        report = {"rows": [], "teacher": teacher_rows, "times": times}
         report |= of_data | {"floor": dataclasses.asdict(of_data["floor"])}
-        report["protocol"] = bench.protocol() | {
-            "seed": list(config.rivals.seeds),
-            "batch_size": config.train.batch_size,
-            "optimizer": config.train.optimizer.kind,
-            "teacher_steps": config.teacher.steps,
-        }
-        _write(self._workdir / "rivals.json", report)
-        logging.info("wrote %s", self._workdir / "rivals.json")
+        for index, seed in enumerate(config.rivals.seeds):
+            for method in config.rivals.methods:
+                spent = times["methods"][method]
+                report["rows"] += self._result(method, seed, spent, bench, reference)
+            report["protocol"] = bench.protocol() | {
+                "seed": list(config.rivals.seeds[: index + 1]),
+                "batch_size": config.train.batch_size,
+                "optimizer": config.train.optimizer.kind,
+                "teacher_steps": config.teacher.steps,
+            }
+            _write(self._workdir / "rivals.json", report)
+            logging.info("wrote %s, seeds to %d", self._workdir / "rivals.json", seed)
         return report
 
     # --- Times -----------------------------------------------------------------------------------

@@ -345,14 +345,16 @@ def _distribution_matching_step(setting: Setting) -> StepFn:
 RIVALS: dict[str, Rival] = {
     "meanflow": Rival(step=_step_of(_meanflow), given="data", two_times=True),
     "shortcut": Rival(step=_step_of(_shortcut), given="data", two_times=True),
-    "consistency": Rival(step=_step_of(_consistency), given="teacher", sampler="renoise"),
+    "consistency": Rival(step=_step_of(_consistency), given="teacher", sampler="renoise", rate=0.3),
     "reflow": Rival(step=_step_of(functools.partial(_regression, straight=True)), given="pairs"),
     "regression": Rival(
         step=_step_of(functools.partial(_regression, straight=False)),
         given="pairs",
         one_step=True,
     ),
-    "dmd": Rival(step=_distribution_matching_step, given="teacher", sampler="renoise", fake=True),
+    "dmd": Rival(
+        step=_distribution_matching_step, given="teacher", sampler="renoise", fake=True, rate=0.1
+    ),
 }
 
 
