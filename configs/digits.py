@@ -93,14 +93,18 @@ def get_config(variant: str = "gm") -> ml_collections.ConfigDict:
         config.teacher.guidance_interval = (0.0, 0.6)
         config.train.steps = 3000
     elif variant == "rivals":
+        # Ten methods with three seeds: a network that learns in seconds instead of minutes.
+        config.model.hidden = 32
+        config.model.depth = 2
+        config.model.scan_unroll = 2
         # Derivatives by the time, which some rivals learn from, are wild under a scale of 1000.
         config.model.time_scale = 1.0
-        config.model.scan_unroll = 1  # ten programs to compile: a loop compiles faster
+        config.policy.num_components = 8
+        config.train.total_substeps = 32
+        config.train.optimizer.warmup_steps = 20
         config.evaluation.teacher_steps = (1, 2, 4, 32)
         config.evaluation.num_samples = 2000
         config.evaluation.substeps = 64
-        config.train.optimizer.warmup_steps = 20
         config.rivals.seconds = 10.0
-        config.rivals.methods += ("gm_adaptive", "gm_timed")
         config.rivals.pairs = 2000
     return config

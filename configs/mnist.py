@@ -68,15 +68,18 @@ def get_config(variant: str = "gm") -> ml_collections.ConfigDict:
 
     config.evaluation.batch_size = 250
     if variant == "rivals":
+        config.model.patch_size = 7  # 16 tokens instead of 49
+        config.model.hidden = 48
+        config.model.depth = 2
+        config.model.scan_unroll = 2
         config.model.time_scale = 1.0
-        config.model.patch_size = 7  # 16 tokens instead of 49: a fifth of the time
-        config.model.depth = 3
-        config.model.scan_unroll = 1
+        config.policy.num_components = 8
         config.train.batch_size = 32
+        config.train.optimizer.warmup_steps = 20
+        config.train.optimizer.ema_gamma = 40.0
         config.evaluation.teacher_steps = (1, 2, 4, 32)
         config.evaluation.num_samples = 2000
-        config.train.optimizer.warmup_steps = 20
+        config.evaluation.substeps = 64
         config.rivals.seconds = 10.0
-        config.rivals.methods += ("gm_adaptive", "gm_timed")
         config.rivals.pairs = 2000
     return config

@@ -43,7 +43,7 @@ def test_rivals_are_compared_on_equal_terms(name):
     """All methods of the table, three seeds, 1, 2 and 4 evaluations."""
     rivals = parse(load(name).get_config("rivals")).rivals
     methods = {method.split("_")[0] for method in rivals.methods}
-    known = {"gm", "arc", "meanflow", "shortcut", "consistency", "reflow", "regression", "dmd"}
+    known = {"gm", "arc", "meanflow", "shortcut", "consistency", "reflow", "dmd"}
     assert known <= methods
     assert rivals.seeds == (0, 1, 2) and rivals.nfes == (1, 2, 4)
 

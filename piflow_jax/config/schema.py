@@ -224,8 +224,8 @@ class RivalsConfig:
 
     methods: tuple[str, ...] = _field(
         (
-            *("gm", "gm_2nfe", "gm_4nfe", "arc", "meanflow", "shortcut"),
-            *("consistency", "reflow", "regression", "dmd"),
+            *("gm", "gm_2nfe", "gm_4nfe", "gm_adaptive", "arc"),
+            *("meanflow", "shortcut", "consistency", "reflow", "dmd"),
         ),
         "what is compared; `+teacher` behind a method adds the teacher's training to its budget",
     )

@@ -95,6 +95,13 @@ def _check_method(method: str) -> None:
         )
 
 
+def _timed_as(method: str) -> str:
+    """Whose step time a method has: a weight of the loss costs nothing that a clock would show."""
+    name = method.removesuffix(CREDIT)
+    match = POLICY_METHOD.fullmatch(name)
+    return name.removesuffix(f"_{match['loss']}") if match and match["loss"] else name
+
+
 class _Comparison:
     """The comparison in one work directory."""
 
@@ -168,7 +175,8 @@ class _Comparison:
                     f"config.rivals.seconds ({budget}) must be above the {before:.0f} s that "
                     "config.rivals.pairs take on this machine"
                 )
-            steps = int((total - before) / seconds[name])
+            step_seconds = seconds[_timed_as(method)]
+            steps = int((total - before) / step_seconds)
             warmup = config.train.optimizer.warmup_steps
             if steps <= warmup:
                 raise ConfigError(
@@ -176,10 +184,10 @@ class _Comparison:
                     f"must be more than config.train.optimizer.warmup_steps ({warmup})"
                 )
             methods[method] = {
-                "step_seconds": seconds[name],
+                "step_seconds": step_seconds,
                 "steps": steps,
                 "pairs_seconds": before,
-                "train_seconds": before + steps * seconds[name],
+                "train_seconds": before + steps * step_seconds,
                 "teacher_seconds": 0.0 if given == "data" else teacher_seconds,
             }
         times = {
@@ -196,7 +204,7 @@ class _Comparison:
     def _measured(self) -> dict[str, float]:
         """Seconds of a step of every method, of the teacher and of a call for pairs."""
         config = self._config
-        names = dict.fromkeys(method.removesuffix(CREDIT) for method in config.rivals.methods)
+        names = dict.fromkeys(_timed_as(method) for method in config.rivals.methods)
         calls: dict[str, Callable[[], None]] = {}
         for name in names:
             settings = self._settings(name, config.train.steps, config.seed)
