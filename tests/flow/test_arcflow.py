@@ -1,5 +1,8 @@
 """ArcFlow: its integral against quadrature, and pi-ID of a teacher that it can imitate exactly."""
 
+import functools
+
+import gaussian
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,6 +17,7 @@ from piflow_jax.flow.schedule import TimeWarp
 BATCH, SITES, K, C = 3, 2, 4, 2
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def make(seed=0, rates=None):
     keys = jax.random.split(jax.random.key(seed), 4)
     output = ArcOutput(
@@ -43,7 +47,8 @@ def test_a_rollout_is_the_integral(shift, x64):
         policy.velocity(x, sigma / 2), in_numpy(output, sigma, sigma / 2), rtol=1e-12
     )
     start, end = 0.9 * sigma, 0.2 * sigma
-    found, at = rollout(policy, x, warp.unwarp(start), warp.unwarp(end), warp)
+    tau = warp.unwarp(start), warp.unwarp(end)
+    found, at = gaussian.run(lambda: rollout(policy, x, *tau, warp))
     np.testing.assert_allclose(at, end, rtol=1e-12)
     nodes, weights = np.polynomial.legendre.leggauss(20)
     length = np.asarray(start - end)
@@ -53,7 +58,7 @@ def test_a_rollout_is_the_integral(shift, x64):
     )
     expected = x - length[:, None, None] * integral
     np.testing.assert_allclose(found, expected, rtol=1e-10)
-    mean = average_velocity(policy, x, warp.unwarp(start), warp.unwarp(end), warp)
+    mean = gaussian.run(lambda: average_velocity(policy, x, *tau, warp))
     np.testing.assert_allclose(mean, integral, rtol=1e-10)
 
 
@@ -68,9 +73,10 @@ def test_slow_rates_have_the_limit_and_its_gradient(x64):
         policy = ArcFlowPolicy.create(output, x, one)
         return jnp.sum(policy.displacement(x, one, 0 * one)), output
 
+    value_and_slope = jax.jit(jax.value_and_grad(lambda g: displacement(g)[0]))
+    output = make()[0]
     for g in sizes:
-        value, slope = jax.value_and_grad(lambda g: displacement(g)[0])(g)
-        output = displacement(g)[1]
+        value, slope = value_and_slope(g)
         weights = jax.nn.softmax(output.logweights, -1)[..., None] * output.means
         growing = -np.sum(weights[:, :, 1:])
         constant = -np.sum(weights[:, :, :1])
@@ -87,7 +93,7 @@ def test_the_first_component_does_not_grow():
         policy = ArcFlowPolicy.create(output.replace(rates=rates), x, sigma)
         return jnp.sum(jnp.square(policy.velocity(x, sigma / 3)))
 
-    gradient = jax.grad(loss)(output.rates)
+    gradient = jax.jit(jax.grad(loss))(output.rates)
     np.testing.assert_array_equal(gradient[..., 0], 0)
     assert np.all(gradient[..., 1:] != 0)
 
@@ -123,14 +129,17 @@ def test_imitation_vanishes_where_the_teacher_is_an_arc(x64):
         loss, aux = imitation_loss(policy, teacher, x, one, one, times, TimeWarp())
         return loss, (policy, aux)
 
-    (value, (policy, aux)), slope = jax.value_and_grad(loss, has_aux=True)(jnp.asarray(growth))
+    value_and_slope = jax.jit(jax.value_and_grad(loss, has_aux=True))
+    (value, (policy, aux)), slope = value_and_slope(jnp.asarray(growth))
     assert value < 1e-24 and abs(slope) < 1e-10
     # One evaluation ends where the teacher's path ends, whatever the substeps.
     end = x - mu * (np.exp(growth) - 1) / growth
     np.testing.assert_allclose(aux.x_dst, end, rtol=1e-10)
-    sampled = few_step_sample(lambda x, t: policy, x, 1, TimeWarp(), total_substeps=1)
+    sampled = gaussian.run(
+        lambda: few_step_sample(lambda x, t: policy, x, 1, TimeWarp(), total_substeps=1)
+    )
     np.testing.assert_allclose(sampled, end, rtol=1e-10)
-    beside, slope = jax.value_and_grad(lambda rate: loss(rate)[0])(jnp.asarray(1.2))
+    (beside, _), slope = value_and_slope(jnp.asarray(1.2))
     assert beside > 1e-3 and slope < -1e-2
 
 

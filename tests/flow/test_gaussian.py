@@ -13,7 +13,7 @@ from piflow_jax.flow.schedule import TimeWarp
 
 def test_the_flow_map_is_the_flow_of_the_velocity(x64):
     x = jax.random.normal(jax.random.key(0), (5, 3))
-    end = ode_sample(gaussian.velocity, x, 400, TimeWarp(), "heun")
+    end = gaussian.run(lambda: ode_sample(gaussian.velocity, x, 400, TimeWarp(), "heun"))
     found = gaussian.flow_map(x, jnp.ones(5), jnp.zeros(5))
     np.testing.assert_allclose(found, end, atol=1e-5)
     # Velocities are those of flow matching: E[eps - x_0 | x_t] of a million draws.
@@ -28,9 +28,9 @@ def test_the_flow_map_is_the_flow_of_the_velocity(x64):
     np.testing.assert_allclose(found[0, 0], expected, atol=0.02)
 
 
-def imitation(offset, x64_key=0):
+def imitation(offset):
     """pi-ID of one component whose mean is off, with the exact posterior's variance."""
-    x = jax.random.normal(jax.random.key(x64_key), (6, 4))
+    x = jax.random.normal(jax.random.key(0), (6, 4))
     tau = jnp.asarray([1.0, 0.9, 0.8, 0.6, 0.5, 0.3])
     # The posterior of x_0 has the variance (scale t)^2 / var, and the policy's is (std t)^2.
     logstd = jnp.log(gaussian.SCALE / jnp.sqrt(gaussian.variance(tau)))
@@ -44,7 +44,7 @@ def imitation(offset, x64_key=0):
         )[0]
 
     means = gaussian.velocity(x, tau)[:, None] + offset
-    return jax.value_and_grad(loss)(means)
+    return jax.jit(jax.value_and_grad(loss))(means)
 
 
 def test_imitation_vanishes_at_the_exact_mixture_and_not_beside_it(x64):

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from gaussian import run
 
 from piflow_jax.flow import rivals
 from piflow_jax.flow.schedule import TimeWarp
@@ -34,7 +35,7 @@ def off(function, by=0.1):
 
 def gradient(loss, amount):
     """Derivative of a loss by the amount of the fault in its network."""
-    return jax.grad(loss)(jnp.asarray(amount))
+    return jax.jit(jax.grad(loss))(jnp.asarray(amount))
 
 
 # --- MeanFlow ------------------------------------------------------------------------------------
@@ -49,10 +50,10 @@ def test_meanflow_vanishes_at_the_exact_mean_velocity(states):
         return rivals.meanflow_loss(network, x, v, t, r, power=0.0)[0]
 
     # Without the samples of r = t = 0.7, where two branches of the test's own formula meet.
-    _, residual = rivals.meanflow_loss(gaussian.mean_velocity, x, v, t, r)
+    _, residual = run(lambda: rivals.meanflow_loss(gaussian.mean_velocity, x, v, t, r))
     apart = np.asarray(r < t)
     assert np.abs(residual[apart]).max() < 1e-12
-    assert loss(0.0) < 1e-6 < 1e-3 < loss(0.1)
+    assert run(lambda: loss(0.0)) < 1e-6 < 1e-3 < run(lambda: loss(0.1))
     assert abs(gradient(loss, 0.1)) > 1e-2
 
 
@@ -60,9 +61,10 @@ def test_meanflow_residual_is_that_of_finite_differences(states):
     x, t, r = states
     v = jnp.cos(x)
     network = off(gaussian.mean_velocity)
-    _, residual = rivals.meanflow_loss(network, x, v, t, r)
+    _, residual = run(lambda: rivals.meanflow_loss(network, x, v, t, r))
     h = 1e-6
-    ahead, behind = (network(x + s * h * v, t + s * h, t + s * h - r) for s in (1, -1))
+    moved = jax.jit(lambda h: network(x + h * v, t + h, t + h - r))
+    ahead, behind = moved(h), moved(-h)
     derivative = (ahead - behind) / (2 * h)
     expected = network(x, t, t - r) - v + gaussian.spread(t - r, x) * derivative
     apart = np.asarray(r < t)
@@ -80,9 +82,10 @@ def test_meanflow_weight_is_without_gradient(states):
         network = off(gaussian.mean_velocity, amount)
         return rivals.meanflow_loss(network, x, v, t, r, power=power, eps=1e-3)[0]
 
-    _, residual = rivals.meanflow_loss(off(gaussian.mean_velocity), x, v, t, r)
+    _, residual = run(lambda: rivals.meanflow_loss(off(gaussian.mean_velocity), x, v, t, r))
     squares = np.sum(np.square(residual), -1)
-    np.testing.assert_allclose(loss(0.1, 1.0), np.mean(squares / (squares + 1e-3)), rtol=1e-9)
+    value = run(lambda: loss(0.1, 1.0))
+    np.testing.assert_allclose(value, np.mean(squares / (squares + 1e-3)), rtol=1e-9)
     # d|residual|^2 of the prediction alone, each sample weighted by a constant.
     fault = jnp.sin(2 * x + 3 * gaussian.spread(t * (1 + t - r), x))
     expected = np.mean(np.sum(2 * residual * fault, -1) / (squares + 1e-3))
@@ -117,9 +120,11 @@ def test_shortcut_target_is_the_longer_step(states):
     x, *_ = states
     d = jnp.asarray([0.5, 0.25, 0.125, 0.125, 1 / 128, 1 / 128])
     t = jnp.asarray([1.0, 1.0, 0.75, 0.25, 1.0, 1 / 64])
-    target = rivals.shortcut_target(gaussian.mean_velocity, x, t, d, smallest=1 << 20)
+    target = run(lambda: rivals.shortcut_target(gaussian.mean_velocity, x, t, d, smallest=1 << 20))
     np.testing.assert_allclose(target, gaussian.mean_velocity(x, t, 2 * d), atol=1e-12)
-    wrong = rivals.shortcut_target(off(gaussian.mean_velocity), x, t, d, smallest=1 << 20)
+    wrong = run(
+        lambda: rivals.shortcut_target(off(gaussian.mean_velocity), x, t, d, smallest=1 << 20)
+    )
     apart = np.abs(wrong - off(gaussian.mean_velocity)(x, t, 2 * d)).max(-1)
     assert np.all(apart > 1e-5)
 
@@ -170,7 +175,7 @@ def circle(states):
 
 def test_trigflow_is_the_derivative_on_the_circle(circle):
     z, angle = circle
-    found = rivals.trigflow(gaussian.velocity)(z, angle)
+    found = run(lambda: rivals.trigflow(gaussian.velocity)(z, angle))
     # z = cos(a) x_0 + sin(a) eps with conditional means of a Gaussian.
     c, s = np.cos(angle)[:, None], np.sin(angle)[:, None]
     scale, mean = gaussian.SCALE, gaussian.MEAN
@@ -183,29 +188,30 @@ def test_consistency_tangent_vanishes_at_the_exact_map(circle):
     z, angle = circle
     teacher = rivals.trigflow(gaussian.velocity)
     exact = rivals.trigflow(consistency_network)
-    _, tangent = rivals.consistency_tangent(exact, teacher, z, angle)
+    _, tangent = run(lambda: rivals.consistency_tangent(exact, teacher, z, angle))
     assert np.abs(tangent).max() < 1e-12
-    loss, _ = rivals.consistency_loss(exact, teacher, z, angle)
+    loss, _ = run(lambda: rivals.consistency_loss(exact, teacher, z, angle))
     assert loss < 1e-20
-    loss, tangent = rivals.consistency_loss(off(exact), teacher, z, angle)
+    loss, tangent = run(lambda: rivals.consistency_loss(off(exact), teacher, z, angle))
     assert loss > 1e-3 and np.all(np.abs(tangent).max(-1) > 1e-4)
 
 
 def test_consistency_tangent_is_that_of_finite_differences(circle):
     z, angle = circle
     teacher, network = rivals.trigflow(gaussian.velocity), off(rivals.trigflow(gaussian.velocity))
-    prediction, tangent = rivals.consistency_tangent(network, teacher, z, angle)
+    prediction, tangent = run(lambda: rivals.consistency_tangent(network, teacher, z, angle))
 
     def function(z, angle):
         return jnp.cos(angle)[:, None] * z - jnp.sin(angle)[:, None] * network(z, angle)
 
     h, slope = 1e-6, teacher(z, angle)
-    ahead, behind = (function(z + s * h * slope, angle + s * h) for s in (1, -1))
+    moved = jax.jit(lambda h: function(z + h * slope, angle + h))
+    ahead, behind = moved(h), moved(-h)
     expected = np.cos(angle)[:, None] * (ahead - behind) / (2 * h)
     np.testing.assert_allclose(tangent, expected, atol=1e-8)
     np.testing.assert_allclose(prediction, network(z, angle), atol=1e-14)
     # At the beginning of the warm-up only the part without the network's derivative is left.
-    _, begun = rivals.consistency_tangent(network, teacher, z, angle, 0.0)
+    _, begun = run(lambda: rivals.consistency_tangent(network, teacher, z, angle, 0.0))
     np.testing.assert_allclose(
         begun, -(np.cos(angle)[:, None] ** 2) * (network(z, angle) - slope), atol=1e-12
     )
@@ -218,7 +224,7 @@ def test_consistency_gradient_follows_the_normalised_tangent(circle):
     def loss(amount):
         return rivals.consistency_loss(off(teacher, amount), teacher, z, angle)[0]
 
-    _, tangent = rivals.consistency_loss(off(teacher), teacher, z, angle)
+    _, tangent = run(lambda: rivals.consistency_loss(off(teacher), teacher, z, angle))
     norm = np.linalg.norm(tangent, axis=-1, keepdims=True)
     fault = np.sin(2 * z + 3 * np.asarray(angle)[:, None])
     expected = np.mean(-2 * tangent / (norm + 0.1) * fault)
@@ -243,12 +249,12 @@ def test_reflow_of_the_exact_pairs(states):
     def straight(x, t):
         # x = (1 - t) end(z) + t z is linear in z: solve for it.
         level = gaussian.spread(t, x)
-        z = (x - (1 - level) * gaussian.MEAN * (1 - 0)) / ((1 - level) * gaussian.SCALE + level)
+        z = (x - (1 - level) * gaussian.MEAN) / ((1 - level) * gaussian.SCALE + level)
         return z - gaussian.flow_map(z, jnp.ones(len(t)), jnp.zeros(len(t)))
 
-    assert rivals.reflow_loss(straight, noise, ends, t) < 1e-24
-    assert rivals.reflow_loss(consistency_network, noise, ends, one) < 1e-24
-    assert rivals.reflow_loss(off(straight), noise, ends, t) > 1e-3
+    assert run(lambda: rivals.reflow_loss(straight, noise, ends, t)) < 1e-24
+    assert run(lambda: rivals.reflow_loss(consistency_network, noise, ends, one)) < 1e-24
+    assert run(lambda: rivals.reflow_loss(off(straight), noise, ends, t)) > 1e-3
     found = gradient(lambda a: rivals.reflow_loss(off(straight, a), noise, ends, t), 0.1)
     fault = np.mean(
         np.square(off(lambda x, t: 0 * x, 1.0)((1 - t[:, None]) * ends + t[:, None] * noise, t))
@@ -273,8 +279,10 @@ def matching(shift, scale=gaussian.SCALE, batch=4000):
         return rivals.distribution_matching_loss(generated, gaussian.velocity, fake, noise, t)[0]
 
     generated = mean + scale * z
-    _, direction = rivals.distribution_matching_loss(generated, gaussian.velocity, fake, noise, t)
-    return jax.grad(loss)(jnp.zeros(())), direction
+    _, direction = run(
+        lambda: rivals.distribution_matching_loss(generated, gaussian.velocity, fake, noise, t)
+    )
+    return gradient(loss, 0.0), direction
 
 
 def test_distribution_matching_vanishes_between_equal_distributions(x64):
@@ -300,8 +308,10 @@ def test_distribution_matching_narrows_what_is_too_wide(x64):
 def test_distribution_matching_is_in_units_of_the_distance(x64):
     """One sample in NumPy: `(fake x_0 - real x_0) / mean |x - real x_0|`."""
     x0, noise, t = np.array([[0.5, -1.0]]), np.array([[0.3, 0.8]]), np.array([0.6])
-    _, direction = rivals.distribution_matching_loss(
-        jnp.asarray(x0), lambda x, t: 0.5 * x, lambda x, t: 0.2 * x, jnp.asarray(noise), t
+    _, direction = run(
+        lambda: rivals.distribution_matching_loss(
+            jnp.asarray(x0), lambda x, t: 0.5 * x, lambda x, t: 0.2 * x, jnp.asarray(noise), t
+        )
     )
     x = 0.4 * x0 + 0.6 * noise
     real, fake = x - 0.6 * 0.5 * x, x - 0.6 * 0.2 * x
@@ -313,7 +323,9 @@ def test_backward_simulation_visits_what_sampling_visits():
     """A perfect student stays on the distribution of `x_t`, at the levels of its evaluations."""
     batch = 6000
     noise = jax.random.normal(jax.random.key(0), (batch, 1))
-    x, t = rivals.backward_simulation(consistency_network, jax.random.key(1), noise, (1, 2, 4))
+    x, t = run(
+        lambda: rivals.backward_simulation(consistency_network, jax.random.key(1), noise, (1, 2, 4))
+    )
     levels, counts = np.unique(t, return_counts=True)
     np.testing.assert_allclose(levels, [0.25, 0.5, 0.75, 1.0])
     # One of three numbers of evaluations, one of its steps.
@@ -334,7 +346,7 @@ def test_backward_simulation_visits_what_sampling_visits():
 def test_jumps_of_the_exact_map_end_on_the_path(nfe, shift, states):
     x, *_ = states
     one = jnp.ones(BATCH)
-    found = rivals.flow_map_sample(gaussian.mean_velocity, x, nfe, TimeWarp(shift))
+    found = run(lambda: rivals.flow_map_sample(gaussian.mean_velocity, x, nfe, TimeWarp(shift)))
     np.testing.assert_allclose(found, gaussian.flow_map(x, one, 0 * one), atol=1e-12)
 
 
@@ -342,7 +354,7 @@ def test_jumps_of_the_exact_map_end_on_the_path(nfe, shift, states):
 def test_renoised_samples_of_the_exact_map_are_data(nfe):
     noise = jax.random.normal(jax.random.key(0), (4000, 2))
     keys = jax.random.split(jax.random.key(1), 4000)
-    found = rivals.renoised_sample(consistency_network, noise, nfe, TimeWarp(), keys)
+    found = run(lambda: rivals.renoised_sample(consistency_network, noise, nfe, TimeWarp(), keys))
     assert abs(float(found.mean()) - gaussian.MEAN) < 0.03
     assert abs(float(found.std()) - gaussian.SCALE) < 0.03
     ends = gaussian.flow_map(noise, jnp.ones(4000), jnp.zeros(4000))
