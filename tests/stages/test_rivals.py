@@ -7,7 +7,7 @@ import pytest
 import tiny
 
 from piflow_jax.config import ConfigError, parse
-from piflow_jax.stages import compare_rivals
+from piflow_jax.stages import compare_rivals, export
 from piflow_jax.stages.rivals import POLICY_METHOD, interleaved_seconds
 
 
@@ -44,6 +44,13 @@ def test_settings_for_other_runs_are_refused(key, value, message, tmp_path):
     config[group][name] = value
     with pytest.raises(ConfigError, match=message):
         compare_rivals(parse(config), tmp_path)
+
+
+def test_an_arc_student_has_no_official_names(tmp_path):
+    config = toy("arc")
+    config.policy.kind = "arc"
+    with pytest.raises(ConfigError, match=r"config\.policy\.kind = 'arc' has no official names"):
+        export(parse(config), tmp_path)
 
 
 def test_methods_name_their_policy_evaluations_and_loss():
