@@ -77,6 +77,8 @@ def compare_rivals(config: Config, workdir: str | os.PathLike) -> dict[str, Any]
     """
     if config.data.name not in FEATURE_SPACES:
         raise ConfigError(f"--mode=rivals compares on {', '.join(FEATURE_SPACES)}")
+    if jax.process_count() > 1:
+        raise ConfigError("--mode=rivals runs in one process, whose devices share the work")
     if config.train.microbatches != 1:
         raise ConfigError("config.train.microbatches must be 1 with --mode=rivals")
     for method in config.rivals.methods:

@@ -39,6 +39,8 @@ __all__ = [
 # Shortest step of the shortcut models, and the share of a batch that bootstraps (their Sec. 4).
 SHORTCUT_STEPS = 128
 BOOTSTRAP_SHARE = 4
+# Noise levels at which DMD2 compares scores: at the ends one of them says nothing.
+MATCHED_LEVELS = (0.02, 0.98)
 # Share of the training over which the consistency tangent warms up.
 WARMUP_SHARE = 0.25
 
@@ -291,7 +293,8 @@ def _distribution_matching_step(setting: Setting) -> StepFn:
         def student_loss(params):
             keys_ = jax.random.split(keys[0], 3)
             generated = generate(params, keys_[0], labels, shape)
-            t = jax.random.uniform(keys_[1], shape[:1], minval=0.02, maxval=0.98)
+            low, high = MATCHED_LEVELS
+            t = jax.random.uniform(keys_[1], shape[:1], minval=low, maxval=high)
             loss, _ = rivals.distribution_matching_loss(
                 generated,
                 setting.velocity_of_teacher(given["teacher"], labels),
