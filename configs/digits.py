@@ -11,6 +11,8 @@ Variants, as in `--config=configs/digits.py:dx`:
     gm_2nfe   Gaussian-mixture policy, 2 evaluations
     datafree  the same from pure noise: the student's training sees no image
     guided    the teacher guided with scale 2 in [0, 0.6], distilled into 1 evaluation
+    rivals    pi-Flow against other few-step methods at equal compute, with --mode=rivals;
+              docs/rivals.md has what came of it
 
 Expect a student whose Frechet distance at 1 evaluation is 1.04 times its teacher's at 128 and a
 fifteenth of its teacher's at 1, with precision lower by 0.01, recall by 0.02 and endpoints at a
@@ -23,7 +25,7 @@ import ml_collections
 
 from piflow_jax.config import base_config
 
-VARIANTS = ("gm", "dx", "gm_2nfe", "datafree", "guided")
+VARIANTS = ("gm", "dx", "gm_2nfe", "datafree", "guided", "rivals")
 
 
 def get_config(variant: str = "gm") -> ml_collections.ConfigDict:
@@ -90,4 +92,19 @@ def get_config(variant: str = "gm") -> ml_collections.ConfigDict:
         config.teacher.guidance_scale = 2.0
         config.teacher.guidance_interval = (0.0, 0.6)
         config.train.steps = 3000
+    elif variant == "rivals":
+        # Ten methods with three seeds: a network that learns in seconds instead of minutes.
+        config.model.hidden = 32
+        config.model.depth = 2
+        config.model.scan_unroll = 2
+        # Derivatives by the time, which some rivals learn from, are wild under a scale of 1000.
+        config.model.time_scale = 1.0
+        config.policy.num_components = 8
+        config.train.total_substeps = 32
+        config.train.optimizer.warmup_steps = 20
+        config.evaluation.teacher_steps = (1, 2, 4, 32)
+        config.evaluation.num_samples = 2000
+        config.evaluation.substeps = 64
+        config.rivals.seconds = 10.0
+        config.rivals.pairs = 2000
     return config

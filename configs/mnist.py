@@ -1,5 +1,11 @@
 """MNIST, 28x28: the main job on larger images.
 
+Variants, as in `--config=configs/mnist.py:rivals`:
+
+    gm        Gaussian-mixture policy, 1 evaluation (the default)
+    rivals    pi-Flow against other few-step methods at equal compute, with --mode=rivals, on
+              larger patches and so a smaller job; docs/rivals.md has what came of it
+
     pip install -e ".[mnist]"
     python -m piflow_jax.main --config=configs/mnist.py --workdir=runs/mnist
 
@@ -17,9 +23,25 @@ import ml_collections
 
 from piflow_jax.config import base_config
 
+VARIANTS = ("gm", "rivals")
 
-def get_config() -> ml_collections.ConfigDict:
-    """The configuration."""
+
+def get_config(variant: str = "gm") -> ml_collections.ConfigDict:
+    """The configuration of a variant.
+
+    Args:
+      variant: what follows the colon of `--config`.
+
+    Returns:
+      The configuration.
+
+    Raises:
+      ValueError: if there is no such variant.
+    """
+    if variant not in VARIANTS:
+        raise ValueError(
+            f"configs/mnist.py has the variants {', '.join(VARIANTS)}, not {variant!r}"
+        )
     config = base_config()
     config.data.name = "mnist"
 
@@ -45,4 +67,19 @@ def get_config() -> ml_collections.ConfigDict:
     config.train.gm_dropout = 0.05
 
     config.evaluation.batch_size = 250
+    if variant == "rivals":
+        config.model.patch_size = 7  # 16 tokens instead of 49
+        config.model.hidden = 48
+        config.model.depth = 2
+        config.model.scan_unroll = 2
+        config.model.time_scale = 1.0
+        config.policy.num_components = 8
+        config.train.batch_size = 32
+        config.train.optimizer.warmup_steps = 20
+        config.train.optimizer.ema_gamma = 40.0
+        config.evaluation.teacher_steps = (1, 2, 4, 32)
+        config.evaluation.num_samples = 2000
+        config.evaluation.substeps = 64
+        config.rivals.seconds = 10.0
+        config.rivals.pairs = 2000
     return config

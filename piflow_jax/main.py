@@ -22,7 +22,8 @@ _MODE = flags.DEFINE_enum(
     "train: teacher if none is given, student, report. evaluate: the report again. "
     "sample: a grid of the student's samples, or a picture of each prompt. export: weights under "
     "official names. prepare: cached latents or prompts. statistics: a reference for FID. "
-    "compile, compile_sampling: the step or the sampler for config.topology, ahead of time.",
+    "compile, compile_sampling: the step or the sampler for config.topology, ahead of time. "
+    "rivals: methods at equal compute.",
 )
 _PROMPTS = flags.DEFINE_string(
     "prompts", None, "List of prompts to sample or to prepare; short for --config.data.prompts."

@@ -26,14 +26,26 @@ def test_digits_variants_are_valid(variant):
         "gm_2nfe": ("gm", 2, False, 1.0),
         "datafree": ("gm", 2, True, 1.0),
         "guided": ("gm", 1, False, 2.0),
+        "rivals": ("gm", 1, False, 1.0),
     }[variant]
     train = config.train
     found = (config.policy.kind, train.nfe, train.data_free, config.teacher.guidance_scale)
     assert found == expected
 
 
-def test_mnist_is_valid():
-    assert parse(load("mnist").get_config()).data.name == "mnist"
+@pytest.mark.parametrize("variant", load("mnist").VARIANTS)
+def test_mnist_is_valid(variant):
+    assert parse(load("mnist").get_config(variant)).data.name == "mnist"
+
+
+@pytest.mark.parametrize("name", ["digits", "mnist"])
+def test_rivals_are_compared_on_equal_terms(name):
+    """All methods of the table, three seeds, 1, 2 and 4 evaluations."""
+    rivals = parse(load(name).get_config("rivals")).rivals
+    methods = {method.split("_")[0] for method in rivals.methods}
+    known = {"gm", "arc", "meanflow", "shortcut", "consistency", "reflow", "dmd"}
+    assert known <= methods
+    assert rivals.seeds == (0, 1, 2) and rivals.nfes == (1, 2, 4)
 
 
 @pytest.mark.parametrize(
@@ -119,5 +131,7 @@ def test_imagenet_splits_its_state_over_sixteen_devices_at_most():
 
 
 def test_unknown_variant_is_named():
-    with pytest.raises(ValueError, match="variants gm, dx, gm_2nfe, datafree, guided, not 'xd'"):
+    with pytest.raises(
+        ValueError, match="variants gm, dx, gm_2nfe, datafree, guided, rivals, not 'xd'"
+    ):
         load("digits").get_config("xd")

@@ -33,6 +33,7 @@ def load_module(path):
 
 
 collect_reports = load_module(ROOT / "tools" / "collect_reports.py")
+collect_rivals = load_module(ROOT / "tools" / "collect_rivals.py")
 
 
 def page_id(path):
@@ -263,6 +264,52 @@ def test_the_scaling_table_is_that_of_its_results(monkeypatch):
 
 def test_tables_are_what_the_reports_say():
     assert collect_reports.main(["--check"]) == 0
+    assert collect_rivals.main(["--check"]) == 0
+
+
+def rivals_report(seeds=(0, 1)):
+    """A comparison of two methods whose figures are easy to recompute."""
+
+    def row(frechet, **others):
+        figures = {"frechet": frechet, "precision": 0.5, "recall": 0.25, "diversity": 4.0}
+        return others | {"figures": figures, "endpoint_mse": None}
+
+    spent = {"steps": 1234, "train_seconds": 12.0}
+    rows = [
+        row(base + seed, method=method, nfe=1, seed=seed, teacher_seconds=extra, **spent)
+        for method, base, extra in (("meanflow", 3.0, 0.0), ("gm", 1.0, 30.0))
+        for seed in seeds
+    ]
+    settings = {"seconds": 12.0}
+    times = {"settings": settings, "clock": "cores", "device": "cpu", "cores": 2, "jax": "0.10"}
+    return {
+        "rows": rows,
+        "teacher": [row(0.75, nfe=32)],
+        "times": times,
+        "data_diversity": 5.5,
+        "floor": {"frechet": 0.46, "precision": 0.91, "recall": 0.92},
+        "protocol": {"samples": 5000, "real_images": 1797, "seed": list(seeds)},
+    }
+
+
+def test_rivals_are_tabulated_by_distance(tmp_path, capsys):
+    (tmp_path / "docs" / "results").mkdir(parents=True)
+    page, report = tmp_path / "docs" / "rivals.md", rivals_report()
+    names = ("digits", "mnist", "ablation")
+    page.write_text("".join(f"<!-- rivals:{n} -->\n<!-- rivals:{n}:end -->\n" for n in names))
+    path = tmp_path / "docs" / "results" / "rivals_digits.json"
+    path.write_text(json.dumps(report))
+    text = collect_rivals.render(tmp_path)
+    first = text.index("| 1 | **pi-Flow, GM** | 1.50 ± 0.71 | 0.500 | 0.250 | 4.00 | - | 1,234 |")
+    second = text.index("| 1 | MeanFlow | 3.50 ± 0.71 |")
+    assert first < second
+    assert "| 12 | 42 |" in text and "| 12 | 12 |" in text
+    assert "| digits | plain | 1 | 2.00 | 0.250 | - |" in text
+    assert "mnist -->\nNot run yet." in text
+    del report["rows"][0]
+    path.write_text(json.dumps(report))
+    assert collect_rivals.main(["--check", "--root", str(tmp_path)]) == 2
+    assert "meanflow at 1 NFE has the seeds [1]" in capsys.readouterr().err
 
 
 def report(seed, frechet):

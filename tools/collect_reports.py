@@ -63,7 +63,7 @@ def load(directory: Path) -> dict[str, dict[str, dict[int, Report]]]:
     """
     found: dict = defaultdict(lambda: defaultdict(dict))
     for path in sorted(directory.glob("*.json")):
-        if path.name.startswith("compile_"):
+        if path.name.startswith(("compile_", "rivals_")):  # tables of their own
             continue
         match = NAME.fullmatch(path.name)
         if match is None:

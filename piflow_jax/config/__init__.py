@@ -21,6 +21,7 @@ from piflow_jax.config.schema import (
     OptimizerConfig,
     PolicyConfig,
     ProcessesConfig,
+    RivalsConfig,
     TeacherConfig,
     TrainConfig,
 )
@@ -35,6 +36,7 @@ __all__ = [
     "OptimizerConfig",
     "PolicyConfig",
     "ProcessesConfig",
+    "RivalsConfig",
     "TeacherConfig",
     "TrainConfig",
     "base_config",

@@ -124,8 +124,12 @@ class ModelConfig:
 class PolicyConfig:
     """The policy that the student predicts."""
 
-    kind: str = _field("gm", "policy: Gaussian mixture or direct x_0 grid", choices=("gm", "dx"))
-    num_components: int = _field(16, "K, mixture components (gm)", low=1)
+    kind: str = _field(
+        "gm",
+        "policy: Gaussian mixture, direct x_0 grid, or ArcFlow's growing velocities",
+        choices=("gm", "dx", "arc"),
+    )
+    num_components: int = _field(16, "K, mixture components (gm, arc)", low=1)
     logstd_hidden: int = _field(64, "hidden width of the logstd head (gm)", low=1)
     num_grid: int = _field(10, "N, grid points or coefficients (dx)", low=1)
     mode: str = _field("grid", "interpolation of x_0 (dx)", choices=("grid", "polynomial"))
@@ -214,6 +218,15 @@ class TrainConfig:
         0, "steps over which the teacher's share of the trajectory decays to 0; 0 has none", low=0
     )
     loss_scale: float = _field(3.0, "factor of the loss", above=0)
+    adaptive_power: float = _field(
+        0.0,
+        "p of a weight 1 / (error + 1e-3)^p of each sample and state; 0 is plain",
+        low=0,
+        high=1,
+    )
+    time_power: float = _field(
+        0.0, "q of a weight t^q of the noise level of a state; 2 weighs x_0 alike", low=0, high=2
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -261,6 +274,34 @@ class EvaluationConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class RivalsConfig:
+    """The comparison of --mode=rivals: methods at equal compute, each with the student's settings.
+
+    Methods are `gm` and `arc`, pi-Flow with the two policies (`gm_2nfe` is trained for two
+    evaluations), and `meanflow`, `shortcut`, `consistency`, `reflow`, `regression` and `dmd`.
+    """
+
+    methods: tuple[str, ...] = _field(
+        (
+            *("gm", "gm_2nfe", "gm_4nfe", "gm_adaptive", "arc"),
+            *("meanflow", "shortcut", "consistency", "reflow", "dmd"),
+        ),
+        "what is compared; `+teacher` behind a method adds the teacher's training to its budget",
+    )
+    seeds: tuple[int, ...] = _field(
+        (0, 1, 2), "seeds of each method; empty only measures times", low=0, may_be_empty=True
+    )
+    seconds: float = _field(
+        60.0, "training time of a method; on a CPU, time of its cores together", above=0
+    )
+    nfes: tuple[int, ...] = _field((1, 2, 4), "evaluations per sample that are compared", low=1)
+    rounds: int = _field(10, "rounds in which the steps of all methods are timed in turn", low=1)
+    pairs: int = _field(5000, "pairs of noise and endpoint (reflow, regression)", low=1)
+    pair_steps: int = _field(32, "the teacher's Euler steps for a pair", low=1)
+    fake_updates: int = _field(5, "updates of the fake network for one of the student (dmd)", low=1)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
     """A run: data, network, teacher, policy, distillation, evaluation."""
 
@@ -271,6 +312,7 @@ class Config:
     policy: PolicyConfig = _field(PolicyConfig, "")
     train: TrainConfig = _field(TrainConfig, "")
     evaluation: EvaluationConfig = _field(EvaluationConfig, "")
+    rivals: RivalsConfig = _field(RivalsConfig, "")
     mesh: MeshConfig = _field(MeshConfig, "")
     processes: ProcessesConfig = _field(ProcessesConfig, "")
     profile: tuple[int, ...] = _field(

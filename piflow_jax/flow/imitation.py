@@ -24,6 +24,9 @@ __all__ = [
     "window_size",
 ]
 
+# Error below which the adaptive weight does not grow.
+ADAPTIVE_EPS = 1e-3
+
 
 @flax.struct.dataclass
 class Intervals:
@@ -158,6 +161,8 @@ def imitation_loss(
     total_substeps: int = 128,
     window_substeps: int = 0,
     loss_scale: float = 1.0,
+    adaptive_power: float = 0.0,
+    time_power: float = 0.0,
     eps: float = 1e-4,
 ) -> tuple[jax.Array, ImitationAux]:
     """The pi-ID loss of one segment (paper, Alg. 2; DESIGN section 3.5).
@@ -177,10 +182,15 @@ def imitation_loss(
       total_substeps: substeps per unit of raw time.
       window_substeps: length of the time-smoothing window in substeps; 0 matches local velocities.
       loss_scale: factor of the loss, 3 on ImageNet and 30 on FLUX and Qwen-Image.
+      adaptive_power: `p` of a weight `1 / (error + 1e-3)^p` of each sample's mean squared error at
+        each state, without gradient (the adaptive weight of MeanFlow, arXiv 2505.13447, Sec. 4.3);
+        0 is the paper's plain loss.
+      time_power: `q` of a weight `t^q` of the noise level; an error of the velocity is one of `x_0`
+        over `t`, so 2 weighs errors of `x_0` alike at all times, and 0 those of the velocity.
       eps: smallest difference of noise levels divided by in mean velocities.
 
     Returns:
-      `(loss[], aux)`, `loss = loss_scale * mean((prediction - target)^2) / 2`.
+      `(loss[], aux)`, `loss = loss_scale * mean((prediction - target)^2) / 2`, weighted if asked.
     """
     detached = jax.lax.stop_gradient(policy if detached is None else detached)
     x_src, tau_src, segment_size = promote(x_src, tau_src, segment_size)
@@ -207,7 +217,12 @@ def imitation_loss(
     carry = (jax.lax.stop_gradient(x_src), tau_src)
     columns = (intervals.student.T.astype(tau_src.dtype), intervals.teacher.T.astype(tau_src.dtype))
     (x, tau), (states, sigmas, predictions, targets) = jax.lax.scan(state, carry, columns)
-    loss = loss_scale * 0.5 * jnp.mean(jnp.square(predictions - targets))
+    errors = jnp.mean(jnp.square(predictions - targets), axis=tuple(range(2, predictions.ndim)))
+    if adaptive_power:
+        errors = errors * (jax.lax.stop_gradient(errors) + ADAPTIVE_EPS) ** -adaptive_power
+    if time_power:
+        errors = errors * sigmas**time_power
+    loss = loss_scale * 0.5 * jnp.mean(errors)
     tau_dst = tau_src - segment_size
     x_dst, _ = rollout(detached, x, tau, tau_dst, warp, total_substeps, bound="traced")
     aux = ImitationAux(x_dst, tau_dst, states, sigmas, predictions, targets)

@@ -28,7 +28,8 @@ def rollout(
 ) -> tuple[jax.Array, jax.Array]:
     """Integrates a policy from `tau_start` down to `tau_end`, per sample.
 
-    A sample takes `n = max(round((tau_start - tau_end) total_substeps), 1)` steps, uniform in raw
+    A policy with a `displacement` is integrated exactly, in one evaluation; others by substeps. A
+    sample takes `n = max(round((tau_start - tau_end) total_substeps), 1)` steps, uniform in raw
     time and stepped in the noise level. Substep counts differ within a batch: the loop runs to a
     common bound, and a sample that has arrived takes steps of length zero.
 
@@ -67,6 +68,9 @@ def rollout(
             f"unknown implementation {implementation!r}; it is 'auto', 'scan' or 'fused'"
         )
     x, tau_start, tau_end = promote(x, tau_start, tau_end)
+    if hasattr(policy, "displacement"):
+        sigma_end = warp.warp(jnp.maximum(tau_end, 0))
+        return x + policy.displacement(x, warp.warp(tau_start), sigma_end), sigma_end
     fusible = isinstance(policy, GMFlowPolicy) and promote(x, policy.center)[0].dtype == jnp.float32
     if implementation == "fused" and not fusible:
         raise ValueError(

@@ -19,6 +19,8 @@ _OUTSIDE_BLOCKS: dict[tuple[str, ...], Axes] = {
     ("text_embed", "kernel"): (None, "embed"),
     ("time_in", "kernel"): (None, "embed"),
     ("time_out", "kernel"): ("embed", None),
+    ("second_time_in", "kernel"): (None, "embed"),
+    ("second_time_out", "kernel"): ("embed", None),
     ("guidance_in", "kernel"): (None, "embed"),
     ("guidance_out", "kernel"): ("embed", None),
     ("pooled_in", "kernel"): (None, "embed"),
@@ -29,6 +31,7 @@ _OUTSIDE_BLOCKS: dict[tuple[str, ...], Axes] = {
     ("head", "output", "kernel"): ("embed", None),
     ("head", "means", "kernel"): ("embed", None),
     ("head", "logweights", "kernel"): ("embed", None),
+    ("head", "rates", "kernel"): ("embed", None),
     ("head", "logstd_in", "kernel"): ("embed", None),
     ("head", "logstd_out", "kernel"): (None, None),
 }

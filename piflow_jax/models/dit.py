@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.typing import DTypeLike
 
-from piflow_jax.flow.policies import GMOutput
+from piflow_jax.flow.policies import ArcOutput, GMOutput
 from piflow_jax.models.heads import VelocityHead
 from piflow_jax.models.layers import (
     Linear,
@@ -135,6 +135,9 @@ class DiT(nn.Module):
         attention: `implementation` of `jax.nn.dot_product_attention`: None, "xla" or "cudnn".
         constrain: `(x, names of axes) -> x`, pins activations to devices; the names are `batch`,
             `embed`, `heads`, `mlp` or None. By default it leaves them alone.
+        two_times: The network takes a second time beside `t`, with an embedder of its own whose
+            output is added to the first's (MeanFlow, arXiv 2505.13447; shortcut models, arXiv
+            2410.12557). Without it there are no such parameters.
     """
 
     patch_size: int = 2
@@ -153,9 +156,16 @@ class DiT(nn.Module):
     scan_unroll: int = 1
     attention: str | None = None
     constrain: Constrain = unconstrained
+    two_times: bool = False
 
     @nn.compact
-    def __call__(self, x: jax.Array, t: jax.Array, labels: jax.Array) -> jax.Array | GMOutput:
+    def __call__(
+        self,
+        x: jax.Array,
+        t: jax.Array,
+        labels: jax.Array,
+        second: jax.Array | None = None,
+    ) -> jax.Array | GMOutput | ArcOutput:
         """Evaluates the network.
 
         Args:
@@ -163,16 +173,17 @@ class DiT(nn.Module):
                 `sample_size` and from each other.
             t: `[B]` times in [0, 1], 1 is noise.
             labels: `[B]` integers in `[0, num_classes]`. Others give NaN.
+            second: `[B]` second times in [0, 1], given if and only if the network has `two_times`.
 
         Returns:
-            What the head makes: `u[B, H, W, C]`, a `GMOutput`, or `[B, H, W, N, C]`. Float32, or
-            float64 with float64 parameters.
+            What the head makes: `u[B, H, W, C]`, a `GMOutput`, an `ArcOutput`, or
+            `[B, H, W, N, C]`. Float32, or float64 with float64 parameters.
 
         Raises:
             ValueError: A shape, a size or the name of a remat policy does not fit.
         """
-        self._check(x, t, labels)
-        embedding = self._embed_condition(t, labels)
+        self._check(x, t, labels, second)
+        embedding = self._embed_condition(t, labels, second)
         dtype = jnp.promote_types(x.dtype, embedding.dtype) if self.dtype is None else self.dtype
 
         def linear(features, name, **options):
@@ -210,24 +221,33 @@ class DiT(nn.Module):
             batch: Number of examples.
 
         Returns:
-            States, times and labels.
+            States, times and labels; and second times for a network of `two_times`.
         """
         size = self.sample_size
+        times = jax.ShapeDtypeStruct((batch,), jnp.float32)
         return (
             jax.ShapeDtypeStruct((batch, size, size, self.in_channels), jnp.float32),
-            jax.ShapeDtypeStruct((batch,), jnp.float32),
+            times,
             jax.ShapeDtypeStruct((batch,), jnp.int32),
+            *((times,) if self.two_times else ()),
         )
 
-    def _embed_condition(self, t: jax.Array, labels: jax.Array) -> jax.Array:
+    def _embed_condition(
+        self, t: jax.Array, labels: jax.Array, second: jax.Array | None
+    ) -> jax.Array:
         """Embedding `[B, D]` of time and class, at least float32, float64 with such parameters."""
-        t = t.astype(jnp.promote_types(t.dtype, jnp.float32))
-        features = time_features(t * self.time_scale)
 
         def linear(name):
             return Linear((self.hidden,), param_dtype=self.param_dtype, name=name, parent=self)
 
-        time = linear("time_out")(nn.silu(linear("time_in")(features)))
+        def embed(name, t):
+            t = t.astype(jnp.promote_types(t.dtype, jnp.float32))
+            features = time_features(t * self.time_scale)
+            return linear(f"{name}_out")(nn.silu(linear(f"{name}_in")(features)))
+
+        time = embed("time", t)
+        if second is not None:
+            time = time + embed("second_time", second)
         table = self.param(
             "class_embed",
             nn.initializers.normal(0.02),
@@ -262,7 +282,14 @@ class DiT(nn.Module):
             parent=self,
         )
 
-    def _check(self, x: jax.Array, t: jax.Array, labels: jax.Array) -> None:
+    def _check(
+        self, x: jax.Array, t: jax.Array, labels: jax.Array, second: jax.Array | None
+    ) -> None:
+        if (second is not None) != self.two_times:
+            given = "a second time" if second is not None else "no second time"
+            raise ValueError(f"a network with two_times={self.two_times} was given {given}")
+        if second is not None and second.shape != t.shape:
+            raise ValueError(f"second {second.shape} must have the shape of t, {t.shape}")
         if self.remat not in REMAT_POLICIES:
             raise ValueError(f"remat {self.remat!r} is not one of {sorted(REMAT_POLICIES)}")
         if self.hidden % 4 or self.hidden % self.num_heads:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.typing import DTypeLike
 
-from piflow_jax.flow.policies import GMOutput
+from piflow_jax.flow.policies import ArcOutput, GMOutput
 from piflow_jax.models.layers import Linear, broadcast_sites, unpatchify
 
 FRESH_MEANS_STD = 0.1
@@ -239,10 +239,7 @@ class GMHead(nn.Module):
         Returns:
             The head's parameters: repeated means, zero log-weight layer, `logstd = log 0.05`.
         """
-        means = repeat_rows(velocity, channels, self.num_components)
-        if noise is not None:
-            offsets = TEACHER_MEANS_STD * noise.astype(means["bias"].dtype)
-            means["bias"] = means["bias"] + _patch_bias(offsets, means["bias"].size)
+        means = _means_from_velocity(velocity, channels, self.num_components, noise)
         head = {"means": means, "logweights": jax.tree.map(jnp.zeros_like, params["logweights"])}
         if self.constant_logstd is None:
             last = params["logstd_out"]
@@ -252,6 +249,95 @@ class GMHead(nn.Module):
                 "bias": jnp.full_like(last["bias"], TEACHER_LOGSTD),
             }
         return head
+
+
+class ArcHead(nn.Module):
+    """Predicts an ArcFlow mixture per site: velocities, weights and rates of growth.
+
+    Fresh: zero kernels, means' bias `N(0, 0.1^2)` per (component, channel), equal log-weights, and
+    the rates spread over `[-max_rate, max_rate] / 2`, so that components differ from the start.
+
+    Attributes:
+      num_components: Number of mixture components `K`; the first does not grow.
+      max_rate: Bound of the rates, `g = max_rate tanh(.)`: exponents stay finite.
+    """
+
+    num_components: int
+    max_rate: float = 4.0
+
+    @nn.compact
+    def __call__(
+        self,
+        tokens: jax.Array,
+        embedding: jax.Array,
+        x: jax.Array,
+        sigma: jax.Array,
+        *,
+        patch_size: int,
+        param_dtype: DTypeLike = jnp.float32,
+    ) -> ArcOutput:
+        """Maps tokens to a mixture; arguments as in `VelocityHead`.
+
+        Returns:
+            `ArcOutput(means[B, H, W, K, C], logweights[B, H, W, K], rates[B, H, W, K])`.
+        """
+        del sigma
+        k, channels = self.num_components, x.shape[-1]
+
+        def fresh_bias(key, shape, dtype):
+            noise = FRESH_MEANS_STD * jax.random.normal(key, (k, channels), dtype)
+            return _patch_bias(noise, shape[0])
+
+        def spread_bias(key, shape, dtype):
+            del key
+            return _patch_bias(jnp.arctanh(jnp.linspace(-0.5, 0.5, k, dtype=dtype)), shape[0])
+
+        def project(name, features, bias):
+            return _project(self, name, tokens, embedding, patch_size, features, param_dtype, bias)
+
+        zeros = nn.initializers.zeros
+        return ArcOutput(
+            means=project("means", (k, channels), fresh_bias),
+            logweights=jax.nn.log_softmax(project("logweights", (k,), zeros), axis=-1),
+            rates=self.max_rate * jnp.tanh(project("rates", (k,), spread_bias)),
+        )
+
+    def noise_shape(self, channels: int) -> tuple[int, int]:
+        """Shape `(K, C)` of the standard normal noise that `from_velocity` wants."""
+        return (self.num_components, channels)
+
+    def from_velocity(
+        self, params: dict, velocity: dict, *, channels: int, noise: jax.Array | None = None
+    ) -> dict:
+        """Starts every component at the teacher, its rate as it is; see `GMHead.from_velocity`.
+
+        At the source the policy's velocity is then the teacher's, whatever the rates.
+
+        Args:
+            params: The head's own parameters; the rates' layer survives.
+            velocity: `kernel [D, p*p*C]`, `bias [p*p*C]` of the teacher's output layer.
+            channels: `C`.
+            noise: `[K, C]` standard normal draws, as for `GMHead`; None adds none.
+
+        Returns:
+            The head's parameters.
+        """
+        return {
+            "means": _means_from_velocity(velocity, channels, self.num_components, noise),
+            "logweights": jax.tree.map(jnp.zeros_like, params["logweights"]),
+            "rates": params["rates"],
+        }
+
+
+def _means_from_velocity(
+    velocity: dict, channels: int, components: int, noise: jax.Array | None
+) -> dict:
+    """A layer of means, all at the velocity, apart by a little noise in the bias."""
+    means = repeat_rows(velocity, channels, components)
+    if noise is not None:
+        offsets = TEACHER_MEANS_STD * noise.astype(means["bias"].dtype)
+        means["bias"] = means["bias"] + _patch_bias(offsets, means["bias"].size)
+    return means
 
 
 def _project(

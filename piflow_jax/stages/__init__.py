@@ -8,11 +8,13 @@ from piflow_jax.stages.evaluate_prompts import evaluate_images
 from piflow_jax.stages.export import export
 from piflow_jax.stages.prepare import prepare_latents
 from piflow_jax.stages.prepare_prompts import prepare_prompts
+from piflow_jax.stages.rivals import compare_rivals
 from piflow_jax.stages.sample import sample
 from piflow_jax.stages.train import train
 
 __all__ = [
     "MODES",
+    "compare_rivals",
     "compile_sampling",
     "compile_step",
     "evaluate",

@@ -19,6 +19,7 @@ from piflow_jax.stages.evaluate_prompts import evaluate_images
 from piflow_jax.stages.export import export
 from piflow_jax.stages.prepare import prepare_latents
 from piflow_jax.stages.prepare_prompts import prepare_prompts
+from piflow_jax.stages.rivals import compare_rivals
 from piflow_jax.stages.sample import sample
 from piflow_jax.stages.train import train
 from piflow_jax.training.checkpoint import CheckpointError
@@ -46,6 +47,7 @@ MODES = {
     "statistics": write_reference,
     "compile": compile_step,
     "compile_sampling": compile_sampling,
+    "rivals": compare_rivals,
 }
 
 

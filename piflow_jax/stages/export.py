@@ -7,7 +7,7 @@ from typing import Any
 
 from absl import logging
 
-from piflow_jax.config import Config
+from piflow_jax.config import Config, ConfigError
 from piflow_jax.convert import (
     adapter_config,
     export_adapter,
@@ -49,7 +49,13 @@ def export(config: Config, workdir: str | os.PathLike) -> list[Path]:
 
     Raises:
       CheckpointError: there is no student, or it contradicts the settings.
+      ConfigError: the student's policy is ArcFlow's, which the release does not have.
     """
+    if config.policy.kind == "arc":
+        raise ConfigError(
+            "config.policy.kind = 'arc' has no official names to be exported under; "
+            "piflow_jax.load reads the run's directory"
+        )
     workdir = Path(workdir)
     data = data_shape(config, workdir)
     student = student_network(config.model, config.policy, data)

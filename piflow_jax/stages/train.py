@@ -27,18 +27,20 @@ from piflow_jax.training.networks import (
     abstract_params,
     init_params,
     initial_student,
+    rival_spec,
     student_network,
     student_spec,
     teacher_network,
     teacher_spec,
 )
 from piflow_jax.training.optimizer import make_optimizer
+from piflow_jax.training.rivals import RIVALS, rival_init, rival_setting
 from piflow_jax.training.run_lock import RunLock
 from piflow_jax.training.state import TrainState
 from piflow_jax.training.step import distill_flops, distill_step, teacher_step
 
 # Streams of randomness, folded into the seed, so that no two uses share numbers.
-_TEACHER_INIT, _TEACHER_STEPS, _STUDENT_INIT, _STUDENT_STEPS, _STUDENT_DATA = range(5)
+_TEACHER_INIT, _TEACHER_STEPS, _STUDENT_INIT, _STUDENT_STEPS, _STUDENT_DATA, _PAIRS = range(6)
 
 
 def train(config: Config, workdir: str | os.PathLike) -> None:
@@ -74,11 +76,11 @@ def _train(config: Config, workdir: str | os.PathLike) -> None:
             "prompts are for students: give config.teacher.weights or config.teacher.checkpoint"
         )
     else:
-        _run(_teacher_stage(config, source, data, mesh), config, workdir, mesh)
+        run_here(teacher_stage(config, source, data, mesh), config, workdir, mesh)
     abstract = abstract_params(teacher_network(config.model, data))
     shardings = teacher_shardings(config, mesh, abstract)
     teacher_params = load_teacher(config, data, workdir, shardings)
-    _run(_student_stage(config, source, data, teacher_params, mesh), config, workdir, mesh)
+    run_here(student_stage(config, source, data, teacher_params, mesh), config, workdir, mesh)
     if config.data.name in FEATURE_SPACES or config.evaluation.features:
         evaluate(config, workdir)
     else:
@@ -98,8 +100,9 @@ def _check_evaluation(config: Config, data: DataShape) -> None:
         load_reference(config, load_inception(config))
 
 
-def _run(stage: Stage, config: Config, workdir: str | os.PathLike, mesh: Mesh) -> None:
-    run_stage(
+def run_here(stage: Stage, config: Config, workdir: str | os.PathLike, mesh: Mesh) -> TrainState:
+    """Runs a stage of training as the settings say; returns its last state."""
+    return run_stage(
         stage,
         workdir,
         log_every=config.log_every,
@@ -112,18 +115,19 @@ def _run(stage: Stage, config: Config, workdir: str | os.PathLike, mesh: Mesh) -
     )
 
 
-def _key(config: Config, stream: int) -> jax.Array:
+def stream_key(config: Config, stream: int) -> jax.Array:
+    """The key of one of the streams of randomness of a run's seed."""
     return jax.random.fold_in(jax.random.key(config.seed), stream)
 
 
-def _settings(groups: dict[str, Any]) -> dict[str, Any]:
+def flat_settings(groups: dict[str, Any]) -> dict[str, Any]:
     """Settings as flat JSON values by dotted key."""
     flat = {}
     for name, value in groups.items():
         if dataclasses.is_dataclass(value):
             value = dataclasses.asdict(value)
         if isinstance(value, dict):
-            flat |= {f"{name}.{key}": entry for key, entry in _settings(value).items()}
+            flat |= {f"{name}.{key}": entry for key, entry in flat_settings(value).items()}
         else:
             flat[name] = list(value) if isinstance(value, tuple) else value
     return flat
@@ -134,7 +138,8 @@ def _extensible(stage: str, decay: str) -> tuple[str, ...]:
     return (f"{stage}.steps",) if decay == "constant" else ()
 
 
-def _teacher_stage(config: Config, source, data: DataShape, mesh: Mesh) -> Stage:
+def teacher_stage(config: Config, source, data: DataShape, mesh: Mesh) -> Stage:
+    """Training of the teacher by flow matching."""
     module = teacher_network(config.model, data).clone(constrain=ActivationSharding(mesh))
     settings = config.teacher
     optimizer = make_optimizer(settings.optimizer, settings.steps)
@@ -144,15 +149,17 @@ def _teacher_stage(config: Config, source, data: DataShape, mesh: Mesh) -> Stage
     }
     return Stage(
         name="teacher",
-        init=lambda: TrainState.create(init_params(module, _key(config, _TEACHER_INIT)), optimizer),
+        init=lambda: TrainState.create(
+            init_params(module, stream_key(config, _TEACHER_INIT)), optimizer
+        ),
         step=step,
-        constants=(_key(config, _TEACHER_STEPS),),
-        data=_batches(config, source, settings.batch_size, config.seed),
+        constants=(stream_key(config, _TEACHER_STEPS),),
+        data=stage_batches(config, source, settings.batch_size, config.seed),
         steps=settings.steps,
         batch_size=settings.batch_size,
         flops_per_step=settings.batch_size
         * _mean_flops(functools.partial(gradient_flops, module), source, data),
-        config=_settings(
+        config=flat_settings(
             {
                 "seed": config.seed,
                 "data.name": config.data.name,
@@ -167,7 +174,8 @@ def _teacher_stage(config: Config, source, data: DataShape, mesh: Mesh) -> Stage
     )
 
 
-def _student_stage(config: Config, source, data: DataShape, teacher_params, mesh: Mesh) -> Stage:
+def student_stage(config: Config, source, data: DataShape, teacher_params, mesh: Mesh) -> Stage:
+    """Training of the student by pi-ID."""
     constrain = ActivationSharding(mesh)
     teacher = teacher_network(config.model, data).clone(constrain=constrain)
     student = student_network(config.model, config.policy, data).clone(constrain=constrain)
@@ -176,7 +184,7 @@ def _student_stage(config: Config, source, data: DataShape, teacher_params, mesh
     distil = distill_step(student, teacher, optimizer, config, data, getattr(source, "null", None))
 
     def init(teacher_params):
-        key = _key(config, _STUDENT_INIT)
+        key = stream_key(config, _STUDENT_INIT)
         return TrainState.create(initial_student(key, student, teacher, teacher_params), optimizer)
 
     def flops(*shape):
@@ -188,12 +196,12 @@ def _student_stage(config: Config, source, data: DataShape, teacher_params, mesh
         name="student",
         init=init,
         step=distil,
-        constants=(teacher_params, _key(config, _STUDENT_STEPS)),
-        data=_batches(config, source, settings.batch_size, config.seed + _STUDENT_DATA),
+        constants=(teacher_params, stream_key(config, _STUDENT_STEPS)),
+        data=stage_batches(config, source, settings.batch_size, config.seed + _STUDENT_DATA),
         steps=settings.steps,
         batch_size=settings.batch_size,
         flops_per_step=settings.batch_size * _mean_flops(flops, source, data),
-        config=_settings(groups),
+        config=flat_settings(groups),
         extensible=_extensible("train", settings.optimizer.decay),
         spec=student_spec(config, data),
         init_arguments=(teacher_params,),
@@ -209,7 +217,51 @@ def _mean_flops(count: Callable[..., int], source, data: DataShape) -> float:
     return fmean(count(height, width, length) for height, width in shapes)
 
 
-def _batches(config: Config, source, batch_size: int, seed: int):
+def rival_stage(
+    config: Config, source, data: DataShape, method: str, given: dict[str, Any], mesh: Mesh
+) -> Stage:
+    """Training of a rival, whose length and learning rate are those of `config.train`.
+
+    Args:
+      config: the run's settings.
+      source: images or latents.
+      data: what they look like.
+      method: a key of `RIVALS`.
+      given: the teacher's parameters as `teacher`, and `pairs` for those that need them.
+      mesh: the devices.
+
+    Returns:
+      The stage, called `rival`.
+    """
+    rival, settings = RIVALS[method], config.train
+    setting = rival_setting(config, data, rival, ActivationSharding(mesh))
+    key = jax.random.split(stream_key(config, _STUDENT_INIT))[0]
+    groups = {"seed": config.seed, "data.name": config.data.name, "method": method}
+    groups |= {name: getattr(config, name) for name in ("model", "teacher", "train", "rivals")}
+    flops = gradient_flops(setting.module, data.sample_size, data.sample_size)
+    return Stage(
+        name="rival",
+        init=lambda teacher: rival_init(setting, rival, key, teacher),
+        step=rival.step(setting),
+        constants=(given, stream_key(config, _STUDENT_STEPS)),
+        data=stage_batches(config, source, settings.batch_size, config.seed + _STUDENT_DATA),
+        steps=settings.steps,
+        batch_size=settings.batch_size,
+        flops_per_step=flops * settings.batch_size,
+        config=flat_settings(groups),
+        spec=rival_spec(config, data, method),
+        init_arguments=(given["teacher"],),
+        shardings=lambda state: student_shardings(config, mesh, state),
+    )
+
+
+def pairs_key(config: Config) -> jax.Array:
+    """The key of the pairs of noise and endpoint."""
+    return stream_key(config, _PAIRS)
+
+
+def stage_batches(config: Config, source, batch_size: int, seed: int):
+    """Endless batches of a source, this process's share of them."""
     return batches(
         source,
         batch_size=batch_size,

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from piflow_jax.config import Config, ModelConfig, PolicyConfig, TrainConfig
 from piflow_jax.data.latents import SD_VAE_SCALE, LatentsSource
-from piflow_jax.models import DiT, DXHead, GMHead, VelocityHead, student_from_teacher
+from piflow_jax.models import ArcHead, DiT, DXHead, GMHead, VelocityHead, student_from_teacher
 from piflow_jax.models.flux import FLUX_TARGETS, Flux
 from piflow_jax.models.lora import LoRA, initial_trained, merge, split
 from piflow_jax.models.qwen_image import QWEN_TARGETS, QwenImage
@@ -28,6 +28,8 @@ __all__ = [
     "abstract_params",
     "init_params",
     "initial_student",
+    "rival_network",
+    "rival_spec",
     "student_network",
     "student_settings",
     "student_spec",
@@ -193,12 +195,19 @@ def student_network(model: ModelConfig, policy: PolicyConfig, data: DataShape) -
     """The network that predicts policies; one that reads text is its teacher's with adapters."""
     if policy.kind == "gm":
         head = GMHead(policy.num_components, policy.logstd_hidden)
+    elif policy.kind == "arc":
+        head = ArcHead(policy.num_components)
     else:
         # Polynomial coefficients beyond the first start at zero only with the skip.
         head = DXHead(policy.num_grid, input_skip=policy.mode == "polynomial")
     targets = {"dit": None, "flux": FLUX_TARGETS, "qwen_image": QWEN_TARGETS}[model.network]
     lora = targets and LoRA(targets, rank=model.lora_rank, dropout=model.lora_dropout)
     return _network(model, data, head, lora)
+
+
+def rival_network(model: ModelConfig, data: DataShape, *, two_times: bool) -> DiT:
+    """The same network as the teacher's, for a rival: of one time or of two."""
+    return teacher_network(model, data).clone(two_times=two_times)
 
 
 def init_params(module: Network, key: jax.Array) -> Any:
@@ -276,6 +285,7 @@ def student_spec(config: Config, data: DataShape) -> dict[str, Any]:
     train, policy = config.train, dataclasses.asdict(config.policy)
     used = {
         "gm": ("kind", "num_components", "logstd_hidden"),
+        "arc": ("kind", "num_components"),
         "dx": ("kind", "num_grid", "mode", "segment_size"),
     }[config.policy.kind]
     sampling = ("nfe", "final_step_size_scale", "shift", "total_substeps")
@@ -287,6 +297,12 @@ def student_spec(config: Config, data: DataShape) -> dict[str, Any]:
         | {f"policy.{key}": policy[key] for key in used}
         | {f"train.{key}": getattr(train, key) for key in sampling}
     )
+
+
+def rival_spec(config: Config, data: DataShape, method: str) -> dict[str, Any]:
+    """What a rival's checkpoint says of itself; no student, whose network predicts a policy."""
+    spec = {"kind": "rival", "method": method, "train.shift": config.train.shift}
+    return spec | _model_spec(config.model, data)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from piflow_jax.config import PolicyConfig, TeacherConfig, TrainConfig
 from piflow_jax.flow.guidance import guided_velocity
 from piflow_jax.flow.imitation import imitation_loss, intervals_from_uniforms, window_size
-from piflow_jax.flow.policies import DXPolicy, GMFlowPolicy, Policy
+from piflow_jax.flow.policies import ArcFlowPolicy, DXPolicy, GMFlowPolicy, Policy
 from piflow_jax.flow.policies.base import per_sample
 from piflow_jax.flow.schedule import TimeWarp, segment_start
 
@@ -66,6 +66,8 @@ def make_policy_factory(
     if policy.kind == "gm":
         eps = SAMPLE_EPS if sampling else TRAIN_EPS
         return lambda output, x, sigma: GMFlowPolicy.create(output, x, sigma, eps=eps)
+    if policy.kind == "arc":
+        return ArcFlowPolicy.create
     f = train.final_step_size_scale
     segment_size = policy.segment_size or max(1.0, f) / (train.nfe - 1 + f)
 
@@ -224,6 +226,8 @@ def _segment_loss(policy, teacher, x_src, tau_src, segment_size, draws, ratio, c
         total_substeps=config.total_substeps,
         window_substeps=config.window_substeps,
         loss_scale=config.loss_scale,
+        adaptive_power=config.adaptive_power,
+        time_power=config.time_power,
     )
 
 

@@ -19,7 +19,8 @@ class TrainState:
     Attributes:
       step: int32 scalar, optimiser steps done.
       params: variables of the module, `{"params": ...}`.
-      ema_params: their Karras average, same structure.
+      ema_params: their Karras average, same structure; of several networks that train together
+        (DMD2), that of the student alone.
       opt_state: state of the optax transformation.
     """
 

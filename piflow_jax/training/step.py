@@ -24,7 +24,14 @@ from piflow_jax.training.objectives import (
 from piflow_jax.training.optimizer import update_ema
 from piflow_jax.training.state import TrainState
 
-__all__ = ["accumulate", "distill_flops", "distill_step", "teacher_step"]
+__all__ = [
+    "accumulate",
+    "advance",
+    "distill_flops",
+    "distill_step",
+    "images_of",
+    "teacher_step",
+]
 
 # A stream of its own beside those that the losses split off the same key.
 _POSTERIOR = 0x9057
@@ -34,13 +41,25 @@ StepFn = Callable[..., tuple[TrainState, Metrics]]
 
 
 @jax.named_scope("optimizer")
-def _advance(
+def advance(
     state: TrainState,
     grads,
     loss: jax.Array,
     optimizer: optax.GradientTransformation,
     config: OptimizerConfig,
 ) -> tuple[TrainState, Metrics]:
+    """The state after an optimiser's step, its average included, and what the loop reports.
+
+    Args:
+      state: the state before.
+      grads: gradients by `state.params`.
+      loss: scalar.
+      optimizer: the update rule.
+      config: the settings of warm-up and average.
+
+    Returns:
+      `(state, metrics)`.
+    """
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     ema = update_ema(state.ema_params, params, state.step, config.warmup_steps, config.ema_gamma)
@@ -48,8 +67,8 @@ def _advance(
     return TrainState(state.step + 1, params, ema, opt_state), metrics
 
 
-def _images(batch, key: jax.Array, data: DataShape) -> jax.Array:
-    """What the networks see: images or latents as they are, or a draw from a posterior."""
+def images_of(batch, key: jax.Array, data: DataShape) -> jax.Array:
+    """What the networks see, `[B, H, W, C]`: images or latents, or a draw from a posterior."""
     for name in ("image", "latents"):
         if name in batch:
             return batch[name].astype(jnp.promote_types(batch[name].dtype, jnp.float32))
@@ -100,7 +119,7 @@ def _samples_like(batch, data: DataShape) -> jax.ShapeDtypeStruct:
     if "canvas" in batch:
         canvas = batch["canvas"]
         return jax.ShapeDtypeStruct((*canvas.shape[:-1], data.channels), canvas.dtype)
-    return jax.eval_shape(lambda batch: _images(batch, jax.random.key(0), data), batch)
+    return jax.eval_shape(lambda batch: images_of(batch, jax.random.key(0), data), batch)
 
 
 def teacher_step(
@@ -133,7 +152,7 @@ def teacher_step(
             return flow_matching_loss(
                 lambda x, sigma, told: module.apply(params, x, sigma, **told),
                 key,
-                _images(batch, key, data),
+                images_of(batch, key, data),
                 conditions(config.model, batch),
                 null_conditions(config.model, data.num_classes, null),
                 settings.label_dropout,
@@ -141,7 +160,7 @@ def teacher_step(
             )
 
         loss, grads = jax.value_and_grad(loss_fn)(state.params)
-        return _advance(state, grads, loss, optimizer, settings.optimizer)
+        return advance(state, grads, loss, optimizer, settings.optimizer)
 
     return step
 
@@ -174,7 +193,7 @@ def distill_step(
     """
     train = config.train
     factory = make_policy_factory(config.policy, train)
-    components = config.policy.num_components if config.policy.kind == "gm" else 0
+    components = 0 if config.policy.kind == "dx" else config.policy.num_components
     dropout = config.model.network != "dit" and config.model.lora_dropout > 0
 
     def step(state: TrainState, teacher_params, root: jax.Array, batch):
@@ -243,9 +262,9 @@ def distill_step(
             "tau": tau,
         }
         if not train.data_free:
-            whole["images"] = _images(batch, keys[0], data)
+            whole["images"] = images_of(batch, keys[0], data)
         loss, grads = accumulate(loss_and_grads, whole, train.microbatches)
-        state, metrics = _advance(state, grads, loss, optimizer, train.optimizer)
+        state, metrics = advance(state, grads, loss, optimizer, train.optimizer)
         if train.mixing_steps:
             metrics["teacher_ratio"] = jnp.asarray(ratio)
         return state, metrics

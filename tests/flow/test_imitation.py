@@ -163,6 +163,48 @@ def test_python_zero_and_traced_zero_mixing_agree(x64):
         )
 
 
+def test_weights_are_those_of_the_errors_and_times(x64):
+    """In NumPy, from what the loss saw; the gradient takes the adaptive weight for a constant."""
+    x = jax.random.normal(jax.random.key(0), (3, 5, 2))
+    tau = jnp.asarray([1.0, 0.9, 0.7])
+    intervals = intervals_from_uniforms(
+        jnp.asarray([[0.1, 0.8], [0.3, 0.6], [0.2, 0.9]]), jnp.zeros((3, 1)), tau, 0 * tau, 0
+    )
+
+    def loss(output, **weights):
+        policy = DXPolicy.create(output, x, tau)
+        return imitation_loss(
+            policy,
+            lambda x, t: jnp.sin(3 * x) * jnp.reshape(1 + t, (-1, 1, 1)),
+            x,
+            tau,
+            tau,
+            intervals,
+            TimeWarp(2.0),
+            total_substeps=4,
+            loss_scale=2.0,
+            **weights,
+        )
+
+    output = jax.random.normal(jax.random.key(1), (3, 5, 4, 2))
+    grads = jax.grad(loss, has_aux=True)
+    plain, aux = loss(output)
+    errors = np.mean(np.square(aux.prediction - aux.target), axis=(2, 3))
+    np.testing.assert_allclose(plain, np.mean(errors), rtol=1e-12)
+    weighted, _ = loss(output, adaptive_power=0.5, time_power=2.0)
+    weights = (errors + 1e-3) ** -0.5 * np.square(aux.sigma)
+    np.testing.assert_allclose(weighted, np.mean(weights * errors), rtol=1e-12)
+    # A sample's states share its output: with one weight for both, gradients are in proportion.
+    one = intervals.replace(student=intervals.student[:, :1], teacher=intervals.teacher[:, :1])
+    intervals = one
+    _, aux = loss(output)
+    errors = np.mean(np.square(aux.prediction - aux.target), axis=(2, 3))[0]
+    found, expected = grads(output, adaptive_power=1.0)[0], grads(output)[0]
+    np.testing.assert_allclose(
+        found, expected / np.reshape(errors + 1e-3, (-1, 1, 1, 1)), rtol=1e-9, atol=1e-14
+    )
+
+
 def test_intervals_stay_inside_the_segment():
     segment = jnp.asarray([1.0, 0.5, 0.2])
     window = window_size(segment, 3, 128)

@@ -9,6 +9,7 @@ import pytest
 
 from piflow_jax.convert import load_torch_state, to_torch_state
 from piflow_jax.models import (
+    ArcHead,
     DiT,
     DXHead,
     GMHead,
@@ -74,6 +75,27 @@ def test_gm_student_starts_at_its_teacher():
     assert (
         other["params"]["head"]["means"]["bias"] != params["params"]["head"]["means"]["bias"]
     ).all()
+
+
+def test_arc_student_starts_at_its_teacher():
+    """At the source every component has the teacher's velocity, but for the noise between them."""
+    teacher = DiT(**SMALL)
+    teacher_params = random_params(teacher)
+    student = teacher.clone(head=ArcHead(num_components=3))
+    fresh = jax.jit(student.init)(jax.random.key(1), *small_inputs())
+    params = student_from_teacher(jax.random.key(3), student, fresh, teacher_params)
+    x, t, labels = small_inputs()
+    velocity = apply(teacher, teacher_params, x, t, labels)
+    output = apply(student, params, x, t, labels)
+    offset = output.means - velocity[..., None, :]
+    np.testing.assert_allclose(
+        offset, jnp.broadcast_to(offset[:1, :1, :1], offset.shape), atol=1e-5
+    )
+    assert 0.01 < float(offset[0, 0, 0].std()) < 0.1
+    np.testing.assert_allclose(output.logweights, -math.log(3), atol=1e-6)
+    # Rates do not come from the teacher: they are spread, so that components can part.
+    expected = jnp.broadcast_to(jnp.asarray([-2.0, 0.0, 2.0]), output.rates.shape)
+    np.testing.assert_allclose(output.rates, expected, atol=1e-6)
 
 
 @pytest.mark.parametrize("num_grid", [1, 4])

@@ -13,7 +13,7 @@ from absl import logging
 from piflow_jax.config import parse
 from piflow_jax.data import load_source
 from piflow_jax.parallel import device_mesh
-from piflow_jax.stages.train import _student_stage
+from piflow_jax.stages.train import student_stage
 from piflow_jax.training.loop import run_stage
 from piflow_jax.training.networks import DataShape, init_params, teacher_network
 
@@ -32,7 +32,7 @@ def run(workdir, shape, steps):
     data = DataShape.of("digits", source)
     teacher = jax.jit(lambda: init_params(teacher_network(config.model, data), jax.random.key(0)))
     teacher = jax.device_put(teacher(), jax.NamedSharding(mesh, jax.P()))
-    stage = _student_stage(config, source, data, teacher, mesh)
+    stage = student_stage(config, source, data, teacher, mesh)
     options = {"log_every": 1, "checkpoint_every": 100, "keep_checkpoints": 1}
     state = run_stage(stage, workdir, mesh=mesh, **options)
     flat = jax.tree_util.tree_leaves_with_path((state.params, state.ema_params, state.opt_state))

@@ -11,15 +11,17 @@ import types
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 from jax.sharding import PartitionSpec as P
 
 from piflow_jax.config import base_config, parse
+from piflow_jax.models import DiT
 from piflow_jax.models.axes import parameter_axes
 from piflow_jax.models.flux import FLUX_TARGETS, Flux
-from piflow_jax.models.heads import DXHead, GMHead
+from piflow_jax.models.heads import ArcHead, DXHead, GMHead
 from piflow_jax.models.lora import LoRA
 from piflow_jax.models.qwen_image import QWEN_TARGETS, QwenImage
 from piflow_jax.parallel import device_mesh, parameter_shardings
@@ -163,6 +165,16 @@ def test_each_part_of_the_state_has_a_rule_of_its_own(place):
     for name, trees in parts.items():
         expected = P() if name == place else P(None, "fsdp", "tensor")
         assert [sharding.spec for sharding in jax.tree.leaves(trees)] == [expected] * len(trees)
+
+
+def test_every_parameter_of_a_rival_has_its_axes():
+    module = DiT(two_times=True, head=ArcHead(16), hidden=64, num_heads=4, depth=2)
+    t = jnp.zeros(1)
+    inputs = jnp.zeros((1, 32, 32, 4)), t, jnp.zeros(1, jnp.int32), t
+    shapes = jax.eval_shape(module.init, jax.random.key(0), *inputs)["params"]
+    axes = {path: parameter_axes(path, a.ndim) for path, a in flatten_dict(shapes).items()}
+    assert axes["second_time_in", "kernel"] == axes["time_in", "kernel"] == (None, "embed")
+    assert axes["head", "rates", "kernel"] == axes["head", "means", "kernel"] == ("embed", None)
 
 
 def test_every_parameter_of_the_text_to_image_networks_has_its_axes():

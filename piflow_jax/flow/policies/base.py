@@ -16,6 +16,9 @@ class Policy(Protocol):
 
     Implementations are frozen pytrees whose leaves are arrays, so that a policy passes through
     `jit`, `scan`, `vmap` over nothing but its leaves, and `jax.lax.stop_gradient`.
+
+    A policy whose integral is known has `displacement(x, sigma_start, sigma_end)` besides, the
+    change of the state between two noise levels; rollouts then take no substeps.
     """
 
     def velocity(self, x: jax.Array, sigma: jax.Array) -> jax.Array:

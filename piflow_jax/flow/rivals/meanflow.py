@@ -1,0 +1,111 @@
+"""MeanFlow: mean velocities learned from their own derivative (arXiv 2505.13447).
+
+The mean velocity over `[r, t]` is `u(x_t, r, t) = (x_t - x_r) / (t - r)` on a path of the flow
+(Eq. 3). Differentiating by `t` gives the MeanFlow identity `u = v - (t - r) du/dt` (Eq. 6), whose
+right-hand side, with the network in it and without gradient, is the target of a regression. Its
+times are ours: `t = 1` is noise.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from piflow_jax.flow.policies.base import per_sample
+
+__all__ = ["guided_target", "meanflow_loss", "meanflow_times"]
+
+MeanVelocity = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+"""`(x[B, *sites, C], t[B], t - r [B]) -> u[B, *sites, C]`, mean velocity from `t` down to `r`."""
+
+
+def meanflow_times(
+    key: jax.Array, batch: int, share: float = 0.25, mean: float = -0.4, std: float = 1.0
+) -> tuple[jax.Array, jax.Array]:
+    """Draws `t >= r`: the larger and the smaller of two logit-normal times (Sec. 4.3).
+
+    Args:
+      key: a PRNG key.
+      batch: `B`.
+      share: share of samples with `r < t`; the others have `r = t`, which is flow matching.
+      mean: mean of the logits.
+      std: their standard deviation.
+
+    Returns:
+      `(t[B], r[B])`.
+    """
+    times_key, equal_key = jax.random.split(key)
+    logits = mean + std * jax.random.normal(times_key, (2, batch))
+    times = jax.nn.sigmoid(logits)
+    t, r = jnp.max(times, axis=0), jnp.min(times, axis=0)
+    return t, jnp.where(jax.random.bernoulli(equal_key, share, (batch,)), r, t)
+
+
+def guided_target(
+    velocity: jax.Array,
+    cond: jax.Array,
+    uncond: jax.Array,
+    omega: float | jax.Array,
+    kappa: float | jax.Array = 0.0,
+) -> jax.Array:
+    """Velocity with guidance built in, in place of the conditional one (Sec. 4.2 and App. B.1).
+
+    `omega v + kappa u_c + (1 - omega - kappa) u_u`, with the network's own velocities at `r = t`;
+    the guidance scale that comes of it is `omega / (1 - kappa)`. It costs no evaluations when
+    sampling.
+
+    Args:
+      velocity: `[B, *sites, C]`, `eps - x_0`.
+      cond: `[B, *sites, C]`, the network's velocity `u(x, t, t)` under the label.
+      uncond: `[B, *sites, C]`, that without a label.
+      omega: share of the sample's own velocity, a scalar or `[B]`.
+      kappa: share of the network's, likewise.
+
+    Returns:
+      `[B, *sites, C]`, without gradient.
+    """
+    omega, kappa = (per_sample(jnp.asarray(value), velocity.ndim) for value in (omega, kappa))
+    mixed = omega * velocity + kappa * cond + (1 - omega - kappa) * uncond
+    return jax.lax.stop_gradient(mixed)
+
+
+def meanflow_loss(
+    network: MeanVelocity,
+    x: jax.Array,
+    velocity: jax.Array,
+    t: jax.Array,
+    r: jax.Array,
+    *,
+    power: float = 1.0,
+    eps: float = 1e-3,
+) -> tuple[jax.Array, jax.Array]:
+    """The MeanFlow objective (Eqs. 8 to 10) with its adaptive weight (Sec. 4.3).
+
+    The derivative along the path, `du/dt = v du/dx + du/dt` (Eq. 8), is one Jacobian-vector
+    product with the tangent `(v, 1)` at fixed `r`.
+
+    Args:
+      network: the mean velocity.
+      x: `[B, *sites, C]`, states at `t`.
+      velocity: `[B, *sites, C]`, `eps - x_0`, or that with guidance.
+      t: `[B]`, noise levels.
+      r: `[B]`, noise levels at most `t`.
+      power: `p` of the weight `1 / (|residual|^2 + eps)^p`, with the sum of squares of a sample; 0
+        is the plain squared error.
+      eps: `c` of the weight.
+
+    Returns:
+      `(loss[], residual[B, *sites, C])`; the loss is a mean over samples, the residual that of the
+      prediction to its target.
+    """
+    interval = t - r
+
+    def along(x, t):
+        return network(x, t, t - r)
+
+    prediction, derivative = jax.jvp(along, (x, t), (velocity, jnp.ones_like(t)))
+    target = velocity - per_sample(interval, x.ndim) * derivative
+    residual = prediction - jax.lax.stop_gradient(target)
+    squares = jnp.sum(jnp.square(residual), axis=tuple(range(1, x.ndim)))
+    weight = (jax.lax.stop_gradient(squares) + eps) ** -power
+    return jnp.mean(weight * squares), residual

@@ -1,0 +1,126 @@
+"""The comparison of methods: its budget, what it refuses, and a whole one at toy size."""
+
+import json
+import time
+
+import pytest
+import tiny
+
+from piflow_jax.config import ConfigError, parse
+from piflow_jax.stages import compare_rivals, export
+from piflow_jax.stages.rivals import POLICY_METHOD, interleaved_seconds
+
+
+def toy(*methods):
+    config = tiny.get_config()
+    config.model.time_scale = 1.0
+    config.teacher.optimizer.warmup_steps = config.train.optimizer.warmup_steps = 0
+    config.rivals.methods = methods
+    config.rivals.seeds = (0,)
+    config.rivals.nfes = (1, 2)
+    config.rivals.seconds = 0.2
+    config.rivals.rounds = 1
+    config.rivals.pairs = 12
+    config.rivals.pair_steps = 2
+    return config
+
+
+@pytest.mark.parametrize("method", ["sdxl", "gm_", "gm_2", "arc_nfe", "dmd_2nfe", "gm+student"])
+def test_unknown_methods_are_refused_with_the_known_ones(method, tmp_path):
+    with pytest.raises(ConfigError, match=f"there is no '.*{method[-2:]}'.*meanflow, shortcut"):
+        compare_rivals(parse(toy("gm", method)), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("data.name", "imagenet", "compares on digits, mnist"),
+        ("train.microbatches", 2, "must be 1"),
+    ],
+)
+def test_settings_for_other_runs_are_refused(key, value, message, tmp_path):
+    config = toy("gm")
+    group, name = key.split(".")
+    config[group][name] = value
+    with pytest.raises(ConfigError, match=message):
+        compare_rivals(parse(config), tmp_path)
+
+
+def test_an_arc_student_has_no_official_names(tmp_path):
+    config = toy("arc")
+    config.policy.kind = "arc"
+    with pytest.raises(ConfigError, match=r"config\.policy\.kind = 'arc' has no official names"):
+        export(parse(config), tmp_path)
+
+
+def test_methods_name_their_policy_evaluations_and_loss():
+    names = {
+        "gm": ("gm", None, None),
+        "arc_2nfe": ("arc", "2", None),
+        "gm_adaptive": ("gm", None, "adaptive"),
+        "gm_4nfe_timed": ("gm", "4", "timed"),
+    }
+    for name, expected in names.items():
+        assert POLICY_METHOD.fullmatch(name).group("kind", "nfe", "loss") == expected
+
+
+def test_times_are_medians_of_rounds_in_turn(monkeypatch):
+    """On a clock that only the calls move: 1 s and 3 s, but for one slow round."""
+    now, order, slow = [0.0], [], iter([10.0, 1, 1, 1, 1, 1])
+
+    def call(name, seconds):
+        def run():
+            order.append(name)
+            now[0] += seconds() if callable(seconds) else seconds
+
+        return run
+
+    monkeypatch.setattr(time, "process_time", lambda: now[0])
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    found = interleaved_seconds({"a": call("a", lambda: next(slow)), "b": call("b", 3.0)}, 5)
+    assert found == {"a": 1.0, "b": 3.0}
+    assert order == ["a", "b"] * 6
+
+
+@pytest.mark.slow
+def test_a_whole_comparison_is_kept_and_continued(tmp_path, capfd):
+    """Two processes' worth of work: the second finds the first one's results."""
+    methods = ("gm", "arc_2nfe", "meanflow+teacher", "consistency", "regression", "dmd")
+    report = compare_rivals(parse(toy(*methods)), tmp_path)
+    evaluations = {}
+    for row in report["rows"]:
+        evaluations.setdefault(row["method"], []).append(row["nfe"])
+        assert row["steps"] >= 1 and row["figures"]["frechet"] > 0
+    assert evaluations == {
+        "gm": [1],
+        "arc_2nfe": [2],
+        "meanflow+teacher": [1, 2],
+        "consistency": [1, 2],
+        "regression": [1],
+        "dmd": [1, 2],
+    }
+    times = report["times"]["methods"]
+    # What a method spends is its budget to within a step; a credit is the teacher's training.
+    credit = times["gm"]["teacher_seconds"]
+    for method, spent in times.items():
+        budget = 0.2 + (credit if method.endswith("+teacher") else 0)
+        assert budget - spent["step_seconds"] <= spent["train_seconds"] <= budget + 1e-9
+    assert times["meanflow+teacher"]["teacher_seconds"] == 0
+    assert times["regression"]["pairs_seconds"] > 0 == times["gm"]["pairs_seconds"]
+    by_key = {(row["method"], row["nfe"]): row for row in report["rows"]}
+    assert by_key["dmd", 1]["endpoint_mse"] is None
+    assert by_key["consistency", 2]["endpoint_mse"] is None
+    assert by_key["consistency", 1]["endpoint_mse"] > 0
+
+    result = tmp_path / "gm" / "seed0" / "result.json"
+    rows = json.loads(result.read_text())
+    rows[0]["figures"]["frechet"] = -1.0
+    result.write_text(json.dumps(rows))
+    again = compare_rivals(parse(toy(*methods)), tmp_path)
+    assert again["rows"][0]["figures"]["frechet"] == -1.0
+    assert again["rows"][1:] == report["rows"][1:]
+    changed = toy(*methods)
+    changed.rivals.seconds = 0.3
+    with pytest.raises(ConfigError, match=r"times\.json was measured with other settings"):
+        compare_rivals(parse(changed), tmp_path)
+    capfd.readouterr()

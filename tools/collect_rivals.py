@@ -1,0 +1,262 @@
+"""Collects the comparisons of `--mode=rivals` into `docs/rivals.md` and its pictures.
+
+    cp runs/rivals_digits/rivals.json docs/results/rivals_digits.json
+    python tools/collect_rivals.py             # rewrite the tables and the pictures
+    python tools/collect_rivals.py --check     # exit 1 if the tables are not what the reports say
+
+The tables stand between markers and are a pure function of the files `docs/results/rivals_*.json`;
+pictures take matplotlib, the tables the standard library only.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+DATA_SETS = ("digits", "mnist")
+FIGURES = ("frechet", "precision", "recall", "diversity")
+DECIMALS = {"frechet": 2, "precision": 3, "recall": 3, "diversity": 2, "endpoint_mse": 4}
+HEADS = ("Frechet", "precision", "recall", "diversity", "endpoint MSE")
+
+NAMES = {
+    "gm": "**pi-Flow, GM**",
+    "arc": "pi-Flow, ArcFlow",
+    "meanflow": "MeanFlow",
+    "shortcut": "shortcut",
+    "consistency": "consistency (sCM)",
+    "reflow": "reflow",
+    "regression": "regression",
+    "dmd": "DMD2",
+}
+
+Report = dict[str, Any]
+
+
+class ReportError(ValueError):
+    """A report's file or the page cannot be used."""
+
+
+def load(path: Path) -> Report:
+    """Reads a comparison, its rows with their figures among the other keys.
+
+    Args:
+      path: what `--mode=rivals` wrote.
+
+    Returns:
+      The report.
+
+    Raises:
+      ReportError: it is no such report, or a method lacks a seed.
+    """
+    try:
+        report = json.loads(path.read_text(encoding="utf-8"))
+        for row in [*report["rows"], *report["teacher"]]:
+            row |= row.pop("figures")
+        seeds = report["protocol"]["seed"]
+        for key in {(row["method"], row["nfe"]) for row in report["rows"]}:
+            found = [r["seed"] for r in report["rows"] if (r["method"], r["nfe"]) == key]
+            if sorted(found) != sorted(seeds):
+                raise ReportError(f"{path}: {key[0]} at {key[1]} NFE has the seeds {found}")
+    except (ValueError, KeyError, TypeError) as error:
+        if isinstance(error, ReportError):
+            raise
+        raise ReportError(f"{path} is not a report ({type(error).__name__}: {error})") from error
+    return report
+
+
+def name_of(method: str) -> str:
+    """A method as people call it; what it was trained for stands in a column of its own."""
+    method, plus, _ = method.partition("+")
+    base, *parts = method.split("_")
+    losses = [part for part in parts if not part.endswith("nfe")]
+    return ", ".join([NAMES.get(base, base), *losses]) + (" + teacher's time" if plus else "")
+
+
+def groups(report: Report) -> list[tuple[int, str, list[Report]]]:
+    """`(nfe, method, rows of all seeds)`, by evaluations and then by distance."""
+    found: dict[tuple[int, str], list[Report]] = {}
+    for row in report["rows"]:
+        found.setdefault((row["nfe"], row["method"]), []).append(row)
+    order = sorted(found, key=lambda key: (key[0], fmean(row["frechet"] for row in found[key])))
+    return [(nfe, method, found[nfe, method]) for nfe, method in order]
+
+
+def _cell(rows: Sequence[Report], key: str) -> str:
+    values = [row[key] for row in rows]
+    if None in values:
+        return "-"
+    text = f"{fmean(values):.{DECIMALS[key]}f}"
+    if key == "frechet" and len(values) > 1:
+        text += f" ± {stdev(values):.{DECIMALS[key]}f}"
+    return text
+
+
+def comparison(report: Report) -> list[str]:
+    """Lines of the table of all methods, means over seeds."""
+    head = ["NFE", "method", *HEADS, "steps", "training, s", "and the teacher's, s"]
+    rows = []
+    for nfe, method, same in groups(report):
+        first = same[0]
+        whole = first["train_seconds"] + first["teacher_seconds"]
+        cells = [_cell(same, key) for key in (*FIGURES, "endpoint_mse")]
+        times = f"{first['steps']:,}", f"{first['train_seconds']:.0f}", f"{whole:.0f}"
+        rows.append([str(nfe), name_of(method), *cells, *times])
+    for row in report["teacher"]:
+        cells = [_cell([row], key) for key in (*FIGURES, "endpoint_mse")]
+        rows.append([str(row["nfe"]), "teacher", *cells, "", "", ""])
+    floor = report["floor"] | {"diversity": report["data_diversity"], "endpoint_mse": None}
+    cells = [_cell([floor], key) for key in (*FIGURES, "endpoint_mse")]
+    rows.append(["-", "data, half against half", *cells, "", "", ""])
+    rule = ["---:", "---", *["---:"] * (len(head) - 2)]
+    return [f"| {' | '.join(row)} |" for row in (head, rule, *rows)]
+
+
+def ablation(reports: dict[str, Report]) -> list[str]:
+    """Lines of the table of weights of pi-ID at one evaluation, seed by seed."""
+    lines = ["| data | loss | seed | Frechet | recall | endpoint MSE |"]
+    lines.append("| --- | --- | ---: | ---: | ---: | ---: |")
+    for data, report in reports.items():
+        for nfe, method, rows in groups(report):
+            base, *parts = method.split("_")
+            if base != "gm" or nfe != 1:
+                continue
+            loss = ", ".join(parts) or "plain"
+            rows = sorted(rows, key=lambda row: row["seed"])
+            for name, same in [*((str(row["seed"]), [row]) for row in rows), ("mean", rows)]:
+                cells = [_cell(same, key) for key in ("frechet", "recall", "endpoint_mse")]
+                lines.append(f"| {data} | {loss} | {name} | {' | '.join(cells)} |")
+    return lines
+
+
+def blocks(root: Path) -> dict[str, str]:
+    """What stands between the markers of the page, by name."""
+    results, texts, reports = root / "docs" / "results", {}, {}
+    for data in DATA_SETS:
+        path = results / f"rivals_{data}.json"
+        if path.exists():
+            report = reports[data] = load(path)
+            protocol, times = report["protocol"], report["times"]
+            said = (
+                f"{protocol['samples']} samples a system against {protocol['real_images']} images; "
+                f"seeds {', '.join(map(str, protocol['seed']))}; "
+                f"{times['settings']['seconds']:.0f} s of training a method "
+                f"({'of all cores together' if times['clock'] == 'cores' else 'of the clock'}) on "
+                f"{times['device']}, {times['cores']} cores; jax {times['jax']}."
+            )
+            texts[data] = "\n".join([*comparison(report), "", said, ""])
+        else:
+            texts[data] = "Not run yet.\n"
+    texts["ablation"] = "\n".join([*ablation(reports), ""]) if reports else "Not run yet.\n"
+    return texts
+
+
+def render(root: Path) -> str:
+    """The text of `docs/rivals.md` with its tables as the reports say.
+
+    Args:
+      root: the repository.
+
+    Returns:
+      The text.
+
+    Raises:
+      ReportError: a report cannot be used, or the page lacks its markers.
+    """
+    page = root / "docs" / "rivals.md"
+    text = page.read_text(encoding="utf-8")
+    for name, block in blocks(root).items():
+        begin, end = f"<!-- rivals:{name} -->", f"<!-- rivals:{name}:end -->"
+        if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+            raise ReportError(f"{page} must have {begin} and then {end}, once each")
+        text = f"{text.split(begin)[0]}{begin}\n{block}{end}{text.split(end)[1]}"
+    return text
+
+
+def draw(report: Report, path: Path, title: str) -> None:
+    """Quality against diversity: Frechet distance over recall and over diversity within a class.
+
+    Args:
+      report: a comparison.
+      path: the picture.
+      title: its title.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(10.5, 4.6), sharey=True, layout="constrained")
+    methods = sorted({row["method"].split("_")[0] for row in report["rows"]})
+    colours = {method: f"C{index}" for index, method in enumerate(methods)}
+    markers = {1: "o", 2: "s", 4: "^"}
+    best = max(report["teacher"], key=lambda row: row["nfe"])
+    of_data = report["floor"] | {"diversity": report["data_diversity"]}
+    for axis, key in zip(axes, ("recall", "diversity"), strict=True):
+        for nfe, method, rows in groups(report):
+            base = method.split("_")[0]
+            axis.scatter(
+                [row[key] for row in rows],
+                [row["frechet"] for row in rows],
+                color=colours[base],
+                marker=markers.get(nfe, "D"),
+                s=34,
+                alpha=0.75,
+            )
+        axis.scatter(best[key], best["frechet"], color="black", marker="*", s=150, zorder=3)
+        axis.scatter(of_data[key], of_data["frechet"], color="black", marker="X", s=80, zorder=3)
+        axis.set_yscale("log")
+        axis.set_xlabel({"recall": "recall", "diversity": "diversity within a class"}[key])
+        axis.grid(alpha=0.3, which="both")
+    axes[0].set_ylabel("Frechet distance")
+    dot = pyplot.Line2D
+    handles = [
+        dot([], [], color=colours[m], marker="o", ls="", label=name_of(m).replace("*", ""))
+        for m in methods
+    ]
+    handles += [
+        dot([], [], color="grey", marker=marker, ls="", label=f"{nfe} NFE")
+        for nfe, marker in markers.items()
+    ]
+    label = f"teacher, {best['nfe']} NFE"
+    handles.append(dot([], [], color="black", marker="*", ms=11, ls="", label=label))
+    handles.append(dot([], [], color="black", marker="X", ms=8, ls="", label="data, halves"))
+    figure.legend(handles=handles, loc="outside right center", frameon=False, fontsize=8)
+    figure.suptitle(title)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command; returns its exit status."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if stale")
+    parser.add_argument("--root", type=Path, default=Path(__file__).resolve().parents[1])
+    options = parser.parse_args(arguments)
+    page = options.root / "docs" / "rivals.md"
+    try:
+        text = render(options.root)
+    except (ReportError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if options.check:
+        if page.read_text(encoding="utf-8") == text:
+            return 0
+        print(f"{page} is stale; run: python tools/collect_rivals.py", file=sys.stderr)
+        return 1
+    page.write_text(text, encoding="utf-8")
+    print(f"wrote {page}")
+    for data in DATA_SETS:
+        path = options.root / "docs" / "results" / f"rivals_{data}.json"
+        if path.exists():
+            picture = options.root / "docs" / "images" / f"rivals_{data}.png"
+            draw(load(path), picture, f"configs/{data}.py:rivals, three seeds a method")
+            print(f"wrote {picture}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
