@@ -114,7 +114,8 @@ def wrong_values(value):
     if isinstance(value, str):
         return [True, 1, None, ("digits",)]
     empty = [()] if value else []  # an empty default may be given
-    return [1, "1", None, *empty, ("a",) * max(len(value), 1), (True,) * max(len(value), 1)]
+    other = 1 if value and isinstance(value[0], str) else "a"
+    return [1, "1", None, *empty, (other,) * max(len(value), 1), (True,) * max(len(value), 1)]
 
 
 @pytest.mark.parametrize("key", LEAVES)
