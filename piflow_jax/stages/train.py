@@ -29,6 +29,7 @@ from piflow_jax.training.networks import (
     student_spec,
     teacher_network,
     teacher_spec,
+    with_base,
 )
 from piflow_jax.training.optimizer import make_optimizer
 from piflow_jax.training.run_lock import RunLock
@@ -177,6 +178,7 @@ def _student_stage(config: Config, source, data: DataShape, teacher_params, mesh
         key = _key(config, _STUDENT_INIT)
         return TrainState.create(initial_student(key, student, teacher, teacher_params), optimizer)
 
+    look = student_look(config, source, data) if config.evaluation.every else None
     # Each segment of a data-free step has its own student evaluation and teacher queries.
     segments = settings.nfe if settings.data_free else 1
     guided = 1 if config.teacher.guidance_scale == 1 else 2
@@ -198,7 +200,7 @@ def _student_stage(config: Config, source, data: DataShape, teacher_params, mesh
         spec=student_spec(config, data),
         init_arguments=(teacher_params,),
         shardings=lambda state: student_shardings(config, mesh, state),
-        look=student_look(config, source, data) if config.evaluation.every else None,
+        look=look and (lambda trained: look(with_base(student, trained, teacher_params))),
     )
 
 
