@@ -21,7 +21,7 @@ _MODE = flags.DEFINE_enum(
     list(stages.MODES),
     "train: teacher if none is given, student, report. evaluate: the report again. "
     "sample: a grid of the student's samples, or a picture of each prompt. export: weights under "
-    "official names. prepare: cached latents or prompts. statistics: a reference for FID of images. "
+    "official names. prepare: cached latents or prompts. statistics: a reference for FID. "
     "compile, compile_sampling: the step or the sampler for config.topology, ahead of time.",
 )
 _PROMPTS = flags.DEFINE_string(

@@ -16,7 +16,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 
-from piflow_jax.config import parse
+from piflow_jax.config import ModelConfig, parse
 from piflow_jax.flow.policies import Policy
 from piflow_jax.flow.sampling import few_step_sample
 from piflow_jax.flow.schedule import TimeWarp
@@ -217,7 +217,7 @@ def load(path: str | os.PathLike, config: Any = None, dtype: str = "float32") ->
     Raises:
       FileNotFoundError: there is nothing at the path.
       CheckpointError: the checkpoint is unusable, or not a student's.
-      ValueError: the file is not a student's, or `config` is missing or does not fit.
+      ValueError: the file is not a student's of classes, or `config` is missing or does not fit.
     """
     path = Path(path)
     if not path.exists():
@@ -249,13 +249,14 @@ def load_teacher(
     Raises:
       FileNotFoundError: there is nothing at the path.
       CheckpointError: the checkpoint is unusable.
-      ValueError: the checkpoint is not a teacher's.
+      ValueError: the checkpoint is not a teacher's of classes.
     """
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such checkpoint")
     directory, step, spec = _checkpoint(path, "teacher")
     model, data = teacher_settings(spec)
+    _check_labels(model)
     module = teacher_network(model, data)
     teacher = Teacher(
         predict=module.apply,
@@ -290,9 +291,19 @@ def _averaged(directory: Path, step: int, module: DiT) -> Any:
 
 
 def _network(settings: StudentSettings, dtype: str) -> tuple[StudentSettings, DiT]:
+    _check_labels(settings.model)
     model = dataclasses.replace(settings.model, dtype=dtype)
     settings = dataclasses.replace(settings, model=model)
     return settings, student_network(model, settings.policy, settings.data)
+
+
+def _check_labels(model: ModelConfig) -> None:
+    """Refuses networks that are told more than labels."""
+    if model.network != "dit":
+        raise ValueError(
+            f"this is a {model.network}, which reads text; sample it by --mode=sample "
+            "(docs/text_to_image.md)"
+        )
 
 
 def _from_file(path: Path, config: Any, dtype: str) -> Student:

@@ -67,6 +67,45 @@ def test_imagenet_recipes_are_those_of_the_design(
     assert (optimizer.warmup_steps, optimizer.grad_clip, optimizer.ema_gamma) == (400, 50, 7)
 
 
+@pytest.mark.parametrize("name", ["flux", "qwen_image"])
+@pytest.mark.parametrize("variant", ["gm_4nfe", "gm_8nfe", "dx_4nfe", "datafree"])
+def test_text_recipes_are_those_of_the_design(name, variant):
+    """Section 6 of the design; sizes are those of the released networks (tests/models)."""
+    config = parse(load(name).get_config(variant))
+    model, train, flux = config.model, config.train, name == "flux"
+    assert (config.data.name, model.network) == ("prompts", name)
+    assert (model.hidden, model.num_heads, model.rope_axes) == (3072, 24, (16, 56, 56))
+    assert (model.depth, model.single_depth) == ((19, 38) if flux else (60, 38))
+    assert (model.lora_rank, model.lora_dropout, model.base_dtype) == (256, 0.05, "bfloat16")
+    grid = variant == "dx_4nfe"
+    policy = config.policy
+    assert (policy.num_grid if grid else policy.num_components) == (10 if grid else 8)
+    assert (policy.kind, train.gm_dropout) == (("dx", 0.0) if grid else ("gm", 0.1))
+    assert (train.num_states, train.window_substeps, train.total_substeps) == (
+        *(4 if flux else 2, 3, 128),
+    )
+    assert (train.shift, train.final_step_size_scale, train.loss_scale) == (3.2, 0.5, 30.0)
+    assert (train.steps, train.mixing_steps) == ((3000, 2000) if flux else (9000, 0))
+    assert train.nfe == (8 if variant == "gm_8nfe" else 4)
+    assert train.data_free == (variant == "datafree")
+    assert config.teacher.guidance_scale == (1.0 if flux else 4.0)
+    assert not flux or model.distilled_guidance == 3.5
+    optimizer = train.optimizer
+    assert (train.batch_size, optimizer.learning_rate, optimizer.warmup_steps) == (256, 1e-4, 100)
+    assert (optimizer.beta1, optimizer.beta2, optimizer.ema_gamma) == (0.9, 0.95, 7.0)
+    assert config.evaluation.temperature == (1.0 if grid else 0.7 if train.nfe == 8 else 0.3)
+
+
+@pytest.mark.parametrize("name", ["flux", "qwen_image"])
+def test_miniatures_are_the_same_program(name):
+    small, large = (parse(load(name).get_config(v)) for v in ("runlocal", "datafree"))
+    assert small.data.name == "captioned_digits" and small.train.data_free
+    for key in ("nfe", "shift", "final_step_size_scale", "window_substeps", "gm_dropout"):
+        assert getattr(small.train, key) == getattr(large.train, key)
+    assert small.teacher.guidance_scale == large.teacher.guidance_scale
+    assert small.model.distilled_guidance == large.model.distilled_guidance
+
+
 def test_imagenet_splits_its_state_over_sixteen_devices_at_most():
     config = parse(load("imagenet").get_config(), None)
     sizes = {n: tuple(mesh_sizes(config, n).values()) for n in (1, 8, 16, 64, 1024)}

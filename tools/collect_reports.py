@@ -6,8 +6,10 @@
 
 A report's file is called `<config>_<variant>_seed<k>.json`, as in `digits_gm_2nfe_seed1.json`.
 What `--mode=compile` wrote is called `compile_<variant>-<anything>.json`, as in
-`compile_gm_repa-v5e_4x4.json`, and makes the table of `docs/imagenet.md`. The output is a pure
-function of the files. It takes the standard library only.
+`compile_gm_repa-v5e_4x4.json`, and makes the table of `docs/imagenet.md`; those of FLUX.1 and
+Qwen-Image lie in `docs/results/text_to_image/` as `<network>-<step or sampling>-<anything>.json`
+and make the table of `docs/text_to_image.md`. The output is a pure function of the files. It takes
+the standard library only.
 """
 
 import argparse
@@ -20,9 +22,10 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-NAME = re.compile(r"(?P<config>[a-z0-9]+)_(?P<variant>\w+)_seed(?P<seed>\d+)\.json")
+NAME = re.compile(r"(?P<config>qwen_image|[a-z0-9]+)_(?P<variant>\w+)_seed(?P<seed>\d+)\.json")
 COMPILED_NAME = re.compile(r"compile_(?P<variant>[a-z0-9_]+)-[\w-]+\.json")
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
+TEXT_NAME = re.compile(r"(?P<network>flux|qwen_image)-(?P<program>step|sampling)-[\w-]+\.json")
 COMPILED_BEGIN, COMPILED_END = "<!-- compile:begin -->", "<!-- compile:end -->"
 MAIN_VARIANT = "gm"
 # Seeds of a variant may differ in these and in nothing else that figures depend on.
@@ -95,11 +98,12 @@ def _read(path: Path, config: str, seed: int) -> Report:
         report["floor_row"] = floor | {"diversity": report["data_diversity"], "endpoint_mse": None}
         protocol = report["protocol"]
         said, data = protocol["seed"], protocol["data"]
+        network = protocol.get("network")
     except (ValueError, KeyError, TypeError) as error:
         raise ReportError(f"{path} is not a report ({type(error).__name__}: {error})") from error
     if said != seed:
         raise ReportError(f"{path} says that its seed is {said}")
-    if not data.startswith(config):
+    if not data.startswith(config) and network != config:
         raise ReportError(f"{path} says that its data is {data}")
     if not [row for row in report["rows"] if row["system"] == "student"]:
         raise ReportError(f"{path} has no student")
@@ -196,6 +200,63 @@ def compiled_block(reports: Sequence[tuple[str, Report]]) -> str:
     ]
     rows = [compiled_row(variant, report) for variant, report in reports]
     versions = dict.fromkeys(f"jax {r['jax']}, libtpu {r['libtpu']}" for _, r in reports)
+    return "\n".join([*_table(head, rows), "", f"Compiled with {'; '.join(versions)}.", ""])
+
+
+def load_text_compiled(directory: Path) -> list[tuple[str, str, Report]]:
+    """Reads what `--mode=compile` and `--mode=compile_sampling` wrote of networks that read text.
+
+    Args:
+      directory: where the JSON files lie.
+
+    Returns:
+      Network, program and report, by name of the file.
+
+    Raises:
+      ReportError: a file's name or content is wrong.
+    """
+    found = []
+    for path in sorted(directory.glob("*.json")):
+        match = TEXT_NAME.fullmatch(path.name)
+        if match is None:
+            raise ReportError(f"{path} is not called <network>-<step or sampling>-<anything>.json")
+        try:
+            report = json.loads(path.read_text(encoding="utf-8"))
+            text_compiled_row(match["network"], match["program"], report)
+        except (ValueError, KeyError, TypeError) as error:
+            raise ReportError(
+                f"{path} is not a report ({type(error).__name__}: {error})"
+            ) from error
+        found.append((match["network"], match["program"], report))
+    return found
+
+
+def text_compiled_row(network: str, program: str, report: Report) -> list[str]:
+    """Cells of one compiled program of a network that reads text."""
+    memory, flops, shares = report["memory_bytes"], report["flops"], report["cycles"]["shares"]
+    fits = "" if memory["peak"] <= memory["chip"] else ", does not fit"
+    parts = f" in {report['microbatches']}" if "microbatches" in report else ""
+    return [
+        f"`{network}`",
+        program,
+        report["topology"],
+        " x ".join(f"{axis} {size}" for axis, size in report["mesh"].items()) or "one chip",
+        f"{report['batch_size']}{parts}",
+        f"{memory['peak'] / 2**30:.1f} of {memory['chip'] / 2**30:.0f}{fits}",
+        f"{memory['arguments'] / 2**30:.1f}",
+        f"{flops['per_example'] / 1e12:,.0f}",
+        *(f"{shares[name]:.1%}" for name in ("teacher", "student", "policy")),
+    ]
+
+
+def text_compiled_block(reports: Sequence[tuple[str, str, Report]]) -> str:
+    """What stands between the markers of `docs/text_to_image.md`."""
+    if not reports:
+        return "No program has been compiled yet.\n"
+    head = ["network", "program", "slice", "mesh", "images, in parts", "GiB per device"]
+    head += ["of them arguments", "TFLOP per image", "teacher", "student", "policy"]
+    versions = dict.fromkeys(f"jax {r['jax']}, libtpu {r['libtpu']}" for *_, r in reports)
+    rows = [text_compiled_row(*report) for report in reports]
     return "\n".join([*_table(head, rows), "", f"Compiled with {'; '.join(versions)}.", ""])
 
 
@@ -369,14 +430,21 @@ def render(root: Path) -> dict[Path, str]:
       root: the repository.
 
     Returns:
-      `docs/results.md`, `README.md` and `docs/imagenet.md`.
+      `docs/results.md`, `README.md`, `docs/imagenet.md` and, where there is something for it,
+      `docs/text_to_image.md`.
 
     Raises:
       ReportError: a report cannot be used, or a page lacks its markers.
     """
     results = root / "docs" / "results"
     reports = load(results)
+    text, of_text = results / "text_to_image", {}
+    if text.is_dir():
+        block = text_compiled_block(load_text_compiled(text))
+        page = root / "docs" / "text_to_image.md"
+        of_text = _filled(page, COMPILED_BEGIN, COMPILED_END, block)
     return {
+        **of_text,
         root / "docs" / "results.md": results_page(reports),
         **_filled(root / "README.md", BEGIN, END, readme_block(reports)),
         **_filled(

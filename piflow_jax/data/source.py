@@ -10,8 +10,8 @@ class Source(Protocol):
     """A finite data set with random access, such as the ones that `tfds.data_source` returns.
 
     Examples are dictionaries of equal keys and shapes; or shapes are equal within buckets that
-    follow each other, and `bucket_sizes` has their numbers of examples. Images are
-    `image: float32[H, W, C]` in [-1, 1] (or cached latents), classes are `label: int32[]`.
+    follow each other, and `bucket_sizes` has their numbers of examples. Images are `image:
+    float32[H, W, C]` in [-1, 1] (or cached latents), classes are `label: int32[]`.
     """
 
     def __len__(self) -> int:

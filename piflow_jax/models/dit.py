@@ -204,7 +204,14 @@ class DiT(nn.Module):
         )
 
     def example(self, batch: int = 1) -> tuple[jax.ShapeDtypeStruct, ...]:
-        """Shapes of inputs as in training, for `init`."""
+        """Shapes of inputs as in training, for `init`.
+
+        Args:
+            batch: Number of examples.
+
+        Returns:
+            States, times and labels.
+        """
         size = self.sample_size
         return (
             jax.ShapeDtypeStruct((batch, size, size, self.in_channels), jnp.float32),

@@ -35,19 +35,20 @@ def forward_flops(
     tokens = (height // module.patch_size) * (width // module.patch_size)
     d = module.hidden
     patch = module.patch_size**2 * module.in_channels
-    head = module.head
-    if isinstance(head, GMHead):
-        rows = head.num_components * (patch + module.patch_size**2)
-    elif isinstance(head, DXHead):
-        rows = head.num_grid * patch
-    else:
-        rows = patch
-    ends = tokens * d * (patch + rows) + 2 * d * d  # with the last modulation
+    ends = tokens * d * (patch + _head_rows(module)) + 2 * d * d  # with the last modulation
     if isinstance(module, DiT):
         per_token = (4 + 2 * module.mlp_ratio) * d * d
         block = tokens * per_token + 2 * tokens * tokens * d + 6 * d * d
         return int(2 * (module.depth * block + ends + TIME_FEATURES * d + d * d))
     return 2 * (ends + _text_products(module, tokens, text_length))
+
+
+def _head_rows(module: DiT | Flux | QwenImage) -> int:
+    """Outputs of the head for a token."""
+    head, pixels = module.head, module.patch_size**2
+    if isinstance(head, GMHead):
+        return head.num_components * pixels * (module.in_channels + 1)
+    return pixels * module.in_channels * (head.num_grid if isinstance(head, DXHead) else 1)
 
 
 def _text_products(module: Flux | QwenImage, tokens: int, text_length: int) -> int:
@@ -73,8 +74,8 @@ def gradient_flops(
 ) -> int:
     """FLOPs of a forward and a backward pass, without recomputation, of one example.
 
-    The backward pass costs twice the forward one; without the gradients of a base that stays as it
-    is, it costs the base once.
+    The backward pass costs twice the forward one, but for products with weights of a base that
+    stays as it is: of these no gradient is taken by the weights.
 
     Args:
       module: the network.
@@ -88,8 +89,13 @@ def gradient_flops(
     forward = forward_flops(module, height, width, text_length)
     if isinstance(module, DiT) or module.lora is None:
         return 3 * forward
+    d, tokens = module.hidden, (height // module.patch_size) * (width // module.patch_size)
+    flux = isinstance(module, Flux)
+    depth = module.double_depth + module.single_depth if flux else module.depth
+    attention = 2 * depth * 2 * (tokens + text_length) ** 2 * d
+    trained = 2 * (tokens * d * _head_rows(module) + 2 * d * d)
     base = forward_flops(module.clone(lora=None), height, width, text_length)
-    return 2 * base + 3 * (forward - base)
+    return 3 * forward - (base - attention - trained)
 
 
 def traced_flops(function, *args) -> int:

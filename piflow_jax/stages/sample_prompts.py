@@ -96,7 +96,7 @@ def sample_prompts(config: Config, workdir: str | os.PathLike) -> list[Path]:
     autoencoder = load_autoencoder(config) if config.data.vae else None
     if autoencoder is not None:
         check_autoencoder(autoencoder, data)
-    mesh = device_mesh(**mesh_sizes(config.mesh, jax.device_count()))
+    mesh = device_mesh(**mesh_sizes(config, jax.device_count()))
     params = load_student(config, data, workdir, mesh)
     sampler = jax.jit(_sampler(config, data, mesh), out_shardings=batch_sharding(mesh))
     directory = Path(workdir) / "samples"

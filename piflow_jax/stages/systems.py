@@ -154,15 +154,19 @@ def _placed(abstract: Any, shardings: Any) -> Any:
     )
 
 
+def _put(leaf: np.ndarray, like: jax.ShapeDtypeStruct) -> jax.Array:
+    """A leaf on its devices; of several processes, each sends its own devices' parts."""
+    array = np.asarray(leaf, like.dtype)
+    return jax.make_array_from_callback(array.shape, like.sharding, lambda index: array[index])
+
+
 def _official(path: str, key: str, form: str, module: Network, network: str, shardings: Any):
     """Parameters of official weights, if they are this module's."""
     where = flatten_dict(_placed(abstract_params(module), shardings)["params"])
 
     def place(name, leaf):
         # One that has no place is no parameter of this module, which is said below.
-        if name not in where:
-            return jax.device_put(leaf)
-        return jax.device_put(np.asarray(leaf, where[name].dtype), where[name].sharding)
+        return _put(leaf, where[name]) if name in where else jax.device_put(leaf)
 
     sizes = _SIZES[network] + (_NOT_SHOWN if network == "dit" else ())
     try:
@@ -225,7 +229,7 @@ def _official_adapter(config: Config, module: Network, abstract: Any, shardings:
     placed = flatten_dict(_placed(abstract, shardings)["params"])
 
     def place(name, leaf):
-        return jax.device_put(np.asarray(leaf, placed[name].dtype), placed[name].sharding)
+        return _put(leaf, placed[name])
 
     path = config.evaluation.weights
     try:

@@ -9,7 +9,7 @@ import jax
 from absl import logging
 from jax.sharding import Mesh
 
-from piflow_jax.config import Config, mesh_sizes
+from piflow_jax.config import Config, ConfigError, mesh_sizes
 from piflow_jax.data import batches, load_source
 from piflow_jax.evaluation import FEATURE_SPACES
 from piflow_jax.models.flops import forward_flops, gradient_flops
@@ -29,6 +29,7 @@ from piflow_jax.training.networks import (
     student_spec,
     teacher_network,
     teacher_spec,
+    with_base,
 )
 from piflow_jax.training.optimizer import make_optimizer
 from piflow_jax.training.run_lock import RunLock
@@ -50,6 +51,7 @@ def train(config: Config, workdir: str | os.PathLike) -> None:
     Raises:
       BlockingIOError: another run is at work in the directory.
       CheckpointError: a checkpoint is unusable or contradicts the settings.
+      ConfigError: a teacher is to be trained on prompts.
       NonFiniteLossError: a loss became NaN or infinite.
       Interrupted: a signal came; the state is saved.
     """
@@ -66,6 +68,10 @@ def _train(config: Config, workdir: str | os.PathLike) -> None:
     given = config.teacher.checkpoint or config.teacher.weights
     if given:
         logging.info("teacher: given, %s", given)
+    elif config.data.name == "prompts":
+        raise ConfigError(
+            "prompts are for students: give config.teacher.weights or config.teacher.checkpoint"
+        )
     else:
         _run(_teacher_stage(config, source, data, mesh), config, workdir, mesh)
     abstract = abstract_params(teacher_network(config.model, data))
@@ -172,6 +178,7 @@ def _student_stage(config: Config, source, data: DataShape, teacher_params, mesh
         key = _key(config, _STUDENT_INIT)
         return TrainState.create(initial_student(key, student, teacher, teacher_params), optimizer)
 
+    look = student_look(config, source, data) if config.evaluation.every else None
     # Each segment of a data-free step has its own student evaluation and teacher queries.
     segments = settings.nfe if settings.data_free else 1
     guided = 1 if config.teacher.guidance_scale == 1 else 2
@@ -193,7 +200,7 @@ def _student_stage(config: Config, source, data: DataShape, teacher_params, mesh
         spec=student_spec(config, data),
         init_arguments=(teacher_params,),
         shardings=lambda state: student_shardings(config, mesh, state),
-        look=student_look(config, source, data) if config.evaluation.every else None,
+        look=look and (lambda trained: look(with_base(student, trained, teacher_params))),
     )
 
 

@@ -1,4 +1,4 @@
-"""Released adapters of FLUX.1 and Qwen-Image: official names, layouts and arithmetic, in and out."""
+"""Released adapters of FLUX.1 and Qwen-Image: official names, layouts, arithmetic, in and out."""
 
 import json
 

@@ -1,10 +1,15 @@
 """Official names and layouts of FLUX.1 and its students, in and out."""
 
+import json
+import tracemalloc
+
 import jax
+import ml_dtypes
 import numpy as np
 import pytest
 
-from piflow_jax.convert import load_torch_state, to_torch_state
+from piflow_jax.convert import load_torch_state, open_weights, to_torch_state, write_safetensors
+from piflow_jax.convert.flux import flux_rules
 from piflow_jax.models.flux import FLUX_TARGETS, Flux
 from piflow_jax.models.heads import DXHead, GMHead
 from piflow_jax.models.lora import LoRA
@@ -125,3 +130,49 @@ def test_leaves_are_placed_one_by_one():
     _, params = load_torch_state(state, "flux", place=place, **ROPE)
     assert len(placed) == len(jax.tree.leaves(params))
     assert placed[("single_blocks", "mlp_in", "kernel")] == (3, D, 4, D)
+
+
+def test_shards_go_leaf_by_leaf_to_where_they_belong(tmp_path):
+    """Of a network in bfloat16 over two files, the host never holds more than one leaf."""
+    module = Flux(
+        in_channels=4,
+        hidden=128,
+        num_heads=8,
+        double_depth=6,
+        single_depth=12,
+        text_features=64,
+        pooled_features=32,
+        axes_dims_rope=(4, 6, 6),
+    )
+    names = {n: r.torch_shape for r in flux_rules(module) for n in r.torch_names(0)}
+    rng = np.random.default_rng(0)
+    state = {n: rng.normal(size=s).astype(ml_dtypes.bfloat16) for n, s in names.items()}
+    where = {n: f"model-0000{1 + i % 2}-of-00002.safetensors" for i, n in enumerate(state)}
+    for shard in set(where.values()):
+        write_safetensors(tmp_path / shard, {n: state[n] for n in where if where[n] == shard})
+    index = {"metadata": {}, "weight_map": where}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+
+    largest = total = 0
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    checked = {}
+
+    def place(path, leaf):
+        nonlocal largest, total
+        largest, total = max(largest, leaf.nbytes), total + leaf.nbytes
+        if path == ("single_blocks", "mlp_in", "kernel"):
+            checked[path] = jax.device_put(leaf, device)
+        return leaf.shape  # what it leaves on the host is counted, the device's copy is not
+
+    weights = open_weights(tmp_path)
+    tracemalloc.start()
+    load_torch_state(weights, "flux", axes_dims_rope=(4, 6, 6), place=place)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    layer = max(np.prod(s) for s in names.values()) * 2
+    assert largest < total / 5
+    # The leaf, a layer on its way into it in two layouts, and bookkeeping.
+    assert peak < largest + 4 * layer + 2**20 < total / 2
+    ours = np.asarray(checked["single_blocks", "mlp_in", "kernel"][7])
+    theirs = state["single_transformer_blocks.7.proj_mlp.weight"]
+    np.testing.assert_array_equal(ours.reshape(128, -1), theirs.T)

@@ -2,9 +2,13 @@
 
 import jax
 import jax.numpy as jnp
+import pytest
 
-from piflow_jax.models import DiT, GMHead, VelocityHead
-from piflow_jax.models.flops import forward_flops, traced_flops
+from piflow_jax.models import DiT, DXHead, GMHead, VelocityHead
+from piflow_jax.models.flops import forward_flops, gradient_flops, traced_flops
+from piflow_jax.models.flux import FLUX_TARGETS, Flux
+from piflow_jax.models.lora import LoRA, merge, split
+from piflow_jax.models.qwen_image import QWEN_TARGETS, QwenImage
 
 
 def test_loops_count_as_often_as_they_run():
@@ -49,3 +53,38 @@ def test_the_network_by_its_shapes_is_the_network_as_traced():
             traced = traced_flops(module.apply, params, *inputs)
             # The count by shapes leaves the logstd head out, a vector by sample.
             assert by_shapes <= traced <= 1.02 * by_shapes
+
+
+SIZES = {"in_channels": 4, "hidden": 64, "num_heads": 4, "text_features": 48}
+SIZES |= {"axes_dims_rope": (4, 6, 6)}
+
+
+@pytest.mark.parametrize("network", ["flux", "qwen_image"])
+@pytest.mark.parametrize("rank", [0, 8])
+def test_networks_that_read_text_by_their_shapes_are_the_traced_ones(network, rank):
+    head = GMHead(4, 8) if rank else DXHead(3)
+    if network == "flux":
+        lora = LoRA(FLUX_TARGETS, rank=rank) if rank else None
+        sizes = SIZES | {"double_depth": 3, "single_depth": 5, "pooled_features": 24}
+        module = Flux(**sizes, head=head, lora=lora)
+    else:
+        module = QwenImage(
+            **SIZES, depth=3, head=head, lora=LoRA(QWEN_TARGETS, rank=rank) if rank else None
+        )
+    shapes = list(module.example())
+    shapes[0] = jax.ShapeDtypeStruct((1, 8, 12, 4), jnp.float32)
+    shapes[2] = jax.ShapeDtypeStruct((1, 7, 48), jnp.float32)
+    params = jax.eval_shape(module.init, jax.random.key(0), *shapes)
+    by_shapes, traced = forward_flops(module, 8, 12, 7), traced_flops(module.apply, params, *shapes)
+    assert 0.999 * by_shapes <= traced <= 1.02 * by_shapes
+
+    # Of a base that stays as it is, no gradient by its weights is taken.
+    base, trained = split(params)
+
+    def loss(trained, base, *inputs):
+        outputs = module.apply(merge(base, trained), *inputs)
+        return sum(jnp.sum(leaf) for leaf in jax.tree.leaves(outputs))
+
+    both = traced_flops(jax.grad(loss), trained, base, *shapes)
+    # What is before the first adapter needs no gradient at all.
+    assert rank == 0 or 0.8 < both / gradient_flops(module, 8, 12, 7) < 1.01

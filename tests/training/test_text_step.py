@@ -15,6 +15,7 @@ from piflow_jax.data import batches, load_source
 from piflow_jax.flow.guidance import guided_velocity
 from piflow_jax.models.lora import DOWN, UP
 from piflow_jax.parallel import device_mesh, parameter_shardings
+from piflow_jax.training.checkpoint import Checkpointer
 from piflow_jax.training.conditions import conditions, null_conditions
 from piflow_jax.training.monitor import step_memory
 from piflow_jax.training.networks import (
@@ -113,6 +114,7 @@ def distil(network, optimizer=None, batch=None, **changes):
     return step(state, params, jax.random.key(3), batch)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("network", NETWORKS)
 def test_gradients_are_those_of_the_whole_network_at_the_trained_parameters(network):
     """Against a student that has the base among its own parameters, and trains all of them."""
@@ -144,6 +146,7 @@ def test_gradients_are_those_of_the_whole_network_at_the_trained_parameters(netw
         assert unread or np.abs(b).max() > 0, name
 
 
+@pytest.mark.slow
 def test_dropout_of_adapters_differs_by_step_and_leaves_the_teacher_alone():
     kept = distil("flux")[1]["loss"]
     one = distil("flux", model__lora_dropout=0.5)[1]["loss"]
@@ -153,6 +156,7 @@ def test_dropout_of_adapters_differs_by_step_and_leaves_the_teacher_alone():
     assert np.isfinite(none) and none != one
 
 
+@pytest.mark.slow
 def test_prompts_without_images_say_by_an_empty_canvas_what_is_sampled():
     _, source, *_ = system("flux")
     batch = {name: a for name, a in batch_of(source).items() if name != "latents"}
@@ -203,6 +207,21 @@ def test_state_is_of_the_trained_parameters_only_and_the_step_holds_the_base_onc
     unused = batch["latents"].nbytes
     assert given - unused - 4096 <= memory["arguments"] <= given + 64 * leaves
     assert memory["temporary"] < base, "the base is held a second time"
+
+
+def test_a_checkpoint_is_of_the_trained_parameters_only(tmp_path):
+    config, _, data, _, _, _, trained = system("flux")
+    # Numbers that do not compress in every array, moments too.
+    noise = np.random.default_rng(0).integers(2**24, 2**30, 2**20, dtype=np.int32).view(np.float32)
+    optimizer = make_optimizer(config.train.optimizer, config.train.steps)
+    state = TrainState.create(trained, optimizer)
+    state = jax.tree.map(lambda a: jnp.resize(noise, a.shape) if a.ndim else a, state)
+    with Checkpointer(tmp_path / "checkpoints") as checkpointer:
+        checkpointer.save(1, state, data_state={}, config={}, spec={})
+    written = sum(file.stat().st_size for file in tmp_path.rglob("*") if file.is_file())
+    by_hand = 4 * 4 * trained_count(config, data)
+    # Beside the arrays there are the names, types and fingerprints of 100 of them.
+    assert by_hand < written < by_hand + 10**5
 
 
 @pytest.mark.parametrize("network", NETWORKS)

@@ -1,0 +1,106 @@
+"""Text to image at toy size, end to end: prompts, official weights, a student, its pictures."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny_text
+from PIL import Image
+
+from piflow_jax.config import ConfigError, parse
+from piflow_jax.convert import open_weights, to_torch_state, write_safetensors
+from piflow_jax.data.prompt_lists import Prompt
+from piflow_jax.data.prompts import load_prompts_source
+from piflow_jax.data.text_encoders import WordEncoder
+from piflow_jax.models.vae import AutoencoderKL
+from piflow_jax.stages import export, sample, train
+from piflow_jax.stages.prepare_prompts import encode_prompts
+from piflow_jax.stages.sample_prompts import find_prompts
+from piflow_jax.training.networks import DataShape, init_params, teacher_network
+
+PROMPTS = [
+    Prompt(f"{'very ' * (i % 3)}red fox {i}", aspect) for i, aspect in enumerate([1, 2, 1, 2])
+]
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    """Cached prompts, and a config that names them."""
+    root = tmp_path_factory.mktemp("prompts")
+    encoder = WordEncoder(12, 10)
+    encode_prompts(PROMPTS, encoder, root / "cache", source="foxes", image_size=64, shard_size=3)
+    (root / "list.txt").write_text("red fox 3\nred fox 0\n")
+    config = tiny_text.get_config("flux")
+    config.data.name = "prompts"
+    config.data.data_dir = str(root / "cache")
+    config.data.prompts = str(root / "list.txt")
+    config.train.batch_size = 2
+    config.evaluation.batch_size = 2
+    config.train.steps = 3
+    return root, config
+
+
+def test_prompts_without_embeddings_are_refused_with_what_makes_them(prepared):
+    root, config = prepared
+    source = load_prompts_source(root / "cache")
+    assert [source.prompts[i] for i in find_prompts(source, ["red fox 3"], "cache")] == [
+        "red fox 3"
+    ]
+    (root / "other.txt").write_text("red fox 0\na blue fox\n")
+    config = config.copy_and_resolve_references()
+    config.data.prompts = str(root / "other.txt")
+    with pytest.raises(
+        ConfigError, match=r"1 of the prompts, the first is 'a blue fox'; .*prepare"
+    ):
+        sample(parse(config), root)
+
+
+@pytest.mark.slow
+def test_official_weights_to_pictures_and_adapters(prepared, tmp_path):
+    root, config = prepared
+    data = DataShape.of("prompts", load_prompts_source(root / "cache"))
+    module = teacher_network(parse(config).model, data)
+    teacher = jax.jit(lambda: init_params(module, jax.random.key(0)))()
+    config.teacher.weights = str(root / "teacher.safetensors")
+    write_safetensors(config.teacher.weights, to_torch_state(module, teacher))
+    vae = AutoencoderKL(channels=(32, 32, 32, 32), layers_per_block=1, latent_channels=16)
+    params = jax.jit(vae.init)(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
+    write_safetensors(root / "vae.safetensors", to_torch_state(vae, params))
+
+    # Two shapes of batches, each with a program of its own.
+    train(parse(config), tmp_path)
+    checkpoint = tmp_path / "student" / "checkpoints" / "3"
+    assert checkpoint.is_dir() and not (tmp_path / "teacher").exists()
+
+    latents = sample(parse(config), tmp_path)
+    assert [path.name for path in latents] == ["00000.npy", "00001.npy"]
+    config.data.vae = str(root / "vae.safetensors")
+    pictures = sample(parse(config), tmp_path)
+    shapes = [np.load(path).shape for path in latents]
+    for path, (height, width, _), prompt in zip(
+        pictures, shapes, ("red fox 3", "red fox 0"), strict=True
+    ):
+        with Image.open(path) as image:
+            assert image.size == (8 * width, 8 * height)
+            assert image.text["prompt"] == prompt
+            made = json.loads(image.text["piflow_jax"])
+            assert (made["evaluation.nfe"], made["train.shift"], made["place"]) == (
+                *(2, 3.2, int(path.stem)),
+            )
+    assert shapes[0] != shapes[1]
+
+    # What was exported samples as what was trained.
+    files = export(parse(config), tmp_path)
+    adapter = tmp_path / "adapter" / "diffusion_pytorch_model.safetensors"
+    assert {adapter, adapter.with_name("config.json")} < set(files)
+    weights = open_weights(adapter)
+    assert json.loads(weights.metadata["policy_config"]) == {"type": "GMFlow"}
+    assert "transformer_blocks.0.ff.net.2.lora_B.weight" in weights
+    config.data.vae, config.evaluation.weights = "", str(adapter)
+    other = tmp_path / "other"
+    other.mkdir()
+    again = sample(parse(config), other)
+    for one, two in zip(latents, again, strict=True):
+        np.testing.assert_allclose(np.load(two), np.load(one), atol=1e-5)
