@@ -43,6 +43,7 @@ def leaves(node, prefix=""):
 
 
 LEAVES = dict(leaves(Config()))
+TEXT = {"model__network": "qwen_image", "data__name": "prompts"}
 
 
 def test_base_configuration_is_the_default():
@@ -276,6 +277,46 @@ def test_the_ends_of_ranges_are_accepted(values):
             {"teacher__optimizer__decay": "cosine", "teacher__steps": 50},
             "config.teacher.optimizer.warmup_steps must be below config.teacher.steps (50) for a "
             "schedule that decays, got 100",
+        ),
+        (
+            {"model__network": "flux"},
+            "config.model.network = 'flux' needs 'prompts' or 'captioned_digits' as "
+            "config.data.name, got 'digits'",
+        ),
+        (
+            {"data__name": "prompts"},
+            "config.model.network = 'dit' needs a data set with classes as config.data.name, got "
+            "'prompts'",
+        ),
+        (
+            {"policy__kind": "dx", "train__gm_dropout": 0.0, "evaluation__temperature": 0.3},
+            "config.evaluation.temperature is that of a mixture and must be 1 with "
+            "config.policy.kind = 'dx', got 0.3",
+        ),
+        (
+            {
+                "policy__kind": "dx",
+                "train__gm_dropout": 0.0,
+                "train__nfe": 4,
+                "evaluation__nfe": 2,
+            },
+            "config.evaluation.nfe (2) makes segments longer than those that a grid trained with "
+            "config.train.nfe = 4 covers; raise it",
+        ),
+        (
+            TEXT,
+            "config.model.rope_axes must be three even numbers that add up to config.model.hidden "
+            "/ config.model.num_heads (64 / 4), got (16, 56, 56)",
+        ),
+        (
+            TEXT | {"model__rope_axes": (4, 6, 6), "train__optimizer__kind": "muon"},
+            "config.train.optimizer.kind = 'muon' is for config.model.network = 'dit'; give "
+            "'adamw'",
+        ),
+        (
+            TEXT | {"model__rope_axes": (4, 6, 6), "evaluation__every": 5},
+            "config.evaluation.every must be 0 with config.data.name = 'prompts', got 5; look at "
+            "checkpoints with --mode=sample",
         ),
     ],
 )

@@ -238,6 +238,15 @@ def _check_together(config: Config) -> None:
             f"config.policy.segment_size must be 0 or at least the longest segment, {longest:.6g}, "
             f"got {policy.segment_size}"
         )
+    f, evaluations = train.final_step_size_scale, config.evaluation.nfe or train.nfe
+    if (
+        policy.kind == "dx"
+        and max(1.0, f) / (evaluations - 1 + f) > (policy.segment_size or longest) + 1e-9
+    ):
+        raise ConfigError(
+            f"config.evaluation.nfe ({evaluations}) makes segments longer than those that a grid "
+            f"trained with config.train.nfe = {train.nfe} covers; raise it"
+        )
     for stage, optimizer, steps in (
         ("teacher", teacher.optimizer, teacher.steps),
         ("train", train.optimizer, train.steps),
@@ -266,6 +275,11 @@ def _check_text(config: Config) -> None:
         )
     if not reads_text:
         return
+    if config.data.name == "prompts" and config.evaluation.every:
+        raise ConfigError(
+            "config.evaluation.every must be 0 with config.data.name = 'prompts', got "
+            f"{config.evaluation.every}; look at checkpoints with --mode=sample"
+        )
     axes = model.rope_axes
     if len(axes) != 3 or sum(axes) * model.num_heads != model.hidden or any(a % 2 for a in axes):
         raise ConfigError(

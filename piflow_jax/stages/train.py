@@ -32,6 +32,7 @@ from piflow_jax.training.networks import (
     student_spec,
     teacher_network,
     teacher_spec,
+    with_base,
 )
 from piflow_jax.training.optimizer import make_optimizer
 from piflow_jax.training.rivals import RIVALS, rival_init, rival_setting
@@ -187,6 +188,8 @@ def student_stage(config: Config, source, data: DataShape, teacher_params, mesh:
         key = stream_key(config, _STUDENT_INIT)
         return TrainState.create(initial_student(key, student, teacher, teacher_params), optimizer)
 
+    look = student_look(config, source, data) if config.evaluation.every else None
+
     def flops(*shape):
         return sum(distill_flops(student, teacher, config, *shape).values())
 
@@ -206,7 +209,7 @@ def student_stage(config: Config, source, data: DataShape, teacher_params, mesh:
         spec=student_spec(config, data),
         init_arguments=(teacher_params,),
         shardings=lambda state: student_shardings(config, mesh, state),
-        look=student_look(config, source, data) if config.evaluation.every else None,
+        look=look and (lambda trained: look(with_base(student, trained, teacher_params))),
     )
 
 
