@@ -123,8 +123,8 @@ def mesh_sizes(config: Config, num_devices: int) -> dict[str, int]:
         if size == 0:
             raise ConfigError(f"config.mesh.{axis} must be at least 1, or -1 to fill, got 0")
     if sizes["data"] == sizes["fsdp"] == -1 and sizes["tensor"] > 0:
-        # Where parts of a matrix are no whole tiles, the TPU's compiler moves it by all-reduces,
-        # several times the bytes (docs/scaling.md).
+        # Finer parts than whole tiles save little memory and are padded. That it also keeps groups
+        # small matters more: see docs/scaling.md for what the compiler does with large ones.
         tiles, rest = divmod(config.model.hidden, _TILE_ROWS)
         sizes["fsdp"] = 1 if rest else math.gcd(num_devices // sizes["tensor"], tiles)
     open_axes = [axis for axis, size in sizes.items() if size == -1]

@@ -1,6 +1,13 @@
 # ruff: noqa: E501
 """Bytes that programs move: of programs written by hand, in every notation of the TPU compiler."""
 
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
 from piflow_jax.parallel.collectives import BETWEEN_SLICES, collective_bytes
@@ -102,3 +109,32 @@ ENTRY %main (g: f32[8]) -> f32[8] {
 """
     with pytest.raises(ValueError, match="no group of devices"):
         collective_bytes(text)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
+def test_matrices_are_gathered_but_by_all_of_sixty_four_chips():
+    """Where weights move by all-reduces, see docs/scaling.md."""
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "TPU_SKIP_MDS_QUERY": "1",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+        # As in benchmarks/scaling.py.
+        "LIBTPU_INIT_ARGS": "--xla_jf_spmd_threshold_for_windowed_einsum_mib=1000000",
+    }
+    names = ["v5e:8x8@16", "v5e:8x8@64", "v5e:8x16@64"]
+    done = subprocess.run(
+        [sys.executable, Path(__file__).parent / "gathered_parts.py", *names],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    weights = 4 * 1152 * 1152 * 2
+    assert found == {
+        "v5e:8x8@16": {"all-gather": weights * 15 // 16},
+        "v5e:8x8@64": {"all-reduce": 2 * weights * 63 // 64},
+        "v5e:8x16@64": {"all-gather": weights * 63 // 64},
+    }
