@@ -42,6 +42,10 @@ def test_flux_encodes_as_its_pipeline(flux):
         assert example["text"].shape == (64, 24) and example["text"].dtype == np.float32
         np.testing.assert_allclose(example["text"], text[i].detach(), rtol=1e-5, atol=1e-6)
         np.testing.assert_allclose(example["pooled"], pooled[i].detach(), rtol=1e-5, atol=1e-6)
+    # All of its length belongs to a prompt, whatever else is in its batch.
+    alone = encoder(PROMPTS[:1])[0]["text"]
+    assert alone.shape == (64, 24)
+    np.testing.assert_allclose(alone, text[0].detach(), rtol=1e-5, atol=1e-6)
     # Padding is not nothing, and depends on the prompt.
     assert np.abs(found[0]["text"][-1] - found[1]["text"][-1]).max() > 1e-3
 
