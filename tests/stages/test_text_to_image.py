@@ -1,6 +1,10 @@
 """Text to image at toy size, end to end: prompts, official weights, a student, its pictures."""
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -104,3 +108,24 @@ def test_official_weights_to_pictures_and_adapters(prepared, tmp_path):
     again = sample(parse(config), other)
     for one, two in zip(latents, again, strict=True):
         np.testing.assert_allclose(np.load(two), np.load(one), atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("network", ["flux", "qwen_image"])
+def test_the_miniature_beats_its_teacher_at_equal_evaluations(network, tmp_path):
+    """The endpoint error of the student is half its teacher's at most, by the command line."""
+    root = Path(__file__).parents[2]
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "piflow_jax.main", f"--workdir={tmp_path}"),
+            f"--config={root / 'configs' / network}.py:runlocal",
+        ],
+        cwd=root,
+        env={k: v for k, v in os.environ.items() if k != "XLA_FLAGS"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "report.json").read_text())["rows"]
+    errors = {(row["system"], row["nfe"]): row["endpoint_mse"] for row in rows}
+    assert 2 * errors["student", 4] <= errors["teacher", 4]
