@@ -17,7 +17,7 @@ def test_a_split_batch_stays_split():
         env=os.environ | environment,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=500,
     )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
