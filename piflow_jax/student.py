@@ -20,6 +20,7 @@ from piflow_jax.config import parse
 from piflow_jax.flow.policies import Policy
 from piflow_jax.flow.sampling import few_step_sample
 from piflow_jax.flow.schedule import TimeWarp
+from piflow_jax.flow.substeps import Solver
 from piflow_jax.flow.teacher import Teacher
 from piflow_jax.models import DiT
 from piflow_jax.training.networks import (
@@ -107,6 +108,7 @@ class Student:
         start: float = 1.0,
         x: ArrayLike | None = None,
         noise: ArrayLike | None = None,
+        solver: Solver = "euler",
     ) -> jax.Array:
         """Samples, one for each label.
 
@@ -127,6 +129,7 @@ class Student:
             it sampling starts at pure noise.
           noise: `[N, H, W, C]`, initial latents: standard normal noise in place of the key's,
             which is float32 `normal(fold_in(key, i))` whatever the network's dtype.
+          solver: of the policy's rollouts, `euler` or `multistep`, see `rollout`.
 
         Returns:
           `float32[N, H, W, C]`: images, about [-1, 1], or latents as networks see them.
@@ -147,7 +150,7 @@ class Student:
         shape = (len(labels), *data.shape)
         given = {name: _checked(name, a, shape) for name, a in (("x", x), ("noise", noise))}
         given = {name: a for name, a in given.items() if a is not None}
-        options = (nfe or train.nfe, substeps, float(h), float(temperature), float(start))
+        options = (nfe or train.nfe, substeps, float(h), float(temperature), float(start), solver)
         program = (*options, *given)
         if program not in self._samplers:
             self._samplers[program] = jax.jit(self._sampler(*options))
@@ -168,7 +171,7 @@ class Student:
         return jnp.concatenate(parts)
 
     def _sampler(
-        self, nfe: int, substeps: int, h: float, temperature: float, start: float
+        self, nfe: int, substeps: int, h: float, temperature: float, start: float, solver: Solver
     ) -> Callable[..., jax.Array]:
         train = self.settings.train
 
@@ -196,6 +199,7 @@ class Student:
                 temperature=temperature,
                 key=keys,
                 start=start,
+                solver=solver,
             )
 
         return sample

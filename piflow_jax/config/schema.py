@@ -182,6 +182,9 @@ class EvaluationConfig:
         (1, 2, 4, 8, 32, 128), "Euler steps of the teacher; the last is the one to match", low=1
     )
     substeps: int = _field(128, "policy substeps per unit of raw time when sampling", low=1)
+    solver: str = _field(
+        "euler", "of the policy's rollouts when sampling", choices=("euler", "multistep")
+    )
     seed: int = _field(0, "seed of the noise", low=0)
     grid_samples: int = _field(20, "columns of samples.png", low=1)
     grid_classes: tuple[int, ...] = _field(

@@ -10,6 +10,7 @@ import numpy as np
 from piflow_jax.flow.policies.base import Policy, promote
 from piflow_jax.flow.rollout import rollout
 from piflow_jax.flow.schedule import TimeWarp, sampling_times
+from piflow_jax.flow.substeps import Solver
 
 __all__ = ["few_step_sample", "ode_sample"]
 
@@ -26,6 +27,7 @@ def few_step_sample(
     temperature: float = 1.0,
     key: jax.Array | None = None,
     start: float = 1.0,
+    solver: Solver = "euler",
 ) -> jax.Array:
     """Samples from a pi-Flow student (paper, Alg. 1; flow-map SDE of its Sec. 4).
 
@@ -42,12 +44,14 @@ def few_step_sample(
       key: PRNG key of the noise between segments, needed only when `h > 0`; one for all, or typed
         keys `[B]`, with which a sample's noise does not depend on the others.
       start: noise level of `noise`; below 1 for image to image.
+      solver: of the rollouts, `euler` or `multistep`; see `rollout`.
 
     Returns:
       `x_0[B, *sites, C]` in float32 or float64.
 
     Raises:
-      ValueError: if `h > 0` without a key, if a policy has no temperature, or `nfe < 1`.
+      ValueError: if `h > 0` without a key, if a policy has no temperature, `nfe < 1`, or the solver
+        is unknown.
     """
     times = sampling_times(nfe, warp, final_step_size_scale, h, start)
     if h > 0 and key is None:
@@ -67,7 +71,10 @@ def few_step_sample(
                 raise ValueError(f"{type(policy).__name__} has no temperature")
             policy = policy.with_temperature(jnp.where(index < nfe - 1, temperature, 1.0))
         tau_dst = jnp.full((batch,), warp.unwarp(dst), dtype)
-        x, _ = rollout(policy, x, warp.unwarp(sigma), tau_dst, warp, total_substeps, bound=bound)
+        tau_src = warp.unwarp(sigma)
+        x, _ = rollout(
+            policy, x, tau_src, tau_dst, warp, total_substeps, bound=bound, solver=solver
+        )
         if h > 0:
             fresh = _fresh_noise(key, index, x.shape, dtype)
             x = (1 - to + to * m) * x + to * jnp.sqrt(1 - jnp.square(m)) * fresh

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from piflow_jax.kernels.recurrence import COLUMNS, Recurrence
 
-__all__ = ["blocked_rollout"]
+__all__ = ["blocked_rollout", "whole_rollout"]
 
 ROW = 64  # sites of a row
 CACHE = 400_000  # bytes of a block's mixture, of the half megabyte of a usual second-level cache
@@ -58,7 +58,10 @@ def blocked_rollout(
     arrays = [arrange(a) for a in (offsets, logweights, center, residual_src, residual)]
     arrays += [group(jnp.repeat(a, rows_per_sample, axis=0)) for a in (table, trips)]
     # Loops that do not depend on each other run on different threads.
-    ends = [jax.lax.map(_block, [a[lane] for a in arrays]) for lane in range(lanes)]
+    ends = [
+        jax.lax.map(lambda block: whole_rollout(*block), [a[lane] for a in arrays])
+        for lane in range(lanes)
+    ]
     end = jnp.concatenate(ends).reshape(-1, channels, row)[:rows]
     end = jnp.moveaxis(end.reshape(batch, rows_per_sample, channels, row), 1, 2)
     return end.reshape(batch, channels, -1)[..., :sites]
@@ -76,9 +79,16 @@ def _split(values: jax.Array, axis: int) -> list[jax.Array]:
     return [jax.lax.squeeze(piece, (axis,)) for piece in pieces]
 
 
-def _block(arrays: list[jax.Array]) -> jax.Array:
-    """One block of `R` rows: `offsets[R, K, C, row]` and so on, `table[R, 10, N]`, `trips[R]`."""
-    offsets, logweights, center, residual_src, residual, table, trips = arrays
+def whole_rollout(
+    offsets: jax.Array,
+    logweights: jax.Array,
+    center: jax.Array,
+    residual_src: jax.Array,
+    residual: jax.Array,
+    table: jax.Array,
+    trips: jax.Array,
+) -> jax.Array:
+    """The same without blocks, one loop for all of it; a batch may be split over devices."""
     table = jnp.moveaxis(table, -1, 0)
     by_channel = _split(offsets, 2)
     norms = sum(d * d for d in by_channel)

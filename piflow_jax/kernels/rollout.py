@@ -3,9 +3,13 @@
 import jax
 import jax.numpy as jnp
 from jax.experimental.custom_partitioning import custom_partitioning
+from jax.extend.core import Primitive
+from jax.interpreters import mlir
 from jax.sharding import NamedSharding, PartitionSpec
 
-from piflow_jax.kernels.blocked import blocked_rollout
+from piflow_jax.kernels.blocked import blocked_rollout, whole_rollout
+from piflow_jax.kernels.mosaic import mosaic_rollout
+from piflow_jax.kernels.triton import triton_rollout
 
 __all__ = ["mixture_rollout"]
 
@@ -21,8 +25,11 @@ def mixture_rollout(
 ) -> jax.Array:
     """All substeps of a mixture's rollout, the mixture read from memory once.
 
-    Composes with `vmap`, `shard_map` and batches that are split over a mesh, which stay where they
-    are. It is not differentiable: its caller has a reference that is.
+    On TPUs it is a Mosaic kernel, on NVIDIA GPUs a Triton kernel, elsewhere XLA's own loops over
+    blocks that stay in the cache. Composes with `vmap` and `shard_map`. A batch that `jit` splits
+    over several devices stays where it is; on TPUs, where XLA can be told neither how to split a
+    kernel nor to leave it, the program is then the plain loop, and the kernel takes a `shard_map`.
+    It is not differentiable: its caller has a reference that is.
 
     Args:
       offsets: `float32[B, K, C, S]`, components relative to the centre, sites in the minor axis.
@@ -30,53 +37,79 @@ def mixture_rollout(
       center: `float32[B, C, S]`.
       residual_src: `float32[B, C, S]`.
       residual: `float32[B, C, S]`, the state relative to the centre.
-      table: `float32[B, 10, N]`, see `Recurrence.table`.
+      table: `float32[B, 10, N]`, see `Recurrence.table`; steps of zero from `trips` on.
       trips: `int32[B]`, substeps of each sample; at most N.
 
     Returns:
       `float32[B, C, S]`, the state at the end, relative to the centre.
     """
-    return _vmappable(offsets, logweights, center, residual_src, residual, table, trips)
-
-
-def _local(*arrays: jax.Array) -> jax.Array:
-    """The rollout of the samples that a device has."""
-    return blocked_rollout(*arrays)
-
-
-@custom_partitioning
-def _partitioned(offsets, logweights, center, residual_src, residual, table, trips):
-    return _local(offsets, logweights, center, residual_src, residual, table, trips)
-
-
-def _partition(mesh, arguments, result):
-    del result
-    (batch, *_) = arguments[0].sharding.spec or (None,)
-    shardings = tuple(
-        NamedSharding(mesh, PartitionSpec(batch, *[None] * (len(argument.shape) - 1)))
-        for argument in arguments
-    )
-    return mesh, _local, shardings[2], shardings
-
-
-_partitioned.def_partition(
-    partition=_partition,
-    sharding_rule="b k c s, b k s, b c s, b c s, b c s, b w n, b -> b c s",
-    need_replication_factors=("k", "c", "s", "w", "n"),
-)
+    return _mappable(offsets, logweights, center, residual_src, residual, table, trips)
 
 
 @jax.custom_batching.custom_vmap
-def _vmappable(offsets, logweights, center, residual_src, residual, table, trips):
-    return _partitioned(offsets, logweights, center, residual_src, residual, table, trips)
+def _mappable(*arrays: jax.Array) -> jax.Array:
+    return jax.lax.platform_dependent(
+        *arrays,
+        tpu=_tpu.bind,
+        cuda=_partitioned(triton_rollout),
+        default=_partitioned(blocked_rollout),
+    )
 
 
-@_vmappable.def_vmap
-def _vmap_rule(size, batched, *arrays):
+@_mappable.def_vmap
+def _join_the_batch(size, batched, *arrays):
     """A mapped axis in front joins the batch."""
     arrays = [
         a if is_batched else jnp.broadcast_to(a, (size, *a.shape))
         for a, is_batched in zip(arrays, batched, strict=True)
     ]
-    end = _vmappable(*(a.reshape(-1, *a.shape[2:]) for a in arrays))
+    end = _mappable(*(a.reshape(-1, *a.shape[2:]) for a in arrays))
     return end.reshape(size, -1, *end.shape[1:]), True
+
+
+def _partitioned(local):
+    """A rollout that each device does for its samples."""
+
+    def partition(mesh, arguments, result):
+        del result
+        (batch, *_) = arguments[0].sharding.spec or (None,)
+        shardings = tuple(
+            NamedSharding(mesh, PartitionSpec(batch, *[None] * (len(argument.shape) - 1)))
+            for argument in arguments
+        )
+        return mesh, local, shardings[2], shardings
+
+    # A signature of its own: how many arguments there are is read off it.
+    @custom_partitioning
+    def rollout(offsets, logweights, center, residual_src, residual, table, trips):
+        return local(offsets, logweights, center, residual_src, residual, table, trips)
+
+    rollout.def_partition(
+        partition=partition,
+        sharding_rule="b k c s, b k s, b c s, b c s, b c s, b w n, b -> b c s",
+        need_replication_factors=("k", "c", "s", "w", "n"),
+    )
+    return rollout
+
+
+_tpu = Primitive("mixture_rollout")
+"""The rollout on TPUs, which is chosen when a program's devices are known."""
+
+
+@_tpu.def_abstract_eval
+def _shape_of_the_end(offsets, logweights, center, residual_src, residual, table, trips):
+    del offsets, logweights, center, residual_src, table, trips
+    return residual
+
+
+def _lower_for_tpu(context, *values):
+    axes = context.module_context.axis_context
+    if isinstance(axes, mlir.SPMDAxisContext):
+        alone = set(axes.manual_axes) == set(axes.mesh.axis_names)
+    else:
+        alone = getattr(axes, "num_devices", 1) == 1
+    program = mosaic_rollout if alone else whole_rollout
+    return mlir.lower_fun(program, multiple_results=False)(context, *values)
+
+
+mlir.register_lowering(_tpu, _lower_for_tpu, platform="tpu")

@@ -210,6 +210,7 @@ def student_sampler(config: Config, data: DataShape) -> Sampler:
             TimeWarp(train.shift),
             total_substeps=config.evaluation.substeps,
             final_step_size_scale=train.final_step_size_scale,
+            solver=config.evaluation.solver,
         )
 
     return sample

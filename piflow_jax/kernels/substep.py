@@ -1,0 +1,90 @@
+"""One substep in a kernel: every channel and component an array of its own, of a block of sites."""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from piflow_jax.kernels.recurrence import Recurrence
+
+__all__ = ["Component", "shaped_like", "substep"]
+
+
+class Component(NamedTuple):
+    """A component of a block's mixture.
+
+    Attributes:
+      offset: its offset from the centre, an array for each channel.
+      logweight: its log-weight.
+      norm: the squared length of its offset.
+    """
+
+    offset: Sequence[jax.Array]
+    logweight: jax.Array
+    norm: jax.Array
+
+
+def _sum(terms) -> jax.Array:
+    """A sum without the zero that `sum` begins with."""
+    first, *rest = terms
+    for term in rest:
+        first = first + term
+    return first
+
+
+def substep(
+    of: Recurrence,
+    y: Sequence[jax.Array],
+    previous: Sequence[jax.Array],
+    residual_src: Sequence[jax.Array],
+    center: Sequence[jax.Array],
+    component: Callable[[int], Component],
+    components: int,
+) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]:
+    """Takes a block of sites through one substep; see `Recurrence`.
+
+    Args:
+      of: the substep's coefficients, scalars.
+      y: the state relative to the centre, an array for each channel, as the rest.
+      previous: the velocity of the substep before, relative to the centre.
+      residual_src: the residual at the source.
+      center: the centre.
+      component: the mixture's components by index; asked for twice, from fast memory.
+      components: how many there are.
+
+    Returns:
+      The state and the velocity.
+    """
+    sources = list(zip(y, residual_src, center, strict=True))
+    pull = [of.pull * a + of.pull_src * b + of.pull_center * c for a, b, c in sources]
+    logits = []
+    for k in range(components):
+        offset, logweight, norm = component(k)
+        inner = _sum(d * p for d, p in zip(offset, pull, strict=True))
+        logits.append(logweight - of.half_precision * norm + inner)
+    largest = logits[0]
+    for logit in logits[1:]:
+        largest = jnp.maximum(largest, logit)
+    weights = [jnp.exp(logit - largest) for logit in logits]
+    scale = of.gain_offset / _sum(weights)
+    sums = [weights[0] * d for d in component(0).offset]
+    for k in range(1, components):
+        offset = component(k).offset
+        sums = [total + weights[k] * d for total, d in zip(sums, offset, strict=True)]
+    velocity = tuple(
+        of.gain * a + of.gain_src * b + of.gain_center * c - scale * total
+        for (a, b, c), total in zip(sources, sums, strict=True)
+    )
+    moved = zip(y, velocity, previous, strict=True)
+    return tuple(a + of.step * u + of.step_previous * p for a, u, p in moved), velocity
+
+
+def shaped_like(values: jax.Array, shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
+    """The shape of a result that varies over the axes of a `shard_map` as an argument does."""
+    aval = jax.typeof(values)
+    # The name of the keyword is younger than jax 0.10.
+    for name in ("manual_axis_type", "vma"):
+        if hasattr(aval, name):
+            return jax.ShapeDtypeStruct(shape, aval.dtype, **{name: getattr(aval, name)})
+    return jax.ShapeDtypeStruct(shape, aval.dtype)
