@@ -32,6 +32,7 @@ __all__ = [
     "settle",
     "table",
     "tune_allocator",
+    "write",
 ]
 
 RESULTS = Path(__file__).parent / "results"
@@ -246,7 +247,7 @@ def table(case: Mapping[str, Any]) -> str:
     lines = [
         f"| | median, ms | least, ms | spread | {work['unit']} / s | of the bound | "
         f"first call, s | time over that of {base} |",
-        "| --- " + "| ---: " * 7 + "|",
+        "| --- |" + " ---: |" * 7,
     ]
     for name, row in case["alternatives"].items():
         cells = [
@@ -269,6 +270,13 @@ def load(subject: str) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
+def write(subject: str, content: Mapping[str, Any]) -> None:
+    """Writes `benchmarks/results/<subject>.json`."""
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{subject}.json"
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
 def save(subject: str, name: str, case: Mapping[str, Any], **about: Any) -> None:
     """Keeps a case in `benchmarks/results/<subject>.json`, and prints its table.
 
@@ -287,7 +295,5 @@ def save(subject: str, name: str, case: Mapping[str, Any], **about: Any) -> None
         versions["torch"] = sys.modules["torch"].__version__
     kept = load(subject)
     kept.setdefault(label, {})[name] = {"versions": versions, **about, **case}
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{subject}.json"
-    path.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
+    write(subject, kept)
     print(f"{name} on {label}\n\n{table(case)}\n")

@@ -1,14 +1,14 @@
 """Weak scaling on paper: ImageNet's step compiled for slices of 8 to 1024 chips, and its bounds.
 
-`python benchmarks/scaling.py v5e:2x4 v5p:8x8x16 'v6e:16x16*4'` compiles the step of
+`python -m benchmarks.scaling v5e:2x4 v5p:8x8x16 'v6e:16x16*4'` compiles the step of
 `configs/imagenet.py:gm_repa` for each slice with the same batch on every chip, and adds
-FLOPs and bytes by collective to `benchmarks/results/scaling.json`; a slice takes two to six minutes
-and 3 GB. `python benchmarks/scaling.py` prints the table of `docs/scaling.md` from that file.
+FLOPs and bytes by collective to `benchmarks/results/scaling.json`; a slice takes three minutes of
+a processor and 3 GB, whatever its size. `v5e:8x8@64` is another mesh than the configuration's, of
+`fsdp = 64`. `python -m benchmarks.scaling` prints the table of `docs/scaling.md` from that file.
 
-Parameters are split over up to 128 chips (`fsdp`; the width, 1152, is divisible by no larger power
-of two), and the rest is `data`. Times are bounds: FLOPs over the chip's peak, bytes over the
-bandwidth of all its links, or of its share of the host's network between slices. Of the two
-efficiencies, the upper one takes transfers to run beside the arithmetic, the lower one after it.
+Times are bounds: FLOPs over the chip's peak, bytes over the bandwidth of all its links, or of its
+share of the host's network between slices. Of the two efficiencies, the upper one takes transfers
+to run beside the arithmetic, the lower one after it.
 """
 
 import argparse
@@ -34,16 +34,16 @@ from piflow_jax.stages.compile import compile_step
 RESULT = Path(__file__).parent / "results" / "scaling.json"
 # Examples on a chip, and parts that they go through the network in.
 BATCH = {"v5e": (64, 4), "v5p": (256, 4), "v6e": (128, 4)}
-WIDEST = 128
+GIB = 2**30
 
 
-def measure(topology: str) -> dict:
-    """Compiles for one slice."""
+def measure(name: str) -> dict:
+    """Compiles for one slice, such as `v5e:8x8`, or `v5e:8x8@64` for another `fsdp`."""
+    topology, _, fsdp = name.partition("@")
     chips = len(topology_devices(topology))
     settings = imagenet.get_config("gm_repa")
     settings.topology = topology
-    settings.mesh.fsdp = min(chips, WIDEST)
-    settings.mesh.data = -1
+    settings.mesh.fsdp = int(fsdp) if fsdp else settings.mesh.fsdp
     per_chip, parts = BATCH[topology.split(":")[0]]
     for batch in (settings.train, settings.teacher, settings.evaluation):
         batch.batch_size = chips * per_chip  # of the first alone is what is compiled
@@ -52,7 +52,7 @@ def measure(topology: str) -> dict:
         report = compile_step(parse(settings, None), folder)
     return {
         "chips": chips,
-        "fsdp": settings.mesh.fsdp,
+        "fsdp": report["mesh"].get("fsdp", 1),
         "batch_per_chip": per_chip,
         "memory": report["memory_bytes"]["peak"],
         "flops": report["flops"]["counted"] / chips,
@@ -65,13 +65,13 @@ def measure(topology: str) -> dict:
 def table(results: dict[str, dict]) -> str:
     """The results as Markdown."""
     lines = [
-        "| slice | chips | fsdp x data | batch per chip | TFLOP per chip | GB gathered | "
+        "| slice | chips | fsdp x data | batch per chip | GiB | TFLOP per chip | GB gathered | "
         "GB reduced | GB other | GB between slices | arithmetic, ms | links, ms | network, ms | "
         "efficiency |",
-        "| --- | " + "---: | " * 12,
+        "| --- |" + " ---: |" * 13,
     ]
-    order = sorted(results.items(), key=lambda item: (item[0].split(":")[0], item[1]["chips"]))
-    for topology, row in order:
+    for name in sorted(results, key=lambda name: _order(name, results[name])):
+        row, topology = results[name], name.partition("@")[0]
         chip, sent = CHIPS[topology.split(":")[0]], dict(row["bytes"])
         network = sent.pop(BETWEEN_SLICES, 0)
         inside = sum(sent.values())
@@ -84,6 +84,7 @@ def table(results: dict[str, dict]) -> str:
             row["chips"],
             f"{row['fsdp']} x {row['chips'] // row['fsdp']}",
             row["batch_per_chip"],
+            f"{row['memory'] / GIB:.1f}",
             f"{row['flops'] / 1e12:.1f}",
             *(f"{n / 1e9:.2f}" for n in (gathered, reduced, sum(sent.values()), network)),
             *(f"{1e3 * time:.1f}" for time in times),
@@ -95,13 +96,18 @@ def table(results: dict[str, dict]) -> str:
     return "\n".join(lines)
 
 
+def _order(name: str, row: dict) -> tuple:
+    """By chip and size; the configuration's own mesh before another."""
+    return name.split(":")[0], row["chips"], "@" in name
+
+
 def main() -> None:
     """Runs the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("slices", nargs="*")
+    parser.add_argument("slices", nargs="*", metavar="SLICE[@FSDP]")
     results = json.loads(RESULT.read_text()) if RESULT.exists() else {}
-    for topology in parser.parse_args().slices:
-        results[topology] = measure(topology)
+    for name in parser.parse_args().slices:
+        results[name] = measure(name)
         RESULT.write_text(json.dumps(results, indent=1) + "\n")
         jax.clear_caches()
     print(table(results))

@@ -1,7 +1,7 @@
 """A train step of a configuration, beside the same step in plain PyTorch.
 
-    python benchmarks/train_step.py
-    python benchmarks/train_step.py --config=configs/imagenet.py:gm_repa --batch-size=128
+    python -m benchmarks.train_step
+    python -m benchmarks.train_step --config=configs/imagenet.py:gm_repa --batch-size=128
 
 The first is the main job on this machine: the teacher's step and the student's. The second is for
 one GPU: the student's step of ImageNet with random weights and latents, which no data are needed
@@ -48,12 +48,23 @@ OURS = "piflow_jax"
 
 
 def load_config(name: str):
-    """The `ConfigDict` of `FILE[:VARIANT]`."""
+    """The `ConfigDict` of `FILE[:VARIANT]`, as `--config` takes it."""
     path, _, variant = name.partition(":")
     spec = importlib.util.spec_from_file_location("benchmarked", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module.get_config(variant) if variant else module.get_config()
+
+
+def torch_threads() -> dict[str, int]:
+    """Numbers of threads to time PyTorch with, by name; on a GPU its own choice, 0.
+
+    At the main job's size, and on a machine that does other work too, one thread may do better.
+    """
+    if jax.default_backend() != "cpu":
+        return {"PyTorch": 0}
+    counts = sorted({harness.machine()["cores"], 1}, reverse=True)
+    return {f"PyTorch, {n} thread{'s' if n > 1 else ''}": n for n in counts}
 
 
 class Subject:
@@ -186,15 +197,11 @@ def measure(raw, stage: str, options) -> dict:
     subject = Subject(ours[OURS], stage)
     builders = {name: lambda c=config: subject.ours(c) for name, config in ours.items()}
     if options.torch and importlib.util.find_spec("torch"):
-        if accelerated:
-            builders["PyTorch"] = subject.torch
-        else:
-            cores = harness.machine()["cores"]
-            for count in sorted({cores, 1}, reverse=True):
-                name = f"PyTorch, {count} thread{'s' if count > 1 else ''}"
-                builders[name] = lambda count=count: subject.torch(count)
+        for name, threads in torch_threads().items():
+            builders[name] = lambda threads=threads: subject.torch(threads)
         if options.compile:
-            builders["PyTorch, torch.compile"] = lambda: subject.torch(compiled=True)
+            threads = next(iter(torch_threads().values()))
+            builders["PyTorch, torch.compile"] = lambda: subject.torch(threads, compiled=True)
     dtype = ours[OURS].model.dtype
     work = harness.Work(
         items=STEPS * subject.size,

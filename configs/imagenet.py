@@ -109,7 +109,8 @@ def get_config(variant: str = "gm_repa") -> ml_collections.ConfigDict:
     config.train.optimizer.learning_rate = 5e-5
     config.train.optimizer.warmup_steps = 400
 
-    config.mesh.data = 1
+    # Up to 16 devices share a copy of the state, see docs/scaling.md.
+    config.mesh.data = -1
     config.mesh.fsdp = -1
 
     config.evaluation.num_samples = 50_000

@@ -1,6 +1,7 @@
 """Shared test settings: strict rank promotion, and float64 on demand."""
 
 import os
+from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Most of the suite's time is LLVM's: programs that run for milliseconds gain nothing from it.
@@ -11,6 +12,18 @@ import jax
 import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Marks cases of recorded files that lie only beside the repository as slow: there are many."""
+    for item in items:
+        values = item.callspec.params.values() if hasattr(item, "callspec") else ()
+        files = [v for v in values if isinstance(v, str) and v.endswith(".npz")]
+        if any(not (GOLDEN / name).exists() for name in files):
+            item.add_marker("slow")
 
 
 @pytest.fixture

@@ -320,12 +320,17 @@ def test_the_configuration_page_is_up_to_date():
         ({"data": 1, "fsdp": -1}, 8, (1, 8, 1)),
         ({"data": 2, "fsdp": 4}, 8, (2, 4, 1)),
         ({"data": -1, "fsdp": 2, "tensor": 2}, 8, (2, 2, 2)),
+        # The width is 64, eight tiles.
+        ({"fsdp": -1}, 4, (1, 4, 1)),
+        ({"fsdp": -1}, 32, (4, 8, 1)),
+        ({"fsdp": -1}, 12, (3, 4, 1)),
+        ({"fsdp": -1, "tensor": 4}, 64, (2, 8, 4)),
     ],
 )
 def test_a_mesh_fills_what_is_left_open(values, devices, sizes):
     values = {f"mesh__{axis}": size for axis, size in values.items()}
-    config = parse(changed(**values, evaluation__batch_size=8), devices)
-    assert tuple(mesh_sizes(config.mesh, devices).values()) == sizes
+    config = parse(changed(**values, evaluation__batch_size=8), None)
+    assert tuple(mesh_sizes(config, devices).values()) == sizes
 
 
 @pytest.mark.parametrize(
@@ -333,7 +338,10 @@ def test_a_mesh_fills_what_is_left_open(values, devices, sizes):
     [
         ({"data": 3}, "config.mesh (data 3 x fsdp 1 x tensor 1) does not fit the 8 devices"),
         ({"fsdp": 3}, "config.mesh (data -1 x fsdp 3 x tensor 1) does not fit the 8 devices"),
-        ({"fsdp": -1}, "only one size of config.mesh may be -1, ['data', 'fsdp'] are"),
+        (
+            {"tensor": -1},
+            "only one size of config.mesh may be -1, or data and fsdp, ['data', 'tensor'] are",
+        ),
         ({"fsdp": 0}, "config.mesh.fsdp must be at least 1, or -1 to fill, got 0"),
         (
             {"data": 1, "tensor": 8},

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from piflow_jax.config import parse
+from piflow_jax.config import mesh_sizes, parse
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 
@@ -65,6 +65,18 @@ def test_imagenet_recipes_are_those_of_the_design(
     assert (optimizer.kind, optimizer.learning_rate) == ("adamw", 5e-5)
     assert (optimizer.beta1, optimizer.beta2, optimizer.weight_decay) == (0.9, 0.95, 0.0)
     assert (optimizer.warmup_steps, optimizer.grad_clip, optimizer.ema_gamma) == (400, 50, 7)
+
+
+def test_imagenet_splits_its_state_over_sixteen_devices_at_most():
+    config = parse(load("imagenet").get_config(), None)
+    sizes = {n: tuple(mesh_sizes(config, n).values()) for n in (1, 8, 16, 64, 1024)}
+    assert sizes == {
+        1: (1, 1, 1),
+        8: (1, 8, 1),
+        16: (1, 16, 1),
+        64: (4, 16, 1),
+        1024: (64, 16, 1),
+    }
 
 
 def test_unknown_variant_is_named():

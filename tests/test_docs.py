@@ -1,5 +1,6 @@
 """The documentation says what is so: links, keys, code blocks, and tables made of reports."""
 
+import ast
 import importlib.util
 import json
 import re
@@ -8,7 +9,9 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import ml_collections
+import numpy as np
 import pytest
+from PIL import Image
 
 from piflow_jax.config import base_config, parse
 from piflow_jax.data import load_source
@@ -137,6 +140,29 @@ def test_readme_code_works(digits_run):
     # The text says about 0.04 and 2.0; a student that learned nothing is near the latter.
     assert jnp.mean((names["ours"] - names["many"]) ** 2) < 0.08
     assert 1.9 < jnp.mean((names["once"] - names["many"]) ** 2) < 2.1
+    check_concepts(names)
+
+
+def check_concepts(names):
+    """The figures of docs/method.md, drawn of the README's example."""
+    concepts = load_module(ROOT / "tools" / "draw_concepts.py")
+    paths = concepts.write(names, Path())
+    text = (ROOT / "docs" / "method.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"\(images/(.*?)\)", text)) == {path.name for path in paths}
+    for path in paths:
+        with Image.open(path) as drawn, Image.open(ROOT / "docs" / "images" / path.name) as shown:
+            assert drawn.size == shown.size and drawn.convert("L").getextrema()[0] < 100
+    # The weights in them are those of the policy: with them, its x_0.
+    x, t = jnp.array([[0.7, -0.4]]), jnp.array([0.4])
+    policy = names["policy_at"](names["params"], names["noise"][:1], jnp.ones(1))
+    states, times = np.stack([names["noise"][0], x[0]]), np.array([1.0, 0.4])
+    _, weights = concepts.component_weights(policy, states, times)
+    means, v = np.asarray(policy.offsets + policy.center[:, None])[0], float(policy.variance[0])
+    # At s = 1: zeta = ((1 - t) / t)^2 and nu = (1 - t) x / t^2.
+    components = (v * 0.6 * np.asarray(x) / 0.16 + means) / (v * (0.6 / 0.4) ** 2 + 1)
+    np.testing.assert_allclose(
+        x - 0.4 * policy.velocity(x, t), (weights @ components)[None], atol=1e-4
+    )
 
 
 def test_teachers_code_works():
@@ -144,21 +170,74 @@ def test_teachers_code_works():
     assert execute(code, "docs/teachers.md", {})["samples"].shape == (4, 2)
 
 
+def literals(path):
+    """Strings of a module as a user would see them, with an ellipsis for each inserted value."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.JoinedStr):
+            parts = (
+                part.value if isinstance(part, ast.Constant) else "..." for part in node.values
+            )
+            yield "".join(parts).removeprefix("error: ")
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield node.value
+
+
 def test_troubleshooting_has_messages_that_exist():
     text = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
-    ours = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "piflow_jax").rglob("*.py"))
-    ours = (
-        re.sub(r'"\s*f?"', "", ours)
-        .replace("{spec.get('kind')}", "teacher")
-        .replace("{kind}", "student")
-    )
-    # Those of other libraries are not ours to look up.
-    theirs = {"in_specs passed to shard_map", "does not match the specs of the input", "matplotlib"}
-    messages = [
-        m for m in re.findall(r"\*\*`(.*?)`\*\*", text) if m not in theirs and "module" not in m
-    ]
-    assert len(messages) >= 6
-    assert not [message for message in messages if message not in ours]
+    ours = {text for path in (ROOT / "piflow_jax").rglob("*.py") for text in literals(path)}
+    theirs = {  # of other libraries, or of Python
+        "in_specs passed to shard_map",
+        "does not match the specs of the input",
+        "Unable to initialize backend 'tpu'",
+        "No module named 'gradio'",
+        "'matplotlib'",
+        "'nbclient'",
+    }
+    messages = [" ".join(m.split()) for m in re.findall(r"\*\*`(.*?)`\*\*", text, flags=re.S)]
+    assert len(messages) >= 60 and theirs < set(messages)
+    unknown = []
+    for message in set(messages) - theirs:
+        pattern = re.compile(".*".join(map(re.escape, message.split("..."))), flags=re.S)
+        # Quoted whole, or its beginning: nobody looks for a message by its middle.
+        if not any(pattern.match(text) for text in ours):
+            unknown.append(message)
+    assert not unknown
+
+
+def table_rows(text, names):
+    """Cells of a table's rows whose first one is one of the names, by name."""
+    rows = re.findall(r"^\| `(\w+)` \| (.*) \|$", text, flags=re.M)
+    found = {name: cells.split(" | ") for name, cells in rows if name in names}
+    assert set(found) == set(names)
+    return found
+
+
+def test_recipes_are_those_of_the_configs_and_reports():
+    paper, ours = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8").split("digits:begin")
+    imagenet = load_module(ROOT / "configs" / "imagenet.py")
+    variants = [name for name in imagenet.VARIANTS if name != "runlocal"]
+    for name, cells in table_rows(paper, variants).items():
+        config = parse(imagenet.get_config(name))
+        train, teacher, policy = config.train, config.teacher, config.policy
+        size = f"K = {policy.num_components}" if policy.kind == "gm" else f"N = {policy.num_grid}"
+        low, high = teacher.guidance_interval
+        assert cells == [
+            f"{policy.kind.upper()}, {size}",
+            f"{train.gm_dropout}",
+            f"{train.window_substeps}",
+            f"{teacher.guidance_scale}",
+            f"{low:g} to {high:g}",
+            f"{train.nfe}",
+            f"{train.steps}",
+        ]
+    digits = load_module(ROOT / "configs" / "digits.py")
+    for name, (ratio, endpoint) in table_rows(ours, digits.VARIANTS).items():
+        report = ROOT / "docs" / "results" / f"digits_{name}_seed0.json"
+        rows = json.loads(report.read_text(encoding="utf-8"))["rows"]
+        (student,) = (row for row in rows if row["system"] == "student")
+        (many,) = (row for row in rows if (row["system"], row["nfe"]) == ("teacher", 128))
+        frechet = student["figures"]["frechet"] / many["figures"]["frechet"]
+        assert (ratio, endpoint) == (f"{frechet:.2f}", f"{student['endpoint_mse']:.4f}")
 
 
 def test_running_code_works(tmp_path, monkeypatch):

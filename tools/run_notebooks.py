@@ -47,6 +47,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--write", action="store_true", help="put the outputs into the files")
     write = parser.parse_args(arguments).write
+    # As the tests: with libtpu installed and no TPU, JAX would look for one and fail.
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
     os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     found = []
     with tempfile.TemporaryDirectory() as place:

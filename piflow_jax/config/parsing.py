@@ -8,7 +8,10 @@ from typing import Any
 
 import ml_collections
 
-from piflow_jax.config.schema import Config, MeshConfig
+from piflow_jax.config.schema import Config
+
+# Of the tiles in which a TPU keeps matrices, whatever their type.
+_TILE_ROWS = 8
 
 
 class ConfigError(ValueError):
@@ -101,30 +104,38 @@ def _parse_value(value: Any, hint: Any, allowed: types.MappingProxyType, key: st
     return value
 
 
-def mesh_sizes(mesh: MeshConfig, num_devices: int) -> dict[str, int]:
+def mesh_sizes(config: Config, num_devices: int) -> dict[str, int]:
     """Sizes of the mesh's axes in their order, with -1 filled in.
 
     Args:
-      mesh: the settings.
+      config: the parsed configuration.
       num_devices: devices of all processes.
 
     Returns:
       `data`, `fsdp` and `tensor`, whose product is the number of devices.
 
     Raises:
-      ConfigError: a size is 0, more than one is -1, or they do not multiply to that number.
+      ConfigError: a size is 0, more than one is -1 (but for `data` with `fsdp`), or they do not
+        multiply to that number.
     """
-    sizes = {axis: getattr(mesh, axis) for axis in ("data", "fsdp", "tensor")}
-    open_axes = [axis for axis, size in sizes.items() if size == -1]
+    sizes = {axis: getattr(config.mesh, axis) for axis in ("data", "fsdp", "tensor")}
     for axis, size in sizes.items():
         if size == 0:
             raise ConfigError(f"config.mesh.{axis} must be at least 1, or -1 to fill, got 0")
+    if sizes["data"] == sizes["fsdp"] == -1 and sizes["tensor"] > 0:
+        # Where parts of a matrix are no whole tiles, the TPU's compiler moves it by all-reduces,
+        # several times the bytes (docs/scaling.md).
+        tiles, rest = divmod(config.model.hidden, _TILE_ROWS)
+        sizes["fsdp"] = 1 if rest else math.gcd(num_devices // sizes["tensor"], tiles)
+    open_axes = [axis for axis, size in sizes.items() if size == -1]
     if len(open_axes) > 1:
-        raise ConfigError(f"only one size of config.mesh may be -1, {open_axes} are")
+        raise ConfigError(
+            f"only one size of config.mesh may be -1, or data and fsdp, {open_axes} are"
+        )
     for axis in open_axes:  # the product has the sign of its -1
         sizes[axis] = max(-num_devices // math.prod(sizes.values()), 1)
     if math.prod(sizes.values()) != num_devices:
-        text = " x ".join(f"{axis} {getattr(mesh, axis)}" for axis in sizes)
+        text = " x ".join(f"{axis} {getattr(config.mesh, axis)}" for axis in sizes)
         raise ConfigError(f"config.mesh ({text}) does not fit the {num_devices} devices")
     return sizes
 
@@ -144,7 +155,7 @@ def check_devices(config: Config, num_devices: int, num_processes: int = 1) -> d
       ConfigError: the mesh does not fit, or a batch cannot be divided; names the key.
     """
     train = config.train
-    sizes = mesh_sizes(config.mesh, num_devices)
+    sizes = mesh_sizes(config, num_devices)
     if config.model.num_heads % sizes["tensor"]:
         raise ConfigError(
             f"config.mesh.tensor ({sizes['tensor']}) must divide config.model.num_heads "

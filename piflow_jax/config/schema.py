@@ -38,7 +38,12 @@ class MeshConfig:
     """How all devices of all processes share the work; the three sizes multiply to their number."""
 
     data: int = _field(-1, "parts of the batch with parameters of their own; -1 fills", low=-1)
-    fsdp: int = _field(1, "parts of the batch that split the parameters; -1 fills", low=-1)
+    fsdp: int = _field(
+        1,
+        "parts of the batch that split the parameters; -1 fills, but where data is -1 too only as "
+        "far as parts of model.hidden are whole tiles of 8",
+        low=-1,
+    )
     tensor: int = _field(1, "parts of heads and hidden layers; -1 fills", low=-1)
     student: str = _field("split", "parameters in training, and moments", choices=_PLACES)
     ema: str = _field("split", "averaged parameters", choices=_PLACES)
@@ -73,7 +78,9 @@ class ModelConfig:
     )
     scan_unroll: int = _field(1, "blocks per iteration of the scan over layers", low=1)
     attention: str = _field(
-        "default", "implementation of the attention", choices=("default", "xla", "cudnn")
+        "default",
+        "implementation; where cuDNN has none, JAX's own with a warning in the log",
+        choices=("default", "xla", "cudnn"),
     )
 
 

@@ -42,7 +42,9 @@ def forward_flops(module: DiT, height: int, width: int) -> int:
 
 
 def traced_flops(function, *args) -> int:
-    """FLOPs of the matrix products in a traced program, loops counted as often as they run.
+    """FLOPs of the matrix products and convolutions in a traced program.
+
+    Loops are counted as often as they run.
 
     Counted from the program that JAX hands to the compiler: recomputation by remat is in it, what
     the compiler merges later is too. `while` loops, whose length is not known, count once;
@@ -67,6 +69,11 @@ def _jaxpr_flops(jaxpr) -> int:
             left = equation.invars[0].aval.shape
             depth = math.prod(left[axis] for axis in contracted)
             total += 2 * depth * math.prod(equation.outvars[0].aval.shape)
+            continue
+        if name == "conv_general_dilated":
+            kernel = equation.invars[1].aval.shape
+            outputs = kernel[params["dimension_numbers"].rhs_spec[0]]
+            total += 2 * math.prod(kernel) // outputs * math.prod(equation.outvars[0].aval.shape)
             continue
         repeats = params["length"] if name == "scan" else 1
         if name == "cond":

@@ -14,10 +14,17 @@ from piflow_jax.models.vae import AutoencoderKL, decode_in_chunks
 from piflow_jax.parallel import local_mesh, replicated
 from piflow_jax.training.networks import DataShape
 
-__all__ = ["Autoencoder", "check_autoencoder", "load_autoencoder", "pixel_sampler", "tree_digest"]
+__all__ = [
+    "CHUNK",
+    "Autoencoder",
+    "check_autoencoder",
+    "load_autoencoder",
+    "pixel_sampler",
+    "tree_digest",
+]
 
 # Latents that a device decodes at once; 256x256 images of the full-size decoder take 1 GiB each.
-_CHUNK = 8
+CHUNK = 8
 
 
 class Autoencoder(NamedTuple):
@@ -103,7 +110,7 @@ def pixel_sampler(sampler: Sampler, module: AutoencoderKL, data: DataShape) -> S
         params, vae_params = params
         latents = sampler(params, noise, labels) / data.latent_scale + data.latent_shift
         return decode_in_chunks(
-            module, vae_params, latents.astype(jnp.float32), _CHUNK * jax.local_device_count()
+            module, vae_params, latents.astype(jnp.float32), CHUNK * jax.local_device_count()
         )
 
     return sample

@@ -56,7 +56,7 @@ def train(config: Config, workdir: str | os.PathLike) -> None:
 
 
 def _train(config: Config, workdir: str | os.PathLike) -> None:
-    mesh = device_mesh(**mesh_sizes(config.mesh, jax.device_count()))
+    mesh = device_mesh(**mesh_sizes(config, jax.device_count()))
     source = load_source(config.data.name, config.data.data_dir or None)
     data = DataShape.of(config.data.name, source)
     if config.data.name == "imagenet":

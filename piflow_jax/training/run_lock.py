@@ -24,7 +24,7 @@ class RunLock:
     (`gs://`) have no locks: there, nothing is checked.
 
     Args:
-      workdir: the run's directory; it exists.
+      workdir: the run's directory; made if need be.
       patience: seconds to wait for a holder on another machine: a network file system notices with
         delay that a machine went away.
 
@@ -38,6 +38,7 @@ class RunLock:
         if jax.process_index() or "://" in text:
             return
         path = Path(text).expanduser() / _NAME
+        path.parent.mkdir(parents=True, exist_ok=True)
         # Not truncated: until it is ours, it says whose it is.
         self._file = open(path, "a+", encoding="utf-8")  # noqa: SIM115
         try:

@@ -1,5 +1,7 @@
 """Counted operations against closed forms and against each other."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -27,6 +29,21 @@ def test_branches_count_the_dearest_and_batched_products_their_batch():
         return jax.lax.cond(a[0, 0, 0] > 0, lambda: a[0] @ a[0].T, lambda: a[0, :, :3])
 
     assert traced_flops(branches, a) == 2 * 3 * 5 * 3
+
+
+def test_convolutions_count_every_tap():
+    image, kernel = jnp.ones((2, 8, 6, 3)), jnp.ones((3, 3, 3, 5))
+
+    def convolve(image, kernel, **options):
+        dims = ("NHWC", "HWIO", "NHWC")
+        return jax.lax.conv_general_dilated(
+            image, kernel, (1, 1), "SAME", dimension_numbers=dims, **options
+        )
+
+    assert traced_flops(convolve, image, kernel) == 2 * (2 * 8 * 6 * 5) * (3 * 3 * 3)
+    grouped = functools.partial(convolve, feature_group_count=3)
+    kernel = jnp.ones((3, 3, 1, 6))
+    assert traced_flops(grouped, image, kernel) == 2 * (2 * 8 * 6 * 6) * (3 * 3)
 
 
 def test_the_network_by_its_shapes_is_the_network_as_traced():

@@ -12,6 +12,7 @@ import optax
 import pytest
 
 from piflow_jax.data import batches, load_source
+from piflow_jax.training import loop
 from piflow_jax.training.checkpoint import CheckpointError, restore_subtree
 from piflow_jax.training.loop import (
     Interrupted,
@@ -120,6 +121,37 @@ def test_nothing_compiles_inside_the_loop(tmp_path):
     assert compilations, "the listener heard nothing"
     # From the third batch on: the first is for compiling, the second may place its data.
     assert seen_at[12] == seen_at[3]
+
+
+class Watched:
+    """A metric that tells when it is fetched."""
+
+    def __init__(self, value, on_fetch):
+        self._value, self._on_fetch = value, on_fetch
+
+    def __array__(self, *args, **kwargs):
+        self._on_fetch()
+        return np.asarray(self._value)
+
+
+def test_metrics_are_fetched_when_the_next_step_has_been_started(tmp_path, monkeypatch):
+    started, fetched = [], []
+    compile_step = loop._Loop._compile
+
+    def compile_watched(self, state, batch):
+        compiled = compile_step(self, state, batch)
+
+        def call(*arguments):
+            started.append(step := len(started) + 1)
+            state, metrics = compiled(*arguments)
+            saw = lambda: fetched.append((step, len(started)))  # noqa: E731
+            return state, {"loss": Watched(metrics["loss"], saw)}
+
+        return call
+
+    monkeypatch.setattr(loop._Loop, "_compile", compile_watched)
+    run_stage(make_stage(), tmp_path, **(OPTIONS | {"checkpoint_every": 100}))
+    assert fetched == [(step, min(step + 1, 10)) for step in range(1, 11)]
 
 
 def test_interrupted_run_continues_exactly(tmp_path, whole):

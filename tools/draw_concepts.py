@@ -1,0 +1,211 @@
+"""Draws the figures of docs/method.md, of the README's teacher and student in the plane.
+
+    python tools/draw_concepts.py            # writes docs/images/concept_*.png; a minute on a core
+
+What is drawn is what the README's example computes: its code is run, and policies, rollouts and
+intervals are the package's own. Needs `pip install -e ".[notebooks]"` (Matplotlib).
+"""
+
+import re
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import matplotlib
+import numpy as np
+
+from piflow_jax.flow.imitation import intervals_from_uniforms
+from piflow_jax.flow.schedule import TimeWarp, sampling_times
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+ROOT = Path(__file__).parents[1]
+TEACHER, STUDENT = "tab:blue", "tab:orange"
+LIMIT = 2.9
+
+
+def readme_example() -> dict[str, Any]:
+    """Names of the README's example after it has run: `teacher`, `policy_at`, `params`, ..."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    (code,) = (
+        block
+        for block in re.findall(r"^```python\n(.*?)^```$", text, flags=re.M | re.S)
+        if "class Student" in block
+    )
+    names: dict[str, Any] = {}
+    exec(compile(code, "README.md", "exec"), names)
+    return names
+
+
+def path_of(velocity, x: jax.Array, steps: int = 128) -> np.ndarray:
+    """States `[steps + 1, B, 2]` of Euler's method from noise to data."""
+    times = jnp.linspace(1, 0, steps + 1)
+
+    def step(x, ends):
+        t, after = ends
+        x = x + (after - t) * velocity(x, jnp.full(len(x), t))
+        return x, x
+
+    _, states = jax.lax.scan(step, x, (times[:-1], times[1:]))
+    return np.concatenate([x[None], states])
+
+
+def plane(ax, names: Mapping[str, Any], title: str) -> None:
+    """The teacher's six modes, and the frame that all panels have in common."""
+    ax.plot(*names["centres"].T, "o", ms=13, mfc="none", mec="0.6", zorder=0)
+    ax.set(xlim=(-LIMIT, LIMIT), ylim=(-LIMIT, LIMIT), aspect="equal", xticks=[], yticks=[])
+    ax.set_title(title, fontsize=10)
+
+
+def draw_trajectories(names: Mapping[str, Any]):
+    """The same noise by many evaluations, by one, and by the policy of one."""
+    noise, teacher = names["noise"][:40], names["teacher"]
+    policy = names["policy_at"](names["params"], noise, jnp.ones(len(noise)))
+    paths = {
+        "teacher, 128 evaluations": (path_of(teacher, noise), TEACHER),
+        "teacher, 1 evaluation": (path_of(teacher, noise, 1), TEACHER),
+        "student, 1 evaluation": (path_of(policy.velocity, noise), STUDENT),
+    }
+    figure, axes = plt.subplots(1, 3, figsize=(10.5, 3.7), layout="constrained")
+    for ax, (title, (path, color)) in zip(axes, paths.items(), strict=True):
+        plane(ax, names, title)
+        ax.plot(*np.moveaxis(path, -1, 0), color=color, lw=0.8, alpha=0.7)
+        ax.plot(*path[0].T, ".", color="0.5", ms=4)
+        ax.plot(*path[-1].T, ".", color="black", ms=5)
+    return figure
+
+
+def component_weights(policy, states: np.ndarray, times: np.ndarray) -> np.ndarray:
+    """Weights `[T, K]` of a policy's components at the states `[T, 2]` of one sample.
+
+    They are the formulas of docs/method.md as they stand there, in float64.
+    """
+    means = np.asarray(policy.offsets + policy.center[:, None], np.float64)[0]
+    variance, s = float(policy.variance[0]), float(policy.sigma_src[0])
+    source, t = states[0].astype(np.float64), times[:, None]
+    zeta = ((1 - t) / t) ** 2 - ((1 - s) / s) ** 2
+    nu = (1 - t) * states / t**2 - (1 - s) * source / s**2
+    inner = nu @ means.T - zeta * np.sum(means**2, -1) / 2
+    logits = np.asarray(policy.logweights, np.float64)[0] + inner / (variance * zeta + 1)
+    weights = np.exp(logits - logits.max(-1, keepdims=True))
+    return weights / weights.sum(-1, keepdims=True)
+
+
+def draw_mixture(names: Mapping[str, Any]):
+    """What one evaluation predicts for one noise, and which component leads when."""
+    start = jnp.array([[0.25, 0.35]])
+    policy = names["policy_at"](names["params"], start, jnp.ones(1))
+    path, times = path_of(policy.velocity, start)[:-1, 0], np.linspace(1, 0, 129)[:-1]
+    weights = component_weights(policy, path, times)
+    means = np.asarray(policy.offsets + policy.center[:, None])[0]
+    colors = plt.get_cmap("tab10").colors[: len(means)]
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.7), layout="constrained")
+    plane(left, names, "the mixture over $x_0$, and the policy's path")
+    for mean, weight, color in zip(means, weights[0], colors, strict=True):
+        radius = 2 * float(policy.variance[0]) ** 0.5
+        left.add_patch(plt.Circle(mean, radius, color=color, alpha=0.2 + 0.6 * weight, lw=0))
+        left.annotate(f"{weight:.2f}", mean, ha="center", va="center", fontsize=8)
+    left.plot(*path.T, color="black", lw=1.2)
+    left.plot(*path[0], "o", color="black", ms=4)
+    right.stackplot(times, weights.T, colors=colors, alpha=0.7)
+    right.set(xlim=(1, 0), ylim=(0, 1), xlabel="t: from noise to data", ylabel="weights $w_k$")
+    right.set_title("the components' weights along that path", fontsize=10)
+    return figure
+
+
+def draw_imitation(names: Mapping[str, Any]):
+    """Who walks to the states where the teacher is asked, by the share of trajectory mixing."""
+    del names
+    figure, ax = plt.subplots(figsize=(9, 3), layout="constrained")
+    states, window, one = 3, 0.08, jnp.ones(1)
+    uniforms = jnp.array([[0.15, 0.45, 0.85]]), jnp.array([[0.3, 0.7]])
+    for row, ratio in enumerate((1.0, 0.5, 0.0)):
+        found = intervals_from_uniforms(*uniforms, one, jnp.full(1, window), ratio)
+        tau = 1.0
+        for i in range(states):
+            ask = tau - float(found.student[0, i])
+            after = ask - float(found.teacher[0, i])
+            bar = {"height": 0.36, "lw": 0}
+            ax.barh(row, tau - ask, left=ask, color=STUDENT, **bar)
+            ax.barh(row, ask - after, left=after, color=TEACHER, **bar)
+            ax.barh(row + 0.26, window, left=after - window, height=0.1, color="0.6", lw=0)
+            ax.plot(ask, row, "o", color="black", ms=5)
+            tau = after
+    names_of_bars = (
+        (STUDENT, "the policy walks, without gradient"),
+        (TEACHER, "the teacher's velocity walks"),
+        ("0.6", "window: the policy's mean velocity reaches here"),
+    )
+    handles = [plt.Rectangle((0, 0), 1, 1, color=color) for color, _ in names_of_bars]
+    handles.append(plt.Line2D([], [], color="black", marker="o", ls="", ms=5))
+    labels = [*(text for _, text in names_of_bars), "the teacher is asked"]
+    ax.legend(handles, labels, fontsize=8, loc="upper center", ncols=2, frameon=False)
+    ax.set(
+        xlim=(1.02, -0.02),
+        ylim=(-0.5, 3.4),
+        xlabel="raw time of one segment with M = 3 states, from noise to data",
+    )
+    ax.set_yticks(range(3), ["r = 1", "r = 0.5", "r = 0"])
+    return figure
+
+
+def draw_segments(names: Mapping[str, Any]):
+    """Where the network is evaluated, in noise level, for the recipes' schedules."""
+    del names
+    rows = [
+        ("ImageNet, 1 NFE", 1, 1.0, 1.0),
+        ("ImageNet, 2 NFE", 2, 1.0, 1.0),
+        ("FLUX and Qwen-Image, 4 NFE:\nshift 3.2, last segment half as long", 4, 3.2, 0.5),
+    ]
+    figure, ax = plt.subplots(figsize=(9, 2.3), layout="constrained")
+    for row, (_, nfe, shift, last) in enumerate(rows):
+        times = sampling_times(nfe, TimeWarp(shift), last)
+        for i, (src, to) in enumerate(zip(times.src, times.to, strict=True)):
+            shade = plt.get_cmap("Oranges")(0.3 + 0.4 * (i % 2))
+            ax.barh(-row, src - to, left=to, height=0.5, color=shade, lw=0)
+            ax.plot(src, -row, "o", color="black", ms=5)
+    ax.set_yticks([-row for row in range(len(rows))], [name for name, *_ in rows], fontsize=9)
+    ax.set(xlim=(1.02, -0.02), xlabel="t: from noise to data; dots are network evaluations")
+    return figure
+
+
+FIGURES = {
+    "concept_trajectories": draw_trajectories,
+    "concept_mixture": draw_mixture,
+    "concept_imitation": draw_imitation,
+    "concept_segments": draw_segments,
+}
+
+
+def write(names: Mapping[str, Any], folder: Path) -> list[Path]:
+    """Draws all figures.
+
+    Args:
+        names: see `readme_example`.
+        folder: where the PNG files go.
+
+    Returns:
+        The files.
+    """
+    paths = []
+    for name, draw in FIGURES.items():
+        figure = draw(names)
+        paths.append(folder / f"{name}.png")
+        figure.savefig(paths[-1], dpi=110, metadata={"Software": None})
+        plt.close(figure)
+    return paths
+
+
+def main() -> int:
+    """The command line."""
+    print(*write(readme_example(), ROOT / "docs" / "images"), sep="\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
