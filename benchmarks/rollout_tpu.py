@@ -1,4 +1,4 @@
-"""The rollout's kernel compiled for TPU slices that need not be attached, and a bound of its cycles.
+"""The rollout as a kernel compiled for TPU slices that need not be attached; a bound of its cycles.
 
     python -m benchmarks.rollout_tpu v5e:2x2 v5p:2x2x1 v6e:2x4
 
