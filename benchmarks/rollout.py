@@ -1,6 +1,6 @@
 """Rollouts: fused, by scan, and in scripted PyTorch, beside what the hardware can do at most.
 
-    python benchmarks/rollout.py
+    python -m benchmarks.rollout
 
 times the two cases below on the default device (a CPU or a GPU), prints their tables and keeps them
 in `benchmarks/results/rollout.json`. `--rounds` is how often. PyTorch, where it is installed, runs
@@ -20,11 +20,11 @@ import argparse
 import time
 from collections.abc import Callable
 
-import harness
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks import harness
 from piflow_jax.flow.policies import GMFlowPolicy, GMOutput
 from piflow_jax.flow.rollout import rollout
 from piflow_jax.flow.schedule import TimeWarp
@@ -97,7 +97,8 @@ def alternatives(output: GMOutput, x: jax.Array, ends: jax.Array) -> dict[str, C
     calls = {"fused": ours("fused"), "scan": ours("scan")}
     try:
         import torch
-        from torch_rollout import rollout as torch_rollout
+
+        from benchmarks.torch_rollout import rollout as torch_rollout
     except ImportError:
         return calls
     device = "cuda" if torch.cuda.is_available() and jax.default_backend() == "gpu" else "cpu"

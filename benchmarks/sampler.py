@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import harness
-from benchmarks.train_step import OURS, Subject, load_config
+from benchmarks.train_step import OURS, Subject, load_config, torch_threads
 from piflow_jax.config import Config, parse
 from piflow_jax.models.flops import forward_flops
 from piflow_jax.student import Student
@@ -45,7 +45,9 @@ def ours(subject: Subject, labels: np.ndarray, substeps: int) -> dict[str, Calla
     }
 
 
-def torch_sampler(subject: Subject, labels: np.ndarray, substeps: int, compiled: bool) -> Callable:
+def torch_sampler(
+    subject: Subject, labels: np.ndarray, substeps: int, threads: int = 0, compiled: bool = False
+) -> Callable:
     """The same in PyTorch, on a GPU if there is one."""
     import torch
 
@@ -65,6 +67,8 @@ def torch_sampler(subject: Subject, labels: np.ndarray, substeps: int, compiled:
 
     @torch.inference_mode()
     def call():
+        if threads:
+            torch.set_num_threads(threads)
         noise = torch.randn(shape, device=device)
         with torch.autocast(device, torch.bfloat16, enabled=bfloat16):
             samples = torch_twin.few_step_sample(
@@ -81,9 +85,11 @@ def measure(config: Config, options) -> dict:
     labels = np.arange(options.batch_size) % subject.data.num_classes
     alternatives = ours(subject, labels, options.substeps)
     if importlib.util.find_spec("torch"):
-        alternatives["PyTorch"] = torch_sampler(subject, labels, options.substeps, False)
+        for name, threads in torch_threads().items():
+            alternatives[name] = torch_sampler(subject, labels, options.substeps, threads)
         if options.compile:
-            compiled = torch_sampler(subject, labels, options.substeps, True)
+            threads = next(iter(torch_threads().values()))
+            compiled = torch_sampler(subject, labels, options.substeps, threads, compiled=True)
             alternatives["PyTorch, torch.compile"] = compiled
     module, _ = subject.modules(config)
     size = subject.data.sample_size

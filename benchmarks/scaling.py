@@ -1,10 +1,10 @@
 """Weak scaling on paper: ImageNet's step compiled for slices of 8 to 1024 chips, and its bounds.
 
-`python benchmarks/scaling.py v5e:2x4 v5p:8x8x16 'v6e:16x16*4'` compiles the step of
+`python -m benchmarks.scaling v5e:2x4 v5p:8x8x16 'v6e:16x16*4'` compiles the step of
 `configs/imagenet.py:gm_repa` for each slice with the same batch on every chip, and adds
 FLOPs and bytes by collective to `benchmarks/results/scaling.json`; a slice takes four minutes of
 a processor and 3 GB, whatever its size. `v5e:8x8@64` is another mesh than the configuration's, of
-`fsdp = 64`. `python benchmarks/scaling.py` prints the table of `docs/scaling.md` from that file.
+`fsdp = 64`. `python -m benchmarks.scaling` prints the table of `docs/scaling.md` from that file.
 
 Times are bounds: FLOPs over the chip's peak, bytes over the bandwidth of all its links, or of its
 share of the host's network between slices. Of the two efficiencies, the upper one takes transfers

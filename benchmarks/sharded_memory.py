@@ -1,6 +1,6 @@
 """What a device holds of a distillation's state, and needs while a step runs, by `fsdp`.
 
-`python benchmarks/sharded_memory.py` makes the state of a student of DiT-S/2's size (33 million
+`python -m benchmarks.sharded_memory` makes the state of a student of DiT-S/2's size (33 million
 parameters) on 8 simulated devices, with `fsdp` from 1 to 8 and the rest `data`, adds up the bytes
 that one device really holds, and compiles the step of ImageNet's recipe with 4 examples on each
 device. It prints a Markdown table and writes `benchmarks/results/sharded_memory.json`.

@@ -5,11 +5,9 @@ from torch import Tensor
 
 __all__ = ["rollout"]
 
-EPS = 1e-6
 
-
-def _wide(value: Tensor, ndim: int) -> Tensor:
-    return value.reshape([-1] + [1] * (ndim - 1))
+def _wide(value: Tensor) -> Tensor:
+    return value.reshape(-1, 1, 1, 1)
 
 
 @torch.jit.script
@@ -28,18 +26,19 @@ def rollout(
 
     `variance`, `sigma_src`, `start` and `end` are `[B]`; raw time is the noise level.
     """
+    eps = 1e-6
     count = ((start - end) * total).round().clamp(min=1)
     size = (start - end) / count
-    s = _wide(sigma_src.clamp(min=EPS), 4)
-    v = _wide(variance, 4)
+    s = _wide(sigma_src.clamp(min=eps))
+    v = _wide(variance)
     for index in range(int(count.max().item())):
         now = start - size * torch.clamp(count - 1, max=index)
         after = start - size * torch.clamp(count, max=index + 1)
-        step = _wide(torch.where(index < count, after - now, torch.zeros_like(now)), 4)
-        t = _wide(now.clamp(min=EPS), 4)
+        step = _wide(torch.where(index < count, after - now, torch.zeros_like(now)))
+        t = _wide(now.clamp(min=eps))
         zeta = ((1 - t) / t).square() - ((1 - s) / s).square()
         nu = (1 - t) / t.square() * x - (1 - s) / s.square() * x_src
-        denominator = (v * zeta + 1).clamp(min=EPS)
+        denominator = (v * zeta + 1).clamp(min=eps)
         wide = nu.unsqueeze(1)
         inner = (means * (wide - 0.5 * zeta.unsqueeze(1) * means)).sum(2)
         weights = (logweights + inner / denominator).softmax(1).unsqueeze(2)

@@ -57,6 +57,17 @@ def load_config(name: str):
     return module.get_config(variant) if variant else module.get_config()
 
 
+def torch_threads() -> dict[str, int]:
+    """Numbers of threads to time PyTorch with, by name; on a GPU its own choice, 0.
+
+    At the main job's size, and on a machine that does other work too, one thread may do better.
+    """
+    if jax.default_backend() != "cpu":
+        return {"PyTorch": 0}
+    counts = sorted({harness.machine()["cores"], 1}, reverse=True)
+    return {f"PyTorch, {n} thread{'s' if n > 1 else ''}": n for n in counts}
+
+
 class Subject:
     """A stage of a configuration: its batch, weights, and step in both frameworks."""
 
@@ -188,15 +199,11 @@ def measure(raw, stage: str, options) -> dict:
     subject = Subject(ours[OURS], stage)
     builders = {name: lambda c=config: subject.ours(c) for name, config in ours.items()}
     if options.torch and importlib.util.find_spec("torch"):
-        cores = 0 if accelerated else harness.machine()["cores"]
-        if accelerated:
-            builders["PyTorch"] = subject.torch
-        else:
-            for count in sorted({cores, 1}, reverse=True):
-                name = f"PyTorch, {count} thread{'s' if count > 1 else ''}"
-                builders[name] = lambda count=count: subject.torch(count)
+        for name, threads in torch_threads().items():
+            builders[name] = lambda threads=threads: subject.torch(threads)
         if options.compile:
-            builders["PyTorch, torch.compile"] = lambda: subject.torch(cores, compiled=True)
+            threads = next(iter(torch_threads().values()))
+            builders["PyTorch, torch.compile"] = lambda: subject.torch(threads, compiled=True)
     dtype = ours[OURS].model.dtype
     work = harness.Work(
         items=STEPS * subject.size,

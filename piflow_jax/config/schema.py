@@ -116,7 +116,9 @@ class ModelConfig:
     )
     scan_unroll: int = _field(1, "blocks per iteration of the scan over layers", low=1)
     attention: str = _field(
-        "default", "implementation of the attention", choices=("default", "xla", "cudnn")
+        "default",
+        "implementation; where cuDNN has none, JAX's own with a warning in the log",
+        choices=("default", "xla", "cudnn"),
     )
 
 

@@ -1,4 +1,4 @@
-"""The fused rollout of a Gaussian-mixture policy: what `piflow_jax.kernels` needs of it."""
+"""The fused rollout of a Gaussian-mixture policy (paper, Alg. 1): what `kernels` needs of it."""
 
 import jax
 import jax.numpy as jnp

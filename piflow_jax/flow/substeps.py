@@ -1,4 +1,4 @@
-"""Substeps of a rollout: where each begins and ends, and what a solver makes of its velocity."""
+"""Substeps of a rollout (paper, Alg. 1): where each begins and ends, and its solver's weights."""
 
 from typing import Literal, get_args
 
@@ -9,14 +9,21 @@ import jax.numpy as jnp
 from piflow_jax.flow.policies.base import per_sample
 from piflow_jax.flow.schedule import TimeWarp
 
-__all__ = ["Solver", "Substeps", "check_solver", "num_substeps", "step_weights"]
+__all__ = ["Substeps", "num_substeps", "step_weights"]
 
 Solver = Literal["euler", "multistep"]
 """First order, or second order by the velocity of the substep before."""
 
 
 def check_solver(solver: str) -> None:
-    """Raises a `ValueError` for a solver that there is not."""
+    """Refuses a solver that there is not.
+
+    Args:
+      solver: its name.
+
+    Raises:
+      ValueError: it is not a `Solver`.
+    """
     if solver not in get_args(Solver):
         raise ValueError(f"unknown solver {solver!r}; it is 'euler' or 'multistep'")
 
@@ -44,13 +51,30 @@ class Substeps:
     def between(
         cls, tau_start: jax.Array, tau_end: jax.Array, total_substeps: int, most: int
     ) -> "Substeps":
-        """The substeps from `tau_start[B]` down to `tau_end[B]`, at most `most` of them."""
+        """The substeps of intervals of raw time.
+
+        Args:
+          tau_start: `[B]`, raw times at which they begin.
+          tau_end: `[B]`, raw times at which they end.
+          total_substeps: substeps per unit of raw time.
+          most: substeps that a sample takes at most; more would be longer ones.
+
+        Returns:
+          The substeps.
+        """
         delta = tau_start - tau_end
         count = jnp.minimum(num_substeps(delta, total_substeps), most)
         return cls(tau_start=tau_start, length=delta / count, count=count)
 
     def time_after(self, steps: jax.Array) -> jax.Array:
-        """Raw time after a number of substeps, of all samples or `[B]` or `[B, N]`; at least 0."""
+        """Raw time after a number of substeps, at least 0.
+
+        Args:
+          steps: a scalar, `[B]`, or `[1, N]` for several of each sample.
+
+        Returns:
+          `[B]` or `[B, N]`.
+        """
         columns = (self.tau_start, self.length, self.count)
         start, length, count = (per_sample(a, max(jnp.ndim(steps), 1)) for a in columns)
         return jnp.maximum(start - length * jnp.minimum(steps, count), 0)
@@ -82,9 +106,10 @@ def step_weights(
     first substep, before which there is none, is one of Euler.
 
     Args:
-      before: noise level at which the substep before began; `begin` if there was none.
-      begin: noise level at which this one begins.
-      end: and ends.
+      before: `[B]` or `[B, N]`, noise levels at which the substep before began; `begin` if there
+        was none.
+      begin: `[B]` or `[B, N]`, noise levels at which this one begins.
+      end: `[B]` or `[B, N]`, noise levels at which it ends.
       solver: `euler` or `multistep`.
 
     Returns:

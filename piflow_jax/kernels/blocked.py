@@ -19,6 +19,7 @@ __all__ = ["blocked_rollout", "whole_rollout"]
 
 ROW = 64  # sites of a row
 CACHE = 400_000  # bytes of a block's mixture, of the half megabyte of a usual second-level cache
+WORK = 16_384  # components of a block's sites, worth the start of its few operations
 SMALL = 100_000  # bytes of a mixture that is not worth a second thread
 MOST_LANES = 8  # loops side by side; each is compiled
 
@@ -40,31 +41,34 @@ def blocked_rollout(
     row_bytes = components * (channels + 2) * row * offsets.dtype.itemsize
     lanes = min(len(os.sched_getaffinity(0)), MOST_LANES) if hasattr(os, "sched_getaffinity") else 1
     lanes = 1 if rows * row_bytes < SMALL else min(lanes, rows)
-    blocks = -(-rows * row_bytes // (lanes * CACHE))
-    block_rows = -(-rows // (lanes * blocks))
+    block_rows = max(min(rows // lanes, WORK // (components * row)), 1)
+    block_rows = min(block_rows, max(CACHE // row_bytes, 1))
     blocks = -(-rows // (lanes * block_rows))
+    # Samples with as many substeps side by side: a block stops when its last sample has arrived.
+    order = jnp.argsort(trips)
 
     def arrange(values):
         """`[B, ..., S]` as `[lanes, blocks, block_rows, ..., row]`; what is added is zero."""
-        values = _pad(values, -1, rows_per_sample * row)
+        values = _pad(values[order], -1, rows_per_sample * row)
         values = values.reshape(*values.shape[:-1], rows_per_sample, row)
         values = jnp.moveaxis(values, -2, 1)
         return group(values.reshape(rows, *values.shape[2:]))
 
     def group(values):
         values = _pad(values, 0, lanes * blocks * block_rows)
-        return values.reshape(lanes, blocks, block_rows, *values.shape[1:])
+        values = values.reshape(blocks, lanes, block_rows, *values.shape[1:])
+        return jnp.moveaxis(values, 1, 0)  # each lane has long and short ones
 
     arrays = [arrange(a) for a in (offsets, logweights, center, residual_src, residual)]
-    arrays += [group(jnp.repeat(a, rows_per_sample, axis=0)) for a in (table, trips)]
+    arrays += [group(jnp.repeat(a[order], rows_per_sample, axis=0)) for a in (table, trips)]
     # Loops that do not depend on each other run on different threads.
     ends = [
         jax.lax.map(lambda block: whole_rollout(*block), [a[lane] for a in arrays])
         for lane in range(lanes)
     ]
-    end = jnp.concatenate(ends).reshape(-1, channels, row)[:rows]
+    end = jnp.stack(ends, axis=1).reshape(-1, channels, row)[:rows]
     end = jnp.moveaxis(end.reshape(batch, rows_per_sample, channels, row), 1, 2)
-    return end.reshape(batch, channels, -1)[..., :sites]
+    return end.reshape(batch, channels, -1)[jnp.argsort(order), :, :sites]
 
 
 def _pad(values: jax.Array, axis: int, size: int) -> jax.Array:

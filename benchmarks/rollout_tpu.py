@@ -1,0 +1,116 @@
+"""The rollout as a kernel compiled for TPU slices that need not be attached; a bound of its cycles.
+
+    python -m benchmarks.rollout_tpu v5e:2x2 v5p:2x2x1 v6e:2x4
+
+compiles a rollout of 8 samples on each chip (K = 32, C = 4, 32 x 32 sites, 128 substeps) under
+`shard_map`, and keeps what came of it in `benchmarks/results/rollout_tpu.json`. XLA has no estimate
+of a kernel's cycles. The bound is the vector operations of a substep, counted in its program, over
+the four that a core starts in a cycle: the kernel takes no less. Beside it is the least that the
+arithmetic of DiT-XL/2's forward evaluation takes, at the maker's peak rate and 1.5 GHz on a v5e.
+"""
+
+import argparse
+import json
+import os
+import re
+import time
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from benchmarks import harness
+from piflow_jax.flow.policies import GMFlowPolicy, GMOutput
+from piflow_jax.flow.rollout import rollout
+from piflow_jax.flow.schedule import TimeWarp
+from piflow_jax.kernels.recurrence import COLUMNS, Recurrence
+from piflow_jax.kernels.substep import Component, substep
+from piflow_jax.parallel.topology import CHIPS, topology_devices
+
+BATCH, SIDE, COMPONENTS, CHANNELS, SUBSTEPS = 8, 32, 32, 4, 128
+SITES_OF_A_REGISTER = 1024
+STARTED_IN_A_CYCLE = 4
+V5E_CLOCK = 1.5e9
+DIT_XL_FORWARD = 2 * 118.6e9  # FLOPs of one 32 x 32 latent; DiT's paper gives 118.6 G multiply-adds
+NO_ARITHMETIC = {"broadcast_in_dim", "convert_element_type", "reshape", "squeeze"}
+
+
+def operations_of_a_substep() -> int:
+    """Vector operations of one substep of 1,024 sites, by its program."""
+    block = jax.ShapeDtypeStruct((8, 128), jnp.float32)
+    by_channel = [block] * CHANNELS
+    mixture = [Component(by_channel, block, block)] * COMPONENTS
+    numbers = Recurrence(*[jax.ShapeDtypeStruct((), jnp.float32)] * COLUMNS)
+
+    def run(of, y, previous, src, center, mixture):
+        return substep(of, y, previous, src, center, mixture.__getitem__, COMPONENTS)
+
+    program = jax.make_jaxpr(run)(numbers, *[by_channel] * 4, mixture)
+    return sum(
+        equation.outvars[0].aval.shape == block.shape
+        and equation.primitive.name not in NO_ARITHMETIC
+        for equation in program.eqns
+    )
+
+
+def compile_for(topology: str) -> dict:
+    """Compiles the rollout for one slice."""
+    devices = topology_devices(topology)
+    mesh = Mesh(np.asarray(devices), ("data",), axis_types=(AxisType.Auto,))
+    batch, spec = BATCH * len(devices), PartitionSpec("data")
+
+    def shape(*axes):
+        return jax.ShapeDtypeStruct((batch, *axes), jnp.float32)
+
+    def run(output, x, end):
+        one = jnp.ones_like(end)
+        policy = GMFlowPolicy.create(output, x, one)
+        return rollout(policy, x, one, end, TimeWarp(), SUBSTEPS, bound="traced")[0]
+
+    split = jax.shard_map(run, mesh=mesh, in_specs=spec, out_specs=spec)
+    output = GMOutput(
+        shape(SIDE, SIDE, COMPONENTS, CHANNELS), shape(SIDE, SIDE, COMPONENTS), shape()
+    )
+    start = time.perf_counter()
+    jitted = jax.jit(split, in_shardings=NamedSharding(mesh, spec))
+    compiled = jitted.lower(output, shape(SIDE, SIDE, CHANNELS), shape()).compile()
+    text = compiled.as_text()
+    return {
+        "chips": len(devices),
+        "kernels": text.count('custom_call_target="tpu_custom_call"'),
+        "collectives": len(re.findall(r"= \S+ (?:all-|reduce-scatter|collective-)", text)),
+        "temporary_bytes": compiled.memory_analysis().temp_size_in_bytes,
+        "compile_seconds": time.perf_counter() - start,
+    }
+
+
+def main() -> None:
+    """Compiles, counts and keeps."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("slices", nargs="+")
+    path = harness.RESULTS / "rollout_tpu.json"
+    kept = json.loads(path.read_text()) if path.exists() else {"slices": {}}
+    operations = operations_of_a_substep()
+    registers = SIDE**2 / SITES_OF_A_REGISTER
+    cycles = operations * registers * SUBSTEPS / STARTED_IN_A_CYCLE
+    network = DIT_XL_FORWARD / CHIPS["v5e"].flops * V5E_CLOCK
+    kept["bound"] = {
+        "operations_of_a_substep": operations,
+        "cycles_of_a_sample": cycles,
+        "cycles_of_the_network": network,
+        "share": cycles / network,
+        "share_at_32_substeps": cycles / network * 32 / SUBSTEPS,
+    }
+    for topology in parser.parse_args().slices:
+        kept["slices"][topology] = compile_for(topology)
+        path.write_text(json.dumps(kept, indent=1) + "\n")
+        print(topology, kept["slices"][topology])
+    print(kept["bound"])
+
+
+if __name__ == "__main__":
+    main()
