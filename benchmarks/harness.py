@@ -206,7 +206,6 @@ def compare_apart(
             first.pop(name, None)
         call = None
         gc.collect()
-        jax.clear_caches()
         torch = sys.modules.get("torch")
         if torch is not None and torch.cuda.is_available():
             torch.cuda.empty_cache()
