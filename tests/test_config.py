@@ -114,7 +114,8 @@ def wrong_values(value):
     if isinstance(value, str):
         return [True, 1, None, ("digits",)]
     empty = [()] if value else []  # an empty default may be given
-    return [1, "1", None, *empty, ("a",) * max(len(value), 1), (True,) * max(len(value), 1)]
+    other = 1 if value and isinstance(value[0], str) else "a"
+    return [1, "1", None, *empty, (other,) * max(len(value), 1), (True,) * max(len(value), 1)]
 
 
 @pytest.mark.parametrize("key", LEAVES)
@@ -171,7 +172,7 @@ def test_an_integer_is_taken_for_a_float():
         ("evaluation__teacher_steps", (1, 0), "at least 1, got 0"),
         ("evaluation__num_samples", 1, "at least 2, got 1"),
         ("data__name", "cifar", "one of 'digits', 'mnist', 'imagenet', got 'cifar'"),
-        ("policy__kind", "GM", "one of 'gm', 'dx', got 'GM'"),
+        ("policy__kind", "GM", "one of 'gm', 'dx', 'arc', got 'GM'"),
         ("model__dtype", "float16", "one of 'float32', 'bfloat16', got 'float16'"),
         ("train__optimizer__decay", "step", "one of 'constant', 'cosine', 'linear', got 'step'"),
     ],
