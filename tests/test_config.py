@@ -177,7 +177,7 @@ def test_an_integer_is_taken_for_a_float():
             "cifar",
             "one of 'digits', 'mnist', 'imagenet', 'prompts', 'captioned_digits', got 'cifar'",
         ),
-        ("policy__kind", "GM", "one of 'gm', 'dx', got 'GM'"),
+        ("policy__kind", "GM", "one of 'gm', 'dx', 'arc', got 'GM'"),
         ("model__dtype", "float16", "one of 'float32', 'bfloat16', got 'float16'"),
         ("train__optimizer__decay", "step", "one of 'constant', 'cosine', 'linear', got 'step'"),
     ],

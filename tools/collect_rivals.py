@@ -253,7 +253,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         path = options.root / "docs" / "results" / f"rivals_{data}.json"
         if path.exists():
             picture = options.root / "docs" / "images" / f"rivals_{data}.png"
-            draw(load(path), picture, f"configs/{data}.py:rivals, three seeds a method")
+            report = load(path)
+            seeds = ", ".join(map(str, report["protocol"]["seed"]))
+            draw(report, picture, f"configs/{data}.py:rivals, seeds {seeds}")
             print(f"wrote {picture}")
     return 0
 

@@ -290,9 +290,7 @@ class RivalsConfig:
         ),
         "what is compared; `+teacher` behind a method adds the teacher's training to its budget",
     )
-    seeds: tuple[int, ...] = _field(
-        (0, 1, 2), "seeds of each method; empty only measures times", low=0, may_be_empty=True
-    )
+    seeds: tuple[int, ...] = _field((0, 1, 2), "seeds of each method", low=0)
     seconds: float = _field(
         60.0, "training time of a method; on a CPU, time of its cores together", above=0
     )

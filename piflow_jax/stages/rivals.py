@@ -124,8 +124,6 @@ class _Comparison:
         shardings = teacher_shardings(config, self._mesh, abstract)
         self._teacher = load_teacher(config, data, self._workdir, shardings)
         times = self._times()
-        if not config.rivals.seeds:
-            return times
         bench = Bench(config)
         teacher_rows, reference = self._teacher_rows(bench)
         of_data = bench.of_data()

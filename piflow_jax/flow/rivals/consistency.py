@@ -80,7 +80,7 @@ def consistency_tangent(
       teacher: the teacher's, which gives `dz/da`.
       z: `[B, *sites, C]`, states at `a`.
       angle: `[B]`.
-      warmup: `r`, from 0 to 1 over the first steps of training.
+      warmup: `r`, a scalar from 0 to 1 over the first steps of training.
 
     Returns:
       `(F[B, *sites, C], g[B, *sites, C])`; the tangent is not normalised.
@@ -112,7 +112,7 @@ def consistency_loss(
       teacher: that of the teacher, guided; it gets no gradient.
       z: `[B, *sites, C]`, states at `a`.
       angle: `[B]`.
-      warmup: see `consistency_tangent`.
+      warmup: a scalar, see `consistency_tangent`.
 
     Returns:
       `(loss[], tangent[B, *sites, C])`, the tangent `g` before its normalisation.

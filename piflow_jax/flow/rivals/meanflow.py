@@ -59,7 +59,7 @@ def guided_target(
       cond: `[B, *sites, C]`, the network's velocity `u(x, t, t)` under the label.
       uncond: `[B, *sites, C]`, that without a label.
       omega: share of the sample's own velocity, a scalar or `[B]`.
-      kappa: share of the network's, likewise.
+      kappa: share of the network's, a scalar or `[B]`.
 
     Returns:
       `[B, *sites, C]`, without gradient.
