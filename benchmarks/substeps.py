@@ -1,6 +1,6 @@
 """How many substeps a trained student's rollouts need, by solver.
 
-    python benchmarks/substeps.py NAME=WORKDIR...
+    python -m benchmarks.substeps NAME=WORKDIR...
 
 samples each run's student at its trained NFE with the same noise and 4 to 128 substeps, and
 measures the root mean square distance of the samples from those of 1,024 second-order substeps. It
