@@ -118,14 +118,14 @@ def _miniature(config: ml_collections.ConfigDict) -> None:
     config.model.base_dtype = "float32"
     config.model.remat = "none"
     config.mesh.fsdp = 1
-    config.teacher.steps = 700
+    config.teacher.steps = 500
     config.teacher.batch_size = 64
     config.teacher.optimizer.learning_rate = 2e-3
     config.teacher.optimizer.decay = "cosine"
-    config.train.steps = 300
+    config.train.steps = 150
     config.train.batch_size = 32
     config.train.num_states = 2
-    config.train.mixing_steps = 200
+    config.train.mixing_steps = 100
     config.train.optimizer.learning_rate = 3e-3
     config.train.optimizer.warmup_steps = 30
     config.train.optimizer.decay = "cosine"
