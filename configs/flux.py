@@ -99,6 +99,7 @@ def get_config(variant: str = "gm_4nfe") -> ml_collections.ConfigDict:
         config.evaluation.temperature = 1.0
     elif variant == "datafree":
         config.train.data_free = True
+        config.train.batch_size = 64  # each walks four segments: 256 gradients, as in the release
     elif variant == "runlocal":
         _miniature(config)
     return config

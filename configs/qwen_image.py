@@ -50,6 +50,7 @@ def get_config(variant: str = "gm_4nfe") -> ml_collections.ConfigDict:
         )
     config = base_config()
     config.data.name = "prompts"
+    config.data.text_length = 512
 
     config.model.network = "qwen_image"
     config.model.patch_size = 2
@@ -100,6 +101,7 @@ def get_config(variant: str = "gm_4nfe") -> ml_collections.ConfigDict:
         config.evaluation.temperature = 1.0
     elif variant == "datafree":
         config.train.data_free = True
+        config.train.batch_size = 64  # each walks four segments: 256 gradients, as in the release
     elif variant == "runlocal":
         _miniature(config)
     return config

@@ -268,10 +268,10 @@ def _check_text(config: Config) -> None:
             f"config.model.network = {model.network!r} needs {wanted} as config.data.name, "
             f"got {config.data.name!r}"
         )
-    if config.policy.kind == "dx" and config.evaluation.temperature != 1:
+    if config.policy.kind != "gm" and config.evaluation.temperature != 1:
         raise ConfigError(
             "config.evaluation.temperature is that of a mixture and must be 1 with "
-            f"config.policy.kind = 'dx', got {config.evaluation.temperature}"
+            f"config.policy.kind = {config.policy.kind!r}, got {config.evaluation.temperature}"
         )
     if not reads_text:
         return

@@ -78,7 +78,7 @@ def few_step_sample(
         if h > 0:
             fresh = _fresh_noise(key, index, x.shape, dtype)
             x = (1 - to + to * m) * x + to * jnp.sqrt(1 - jnp.square(m)) * fresh
-        return x, None
+        return x.astype(dtype), None
 
     inputs = (*(jnp.asarray(value, dtype) for value in times), jnp.arange(nfe))
     x, _ = jax.lax.scan(segment, x, inputs)

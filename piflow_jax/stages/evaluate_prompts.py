@@ -117,6 +117,11 @@ def evaluate_images(config: Config, workdir: str | os.PathLike) -> TextReport | 
         for prefix, images in both.items():
             features = _features(images, network, cache)
             figures[f"{prefix}diversity"] = prompt_diversity(features, images.places)
+    if not figures:
+        raise ConfigError(
+            "nothing to measure: give config.evaluation.teacher_images with features, or clip, or "
+            "pictures of two seeds or more of a prompt for diversity_features"
+        )
     report = TextReport(**figures, protocol=protocol)
     report.write(workdir / _REPORT)
     logging.info("\n%s\n", report.table())

@@ -56,6 +56,11 @@ def export(config: Config, workdir: str | os.PathLike) -> list[Path]:
             "config.policy.kind = 'arc' has no official names to be exported under; "
             "piflow_jax.load reads the run's directory"
         )
+    if config.policy.kind == "dx" and config.policy.mode == "polynomial":
+        raise ConfigError(
+            "config.policy.mode = 'polynomial' has no official names to be exported under: the "
+            "head has a skip; piflow_jax.load reads the run's directory"
+        )
     workdir = Path(workdir)
     data = data_shape(config, workdir)
     student = student_network(config.model, config.policy, data)

@@ -81,6 +81,12 @@ def compare_rivals(config: Config, workdir: str | os.PathLike) -> dict[str, Any]
         raise ConfigError("--mode=rivals compares objectives of config.model.network = 'dit'")
     if jax.process_count() > 1:
         raise ConfigError("--mode=rivals runs in one process, whose devices share the work")
+    settings = config.evaluation
+    if settings.nfe or settings.weights or settings.checkpoint != "latest":
+        raise ConfigError(
+            "config.evaluation.nfe, weights and checkpoint are for one student: leave them at 0, "
+            "empty and 'latest' with --mode=rivals"
+        )
     if config.train.microbatches != 1:
         raise ConfigError("config.train.microbatches must be 1 with --mode=rivals")
     for method in config.rivals.methods:
@@ -111,7 +117,7 @@ class _Comparison:
 
     def __init__(self, config: Config, workdir: Path):
         self._config, self._workdir = config, workdir
-        self._mesh: Mesh = device_mesh(**mesh_sizes(config.mesh, jax.device_count()))
+        self._mesh: Mesh = device_mesh(**mesh_sizes(config, jax.device_count()))
         self._source = load_source(config.data.name, config.data.data_dir or None)
         self._data = DataShape.of(config.data.name, self._source)
 

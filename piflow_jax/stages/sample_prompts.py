@@ -2,12 +2,11 @@
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from jax.experimental import multihost_utils
@@ -55,14 +54,14 @@ def find_prompts(source: PromptsSource, wanted: Sequence[str], where: str) -> li
         first = next(prompt for prompt in wanted if prompt in missing)
         raise ConfigError(
             f"{where} has no embeddings of {len(missing)} of the prompts, the first is {first!r}; "
-            "make them with --mode=prepare and the same config.data.prompts, config.data.data_dir "
-            "and config.data.text_encoder"
+            "prepare the list with --mode=prepare into a directory of its own, and give that as "
+            "config.data.data_dir"
         )
     return [found[prompt] for prompt in wanted]
 
 
 def sample_prompts(config: Config, workdir: str | os.PathLike) -> list[Path]:
-    """Writes `<workdir>/samples/<number>.png` for each prompt of a list.
+    """Writes `<workdir>/samples/<number>-<seed>.png` for each prompt of a list.
 
     Embeddings and shapes of images are those of the cached set `config.data.data_dir`; the noise
     of a prompt depends on `config.evaluation.seed` and its place in the list alone. Without an
@@ -91,7 +90,8 @@ def sample_prompts(config: Config, workdir: str | os.PathLike) -> list[Path]:
         wanted = [prompt.text for prompt in read_prompts(config.data.prompts)]
         indices = find_prompts(source, wanted, where)
     else:
-        indices = list(range(len(source)))
+        # By place in the list that the set was made of, not by bucket.
+        indices = sorted(range(len(source)), key=lambda index: int(source[index]["index"]))
     data = DataShape.of(config.data.name, source)
     autoencoder = load_autoencoder(config) if config.data.vae else None
     if autoencoder is not None:
@@ -99,6 +99,7 @@ def sample_prompts(config: Config, workdir: str | os.PathLike) -> list[Path]:
     mesh = device_mesh(**mesh_sizes(config, jax.device_count()))
     params = load_student(config, data, workdir, mesh)
     sampler = jax.jit(_sampler(config, data, mesh), out_shardings=batch_sharding(mesh))
+    decode = None if autoencoder is None else _decoder(autoencoder)
     directory = Path(workdir) / "samples"
     directory.mkdir(exist_ok=True)
     paths = []
@@ -107,10 +108,14 @@ def sample_prompts(config: Config, workdir: str | os.PathLike) -> list[Path]:
         latents = sampler(params, *jax.device_put((noise_indices, batch), batch_sharding(mesh)))
         latents = _here(latents)
         for place, sample in dict(zip(places, latents, strict=True)).items():
-            image = sample if autoencoder is None else _decoded(autoencoder, sample)
-            made = _settings(config, data, place)
-            prompt = source.prompts[indices[place]]
-            paths.append(_write(directory / f"{place:05d}", image, prompt, made))
+            picture = decode is not None or sample.shape[-1] in (1, 3)
+            name = f"{place:05d}-{config.evaluation.seed}"
+            path = directory / (name + (".png" if picture else ".npy"))
+            paths.append(path)
+            if jax.process_index() == 0:
+                image = sample if decode is None else np.asarray(decode(sample[None])[0])
+                prompt = source.prompts[indices[place]]
+                _write(path, image, prompt, _settings(config, data, place))
     logging.info("wrote %d files to %s", len(paths), directory)
     return sorted(paths)
 
@@ -158,12 +163,12 @@ def _here(samples: jax.Array) -> np.ndarray:
     return np.asarray(samples, np.float32)
 
 
-def _decoded(autoencoder, latents: np.ndarray) -> np.ndarray:
+def _decoder(autoencoder) -> Callable[[np.ndarray], jax.Array]:
+    """Latents to pictures, on one device and compiled once for each shape."""
     module = autoencoder.module
-    images = decode_in_chunks(
-        module, autoencoder.params, module.raw(jnp.asarray(latents)[None]), _CHUNK
-    )
-    return np.asarray(images[0], np.float32)
+    params = jax.device_put(autoencoder.params, jax.local_devices()[0])
+    decode = jax.jit(lambda params, z: decode_in_chunks(module, params, module.raw(z), _CHUNK))
+    return lambda latents: decode(params, latents)
 
 
 def _settings(config: Config, data: DataShape, place: int) -> dict[str, Any]:
@@ -173,27 +178,24 @@ def _settings(config: Config, data: DataShape, place: int) -> dict[str, Any]:
         "evaluation.nfe": settings.nfe or config.train.nfe,
         "evaluation.temperature": settings.temperature,
         "evaluation.substeps": settings.substeps,
+        "evaluation.solver": settings.solver,
         "evaluation.seed": settings.seed,
         "evaluation.weights": settings.weights,
         "evaluation.checkpoint": settings.checkpoint,
+        "teacher.weights": config.teacher.weights,
         "model.dtype": config.model.dtype,
         "place": place,
     }
 
 
-def _write(path: Path, sample: np.ndarray, prompt: str, made: dict[str, Any]) -> Path:
+def _write(path: Path, sample: np.ndarray, prompt: str, made: dict[str, Any]) -> None:
     from PIL import Image, PngImagePlugin
 
-    picture = sample.shape[-1] in (1, 3)
-    path = path.with_suffix(".png" if picture else ".npy")
-    if jax.process_index() != 0:
-        return path
-    if not picture:
+    if path.suffix == ".npy":
         np.save(path, sample)
-        return path
+        return
     text = PngImagePlugin.PngInfo()
     text.add_itxt("prompt", prompt)
     text.add_itxt("piflow_jax", json.dumps(made))
     pixels = to_uint8(sample)
     Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).save(path, pnginfo=text)
-    return path

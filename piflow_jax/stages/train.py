@@ -69,6 +69,11 @@ def _train(config: Config, workdir: str | os.PathLike) -> None:
     data = DataShape.of(config.data.name, source)
     if config.data.name == "imagenet":
         _check_evaluation(config, data)
+    if config.data.name == "prompts" and not (config.train.data_free or source.latent_channels):
+        raise ConfigError(
+            f"{config.data.data_dir} has prompts without latents: set config.train.data_free (the "
+            "variant datafree), or prepare the set from a list with images and config.data.vae"
+        )
     given = config.teacher.checkpoint or config.teacher.weights
     if given:
         logging.info("teacher: given, %s", given)
@@ -82,7 +87,9 @@ def _train(config: Config, workdir: str | os.PathLike) -> None:
     shardings = teacher_shardings(config, mesh, abstract)
     teacher_params = load_teacher(config, data, workdir, shardings)
     run_here(student_stage(config, source, data, teacher_params, mesh), config, workdir, mesh)
-    if config.data.name in FEATURE_SPACES or config.evaluation.features:
+    if config.data.name == "prompts":
+        logging.info("trained; --mode=sample draws its pictures, --mode=evaluate measures them")
+    elif config.data.name in FEATURE_SPACES or config.evaluation.features:
         evaluate(config, workdir)
     else:
         logging.info(
@@ -217,7 +224,8 @@ def _mean_flops(count: Callable[..., int], source, data: DataShape) -> float:
     """FLOPs of an example, the mean over the shapes that batches have."""
     shapes = getattr(source, "buckets", [(data.sample_size, data.sample_size)])
     length = getattr(source, "text_length", 0)
-    return fmean(count(height, width, length) for height, width in shapes)
+    weights = getattr(source, "bucket_sizes", None)  # what share of the batches each has
+    return fmean([count(height, width, length) for height, width in shapes], weights)
 
 
 def rival_stage(

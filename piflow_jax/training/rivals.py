@@ -407,7 +407,8 @@ def rival_setting(
     config = dataclasses.replace(
         config, train=dataclasses.replace(config.train, optimizer=settings)
     )
-    module = rival_network(config.model, data, two_times=rival.two_times)
+    # Forward-mode derivatives, which some take, are not to be had of cuDNN's attention.
+    module = rival_network(config.model, data, two_times=rival.two_times).clone(attention=None)
     teacher = teacher_network(config.model, data)
     return Setting(
         module.clone(constrain=constrain),
@@ -435,7 +436,8 @@ def rival_sampler(config: Config, data: DataShape, method: str, nfe: int) -> Cal
     """
     rival = RIVALS[method]
     module = rival_network(config.model, data, two_times=rival.two_times)
-    warp = TimeWarp(config.train.shift)
+    # DMD2 and shortcut models are trained at levels uniform in t.
+    warp = TimeWarp() if method in ("dmd", "shortcut") else TimeWarp(config.train.shift)
     code = _step_code if method == "shortcut" else (lambda d: d)
 
     def sample(params, noise, labels):
@@ -451,6 +453,7 @@ def rival_sampler(config: Config, data: DataShape, method: str, nfe: int) -> Cal
 
 
 def _own_keys(noise: jax.Array) -> jax.Array:
-    bits = jax.lax.bitcast_convert_type(noise.reshape(noise.shape[0], -1)[:, :2], jnp.uint32)
+    numbers = noise.reshape(noise.shape[0], -1)[:, :2].astype(jnp.float32)
+    bits = jax.lax.bitcast_convert_type(numbers, jnp.uint32)
     root = jax.random.key(0)
     return jax.vmap(lambda b: jax.random.fold_in(jax.random.fold_in(root, b[0]), b[1]))(bits)
