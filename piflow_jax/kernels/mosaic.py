@@ -13,10 +13,19 @@ from jax.experimental.pallas import tpu as pltpu
 from piflow_jax.kernels.recurrence import COLUMNS, Recurrence
 from piflow_jax.kernels.substep import Component, shaped_like, substep
 
-__all__ = ["mosaic_rollout"]
+__all__ = ["fits_on_chip", "mosaic_rollout"]
 
 LANES = 128
 SUBLANES = 8
+# Of the 16 MiB of vector memory that a kernel has by default.
+_MOST_BYTES = 12 * 2**20
+
+
+def fits_on_chip(components: int, channels: int) -> bool:
+    """Whether a block of sites fits the vector memory, with the next one read beside it."""
+    tile = 4 * SUBLANES * LANES
+    read = components * channels + components + 4 * channels
+    return tile * (2 * read + components) <= _MOST_BYTES
 
 
 def mosaic_rollout(

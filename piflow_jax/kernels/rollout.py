@@ -8,7 +8,7 @@ from jax.interpreters import mlir
 from jax.sharding import NamedSharding, PartitionSpec
 
 from piflow_jax.kernels.blocked import blocked_rollout, whole_rollout
-from piflow_jax.kernels.mosaic import mosaic_rollout
+from piflow_jax.kernels.mosaic import fits_on_chip, mosaic_rollout
 from piflow_jax.kernels.triton import triton_rollout
 
 __all__ = ["mixture_rollout"]
@@ -108,7 +108,9 @@ def _lower_for_tpu(context, *values):
         alone = set(axes.manual_axes) == set(axes.mesh.axis_names)
     else:
         alone = getattr(axes, "num_devices", 1) == 1
-    program = mosaic_rollout if alone else whole_rollout
+    _, components, channels, _ = context.avals_in[0].shape
+    fused = alone and fits_on_chip(components, channels)
+    program = mosaic_rollout if fused else whole_rollout
     return mlir.lower_fun(program, multiple_results=False)(context, *values)
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from piflow_jax.kernels.blocked import blocked_rollout, whole_rollout
-from piflow_jax.kernels.mosaic import mosaic_rollout
+from piflow_jax.kernels.mosaic import fits_on_chip, mosaic_rollout
 from piflow_jax.kernels.recurrence import COLUMNS, Recurrence
 from piflow_jax.kernels.triton import triton_rollout
 
@@ -105,3 +105,8 @@ def test_on_a_gpu_it_is_the_plain_loop():
         given = arguments(*sizes)
         found = jax.jit(triton_rollout)(*given)
         np.testing.assert_allclose(found, expected_end(*given), rtol=0, atol=1e-4)
+
+
+def test_a_mixture_too_large_for_a_tpus_memory_is_not_fused():
+    assert fits_on_chip(32, 4) and fits_on_chip(8, 64)
+    assert not fits_on_chip(32, 64)
