@@ -100,7 +100,7 @@ def started(workdir, logs, count, *arguments, launcher=by_hand, port=None):
             process.wait()
 
 
-def finish(running, logs, timeout=240):
+def finish(running, logs, timeout=480):
     """Exit statuses, and what each process said."""
     deadline = time.monotonic() + timeout
     codes = [process.wait(max(deadline - time.monotonic(), 0.1)) for process in running]
