@@ -161,7 +161,8 @@ def test_shards_go_leaf_by_leaf_to_where_they_belong(tmp_path):
         nonlocal largest, total
         largest, total = max(largest, leaf.nbytes), total + leaf.nbytes
         if path == ("single_blocks", "mlp_in", "kernel"):
-            checked[path] = jax.device_put(leaf, device)
+            # One layer: on a CPU the device may keep the host's own buffer, and count as the host.
+            checked[path] = jax.device_put(leaf[7].copy(), device)
         return leaf.shape  # what it leaves on the host is counted, the device's copy is not
 
     weights = open_weights(tmp_path)
@@ -172,7 +173,7 @@ def test_shards_go_leaf_by_leaf_to_where_they_belong(tmp_path):
     layer = max(np.prod(s) for s in names.values()) * 2
     assert largest < total / 5
     # The leaf, a layer on its way into it in two layouts, and bookkeeping.
-    assert peak < largest + 4 * layer + 3 * 2**19 < total / 2
-    ours = np.asarray(checked["single_blocks", "mlp_in", "kernel"][7])
+    assert peak < largest + 4 * layer + 2**20 < total / 2
+    ours = np.asarray(checked["single_blocks", "mlp_in", "kernel"])
     theirs = state["single_transformer_blocks.7.proj_mlp.weight"]
     np.testing.assert_array_equal(ours.reshape(128, -1), theirs.T)
