@@ -164,11 +164,14 @@ def check_devices(config: Config, num_devices: int, num_processes: int = 1) -> d
     parts = sizes["data"] * sizes["fsdp"]
     # A network that reads text is too large to be whole on a device: all of them share a sample.
     samplers = num_devices // num_processes if config.model.network == "dit" else parts
-    for key, batch, over in (
-        ("teacher.batch_size", config.teacher.batch_size, parts),
-        ("train.batch_size", train.batch_size, parts),
-        ("evaluation.batch_size", config.evaluation.batch_size, samplers),
-    ):
+    batches = [("train.batch_size", train.batch_size, parts)]
+    # No teacher is trained on prompts, and nothing sampled while a student is.
+    if config.data.name != "prompts":
+        batches += [
+            ("teacher.batch_size", config.teacher.batch_size, parts),
+            ("evaluation.batch_size", config.evaluation.batch_size, samplers),
+        ]
+    for key, batch, over in batches:
         if batch % over:
             raise ConfigError(
                 f"config.{key} must be divisible by the {over} devices that share a batch, "
@@ -232,17 +235,15 @@ def _check_together(config: Config) -> None:
             "config.train.gm_dropout drops mixture components and must be 0 with "
             f"config.policy.kind = 'dx', got {train.gm_dropout}"
         )
-    longest = max(1.0, train.final_step_size_scale) / (train.nfe - 1 + train.final_step_size_scale)
+    longest = _longest_segment(train.nfe, train.final_step_size_scale)
     if policy.kind == "dx" and 0 < policy.segment_size < longest - 1e-9:
         raise ConfigError(
             f"config.policy.segment_size must be 0 or at least the longest segment, {longest:.6g}, "
             f"got {policy.segment_size}"
         )
-    f, evaluations = train.final_step_size_scale, config.evaluation.nfe or train.nfe
-    if (
-        policy.kind == "dx"
-        and max(1.0, f) / (evaluations - 1 + f) > (policy.segment_size or longest) + 1e-9
-    ):
+    evaluations = config.evaluation.nfe or train.nfe
+    sampled = _longest_segment(evaluations, train.final_step_size_scale)
+    if policy.kind == "dx" and sampled > (policy.segment_size or longest) + 1e-9:
         raise ConfigError(
             f"config.evaluation.nfe ({evaluations}) makes segments longer than those that a grid "
             f"trained with config.train.nfe = {train.nfe} covers; raise it"
@@ -256,6 +257,13 @@ def _check_together(config: Config) -> None:
                 f"config.{stage}.optimizer.warmup_steps must be below config.{stage}.steps "
                 f"({steps}) for a schedule that decays, got {optimizer.warmup_steps}"
             )
+
+
+def _longest_segment(nfe: int, final_step_size_scale: float) -> float:
+    """As `flow.schedule.longest_segment`; settings are read before anything of JAX is."""
+    if nfe == 1:
+        return 1.0
+    return max(1.0, final_step_size_scale) / (nfe - 1 + final_step_size_scale)
 
 
 def _check_text(config: Config) -> None:

@@ -4,6 +4,7 @@ The detached policy is rolled out to a few intermediate states, the teacher is a
 velocity there, and the differentiable policy's velocity is matched to it with a plain L2 loss.
 """
 
+import math
 from collections.abc import Callable
 
 import flax.struct
@@ -160,6 +161,7 @@ def imitation_loss(
     detached: Policy | None = None,
     total_substeps: int = 128,
     window_substeps: int = 0,
+    longest_segment: float = 1.0,
     loss_scale: float = 1.0,
     adaptive_power: float = 0.0,
     time_power: float = 0.0,
@@ -181,6 +183,8 @@ def imitation_loss(
         Its gradient is stopped either way.
       total_substeps: substeps per unit of raw time.
       window_substeps: length of the time-smoothing window in substeps; 0 matches local velocities.
+      longest_segment: raw-time length that no `segment_size` exceeds. It bounds the differentiated
+        rollouts: their loop is as long as the compiler knows that it must be.
       loss_scale: factor of the loss, 3 on ImageNet and 30 on FLUX and Qwen-Image.
       adaptive_power: `p` of a weight `1 / (error + 1e-3)^p` of each sample's mean squared error at
         each state, without gradient (the adaptive weight of MeanFlow, arXiv 2505.13447, Sec. 4.3);
@@ -196,7 +200,8 @@ def imitation_loss(
     x_src, tau_src, segment_size = promote(x_src, tau_src, segment_size)
     window = window_size(segment_size, window_substeps, total_substeps)
     # Without mixing the mean velocity spans the window alone.
-    bound = None if intervals.mixed else window_substeps
+    longest = max(math.ceil(longest_segment * total_substeps), 1)
+    bound = longest if intervals.mixed else window_substeps
 
     def state(carry, interval):
         x, tau = carry

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-__all__ = ["FlowMapTimes", "TimeWarp", "sampling_times", "segment_start"]
+__all__ = ["FlowMapTimes", "TimeWarp", "longest_segment", "sampling_times", "segment_start"]
 
 
 @flax.struct.dataclass
@@ -48,6 +48,23 @@ class FlowMapTimes(NamedTuple):
     dst: np.ndarray
     to: np.ndarray
     m: np.ndarray
+
+
+def longest_segment(nfe: int, final_step_size_scale: float = 1.0) -> float:
+    """Raw-time length of the longest segment (paper, Sec. 3.1).
+
+    Args:
+      nfe: number of segments, at least 1.
+      final_step_size_scale: `f`, relative length of the last one.
+
+    Returns:
+      `max(1, f) / (nfe - 1 + f)`, at most 1.
+
+    Raises:
+      ValueError: if `nfe` is below 1 or the scale negative.
+    """
+    f = _checked_scale(nfe, final_step_size_scale)
+    return max(1.0, f) / (nfe - 1 + f) if nfe > 1 else 1.0
 
 
 def segment_start(

@@ -17,7 +17,7 @@ from piflow_jax.flow.guidance import guided_velocity
 from piflow_jax.flow.imitation import imitation_loss, intervals_from_uniforms, window_size
 from piflow_jax.flow.policies import ArcFlowPolicy, DXPolicy, GMFlowPolicy, Policy
 from piflow_jax.flow.policies.base import per_sample
-from piflow_jax.flow.schedule import TimeWarp, segment_start
+from piflow_jax.flow.schedule import TimeWarp, longest_segment, segment_start
 
 __all__ = [
     "Draws",
@@ -68,8 +68,8 @@ def make_policy_factory(
         return lambda output, x, sigma: GMFlowPolicy.create(output, x, sigma, eps=eps)
     if policy.kind == "arc":
         return ArcFlowPolicy.create
-    f = train.final_step_size_scale
-    segment_size = policy.segment_size or max(1.0, f) / (train.nfe - 1 + f)
+    longest = longest_segment(train.nfe, train.final_step_size_scale)
+    segment_size = policy.segment_size or longest
 
     def create(output, x, sigma):
         return DXPolicy.create(
@@ -225,6 +225,7 @@ def _segment_loss(policy, teacher, x_src, tau_src, segment_size, draws, ratio, c
         detached=detached,
         total_substeps=config.total_substeps,
         window_substeps=config.window_substeps,
+        longest_segment=longest_segment(config.nfe, config.final_step_size_scale),
         loss_scale=config.loss_scale,
         adaptive_power=config.adaptive_power,
         time_power=config.time_power,

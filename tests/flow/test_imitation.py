@@ -21,7 +21,7 @@ from piflow_jax.flow.schedule import TimeWarp
 
 @functools.cache
 def compiled_loss(
-    policy_kind, mode, total_substeps, window_substeps, eps, policy_eps, mixing, gain
+    policy_kind, mode, total_substeps, window_substeps, eps, policy_eps, mixing, gain, longest
 ):
     """One jitted loss for all cases of a structure; shifts, ratios and sizes are arguments."""
 
@@ -58,6 +58,7 @@ def compiled_loss(
             detached=detached,
             total_substeps=total_substeps,
             window_substeps=window_substeps,
+            longest_segment=longest,
             loss_scale=3.0,
             eps=eps,
         )
@@ -97,6 +98,7 @@ def run_case(params, a, dtype):
         params["policy_eps"],
         not (isinstance(ratio, int | float) and ratio == 0),
         params["teacher_gain"],
+        params.get("longest_segment", 1.0),
     )
     return loss(
         output,
@@ -135,6 +137,18 @@ def test_matches_reference(name, x64):
     for found, expected in pairs:
         scale = np.abs(expected).max()
         np.testing.assert_allclose(found, expected, rtol=0, atol=10 * rtol * scale)
+
+
+def test_a_loop_as_long_as_the_longest_segment_is_enough(x64):
+    """Half of raw time, of which the loop then has 64 substeps instead of 128."""
+    params, a = golden_files.load("piid_gm_21.npz")
+    assert params["teacher_ratio"] == 1 and np.max(a["segment_size"]) == 0.5
+    short = run_case(params | {"longest_segment": 0.5}, a, np.float64)
+    whole = run_case(params, a, np.float64)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-12), short, whole)
+    # The loop is as long as it says: one that is too short for the segment has other steps.
+    (loss, _), _ = run_case(params | {"longest_segment": 0.25}, a, np.float64)
+    assert abs(loss - whole[0][0]) > 1e-6 * abs(loss)
 
 
 @pytest.mark.parametrize("name", golden_files.names("piid_")[::5])

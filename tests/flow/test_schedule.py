@@ -5,7 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from piflow_jax.flow.schedule import TimeWarp, sampling_times, segment_start
+from piflow_jax.flow.schedule import (
+    TimeWarp,
+    longest_segment,
+    sampling_times,
+    segment_start,
+)
 
 
 @pytest.mark.parametrize("name", golden_files.names("warp_a"))
@@ -96,3 +101,14 @@ def test_sampling_times_take_resolution_dependent_shifts():
         times = sampling_times(nfe, TimeWarp(float(np.exp(logshift))), 0.5)
         np.testing.assert_allclose(times.src, a[f"timesteps_{nfe}"], rtol=1e-5)
         np.testing.assert_allclose(times.dst, a[f"timesteps_dst_{nfe}"], rtol=1e-5)
+
+
+@pytest.mark.parametrize(("nfe", "scale"), [(1, 1.0), (1, 0.5), (2, 3.0), (4, 0.5), (8, 1.0)])
+def test_the_longest_segment_is_the_longest_that_a_time_can_be_in(nfe, scale):
+    _, sizes = segment_start(jnp.linspace(1e-3, 1, 500), nfe, scale)
+    np.testing.assert_allclose(longest_segment(nfe, scale), jnp.max(sizes), rtol=1e-6)
+
+
+def test_what_has_no_longest_segment_is_refused():
+    with pytest.raises(ValueError, match="nfe must be at least 1"):
+        longest_segment(0)
