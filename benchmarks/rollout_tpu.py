@@ -2,10 +2,11 @@
 
     python -m benchmarks.rollout_tpu v5e:2x2 v5p:2x2x1 v6e:2x4
 
-compiles a rollout of 8 samples on each chip (K = 32, C = 4, 32 x 32 sites, 128 substeps) under
-`shard_map`, and keeps what came of it in `benchmarks/results/rollout_tpu.json`. XLA has no estimate
-of a kernel's cycles. The bound is the vector operations of a substep, counted in its program, over
-the four that a core starts in a cycle: the kernel takes no less. Beside it is the least that the
+compiles a rollout of 8 samples on each chip (K = 32, C = 4, 32 x 32 sites, 128 substeps), the batch
+split by `jit` under `jax.set_mesh` as in training, and keeps what came of it in
+`benchmarks/results/rollout_tpu.json`. XLA has no estimate of a kernel's cycles. The bound is the
+vector operations of a substep, counted in its program, over the four that a core starts in a cycle:
+the kernel takes no less. Beside it is the least that the
 arithmetic of DiT-XL/2's forward evaluation takes, at the maker's peak rate and 1.5 GHz on a v5e.
 """
 
@@ -71,13 +72,14 @@ def compile_for(topology: str) -> dict:
         policy = GMFlowPolicy.create(output, x, one)
         return rollout(policy, x, one, end, TimeWarp(), SUBSTEPS, bound="traced")[0]
 
-    split = jax.shard_map(run, mesh=mesh, in_specs=spec, out_specs=spec)
     output = GMOutput(
         shape(SIDE, SIDE, COMPONENTS, CHANNELS), shape(SIDE, SIDE, COMPONENTS), shape()
     )
     start = time.perf_counter()
-    jitted = jax.jit(split, in_shardings=NamedSharding(mesh, spec))
-    compiled = jitted.lower(output, shape(SIDE, SIDE, CHANNELS), shape()).compile()
+    jitted = jax.jit(run, in_shardings=NamedSharding(mesh, spec))
+    with jax.set_mesh(mesh):
+        lowered = jitted.lower(output, shape(SIDE, SIDE, CHANNELS), shape())
+    compiled = lowered.compile()
     text = compiled.as_text()
     return {
         "chips": len(devices),

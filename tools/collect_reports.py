@@ -165,6 +165,11 @@ def _overlapped(report: Report) -> bool:
     return "windowed_einsum_mib=1000000" not in report.get("libtpu_flags", "")
 
 
+def _rollout(report: Report) -> str:
+    """Whether rollouts are loops, whose cycles are in the policy's share, or kernels."""
+    return "loop" if report["cycles"]["rollouts"] else "kernel"
+
+
 def compiled_row(variant: str, report: Report) -> list[str]:
     """Cells of one compiled step."""
     memory, flops, cycles = report["memory_bytes"], report["flops"], report["cycles"]
@@ -182,6 +187,7 @@ def compiled_row(variant: str, report: Report) -> list[str]:
         f"{flops['ratio']:.3f}",
         f"{cycles['total']:.3e}",
         *(f"{cycles['shares'][name]:.1%}" for name in COMPILED_SCOPES),
+        _rollout(report),
     ]
 
 
@@ -197,6 +203,7 @@ def compiled_block(reports: Sequence[tuple[str, Report]]) -> str:
         "over the minimum",
         "cycles",
         *COMPILED_SCOPES,
+        "rollout",
     ]
     rows = [compiled_row(variant, report) for variant, report in reports]
     versions = dict.fromkeys(f"jax {r['jax']}, libtpu {r['libtpu']}" for _, r in reports)
@@ -246,6 +253,7 @@ def text_compiled_row(network: str, program: str, report: Report) -> list[str]:
         f"{memory['arguments'] / 2**30:.1f}",
         f"{flops['per_example'] / 1e12:,.0f}",
         *(f"{shares[name]:.1%}" for name in ("teacher", "student", "policy")),
+        _rollout(report),
     ]
 
 
@@ -254,7 +262,7 @@ def text_compiled_block(reports: Sequence[tuple[str, str, Report]]) -> str:
     if not reports:
         return "No program has been compiled yet.\n"
     head = ["network", "program", "slice", "mesh", "images, in parts", "GiB per device"]
-    head += ["of them arguments", "TFLOP per image", "teacher", "student", "policy"]
+    head += ["of them arguments", "TFLOP per image", "teacher", "student", "policy", "rollout"]
     versions = dict.fromkeys(f"jax {r['jax']}, libtpu {r['libtpu']}" for *_, r in reports)
     rows = [text_compiled_row(*report) for report in reports]
     return "\n".join([*_table(head, rows), "", f"Compiled with {'; '.join(versions)}.", ""])

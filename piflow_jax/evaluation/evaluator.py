@@ -1,5 +1,6 @@
 """Sampling by index and the figures of a set of samples."""
 
+import contextlib
 import dataclasses
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -97,11 +98,16 @@ class IndexSampler:
             numbers[count:] = start  # padding
             numbers = jax.device_put(numbers, self._sharding)
             if self._compiled is None:
-                self._compiled = self._run.lower(params, numbers).compile()
+                with self._on_mesh():  # kernels split their batch over it
+                    self._compiled = self._run.lower(params, numbers).compile()
             began = time.perf_counter()
             samples = np.asarray(self._compiled(params, numbers))[:count]
             self.seconds += time.perf_counter() - began
             yield samples
+
+    def _on_mesh(self) -> contextlib.AbstractContextManager:
+        several = isinstance(self._sharding, jax.sharding.NamedSharding)
+        return jax.set_mesh(self._sharding.mesh) if several else contextlib.nullcontext()
 
     def __call__(self, params, num_samples: int) -> np.ndarray:
         """The first samples, `float32[num_samples, ...]`.

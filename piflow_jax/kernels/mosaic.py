@@ -82,6 +82,13 @@ def mosaic_rollout(
         out_shape=shaped_like(residual, (batch, channels, blocks * rows, LANES)),
         scratch_shapes=[pltpu.VMEM((components, rows, LANES), offsets.dtype)],
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel")),
+        cost_estimate=pl.CostEstimate(
+            flops=batch * sites * components * table.shape[2] * (4 * channels + 4),
+            transcendentals=batch * sites * components * table.shape[2],
+            bytes_accessed=sum(
+                a.nbytes for a in (offsets, logweights, center, residual_src, residual, residual)
+            ),
+        ),
         interpret=interpret,
         name="mixture_rollout",
     )(trips, table, *map(tiled, (offsets, logweights, center, residual_src, residual)))

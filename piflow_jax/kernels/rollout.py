@@ -1,11 +1,13 @@
 """One function for all platforms; batches that are split over devices stay so."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.extend.core import Primitive
 from jax.interpreters import mlir
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from piflow_jax.kernels.blocked import blocked_rollout, whole_rollout
 from piflow_jax.kernels.mosaic import fits_on_chip, mosaic_rollout
@@ -27,9 +29,10 @@ def mixture_rollout(
 
     On TPUs it is a Mosaic kernel, on NVIDIA GPUs a Triton kernel, elsewhere XLA's own loops over
     blocks that stay in the cache. Composes with `vmap` and `shard_map`. A batch that `jit` splits
-    over several devices stays where it is; on TPUs, where XLA can be told neither how to split a
-    kernel nor to leave it, the program is then the plain loop, and the kernel takes a `shard_map`.
-    It is not differentiable: its caller has a reference that is.
+    over several devices stays where it is. On TPUs XLA cannot be told how to split a kernel: there
+    the batch is split by a `shard_map` over the mesh of `jax.set_mesh`, and without one, or if it
+    does not divide the batch, the program is the plain loop. It is not differentiable: its caller
+    has a reference that is.
 
     Args:
       offsets: `float32[B, K, C, S]`, components relative to the centre, sites in the minor axis.
@@ -50,7 +53,7 @@ def mixture_rollout(
 def _mappable(*arrays: jax.Array) -> jax.Array:
     return jax.lax.platform_dependent(
         *arrays,
-        tpu=_tpu.bind,
+        tpu=_split_on_tpus,
         cuda=_partitioned(triton_rollout),
         default=_partitioned(blocked_rollout),
     )
@@ -90,6 +93,25 @@ def _partitioned(local):
         need_replication_factors=("k", "c", "s", "w", "n"),
     )
     return rollout
+
+
+def _split_on_tpus(*arrays: jax.Array) -> jax.Array:
+    """The batch over all axes of the mesh that is set and not mapped yet, where that goes."""
+    mesh = jax.sharding.get_abstract_mesh()
+    axes = [
+        name
+        for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
+        if kind == AxisType.Auto
+    ]
+    parts = math.prod(mesh.shape[name] for name in axes)
+    if parts == 1 or arrays[0].shape[0] % parts:
+        return _tpu.bind(*arrays)
+    split = PartitionSpec(tuple(axes))
+    # What is replicated over an axis cannot be told of our own primitive.
+    local = jax.shard_map(
+        _tpu.bind, in_specs=split, out_specs=split, axis_names=set(axes), check_vma=False
+    )
+    return local(*arrays)
 
 
 _tpu = Primitive("mixture_rollout")

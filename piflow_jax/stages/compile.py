@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 
 from piflow_jax.config import Config, ConfigError, check_devices
 from piflow_jax.data import load_source
+from piflow_jax.flow.schedule import longest_segment
 from piflow_jax.models.flops import forward_flops, traced_flops
 from piflow_jax.parallel import (
     ActivationSharding,
@@ -65,9 +66,10 @@ def compile_step(config: Config, workdir: str | os.PathLike) -> dict[str, Any]:
 
     Returns:
       What is written: memory by device in bytes, FLOPs of a step, the compiler's estimate of cycles
-      by device and step with each part's share, seconds. The policy's rollouts end when the
+      by device and step with each part's share, seconds. Rollouts that are loops end when the
       farthest sample of the batch has arrived; each is counted at the substeps of the longest
-      segment, the most that there can be.
+      segment, the most that there can be. Of rollouts that are kernels the compiler has no
+      estimate: they are counted, and left out of the cycles.
 
     Raises:
       ConfigError: `config.topology` is unknown, the batch does not divide, or the step does not
@@ -153,14 +155,15 @@ class _Program:
     minimum: dict[str, int]
     substeps: int
 
-    def compile(self, remedy: str) -> jax.stages.Compiled:
+    def compile(self, mesh: Mesh, remedy: str) -> jax.stages.Compiled:
         jitted = jax.jit(
             self.function,
             donate_argnums=(0,) if self.donated else (),
             in_shardings=self.shardings,
             out_shardings=self.results,
         )
-        lowered = jitted.lower(*self.arguments)
+        with jax.set_mesh(mesh):  # as in training
+            lowered = jitted.lower(*self.arguments)
         try:
             return lowered.compile()
         except jax.errors.JaxRuntimeError as error:
@@ -181,7 +184,7 @@ def _report(
 ) -> dict[str, Any]:
     logging.info("compiling for %s, %d devices", config.topology, mesh.size)
     start = time.perf_counter()
-    compiled = program.compile(remedy)
+    compiled = program.compile(mesh, remedy)
     seconds = time.perf_counter() - start
     text = compiled.as_text()
     substeps = {"policy": program.substeps}
@@ -284,7 +287,7 @@ def _step_program(config: Config, mesh: Mesh) -> _Program:
             network: train.batch_size * flops
             for network, flops in distill_flops(student, teacher, config, *size, length).items()
         },
-        substeps=max(round(max(1.0, f) / (train.nfe - 1 + f) * train.total_substeps), 1),
+        substeps=max(round(longest_segment(train.nfe, f) * train.total_substeps), 1),
     )
 
 
@@ -311,7 +314,7 @@ def _sampling_program(config: Config, mesh: Mesh) -> _Program:
         donated=False,
         examples=settings.batch_size,
         minimum={"student": settings.batch_size * nfe * forward},
-        substeps=max(round(max(1.0, f) / (nfe - 1 + f) * settings.substeps), 1),
+        substeps=max(round(longest_segment(nfe, f) * settings.substeps), 1),
     )
 
 
@@ -339,6 +342,7 @@ def _cycles(text: str, substeps: int) -> dict[str, Any]:
         "total": cycles.total,
         "shares": cycles.shares,
         "rollouts": len(cycles.traced),
+        "kernels": text.count('custom_call_target="tpu_custom_call"'),
         "substeps": substeps,
     }
 
@@ -356,6 +360,7 @@ def _summary(report: dict[str, Any]) -> str:
         f"FLOPs of a run: {flops['counted']:.3e}, {flops['ratio']:.3f} times the minimum; "
         f"the teacher's share of the minimum is {flops['teacher_share']:.0%}\n"
         f"estimated cycles by device: {cycles['total']:.3e}, rollouts at "
-        f"{cycles['substeps']} substeps; {shares}\n"
+        f"{cycles['substeps']} substeps, {cycles['kernels']} rollouts in kernels, of which the "
+        f"compiler has no estimate; {shares}\n"
         f"compiled in {report['compile_seconds']:.0f} s"
     )

@@ -350,7 +350,9 @@ class _Loop:
             donate_argnums=0,
             out_shardings=(self._shardings, replicated(self._mesh)),
         )
-        compiled = step.lower(state, *self._stage.constants, batch).compile()
+        with jax.set_mesh(self._mesh):  # kernels split their batch over it
+            lowered = step.lower(state, *self._stage.constants, batch)
+        compiled = lowered.compile()
         seconds = time.perf_counter() - began
         memory = step_memory(compiled)
         self._writer.say(
