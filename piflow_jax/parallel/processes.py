@@ -35,6 +35,8 @@ _ADDRESS, _COUNT, _INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_
 # Variables of MPI launchers: size and rank.
 _MPI = (("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"), ("PMI_SIZE", "PMI_RANK"))
 _ORTE = "OMPI_MCA_orte_hnp_uri"  # Open MPI up to 4: JAX reads the address off it
+# That process 0 alone still writes a report is no failure; that it died, heartbeats tell.
+_SHUTDOWN_SECONDS = 7 * 24 * 3600
 
 
 class ProcessError(RuntimeError):
@@ -162,7 +164,7 @@ def start(settings: ProcessesConfig, environ: Mapping[str, str] | None = None) -
                 cluster_detection_method=detect,
                 initialization_timeout=2 * settings.start_seconds,  # ours comes first
                 heartbeat_timeout_seconds=settings.heartbeat_seconds,
-                shutdown_timeout_seconds=settings.heartbeat_seconds,
+                shutdown_timeout_seconds=_SHUTDOWN_SECONDS,
             )
     except (RuntimeError, ValueError, OSError) as error:
         reason = " ".join(str(error).split())[:300]

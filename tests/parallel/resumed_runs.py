@@ -1,4 +1,7 @@
-"""Starts a run on eight devices, continues it on others, and prints how far the ends are apart."""
+"""Starts a run on eight devices, continues it on others, and prints how far the ends are apart.
+
+Arguments are a folder and which of `ENDS`.
+"""
 
 import json
 import shutil
@@ -53,11 +56,12 @@ def distance(ours, theirs):
 
 if __name__ == "__main__":
     logging.set_verbosity(logging.ERROR)
-    folder = Path(sys.argv[1])
+    folder, wanted = Path(sys.argv[1]), sys.argv[2:]
     losses, whole = run(folder / "whole", (1, 1, 1), STEPS)
     run(folder / "start", START, FIRST)
     results = {}
-    for name, shape in ENDS.items():
+    for name in wanted:
+        shape = ENDS[name]
         shutil.copytree(folder / "start", folder / name)
         ours, arrays = run(folder / name, shape, STEPS)
         results[name] = {

@@ -68,25 +68,27 @@ def by_mpi(port, count, index):
 
 
 @contextlib.contextmanager
-def started(workdir, logs, count, *arguments, launcher=by_hand, port=None):
+def started(workdir, logs, count, *arguments, launcher=by_hand, port=None, command=None):
     """The processes, whose outputs go to `logs/<index>`; none outlives the test."""
     logs.mkdir(parents=True, exist_ok=True)
     port = port or free_port()
     running = []
-    command = [sys.executable, "-m", "piflow_jax.main", f"--config={CONFIG}"]
+    if command is None:
+        main = [sys.executable, "-m", "piflow_jax.main", f"--config={CONFIG}"]
+        command = [*main, f"--workdir={workdir}", *arguments]
     try:
         for index in range(count):
             environment = {
                 key: value
                 for key, value in os.environ.items()
-                if not key.startswith(("SLURM_", "OMPI_", "JAX_"))
+                if not key.startswith(("SLURM_", "OMPI_", "JAX_COORD", "JAX_NUM", "JAX_PROC"))
             }
             environment |= {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "no_proxy": "*"}
             environment |= launcher(port, count, index) if count > 1 else {}
             with (logs / str(index)).open("w") as log:
                 running.append(
                     subprocess.Popen(
-                        [*command, f"--workdir={workdir}", *arguments],
+                        command,
                         cwd=ROOT,
                         env=environment,
                         stdout=log,
@@ -98,6 +100,27 @@ def started(workdir, logs, count, *arguments, launcher=by_hand, port=None):
         for process in running:
             process.kill()
             process.wait()
+
+
+PATIENT = """
+import sys, time
+from piflow_jax.config import ProcessesConfig
+from piflow_jax.parallel import processes
+
+processes.start(ProcessesConfig(heartbeat_seconds=5, start_seconds=60))
+import jax
+time.sleep(9 * (1 - jax.process_index()))
+sys.exit(processes.end(0))
+"""
+
+
+def test_one_that_is_done_waits_longer_than_for_a_heartbeat(tmp_path):
+    """As the others do while the first alone writes its report."""
+    (tmp_path / "patient.py").write_text(PATIENT)
+    command = [sys.executable, str(tmp_path / "patient.py")]
+    with started(tmp_path, tmp_path / "logs", 2, command=command) as running:
+        codes, logs = finish(running, tmp_path / "logs", timeout=120)
+    assert codes == [0, 0], logs
 
 
 def finish(running, logs, timeout=480):
@@ -169,56 +192,80 @@ def two(tmp_path_factory):
     return workdir, run(workdir, workdir / "logs", 2)
 
 
-def test_two_processes_give_the_result_of_one(one, two):
-    workdir, said = two
-    assert_close(arrays(workdir), arrays(one), 1e-5)
-    ours, theirs = (json.loads((w / "report.json").read_text())["rows"] for w in (workdir, one))
-    for row, other in zip(ours, theirs, strict=True):
+def assert_results_of(ours, said, theirs, processes):
+    assert_close(arrays(ours), arrays(theirs), 1e-5)
+    rows, others = (json.loads((w / "report.json").read_text())["rows"] for w in (ours, theirs))
+    for row, other in zip(rows, others, strict=True):
         assert row["figures"] == pytest.approx(other["figures"], rel=1e-3)
         assert (row["endpoint_mse"] is None) == (other["endpoint_mse"] is None)
         assert (row["endpoint_mse"] or 0) == pytest.approx(other["endpoint_mse"] or 0, rel=1e-3)
-    assert "2 processes (environment), 2 devices" in said[0]
-    # The second one is silent, and its numbers are in no file.
-    assert [line for line in said[1].splitlines() if not line.startswith("[Gloo]")] == []
-    lines = [json.loads(line)["step"] for line in (workdir / "student/metrics.jsonl").open()]
+    assert processes in said[0]
+    # The others are silent, and their numbers are in no file.
+    for other in said[1:]:
+        assert [line for line in other.splitlines() if not line.startswith("[Gloo]")] == []
+    lines = [json.loads(line)["step"] for line in (ours / "student/metrics.jsonl").open()]
     assert lines == list(range(1, STUDENT_STEPS + 1))
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_result_of_one(one, two):
+    assert_results_of(*two, one, "2 processes (environment), 2 devices")
+
+
+def teacher_of(workdir):
+    return f"--config.teacher.checkpoint={workdir / 'teacher' / 'checkpoints'}"
 
 
 def test_four_processes_and_another_mesh_give_the_result_of_one(one, tmp_path):
     """Under Slurm's variables, the parameters split over the processes."""
-    mesh = ["--config.mesh.data=2", "--config.mesh.fsdp=2"]
-    said = run(tmp_path, tmp_path / "logs", 4, *mesh, launcher=by_slurm)
-    assert "4 processes (slurm), 4 devices" in said[0]
-    assert_close(arrays(tmp_path), arrays(one), 1e-5)
+    more = [teacher_of(one), "--config.mesh.data=2", "--config.mesh.fsdp=2"]
+    said = run(tmp_path, tmp_path / "logs", 4, *more, launcher=by_slurm)
+    assert_results_of(tmp_path, said, one, "4 processes (slurm), 4 devices")
 
 
-def test_stopped_and_killed_processes_continue_exactly(two, tmp_path):
-    logs = tmp_path / "logs"
-    # A pre-emption notice reaches one of them; all save the same step and leave.
-    with started(tmp_path, logs, 2, *JOB) as running:
-        until_step(tmp_path, 3, running)
+def stop(workdir, *more):
+    """A pre-emption notice reaches one of two processes; both save the same step and leave."""
+    logs = workdir / "logs"
+    with started(workdir, logs, 2, *JOB, *more) as running:
+        until_step(workdir, 3, running)
         running[1].send_signal(signal.SIGTERM)
         codes, said = finish(running, logs)
     assert codes == [0, 0], said
     stopped = re.search(r"SIGTERM: saved student at step (\d+)", said[0])
     assert stopped and 3 <= int(stopped[1]) < STUDENT_STEPS
-    # One dies; the other one ends with an error, soon.
-    with started(tmp_path, logs, 2, *JOB, launcher=by_mpi) as running:
-        until_step(tmp_path, int(stopped[1]) + 3, running)
+    return int(stopped[1])
+
+
+def kill_and_continue(workdir, step, *more):
+    """One of two processes dies, the other one ends with an error, soon; then the same again."""
+    logs = workdir / "logs"
+    with started(workdir, logs, 2, *JOB, *more, launcher=by_mpi) as running:
+        until_step(workdir, step, running)
         running[1].kill()
         killed = time.monotonic()
         codes, said = finish(running, logs)
     assert codes[0] not in (0, None) and codes[1] == -signal.SIGKILL
     assert time.monotonic() - killed < 60, "it hung"
     assert "error: process 0 failed, or lost another one" in said[0]
-    assert not (tmp_path / "report.json").exists()
-    run(tmp_path, logs, 2)
+    assert not (workdir / "report.json").exists()
+    return run(workdir, logs, 2, *more)
+
+
+def test_two_processes_of_which_one_was_killed_give_the_result_of_one(one, tmp_path):
+    said = kill_and_continue(tmp_path, 8, teacher_of(one))
+    assert_results_of(tmp_path, said, one, "2 processes (environment), 2 devices")
+
+
+@pytest.mark.slow
+def test_stopped_and_killed_processes_continue_exactly(two, tmp_path):
+    kill_and_continue(tmp_path, stop(tmp_path) + 3)
     ours, theirs = arrays(tmp_path), arrays(two[0])
     assert ours.keys() == theirs.keys()
     for name, values in theirs.items():
         np.testing.assert_array_equal(ours[name], values, err_msg=name)
 
 
+@pytest.mark.slow
 def test_when_the_first_one_dies_the_others_stop(tmp_path):
     logs = tmp_path / "logs"
     with started(tmp_path, logs, 2, *JOB) as running:

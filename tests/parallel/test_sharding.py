@@ -38,7 +38,8 @@ MESHES = {
 }
 
 
-PRECISE = ("one", "fsdp4_tensor2")
+# The rest takes minutes more.
+FAST = ("one", "data2_fsdp4", "fsdp4_tensor2")
 
 
 def on_eight_devices(script, *arguments):
@@ -60,26 +61,38 @@ def on_eight_devices(script, *arguments):
     return json.loads(done.stdout)
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("runs")
-    jobs = [("float32", name, shape) for name, shape in MESHES.items()]
-    jobs += [("float64", name, MESHES[name]) for name in PRECISE]
+def run_jobs(folder, precision, meshes):
+    jobs = [(precision, name, MESHES[name]) for name in meshes]
     found = on_eight_devices("sharded_runs.py", folder, json.dumps(jobs))
     for run in found.values():
         run["params"] = dict(np.load(run["params"]))
     return found
 
 
-@pytest.mark.parametrize(
-    ("mesh", "precision", "tolerance"),
-    [
-        *((mesh, "float32", 1e-5) for mesh in list(MESHES)[1:]),
-        *((mesh, "float64", 1e-9) for mesh in PRECISE[1:]),
-    ],
-)
-def test_twenty_steps_are_those_of_one_device(runs, mesh, precision, tolerance):
-    ours, one = runs[f"{precision} {mesh}"], runs[f"{precision} one"]
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    return run_jobs(tmp_path_factory.mktemp("runs"), "float64", FAST)
+
+
+@pytest.fixture(scope="module")
+def all_runs(tmp_path_factory):
+    folders = [tmp_path_factory.mktemp(name) for name in ("float32", "float64")]
+    return run_jobs(folders[0], "float32", MESHES) | run_jobs(folders[1], "float64", MESHES)
+
+
+@pytest.mark.parametrize("mesh", FAST[1:])
+def test_twenty_steps_are_those_of_one_device(runs, mesh):
+    assert_same(runs["float64 one"], runs[f"float64 {mesh}"], 1e-9)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("precision", "tolerance"), [("float32", 1e-5), ("float64", 1e-9)])
+@pytest.mark.parametrize("mesh", list(MESHES)[1:])
+def test_twenty_steps_of_every_mesh_are_those_of_one_device(all_runs, mesh, precision, tolerance):
+    assert_same(all_runs[f"{precision} one"], all_runs[f"{precision} {mesh}"], tolerance)
+
+
+def assert_same(one, ours, tolerance):
     assert ours["losses"] == pytest.approx(one["losses"], rel=tolerance)
     for name, values in one["params"].items():
         difference = ours["params"][name] - values
@@ -90,34 +103,48 @@ def test_twenty_steps_are_those_of_one_device(runs, mesh, precision, tolerance):
         assert np.linalg.norm(difference) <= tolerance * np.linalg.norm(values), name
 
 
-def test_a_run_of_eight_devices_continues_on_fewer_and_another_mesh(tmp_path):
-    found = on_eight_devices("resumed_runs.py", tmp_path)
-    assert set(found) == {"four", "two", "one"}
+@pytest.mark.parametrize(
+    "devices", [("two",), pytest.param(("four", "one"), marks=pytest.mark.slow)], ids=str
+)
+def test_a_run_of_eight_devices_continues_on_fewer_and_another_mesh(devices, tmp_path):
+    found = on_eight_devices("resumed_runs.py", tmp_path, *devices)
+    assert set(found) == set(devices)
     for name, run in found.items():
         assert run["steps"] == 8
         # Of the run that was on one device all the time.
         assert run["losses"] < 1e-5 and run["state"] < 1e-5, name
 
 
-def test_the_state_is_made_where_it_belongs(runs):
-    for mesh, (_, fsdp, tensor) in MESHES.items():
-        run = runs[f"float32 {mesh}"]
-        # Every kernel of the blocks but the modulation, which tensor parallelism leaves alone.
-        assert run["shares"]["mlp_in"] == run["shares"]["qkv"] == 1 / (fsdp * tensor)
-        assert run["shares"]["modulation"] == 1 / fsdp
+def assert_placed(run, shape):
+    """Every kernel of the blocks but the modulation, which tensor parallelism leaves alone."""
+    _, fsdp, tensor = shape
+    assert run["shares"]["mlp_in"] == run["shares"]["qkv"] == 1 / (fsdp * tensor)
+    assert run["shares"]["modulation"] == 1 / fsdp
 
 
-def test_collectives_are_those_that_the_mesh_asks_for(runs):
-    counts = {mesh: runs[f"float32 {mesh}"]["collectives"] for mesh in MESHES}
-    assert counts["one"] == {}
-    # Data parallelism: gradients are summed, and nothing else moves.
-    assert set(counts["data8"]) == {"all-reduce"}
-    for mesh in ("fsdp8", "data2_fsdp4", "fsdp4_tensor2"):
-        # Each kernel of a block once in each of student, its backward pass, and teacher.
-        gathered = runs[f"float32 {mesh}"]["gathered"]
-        assert gathered["kernels"] > 0
-        # Images and tokens stay with their examples.
-        assert gathered["tokens"] == []
+def assert_moves(run, shape):
+    data, fsdp, _ = shape
+    if fsdp == 1:
+        # Data parallelism: gradients are summed, and nothing else moves.
+        assert set(run["collectives"]) == ({"all-reduce"} if data > 1 else set())
+        return
+    # Each kernel of a block once in each of student, its backward pass, and teacher.
+    assert run["gathered"]["kernels"] > 0
+    # Images and tokens stay with their examples.
+    assert run["gathered"]["tokens"] == []
+
+
+@pytest.mark.parametrize("check", [assert_placed, assert_moves])
+def test_state_and_collectives_are_as_the_mesh_asks_for(runs, check):
+    for mesh in FAST:
+        check(runs[f"float64 {mesh}"], MESHES[mesh])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("check", [assert_placed, assert_moves])
+def test_state_and_collectives_are_as_every_mesh_asks_for(all_runs, check):
+    for name, run in all_runs.items():
+        check(run, MESHES[name.split()[1]])
 
 
 def test_a_mesh_that_does_not_divide_is_named():
