@@ -80,6 +80,8 @@ def get_config(variant: str = "gm") -> ml_collections.ConfigDict:
         config.evaluation.teacher_steps = (1, 2, 4, 32)
         config.evaluation.num_samples = 2000
         config.evaluation.substeps = 64
-        config.rivals.seconds = 10.0
+        config.teacher.steps = 6000
+        config.rivals.methods = (*config.rivals.methods, "gm_timed")
+        config.rivals.seconds = 40.0
         config.rivals.pairs = 2000
     return config

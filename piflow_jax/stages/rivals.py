@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 from absl import logging
+from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 
 from piflow_jax.config import Config, ConfigError, mesh_sizes
@@ -52,6 +53,11 @@ POLICY_METHOD = re.compile(r"(?P<kind>gm|arc)(_(?P<nfe>\d+)nfe)?(_(?P<loss>adapt
 # Weights of pi-ID that are no part of its paper, by the end of a method's name.
 LOSSES = {"adaptive": {"adaptive_power": 1.0}, "timed": {"time_power": 1.0}}
 CREDIT = "+teacher"
+# Settings of where and how a run goes on, which its results do not depend on.
+_OF_THE_RUN = (
+    *("mesh", "processes", "profile", "peak_flops", "compilation_cache", "topology"),
+    *("log_every", "checkpoint_every", "keep_checkpoints"),
+)
 # Of one method in one round of the timing, at least.
 ROUND_SECONDS = 0.5
 
@@ -123,6 +129,7 @@ class _Comparison:
 
     def run(self) -> dict[str, Any]:
         config, data = self._config, self._data
+        self._check_settings()
         if not (config.teacher.checkpoint or config.teacher.weights):
             stage = teacher_stage(config, self._source, data, self._mesh)
             run_here(stage, config, self._workdir, self._mesh)
@@ -149,47 +156,54 @@ class _Comparison:
             logging.info("wrote %s, seeds to %d", self._workdir / "rivals.json", seed)
         return report
 
+    def _check_settings(self) -> None:
+        """Refuses to mix results of different settings in one work directory."""
+        path = self._workdir / "settings.json"
+        settings = _comparable(self._config)
+        if path.exists():
+            kept = json.loads(path.read_text(encoding="utf-8"))
+            for key in sorted(kept.keys() | settings.keys()):
+                if kept.get(key) != settings.get(key):
+                    raise ConfigError(
+                        f"config.{key} = {settings.get(key)!r}, but what {self._workdir} holds was "
+                        f"made with {kept.get(key)!r}; take that back, or pass another --workdir"
+                    )
+        _write(path, settings)
+
     # --- Times -----------------------------------------------------------------------------------
 
     def _times(self) -> dict[str, Any]:
-        """Step times, steps and seconds of every method, measured once for a work directory."""
+        """Step times, steps and seconds of every method, from times measured once."""
         config, path = self._config, self._workdir / "times.json"
-        rivals = {
-            key: value
-            for key, value in _jsonable(dataclasses.asdict(config.rivals)).items()
-            if key not in ("methods", "seeds", "nfes")
-        }
-        if path.exists():
-            times = json.loads(path.read_text(encoding="utf-8"))
-            if times["settings"] != rivals or set(config.rivals.methods) - set(times["methods"]):
-                raise ConfigError(
-                    f"{path} was measured with other settings of config.rivals; take them back, or "
-                    "pass another --workdir"
-                )
-            return times
-        seconds = self._measured()
-        budget = config.rivals.seconds
-        calls = -(-config.rivals.pairs // config.evaluation.batch_size)
-        pairs_seconds = calls * seconds.pop("pairs")
-        teacher_seconds = config.teacher.steps * seconds.pop("teacher")
+        measured = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        names = dict.fromkeys(_timed_as(method) for method in config.rivals.methods)
+        names = [name for name in (*names, "teacher", "pairs") if name not in measured]
+        if names:
+            calls = {name: self._timed_call(name) for name in names}
+            measured |= interleaved_seconds(calls, config.rivals.rounds)
+            _write(path, measured)
+        rivals = config.rivals
+        calls = -(-rivals.pairs // config.evaluation.batch_size)
+        pairs_seconds = calls * measured["pairs"]
+        teacher_seconds = config.teacher.steps * measured["teacher"]
         methods = {}
-        for method in config.rivals.methods:
+        for method in rivals.methods:
             name = method.removesuffix(CREDIT)
-            total = budget + (teacher_seconds if method.endswith(CREDIT) else 0)
+            total = rivals.seconds + (teacher_seconds if method.endswith(CREDIT) else 0)
             given = RIVALS[name].given if name in RIVALS else "teacher"
             before = pairs_seconds if given == "pairs" else 0.0
             if before >= total:
                 raise ConfigError(
-                    f"config.rivals.seconds ({budget}) must be above the {before:.0f} s that "
-                    "config.rivals.pairs take on this machine"
+                    f"config.rivals.seconds ({rivals.seconds}) must be above the {before:.0f} s "
+                    "that config.rivals.pairs take on this machine"
                 )
-            step_seconds = seconds[_timed_as(method)]
+            step_seconds = measured[_timed_as(method)]
             steps = int((total - before) / step_seconds)
             warmup = config.train.optimizer.warmup_steps
             if steps <= warmup:
                 raise ConfigError(
-                    f"config.rivals.seconds ({budget}) buys {steps} steps of {method} here, which "
-                    f"must be more than config.train.optimizer.warmup_steps ({warmup})"
+                    f"config.rivals.seconds ({rivals.seconds}) buys {steps} steps of {method} "
+                    f"here, which must be more than config.train.optimizer.warmup_steps ({warmup})"
                 )
             methods[method] = {
                 "step_seconds": step_seconds,
@@ -198,32 +212,26 @@ class _Comparison:
                 "train_seconds": before + steps * step_seconds,
                 "teacher_seconds": 0.0 if given == "data" else teacher_seconds,
             }
-        times = {
+        return {
             "methods": methods,
-            "settings": rivals,
+            "settings": _jsonable(dataclasses.asdict(rivals)),
             "clock": "cores" if jax.default_backend() == "cpu" else "wall",
             "device": jax.devices()[0].device_kind,
             "cores": os.cpu_count(),
             "jax": jax.__version__,
         }
-        _write(path, times)
-        return times
 
-    def _measured(self) -> dict[str, float]:
-        """Seconds of a step of every method, of the teacher and of a call for pairs."""
+    def _timed_call(self, name: str) -> Callable[[], None]:
+        """One step of a method or of the teacher, or one call for pairs."""
         config = self._config
-        names = dict.fromkeys(_timed_as(method) for method in config.rivals.methods)
-        calls: dict[str, Callable[[], None]] = {}
-        for name in names:
-            settings = self._settings(name, config.train.steps, config.seed)
-            pairs = Pairs(*(self._example()[key] for key in ("image", "image", "label")))
-            calls[name] = self._stepper(self._stage(name, settings, pairs))
-        calls["teacher"] = self._stepper(
-            teacher_stage(config, self._source, self._data, self._mesh)
-        )
-        make = self._pairs_maker()
-        calls["pairs"] = lambda: jax.block_until_ready(make(0))
-        return interleaved_seconds(calls, config.rivals.rounds)
+        if name == "pairs":
+            make = self._pairs_maker()
+            return lambda: jax.block_until_ready(make(0))
+        if name == "teacher":
+            return self._stepper(teacher_stage(config, self._source, self._data, self._mesh))
+        settings = self._settings(name, config.train.steps, config.seed)
+        pairs = Pairs(*(self._example()[key] for key in ("image", "image", "label")))
+        return self._stepper(self._stage(name, settings, self._on_devices(pairs)))
 
     def _example(self) -> dict[str, jax.Array]:
         size = self._config.train.batch_size
@@ -236,7 +244,8 @@ class _Comparison:
         state = jax.jit(stage.init)(*stage.init_arguments)
         batch = global_batch(next(stage.data), self._mesh)
         step = jax.jit(stage.step, donate_argnums=0)
-        compiled = step.lower(state, *stage.constants, batch).compile()
+        with jax.set_mesh(self._mesh):
+            compiled = step.lower(state, *stage.constants, batch).compile()
         held = [state]
 
         def call():
@@ -284,7 +293,12 @@ class _Comparison:
         count = self._config.rivals.pairs
         make = self._pairs_maker()
         parts = [make(i) for i in range(-(-count // self._config.evaluation.batch_size))]
-        return jax.tree.map(lambda *leaves: np.concatenate(leaves)[:count], *parts)
+        pairs = jax.tree.map(lambda *leaves: np.concatenate(leaves)[:count], *parts)
+        return self._on_devices(pairs)
+
+    def _on_devices(self, pairs: Pairs) -> Pairs:
+        """Pairs where a step finds them without a copy from the host."""
+        return jax.device_put(pairs, replicated(self._mesh))
 
     def _result(
         self,
@@ -381,6 +395,13 @@ def interleaved_seconds(calls: dict[str, Callable[[], Any]], rounds: int) -> dic
                 count += 1
             found[name].append((clock() - began) / count)
     return {name: float(np.median(values)) for name, values in found.items()}
+
+
+def _comparable(config: Config) -> dict[str, Any]:
+    """The settings that a kept result depends on, by key."""
+    flat = flatten_dict(dataclasses.asdict(config), sep=".")
+    free = ("rivals.methods", "rivals.seeds", "rivals.rounds", *_OF_THE_RUN)
+    return _jsonable({key: v for key, v in flat.items() if not key.startswith(free)})
 
 
 def _jsonable(values: dict[str, Any]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import tiny
 
 from piflow_jax.config import ConfigError, parse
 from piflow_jax.stages import compare_rivals, export
-from piflow_jax.stages.rivals import POLICY_METHOD, interleaved_seconds
+from piflow_jax.stages.rivals import POLICY_METHOD, _comparable, interleaved_seconds
 
 
 def toy(*methods):
@@ -44,6 +44,14 @@ def test_settings_for_other_runs_are_refused(key, value, message, tmp_path):
     config[group][name] = value
     with pytest.raises(ConfigError, match=message):
         compare_rivals(parse(config), tmp_path)
+
+
+def test_results_of_other_settings_are_not_mixed(tmp_path):
+    kept = _comparable(parse(toy("gm")))
+    assert "rivals.seeds" not in kept and "log_every" not in kept
+    (tmp_path / "settings.json").write_text(json.dumps(kept | {"train.batch_size": 7}))
+    with pytest.raises(ConfigError, match=r"config\.train\.batch_size = .* with 7; take that back"):
+        compare_rivals(parse(toy("gm")), tmp_path)
 
 
 def test_an_arc_student_has_no_official_names(tmp_path):
