@@ -42,6 +42,8 @@ _ALLOCATOR = {
     "MALLOC_MMAP_THRESHOLD_": str(2**32),
     "MALLOC_TRIM_THRESHOLD_": str(2**33),
     "MALLOC_TOP_PAD_": str(2**28),
+    # What PyTorch is to use of a GPU cannot be JAX's already.
+    "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
 }
 
 
@@ -80,7 +82,8 @@ class Peaks:
 def tune_allocator() -> None:
     """Starts the program again with an allocator that keeps large blocks, unless it has one.
 
-    glibc reads these variables only at the start. Call it before anything is computed.
+    On a GPU JAX leaves memory to PyTorch. All this is read only at the start. Call it before
+    anything is computed.
     """
     if sys.platform == "linux" and any(os.environ.get(k) != v for k, v in _ALLOCATOR.items()):
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | _ALLOCATOR)
@@ -213,6 +216,8 @@ def compare_apart(
 
 
 def _case(first, times, work: Work, peaks: Peaks | None) -> dict[str, Any]:
+    if not times:
+        raise SystemExit("none of the alternatives fits into memory; take a smaller batch")
     base = next(iter(times.values()))
     rows = {}
     for name, found in times.items():

@@ -18,12 +18,8 @@ import copy
 import gc
 import importlib.util
 import itertools
-import os
 from collections.abc import Callable
 from pathlib import Path
-
-# What PyTorch is to use cannot be JAX's already.
-os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 import jax
 import numpy as np
