@@ -48,8 +48,11 @@ class Drawer:
 
         Raises:
           FileNotFoundError: there is nothing at the path.
+          ValueError: the student is told prompts, not classes.
         """
         student = piflow_jax.load(path)
+        if student.settings.model.network != "dit":
+            raise ValueError("the page shows students of classes; sample others by --mode=sample")
         if not (Path(path) / "teacher" / "checkpoints").is_dir():
             return cls(student)
         return cls(student, *piflow_jax.load_teacher(path))

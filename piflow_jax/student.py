@@ -1,4 +1,4 @@
-"""A trained student in a notebook: `piflow_jax.load(path).sample(seed, labels)`.
+"""A trained student in a notebook: `piflow_jax.load(path).sample(seed, labels or prompts)`.
 
 Students are those of pi-Flow, arXiv 2510.14974; sampling is its Alg. 1.
 """
@@ -6,13 +6,14 @@ Students are those of pi-Flow, arXiv 2510.14974; sampling is its Alg. 1.
 import dataclasses
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 
@@ -22,22 +23,27 @@ from piflow_jax.flow.sampling import few_step_sample
 from piflow_jax.flow.schedule import TimeWarp
 from piflow_jax.flow.substeps import Solver
 from piflow_jax.flow.teacher import Teacher
-from piflow_jax.models import DiT
+from piflow_jax.training.conditions import conditions
 from piflow_jax.training.networks import (
     IMAGENET_LATENTS,
+    TEXT_LATENTS,
+    Network,
     StudentSettings,
     abstract_params,
     student_network,
     student_settings,
     teacher_network,
     teacher_settings,
+    trained_part,
+    with_base,
 )
 from piflow_jax.training.objectives import make_policy_factory
 
 __all__ = ["Student", "load", "load_teacher"]
 
 _LARGEST = 256  # samples a device draws at a time
-_SIZES = ("patch_size", "in_channels", "hidden", "depth", "mlp_ratio", "num_classes")
+# What embedded prompts hold, and how many axes each has.
+_EMBEDDED = {"text": 3, "text_length": 1, "pooled": 2}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -51,7 +57,7 @@ class Student:
       devices: where `sample` runs; None is where `params` are. See `on`.
     """
 
-    module: DiT
+    module: Network
     params: Any
     settings: StudentSettings
     devices: tuple[jax.Device, ...] | None = None
@@ -77,13 +83,19 @@ class Student:
         params = jax.device_put(self.params, NamedSharding(_mesh(devices), PartitionSpec()))
         return dataclasses.replace(self, params=params, devices=devices, _samplers={})
 
-    def policy(self, x: jax.Array, t: jax.Array, labels: jax.Array, params: Any = None) -> Policy:
+    def policy(
+        self,
+        x: jax.Array,
+        t: jax.Array,
+        labels: jax.Array | Mapping[str, jax.Array],
+        params: Any = None,
+    ) -> Policy:
         """One network evaluation; composes with jit, vmap, grad and shard_map.
 
         Args:
           x: `[B, H, W, C]`, states at `t`.
           t: `[B]`, noise levels in (0, 1].
-          labels: `[B]`, integers.
+          labels: `[B]`, integers; or embedded prompts, see `sample`.
           params: weights in place of the student's own, to differentiate by them for instance.
 
         Returns:
@@ -94,13 +106,16 @@ class Student:
         """
         params = self.params if params is None else params
         factory = make_policy_factory(self.settings.policy, self.settings.train, sampling=True)
-        return factory(self.module.apply(params, x, t, labels), x, t)
+        batch = labels if isinstance(labels, Mapping) else {"label": labels}
+        told = conditions(self.settings.model, batch)
+        return factory(self.module.apply(params, x, t, **told), x, t)
 
     def sample(
         self,
         key: int | jax.Array,
-        labels: ArrayLike,
+        labels: ArrayLike | Mapping[str, ArrayLike],
         *,
+        size: tuple[int, int] | None = None,
         nfe: int | None = None,
         substeps: int = 128,
         h: float = 0.0,
@@ -110,16 +125,21 @@ class Student:
         noise: ArrayLike | None = None,
         solver: Solver = "euler",
     ) -> jax.Array:
-        """Samples, one for each label.
+        """Samples, one for each label or prompt.
 
-        Sample `i` depends on the key, on `i` and on its label alone: not on how many others there
-        are, nor on how many devices. Numbers of samples are rounded up to powers of two, at most
-        256 at a time on each device, so that at most nine programs are compiled for a choice of
-        options, however many samples are asked for. Arrays that are passed are left as they are.
+        Sample `i` depends on the key, on `i` and on its label or prompt alone: not on how many
+        others there are, nor on how many devices. Numbers of samples are rounded up to powers of
+        two, at most 256 at a time on each device, so that at most nine programs are compiled for a
+        choice of options and a size, however many samples are asked for. Arrays that are passed are
+        left as they are.
 
         Args:
           key: a seed, or one PRNG key, typed or legacy.
-          labels: `[N]`, integers in `[0, num_classes)`.
+          labels: `[N]`, integers in `[0, num_classes)`. Of a student that reads text, embedded
+            prompts: `text[N, L, D]`, padded behind its `text_length[N]` tokens, and for FLUX.1
+            `pooled[N, P]`. `PromptsSource.embedded` has them of a cached set.
+          size: `(H, W)` in sites of latents, of a student that reads text: (128, 128) are 1024x1024
+            pixels. Students of classes have one size.
           nfe: network evaluations; by default as trained.
           substeps: policy substeps per unit of raw time.
           h: stochasticity between segments, see `few_step_sample`.
@@ -137,32 +157,28 @@ class Student:
         Raises:
           ValueError: the key, labels, `x`, `noise` or a number are not what they should be.
         """
-        train, data = self.settings.train, self.settings.data
-        labels = np.asarray(labels)
-        if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer) or not len(labels):
-            raise ValueError(f"labels must be integers [N], got {labels.dtype}{list(labels.shape)}")
-        if labels.min() < 0 or labels.max() >= data.num_classes:
-            raise ValueError(
-                f"labels must be in [0, {data.num_classes}), got {labels.min()} to {labels.max()}"
-            )
+        train = self.settings.train
+        told, size = self._told(labels), self._size(size)
+        number = len(next(iter(told.values())))
         if (x is None) != (start == 1.0):
             raise ValueError("start below 1 and x go together")
-        shape = (len(labels), *data.shape)
+        shape = (number, *size, self.settings.data.channels)
         given = {name: _checked(name, a, shape) for name, a in (("x", x), ("noise", noise))}
         given = {name: a for name, a in given.items() if a is not None}
         options = (nfe or train.nfe, substeps, float(h), float(temperature), float(start), solver)
-        program = (*options, *given)
+        program = (*options, size, *given)
         if program not in self._samplers:
-            self._samplers[program] = jax.jit(self._sampler(*options))
+            self._samplers[program] = jax.jit(self._sampler(*options, shape=shape[1:]))
         parts, key = [], _typed(key)
         count = 1 if self.devices is None else len(self.devices)
-        for first in range(0, len(labels), _LARGEST * count):
+        for first in range(0, number, _LARGEST * count):
             part = slice(first, first + _LARGEST * count)
-            length = len(labels[part])
+            length = len(range(number)[part])
             padding = count * (1 << (-(-length // count) - 1).bit_length()) - length
-            batch = {"labels": np.pad(labels[part].astype(np.int32), (0, padding), "edge")}
-            for name, a in given.items():
-                batch[name] = np.pad(a[part], ((0, padding), *[(0, 0)] * (a.ndim - 1)))
+            batch = {
+                name: np.pad(a[part], ((0, padding), *[(0, 0)] * (a.ndim - 1)), "edge")
+                for name, a in (told | given).items()
+            }
             if self.devices is not None:
                 split = NamedSharding(_mesh(self.devices), PartitionSpec("data"))
                 batch = jax.device_put(batch, split)
@@ -170,21 +186,75 @@ class Student:
             parts.append(samples[:length])
         return jnp.concatenate(parts)
 
+    def _told(self, labels: ArrayLike | Mapping[str, ArrayLike]) -> dict[str, np.ndarray]:
+        """What the network is told, checked, on the host."""
+        model, data = self.settings.model, self.settings.data
+        if model.network != "dit":
+            names = list(_EMBEDDED)[: 3 if data.pooled_features else 2]
+            if not isinstance(labels, Mapping) or not set(names) <= set(labels):
+                raise ValueError(
+                    f"this student reads text: pass embedded prompts, a mapping with "
+                    f"{', '.join(names)}, such as PromptsSource.embedded(prompts)"
+                )
+            told = {name: np.asarray(labels[name]) for name in names}
+            shapes = {name: list(a.shape) for name, a in told.items()}
+            number = len(told["text"]) if told["text"].ndim else 0
+            fits = all(a.ndim == _EMBEDDED[name] and len(a) == number for name, a in told.items())
+            if not number or not fits or told["text"].shape[-1] != data.text_features:
+                raise ValueError(
+                    f"embedded prompts must be text[N, L, {data.text_features}], text_length[N]"
+                    + (f", pooled[N, {data.pooled_features}]" if len(names) == 3 else "")
+                    + f", got {shapes}"
+                )
+            return told
+        if isinstance(labels, Mapping):
+            raise ValueError("this student is told classes: pass labels, integers [N]")
+        labels = np.asarray(labels)
+        if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer) or not len(labels):
+            raise ValueError(f"labels must be integers [N], got {labels.dtype}{list(labels.shape)}")
+        if labels.min() < 0 or labels.max() >= data.num_classes:
+            raise ValueError(
+                f"labels must be in [0, {data.num_classes}), got {labels.min()} to {labels.max()}"
+            )
+        return {"label": labels.astype(np.int32)}
+
+    def _size(self, size: tuple[int, int] | None) -> tuple[int, int]:
+        height, width, _ = self.settings.data.shape
+        if self.settings.model.network != "dit":
+            if size is None:
+                raise ValueError(
+                    "this student has no size of its own: pass size=(H, W) in sites of latents; "
+                    "(128, 128) are 1024x1024 pixels"
+                )
+            return tuple(size)
+        if size is not None and tuple(size) != (height, width):
+            raise ValueError(f"size must be ({height}, {width}), got {tuple(size)}")
+        return height, width
+
     def _sampler(
-        self, nfe: int, substeps: int, h: float, temperature: float, start: float, solver: Solver
+        self,
+        nfe: int,
+        substeps: int,
+        h: float,
+        temperature: float,
+        start: float,
+        solver: Solver,
+        *,
+        shape: tuple[int, int, int],
     ) -> Callable[..., jax.Array]:
         train = self.settings.train
 
         def sample(params, key, first, batch):
-            labels = batch["labels"]
+            told = {name: a for name, a in batch.items() if name not in ("x", "noise")}
+            labels = told.get("label", told)
+            number = len(next(iter(told.values())))
             keys = jax.vmap(lambda i: jax.random.fold_in(key, first + i))(
-                jnp.arange(len(labels), dtype=jnp.uint32)
+                jnp.arange(number, dtype=jnp.uint32)
             )
             if "noise" in batch:
                 noise = batch["noise"]
             else:
                 # The stream of `index_noise`: a seed gives the samples that a report has measured.
-                shape = self.settings.data.shape
                 noise = jax.vmap(lambda one: jax.random.normal(one, shape, jnp.float32))(keys)
             if "x" in batch:
                 noise = (1 - start) * batch["x"] + start * noise
@@ -205,7 +275,12 @@ class Student:
         return sample
 
 
-def load(path: str | os.PathLike, config: Any = None, dtype: str = "float32") -> Student:
+def load(
+    path: str | os.PathLike,
+    config: Any = None,
+    dtype: str = "float32",
+    teacher: str | os.PathLike | None = None,
+) -> Student:
     """Loads a student.
 
     Args:
@@ -214,6 +289,9 @@ def load(path: str | os.PathLike, config: Any = None, dtype: str = "float32") ->
       config: the `ConfigDict` of an official file, such as `configs.imagenet.get_config()`; other
         files know their settings.
       dtype: compute dtype of the network, `float32` or `bfloat16`; policies stay in float32.
+      teacher: of a student with adapters, whose checkpoints and adapter files hold no more than
+        those: official weights of its teacher, or the work directory of the run that trained it. By
+        default the teacher is that of the run at `path`.
 
     Returns:
       The student, on the default device.
@@ -221,16 +299,19 @@ def load(path: str | os.PathLike, config: Any = None, dtype: str = "float32") ->
     Raises:
       FileNotFoundError: there is nothing at the path.
       CheckpointError: the checkpoint is unusable, or not a student's.
-      ValueError: the file is not a student's of classes, or `config` is missing or does not fit.
+      ValueError: the file is not a student's, `config` is missing or does not fit, or the teacher
+        is missing or another one.
     """
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such checkpoint or file")
     if path.is_file():
-        return _from_file(path, config, dtype)
+        return _from_file(path, config, dtype, teacher)
     directory, step, spec = _checkpoint(path, "student")
     settings, module = _network(student_settings(spec), dtype)
-    return Student(module, _averaged(directory, step, module), settings)
+    trained = _averaged(directory, step, module)
+    base = None if settings.model.network == "dit" else _base(settings, teacher or path)
+    return Student(module, with_base(module, trained, base), settings)
 
 
 def load_teacher(
@@ -283,19 +364,18 @@ def _checkpoint(path: Path, stage: str) -> tuple[Path, int, dict[str, Any]]:
     return directory, step, spec
 
 
-def _averaged(directory: Path, step: int, module: DiT) -> Any:
+def _averaged(directory: Path, step: int, module: Network) -> Any:
     from piflow_jax.training.checkpoint import restore_subtree
 
     sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     like = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        abstract_params(module),
+        trained_part(module, abstract_params(module)),
     )
     return restore_subtree(directory, "ema_params", like, step)
 
 
-def _network(settings: StudentSettings, dtype: str) -> tuple[StudentSettings, DiT]:
-    _check_labels(settings.model)
+def _network(settings: StudentSettings, dtype: str) -> tuple[StudentSettings, Network]:
     model = dataclasses.replace(settings.model, dtype=dtype)
     settings = dataclasses.replace(settings, model=model)
     return settings, student_network(model, settings.policy, settings.data)
@@ -305,13 +385,39 @@ def _check_labels(model: ModelConfig) -> None:
     """Refuses networks that are told more than labels."""
     if model.network != "dit":
         raise ValueError(
-            f"this is a {model.network}, which reads text; sample it by --mode=sample "
-            "(docs/text_to_image.md)"
+            f"this is a {model.network}, which reads text; sample it by --mode=sample and "
+            "config.evaluation.system=teacher (docs/text_to_image.md)"
         )
 
 
-def _from_file(path: Path, config: Any, dtype: str) -> Student:
-    from piflow_jax.convert import load_torch_state, open_weights
+def _base(settings: StudentSettings, teacher: str | os.PathLike) -> Any:
+    """Variables of the teacher on which a student's adapters are put."""
+    from piflow_jax.convert import load_params, open_weights
+
+    teacher, model = Path(teacher), settings.model
+    module = teacher_network(model, settings.data)
+    if any((teacher / place).is_dir() for place in ("teacher", "checkpoints")):
+        directory, step, spec = _checkpoint(teacher, "teacher")
+        found, _ = teacher_settings(spec)
+        if teacher_network(found, settings.data).clone(dtype=module.dtype) != module:
+            raise ValueError(f"{directory} holds another network than the student's teacher")
+        return _averaged(directory, step, module)
+    if (teacher / "student").is_dir() or not teacher.exists():
+        raise ValueError(
+            f"{teacher} holds adapters of a {model.network} and no teacher: pass teacher=, its "
+            "official weights or the work directory of the run that trained it"
+        )
+    return load_params(module, open_weights(teacher), model.network, _placed_like(module))
+
+
+def _placed_like(module: Network) -> Callable[[tuple[str, ...], np.ndarray], jax.Array]:
+    """Puts leaves on the default device, in the types of the module's own parameters."""
+    like = flatten_dict(abstract_params(module)["params"])
+    return lambda name, leaf: jnp.asarray(leaf, like[name].dtype if name in like else None)
+
+
+def _from_file(path: Path, config: Any, dtype: str, teacher: str | os.PathLike | None) -> Student:
+    from piflow_jax.convert import load_adapter, load_params, open_weights
 
     weights = open_weights(path)
     spec = weights.metadata.get("piflow_jax")
@@ -319,8 +425,10 @@ def _from_file(path: Path, config: Any, dtype: str) -> Student:
         settings = student_settings(json.loads(spec))
     elif config is not None:
         parsed = parse(config)
+        network = parsed.model.network
+        data = IMAGENET_LATENTS if network == "dit" else TEXT_LATENTS[network]
         settings = StudentSettings(
-            model=parsed.model, policy=parsed.policy, train=parsed.train, data=IMAGENET_LATENTS
+            model=parsed.model, policy=parsed.policy, train=parsed.train, data=data
         )
     else:
         raise ValueError(
@@ -328,16 +436,15 @@ def _from_file(path: Path, config: Any, dtype: str) -> Student:
             "config=configs.imagenet.get_config('gm_repa')"
         )
     settings, module = _network(settings, dtype)
-    _, params = load_torch_state(
-        weights,
-        f"{settings.policy.kind}_dit",
-        num_heads=module.num_heads,
-        sample_size=module.sample_size,
-        time_scale=module.time_scale,
-        place=lambda _, leaf: jnp.asarray(leaf, jnp.float32),
-        **{size: getattr(module, size) for size in _SIZES},
-    )
-    return Student(module, params, settings)
+    if any(".lora_A." in name for name in weights):
+        if teacher is None:
+            raise ValueError(f"{path} is an adapter: pass teacher=, the weights that it goes on")
+        trained = load_adapter(module, weights, place=_placed_like(module))
+        return Student(module, with_base(module, trained, _base(settings, teacher)), settings)
+    if settings.model.network != "dit":
+        module = module.clone(lora=None)  # the adapters are in the weights
+    form = f"{settings.policy.kind}_{settings.model.network}"
+    return Student(module, load_params(module, weights, form, _placed_like(module)), settings)
 
 
 def _mesh(devices: tuple[jax.Device, ...]) -> Mesh:

@@ -97,6 +97,13 @@ def test_sampling_again_needs_only_the_student(whole_run):
     assert (workdir / "student.png").exists()
 
 
+def test_the_teacher_can_be_looked_at_as_well(whole_run):
+    workdir, _ = whole_run
+    options = ("--config.evaluation.grid_samples=3", "--config.evaluation.system=teacher")
+    run(workdir, "--mode=sample", *options)
+    assert (workdir / "teacher.png").exists()
+
+
 def test_contradicting_settings_are_refused_before_anything_runs(whole_run):
     workdir, _ = whole_run
     done = run(workdir, "--mode=sample", "--config.policy.num_components=3", check=False)
@@ -167,6 +174,8 @@ def test_a_full_disk_ends_the_run_with_its_last_good_step(whole_run, tmp_path):
 def test_killed_run_ends_bit_identical(whole_run, tmp_path):
     """SIGKILL at a random moment of the student's training, then the same command again."""
     more = ("--config.train.steps=60", "--config.checkpoint_every=3", "--config.log_every=1")
+    teacher = whole_run[0] / "teacher" / "checkpoints"
+    more += (f"--config.teacher.checkpoint={teacher}",)
     reference = tmp_path / "reference"
     run(reference, *more)
     killed = tmp_path / "killed"

@@ -240,6 +240,11 @@ class EvaluationConfig:
     teacher_steps: tuple[int, ...] = _field(
         (1, 2, 4, 8, 32, 128), "Euler steps of the teacher; the last is the one to match", low=1
     )
+    system: str = _field(
+        "student",
+        "whose pictures --mode=sample makes; the teacher's take the last of teacher_steps",
+        choices=("student", "teacher"),
+    )
     substeps: int = _field(128, "policy substeps per unit of raw time when sampling", low=1)
     nfe: int = _field(0, "the student's network evaluations; 0 is as trained", low=0)
     temperature: float = _field(

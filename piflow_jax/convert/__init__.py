@@ -3,7 +3,7 @@
 The names are those of the releases of pi-Flow (arXiv 2510.14974) and of the networks it builds on.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -40,6 +40,21 @@ LOADERS = {
     "qwen_image": load_qwen_image,
     "gm_qwen_image": load_qwen_image,
     "dx_qwen_image": load_qwen_image,
+}
+# Sizes that a loader takes, shown by the weights or not.
+SIZES = {
+    DiT: (
+        *("patch_size", "in_channels", "hidden", "depth", "mlp_ratio", "num_classes"),
+        *("num_heads", "sample_size", "time_scale"),
+    ),
+    Flux: (
+        *("patch_size", "in_channels", "hidden", "num_heads", "double_depth", "single_depth"),
+        *("text_features", "pooled_features", "guidance_embed", "axes_dims_rope"),
+    ),
+    QwenImage: (
+        *("patch_size", "in_channels", "hidden", "num_heads", "depth", "text_features"),
+        "axes_dims_rope",
+    ),
 }
 EXPORTERS = {
     DiT: export_dit,
@@ -79,6 +94,36 @@ def load_torch_state(
     return LOADERS[model](state, model, **sizes)
 
 
+def load_params(
+    module: nn.Module,
+    state: Mapping[str, np.ndarray],
+    model: str,
+    place: Callable[[tuple[str, ...], np.ndarray], Any] | None = None,
+) -> dict:
+    """Reads weights that are to be those of a network which is there already.
+
+    Args:
+        module: A `DiT`, `Flux` or `QwenImage`.
+        state: See `load_torch_state`.
+        model: A name in `LOADERS`.
+        place: Puts every leaf where it belongs, see `rules.import_state`.
+
+    Returns:
+        The module's parameters.
+
+    Raises:
+        ValueError: Unknown model; or the weights are those of a network of other sizes or with
+            another head.
+    """
+    sizes = {name: getattr(module, name) for name in SIZES[type(module)]}
+    if place is not None:
+        sizes["place"] = place
+    loaded, params = load_torch_state(state, model, **sizes)
+    if loaded.head != module.head:
+        raise ValueError(f"the head is {loaded.head}, the settings are those of {module.head}")
+    return params
+
+
 def to_torch_state(module: nn.Module, params: Mapping) -> dict[str, np.ndarray]:
     """Turns parameters (or gradients) of a module into arrays under official names.
 
@@ -102,6 +147,7 @@ __all__ = [
     "adapter_config",
     "export_adapter",
     "load_adapter",
+    "load_params",
     "load_torch_state",
     "open_autoencoder",
     "open_weights",

@@ -13,12 +13,22 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ["ASPECTS", "MULTIPLE", "Prompt", "bucket_size", "list_digest", "read_prompts"]
+__all__ = [
+    "ASPECTS",
+    "DOWNSAMPLING",
+    "MULTIPLE",
+    "Prompt",
+    "bucket_size",
+    "list_digest",
+    "read_prompts",
+]
 
 # Width to height. A batch has one shape, so shapes are few: each prompt gets the nearest.
 ASPECTS = ((1, 1), (5, 4), (4, 5), (4, 3), (3, 4), (3, 2), (2, 3), (16, 9), (9, 16), (2, 1), (1, 2))
-# Pixels along a side: the autoencoders shrink by 8, patches have two sites.
-MULTIPLE = 16
+# Pixels of an image along a side of a site of its latents, for both released autoencoders.
+DOWNSAMPLING = 8
+# Pixels along a side: patches have two sites.
+MULTIPLE = 2 * DOWNSAMPLING
 
 _FORMATS = (".txt", ".jsonl", ".parquet")
 _KEYS = ("prompt", "aspect", "height", "width", "image")

@@ -259,6 +259,34 @@ class PromptsSource:
         """Returns the bucket of a prompt; reads nothing."""
         return bisect.bisect_right(self._ends, index)
 
+    def embedded(self, prompts: Sequence[str]) -> dict[str, np.ndarray]:
+        """Embeddings of some of the prompts, as `Student.sample` takes them.
+
+        The set is read from its beginning until all are found.
+
+        Args:
+          prompts: `N` prompts.
+
+        Returns:
+          `text: bfloat16[N, L, D]`, `text_length: int32[N]` and, where the encoders make one,
+          `pooled: bfloat16[N, P]`.
+
+        Raises:
+          PromptsError: One is not in the set; it is named.
+        """
+        found, missing = {}, set(prompts)
+        for index, prompt in enumerate(self.prompts):
+            if not missing:
+                break
+            if prompt in missing:
+                found[prompt] = self._embedding(_arrays(self._records[index]))
+                missing.remove(prompt)
+        for prompt in prompts:
+            if prompt in missing:
+                raise PromptsError(f"the set has no embeddings of {prompt!r}")
+        rows = [found[prompt] for prompt in prompts]
+        return {name: np.stack([row[name] for row in rows]) for name in rows[0]} if rows else {}
+
     def _embedding(self, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         length = len(arrays["text"])
         text = np.zeros((self.text_length, self.text_features), _TEXT_DTYPE)

@@ -10,6 +10,7 @@ import hashlib
 import os
 import re
 import uuid
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -110,7 +111,7 @@ def _open_archive(path: Path) -> ImageSet:
     try:
         with np.load(path, allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in archive.files}
-    except (OSError, ValueError) as error:
+    except (AttributeError, OSError, TypeError, ValueError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path} is no folder of PNG files and no .npz file: {error}") from error
     images = arrays.get("images")
     if images is None or images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:

@@ -290,7 +290,7 @@ class ArcHead(nn.Module):
 
         def spread_bias(key, shape, dtype):
             del key
-            return _patch_bias(jnp.arctanh(jnp.linspace(-0.5, 0.5, k, dtype=dtype)), shape[0])
+            return _spread_rates(k, shape[0], dtype)
 
         def project(name, features, bias):
             return _project(self, name, tokens, embedding, patch_size, features, param_dtype, bias)
@@ -309,12 +309,12 @@ class ArcHead(nn.Module):
     def from_velocity(
         self, params: dict, velocity: dict, *, channels: int, noise: jax.Array | None = None
     ) -> dict:
-        """Starts every component at the teacher, its rate as it is; see `GMHead.from_velocity`.
+        """Starts every component at the teacher, its rate as fresh; see `GMHead.from_velocity`.
 
         At the source the policy's velocity is then the teacher's, whatever the rates.
 
         Args:
-            params: The head's own parameters; the rates' layer survives.
+            params: The head's own parameters; none survive.
             velocity: `kernel [D, p*p*C]`, `bias [p*p*C]` of the teacher's output layer.
             channels: `C`.
             noise: `[K, C]` standard normal draws, as for `GMHead`; None adds none.
@@ -322,11 +322,19 @@ class ArcHead(nn.Module):
         Returns:
             The head's parameters.
         """
+        rates = jax.tree.map(jnp.zeros_like, params["rates"])
+        bias = rates["bias"]
+        rates["bias"] = _spread_rates(self.num_components, bias.size, bias.dtype)
         return {
             "means": _means_from_velocity(velocity, channels, self.num_components, noise),
             "logweights": jax.tree.map(jnp.zeros_like, params["logweights"]),
-            "rates": params["rates"],
+            "rates": rates,
         }
+
+
+def _spread_rates(components: int, size: int, dtype: DTypeLike) -> jax.Array:
+    """A bias that spreads an `ArcHead`'s rates over half of what they can be."""
+    return _patch_bias(jnp.arctanh(jnp.linspace(-0.5, 0.5, components, dtype=dtype)), size)
 
 
 def _means_from_velocity(

@@ -5,16 +5,19 @@ import os
 from pathlib import Path
 from typing import Any
 
+import jax
 from absl import logging
 
-from piflow_jax.config import Config, ConfigError
+from piflow_jax.config import Config, ConfigError, mesh_sizes
 from piflow_jax.convert import (
     adapter_config,
     export_adapter,
     to_torch_state,
     write_safetensors,
 )
+from piflow_jax.flow.schedule import longest_segment
 from piflow_jax.models.lora import fuse
+from piflow_jax.parallel import device_mesh
 from piflow_jax.stages.systems import data_shape, load_student, load_teacher
 from piflow_jax.training.loop import checkpoint_dir
 from piflow_jax.training.networks import (
@@ -49,7 +52,8 @@ def export(config: Config, workdir: str | os.PathLike) -> list[Path]:
 
     Raises:
       CheckpointError: there is no student, or it contradicts the settings.
-      ConfigError: the student's policy is ArcFlow's, which the release does not have.
+      ConfigError: the student's policy is ArcFlow's or a polynomial, which the release does not
+        have, or there are several processes.
     """
     if config.policy.kind == "arc":
         raise ConfigError(
@@ -61,10 +65,17 @@ def export(config: Config, workdir: str | os.PathLike) -> list[Path]:
             "config.policy.mode = 'polynomial' has no official names to be exported under: the "
             "head has a skip; piflow_jax.load reads the run's directory"
         )
+    if jax.process_count() > 1:
+        raise ConfigError(
+            "--mode=export runs in one process, which writes whole weights: start it on one host, "
+            "without the variables that make it one of several"
+        )
     workdir = Path(workdir)
     data = data_shape(config, workdir)
     student = student_network(config.model, config.policy, data)
-    params = load_student(config, data, workdir)
+    # Split, as a large network is whole on no device; it is put together on the host.
+    mesh = device_mesh(**mesh_sizes(config, jax.device_count()))
+    params = load_student(config, data, workdir, mesh)
     metadata = _metadata(config, student_spec(config, data))
     paths = []
     if config.model.network != "dit":
@@ -93,10 +104,11 @@ def _metadata(config: Config, spec: dict[str, Any]) -> dict[str, str]:
     """What a student's file says of itself, to us and to the official pipelines."""
     policy = {"type": "GMFlow"}
     if config.policy.kind == "dx":
-        train, f = config.train, config.train.final_step_size_scale
+        train = config.train
+        longest = longest_segment(train.nfe, train.final_step_size_scale)
         policy = {
             "type": "DX",
-            "segment_size": config.policy.segment_size or max(1.0, f) / (train.nfe - 1 + f),
+            "segment_size": config.policy.segment_size or longest,
             "shift": train.shift,
             "mode": config.policy.mode,
         }

@@ -14,7 +14,14 @@ import numpy as np
 from absl import logging
 
 from piflow_jax.config import Config, ConfigError
-from piflow_jax.data.prompt_lists import ASPECTS, Prompt, bucket_size, list_digest, read_prompts
+from piflow_jax.data.prompt_lists import (
+    ASPECTS,
+    DOWNSAMPLING,
+    Prompt,
+    bucket_size,
+    list_digest,
+    read_prompts,
+)
 from piflow_jax.data.prompts import (
     PromptsPlan,
     finalize_prompts,
@@ -27,9 +34,6 @@ from piflow_jax.models.vae import sample_posterior
 from piflow_jax.stages.autoencoder import Autoencoder, load_autoencoder
 
 __all__ = ["encode_prompts", "prepare_prompts"]
-
-# Sites of latents per pixel, along a side, of both released autoencoders.
-_DOWNSAMPLING = 8
 
 
 def encode_prompts(
@@ -94,7 +98,7 @@ def encode_prompts(
         source=f"{source}, SHA-256 {list_digest(prompts)}",
         num_examples=len(prompts) + 1,
         shard_size=shard_size,
-        buckets=[tuple(side // _DOWNSAMPLING for side in size) for size in buckets],
+        buckets=[tuple(side // DOWNSAMPLING for side in size) for size in buckets],
         bucket_sizes=[sizes.count(size) for size in buckets],
         text_features=encoder.text_features,
         pooled_features=encoder.pooled_features,
@@ -194,8 +198,9 @@ def _fitted(path: Path, size: tuple[int, int]) -> np.ndarray:
     from PIL import Image, ImageOps
 
     with Image.open(path) as image:
+        upright = ImageOps.exif_transpose(image).convert("RGB")
         # Pillow's sizes have the width first.
-        return np.asarray(ImageOps.fit(image.convert("RGB"), size[::-1], Image.Resampling.LANCZOS))
+        return np.asarray(ImageOps.fit(upright, size[::-1], Image.Resampling.LANCZOS))
 
 
 def _latents_encoder(
@@ -203,9 +208,9 @@ def _latents_encoder(
 ) -> Callable[[str, tuple[int, int], int], np.ndarray]:
     """Latents of an image's file, at a size, with the noise of an index."""
     module = autoencoder.module
-    if module.downsampling != _DOWNSAMPLING:
+    if module.downsampling != DOWNSAMPLING:
         raise ConfigError(
-            f"config.data.vae shrinks images by {module.downsampling}, not by {_DOWNSAMPLING}"
+            f"config.data.vae shrinks images by {module.downsampling}, not by {DOWNSAMPLING}"
         )
 
     @jax.jit

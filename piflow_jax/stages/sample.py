@@ -1,4 +1,4 @@
-"""`--mode=sample`: a grid of the student's samples."""
+"""`--mode=sample`: a grid of the student's samples, or of the teacher's."""
 
 import os
 from pathlib import Path
@@ -14,8 +14,8 @@ from piflow_jax.stages.autoencoder import check_autoencoder, load_autoencoder, p
 from piflow_jax.stages.sample_prompts import sample_prompts
 from piflow_jax.stages.systems import (
     data_shape,
-    load_student,
-    student_sampler,
+    load_system,
+    system_sampler,
     told_by_class,
 )
 from piflow_jax.training.networks import DataShape
@@ -25,6 +25,8 @@ __all__ = ["sample", "shown_classes"]
 
 def sample(config: Config, workdir: str | os.PathLike) -> Path | list[Path]:
     """Writes `<workdir>/student.png`, one row per class; of prompts see `sample_prompts`.
+
+    With `config.evaluation.system` it is `teacher.png`.
 
     Args:
       config: the run's settings; `config.evaluation.seed` chooses the noise, `grid_classes` the
@@ -43,17 +45,19 @@ def sample(config: Config, workdir: str | os.PathLike) -> Path | list[Path]:
     settings = config.evaluation
     data = data_shape(config, workdir)
     classes = shown_classes(config, data)
-    sampler = student_sampler(config, data)
+    source = None
     if config.data.name in FEATURE_SPACES:  # their images are at hand, and so are captions
         source = load_source(config.data.name, config.data.data_dir or None)
+    sampler = system_sampler(config, data, getattr(source, "null", None))
+    if source is not None:
         sampler = told_by_class(config, source, sampler)
     if config.data.name == "imagenet":
         autoencoder = load_autoencoder(config)
         check_autoencoder(autoencoder, data)
         sampler = pixel_sampler(sampler, autoencoder.module, data)
-        params = (load_student(config, data, workdir), autoencoder.params)
+        params = (load_system(config, data, workdir, None), autoencoder.params)
     else:
-        params = load_student(config, data, workdir)
+        params = load_system(config, data, workdir, None)
     run = IndexSampler(
         sampler,
         shape=data.shape,
@@ -65,7 +69,7 @@ def sample(config: Config, workdir: str | os.PathLike) -> Path | list[Path]:
     images = run(params, settings.grid_samples * len(classes))
     # Labels go by index, classes in turn.
     rows = [(f"class {label}", images[i :: len(classes)]) for i, label in enumerate(classes)]
-    path = Path(workdir) / "student.png"
+    path = Path(workdir) / f"{settings.system}.png"
     if jax.process_index() == 0:
         save_grid(path, rows)
         logging.info("wrote %s: %d samples in %.2f s", path, len(images), run.seconds)

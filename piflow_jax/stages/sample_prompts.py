@@ -12,30 +12,37 @@ from absl import logging
 from jax.experimental import multihost_utils
 
 from piflow_jax.config import Config, ConfigError, mesh_sizes
-from piflow_jax.data.prompt_lists import read_prompts
+from piflow_jax.data.prompt_lists import DOWNSAMPLING, Prompt, bucket_size, read_prompts
 from piflow_jax.data.prompts import PromptsSource, load_prompts_source
 from piflow_jax.evaluation import index_noise
 from piflow_jax.evaluation.adm import to_uint8
 from piflow_jax.models.vae import decode_in_chunks
 from piflow_jax.parallel import ActivationSharding, batch_sharding, device_mesh
 from piflow_jax.stages.autoencoder import check_autoencoder, load_autoencoder
-from piflow_jax.stages.systems import load_student, student_sampler
+from piflow_jax.stages.systems import load_system, system_sampler
 from piflow_jax.training.conditions import conditions
-from piflow_jax.training.networks import DataShape, student_spec
+from piflow_jax.training.networks import DataShape, student_spec, teacher_spec
 
 __all__ = ["find_prompts", "sample_prompts"]
 
+_FOLDERS = {"student": "samples", "teacher": "teacher_samples"}
 # Latents that a device decodes at once; those of 1024x1024 images take gigabytes each.
 _CHUNK = 1
 
 
-def find_prompts(source: PromptsSource, wanted: Sequence[str], where: str) -> list[int]:
+def find_prompts(
+    source: PromptsSource, wanted: Sequence[Prompt], image_size: int, where: str
+) -> list[int]:
     """Where prompts stand in a cached set, which is read from its beginning until all are found.
+
+    A prompt that the set has in several shapes is taken in the list's; one that it has in other
+    shapes only, in the set's first, with a warning.
 
     Args:
       source: the set.
       wanted: the prompts.
-      where: the set's directory, for the message.
+      image_size: side of a square image, in pixels, that the list's shapes go by.
+      where: the set's directory, for messages.
 
     Returns:
       An index for each.
@@ -43,29 +50,49 @@ def find_prompts(source: PromptsSource, wanted: Sequence[str], where: str) -> li
     Raises:
       ConfigError: some are not there; names the first.
     """
-    missing, found = set(wanted), {}
-    for index, prompt in enumerate(source.prompts):
+    shapes = [
+        tuple(side // DOWNSAMPLING for side in bucket_size(prompt.aspect, image_size))
+        for prompt in wanted
+    ]
+    texts = {prompt.text for prompt in wanted}
+    missing = set(zip((prompt.text for prompt in wanted), shapes, strict=True))
+    found, anywhere = {}, {}
+    for index, text in enumerate(source.prompts):
         if not missing:
             break
-        if prompt in missing:
-            found[prompt] = index
-            missing.remove(prompt)
-    if missing:
-        first = next(prompt for prompt in wanted if prompt in missing)
+        if text in texts:
+            key = (text, source.buckets[source.bucket(index)])
+            anywhere.setdefault(text, index)
+            found.setdefault(key, index)
+            missing.discard(key)
+    absent = [prompt.text for prompt in wanted if prompt.text not in anywhere]
+    if absent:
         raise ConfigError(
-            f"{where} has no embeddings of {len(missing)} of the prompts, the first is {first!r}; "
-            "prepare the list with --mode=prepare into a directory of its own, and give that as "
-            "config.data.data_dir"
+            f"{where} has no embeddings of {len(set(absent))} of the prompts, the first is "
+            f"{absent[0]!r}; prepare the list with --mode=prepare into a directory of its own, and "
+            "give that as config.data.data_dir"
         )
-    return [found[prompt] for prompt in wanted]
+    if missing:
+        text = next(
+            p.text for p, shape in zip(wanted, shapes, strict=True) if (p.text, shape) in missing
+        )
+        logging.warning(
+            "%d prompts, the first is %r, have other shapes in %s than in the list, and get those",
+            len(missing),
+            text,
+            where,
+        )
+    keys = zip((prompt.text for prompt in wanted), shapes, strict=True)
+    return [found.get(key, anywhere[key[0]]) for key in keys]
 
 
 def sample_prompts(config: Config, workdir: str | os.PathLike) -> list[Path]:
     """Writes `<workdir>/samples/<number>-<seed>.png` for each prompt of a list.
 
-    Embeddings and shapes of images are those of the cached set `config.data.data_dir`; the noise
-    of a prompt depends on `config.evaluation.seed` and its place in the list alone. Without an
-    autoencoder (`config.data.vae`) latents are written, as `.npy`.
+    The teacher's, with `config.evaluation.system`, go to `<workdir>/teacher_samples/`, by the same
+    noise. Embeddings and shapes of images are those of the cached set `config.data.data_dir`; the
+    noise of a prompt depends on `config.evaluation.seed` and its place in the list alone. Without
+    an autoencoder (`config.data.vae`) latents are written, as `.npy`.
 
     Args:
       config: the run's settings; `config.data.prompts` is the list, without one all prompts of the
@@ -77,7 +104,8 @@ def sample_prompts(config: Config, workdir: str | os.PathLike) -> list[Path]:
 
     Raises:
       CheckpointError: there is no student, or it contradicts the settings.
-      ConfigError: embeddings are missing, or the autoencoder is another one.
+      ConfigError: embeddings are missing, the autoencoder is another one, or the devices do not
+        divide a batch.
       PromptsError: the set is unfinished or damaged.
     """
     where = config.data.data_dir
@@ -87,8 +115,8 @@ def sample_prompts(config: Config, workdir: str | os.PathLike) -> list[Path]:
         )
     source = load_prompts_source(where, verify=False)
     if config.data.prompts:
-        wanted = [prompt.text for prompt in read_prompts(config.data.prompts)]
-        indices = find_prompts(source, wanted, where)
+        wanted = read_prompts(config.data.prompts)
+        indices = find_prompts(source, wanted, config.data.image_size, where)
     else:
         # By place in the list that the set was made of, not by bucket.
         indices = sorted(range(len(source)), key=lambda index: int(source[index]["index"]))
@@ -97,15 +125,22 @@ def sample_prompts(config: Config, workdir: str | os.PathLike) -> list[Path]:
     if autoencoder is not None:
         check_autoencoder(autoencoder, data)
     mesh = device_mesh(**mesh_sizes(config, jax.device_count()))
-    params = load_student(config, data, workdir, mesh)
-    sampler = jax.jit(_sampler(config, data, mesh), out_shardings=batch_sharding(mesh))
+    parts = mesh.shape["data"] * mesh.shape["fsdp"]
+    if config.evaluation.batch_size % parts:
+        raise ConfigError(
+            f"config.evaluation.batch_size must be divisible by the {parts} devices that share a "
+            f"batch, got {config.evaluation.batch_size}"
+        )
+    params = load_system(config, data, workdir, mesh)
+    sampler = jax.jit(_sampler(config, data, mesh, source.null), out_shardings=batch_sharding(mesh))
     decode = None if autoencoder is None else _decoder(autoencoder)
-    directory = Path(workdir) / "samples"
+    directory = Path(workdir) / _FOLDERS[config.evaluation.system]
     directory.mkdir(exist_ok=True)
     paths = []
     for places, batch in _batches(config, source, indices, mesh):
         noise_indices = np.asarray(places, np.uint32)
-        latents = sampler(params, *jax.device_put((noise_indices, batch), batch_sharding(mesh)))
+        with jax.set_mesh(mesh):  # kernels split their batch over it
+            latents = sampler(params, *jax.device_put((noise_indices, batch), batch_sharding(mesh)))
         latents = _here(latents)
         for place, sample in dict(zip(places, latents, strict=True)).items():
             picture = decode is not None or sample.shape[-1] in (1, 3)
@@ -120,8 +155,8 @@ def sample_prompts(config: Config, workdir: str | os.PathLike) -> list[Path]:
     return sorted(paths)
 
 
-def _sampler(config: Config, data: DataShape, mesh: jax.sharding.Mesh):
-    sampler = student_sampler(config, data, ActivationSharding(mesh))
+def _sampler(config: Config, data: DataShape, mesh: jax.sharding.Mesh, null: dict[str, Any]):
+    sampler = system_sampler(config, data, null, ActivationSharding(mesh))
 
     def sample(params, places, batch):
         shape = (*batch["canvas"].shape[1:-1], data.channels)
@@ -172,20 +207,36 @@ def _decoder(autoencoder) -> Callable[[np.ndarray], jax.Array]:
 
 
 def _settings(config: Config, data: DataShape, place: int) -> dict[str, Any]:
-    """What made a picture, beside its prompt and the student's weights."""
-    settings = config.evaluation
-    return student_spec(config, data) | {
-        "evaluation.nfe": settings.nfe or config.train.nfe,
-        "evaluation.temperature": settings.temperature,
-        "evaluation.substeps": settings.substeps,
-        "evaluation.solver": settings.solver,
+    """What made a picture, beside its prompt and the weights themselves."""
+    settings, teacher = config.evaluation, config.teacher
+    made = {
         "evaluation.seed": settings.seed,
-        "evaluation.weights": settings.weights,
-        "evaluation.checkpoint": settings.checkpoint,
-        "teacher.weights": config.teacher.weights,
+        "teacher.weights": teacher.weights,
         "model.dtype": config.model.dtype,
         "place": place,
     }
+    if settings.system == "teacher":
+        return (
+            teacher_spec(config, data)
+            | made
+            | {
+                "evaluation.teacher_steps": settings.teacher_steps[-1],
+                "teacher.guidance_scale": teacher.guidance_scale,
+                "train.shift": config.train.shift,
+            }
+        )
+    return (
+        student_spec(config, data)
+        | made
+        | {
+            "evaluation.nfe": settings.nfe or config.train.nfe,
+            "evaluation.temperature": settings.temperature,
+            "evaluation.substeps": settings.substeps,
+            "evaluation.solver": settings.solver,
+            "evaluation.weights": settings.weights,
+            "evaluation.checkpoint": settings.checkpoint,
+        }
+    )
 
 
 def _write(path: Path, sample: np.ndarray, prompt: str, made: dict[str, Any]) -> None:

@@ -11,7 +11,7 @@ from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 
 from piflow_jax.config import Config, ConfigError
-from piflow_jax.convert import load_adapter, load_torch_state, open_weights
+from piflow_jax.convert import load_adapter, load_params, open_weights
 from piflow_jax.data import Source, load_source
 from piflow_jax.evaluation.evaluator import Sampler
 from piflow_jax.flow.sampling import few_step_sample, ode_sample
@@ -28,6 +28,7 @@ from piflow_jax.training.conditions import conditions, null_conditions
 from piflow_jax.training.loop import checkpoint_dir
 from piflow_jax.training.networks import (
     IMAGENET_LATENTS,
+    TEXT_LATENTS,
     DataShape,
     Network,
     abstract_params,
@@ -44,27 +45,15 @@ from piflow_jax.training.objectives import guided_teacher, make_policy_factory
 __all__ = [
     "data_shape",
     "load_student",
+    "load_system",
     "load_teacher",
     "student_sampler",
     "student_shardings",
+    "system_sampler",
     "teacher_sampler",
     "teacher_shardings",
     "told_by_class",
 ]
-
-# Sizes that official weights show and a configuration has too, and what they do not show.
-_SIZES = {
-    "dit": ("patch_size", "in_channels", "hidden", "depth", "mlp_ratio", "num_classes"),
-    "flux": (
-        *("patch_size", "in_channels", "hidden", "num_heads", "double_depth", "single_depth"),
-        *("text_features", "pooled_features", "guidance_embed", "axes_dims_rope"),
-    ),
-    "qwen_image": (
-        *("patch_size", "in_channels", "hidden", "num_heads", "depth", "text_features"),
-        "axes_dims_rope",
-    ),
-}
-_NOT_SHOWN = ("num_heads", "sample_size", "time_scale")
 
 
 def teacher_shardings(config: Config, mesh: Mesh, params: Any) -> Any:
@@ -91,10 +80,12 @@ def data_shape(config: Config, workdir: str | os.PathLike) -> DataShape:
     Raises:
       CheckpointError: there is no student, or its checkpoint is unusable.
     """
-    if config.data.name != "imagenet":
+    of_prompts = config.data.name == "prompts"
+    if config.data.name != "imagenet" and (config.data.data_dir or not of_prompts):
         return DataShape.of(config.data.name, load_source(config.data.name, config.data.data_dir))
-    if config.evaluation.weights:
-        return IMAGENET_LATENTS
+    of_teacher = config.evaluation.system == "teacher"
+    if config.teacher.weights if of_teacher else config.evaluation.weights:
+        return TEXT_LATENTS[config.model.network] if of_prompts else IMAGENET_LATENTS
     _, spec, _ = read_spec(student_dir(config, workdir))
     try:
         return student_settings(spec).data
@@ -136,9 +127,7 @@ def load_teacher(
     if config.teacher.weights:
         network = config.model.network
         form = config.teacher.weights_format if network == "dit" else network
-        return _official(
-            config.teacher.weights, "config.teacher.weights", form, module, network, shardings
-        )
+        return _official(config.teacher.weights, "config.teacher.weights", form, module, shardings)
     directory = config.teacher.checkpoint or checkpoint_dir(workdir, "teacher")
     return _load(directory, module, teacher_spec(config, data), shardings)
 
@@ -160,7 +149,7 @@ def _put(leaf: np.ndarray, like: jax.ShapeDtypeStruct) -> jax.Array:
     return jax.make_array_from_callback(array.shape, like.sharding, lambda index: array[index])
 
 
-def _official(path: str, key: str, form: str, module: Network, network: str, shardings: Any):
+def _official(path: str, key: str, form: str, module: Network, shardings: Any):
     """Parameters of official weights, if they are this module's."""
     where = flatten_dict(_placed(abstract_params(module), shardings)["params"])
 
@@ -168,19 +157,10 @@ def _official(path: str, key: str, form: str, module: Network, network: str, sha
         # One that has no place is no parameter of this module, which is said below.
         return _put(leaf, where[name]) if name in where else jax.device_put(leaf)
 
-    sizes = _SIZES[network] + (_NOT_SHOWN if network == "dit" else ())
     try:
-        loaded, params = load_torch_state(
-            open_weights(path),
-            form,
-            place=place,
-            **{size: getattr(module, size) for size in sizes},
-        )
-        if loaded.head != module.head:
-            raise ValueError(f"the head is {loaded.head}, the settings are those of {module.head}")
+        return load_params(module, open_weights(path), form, place)
     except ValueError as error:
         raise ConfigError(f"{key} = {path!r}: {error}") from error
-    return params
 
 
 def load_student(
@@ -218,7 +198,7 @@ def load_student(
         trained = _load(directory, module, student_spec(config, data), shardings)
     elif base is None:
         path, form = config.evaluation.weights, f"{config.policy.kind}_dit"
-        trained = _official(path, "config.evaluation.weights", form, module, "dit", shardings)
+        trained = _official(path, "config.evaluation.weights", form, module, shardings)
     else:
         trained = _official_adapter(config, module, trained, shardings)
     return with_base(module, trained, base)
@@ -246,7 +226,11 @@ def _load(directory: str | os.PathLike, module: Network, spec: dict, shardings: 
 
 
 def teacher_sampler(
-    config: Config, data: DataShape, steps: int, null: Mapping[str, Any] | None = None
+    config: Config,
+    data: DataShape,
+    steps: int,
+    null: Mapping[str, Any] | None = None,
+    constrain: Constrain | None = None,
 ) -> Sampler:
     """The guided teacher's Euler sampler.
 
@@ -255,12 +239,15 @@ def teacher_sampler(
       data: what the data looks like.
       steps: Euler steps.
       null: of captions, the example of the empty one; needed for guidance only.
+      constrain: see `DiT`; for parameters that are split.
 
     Returns:
       `(params, noise[B, H, W, C], told) -> x_0[B, H, W, C]`; what the network is told are labels
       `[B]`, or of captions its conditions.
     """
     module = teacher_network(config.model, data)
+    if constrain is not None:
+        module = module.clone(constrain=constrain)
 
     def sample(params, noise, told):
         guided = config.teacher.guidance_scale != 1
@@ -313,6 +300,51 @@ def student_sampler(config: Config, data: DataShape, constrain: Constrain | None
             )
 
     return sample
+
+
+def load_system(config: Config, data: DataShape, workdir: str | os.PathLike, mesh: Mesh | None):
+    """Parameters for `system_sampler`, by `load_student` or `load_teacher`.
+
+    Args:
+      config: the run's settings; `config.evaluation.system` says whose.
+      data: what the data looks like.
+      workdir: the run's directory.
+      mesh: see `load_student`.
+
+    Returns:
+      The parameters.
+
+    Raises:
+      CheckpointError: see `load_student`.
+      ConfigError: see `load_student`.
+    """
+    if config.evaluation.system == "student":
+        return load_student(config, data, workdir, mesh)
+    abstract = abstract_params(teacher_network(config.model, data))
+    shardings = None if mesh is None else parameter_shardings(mesh, abstract)
+    return load_teacher(config, data, workdir, shardings)
+
+
+def system_sampler(
+    config: Config,
+    data: DataShape,
+    null: Mapping[str, Any] | None = None,
+    constrain: Constrain | None = None,
+) -> Sampler:
+    """The student's sampler, or the teacher's at the last of `config.evaluation.teacher_steps`.
+
+    Args:
+      config: the run's settings; `config.evaluation.system` says whose.
+      data: what the data looks like.
+      null: see `teacher_sampler`.
+      constrain: see `DiT`; for parameters that are split.
+
+    Returns:
+      `(params, noise, told) -> x_0`, see `teacher_sampler`.
+    """
+    if config.evaluation.system == "student":
+        return student_sampler(config, data, constrain)
+    return teacher_sampler(config, data, config.evaluation.teacher_steps[-1], null, constrain)
 
 
 def told_by_class(config: Config, source: Source, sampler: Sampler) -> Sampler:

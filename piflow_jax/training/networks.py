@@ -117,6 +117,7 @@ class DataShape:
             sample_size=max(max(bucket) for bucket in source.buckets),
             channels=source.latent_channels or TEXT_LATENTS["flux"].channels,
             num_classes=getattr(source, "num_classes", 0),
+            vae=source.manifest["latents"] if hasattr(source, "manifest") else "",
             text_features=source.text_features,
             pooled_features=source.pooled_features,
         )

@@ -13,6 +13,7 @@ import pytest
 import tiny_text
 from PIL import Image
 
+import piflow_jax
 from piflow_jax.config import ConfigError, parse
 from piflow_jax.convert import open_weights, to_torch_state, write_safetensors
 from piflow_jax.data.prompt_lists import Prompt
@@ -49,9 +50,8 @@ def prepared(tmp_path_factory):
 def test_prompts_without_embeddings_are_refused_with_what_makes_them(prepared):
     root, config = prepared
     source = load_prompts_source(root / "cache")
-    assert [source.prompts[i] for i in find_prompts(source, ["red fox 3"], "cache")] == [
-        "red fox 3"
-    ]
+    found = find_prompts(source, [Prompt("red fox 3", 2)], 64, "cache")
+    assert [source.prompts[i] for i in found] == ["red fox 3"]
     (root / "other.txt").write_text("red fox 0\na blue fox\n")
     config = config.copy_and_resolve_references()
     config.data.prompts = str(root / "other.txt")
@@ -59,6 +59,23 @@ def test_prompts_without_embeddings_are_refused_with_what_makes_them(prepared):
         ConfigError, match=r"1 of the prompts, the first is 'a blue fox'; .*prepare"
     ):
         sample(parse(config), root)
+
+
+def test_a_prompt_is_found_in_the_shape_of_the_list(tmp_path, caplog):
+    prompts = [Prompt("a", 1), Prompt("a", 2), Prompt("b", 2)]
+    encode_prompts(prompts, WordEncoder(12, 10), tmp_path, source="letters", image_size=64)
+    source = load_prompts_source(tmp_path)
+
+    def shapes(*wanted):
+        found = find_prompts(source, wanted, 64, "cache")
+        assert [source.prompts[i] for i in found] == [prompt.text for prompt in wanted]
+        return [source.buckets[source.bucket(i)] for i in found]
+
+    square, (height, width) = shapes(Prompt("a", 1), Prompt("a", 2))
+    assert square == (8, 8) and width == 2 * height
+    assert "other shapes" not in caplog.text
+    assert shapes(Prompt("b", 1), Prompt("a", 1)) == [(height, width), square]
+    assert "1 prompts, the first is 'b', have other shapes in cache" in caplog.text
 
 
 @pytest.mark.slow
@@ -95,6 +112,15 @@ def test_official_weights_to_pictures_and_adapters(prepared, tmp_path):
             )
     assert shapes[0] != shapes[1]
 
+    # The teacher's pictures of the same noise, for an evaluation to compare with.
+    config.evaluation.system, config.evaluation.teacher_steps = "teacher", (1, 3)
+    others = sample(parse(config), tmp_path)
+    assert {path.parent.name for path in others} == {"teacher_samples"}
+    with Image.open(others[0]) as image, Image.open(pictures[0]) as ours:
+        assert json.loads(image.text["piflow_jax"])["evaluation.teacher_steps"] == 3
+        assert image.size == ours.size and image.tobytes() != ours.tobytes()
+    config.evaluation.system = "student"
+
     # What was exported samples as what was trained.
     files = export(parse(config), tmp_path)
     adapter = tmp_path / "adapter" / "diffusion_pytorch_model.safetensors"
@@ -102,12 +128,32 @@ def test_official_weights_to_pictures_and_adapters(prepared, tmp_path):
     weights = open_weights(adapter)
     assert json.loads(weights.metadata["policy_config"]) == {"type": "GMFlow"}
     assert "transformer_blocks.0.ff.net.2.lora_B.weight" in weights
+    in_a_notebook(root, config, tmp_path, files, [np.load(path) for path in latents])
     config.data.vae, config.evaluation.weights = "", str(adapter)
     other = tmp_path / "other"
     other.mkdir()
     again = sample(parse(config), other)
     for one, two in zip(latents, again, strict=True):
         np.testing.assert_allclose(np.load(two), np.load(one), atol=1e-5)
+
+
+def in_a_notebook(root, config, workdir, files, latents):
+    """Every way to load the student samples what the command did."""
+    told = load_prompts_source(root / "cache").embedded(["red fox 3", "red fox 0"])
+    teacher = config.teacher.weights
+    adapter = next(path for path in files if path.suffix == ".safetensors")
+    with pytest.raises(ValueError, match="no teacher: pass teacher="):
+        piflow_jax.load(workdir)
+    with pytest.raises(ValueError, match="is an adapter: pass teacher="):
+        piflow_jax.load(adapter)
+    for student in (
+        piflow_jax.load(workdir, teacher=teacher),
+        piflow_jax.load(adapter, teacher=teacher),
+        piflow_jax.load(workdir / "student.safetensors"),
+    ):
+        for i, expected in enumerate(latents):
+            found = student.sample(config.evaluation.seed, told, size=expected.shape[:2])
+            np.testing.assert_allclose(found[i], expected, atol=1e-4)
 
 
 @pytest.mark.slow

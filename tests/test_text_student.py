@@ -1,0 +1,64 @@
+"""Students that read text in notebooks: what they are told, and refusals."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny_text
+
+from piflow_jax.config import parse
+from piflow_jax.flow.rollout import rollout
+from piflow_jax.flow.schedule import TimeWarp
+from piflow_jax.student import Student
+from piflow_jax.training.networks import DataShape, StudentSettings, init_params, student_network
+
+DATA = DataShape(name="prompts", channels=1, text_features=5, pooled_features=3)
+
+
+@pytest.fixture(scope="module")
+def student():
+    config = parse(tiny_text.get_config("flux"))
+    settings = StudentSettings(
+        model=config.model, policy=config.policy, train=config.train, data=DATA
+    )
+    module = student_network(config.model, config.policy, DATA)
+    fresh = jax.jit(lambda: init_params(module, jax.random.key(0)))()
+    params = jax.tree.map(
+        lambda leaf: leaf + 0.1 * jnp.sin(jnp.arange(leaf.size)).reshape(leaf.shape), fresh
+    )
+    return Student(module, params, settings)
+
+
+def embedded(number, length=4):
+    rng = np.random.default_rng(0)
+    text = rng.normal(size=(3, length, 5)).astype(np.float32)[:number]
+    pooled = rng.normal(size=(3, 3)).astype(np.float32)[:number]
+    return {"text": text, "text_length": np.full(number, length, np.int32), "pooled": pooled}
+
+
+def test_a_prompt_gets_the_same_sample_in_any_company(student):
+    three = student.sample(1, embedded(3), size=(4, 8), substeps=4)
+    assert three.shape == (3, 4, 8, 1) and three.dtype == jnp.float32
+    one = student.sample(1, embedded(1), size=(4, 8), substeps=4)
+    np.testing.assert_allclose(one[0], three[0], atol=1e-5)
+    # By the pieces: a student of two segments is two policies, one after the other.
+    key, told = jax.random.fold_in(jax.random.key(1), 0), embedded(1)
+    x = jax.random.normal(key, (1, 4, 8, 1))
+    warp, tau = TimeWarp(3.2), jnp.ones(1)
+    for end in (1 - 1 / 1.5, 0.0):
+        policy = student.policy(x, warp.warp(tau), told)
+        x, _ = rollout(policy, x, tau, jnp.full(1, end), warp, 4)
+        tau = jnp.full(1, end)
+    np.testing.assert_allclose(one, x, atol=1e-4)
+
+
+def test_what_is_no_embedded_prompt_is_refused(student):
+    with pytest.raises(ValueError, match=r"reads text: pass embedded prompts.*text_length, pooled"):
+        student.sample(0, [1, 2], size=(4, 8))
+    with pytest.raises(ValueError, match=r"reads text"):
+        student.sample(0, {"text": embedded(1)["text"]}, size=(4, 8))
+    with pytest.raises(ValueError, match=r"no size of its own: pass size=\(H, W\)"):
+        student.sample(0, embedded(1))
+    wrong = embedded(2) | {"pooled": embedded(1)["pooled"]}
+    with pytest.raises(ValueError, match=r"text\[N, L, 5\].*'pooled': \[1, 3\]"):
+        student.sample(0, wrong, size=(4, 8))
