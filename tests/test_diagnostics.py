@@ -53,6 +53,7 @@ def free(components):
     return GMFlowPolicy.create, output
 
 
+@pytest.mark.slow
 def test_an_exact_student_has_no_gap_and_no_reasons():
     steps = {"substeps": 64, "capacity_steps": 1200}  # the free fit converges slowly
     found = diagnose(exact, teacher, NOISE, 2, WARP, free=free(6), **steps)
@@ -76,6 +77,7 @@ def test_a_gap_is_the_planted_one_where_it_was_planted():
     assert gap.by_segment[0] < 1e-3 < 0.01 < gap.by_segment[1]
 
 
+@pytest.mark.slow
 def test_an_untrained_network_is_blamed():
     found = diagnose(
         lambda x, t: exact(x, t, shift=1.0), teacher, NOISE, 1, WARP, free=free(6), **FAST

@@ -117,7 +117,7 @@ def test_samples_are_ours(system):
     np.testing.assert_allclose(np.moveaxis(theirs.numpy(), 1, -1), ours, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("kind", ["adamw", "muon"])
+@pytest.mark.parametrize("kind", [pytest.param("adamw", marks=pytest.mark.slow), "muon"])
 def test_a_step_is_ours(system, kind):
     """The first update; beside Muon ours has Nesterov's momentum, which PyTorch's AdamW has not."""
     _, modules, params, rng = system

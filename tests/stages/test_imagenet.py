@@ -56,7 +56,7 @@ def folder(tmp_path_factory):
     config.train.steps = 3
     config.teacher.weights = str(root / "teacher.safetensors")
     module = teacher_network(parse(config).model, DATA)
-    teacher = init_params(module, jax.random.key(1))
+    teacher = jax.jit(lambda: init_params(module, jax.random.key(1)))()
     write_safetensors(config.teacher.weights, to_torch_state(module, teacher))
     prepare_latents(parse(config), root)
     return root, config, teacher
@@ -75,7 +75,7 @@ def test_a_student_of_official_weights_trains_on_prepared_latents(folder, tmp_pa
 @pytest.fixture(scope="module")
 def trained(folder, tmp_path_factory):
     """The work directory of a run that looked at its student, and its settings."""
-    root, config, _ = folder
+    _, config, _ = folder
     config = config.copy_and_resolve_references()
     config.evaluation.num_samples = 10
     config.evaluation.batch_size = 4
@@ -85,7 +85,14 @@ def trained(folder, tmp_path_factory):
     config.evaluation.every = 2
     workdir = tmp_path_factory.mktemp("run")
     train(parse(config), workdir)
+    return workdir, config
 
+
+@pytest.fixture(scope="module")
+def measurable(folder, trained):
+    """The same, with Inception's weights and the statistics of the images."""
+    root, workdir = folder[0], trained[0]
+    config = trained[1].copy_and_resolve_references()
     inception = InceptionV3()
     state = to_torch_state(inception, init_inception(inception))
     config.evaluation.features = str(root / "inception.safetensors")
@@ -129,11 +136,12 @@ def test_samples_are_decoded_into_a_grid_of_the_classes(trained):
         sample(parse(other), workdir)
     other.data.vae = ""
     with pytest.raises(ConfigError, match=r"config.data.vae must name"):
-        evaluate(parse(other), workdir)
+        sample(parse(other), workdir)
 
 
-def test_figures_are_those_of_the_file_however_it_came_about(trained, tmp_path, monkeypatch):
-    workdir, config = trained
+@pytest.mark.slow
+def test_figures_are_those_of_the_file_however_it_came_about(measurable, tmp_path, monkeypatch):
+    workdir, config = measurable
     monkeypatch.setattr(adm, "_SHARD", 4)
     monkeypatch.setattr(adm, "write_samples", killed)
     with pytest.raises(KeyboardInterrupt):
@@ -191,13 +199,29 @@ def killed(*args):
     [
         ("features", "", ConfigError, r"config.evaluation.features must name pt_inception"),
         ("features", "nowhere.pth", FileNotFoundError, "no Inception weights at nowhere.pth"),
+    ],
+)
+def test_missing_features_are_named_before_anything_is_sampled(trained, key, value, error, message):
+    workdir, config = trained
+    other = config.copy_and_resolve_references()
+    other.evaluation.reference = "reference.npz"
+    refuses(other, workdir, key, value, error, message)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("key", "value", "error", "message"),
+    [
         ("reference", "", ConfigError, r"config.evaluation.reference must name ADM's"),
         ("reference", "nowhere.npz", FileNotFoundError, "no reference statistics at nowhere.npz"),
     ],
 )
-def test_a_missing_file_is_named_before_anything_is_sampled(trained, key, value, error, message):
-    workdir, config = trained
-    other = config.copy_and_resolve_references()
+def test_a_missing_reference_is_named_likewise(measurable, key, value, error, message):
+    workdir, config = measurable
+    refuses(config.copy_and_resolve_references(), workdir, key, value, error, message)
+
+
+def refuses(other, workdir, key, value, error, message):
     other.evaluation[key] = value
     for mode in (evaluate, train):
         with pytest.raises(error, match=message):

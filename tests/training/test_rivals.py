@@ -98,6 +98,7 @@ def test_a_step_trains_the_network_and_leaves_the_rest(method, settings, batch, 
     assert largest_change(again.params, after.params) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["meanflow", "shortcut"])
 def test_guidance_is_built_into_what_learns_from_data(method, settings, batch, teacher):
     """A scale other than 1 changes the target, within the interval."""
