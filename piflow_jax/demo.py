@@ -1,12 +1,15 @@
 """A page to play with: `python -m piflow_jax.demo --checkpoint=runs/digits`.
 
 Shows samples of a student beside its teacher's from the same noise, with the times that they took.
-Students and their samplers are those of arXiv 2510.14974. Needs `pip install -e ".[demo]"`.
+A student that reads text takes prompts of a prepared set, `--prompts`, its teacher's weights,
+`--teacher`, and the autoencoder of its latents, `--vae`; its teacher is not drawn. Students and
+their samplers are those of arXiv 2510.14974. Needs `pip install -e ".[demo]"`.
 """
 
 import argparse
 import dataclasses
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +18,16 @@ import jax.numpy as jnp
 import numpy as np
 
 import piflow_jax
+from piflow_jax.convert import open_autoencoder
+from piflow_jax.data import load_source
 from piflow_jax.evaluation import draw_grid
 from piflow_jax.flow.teacher import Teacher
+from piflow_jax.models.vae import decode_in_chunks
 
 __all__ = ["Drawer", "main", "make_page"]
+
+# Of a prepared set, in the list to choose from.
+_MOST_PROMPTS = 200
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -29,30 +38,57 @@ class Drawer:
       student: the student.
       teacher: the teacher of the same run, or None.
       teacher_params: its weights.
+      prompts: of a student that reads text, a source of prompts with their embeddings.
+      decode: latents `[N, H, W, C]` to pictures, where samples are latents.
     """
 
     student: piflow_jax.Student
     teacher: Teacher | None = None
     teacher_params: Any = None
+    prompts: Any = None
+    decode: Callable[[jax.Array], jax.Array] | None = None
     _programs: dict = dataclasses.field(default_factory=dict, repr=False)
 
     @classmethod
-    def load(cls, path: str | Path) -> "Drawer":
+    def load(
+        cls,
+        path: str | Path,
+        *,
+        teacher: str | Path | None = None,
+        prompts: str | Path | None = None,
+        vae: str | Path | None = None,
+    ) -> "Drawer":
         """Loads a student, and its teacher where the run has one.
 
         Args:
           path: what `piflow_jax.load` takes.
+          teacher: the same, of a student that reads text.
+          prompts: directory of prepared prompts, likewise; captioned digits need none.
+          vae: weights of the autoencoder of latents, `.safetensors` or a folder.
 
         Returns:
           The drawer.
 
         Raises:
           FileNotFoundError: there is nothing at the path.
-          ValueError: the student is told prompts, not classes.
+          ValueError: prompts, teacher or autoencoder are missing or others'.
         """
-        student = piflow_jax.load(path)
+        student = piflow_jax.load(path, teacher=teacher)
+        decode = None if vae is None else _decoder(vae)
+        data = student.settings.data
+        if decode is None and data.channels not in (1, 3):
+            raise ValueError(
+                f"samples are latents of {data.channels} channels: pass --vae, the autoencoder's "
+                "weights"
+            )
         if student.settings.model.network != "dit":
-            raise ValueError("the page shows students of classes; sample others by --mode=sample")
+            if prompts is None and data.name == "prompts":
+                raise ValueError(
+                    "this student reads text: pass --prompts, a directory that --mode=prepare made"
+                )
+            return cls(student, prompts=load_source(data.name, prompts), decode=decode)
+        if decode is not None:
+            raise ValueError("--vae is for students that read text")
         if not (Path(path) / "teacher" / "checkpoints").is_dir():
             return cls(student)
         return cls(student, *piflow_jax.load_teacher(path))
@@ -67,10 +103,10 @@ class Drawer:
         teacher_nfe: int,
         count: int = 8,
     ) -> tuple[np.ndarray, str]:
-        """Samples of one class.
+        """Samples of one class or prompt.
 
         Args:
-          label: the class.
+          label: the class, or the number of the prompt.
           seed: of the noise, shared by student and teacher.
           nfe: the student's network evaluations.
           substeps: policy substeps per unit of raw time.
@@ -85,8 +121,17 @@ class Drawer:
         Raises:
           ValueError: a number is out of range.
         """
-        labels = np.full(int(count), int(label))
         options = {"nfe": int(nfe), "substeps": int(substeps), "temperature": float(temperature)}
+        if self.prompts is None:
+            labels = np.full(int(count), int(label))
+        else:
+            example = self.prompts[int(label)]
+            labels = {
+                name: np.stack([example[name]] * int(count))
+                for name in ("text", "text_length", "pooled")
+                if name in example
+            }
+            options["size"] = example.get("canvas", example.get("latents")).shape[:2]
         systems = {
             f"student, {int(nfe)} NFE": lambda: self.student.sample(int(seed), labels, **options)
         }
@@ -98,7 +143,8 @@ class Drawer:
         for name, system in systems.items():
             jax.block_until_ready(system())  # compiles, if it has to
             start = time.perf_counter()
-            images = np.asarray(system())
+            images = system()
+            images = np.asarray(images if self.decode is None else self.decode(images))
             times.append(f"{name}: {1e3 * (time.perf_counter() - start):.1f} ms")
             rows.append((name, images))
         return np.asarray(draw_grid(rows)), "\n".join(times)
@@ -119,6 +165,13 @@ class Drawer:
         return self._programs[len(labels), steps](self.teacher_params, seed, labels)
 
 
+def _decoder(vae: str | Path) -> Callable[[jax.Array], jax.Array]:
+    module, params = open_autoencoder(vae)
+    decode = jax.jit(lambda params, z: decode_in_chunks(module, params, module.raw(z), 1))
+    params = jax.device_put(params)
+    return lambda latents: decode(params, latents)
+
+
 def make_page(drawer: Drawer) -> Any:
     """The page, a `gradio.Blocks` with one function, `/draw`.
 
@@ -134,12 +187,16 @@ def make_page(drawer: Drawer) -> Any:
     import gradio
 
     settings = drawer.student.settings
-    classes = list(range(settings.data.num_classes))
+    if drawer.prompts is None:
+        name, choices = "class", [(str(i), i) for i in range(settings.data.num_classes)]
+    else:
+        texts = drawer.prompts.prompts
+        name, choices = "prompt", [(texts[i], i) for i in range(min(len(texts), _MOST_PROMPTS))]
     with gradio.Blocks(title="pi-Flow") as page:
         gradio.Markdown(f"# pi-Flow: a student of {settings.data.name}")
         with gradio.Row():
             with gradio.Column(scale=1):
-                label = gradio.Dropdown(classes, value=classes[3 % len(classes)], label="class")
+                label = gradio.Dropdown(choices, value=3 % len(choices), label=name)
                 seed = gradio.Number(0, precision=0, minimum=0, label="seed")
                 nfe = gradio.Slider(1, 8, settings.train.nfe, step=1, label="student's NFE")
                 substeps = gradio.Slider(8, 512, 128, step=8, label="substeps")
@@ -172,8 +229,15 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--checkpoint", required=True, help="what piflow_jax.load takes")
     parser.add_argument("--port", type=int, default=7860)
     parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 serves other machines too")
+    parser.add_argument("--prompts", help="prepared prompts, for a student that reads text")
+    parser.add_argument("--teacher", help="weights of its teacher, or the run that has them")
+    parser.add_argument("--vae", help="the autoencoder of its latents")
     flags = parser.parse_args(arguments)
-    page = make_page(Drawer.load(flags.checkpoint))
+    files = {"teacher": flags.teacher, "prompts": flags.prompts, "vae": flags.vae}
+    try:
+        page = make_page(Drawer.load(flags.checkpoint, **files))
+    except (FileNotFoundError, ValueError) as error:
+        parser.error(str(error))
     page.launch(server_name=flags.host, server_port=flags.port)
 
 

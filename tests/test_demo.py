@@ -9,9 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+import tiny_text
 
 import piflow_jax
 from piflow_jax.config import parse
+from piflow_jax.data import load_source
 from piflow_jax.demo import Drawer, main, make_page
 from piflow_jax.evaluation import draw_grid
 from piflow_jax.stages.systems import teacher_sampler
@@ -23,6 +25,7 @@ from piflow_jax.training.networks import (
     student_spec,
     teacher_network,
     teacher_spec,
+    trained_part,
 )
 from piflow_jax.training.state import TrainState
 
@@ -31,17 +34,21 @@ DATA = DataShape(name="digits", sample_size=8, channels=1, num_classes=10)
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    settings, workdir = parse(tiny.get_config()), tmp_path_factory.mktemp("run")
+    return saved(parse(tiny.get_config()), DATA, tmp_path_factory.mktemp("run"))
+
+
+def saved(settings, data, workdir):
+    """A work directory with a teacher and a student."""
     networks = {
-        "teacher": (teacher_network(settings.model, DATA), teacher_spec(settings, DATA)),
+        "teacher": (teacher_network(settings.model, data), teacher_spec(settings, data)),
         "student": (
-            student_network(settings.model, settings.policy, DATA),
-            student_spec(settings, DATA),
+            student_network(settings.model, settings.policy, data),
+            student_spec(settings, data),
         ),
     }
     for stage, (module, spec) in networks.items():
         params = jax.jit(lambda module=module: init_params(module, jax.random.key(0)))()
-        params = jax.tree.map(lambda leaf: leaf + 0.05, params)
+        params = trained_part(module, jax.tree.map(lambda leaf: leaf + 0.05, params))
         state = TrainState(step=jnp.int32(1), params=params, ema_params=params, opt_state=())
         with Checkpointer(workdir / stage / "checkpoints") as checkpointer:
             checkpointer.save(1, state, data_state={}, config={}, spec=spec)
@@ -73,10 +80,33 @@ def test_a_student_without_a_teacher_is_shown_alone(run):
     assert picture.dtype == np.uint8 and "teacher" not in times
 
 
+def test_a_student_that_reads_text_draws_prompts(tmp_path):
+    source = load_source("captioned_digits")
+    settings = parse(tiny_text.get_config("flux"))
+    saved(settings, DataShape.of("captioned_digits", source), tmp_path)
+    drawer = Drawer.load(tmp_path)
+    picture, times = drawer.draw(7, 5, 2, 8, 1.0, 4, count=3)
+    example = source[7]
+    told = {name: np.stack([example[name]] * 3) for name in ("text", "text_length", "pooled")}
+    mine = piflow_jax.load(tmp_path).sample(5, told, size=(8, 8), substeps=8, nfe=2)
+    np.testing.assert_array_equal(picture, draw_grid([("student, 2 NFE", mine)]))
+    assert times.startswith("student, 2 NFE") and "teacher" not in times
+
+
+def test_what_a_student_that_reads_text_needs_is_named(tmp_path):
+    data = DataShape(name="prompts", channels=16, text_features=12, pooled_features=10)
+    saved(parse(tiny_text.get_config("flux")), data, tmp_path)
+    with pytest.raises(ValueError, match=r"latents of 16 channels: pass --vae"):
+        Drawer.load(tmp_path)
+
+
 def test_a_checkpoint_is_needed(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main([])
     assert "--checkpoint" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main([f"--checkpoint={tmp_path / 'nowhere'}"])
+    assert "nowhere: no such checkpoint" in capsys.readouterr().err
     with pytest.raises(FileNotFoundError, match="nowhere: no such checkpoint"):
         Drawer.load(tmp_path / "nowhere")
 

@@ -32,7 +32,7 @@ ROOMS = {
 ROOMS["student"] = MATHEMATICS | {"models", "config", "convert", "training"}
 ROOMS["stages"] = set(ROOMS) - {"__init__", "student"}
 ROOMS["diagnostics"] = MATHEMATICS
-ROOMS["demo"] = {"__init__", "flow", "evaluation"}
+ROOMS["demo"] = MATHEMATICS | {"__init__", "models", "convert", "data", "evaluation"}
 ROOMS["main"] = set(ROOMS) - {"__init__", "student", "diagnostics", "demo"}
 
 # All that models know of the policies is the types of their own outputs.

@@ -48,6 +48,11 @@ class CaptionedDigits:
         return self.images.shape[1:]
 
     @property
+    def prompts(self) -> tuple[str, ...]:
+        """The captions, as they are called where they are drawn from."""
+        return self.captions
+
+    @property
     def latent_channels(self) -> int:
         """Channels `C` of an image, which stands for latents."""
         return self.images.shape[-1]
