@@ -246,7 +246,7 @@ def test_policies_compose_with_transformations(student):
     np.testing.assert_allclose(each, together, rtol=1e-4, atol=1e-5)
 
 
-FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+FLAGS = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
 EIGHT_DEVICES = """
 import sys
 import jax, jax.numpy as jnp, numpy as np

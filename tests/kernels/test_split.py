@@ -10,7 +10,7 @@ HERE = Path(__file__).parent
 
 
 def test_a_split_batch_stays_split():
-    flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
     environment = {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(HERE.parents[1])}
     done = subprocess.run(
         [sys.executable, HERE / "split_rollouts.py"],

@@ -45,7 +45,7 @@ FAST = ("one", "data2_fsdp4", "fsdp4_tensor2")
 def on_eight_devices(script, *arguments):
     """What a script of this directory prints last."""
     environment = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0",
+        "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8",
         "JAX_PLATFORMS": "cpu",
         "JAX_ENABLE_X64": "1",
         "PYTHONPATH": f"{HERE.parents[1]}:{HERE.parent}",

@@ -134,6 +134,7 @@ def test_samples_are_decoded_into_a_grid_of_the_classes(trained):
     other.evaluation.grid_classes = (2,)
     with pytest.raises(ConfigError, match="grid_classes must be below 2, got 2"):
         sample(parse(other), workdir)
+    other.evaluation.grid_classes = (1, 0)
     other.data.vae = ""
     with pytest.raises(ConfigError, match=r"config.data.vae must name"):
         sample(parse(other), workdir)
