@@ -83,7 +83,7 @@ def get_config(variant: str = "gm_4nfe") -> ml_collections.ConfigDict:
     config.train.optimizer.warmup_steps = 100
     config.checkpoint_every = 100
 
-    config.mesh.data = 1
+    config.mesh.data = -1
     config.mesh.fsdp = -1
 
     config.evaluation.batch_size = 64

@@ -379,6 +379,14 @@ def test_a_mesh_fills_what_is_left_open(values, devices, sizes):
     assert tuple(mesh_sizes(config, devices).values()) == sizes
 
 
+def test_parts_that_are_not_asked_for_are_sixteen_at_most():
+    wide = {"mesh__data": -1, "mesh__fsdp": -1, "model__hidden": 256}
+    config = parse(changed(**wide, evaluation__batch_size=64), None)
+    assert tuple(mesh_sizes(config, 64).values()) == (4, 16, 1)
+    config = parse(changed(**wide | {"mesh__data": 1}, evaluation__batch_size=64), None)
+    assert tuple(mesh_sizes(config, 64).values()) == (1, 64, 1)
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [

@@ -12,6 +12,8 @@ from piflow_jax.config.schema import Config
 
 # Of the tiles in which a TPU keeps matrices, whatever their type.
 _TILE_ROWS = 8
+# Into which parameters are split where nothing is said; a power of two.
+_MOST_PARTS = 16
 
 
 class ConfigError(ValueError):
@@ -123,10 +125,11 @@ def mesh_sizes(config: Config, num_devices: int) -> dict[str, int]:
         if size == 0:
             raise ConfigError(f"config.mesh.{axis} must be at least 1, or -1 to fill, got 0")
     if sizes["data"] == sizes["fsdp"] == -1 and sizes["tensor"] > 0:
-        # Finer parts than whole tiles save little memory and are padded. That it also keeps groups
-        # small matters more: see docs/scaling.md for what the compiler does with large ones.
+        # Finer parts than whole tiles are padded, more than a few save little memory, and of groups
+        # as large as a slice the compiler makes worse programs, see docs/scaling.md.
         tiles, rest = divmod(config.model.hidden, _TILE_ROWS)
-        sizes["fsdp"] = 1 if rest else math.gcd(num_devices // sizes["tensor"], tiles)
+        most = math.gcd(num_devices // sizes["tensor"], tiles, _MOST_PARTS)
+        sizes["fsdp"] = 1 if rest else most
     open_axes = [axis for axis, size in sizes.items() if size == -1]
     if len(open_axes) > 1:
         raise ConfigError(
