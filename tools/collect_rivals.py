@@ -10,6 +10,7 @@ pictures take matplotlib, the tables the standard library only.
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -178,6 +179,8 @@ def render(root: Path) -> str:
 def draw(report: Report, path: Path, title: str) -> None:
     """Quality against diversity: Frechet distance over recall and over diversity within a class.
 
+    Above, methods and teacher; below, the data beside them.
+
     Args:
       report: a comparison.
       path: the picture.
@@ -188,29 +191,36 @@ def draw(report: Report, path: Path, title: str) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, 2, figsize=(10.5, 4.6), sharey=True, layout="constrained")
-    methods = sorted({row["method"].split("_")[0] for row in report["rows"]})
+    figure, axes = pyplot.subplots(2, 2, figsize=(10.5, 8.0), sharey="row", layout="constrained")
+
+    def trained_as(method):
+        """A method whatever its number of evaluations."""
+        return re.sub(r"_\d+nfe", "", method)
+
+    methods = sorted({trained_as(row["method"]) for row in report["rows"]})
     colours = {method: f"C{index}" for index, method in enumerate(methods)}
     markers = {1: "o", 2: "s", 4: "^"}
     best = max(report["teacher"], key=lambda row: row["nfe"])
     of_data = report["floor"] | {"diversity": report["data_diversity"]}
-    for axis, key in zip(axes, ("recall", "diversity"), strict=True):
+    for axis, key in zip(axes.flat, 2 * ("recall", "diversity"), strict=True):
         for nfe, method, rows in groups(report):
-            base = method.split("_")[0]
             axis.scatter(
                 [row[key] for row in rows],
                 [row["frechet"] for row in rows],
-                color=colours[base],
+                color=colours[trained_as(method)],
                 marker=markers.get(nfe, "D"),
                 s=34,
                 alpha=0.75,
             )
         axis.scatter(best[key], best["frechet"], color="black", marker="*", s=150, zorder=3)
-        axis.scatter(of_data[key], of_data["frechet"], color="black", marker="X", s=80, zorder=3)
-        axis.set_yscale("log")
+        if axis in axes[1]:
+            distance = of_data["frechet"]
+            axis.scatter(of_data[key], distance, color="black", marker="X", s=80, zorder=3)
+            axis.set_yscale("log")
         axis.set_xlabel({"recall": "recall", "diversity": "diversity within a class"}[key])
         axis.grid(alpha=0.3, which="both")
-    axes[0].set_ylabel("Frechet distance")
+    for axis in axes[:, 0]:
+        axis.set_ylabel("Frechet distance")
     dot = pyplot.Line2D
     handles = [
         dot([], [], color=colours[m], marker="o", ls="", label=name_of(m).replace("*", ""))
