@@ -392,7 +392,7 @@ def compiled(topology, **settings):
         "moment_dtype": "float32",
         "memory_bytes": {"peak": 13 * 2**30, "chip": 16 * 2**30},
         "flops": {"counted": 3.25e18, "ratio": 0.995},
-        "cycles": {"total": 123456789, "shares": shares},
+        "cycles": {"total": 123456789, "shares": shares, "rollouts": 1},
         "jax": "0.1",
         "libtpu": "0.2",
     } | settings
@@ -418,7 +418,7 @@ def test_compiled_steps_have_a_table(repository):
     first, second, third = (line for line in text.splitlines() if line.startswith("| `gm_repa`"))
     assert first == (
         "| `gm_repa` | v5e:4x4 | 16 | 256 in 16 | none | float32 | on | 13.00 of 16 | 3.250e+18 "
-        "| 0.995 | 1.235e+08 | 40.0% | 35.0% | 20.0% | 4.0% | 1.0% |"
+        "| 0.995 | 1.235e+08 | 40.0% | 35.0% | 20.0% | 4.0% | 1.0% | loop |"
     )
     assert "bfloat16 | off | 17.00 of 16, does not fit |" in second
     assert "v6e:4x4" in third and "| dots | float32 | on |" in third

@@ -268,7 +268,7 @@ calls = []
 spread._samplers[program] = lambda *args: calls.append(args) or sampler(*args)
 spread.sample(0, np.zeros(32, np.int32), substeps=16, h=1.0)
 batch = calls[0][-1]
-assert batch["labels"].sharding.is_equivalent_to(split, 1)
+assert batch["label"].sharding.is_equivalent_to(split, 1)
 text = sampler.lower(spread.params, jax.random.key(0), np.uint32(0), batch).compile().as_text()
 assert "f32[4,8,8,1]" in text and "f32[32,8,8,1]" not in text, "each device draws its own"
 x = jax.random.normal(jax.random.key(1), (8, 8, 8, 1))

@@ -193,7 +193,8 @@ def two(tmp_path_factory):
 
 
 def assert_results_of(ours, said, theirs, processes):
-    assert_close(arrays(ours), arrays(theirs), 1e-5)
+    # Forty steps of float32, whose sums are taken in another order.
+    assert_close(arrays(ours), arrays(theirs), 1e-4)
     rows, others = (json.loads((w / "report.json").read_text())["rows"] for w in (ours, theirs))
     for row, other in zip(rows, others, strict=True):
         assert row["figures"] == pytest.approx(other["figures"], rel=1e-3)
@@ -246,7 +247,9 @@ def kill_and_continue(workdir, step, *more):
         codes, said = finish(running, logs)
     assert codes[0] not in (0, None) and codes[1] == -signal.SIGKILL
     assert time.monotonic() - killed < 60, "it hung"
-    assert "error: process 0 failed, or lost another one" in said[0]
+    # If it waited for a save's barrier just then, JAX ended it before the loop could say so.
+    words = ("error: process 0 failed, or lost another one", "indicates that another task died")
+    assert any(found in said[0] for found in words), said[0]
     assert not (workdir / "report.json").exists()
     return run(workdir, logs, 2, *more)
 
