@@ -129,6 +129,6 @@ def test_a_whole_comparison_is_kept_and_continued(tmp_path, capfd):
     assert again["rows"][1:] == report["rows"][1:]
     changed = toy(*methods)
     changed.rivals.seconds = 0.3
-    with pytest.raises(ConfigError, match=r"times\.json was measured with other settings"):
+    with pytest.raises(ConfigError, match=r"config\.rivals\.seconds = 0\.3, but .* made with 0\.2"):
         compare_rivals(parse(changed), tmp_path)
     capfd.readouterr()
