@@ -75,7 +75,7 @@ def test_a_student_of_official_weights_trains_on_prepared_latents(folder, tmp_pa
 @pytest.fixture(scope="module")
 def trained(folder, tmp_path_factory):
     """The work directory of a run that looked at its student, and its settings."""
-    _, config, _ = folder
+    root, config, _ = folder
     config = config.copy_and_resolve_references()
     config.evaluation.num_samples = 10
     config.evaluation.batch_size = 4
@@ -85,19 +85,18 @@ def trained(folder, tmp_path_factory):
     config.evaluation.every = 2
     workdir = tmp_path_factory.mktemp("run")
     train(parse(config), workdir)
+    config.evaluation.features = str(root / "inception.safetensors")
+    config.evaluation.reference = str(root / "reference.npz")
     return workdir, config
 
 
 @pytest.fixture(scope="module")
-def measurable(folder, trained):
-    """The same, with Inception's weights and the statistics of the images."""
-    root, workdir = folder[0], trained[0]
-    config = trained[1].copy_and_resolve_references()
+def measurable(trained):
+    """The same, with Inception's weights and the statistics of the images in their files."""
+    workdir, config = trained
     inception = InceptionV3()
     state = to_torch_state(inception, init_inception(inception))
-    config.evaluation.features = str(root / "inception.safetensors")
     write_safetensors(config.evaluation.features, state)
-    config.evaluation.reference = str(root / "reference.npz")
     write_reference(parse(config), workdir)
     return workdir, config
 
@@ -138,6 +137,15 @@ def test_samples_are_decoded_into_a_grid_of_the_classes(trained):
     other.data.vae = ""
     with pytest.raises(ConfigError, match=r"config.data.vae must name"):
         sample(parse(other), workdir)
+
+
+@pytest.mark.slow
+def test_an_evaluation_needs_the_autoencoder(measurable):
+    workdir, config = measurable
+    other = config.copy_and_resolve_references()
+    other.data.vae = ""
+    with pytest.raises(ConfigError, match=r"config.data.vae must name"):
+        evaluate(parse(other), workdir)
 
 
 @pytest.mark.slow
@@ -196,33 +204,49 @@ def killed(*args):
 
 
 @pytest.mark.parametrize(
-    ("key", "value", "error", "message"),
+    ("run", "key", "value", "error", "message"),
     [
-        ("features", "", ConfigError, r"config.evaluation.features must name pt_inception"),
-        ("features", "nowhere.pth", FileNotFoundError, "no Inception weights at nowhere.pth"),
+        (
+            "trained",
+            "features",
+            "",
+            ConfigError,
+            r"config.evaluation.features must name pt_inception",
+        ),
+        (
+            "trained",
+            "features",
+            "nowhere.pth",
+            FileNotFoundError,
+            "no Inception weights at nowhere.pth",
+        ),
+        pytest.param(
+            *(
+                "measurable",
+                "reference",
+                "",
+                ConfigError,
+                r"config.evaluation.reference must name ADM's",
+            ),
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            *(
+                "measurable",
+                "reference",
+                "nowhere.npz",
+                FileNotFoundError,
+                "no reference statistics at nowhere.npz",
+            ),
+            marks=pytest.mark.slow,
+        ),
     ],
 )
-def test_missing_features_are_named_before_anything_is_sampled(trained, key, value, error, message):
-    workdir, config = trained
+def test_a_missing_file_is_named_before_anything_is_sampled(
+    request, run, key, value, error, message
+):
+    workdir, config = request.getfixturevalue(run)
     other = config.copy_and_resolve_references()
-    other.evaluation.reference = "reference.npz"
-    refuses(other, workdir, key, value, error, message)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("key", "value", "error", "message"),
-    [
-        ("reference", "", ConfigError, r"config.evaluation.reference must name ADM's"),
-        ("reference", "nowhere.npz", FileNotFoundError, "no reference statistics at nowhere.npz"),
-    ],
-)
-def test_a_missing_reference_is_named_likewise(measurable, key, value, error, message):
-    workdir, config = measurable
-    refuses(config.copy_and_resolve_references(), workdir, key, value, error, message)
-
-
-def refuses(other, workdir, key, value, error, message):
     other.evaluation[key] = value
     for mode in (evaluate, train):
         with pytest.raises(error, match=message):
