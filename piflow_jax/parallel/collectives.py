@@ -140,7 +140,9 @@ def _bits(dtype: str) -> int:
 
 def _group_size(attributes: str) -> int:
     groups = re.search(
-        r"replica_groups=(\{\{([\d,]+)\}|\[\d+,(\d+)\]|mesh\[(.*?)\] \{(.*?)\})", attributes
+        r"replica_groups=(\{\{([\d,]+)\}|\[\d+,(\d+)\]"
+        r"|mesh\[(.*?)\](?:, device_ids=\(.*?\))? \{(.*?)\})",
+        attributes,
     )
     if groups is None:
         raise ValueError(f"no group of devices that is known here: {attributes[:200]}")
@@ -149,4 +151,6 @@ def _group_size(attributes: str) -> int:
     if groups[3]:
         return int(groups[3])
     sizes = dict(re.findall(r"'(\w+)'=(\d+)", groups[4]))
-    return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", groups[5]))
+    # A part of an axis is written with what is left of it, and its size: 'data':(2)4.
+    axes = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", groups[5])
+    return math.prod(int(part or sizes[axis]) for axis, part in axes)

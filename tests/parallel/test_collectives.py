@@ -100,6 +100,28 @@ ENTRY %main (g: f32[32]) -> f32[8] {
     }
 
 
+@pytest.mark.parametrize(
+    ("groups", "size"),
+    [
+        ("mesh['a'=2,'b'=16,'c'=4] {'b'}", 16),
+        ("mesh['a'=2,'b'=16,'c'=4], device_ids=([4,32]T(1,0)) {'b'}", 16),
+        ("mesh['a'=2,'b'=16,'c'=4], device_ids=([8,2,8]T(2,0,1)) {'a', 'c'}", 8),
+        ("mesh['a'=2,'b'=16] {'a', 'b':(1)4}", 8),
+        ("mesh['a'=2,'b'=16], device_ids=([32]) {'b':(4)2}", 2),
+        ("[32,4]<=[128]", 4),
+        ("[32,4]<=[4,32]T(1,0)", 4),
+    ],
+)
+def test_the_size_of_a_group(groups, size):
+    text = f"""
+ENTRY %main (g: f32[1024]) -> f32[1024] {{
+  %g = f32[1024]{{0}} parameter(0)
+  ROOT %sum = f32[1024]{{0}} all-reduce(%g), channel_id=1, replica_groups={groups}, use_global_device_ids=true, to_apply=%add
+}}
+"""
+    assert collective_bytes(text) == {"all-reduce": 2 * 4096 * (size - 1) // size}
+
+
 def test_groups_in_another_notation_are_refused():
     text = """
 ENTRY %main (g: f32[8]) -> f32[8] {
