@@ -22,7 +22,7 @@ from piflow_jax.convert import open_autoencoder
 from piflow_jax.data import load_source
 from piflow_jax.evaluation import draw_grid
 from piflow_jax.flow.teacher import Teacher
-from piflow_jax.models.vae import decode_in_chunks
+from piflow_jax.models.vae import picture_decoder
 
 __all__ = ["Drawer", "main", "make_page"]
 
@@ -74,7 +74,7 @@ class Drawer:
           ValueError: prompts, teacher or autoencoder are missing or others'.
         """
         student = piflow_jax.load(path, teacher=teacher)
-        decode = None if vae is None else _decoder(vae)
+        decode = None if vae is None else picture_decoder(*open_autoencoder(vae))
         data = student.settings.data
         if decode is None and data.channels not in (1, 3):
             raise ValueError(
@@ -163,13 +163,6 @@ class Drawer:
 
             self._programs[len(labels), steps] = jax.jit(sample)
         return self._programs[len(labels), steps](self.teacher_params, seed, labels)
-
-
-def _decoder(vae: str | Path) -> Callable[[jax.Array], jax.Array]:
-    module, params = open_autoencoder(vae)
-    decode = jax.jit(lambda params, z: decode_in_chunks(module, params, module.raw(z), 1))
-    params = jax.device_put(params)
-    return lambda latents: decode(params, latents)
 
 
 def make_page(drawer: Drawer) -> Any:

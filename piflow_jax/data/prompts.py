@@ -259,10 +259,34 @@ class PromptsSource:
         """Returns the bucket of a prompt; reads nothing."""
         return bisect.bisect_right(self._ends, index)
 
+    def find(
+        self, prompts: Sequence[str], shapes: Sequence[tuple[int, int]] | None = None
+    ) -> list[int | None]:
+        """Where prompts stand; the set is read from its beginning until all are found.
+
+        Args:
+          prompts: `N` prompts.
+          shapes: `(H, W)` of latents, one for each; a prompt that is not there in its shape is
+            found in another. Without them the first of each is.
+
+        Returns:
+          An index for each, None for those that the set does not have.
+        """
+        wanted = list(zip(prompts, shapes or [None] * len(prompts), strict=True))
+        texts, missing = set(prompts), set(wanted)
+        exact, anywhere = {}, {}
+        for index, text in enumerate(self.prompts):
+            if not missing:
+                break
+            if text in texts:
+                shape = None if shapes is None else self.buckets[self.bucket(index)]
+                exact.setdefault((text, shape), index)
+                anywhere.setdefault(text, index)
+                missing.discard((text, shape))
+        return [exact.get(key, anywhere.get(key[0])) for key in wanted]
+
     def embedded(self, prompts: Sequence[str]) -> dict[str, np.ndarray]:
         """Embeddings of some of the prompts, as `Student.sample` takes them.
-
-        The set is read from its beginning until all are found.
 
         Args:
           prompts: `N` prompts.
@@ -274,17 +298,11 @@ class PromptsSource:
         Raises:
           PromptsError: One is not in the set; it is named.
         """
-        found, missing = {}, set(prompts)
-        for index, prompt in enumerate(self.prompts):
-            if not missing:
-                break
-            if prompt in missing:
-                found[prompt] = self._embedding(_arrays(self._records[index]))
-                missing.remove(prompt)
-        for prompt in prompts:
-            if prompt in missing:
+        found = self.find(prompts)
+        for prompt, index in zip(prompts, found, strict=True):
+            if index is None:
                 raise PromptsError(f"the set has no embeddings of {prompt!r}")
-        rows = [found[prompt] for prompt in prompts]
+        rows = [self._embedding(_arrays(self._records[index])) for index in found]
         return {name: np.stack([row[name] for row in rows]) for name in rows[0]} if rows else {}
 
     def _embedding(self, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

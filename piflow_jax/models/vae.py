@@ -10,6 +10,7 @@ Channels last. Parameters come from `piflow_jax.convert`, as models `"vae"` and 
 """
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,7 @@ from jax.typing import DTypeLike
 
 from piflow_jax.models.layers import attend
 
-__all__ = ["AutoencoderKL", "decode_in_chunks", "sample_posterior"]
+__all__ = ["AutoencoderKL", "decode_in_chunks", "picture_decoder", "sample_posterior"]
 
 NORM_EPSILON = 1e-6
 # Range to which the logarithm of the posterior's variance is clipped.
@@ -302,3 +303,19 @@ def decode_in_chunks(
     parts = jnp.swapaxes(latents.reshape(-1, count, *latents.shape[1:]), 0, 1)
     images = jnp.swapaxes(jax.lax.map(decode, parts), 0, 1)
     return images.reshape(-1, *images.shape[2:])
+
+
+def picture_decoder(module: AutoencoderKL, params: dict) -> Callable[[jax.Array], jax.Array]:
+    """What turns samples into pictures, on one device and compiled once for each shape.
+
+    Args:
+        module: The autoencoder.
+        params: Its variables.
+
+    Returns:
+        `latents [B, h, w, C]`, as diffusion models see them, to images `[B, f h, f w,
+        in_channels]`. They are decoded one by one: those of 1024x1024 images take gigabytes each.
+    """
+    decode = jax.jit(lambda params, z: decode_in_chunks(module, params, module.raw(z), 1))
+    params = jax.device_put(params, jax.local_devices()[0])
+    return lambda latents: decode(params, latents)

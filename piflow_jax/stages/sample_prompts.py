@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from piflow_jax.data.prompt_lists import DOWNSAMPLING, Prompt, bucket_size, read
 from piflow_jax.data.prompts import PromptsSource, load_prompts_source
 from piflow_jax.evaluation import index_noise
 from piflow_jax.evaluation.adm import to_uint8
-from piflow_jax.models.vae import decode_in_chunks
+from piflow_jax.models.vae import picture_decoder
 from piflow_jax.parallel import ActivationSharding, batch_sharding, device_mesh
 from piflow_jax.stages.autoencoder import check_autoencoder, load_autoencoder
 from piflow_jax.stages.systems import load_system, system_sampler
@@ -26,8 +26,6 @@ from piflow_jax.training.networks import DataShape, student_spec, teacher_spec
 __all__ = ["find_prompts", "sample_prompts"]
 
 _FOLDERS = {"student": "samples", "teacher": "teacher_samples"}
-# Latents that a device decodes at once; those of 1024x1024 images take gigabytes each.
-_CHUNK = 1
 
 
 def find_prompts(
@@ -54,36 +52,28 @@ def find_prompts(
         tuple(side // DOWNSAMPLING for side in bucket_size(prompt.aspect, image_size))
         for prompt in wanted
     ]
-    texts = {prompt.text for prompt in wanted}
-    missing = set(zip((prompt.text for prompt in wanted), shapes, strict=True))
-    found, anywhere = {}, {}
-    for index, text in enumerate(source.prompts):
-        if not missing:
-            break
-        if text in texts:
-            key = (text, source.buckets[source.bucket(index)])
-            anywhere.setdefault(text, index)
-            found.setdefault(key, index)
-            missing.discard(key)
-    absent = [prompt.text for prompt in wanted if prompt.text not in anywhere]
+    texts = [prompt.text for prompt in wanted]
+    found = source.find(texts, shapes)
+    absent = [text for text, index in zip(texts, found, strict=True) if index is None]
     if absent:
         raise ConfigError(
             f"{where} has no embeddings of {len(set(absent))} of the prompts, the first is "
             f"{absent[0]!r}; prepare the list with --mode=prepare into a directory of its own, and "
             "give that as config.data.data_dir"
         )
-    if missing:
-        text = next(
-            p.text for p, shape in zip(wanted, shapes, strict=True) if (p.text, shape) in missing
-        )
+    others = dict.fromkeys(
+        (text, shape)
+        for text, shape, index in zip(texts, shapes, found, strict=True)
+        if source.buckets[source.bucket(index)] != shape
+    )
+    if others:
         logging.warning(
             "%d prompts, the first is %r, have other shapes in %s than in the list, and get those",
-            len(missing),
-            text,
+            len(others),
+            next(iter(others))[0],
             where,
         )
-    keys = zip((prompt.text for prompt in wanted), shapes, strict=True)
-    return [found.get(key, anywhere[key[0]]) for key in keys]
+    return found
 
 
 def sample_prompts(config: Config, workdir: str | os.PathLike) -> list[Path]:
@@ -133,7 +123,9 @@ def sample_prompts(config: Config, workdir: str | os.PathLike) -> list[Path]:
         )
     params = load_system(config, data, workdir, mesh)
     sampler = jax.jit(_sampler(config, data, mesh, source.null), out_shardings=batch_sharding(mesh))
-    decode = None if autoencoder is None else _decoder(autoencoder)
+    decode = None
+    if autoencoder is not None:
+        decode = picture_decoder(autoencoder.module, autoencoder.params)
     directory = Path(workdir) / _FOLDERS[config.evaluation.system]
     directory.mkdir(exist_ok=True)
     paths = []
@@ -196,14 +188,6 @@ def _here(samples: jax.Array) -> np.ndarray:
     if jax.process_count() > 1:
         samples = multihost_utils.process_allgather(samples, tiled=True)
     return np.asarray(samples, np.float32)
-
-
-def _decoder(autoencoder) -> Callable[[np.ndarray], jax.Array]:
-    """Latents to pictures, on one device and compiled once for each shape."""
-    module = autoencoder.module
-    params = jax.device_put(autoencoder.params, jax.local_devices()[0])
-    decode = jax.jit(lambda params, z: decode_in_chunks(module, params, module.raw(z), _CHUNK))
-    return lambda latents: decode(params, latents)
 
 
 def _settings(config: Config, data: DataShape, place: int) -> dict[str, Any]:

@@ -190,9 +190,7 @@ def load_student(
     shardings = None if mesh is None else parameter_shardings(mesh, trained)
     base = None
     if config.model.network != "dit":
-        of_base = abstract_params(teacher_network(config.model, data))
-        of_base = None if mesh is None else parameter_shardings(mesh, of_base)
-        base = load_teacher(config, data, workdir, of_base)
+        base = _load_teacher_on(mesh, config, data, workdir)
     if not config.evaluation.weights:
         directory = student_dir(config, workdir)
         trained = _load(directory, module, student_spec(config, data), shardings)
@@ -320,6 +318,13 @@ def load_system(config: Config, data: DataShape, workdir: str | os.PathLike, mes
     """
     if config.evaluation.system == "student":
         return load_student(config, data, workdir, mesh)
+    return _load_teacher_on(mesh, config, data, workdir)
+
+
+def _load_teacher_on(
+    mesh: Mesh | None, config: Config, data: DataShape, workdir: str | os.PathLike
+):
+    """The teacher's parameters, split over a mesh's devices as `load_student` splits its own."""
     abstract = abstract_params(teacher_network(config.model, data))
     shardings = None if mesh is None else parameter_shardings(mesh, abstract)
     return load_teacher(config, data, workdir, shardings)
