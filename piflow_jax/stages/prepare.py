@@ -64,7 +64,8 @@ def prepare(
         ends in `imagenet_latents/1.0.0`.
       image_size: Side of the crops.
       shard_size: Images in each shard.
-      batch_size: Images in each step, divisible by the number of local devices.
+      batch_size: Images in each step, divisible by the number of local devices; fewer if no shard
+        has as many.
       process_index: This process.
       process_count: Number of processes.
       on_progress: Called after each shard with the number of shards that this call has written and
@@ -85,11 +86,14 @@ def prepare(
     """
     if not 0 <= process_index < process_count:
         raise ValueError(f"process_index must lie in [0, {process_count}), got {process_index}")
-    if batch_size < 1 or batch_size % jax.local_device_count():
+    devices = jax.local_device_count()
+    if batch_size < 1 or batch_size % devices:
         raise ValueError(
             f"batch_size ({batch_size}) must be divisible by the number of local devices "
-            f"({jax.local_device_count()})"
+            f"({devices})"
         )
+    largest = min(shard_size, len(source))
+    batch_size = min(batch_size, -(-largest // devices) * devices)
     image = jax.ShapeDtypeStruct((1, image_size, image_size, 3), jnp.float32)
     moments, _ = jax.eval_shape(
         lambda params, x: vae_module.apply(params, x, method="encode"), vae_params, image
