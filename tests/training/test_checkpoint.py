@@ -1,7 +1,6 @@
-"""Every way a checkpoint can go wrong, on real files."""
+"""Checkpoints saved and restored, and what they refuse, on real files."""
 
 import json
-import logging
 import os
 import resource
 import shutil
@@ -10,9 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import NamedTuple
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,7 +17,6 @@ import pytest
 import tensorstore
 from etils import epath
 
-from piflow_jax.training import fingerprints
 from piflow_jax.training.checkpoint import (
     Checkpointer,
     CheckpointError,
@@ -28,88 +24,15 @@ from piflow_jax.training.checkpoint import (
     read_spec,
     restore_subtree,
 )
-
-JSON = {"data_state": {"epoch": 2, "index": 17}, "config": {"lr": 1e-3}, "spec": {"policy": "gm"}}
-
-
-class Moments(NamedTuple):
-    count: jax.Array
-    mu: dict
-
-
-class Empty(NamedTuple):
-    pass
-
-
-@flax.struct.dataclass
-class State:
-    step: jax.Array
-    params: dict
-    opt_state: tuple
-    ema_params: dict
-    host: np.ndarray
-
-
-def make_state(seed=0, width=40) -> State:
-    def params(k):
-        return {
-            "dense": {
-                "kernel": jax.random.normal(k, (width, width)),
-                "bias": jnp.full((width,), jnp.nan, jnp.bfloat16),
-            }
-        }
-
-    keys = jax.random.split(jax.random.key(seed), 3)
-    return State(
-        step=jnp.asarray(seed, jnp.int32),
-        params=params(keys[0]),
-        opt_state=(Moments(jnp.zeros((), jnp.int32), params(keys[1])), Empty(), None),
-        ema_params=params(keys[2]),
-        host=np.arange(5, dtype=np.int64),
-    )
-
-
-def abstract(tree):
-    return jax.tree.map(
-        lambda x: x if isinstance(x, np.ndarray) else jax.ShapeDtypeStruct(x.shape, x.dtype), tree
-    )
-
-
-def assert_same_bits(a, b):
-    assert jax.tree.structure(a) == jax.tree.structure(b)
-    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
-        assert type(x) is type(y) and x.dtype == y.dtype and x.shape == y.shape
-        assert np.asarray(x).tobytes() == np.asarray(y).tobytes()
-
-
-def save(directory, *steps, **kwargs):
-    with Checkpointer(directory, **kwargs) as checkpointer:
-        for step in steps:
-            checkpointer.save(step, make_state(step), **JSON)
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory):
-    """A directory with steps 1 and 2; tests copy it before they break it."""
-    directory = tmp_path_factory.mktemp("saved") / "checkpoints"
-    save(directory, 1, 2)
-    return directory
-
-
-@pytest.fixture
-def broken(saved, tmp_path):
-    return Path(shutil.copytree(saved, tmp_path / "checkpoints"))
-
-
-def restore(directory, like=None, step=None):
-    with Checkpointer(directory, read_only=True) as checkpointer:
-        return checkpointer.restore(abstract(make_state()) if like is None else like, step)
-
-
-def data_files(step: Path) -> list[Path]:
-    """The files with array values: the largest in the state's own store."""
-    files = [p for p in (step / "state").rglob("*") if p.is_file() and p.parent.name == "d"]
-    return [p for p in files if p.stat().st_size > 2000]
+from tests.training.checkpoints import (
+    JSON,
+    abstract,
+    assert_same_bits,
+    data_files,
+    make_state,
+    restore,
+    save,
+)
 
 
 @pytest.mark.parametrize("concrete", [False, True])
@@ -204,92 +127,7 @@ def test_absent_step_names_the_present_ones(saved):
         restore(saved, step=3)
 
 
-# -- corrupt -------------------------------------------------------------------------------------
-
-
-def truncate(path: Path):
-    os.truncate(path, path.stat().st_size // 2)
-
-
-def flip(path: Path):
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 0x01
-    path.write_bytes(content)
-
-
-@pytest.mark.parametrize("damage", [Path.unlink, truncate, flip])
-@pytest.mark.parametrize("what", ["values", "structure", "manifest", "json"])
-def test_damage_raises_with_path_and_remedy(broken, damage, what):
-    step = broken / "2"
-    if what == "values":
-        files = data_files(step)
-    elif what == "structure":
-        files = [p for p in (step / "state" / "d").iterdir()]
-    elif what == "manifest":
-        files = [step / "state" / "manifest.ocdbt"]
-    else:
-        files = [step / "meta" / "metadata"]
-    assert files
-    for path in files:
-        damage(path)
-    with pytest.raises(CheckpointError) as caught:
-        restore(broken)
-    assert str(step) in str(caught.value)
-    assert "fall back to step 1" in str(caught.value) and "--workdir" in str(caught.value)
-    shutil.rmtree(step)  # the remedy
-    assert_same_bits(restore(broken).state, make_state(1))
-
-
-def test_a_flipped_bit_in_one_data_file_is_found(broken):
-    """TensorStore itself returns such values as if they were right."""
-    for path in data_files(broken / "2"):
-        content = path.read_bytes()
-        flip(path)
-        with pytest.raises(CheckpointError, match="corrupt"):
-            restore(broken)
-        path.write_bytes(content)
-    assert restore(broken).step == 2
-
-
-def test_one_wrong_element_is_named(broken, monkeypatch):
-    real = fingerprints._local_fingerprint
-    monkeypatch.setattr(
-        fingerprints,
-        "_local_fingerprint",
-        lambda leaf: real(leaf.at[3, 4].multiply(1.0001) if leaf.ndim == 2 else leaf),
-    )
-    with pytest.raises(CheckpointError, match=r"corrupt: the values of .*params/dense/kernel"):
-        restore(broken)
-
-
-def test_a_changed_digit_in_the_json_is_found(broken):
-    path = broken / "2" / "meta" / "metadata"
-    text = path.read_text()
-    path.write_text(text.replace('"index": 17', '"index": 18'))
-    assert path.read_text() != text
-    for read in (restore, read_spec):
-        with pytest.raises(CheckpointError, match="was changed after it was written"):
-            read(broken)
-
-
-@pytest.mark.parametrize("item", ["state", "meta"])
-def test_partial_step(broken, item):
-    shutil.rmtree(broken / "2" / item)
-    with Checkpointer(broken) as checkpointer:
-        assert checkpointer.latest_step() == 2
-        with pytest.raises(CheckpointError, match=rf"{broken}/2 is partial: it lacks {item}"):
-            checkpointer.restore(abstract(make_state()))
-        assert checkpointer.restore(abstract(make_state()), step=1).step == 1
-
-
-def test_partial_only_step_says_start_again(broken):
-    shutil.rmtree(broken / "1")
-    shutil.rmtree(broken / "2" / "state")
-    with pytest.raises(CheckpointError, match="Delete this directory to start from the beginning"):
-        restore(broken)
-
-
-# -- incompatible --------------------------------------------------------------------------------
+# -- incompatible ----------------------------------------------------------------------------------
 
 
 def test_shapes_dtypes_and_names_that_differ_are_all_listed(saved):
@@ -322,7 +160,7 @@ def test_check_spec_lists_every_contradiction():
     assert "labels: the checkpoint does not have it, asked for 3" in message
 
 
-# -- parts ---------------------------------------------------------------------------------------
+# -- parts -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("key", ["ema_params", "ema_params/dense"])
@@ -370,7 +208,7 @@ def test_subtree_errors(broken):
     assert any("corrupt: the values of ema_params/dense/kernel" in text for text in messages)
 
 
-# -- saving --------------------------------------------------------------------------------------
+# -- saving ----------------------------------------------------------------------------------------
 
 
 def test_saving_a_step_twice(tmp_path):
@@ -453,55 +291,7 @@ def test_read_only_file_system(tmp_path, monkeypatch):
         Checkpointer(tmp_path)
 
 
-# -- killed --------------------------------------------------------------------------------------
-
-KILLED = """
-import sys, os, signal
-import jax, jax.numpy as jnp
-import orbax.checkpoint as ocp
-from piflow_jax.training.checkpoint import Checkpointer
-step, directory = int(sys.argv[1]), sys.argv[2]
-rename = os.rename
-def die(source, target, *args, **kwargs):
-    # The commit of the step: everything is written, the rename is not done.
-    if str(target).endswith(f"/{step}"):
-        os.kill(os.getpid(), signal.SIGKILL)
-    return rename(source, target, *args, **kwargs)
-os.rename = os.replace = die
-with Checkpointer(directory) as checkpointer:
-    checkpointer.save(step, {"w": jnp.ones((8, 8))}, data_state={}, config={}, spec={})
-"""
-
-
-@pytest.mark.parametrize("earlier", [True, False])
-def test_killed_while_saving(tmp_path, earlier, caplog):
-    directory = tmp_path / "checkpoints"
-    like = {"w": jnp.zeros((8, 8))}
-    if earlier:
-        with Checkpointer(directory) as checkpointer:
-            checkpointer.save(1, {"w": jnp.ones((8, 8))}, **JSON)
-    process = subprocess.run(
-        [sys.executable, "-c", KILLED, "2", str(directory)], capture_output=True, timeout=120
-    )
-    assert process.returncode == -signal.SIGKILL, process.stderr.decode()
-    left = [p.name for p in directory.iterdir() if "orbax-checkpoint-tmp" in p.name]
-    assert left
-    caplog.set_level(logging.INFO)
-    logging.getLogger("absl").addHandler(caplog.handler)
-    try:
-        with Checkpointer(directory) as checkpointer:
-            assert "unfinished" in caplog.text and left[0] in caplog.text
-            assert checkpointer.latest_step() == (1 if earlier else None)
-            if earlier:
-                assert checkpointer.restore(like).step == 1
-            checkpointer.save(2, like, **JSON)
-    finally:
-        logging.getLogger("absl").removeHandler(caplog.handler)
-    assert read_spec(directory)[0] == 2
-    assert not [p for p in directory.iterdir() if "orbax-checkpoint-tmp" in p.name]
-
-
-# -- fingerprints, noise -------------------------------------------------------------------------
+# -- fingerprints, noise ---------------------------------------------------------------------------
 
 
 def test_fingerprints_can_be_left_out(tmp_path):
