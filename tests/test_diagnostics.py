@@ -106,6 +106,7 @@ def test_a_policy_that_is_too_small_is_blamed():
     assert any(reason.startswith("policy: even a free one") for reason in found.reasons())
 
 
+@pytest.mark.slow
 def test_few_substeps_are_blamed():
     found = diagnose(exact, teacher, NOISE, 1, WARP, substeps=3)
     assert found.capacity is None
@@ -122,6 +123,7 @@ def test_effective_components_of_known_weights(logits, count):
     assert np.isfinite(effective_components(dropped)).all()
 
 
+@pytest.mark.slow
 def test_a_collapsed_mixture_is_said_to_be_one():
     weights = jnp.asarray([50.0, 0, 0, 0, 0, 0])
     found = diagnose(lambda x, t: exact(x, t, weights[None]), teacher, NOISE, 1, WARP)

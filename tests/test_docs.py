@@ -134,6 +134,7 @@ def digits_run(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT))
 
 
+@pytest.mark.slow
 def test_readme_code_works(digits_run):
     from_run, distil = python_blocks(ROOT / "README.md")
     execute(from_run, "README.md", {})

@@ -55,10 +55,28 @@ def final_params(workdir):
     return step, tree
 
 
+def assert_same(a, b):
+    """The same arrays, bit by bit, in the same places."""
+    if isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert_same(a[key], b[key])
+    elif isinstance(a, list | tuple):
+        for x, y in zip(a, b, strict=True):
+            assert_same(x, y)
+    else:
+        np.testing.assert_array_equal(a, b)
+
+
+# Enough steps for a kill at any of many of them.
+STEPS = 60
+OFTEN = (f"--config.train.steps={STEPS}", "--config.checkpoint_every=3", "--config.log_every=1")
+
+
 @pytest.fixture(scope="module")
 def whole_run(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("run")
-    return workdir, run(workdir, f"--config.compilation_cache={workdir / 'compiled'}")
+    return workdir, run(workdir, *OFTEN, f"--config.compilation_cache={workdir / 'compiled'}")
 
 
 def test_job_writes_report_picture_and_metrics(whole_run):
@@ -69,9 +87,9 @@ def test_job_writes_report_picture_and_metrics(whole_run):
     assert report["protocol"]["features_sha256"] and report["protocol"]["samples"] == 20
     assert report["rows"][-1]["endpoint_mse"] > 0
     assert Image.open(workdir / "samples.png").size[0] > 480
-    for stage in ("teacher", "student"):
+    for stage, steps in (("teacher", 6), ("student", STEPS)):
         lines = [json.loads(x) for x in (workdir / stage / "metrics.jsonl").open()]
-        assert [line["step"] for line in lines] == [2, 4, 6]
+        assert [line["step"] for line in lines] == list(range(1, steps + 1))
         expected = {"loss", "grad_norm", "step_seconds", "examples_per_second", "flops_per_second"}
         assert expected <= set(lines[-1])
         assert list((workdir / stage).glob("events.out.tfevents.*"))
@@ -88,7 +106,7 @@ def test_console_is_for_people(whole_run):
     _, done = whole_run
     for noise in ("Traceback", "Warning", "WARNING", "oneDNN", "orbax", "backend", "E0000"):
         assert noise not in done.stderr, done.stderr
-    assert re.search(r"student +6/6 +loss \d.*ms/step", done.stderr)
+    assert re.search(rf"student +{STEPS}/{STEPS} +loss \d.*ms/step", done.stderr)
 
 
 def test_sampling_again_needs_only_the_student(whole_run):
@@ -116,7 +134,7 @@ def test_corrupt_checkpoint_is_not_taken_for_none(whole_run, tmp_path):
     workdir, _ = whole_run
     copy = tmp_path / "copy"
     shutil.copytree(workdir, copy)
-    for data in (copy / "student" / "checkpoints" / "6" / "state" / "d").iterdir():
+    for data in (copy / "student" / "checkpoints" / str(STEPS) / "state" / "d").iterdir():
         data.write_bytes(data.read_bytes()[: data.stat().st_size // 2])
     done = run(copy, check=False)
     assert done.returncode == 1
@@ -153,10 +171,10 @@ def test_a_full_disk_ends_the_run_with_its_last_good_step(whole_run, tmp_path):
     workdir, _ = whole_run
     copy = tmp_path / "copy"
     shutil.copytree(workdir, copy)
+    (copy / "student" / "metrics.jsonl").unlink()  # longer than that already
     limited = ["bash", "-c", 'ulimit -f 20; trap "" XFSZ; exec "$@"', "-"]
-    more = ("--config.train.steps=9", "--config.evaluation.num_samples=20")
     done = subprocess.run(
-        [*limited, *command(copy, *more)],
+        [*limited, *command(copy, f"--config.train.steps={STEPS + 3}")],
         cwd=ROOT,
         env=os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)},
         capture_output=True,
@@ -166,19 +184,14 @@ def test_a_full_disk_ends_the_run_with_its_last_good_step(whole_run, tmp_path):
     assert done.returncode == 1
     error = done.stderr[done.stderr.rindex("error: ") :]
     assert "cannot save" in error and "free space" in error, done.stderr
-    # Nothing that was there is lost: the same command goes on.
-    run(copy, *more)
-    assert final_params(copy)[0] == 9
+    # Nothing that was there is lost, and a run goes on from it as from a kill.
+    assert_same(final_params(copy), final_params(workdir))
 
 
 def test_killed_run_ends_bit_identical(whole_run, tmp_path):
     """SIGKILL at a random moment of the student's training, then the same command again."""
-    more = ("--config.train.steps=60", "--config.checkpoint_every=3", "--config.log_every=1")
-    teacher = whole_run[0] / "teacher" / "checkpoints"
-    more += (f"--config.teacher.checkpoint={teacher}",)
-    reference = tmp_path / "reference"
-    run(reference, *more)
-    killed = tmp_path / "killed"
+    reference, killed = whole_run[0], tmp_path / "killed"
+    more = (*OFTEN, f"--config.teacher.checkpoint={reference / 'teacher' / 'checkpoints'}")
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(
         command(killed, *more), cwd=ROOT, env=environment, stderr=subprocess.DEVNULL
@@ -194,20 +207,7 @@ def test_killed_run_ends_bit_identical(whole_run, tmp_path):
     assert process.wait() == -signal.SIGKILL, "the run ended before it was killed"
     assert not (killed / "report.json").exists()
     run(killed, *more)
-    (step, ours), (other_step, theirs) = final_params(killed), final_params(reference)
-    assert step == other_step == 60
-
-    def same(a, b):
-        if isinstance(a, dict):
-            assert a.keys() == b.keys()
-            for key in a:
-                same(a[key], b[key])
-        elif isinstance(a, list | tuple):
-            for x, y in zip(a, b, strict=True):
-                same(x, y)
-        else:
-            np.testing.assert_array_equal(a, b)
-
-    same(ours, theirs)
+    assert final_params(killed)[0] == STEPS
+    assert_same(final_params(killed), final_params(reference))
     steps = [json.loads(line)["step"] for line in metrics.open()]
-    assert steps == list(range(1, 61)), f"killed after about step {target}"
+    assert steps == list(range(1, STEPS + 1)), f"killed after about step {target}"

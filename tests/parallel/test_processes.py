@@ -21,12 +21,13 @@ from piflow_jax.parallel.processes import Place, ProcessError, find
 ROOT = Path(__file__).parents[2]
 CONFIG = ROOT / "tests" / "tiny.py"
 # Enough steps for a signal to come in the middle; the evaluation is short.
-STUDENT_STEPS = 40
-APART = 15  # steps between saves, where they are not to be in the way
+STUDENT_STEPS = 24
+APART = 8  # steps between saves, where they are not to be in the way
 JOB = [
     f"--config.train.steps={STUDENT_STEPS}",
     "--config.checkpoint_every=5",
     "--config.log_every=1",
+    "--config.evaluation.teacher_steps=(1,)",
     "--config.processes.heartbeat_seconds=5",
     "--config.processes.start_seconds=60",
 ]
@@ -85,8 +86,6 @@ def started(workdir, logs, count, *arguments, launcher=by_hand, port=None, comma
                 if not key.startswith(("SLURM_", "OMPI_", "JAX_COORD", "JAX_NUM", "JAX_PROC"))
             }
             environment |= {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "no_proxy": "*"}
-            # Without the faster fusions of `conftest`, by which forty steps are 1.4e-5 apart.
-            environment["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
             environment |= launcher(port, count, index) if count > 1 else {}
             with (logs / str(index)).open("w") as log:
                 running.append(
@@ -239,14 +238,14 @@ def stop(workdir, *more):
     return int(stopped[1])
 
 
-def kill_and_continue(workdir, saved, *more):
+def kill_and_continue(workdir, saved, every, *more):
     """One of two processes dies, the other one ends with an error, soon; then the same again.
 
-    A step or more after the one that was saved, and long before the next is: in a save's barrier
-    JAX ends the other process by itself.
+    A step or more after the one that was saved, and long before `every` more are: in a save's
+    barrier JAX ends the other process by itself.
     """
     logs = workdir / "logs"
-    seldom = f"--config.checkpoint_every={APART}"
+    seldom = f"--config.checkpoint_every={every}"
     with started(workdir, logs, 2, *JOB, *more, seldom, launcher=by_mpi) as running:
         while not (workdir / "student" / "checkpoints" / str(saved)).is_dir():
             until_step(workdir, 0, running)
@@ -263,13 +262,13 @@ def kill_and_continue(workdir, saved, *more):
 
 
 def test_two_processes_of_which_one_was_killed_give_the_result_of_one(one, tmp_path):
-    said = kill_and_continue(tmp_path, APART, teacher_of(one))
+    said = kill_and_continue(tmp_path, APART, APART, teacher_of(one))
     assert_results_of(tmp_path, said, one, "2 processes (environment), 2 devices")
 
 
 @pytest.mark.slow
 def test_stopped_and_killed_processes_continue_exactly(two, tmp_path):
-    kill_and_continue(tmp_path, stop(tmp_path))
+    kill_and_continue(tmp_path, stop(tmp_path), STUDENT_STEPS)
     ours, theirs = arrays(tmp_path), arrays(two[0])
     assert ours.keys() == theirs.keys()
     for name, values in theirs.items():

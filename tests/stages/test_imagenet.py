@@ -62,6 +62,7 @@ def folder(tmp_path_factory):
     return root, config, teacher
 
 
+@pytest.mark.slow
 def test_a_student_of_official_weights_trains_on_prepared_latents(folder, tmp_path):
     _, config, teacher = folder
     settings = parse(config)

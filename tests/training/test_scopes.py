@@ -48,7 +48,7 @@ def scope(op_name):
     return next((w for w in reversed(re.findall(r"\w+", op_name)) if w in SCOPES), None)
 
 
-@pytest.mark.parametrize("data_free", [False, True])
+@pytest.mark.parametrize("data_free", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_every_product_and_loop_belongs_to_a_part(data_free):
     config = tiny.get_config()
     config.train.microbatches = 2
