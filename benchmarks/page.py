@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks import guidance_interval, harness
+from benchmarks import guidance_interval, harness, substeps
 
 SUBJECTS = ("rollout", "sampler", "train_step", "data", "decode")
 
@@ -39,6 +39,7 @@ def render(text: str) -> str:
     blocks = {subject: block(subject) for subject in SUBJECTS}
     found = harness.load("guidance_interval")
     blocks["guidance_interval"] = guidance_interval.table(found) + "\n"
+    blocks["substeps"] = substeps.table(harness.load("substeps")["students"]) + "\n"
     for subject, new in blocks.items():
         begin, end = f"<!-- {subject}:begin -->\n", f"<!-- {subject}:end -->"
         before, rest = text.split(begin)

@@ -1,15 +1,17 @@
-"""FLUX.1 [dev] at 4 and 8 network evaluations: the recipes of the paper's section 5.
+r"""FLUX.1 [dev] at 4 and 8 network evaluations: the recipes of the paper's section 5.
 
 Prompts' embeddings once (docs/text_to_image.md), then a student of the official weights, the folder
 `transformer` of FLUX.1 [dev]:
 
-    python -m piflow_jax.main --config=configs/flux.py:datafree --workdir=runs/flux
+    python -m piflow_jax.main --config=configs/flux.py:datafree --workdir=runs/flux \
         --config.data.data_dir=data/prompts_flux --config.teacher.weights=FLUX.1-dev/transformer
 
-What its step and its sampler take on a TPU slice that need not be attached:
+What its step takes on a TPU slice that need not be attached:
 
-    python -m piflow_jax.main --config=configs/flux.py:datafree --workdir=runs/compile
+    python -m piflow_jax.main --config=configs/flux.py:datafree --workdir=runs/compile \
         --mode=compile --config.topology=v5p:4x4x4
+
+(`--mode=compile_sampling` is the sampler's.)
 
 Variants:
 

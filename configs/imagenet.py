@@ -1,33 +1,34 @@
-"""ImageNet 256 in the latents of Stable Diffusion: the recipes of the paper's Table 2.
+r"""ImageNet 256 in the latents of Stable Diffusion: the recipes of the paper's Table 2.
 
 Latents once (`data.images` is a folder of class folders, the official tar, or tfds[:DATA_DIR]):
 
-    python -m piflow_jax.main --config=configs/imagenet.py --workdir=runs/prepare --mode=prepare
-        --config.data.images=ILSVRC2012_img_train.tar --config.data.vae=sd-vae-ft-ema.safetensors
+    python -m piflow_jax.main --config=configs/imagenet.py --workdir=runs/prepare --mode=prepare \
+        --config.data.images=ILSVRC2012_img_train.tar --config.data.vae=sd-vae-ft-ema.safetensors \
         --config.data.data_dir=data/imagenet_latents/1.0.0
 
 A student of official teacher weights:
 
-    python -m piflow_jax.main --config=configs/imagenet.py:gm_repa --workdir=runs/gm_repa
+    python -m piflow_jax.main --config=configs/imagenet.py:gm_repa --workdir=runs/gm_repa \
         --config.data.data_dir=data/imagenet_latents/1.0.0 --config.teacher.weights=teacher.pth
 
-Every `evaluation.every` steps it decodes a grid for TensorBoard (with `data.vae`), and with
+(REPA's own `.pth` also needs `--config.teacher.weights_format=original_dit`.) Every
+`evaluation.every` steps it decodes a grid for TensorBoard (with `data.vae`), and with
 `evaluation.features` and `evaluation.reference` measures FID and keeps the best checkpoint.
 
 FID, sFID, IS, precision and recall of 50,000 samples, of that run or, with `evaluation.weights`, of
 official student weights alone; samples.npz is what ADM's own evaluator reads:
 
-    python -m piflow_jax.main --config=configs/imagenet.py:gm_repa --workdir=runs/gm_repa
-        --mode=evaluate --config.data.vae=sd-vae-ft-ema.safetensors
-        --config.evaluation.features=pt_inception-2015-12-05-6726825d.pth
-        --config.evaluation.reference=VIRTUAL_imagenet256_labeled.npz
+    python -m piflow_jax.main --config=configs/imagenet.py:gm_repa --workdir=runs/gm_repa \
+        --mode=evaluate --config.data.vae=sd-vae-ft-ema.safetensors \
+        --config.evaluation.features=pt_inception-2015-12-05-6726825d.pth \
+        --config.evaluation.reference=VIRTUAL_imagenet256_labeled.npz \
         --config.evaluation.weights=student.safetensors
 
 `--mode=sample` needs `data.vae` only, and `--mode=export` writes official names.
 
 What its step takes on a TPU slice that need not be attached:
 
-    python -m piflow_jax.main --config=configs/imagenet.py:gm_repa --workdir=runs/compile
+    python -m piflow_jax.main --config=configs/imagenet.py:gm_repa --workdir=runs/compile \
         --mode=compile --config.topology=v5e:4x4
 
 Variants:

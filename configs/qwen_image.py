@@ -1,15 +1,17 @@
-"""Qwen-Image at 4 and 8 network evaluations: the recipes of the paper's section 5.
+r"""Qwen-Image at 4 network evaluations, the recipe of the paper's section 5, and at 8.
 
 Prompts' embeddings once (docs/text_to_image.md), then a student of the official weights, the folder
 `transformer` of Qwen-Image:
 
-    python -m piflow_jax.main --config=configs/qwen_image.py:datafree --workdir=runs/qwen_image
+    python -m piflow_jax.main --config=configs/qwen_image.py:datafree --workdir=runs/qwen_image \
         --config.data.data_dir=data/prompts_qwen --config.teacher.weights=Qwen-Image/transformer
 
-What its step and its sampler take on a TPU slice that need not be attached:
+What its step takes on a TPU slice that need not be attached:
 
-    python -m piflow_jax.main --config=configs/qwen_image.py:datafree --workdir=runs/compile
+    python -m piflow_jax.main --config=configs/qwen_image.py:datafree --workdir=runs/compile \
         --mode=compile --config.topology=v5p:4x4x4
+
+(`--mode=compile_sampling` is the sampler's.)
 
 Variants:
 

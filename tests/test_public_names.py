@@ -15,7 +15,7 @@ import piflow_jax
 import piflow_jax.flow
 from piflow_jax.flow.policies.base import per_sample, promote
 
-SOURCE = re.compile(r"arXiv|paper|DESIGN|[Ss]ource:")
+SOURCE = re.compile(r"arXiv|paper|[Ss]ource:")
 ARRAY = re.compile(r"\b(Array|ArrayLike|ndarray)\b")
 SHAPE = re.compile(r"\[[^\]]*\]|scalar|shape|key\b|seed|state")
 

@@ -30,8 +30,8 @@ class DataConfig:
     )
     data_dir: str = _field(
         "",
-        "where prepared data lies (imagenet: its latents, prompts: their embeddings); empty is "
-        "the TFDS default",
+        "where prepared data lies (imagenet: its latents, prompts: their embeddings; needed "
+        "there); mnist: empty is the TFDS default",
     )
     images: str = _field(
         "", "what --mode=prepare reads: a folder of class folders, a .tar, or tfds[:DATA_DIR]"
@@ -182,7 +182,7 @@ class TeacherConfig:
         choices=("dit", "original_dit", "original_sit"),
     )
     steps: int = _field(3000, "training steps", low=1)
-    batch_size: int = _field(128, "global batch; divisible by the number of devices", low=1)
+    batch_size: int = _field(128, "global batch; divisible by mesh.data times mesh.fsdp", low=1)
     label_dropout: float = _field(0.1, "probability of the null label", low=0, high=1)
     optimizer: OptimizerConfig = _field(OptimizerConfig, "")
     guidance_scale: float = _field(1.0, "guidance of the teacher; 1 is none", low=1)
@@ -199,7 +199,7 @@ class TrainConfig:
     """Distillation by pi-ID."""
 
     steps: int = _field(3000, "training steps", low=1)
-    batch_size: int = _field(128, "global batch; divisible by the number of devices", low=1)
+    batch_size: int = _field(128, "global batch; divisible by mesh.data times mesh.fsdp", low=1)
     microbatches: int = _field(
         1, "parts of a batch whose gradients are accumulated one after the other", low=1
     )
@@ -236,7 +236,9 @@ class EvaluationConfig:
     """What is measured, at the end and while the student trains."""
 
     num_samples: int = _field(5000, "samples per system; noise and label fixed by index", low=2)
-    batch_size: int = _field(500, "samples per jitted call; divisible by the devices", low=1)
+    batch_size: int = _field(
+        500, "samples per jitted call; divisible by the devices of a process", low=1
+    )
     teacher_steps: tuple[int, ...] = _field(
         (1, 2, 4, 8, 32, 128), "Euler steps of the teacher; the last is the one to match", low=1
     )

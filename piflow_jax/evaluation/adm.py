@@ -222,6 +222,8 @@ class Protocol:
       seed: Seed of the noise, which depends on it and the index alone.
       nfe: Network evaluations of a sample.
       substeps: Policy substeps of the whole path.
+      solver: What integrates the policy.
+      temperature: Temperature of the mixture in all evaluations but the last; 1 leaves it.
       guidance: Guidance scale while sampling; 1 is none.
       decoder: The autoencoder that makes pixels.
       dtype: Precision of network and decoder.
@@ -235,6 +237,8 @@ class Protocol:
     seed: int
     nfe: int
     substeps: int
+    solver: str
+    temperature: float
     guidance: float
     decoder: str
     dtype: str
@@ -247,8 +251,9 @@ class Protocol:
         evaluations = "evaluation" if self.nfe == 1 else "evaluations"
         return (
             f"{self.samples} samples, labels {self.label_rule}, noise by index with seed "
-            f"{self.seed}; {self.nfe} network {evaluations}, {self.substeps} substeps, guidance "
-            f"{self.guidance:g}, {self.dtype}; decoder {self.decoder}, bytes by clipping and "
+            f"{self.seed}; {self.nfe} network {evaluations}, {self.substeps} substeps by "
+            f"{self.solver}, temperature {self.temperature:g}, guidance {self.guidance:g}, "
+            f"{self.dtype}; decoder {self.decoder}, bytes by clipping and "
             f"rounding 127.5 x + 127.5; TensorFlow 1's bilinear resize to {IMAGE_SIZE}; features "
             f"of sha256 {self.feature_network}; reference {self.reference} of sha256 "
             f"{self.reference_digest}; Inception Score in splits of {_SPLIT}, precision and recall "

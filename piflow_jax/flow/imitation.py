@@ -167,7 +167,7 @@ def imitation_loss(
     time_power: float = 0.0,
     eps: float = 1e-4,
 ) -> tuple[jax.Array, ImitationAux]:
-    """The pi-ID loss of one segment (paper, Alg. 2; DESIGN section 3.5).
+    """The pi-ID loss of one segment (paper, Alg. 2).
 
     Args:
       policy: the student's policy at the segment's source; gradients flow into it.

@@ -1,4 +1,4 @@
-"""The optimisers of the recipes and the EMA (DESIGN sections 3.8 and 6)."""
+"""The optimisers of the recipes and the EMA (docs/method.md, optimisation)."""
 
 from typing import NamedTuple
 

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import types
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -138,6 +140,16 @@ def test_samples_are_decoded_into_a_grid_of_the_classes(trained):
     other.data.vae = ""
     with pytest.raises(ConfigError, match=r"config.data.vae must name"):
         sample(parse(other), workdir)
+
+
+def test_figures_are_said_to_be_of_the_sampler_that_made_them():
+    config = tiny.get_config()
+    config.evaluation.nfe = 3
+    config.evaluation.solver = "multistep"
+    config.evaluation.temperature = 0.5
+    named = types.SimpleNamespace(identity="vae", digest="ab", path=Path("reference.npz"))
+    found = adm.protocol(parse(config), DATA, named, named, named, 10)
+    assert (found.nfe, found.solver, found.temperature) == (3, "multistep", 0.5)
 
 
 @pytest.mark.slow
