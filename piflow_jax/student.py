@@ -123,7 +123,7 @@ class Student:
         start: float = 1.0,
         x: ArrayLike | None = None,
         noise: ArrayLike | None = None,
-        solver: Solver = "euler",
+        solver: Solver = "multistep",
     ) -> jax.Array:
         """Samples, one for each label or prompt.
 
@@ -149,7 +149,7 @@ class Student:
             it sampling starts at pure noise.
           noise: `[N, H, W, C]`, initial latents: standard normal noise in place of the key's,
             which is float32 `normal(fold_in(key, i))` whatever the network's dtype.
-          solver: of the policy's rollouts, `euler` or `multistep`, see `rollout`.
+          solver: of the policy's rollouts, `multistep`, or `euler` as in training; see `rollout`.
 
         Returns:
           `float32[N, H, W, C]`: images, about [-1, 1], or latents as networks see them.

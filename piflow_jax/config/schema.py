@@ -253,7 +253,7 @@ class EvaluationConfig:
         1.0, "of the mixture, in all evaluations but the last (gm); 1 leaves it", above=0, high=1
     )
     solver: str = _field(
-        "euler", "of the policy's rollouts when sampling", choices=("euler", "multistep")
+        "multistep", "of the policy's rollouts when sampling", choices=("euler", "multistep")
     )
     seed: int = _field(0, "seed of the noise", low=0)
     grid_samples: int = _field(20, "columns of samples.png", low=1)
