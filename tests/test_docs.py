@@ -192,6 +192,7 @@ def test_troubleshooting_has_messages_that_exist():
         "in_specs passed to shard_map",
         "does not match the specs of the input",
         "Unable to initialize backend 'tpu'",
+        "An NVIDIA GPU may be present on this machine, but a CUDA-enabled jaxlib is not installed",
         "No module named 'gradio'",
         "'matplotlib'",
         "'nbclient'",

@@ -35,8 +35,8 @@ HEAD = """\
 # Results
 
 Made by `python tools/collect_reports.py` from the reports in `docs/results/`; do not edit. What the
-figures mean, and what moves them besides quality, is in [running.md](running.md#evaluation). Reports
-without a `solver` are of Euler's substeps.
+figures mean, and what moves them besides quality, is in [running.md](running.md#evaluation).
+Reports without a `solver` are of Euler's substeps.
 """
 COLUMNS = ("Frechet", "precision", "recall", "diversity", "endpoint MSE")
 FIGURES = ("frechet", "precision", "recall", "diversity", "endpoint_mse")

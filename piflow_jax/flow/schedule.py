@@ -1,6 +1,6 @@
 """Time: the warp between raw time and noise level, and how [0, 1] is cut into segments.
 
-Conventions (docs/method.md): `t = 1` is noise and `t = 0` data, `sigma_t = t`,
+Conventions, as in the paper: `t = 1` is noise and `t = 0` data, `sigma_t = t`,
 `alpha_t = 1 - t`; raw time `tau` is uniform in substeps and `t = warp(tau)`.
 """
 
