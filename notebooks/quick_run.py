@@ -25,10 +25,11 @@ def quick_run(workdir: str = "runs/notebook") -> str:
         return workdir
     config = base_config()
     config.data.name = "digits"
-    config.model.scan_unroll = 3
-    config.teacher.steps = 1200
+    config.model.depth = 2
+    config.model.scan_unroll = 2
+    config.teacher.steps = 900
     config.teacher.batch_size = 64
-    config.train.steps = 400
+    config.train.steps = 300
     config.train.batch_size = 32
     for optimizer in (config.teacher.optimizer, config.train.optimizer):
         optimizer.kind = "muon"
@@ -36,8 +37,8 @@ def quick_run(workdir: str = "runs/notebook") -> str:
         optimizer.beta2 = 0.99
         optimizer.decay = "cosine"
         optimizer.ema_gamma = 40.0
-    config.evaluation.num_samples = 200
-    config.evaluation.teacher_steps = (1, 64)
+    config.evaluation.num_samples = 100
+    config.evaluation.teacher_steps = (1, 16)
     config.evaluation.batch_size = 100
     logging.set_verbosity(logging.ERROR)
     train(parse(config), workdir)
