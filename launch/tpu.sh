@@ -26,6 +26,7 @@ delete  deletes the TPU, and its queued resource with --queued
   --spot               cheaper, and may be pre-empted
   --create-flag=FLAG   handed to gcloud's create as it is, such as --network=NAME; may be repeated
   --setup=COMMAND      run on every worker after installing, to mount a bucket for one
+  --env=NAME=VALUE     in the program's environment on every worker; may be repeated
   --worker=N           whose log `logs` follows (0)
   --max-restarts=N     (100)
   --poll=SECONDS       between two looks at the TPU (30)
@@ -45,7 +46,7 @@ case $command in
   *) refuse "the first argument must be run, status, logs, stop or delete, not '$command'" ;;
 esac
 name="" zone="" type="" version="" queued="" setup="" worker=0 max_restarts=100 poll=30
-delete="" dry_run="" place=() flags=()
+delete="" dry_run="" place=() flags=() variables=()
 while (($# > 0)); do
   case $1 in
     -h | --help) usage && exit ;;
@@ -57,6 +58,10 @@ while (($# > 0)); do
     --spot) flags+=(--spot) ;;
     --create-flag=?*) flags+=("${1#*=}") ;;
     --setup=?*) setup="${1#*=}" ;;
+    --env=*)
+      [[ ${1#*=} =~ ^[A-Za-z_][A-Za-z0-9_]*= ]] || refuse "--env must be NAME=VALUE, got '${1#*=}'"
+      variables+=("${1#*=}")
+      ;;
     --worker=*) worker="${1#*=}" ;;
     --max-restarts=*) max_restarts="${1#*=}" ;;
     --poll=*) poll="${1#*=}" ;;
@@ -150,8 +155,9 @@ install() {
 # In the background and deaf to SIGHUP: the program must outlive the connection. Only where it does
 # not run yet, so that a start that missed some workers can be repeated.
 start() {
-  local program unless="bash launch/worker.sh state --dir=$notes | grep -q running"
-  program="nohup bash launch/worker.sh run --dir=$notes $python -m piflow_jax.main $(quoted "${job[@]}")"
+  local program set="" unless="bash launch/worker.sh state --dir=$notes | grep -q running"
+  ((${#variables[@]} == 0)) || set="env $(quoted "${variables[@]}") "
+  program="nohup ${set}bash launch/worker.sh run --dir=$notes $python -m piflow_jax.main $(quoted "${job[@]}")"
   # All of the background is redirected, or ssh would wait for it.
   workers "mkdir -p $notes && cd $code || exit; { $unless || $program; } >>$log 2>&1 </dev/null &"
 }

@@ -78,6 +78,11 @@ BAD = [
     ("tpu.sh", ["run", "pod", *TPU[:2], "--", *JOB], "no --version"),
     ("tpu.sh", ["run", "pod", *TPU, "--", JOB[0], "--workdir=runs/a"], "must be absolute"),
     ("tpu.sh", ["run", "pod", *TPU, "--poll=0", "--", *JOB], "--poll must be at least 1"),
+    (
+        "tpu.sh",
+        ["run", "pod", *TPU, "--env=1A=b", "--", *JOB],
+        "--env must be NAME=VALUE, got '1A=b'",
+    ),
     ("tpu.sh", ["delete", "pod"], "no --zone"),
     ("tpu.sh", ["stop", "pod", "--zone=z", "--", *JOB], "stop takes no arguments of a run"),
     ("gpu.sh", ["--nodes=0", "--", *JOB], "must be at least 1"),

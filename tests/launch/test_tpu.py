@@ -32,7 +32,7 @@ def remote(command):
 
 def test_tpu_dry_run():
     options = ["--spot", "--project=p", "--delete", "--create-flag=--network=my net"]
-    options += ["--setup=mount it", "--dry-run"]
+    options += ["--setup=mount it", "--env=FLAGS=--a=1 --b", "--env=B=", "--dry-run"]
     done = launch("tpu.sh", "run", "pod", *TPU, *options, "--", *JOB)
     lines = printed(done.stdout)
     vm = ["gcloud", "compute", "tpus", "tpu-vm"]
@@ -47,6 +47,7 @@ def test_tpu_dry_run():
     assert lines[5][:-1] == [*vm, "ssh", "pod", *place, "--quiet", "--worker=all"]
     assert lines[5][-1].endswith("; mount it")
     assert lines[6][:-1] == lines[5][:-1]
+    assert "nohup env 'FLAGS=--a=1 --b' B= bash launch/worker.sh run" in lines[6][-1]
     assert remote(lines[6][-1]) == [
         "$HOME/piflow_env/bin/python", "-m", "piflow_jax.main", *JOB,
     ]  # fmt: skip
