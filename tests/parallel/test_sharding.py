@@ -103,9 +103,8 @@ def assert_same(one, ours, tolerance):
         assert np.linalg.norm(difference) <= tolerance * np.linalg.norm(values), name
 
 
-@pytest.mark.parametrize(
-    "devices", [("two",), pytest.param(("four", "one"), marks=pytest.mark.slow)], ids=str
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("devices", [("two",), ("four", "one")], ids=str)
 def test_a_run_of_eight_devices_continues_on_fewer_and_another_mesh(devices, tmp_path):
     found = on_eight_devices("resumed_runs.py", tmp_path, *devices)
     assert set(found) == set(devices)

@@ -60,8 +60,8 @@ def largest_change(a, b):
     )
 
 
-# Compiling is most of the time: the two with most of their own in the fast tests.
-FAST = ("meanflow", "dmd")
+# Compiling is most of the time: the one with most of its own is in the fast tests.
+FAST = ("dmd",)
 
 
 @pytest.mark.parametrize(
