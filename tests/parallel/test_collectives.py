@@ -141,6 +141,7 @@ def test_matrices_are_gathered_but_by_all_of_sixty_four_chips():
         "JAX_PLATFORMS": "cpu",
         "TPU_SKIP_MDS_QUERY": "1",
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+        "XLA_FLAGS": "",  # libtpu ends at those of conftest, which it does not know
         # As in benchmarks/scaling.py.
         "LIBTPU_INIT_ARGS": "--xla_jf_spmd_threshold_for_windowed_einsum_mib=1000000",
     }

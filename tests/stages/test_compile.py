@@ -26,6 +26,7 @@ def run(workdir, *flags):
         "JAX_PLATFORMS": "cpu",
         "TPU_SKIP_MDS_QUERY": "1",
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+        "XLA_FLAGS": "",  # libtpu ends at those of conftest, which it does not know
     }
     arguments = (
         f"--config={ROOT / 'tests' / 'tiny.py'}",
