@@ -98,7 +98,9 @@ def accumulate(loss_and_grads: Callable, batch, count: int):
     """
     if count == 1:
         return loss_and_grads(batch)
-    parts = jax.tree.map(lambda a: jnp.swapaxes(a.reshape(-1, count, *a.shape[1:]), 0, 1), batch)
+    parts = jax.tree.map(
+        lambda a: jnp.swapaxes(a.reshape(len(a) // count, count, *a.shape[1:]), 0, 1), batch
+    )
     zeros = jax.tree.map(
         lambda a: jnp.zeros(a.shape, a.dtype),
         jax.eval_shape(loss_and_grads, jax.tree.map(lambda a: a[0], parts)),

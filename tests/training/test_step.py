@@ -36,6 +36,17 @@ def test_parts_are_interleaved_and_averaged():
     np.testing.assert_array_equal(seen, [x[0::3], x[1::3], x[2::3]])
 
 
+def test_parts_of_what_has_no_values():
+    """As the canvas of a batch of prompts, which says its shape alone."""
+    batch = {"x": jnp.ones((6, 2)), "canvas": jnp.zeros((6, 8, 8, 0))}
+
+    def loss_and_grads(part):
+        assert part["canvas"].shape == (2, 8, 8, 0)
+        return jnp.mean(part["x"]), {}
+
+    assert accumulate(loss_and_grads, batch, 3)[0] == 1
+
+
 @pytest.mark.parametrize("data_free", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_accumulated_gradients_are_those_of_the_whole_batch(data_free):
     config = tiny.get_config()
