@@ -26,7 +26,6 @@ def quick_run(workdir: str = "runs/notebook") -> str:
     config = base_config()
     config.data.name = "digits"
     config.model.depth = 2
-    config.model.scan_unroll = 2
     config.teacher.steps = 900
     config.teacher.batch_size = 64
     config.train.steps = 300
