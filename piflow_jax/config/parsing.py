@@ -244,7 +244,7 @@ def _check_together(config: Config) -> None:
             f"config.policy.segment_size must be 0 or at least the longest segment, {longest:.6g}, "
             f"got {policy.segment_size}"
         )
-    evaluations = config.evaluation.nfe or train.nfe
+    evaluations = config.sampling_nfe
     sampled = _longest_segment(evaluations, train.final_step_size_scale)
     if policy.kind == "dx" and sampled > (policy.segment_size or longest) + 1e-9:
         raise ConfigError(

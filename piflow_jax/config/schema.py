@@ -335,3 +335,8 @@ class Config:
     log_every: int = _field(20, "steps between metrics", low=1)
     checkpoint_every: int = _field(1000, "steps between checkpoints", low=1)
     keep_checkpoints: int = _field(2, "checkpoints kept per stage", low=1)
+
+    @property
+    def sampling_nfe(self) -> int:
+        """The student's network evaluations when sampling: `evaluation.nfe`, or as trained."""
+        return self.evaluation.nfe or self.train.nfe

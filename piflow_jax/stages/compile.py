@@ -114,7 +114,7 @@ def compile_sampling(config: Config, workdir: str | os.PathLike) -> dict[str, An
     settings = {
         "batch_size": batch_size,
         "batch_per_device": batch_size / mesh.size,
-        "nfe": config.evaluation.nfe or config.train.nfe,
+        "nfe": config.sampling_nfe,
     }
     remedy = (
         f"the sampler does not fit {config.topology}; lower config.evaluation.batch_size or split "
@@ -303,7 +303,7 @@ def _sampling_program(config: Config, mesh: Mesh) -> _Program:
     def sample(params, noise, batch):
         return sampler(params, noise, conditions(config.model, batch))
 
-    nfe, f = settings.nfe or config.train.nfe, config.train.final_step_size_scale
+    nfe, f = config.sampling_nfe, config.train.final_step_size_scale
     split = batch_sharding(mesh)
     forward = forward_flops(student, *size, _text_length(batch))
     return _Program(

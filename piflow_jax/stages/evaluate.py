@@ -57,7 +57,7 @@ def evaluate(config: Config, workdir: str | os.PathLike) -> Report | AdmFigures 
         pictures[steps] = samples
         rows.append(bench.row("teacher", steps, samples, seconds, reference))
     rows.append(bench.row("teacher", most, reference, reference_seconds, None))
-    nfe = settings.nfe or config.train.nfe
+    nfe = config.sampling_nfe
     student = load_student(config, data, workdir)
     samples, seconds = bench.sample(student_sampler(config, data), student)
     rows.append(bench.row("student", nfe, samples, seconds, reference))

@@ -213,7 +213,7 @@ def _settings(config: Config, data: DataShape, place: int) -> dict[str, Any]:
         student_spec(config, data)
         | made
         | {
-            "evaluation.nfe": settings.nfe or config.train.nfe,
+            "evaluation.nfe": config.sampling_nfe,
             "evaluation.temperature": settings.temperature,
             "evaluation.substeps": settings.substeps,
             "evaluation.solver": settings.solver,

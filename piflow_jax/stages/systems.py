@@ -289,7 +289,7 @@ def student_sampler(config: Config, data: DataShape, constrain: Constrain | None
             return few_step_sample(
                 policy,
                 noise,
-                settings.nfe or train.nfe,
+                config.sampling_nfe,
                 TimeWarp(train.shift),
                 total_substeps=settings.substeps,
                 final_step_size_scale=train.final_step_size_scale,
