@@ -1,12 +1,13 @@
 """The kernel compiled for TPU slices ahead of time; it needs `libtpu`, and no TPU."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from tests import libtpu
 
 ROOT = Path(__file__).parents[2]
 
@@ -20,12 +21,10 @@ def test_it_compiles_for_every_chip():
             "print(json.dumps([compile_for(name) for name in sys.argv[1:]]))",
         )
     )
-    environment = {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "JAX_PLATFORMS": "cpu"}
-    environment["XLA_FLAGS"] = ""  # libtpu ends at those of conftest, which it does not know
     done = subprocess.run(
         [sys.executable, "-c", code, "v5e:2x2", "v5p:2x2x1", "v6e:2x4"],
         cwd=ROOT,
-        env=os.environ | environment | {"PYTHONPATH": str(ROOT)},
+        env=libtpu.environment() | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
         timeout=1500,

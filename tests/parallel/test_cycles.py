@@ -1,7 +1,6 @@
 """Sums of estimated cycles: of programs written by hand, and of compiled loops of known lengths."""
 
 import importlib.util
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +9,7 @@ import pytest
 
 from piflow_jax.parallel.cycles import estimated_cycles
 from piflow_jax.parallel.program import UnknownTripCountError
+from tests import libtpu
 
 ROOT = Path(__file__).parents[2]
 SCOPES = ("teacher", "student", "policy")
@@ -222,12 +222,10 @@ open(sys.argv[1], "w").write(compiled.as_text())
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
 def test_compiled_loops_have_the_shares_of_their_lengths(tmp_path):
     path = tmp_path / "program.txt"
-    environment = {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
-    environment["XLA_FLAGS"] = ""  # libtpu ends at those of conftest, which it does not know
     done = subprocess.run(
         [sys.executable, "-c", COMPILED, str(path)],
         cwd=ROOT,
-        env=os.environ | environment | {"JAX_PLATFORMS": "cpu"},
+        env=libtpu.environment(),
         capture_output=True,
         text=True,
         timeout=300,

@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +11,7 @@ import tiny
 
 from piflow_jax.config import ConfigError, parse
 from piflow_jax.stages import compile_step
+from tests import libtpu
 
 ROOT = Path(__file__).parents[2]
 
@@ -22,12 +22,6 @@ def test_an_unknown_slice_is_refused_before_anything_else(tmp_path):
 
 
 def run(workdir, *flags):
-    environment = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "TPU_SKIP_MDS_QUERY": "1",
-        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-        "XLA_FLAGS": "",  # libtpu ends at those of conftest, which it does not know
-    }
     arguments = (
         f"--config={ROOT / 'tests' / 'tiny.py'}",
         f"--workdir={workdir}",
@@ -39,7 +33,7 @@ def run(workdir, *flags):
     return subprocess.run(
         [sys.executable, "-m", "piflow_jax.main", *arguments, *flags],
         cwd=ROOT,
-        env=environment,
+        env=libtpu.environment(),
         capture_output=True,
         text=True,
         timeout=500,
