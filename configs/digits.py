@@ -19,8 +19,8 @@ fifteenth of its teacher's at 1, with precision lower by 0.01, recall by 0.02 an
 mean squared distance of 0.0035; docs/results.md has every seed and variant. On two CPU cores (AMD
 EPYC, 2026-11-24) the default took 5 minutes 33 seconds, 8 minutes 20 seconds of both cores' time,
 and 1.7 GiB. On two that were less than half as fast (2026-11-25), 62 ms for a student's step, it
-takes about 12 minutes; with `train.steps=1500` it took 6 minutes 11 seconds, for a distance of 1.17
-times the teacher's.
+would take about 12 minutes; with `train.steps=1500` it took 6 minutes 11 seconds, for a distance of
+1.17 times the teacher's.
 """
 
 import ml_collections
