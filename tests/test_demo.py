@@ -8,8 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny
-import tiny_text
 
 import piflow_jax
 from piflow_jax.config import parse
@@ -28,6 +26,7 @@ from piflow_jax.training.networks import (
     trained_part,
 )
 from piflow_jax.training.state import TrainState
+from tests import tiny, tiny_text
 
 DATA = DataShape(name="digits", sample_size=8, channels=1, num_classes=10)
 

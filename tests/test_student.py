@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny
 
 import piflow_jax
 from piflow_jax.config import parse
@@ -30,6 +29,7 @@ from piflow_jax.training.networks import (
     teacher_spec,
 )
 from piflow_jax.training.state import TrainState
+from tests import tiny
 
 DATA = DataShape(name="digits", sample_size=8, channels=1, num_classes=10)
 LABELS = np.arange(23) % 10

@@ -4,13 +4,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny_text
 
 from piflow_jax.config import parse
 from piflow_jax.flow.rollout import rollout
 from piflow_jax.flow.schedule import TimeWarp
 from piflow_jax.student import Student
 from piflow_jax.training.networks import DataShape, StudentSettings, init_params, student_network
+from tests import tiny_text
 
 DATA = DataShape(name="prompts", channels=1, text_features=5, pooled_features=3)
 

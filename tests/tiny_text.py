@@ -1,6 +1,6 @@
 """A configuration of a network that reads text, small enough to train in a test."""
 
-import tiny
+from tests import tiny
 
 
 def get_config(network="flux"):

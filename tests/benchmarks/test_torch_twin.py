@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import get_config
 
 from piflow_jax.config import parse
 from piflow_jax.flow.sampling import few_step_sample
@@ -17,6 +16,7 @@ from piflow_jax.training.objectives import (
     make_policy_factory,
 )
 from piflow_jax.training.optimizer import make_optimizer
+from tests.tiny import get_config
 
 torch = pytest.importorskip("torch")
 twin = pytest.importorskip("benchmarks.torch_twin")

@@ -2,9 +2,9 @@
 
 import numpy as np
 import pytest
-import released
 
 from piflow_jax.data.text_encoders import WordEncoder, load_text_encoder
+from tests import released
 
 PROMPTS = ["a red fox", "", "two tails in the snow, two tails in the snow " * 40]
 

@@ -4,13 +4,13 @@ import json
 
 import numpy as np
 import pytest
-import released
 
 from piflow_jax.evaluation.image_text import (
     clip_similarity,
     load_image_network,
     prompt_diversity,
 )
+from tests import released
 
 
 def test_similarity_is_the_mean_cosine():

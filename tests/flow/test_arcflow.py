@@ -2,7 +2,6 @@
 
 import functools
 
-import gaussian
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +12,7 @@ from piflow_jax.flow.policies import ArcFlowPolicy, ArcOutput
 from piflow_jax.flow.rollout import average_velocity, rollout
 from piflow_jax.flow.sampling import few_step_sample
 from piflow_jax.flow.schedule import TimeWarp
+from tests import gaussian
 
 BATCH, SITES, K, C = 3, 2, 4, 2
 

@@ -1,13 +1,13 @@
 """DX policy against the reference's vectors."""
 
-import golden_files
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from golden_files import mixture_last, sites_last
 
 from piflow_jax.flow.policies import DXPolicy
+from tests import golden_files
+from tests.golden_files import mixture_last, sites_last
 
 
 @pytest.mark.parametrize("name", golden_files.names("dx_"))

@@ -1,6 +1,5 @@
 """The Gaussian teacher itself, and pi-Flow's policies on it."""
 
-import gaussian
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +8,7 @@ from piflow_jax.flow.imitation import imitation_loss, sample_intervals
 from piflow_jax.flow.policies import GMFlowPolicy, GMOutput
 from piflow_jax.flow.sampling import ode_sample
 from piflow_jax.flow.schedule import TimeWarp
+from tests import gaussian
 
 
 def test_the_flow_map_is_the_flow_of_the_velocity(x64):

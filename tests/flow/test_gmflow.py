@@ -2,14 +2,14 @@
 
 import decimal
 
-import golden_files
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from golden_files import mixture_last, sites_last
 
 from piflow_jax.flow.policies import GMFlowPolicy, GMOutput
+from tests import golden_files
+from tests.golden_files import mixture_last, sites_last
 
 # Per-component standard deviations are outside the contract (DESIGN section 4).
 PI_CASES = [name for name in golden_files.names("gm_pi_") if name != "gm_pi_4.npz"]

@@ -1,12 +1,12 @@
 """Guided velocities against the reference's vectors."""
 
-import golden_files
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from golden_files import sites_last
 
 from piflow_jax.flow.guidance import guided_velocity
+from tests import golden_files
+from tests.golden_files import sites_last
 
 
 @pytest.mark.parametrize("name", golden_files.names("forward_u_"))

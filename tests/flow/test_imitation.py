@@ -2,12 +2,10 @@
 
 import functools
 
-import golden_files
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from golden_files import mixture_last, sites_last
 
 from piflow_jax.flow.imitation import (
     imitation_loss,
@@ -17,6 +15,8 @@ from piflow_jax.flow.imitation import (
 )
 from piflow_jax.flow.policies import DXPolicy, GMFlowPolicy, GMOutput
 from piflow_jax.flow.schedule import TimeWarp
+from tests import golden_files
+from tests.golden_files import mixture_last, sites_last
 
 
 @functools.cache

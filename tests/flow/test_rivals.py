@@ -2,15 +2,15 @@
 
 import functools
 
-import gaussian
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from gaussian import run
 
 from piflow_jax.flow import rivals
 from piflow_jax.flow.schedule import TimeWarp
+from tests import gaussian
+from tests.gaussian import run
 
 BATCH, CHANNELS = 6, 4
 

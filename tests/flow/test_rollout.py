@@ -1,15 +1,15 @@
 """Rollouts and mean velocities against the reference's vectors, and the orders of their error."""
 
-import golden_files
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from golden_files import mixture_last, sites_last
 
 from piflow_jax.flow.policies import DXPolicy, GMFlowPolicy, GMOutput
 from piflow_jax.flow.rollout import average_velocity, rollout
 from piflow_jax.flow.schedule import TimeWarp
+from tests import golden_files
+from tests.golden_files import mixture_last, sites_last
 
 
 def warp_of(params):

@@ -2,17 +2,17 @@
 
 import functools
 
-import golden_files
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from golden_files import sites_last
 
 from piflow_jax.flow.policies import DXPolicy, GMFlowPolicy, GMOutput
 from piflow_jax.flow.rollout import rollout
 from piflow_jax.flow.sampling import few_step_sample, ode_sample
 from piflow_jax.flow.schedule import TimeWarp, sampling_times
+from tests import golden_files
+from tests.golden_files import sites_last
 
 # Policies of the reference's sampler clamp their times here.
 EPS = 1e-4

@@ -1,6 +1,5 @@
 """Time warp, segments and sampling times against the reference's vectors."""
 
-import golden_files
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -11,6 +10,7 @@ from piflow_jax.flow.schedule import (
     sampling_times,
     segment_start,
 )
+from tests import golden_files
 
 
 @pytest.mark.parametrize("name", golden_files.names("warp_a"))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests import libtpu
+from tests import tpu_compiler
 
 ROOT = Path(__file__).parents[2]
 
@@ -24,7 +24,7 @@ def test_it_compiles_for_every_chip():
     done = subprocess.run(
         [sys.executable, "-c", code, "v5e:2x2", "v5p:2x2x1", "v6e:2x4"],
         cwd=ROOT,
-        env=libtpu.environment() | {"PYTHONPATH": str(ROOT)},
+        env=tpu_compiler.environment() | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
         timeout=1500,

@@ -1,6 +1,5 @@
 """The autoencoder against the reference's run of `diffusers`, and in chunks."""
 
-import golden_files
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +10,7 @@ from piflow_jax.convert.files import LazyArray
 from piflow_jax.convert.qwen_vae import flattened, qwen_vae_rules
 from piflow_jax.convert.vae import vae_rules
 from piflow_jax.models.vae import AutoencoderKL, decode_in_chunks, sample_posterior
+from tests import golden_files
 
 NAME = "autoencoder_kl.npz"
 SCALE = 0.18215

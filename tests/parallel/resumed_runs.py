@@ -10,7 +10,6 @@ from pathlib import Path
 
 import jax
 import numpy as np
-import tiny
 from absl import logging
 
 from piflow_jax.config import parse
@@ -19,6 +18,7 @@ from piflow_jax.parallel import device_mesh
 from piflow_jax.stages.train import student_stage
 from piflow_jax.training.loop import run_stage
 from piflow_jax.training.networks import DataShape, init_params, teacher_network
+from tests import tiny
 
 FIRST, STEPS = 4, 8
 # data, fsdp, tensor

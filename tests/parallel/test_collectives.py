@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from piflow_jax.parallel.collectives import BETWEEN_SLICES, collective_bytes
-from tests import libtpu
+from tests import tpu_compiler
 
 # 4 devices in pairs: 64 KiB gathered from halves in a loop of 3; the same one, asynchronous, is
 # written three times. An all-reduce of which each device keeps its part is a reduce-scatter.
@@ -137,7 +137,7 @@ ENTRY %main (g: f32[8]) -> f32[8] {
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
 def test_matrices_are_gathered_but_by_all_of_sixty_four_chips():
     """Where weights move by all-reduces, see docs/scaling.md."""
-    environment = libtpu.environment() | {
+    environment = tpu_compiler.environment() | {
         # As in benchmarks/scaling.py.
         "LIBTPU_INIT_ARGS": "--xla_jf_spmd_threshold_for_windowed_einsum_mib=1000000",
     }

@@ -9,7 +9,7 @@ import pytest
 
 from piflow_jax.parallel.cycles import estimated_cycles
 from piflow_jax.parallel.program import UnknownTripCountError
-from tests import libtpu
+from tests import tpu_compiler
 
 ROOT = Path(__file__).parents[2]
 SCOPES = ("teacher", "student", "policy")
@@ -225,7 +225,7 @@ def test_compiled_loops_have_the_shares_of_their_lengths(tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", COMPILED, str(path)],
         cwd=ROOT,
-        env=libtpu.environment(),
+        env=tpu_compiler.environment(),
         capture_output=True,
         text=True,
         timeout=300,

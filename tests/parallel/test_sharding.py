@@ -48,7 +48,7 @@ def on_eight_devices(script, *arguments):
         "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8",
         "JAX_PLATFORMS": "cpu",
         "JAX_ENABLE_X64": "1",
-        "PYTHONPATH": f"{HERE.parents[1]}:{HERE.parent}",
+        "PYTHONPATH": str(HERE.parents[1]),
     }
     done = subprocess.run(
         [sys.executable, HERE / script, *arguments],

@@ -7,11 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
-import tiny
 
 from piflow_jax.config import ConfigError, parse
 from piflow_jax.stages import compile_step
-from tests import libtpu
+from tests import tiny, tpu_compiler
 
 ROOT = Path(__file__).parents[2]
 
@@ -33,7 +32,7 @@ def run(workdir, *flags):
     return subprocess.run(
         [sys.executable, "-m", "piflow_jax.main", *arguments, *flags],
         cwd=ROOT,
-        env=libtpu.environment(),
+        env=tpu_compiler.environment(),
         capture_output=True,
         text=True,
         timeout=500,

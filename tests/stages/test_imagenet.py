@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny
 from PIL import Image
 
 from piflow_jax.config import ConfigError, parse
@@ -30,6 +29,7 @@ from piflow_jax.stages import (
 )
 from piflow_jax.stages.systems import load_teacher
 from piflow_jax.training.networks import IMAGENET_LATENTS, init_params, teacher_network
+from tests import tiny
 
 DATA = dataclasses.replace(IMAGENET_LATENTS, num_classes=2)
 

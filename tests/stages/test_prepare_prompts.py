@@ -6,7 +6,6 @@ import einops
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import released
 from flax import linen as nn
 from PIL import Image
 
@@ -19,6 +18,7 @@ from piflow_jax.stages import run
 from piflow_jax.stages.autoencoder import Autoencoder
 from piflow_jax.stages.command import MODES
 from piflow_jax.stages.prepare_prompts import encode_prompts, prepare_prompts
+from tests import released
 
 ASPECTS = [1.0, 16 / 9, 1.0, 0.5, 16 / 9, 1.0, 1.02]
 PROMPTS = [Prompt(f"{'very ' * i}red fox {i}", aspect) for i, aspect in enumerate(ASPECTS)]

@@ -4,11 +4,11 @@ import json
 import time
 
 import pytest
-import tiny
 
 from piflow_jax.config import ConfigError, parse
 from piflow_jax.stages import compare_rivals, export
 from piflow_jax.stages.rivals import POLICY_METHOD, _comparable, interleaved_seconds
+from tests import tiny
 
 
 def toy(*methods):

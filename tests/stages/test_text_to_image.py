@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny_text
 from PIL import Image
 
 import piflow_jax
@@ -24,6 +23,7 @@ from piflow_jax.stages import export, sample, train
 from piflow_jax.stages.prepare_prompts import encode_prompts
 from piflow_jax.stages.sample_prompts import find_prompts
 from piflow_jax.training.networks import DataShape, init_params, teacher_network
+from tests import tiny_text
 
 PROMPTS = [
     Prompt(f"{'very ' * (i % 3)}red fox {i}", aspect) for i, aspect in enumerate([1, 2, 1, 2])

@@ -2,12 +2,10 @@
 
 import functools
 
-import golden_files
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from golden_files import sites_last
 
 from piflow_jax.config import PolicyConfig, TeacherConfig, TrainConfig
 from piflow_jax.convert import to_torch_state
@@ -24,6 +22,8 @@ from piflow_jax.training.objectives import (
     sample_draws,
     teacher_ratio,
 )
+from tests import golden_files
+from tests.golden_files import sites_last
 
 # Compiling is most of the time of these tests: programs this small run as fast unoptimised.
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})

@@ -2,7 +2,6 @@
 
 import functools
 
-import golden_files
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,6 +16,7 @@ from piflow_jax.training.optimizer import (
     make_optimizer,
     update_ema,
 )
+from tests import golden_files
 
 # --- The average --------------------------------------------------------------------------------
 

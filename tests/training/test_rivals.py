@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny
 
 from piflow_jax.config import parse
 from piflow_jax.models.dit import DiT
@@ -20,6 +19,7 @@ from piflow_jax.training.rivals import (
     rival_sampler,
     rival_setting,
 )
+from tests import tiny
 
 DATA = DataShape(name="digits", sample_size=4, channels=1, num_classes=10)
 BATCH = 8

@@ -5,7 +5,6 @@ import re
 import jax
 import jax.numpy as jnp
 import pytest
-import tiny
 
 from piflow_jax.config import parse
 from piflow_jax.training.networks import (
@@ -17,6 +16,7 @@ from piflow_jax.training.networks import (
 from piflow_jax.training.optimizer import make_optimizer
 from piflow_jax.training.state import TrainState
 from piflow_jax.training.step import distill_step
+from tests import tiny
 
 SCOPES = {"student", "teacher", "policy", "optimizer"}
 DATA = DataShape(name="digits", sample_size=8, channels=1, num_classes=10)

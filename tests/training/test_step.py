@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import tiny
 
 from piflow_jax.config import parse
 from piflow_jax.training.networks import (
@@ -16,6 +15,7 @@ from piflow_jax.training.networks import (
 )
 from piflow_jax.training.state import TrainState
 from piflow_jax.training.step import accumulate, distill_step
+from tests import tiny
 
 DATA = DataShape(name="digits", sample_size=8, channels=1, num_classes=10)
 

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import tiny_text
 from jax.sharding import PartitionSpec
 
 from piflow_jax.config import parse
@@ -32,6 +31,7 @@ from piflow_jax.training.objectives import guided_teacher
 from piflow_jax.training.optimizer import make_optimizer
 from piflow_jax.training.state import TrainState
 from piflow_jax.training.step import distill_step
+from tests import tiny_text
 
 NETWORKS = ("flux", "qwen_image")
 BATCH = 4
