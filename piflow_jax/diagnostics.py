@@ -8,6 +8,7 @@ the *rollout* is too coarse: the endpoint moves when substeps are added.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,8 +20,9 @@ import optax
 from piflow_jax.flow.imitation import imitation_loss, sample_intervals
 from piflow_jax.flow.policies import GMFlowPolicy, Policy
 from piflow_jax.flow.rollout import rollout
-from piflow_jax.flow.sampling import few_step_sample, ode_sample
+from piflow_jax.flow.sampling import ode_sample
 from piflow_jax.flow.schedule import TimeWarp, sampling_times
+from piflow_jax.flow.substeps import Solver
 
 __all__ = [
     "Capacity",
@@ -273,6 +275,7 @@ def rollout_error(
     substeps: Sequence[int] = (8, 16, 32, 64, 128),
     finest: int = 1024,
     final_step_size_scale: float = 1.0,
+    solver: Solver = "multistep",
 ) -> RolloutError:
     """Splits the endpoint's error into the student's own and that of its rollout.
 
@@ -285,22 +288,27 @@ def rollout_error(
       substeps: per unit of raw time, rising; the last is the one in use.
       finest: substeps that stand for infinitely many.
       final_step_size_scale: relative length of the last segment.
+      solver: of the rollouts, as `Student.sample` has it unless it is told another.
 
     Returns:
       The errors.
     """
+    times = sampling_times(nfe, warp, final_step_size_scale)
+    ones = jnp.ones(noise.shape[0])
+    network = jax.jit(
+        policy_fn
+    )  # once for all numbers of substeps: compiling it is most of the time
+
+    @functools.partial(jax.jit, static_argnums=4)
+    def walk(policy, x, src, dst, count):
+        now, then = (ones * warp.unwarp(t) for t in (src, dst))
+        return rollout(policy, x, now, then, warp, count, bound="traced", solver=solver)[0]
 
     def sample(count):
-        return jax.jit(
-            lambda noise: few_step_sample(
-                policy_fn,
-                noise,
-                nfe,
-                warp,
-                total_substeps=count,
-                final_step_size_scale=final_step_size_scale,
-            )
-        )(noise)
+        x = jnp.asarray(noise)
+        for src, dst in zip(times.src, times.dst, strict=True):
+            x = walk(network(x, ones * src), x, src, dst, count)
+        return x
 
     def distance(a, b):
         return float(jnp.mean((a - b) ** 2))
@@ -325,6 +333,7 @@ def diagnose(
     substeps: int = 128,
     final_step_size_scale: float = 1.0,
     capacity_steps: int = 500,
+    solver: Solver = "multistep",
 ) -> Diagnosis:
     """Measures a student against its teacher in every way of this module.
 
@@ -338,6 +347,8 @@ def diagnose(
       substeps: policy substeps per unit of raw time in use.
       final_step_size_scale: relative length of the last segment.
       capacity_steps: Adam steps of the fit of the free policy.
+      solver: of the student's samples; the gap and the free policies are measured along Euler's
+        trajectories, on which students are trained.
 
     Returns:
       The measurements.
@@ -356,7 +367,15 @@ def diagnose(
     return Diagnosis(
         gap=velocity_gap(policy_fn, teacher, noise, nfe, warp, total_substeps=substeps, **scale),
         rollout=rollout_error(
-            policy_fn, noise, reference, nfe, warp, substeps=counts, finest=8 * substeps, **scale
+            policy_fn,
+            noise,
+            reference,
+            nfe,
+            warp,
+            substeps=counts,
+            finest=8 * substeps,
+            solver=solver,
+            **scale,
         ),
         naive=float(jnp.mean((naive - reference) ** 2)),
         capacity=capacity,

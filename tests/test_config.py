@@ -11,6 +11,7 @@ import pytest
 
 from piflow_jax.config import Config, ConfigError, base_config, mesh_sizes, parse
 from piflow_jax.config.__main__ import reference
+from tests import tiny_text
 
 ROOT = Path(__file__).parents[1]
 
@@ -385,6 +386,19 @@ def test_parts_that_are_not_asked_for_are_sixteen_at_most():
     assert tuple(mesh_sizes(config, 64).values()) == (4, 16, 1)
     config = parse(changed(**wide | {"mesh__data": 1}, evaluation__batch_size=64), None)
     assert tuple(mesh_sizes(config, 64).values()) == (1, 64, 1)
+
+
+def test_parts_divide_the_rank_of_adapters():
+    config = tiny_text.get_config()
+    config.model.hidden, config.model.num_heads = 64, 8
+    config.model.lora_rank = 12
+    config.train.batch_size = config.evaluation.batch_size = config.teacher.batch_size = 8
+    config.mesh.data = config.mesh.fsdp = -1
+    assert tuple(mesh_sizes(parse(config, 8), 8).values()) == (2, 4, 1)
+    config.mesh.data = 1
+    with pytest.raises(ConfigError) as error:
+        parse(config, 8)
+    assert str(error.value) == "config.mesh.fsdp (8) must divide config.model.lora_rank (12)"
 
 
 @pytest.mark.parametrize(

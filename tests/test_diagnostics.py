@@ -10,9 +10,11 @@ from piflow_jax.diagnostics import (
     effective_components,
     plot_diagnosis,
     policy_capacity,
+    rollout_error,
     velocity_gap,
 )
 from piflow_jax.flow.policies import DXPolicy, GMFlowPolicy, GMOutput
+from piflow_jax.flow.sampling import few_step_sample
 from piflow_jax.flow.schedule import TimeWarp
 
 ANGLES = 2 * np.pi * np.arange(6) / 6
@@ -104,6 +106,22 @@ def test_a_policy_that_is_too_small_is_blamed():
     found = diagnose(student, teacher, NOISE, 1, WARP, free=grid, **FAST)
     assert found.components is None and found.num_components == 0
     assert any(reason.startswith("policy: even a free one") for reason in found.reasons())
+
+
+def test_errors_of_rollouts_are_those_of_samples():
+    def ends(count):
+        options = {"total_substeps": count, "final_step_size_scale": 0.5, "solver": "multistep"}
+        return few_step_sample(exact, NOISE, 2, WARP, **options)
+
+    reference = jnp.zeros_like(NOISE)
+    found = rollout_error(
+        exact, NOISE, reference, 2, WARP, substeps=(3, 8), finest=32, final_step_size_scale=0.5
+    )
+    coarse, fine, finest = (np.asarray(ends(count)) for count in (3, 8, 32))
+    expected = [np.mean((end - finest) ** 2) for end in (coarse, fine)]
+    np.testing.assert_allclose(found.rollout, expected, rtol=1e-3)
+    np.testing.assert_allclose(found.total, [np.mean(coarse**2), np.mean(fine**2)], rtol=1e-5)
+    np.testing.assert_allclose(found.student, np.mean(finest**2), rtol=1e-5)
 
 
 @pytest.mark.slow

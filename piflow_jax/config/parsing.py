@@ -128,7 +128,7 @@ def mesh_sizes(config: Config, num_devices: int) -> dict[str, int]:
         # Finer parts than whole tiles are padded, more than a few save little memory, and of groups
         # as large as a slice the compiler makes worse programs, see docs/scaling.md.
         tiles, rest = divmod(config.model.hidden, _TILE_ROWS)
-        most = math.gcd(num_devices // sizes["tensor"], tiles, _MOST_PARTS)
+        most = math.gcd(num_devices // sizes["tensor"], tiles, _MOST_PARTS, _rank(config))
         sizes["fsdp"] = 1 if rest else most
     open_axes = [axis for axis, size in sizes.items() if size == -1]
     if len(open_axes) > 1:
@@ -141,6 +141,11 @@ def mesh_sizes(config: Config, num_devices: int) -> dict[str, int]:
         text = " x ".join(f"{axis} {getattr(config.mesh, axis)}" for axis in sizes)
         raise ConfigError(f"config.mesh ({text}) does not fit the {num_devices} devices")
     return sizes
+
+
+def _rank(config: Config) -> int:
+    """The rank of the adapters, along which some factors are split; 0 without adapters."""
+    return 0 if config.model.network == "dit" else config.model.lora_rank
 
 
 def check_devices(config: Config, num_devices: int, num_processes: int = 1) -> dict[str, int]:
@@ -163,6 +168,11 @@ def check_devices(config: Config, num_devices: int, num_processes: int = 1) -> d
         raise ConfigError(
             f"config.mesh.tensor ({sizes['tensor']}) must divide config.model.num_heads "
             f"({config.model.num_heads})"
+        )
+    if _rank(config) % sizes["fsdp"]:
+        raise ConfigError(
+            f"config.mesh.fsdp ({sizes['fsdp']}) must divide config.model.lora_rank "
+            f"({config.model.lora_rank})"
         )
     parts = sizes["data"] * sizes["fsdp"]
     # A network that reads text is too large to be whole on a device: all of them share a sample.

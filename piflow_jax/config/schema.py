@@ -59,8 +59,9 @@ class MeshConfig:
     data: int = _field(-1, "parts of the batch with parameters of their own; -1 fills", low=-1)
     fsdp: int = _field(
         1,
-        "parts of the batch that split the parameters; -1 fills, but where data is -1 too only as "
-        "far as parts of model.hidden are whole tiles of 8, and to 16 parts",
+        "parts of the batch that split the parameters, a divisor of model.hidden and of adapters' "
+        "model.lora_rank; -1 fills, but where data is -1 too only as far as parts of model.hidden "
+        "are whole tiles of 8, and to 16 parts",
         low=-1,
     )
     tensor: int = _field(1, "parts of heads and hidden layers; -1 fills", low=-1)

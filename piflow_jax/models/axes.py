@@ -1,10 +1,11 @@
 """Logical names of the parameters' axes, by which `piflow_jax.parallel` shards them.
 
 `embed` is the width of the tokens, `heads` all attention heads together, `mlp` the hidden layer of
-an MLP, `layers` the blocks of a scan. An axis without a name is never split.
+an MLP, `layers` the blocks of a scan, `rank` the inner size of an adapter where its factor has no
+`embed`. An axis without a name is never split.
 
-What networks have in common is listed once; a network's blocks are a table of their own. An adapter
-(`lora_a`, `lora_b`) lies as the kernel beside it, its rank whole.
+What networks have in common is listed once; a network's blocks are a table of their own. An
+adapter's factors (`lora_a`, `lora_b`) have the axes of the kernel beside them.
 """
 
 from collections.abc import Sequence
@@ -64,6 +65,11 @@ _BLOCKS: dict[str, dict[str, Axes]] = {
 _NORMS = ("query_norm", "key_norm")
 
 
+def _rank(others: Axes) -> str | None:
+    """The name of an adapter's rank, none where the factor is split along `embed`."""
+    return None if "embed" in others else "rank"
+
+
 def _in_block(blocks: str, layer: str, leaf: str) -> Axes | None:
     """Axes of a stacked parameter, None if there is no such layer."""
     if leaf == "scale" and layer.removeprefix("image_").removeprefix("text_") in _NORMS:
@@ -76,8 +82,8 @@ def _in_block(blocks: str, layer: str, leaf: str) -> Axes | None:
     leaves = {
         "kernel": kernel,
         "bias": tuple(None if axis == "embed" else axis for axis in outputs),
-        "lora_a": (*ins, None),
-        "lora_b": (None, *outputs),
+        "lora_a": (*ins, _rank(ins)),
+        "lora_b": (_rank(outputs), *outputs),
     }
     return ("layers", *leaves[leaf]) if leaf in leaves else None
 
@@ -99,8 +105,11 @@ def parameter_axes(path: Sequence[str], ndim: int) -> Axes:
     if len(path) == 3 and path[0] in _BLOCKS:
         axes = _in_block(*path)
     elif path[-1] in ("lora_a", "lora_b"):
-        kernel = _OUTSIDE_BLOCKS.get((*path[:-1], "kernel"))
-        axes = kernel and ((kernel[0], None) if path[-1] == "lora_a" else (None, *kernel[1:]))
+        axes = _OUTSIDE_BLOCKS.get((*path[:-1], "kernel"))
+        if axes is not None:
+            ins, outputs = axes[:1], axes[1:]
+            down = path[-1] == "lora_a"
+            axes = (*ins, _rank(ins)) if down else (_rank(outputs), *outputs)
     else:
         axes = _OUTSIDE_BLOCKS.get(path)
         axes = (None,) * ndim if axes is None and ndim < 2 else axes

@@ -1,8 +1,9 @@
 """Where arrays lie: from logical axis names to the axes of the mesh.
 
-Fully sharded data parallelism (`fsdp`) splits every parameter along the width of the tokens and
-gathers one layer at a time; tensor parallelism (`tensor`) splits heads and hidden layers, and the
-work with them. Batches are split over `data` and `fsdp` together.
+Fully sharded data parallelism (`fsdp`) splits every parameter along the width of the tokens, or an
+adapter's factor that lacks it along the rank, and gathers one layer at a time; tensor parallelism
+(`tensor`) splits heads and hidden layers, and the work with them. Batches are split over `data` and
+`fsdp` together.
 """
 
 import dataclasses
@@ -18,7 +19,12 @@ __all__ = ["RULES", "ActivationSharding", "parameter_shardings", "state_sharding
 
 BATCH = ("data", "fsdp")
 # From an axis's name to the axis of the mesh that splits it; names that are not here stay whole.
-RULES: dict[str, str] = {"embed": "fsdp", "heads": "tensor", "mlp": "tensor"}
+RULES: dict[str, str] = {
+    "embed": "fsdp",
+    "rank": "fsdp",
+    "heads": "tensor",
+    "mlp": "tensor",
+}
 
 
 def parameter_shardings(mesh: Mesh, tree: Any, *, split: bool = True) -> Any:

@@ -1,6 +1,6 @@
 """Starts a run on eight devices, continues it on others, and prints how far the ends are apart.
 
-Arguments are a folder and which of `ENDS`.
+Arguments are a folder, a network, and which of `ENDS`.
 """
 
 import json
@@ -15,26 +15,35 @@ from absl import logging
 from piflow_jax.config import parse
 from piflow_jax.data import load_source
 from piflow_jax.parallel import device_mesh
+from piflow_jax.stages.systems import teacher_shardings
 from piflow_jax.stages.train import student_stage
 from piflow_jax.training.loop import run_stage
 from piflow_jax.training.networks import DataShape, init_params, teacher_network
-from tests import tiny
+from tests import tiny, tiny_text
 
 FIRST, STEPS = 4, 8
 # data, fsdp, tensor
 START, ENDS = (1, 8, 1), {"four": (2, 2, 1), "two": (1, 1, 2), "one": (1, 1, 1)}
 
 
-def run(workdir, shape, steps):
-    settings = tiny.get_config()
+def settings_of(network):
+    if network == "dit":
+        return tiny.get_config()
+    settings = tiny_text.get_config(network)
+    settings.model.lora_rank = 8
+    return settings
+
+
+def run(network, workdir, shape, steps):
+    settings = settings_of(network)
     settings.train.steps = steps
     settings.train.optimizer.learning_rate = 1e-4
     config = parse(settings, None)
     mesh = device_mesh(*shape, devices=jax.devices()[: int(np.prod(shape))])
-    source = load_source("digits")
-    data = DataShape.of("digits", source)
+    source = load_source(config.data.name)
+    data = DataShape.of(config.data.name, source)
     teacher = jax.jit(lambda: init_params(teacher_network(config.model, data), jax.random.key(0)))
-    teacher = jax.device_put(teacher(), jax.NamedSharding(mesh, jax.P()))
+    teacher = jax.device_put(teacher(), teacher_shardings(config, mesh, jax.eval_shape(teacher)))
     stage = student_stage(config, source, data, teacher, mesh)
     options = {"log_every": 1, "checkpoint_every": 100, "keep_checkpoints": 1}
     state = run_stage(stage, workdir, mesh=mesh, **options)
@@ -56,14 +65,14 @@ def distance(ours, theirs):
 
 if __name__ == "__main__":
     logging.set_verbosity(logging.ERROR)
-    folder, wanted = Path(sys.argv[1]), sys.argv[2:]
-    losses, whole = run(folder / "whole", (1, 1, 1), STEPS)
-    run(folder / "start", START, FIRST)
+    folder, network, wanted = Path(sys.argv[1]), sys.argv[2], sys.argv[3:]
+    losses, whole = run(network, folder / "whole", (1, 1, 1), STEPS)
+    run(network, folder / "start", START, FIRST)
     results = {}
     for name in wanted:
         shape = ENDS[name]
         shutil.copytree(folder / "start", folder / name)
-        ours, arrays = run(folder / name, shape, STEPS)
+        ours, arrays = run(network, folder / name, shape, STEPS)
         results[name] = {
             "steps": len(ours),
             "losses": float(np.max(np.abs(np.divide(ours, losses) - 1))),

@@ -218,9 +218,13 @@ def teacher_of(workdir):
     return f"--config.teacher.checkpoint={workdir / 'teacher' / 'checkpoints'}"
 
 
+SPLIT = ("--config.mesh.data=2", "--config.mesh.fsdp=2")
+
+
+@pytest.mark.slow
 def test_four_processes_and_another_mesh_give_the_result_of_one(one, tmp_path):
     """Under Slurm's variables, the parameters split over the processes."""
-    more = [teacher_of(one), "--config.mesh.data=2", "--config.mesh.fsdp=2"]
+    more = [teacher_of(one), *SPLIT]
     said = run(tmp_path, tmp_path / "logs", 4, *more, launcher=by_slurm)
     assert_results_of(tmp_path, said, one, "4 processes (slurm), 4 devices")
 
@@ -238,15 +242,15 @@ def stop(workdir, *more):
     return int(stopped[1])
 
 
-def kill_and_continue(workdir, saved, every, *more):
-    """One of two processes dies, the other one ends with an error, soon; then the same again.
+def kill(workdir, count, saved, every, *more, launcher=by_hand):
+    """One of the processes dies; the others end with an error, soon.
 
     A step or more after the one that was saved, and long before `every` more are: in a save's
-    barrier JAX ends the other process by itself.
+    barrier JAX ends the other processes by itself.
     """
     logs = workdir / "logs"
     seldom = f"--config.checkpoint_every={every}"
-    with started(workdir, logs, 2, *JOB, *more, seldom, launcher=by_mpi) as running:
+    with started(workdir, logs, count, *JOB, *more, seldom, launcher=launcher) as running:
         while not (workdir / "student" / "checkpoints" / str(saved)).is_dir():
             until_step(workdir, 0, running)
             time.sleep(0.002)
@@ -254,21 +258,24 @@ def kill_and_continue(workdir, saved, every, *more):
         running[1].kill()
         killed = time.monotonic()
         codes, said = finish(running, logs)
-    assert codes[0] not in (0, None) and codes[1] == -signal.SIGKILL
+    assert codes.pop(1) == -signal.SIGKILL and not {0, None} & set(codes)
     assert time.monotonic() - killed < 60, "it hung"
     assert "error: process 0 failed, or lost another one" in said[0]
     assert not (workdir / "report.json").exists()
-    return run(workdir, logs, 2, *more)
 
 
-def test_two_processes_of_which_one_was_killed_give_the_result_of_one(one, tmp_path):
-    said = kill_and_continue(tmp_path, APART, APART, teacher_of(one))
-    assert_results_of(tmp_path, said, one, "2 processes (environment), 2 devices")
+def test_four_processes_lose_one_and_two_give_the_result_of_one(one, tmp_path):
+    """Four under Slurm's variables, with the parameters split; two go on under MPI's."""
+    teacher = teacher_of(one)
+    kill(tmp_path, 4, APART, APART, teacher, *SPLIT, launcher=by_slurm)
+    said = run(tmp_path, tmp_path / "logs", 2, teacher, launcher=by_mpi)
+    assert_results_of(tmp_path, said, one, "2 processes (mpi), 2 devices")
 
 
 @pytest.mark.slow
 def test_stopped_and_killed_processes_continue_exactly(two, tmp_path):
-    kill_and_continue(tmp_path, stop(tmp_path), STUDENT_STEPS)
+    kill(tmp_path, 2, stop(tmp_path), STUDENT_STEPS)
+    run(tmp_path, tmp_path / "logs", 2)
     ours, theirs = arrays(tmp_path), arrays(two[0])
     assert ours.keys() == theirs.keys()
     for name, values in theirs.items():

@@ -244,10 +244,11 @@ def test_every_parameter_has_a_place_on_a_mesh(network):
         }
         blocks = "single_blocks" if network == "flux" else "joint_blocks"
         mlp = "mlp_in" if network == "flux" else "image_mlp_in"
-        # An adapter lies as the kernel beside it, its rank whole.
+        # An adapter lies as the kernel beside it; a factor without the tokens' width by its rank.
         assert found[(blocks, mlp, DOWN)] == PartitionSpec(None, "fsdp", None)
-        assert found[(blocks, mlp, UP)][-1] == "tensor"
+        assert found[(blocks, mlp, UP)][1] == "fsdp" and found[(blocks, mlp, UP)][-1] == "tensor"
         assert found[("time_out", DOWN)] == PartitionSpec("fsdp", None)
+        assert found[("time_out", UP)] == PartitionSpec("fsdp", None)
         split = {name for name, spec in found.items() if "fsdp" in spec or "tensor" in spec}
         sizes = {path: leaf.size for path, leaf in _flat(params)}
         assert sum(sizes[name] for name in split) > 0.9 * sum(sizes.values())
