@@ -26,9 +26,9 @@ def quick_run(workdir: str = "runs/notebook") -> str:
     config = base_config()
     config.data.name = "digits"
     config.model.depth = 2
-    config.teacher.steps = 900
+    config.teacher.steps = 600
     config.teacher.batch_size = 64
-    config.train.steps = 300
+    config.train.steps = 200
     config.train.batch_size = 32
     for optimizer in (config.teacher.optimizer, config.train.optimizer):
         optimizer.kind = "muon"
@@ -37,7 +37,7 @@ def quick_run(workdir: str = "runs/notebook") -> str:
         optimizer.decay = "cosine"
         optimizer.ema_gamma = 40.0
     config.evaluation.num_samples = 100
-    config.evaluation.teacher_steps = (1, 16)
+    config.evaluation.teacher_steps = (1,)
     config.evaluation.batch_size = 100
     logging.set_verbosity(logging.ERROR)
     train(parse(config), workdir)

@@ -124,7 +124,8 @@ class Diagnosis:
             if own > 4 * free and own > 0.01 * self.naive:
                 text = f"network: a free policy reaches {free:.2g}, the student {own:.2g}: train on"
                 found.append((own - free, text))
-            if free > 0.1 * self.naive:
+            # A student with several evaluations may be better than any policy of one.
+            if free > 0.1 * self.naive and own > 0.5 * free:
                 text = (
                     f"policy: even a free one stays {free:.2g} away: more components or evaluations"
                 )

@@ -6,6 +6,10 @@ import numpy as np
 import pytest
 
 from piflow_jax.diagnostics import (
+    Capacity,
+    Diagnosis,
+    RolloutError,
+    VelocityGap,
     diagnose,
     effective_components,
     plot_diagnosis,
@@ -122,6 +126,16 @@ def test_errors_of_rollouts_are_those_of_samples():
     np.testing.assert_allclose(found.rollout, expected, rtol=1e-3)
     np.testing.assert_allclose(found.total, [np.mean(coarse**2), np.mean(fine**2)], rtol=1e-5)
     np.testing.assert_allclose(found.student, np.mean(finest**2), rtol=1e-5)
+
+
+@pytest.mark.parametrize(("own", "blamed"), [(0.3, True), (0.001, False)])
+def test_a_policy_is_not_blamed_for_a_student_that_is_better(own, blamed):
+    """Free policies have one segment, the student may have several."""
+    gap = VelocityGap(*(np.ones((2, 4)) for _ in range(3)))
+    rollouts = RolloutError(np.asarray([128]), np.zeros(1), np.full(1, own), own)
+    capacity = Capacity(np.zeros(1), 0.31)
+    found = Diagnosis(gap, rollouts, 2.0, capacity, None, 0).reasons()
+    assert any(reason.startswith("policy:") for reason in found) == blamed
 
 
 @pytest.mark.slow
