@@ -105,7 +105,7 @@ def main() -> None:
         "cycles_of_a_sample": cycles,
         "cycles_of_the_network": network,
         "share": cycles / network,
-        "share_at_32_substeps": cycles / network * 32 / SUBSTEPS,
+        "share_at_64_substeps": cycles / network * 64 / SUBSTEPS,
     }
     for topology in parser.parse_args().slices:
         kept["slices"][topology] = compile_for(topology)

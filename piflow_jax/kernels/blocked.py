@@ -39,8 +39,7 @@ def blocked_rollout(
     rows_per_sample = -(-sites // row)
     rows = batch * rows_per_sample
     row_bytes = components * (channels + 2) * row * offsets.dtype.itemsize
-    lanes = min(len(os.sched_getaffinity(0)), MOST_LANES) if hasattr(os, "sched_getaffinity") else 1
-    lanes = 1 if rows * row_bytes < SMALL else min(lanes, rows)
+    lanes = 1 if rows * row_bytes < SMALL else min(_cores(), MOST_LANES, rows)
     block_rows = max(min(rows // lanes, WORK // (components * row)), 1)
     block_rows = min(block_rows, max(CACHE // row_bytes, 1))
     blocks = -(-rows // (lanes * block_rows))
@@ -69,6 +68,11 @@ def blocked_rollout(
     end = jnp.stack(ends, axis=1).reshape(-1, channels, row)[:rows]
     end = jnp.moveaxis(end.reshape(batch, rows_per_sample, channels, row), 1, 2)
     return end.reshape(batch, channels, -1)[jnp.argsort(order), :, :sites]
+
+
+def _cores() -> int:
+    """Cores that this process may use; macOS has no affinities."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _pad(values: jax.Array, axis: int, size: int) -> jax.Array:
