@@ -10,13 +10,14 @@ Channels last. Parameters come from `piflow_jax.convert`, as models `"vae"` and 
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
-from jax.typing import DTypeLike
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.typing import ArrayLike, DTypeLike
 
 from piflow_jax.models.layers import attend
 
@@ -305,17 +306,33 @@ def decode_in_chunks(
     return images.reshape(-1, *images.shape[2:])
 
 
-def picture_decoder(module: AutoencoderKL, params: dict) -> Callable[[jax.Array], jax.Array]:
-    """What turns samples into pictures, on one device and compiled once for each shape.
+def picture_decoder(
+    module: AutoencoderKL, params: dict, devices: Sequence[jax.Device] | None = None
+) -> Callable[[ArrayLike], jax.Array]:
+    """What turns samples into pictures, compiled once for each shape.
 
     Args:
         module: The autoencoder.
         params: Its variables.
+        devices: Of this process, which decode an image each at a time (those of 1024x1024 images
+            take gigabytes each); the first one by default.
 
     Returns:
         `latents [B, h, w, C]`, as diffusion models see them, to images `[B, f h, f w,
-        in_channels]`. They are decoded one by one: those of 1024x1024 images take gigabytes each.
+        in_channels]`. A batch is filled up to a multiple of the number of devices.
     """
-    decode = jax.jit(lambda params, z: decode_in_chunks(module, params, module.raw(z), 1))
-    params = jax.device_put(params, jax.local_devices()[0])
-    return lambda latents: decode(params, latents)
+    devices = jax.local_devices()[:1] if devices is None else devices
+    mesh = Mesh(np.asarray(devices), ("data",), axis_types=(AxisType.Auto,))
+    split, whole = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (("data",), ()))
+    decode = jax.jit(
+        lambda params, z: decode_in_chunks(module, params, module.raw(z), len(devices)),
+        out_shardings=split,
+    )
+    params = jax.device_put(params, whole)
+
+    def pictures(latents):
+        latents, size = np.asarray(latents), len(latents)
+        filled = latents[np.arange(size + -size % len(devices)) % size]
+        return decode(params, jax.device_put(filled, split))[:size]
+
+    return pictures

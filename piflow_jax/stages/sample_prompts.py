@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -125,24 +125,22 @@ def sample_prompts(config: Config, workdir: str | os.PathLike) -> list[Path]:
     sampler = jax.jit(_sampler(config, data, mesh, source.null), out_shardings=batch_sharding(mesh))
     decode = None
     if autoencoder is not None:
-        decode = picture_decoder(autoencoder.module, autoencoder.params)
+        decode = picture_decoder(autoencoder.module, autoencoder.params, jax.local_devices())
     directory = Path(workdir) / _FOLDERS[config.evaluation.system]
     directory.mkdir(exist_ok=True)
+    suffix = ".png" if decode is not None or data.channels in (1, 3) else ".npy"
     paths = []
     for places, batch in _batches(config, source, indices, mesh):
         noise_indices = np.asarray(places, np.uint32)
         with jax.set_mesh(mesh):  # kernels split their batch over it
             latents = sampler(params, *jax.device_put((noise_indices, batch), batch_sharding(mesh)))
-        latents = _here(latents)
-        for place, sample in dict(zip(places, latents, strict=True)).items():
-            picture = decode is not None or sample.shape[-1] in (1, 3)
-            name = f"{place:05d}-{config.evaluation.seed}"
-            path = directory / (name + (".png" if picture else ".npy"))
-            paths.append(path)
-            if jax.process_index() == 0:
-                image = sample if decode is None else np.asarray(decode(sample[None])[0])
-                prompt = source.prompts[indices[place]]
-                _write(path, image, prompt, _settings(config, data, place))
+        made = dict(zip(places, _here(latents), strict=True))  # what fills up a batch is one again
+        files = {p: directory / f"{p:05d}-{config.evaluation.seed}{suffix}" for p in made}
+        mine = list(made)[jax.process_index() :: jax.process_count()]
+        for place, image in zip(mine, _pictures(decode, [made[p] for p in mine]), strict=True):
+            prompt = source.prompts[indices[place]]
+            _write(files[place], image, prompt, _settings(config, data, place))
+        paths += files.values()
     logging.info("wrote %d files to %s", len(paths), directory)
     return sorted(paths)
 
@@ -188,6 +186,16 @@ def _here(samples: jax.Array) -> np.ndarray:
     if jax.process_count() > 1:
         samples = multihost_utils.process_allgather(samples, tiled=True)
     return np.asarray(samples, np.float32)
+
+
+def _pictures(decode: Callable | None, samples: Sequence[np.ndarray]) -> Iterator[np.ndarray]:
+    """Decoded samples, as many at a time as this process has devices; as they are without."""
+    if decode is None:
+        yield from samples
+        return
+    count = jax.local_device_count()
+    for start in range(0, len(samples), count):
+        yield from np.asarray(decode(np.stack(samples[start : start + count])))
 
 
 def _settings(config: Config, data: DataShape, place: int) -> dict[str, Any]:

@@ -1,5 +1,10 @@
 """The autoencoder against the reference's run of `diffusers`, and in chunks."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -65,6 +70,43 @@ def test_autoencoder_matches_the_reference_in_float32_and_in_chunks(golden):
     chunks = jax.jit(lambda v, z: decode_in_chunks(module, v, z, 2))(variables, three)
     expected = np.concatenate([a["decoded"], a["decoded"][:1]])
     np.testing.assert_allclose(chunks, expected, rtol=2e-4, atol=2e-5)
+
+
+DECODE = """
+import sys
+import jax, numpy as np
+from piflow_jax.models.vae import picture_decoder
+from tests.models.test_vae import NAME, load_module
+from tests import golden_files
+
+params, a = golden_files.load(NAME)
+module, variables = load_module(params, a)
+z = golden_files.sites_last(a["z"])
+latents = module.scaled(z[[0, 1, 0]])
+decode = picture_decoder(module, variables, jax.devices())
+decoded = decode(latents)
+assert len(decoded.sharding.device_set) == 2, decoded.sharding
+np.save(sys.argv[1], decoded)
+"""
+
+
+def load_module(params, arrays):
+    return load_torch_state(
+        state_of(arrays, np.float32), "vae", norm_groups=params["norm_num_groups"]
+    )
+
+
+@pytest.mark.slow
+def test_devices_decode_an_image_each(golden, tmp_path):
+    """Three of them on two devices, against the reference's."""
+    environment = os.environ | {
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+        "PYTHONPATH": str(Path(__file__).parents[2]),
+    }
+    command = [sys.executable, "-c", DECODE, str(tmp_path / "decoded.npy")]
+    subprocess.run(command, env=environment, check=True, timeout=300)
+    decoded, expected = np.load(tmp_path / "decoded.npy"), golden[1]["decoded"][[0, 1, 0]]
+    np.testing.assert_allclose(decoded, expected, rtol=2e-4, atol=2e-5)
 
 
 def test_weights_come_back_bit_for_bit_and_old_names_are_understood(golden):
