@@ -7,8 +7,10 @@ import optax
 import pytest
 
 from piflow_jax.config import parse
+from piflow_jax.training.monitor import step_memory
 from piflow_jax.training.networks import (
     DataShape,
+    abstract_params,
     init_params,
     student_network,
     teacher_network,
@@ -81,6 +83,27 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(data_free):
     for whole, parts in zip(*map(jax.tree.leaves, grads.values()), strict=True):
         assert jnp.any(whole != 0)
         np.testing.assert_allclose(parts, whole, rtol=2e-4, atol=2e-5 * np.max(np.abs(whole)))
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_evaluations():
+    """Gradients are taken in each segment of a data-free step, so none is kept for later."""
+    config = tiny.get_config()
+    config.train.data_free = True
+    batch = {"image": jnp.zeros((8, 8, 8, 1)), "label": jnp.arange(8, dtype=jnp.int32)}
+    optimizer = optax.sgd(1.0)
+    temporary = {}
+    for nfe in (2, 8):
+        config.train.nfe = nfe
+        settings = parse(config)
+        teacher = teacher_network(settings.model, DATA)
+        student = student_network(settings.model, settings.policy, DATA)
+        params = abstract_params(student)
+        state = jax.eval_shape(lambda p: TrainState.create(p, optimizer), params)
+        step = jax.jit(distill_step(student, teacher, optimizer, settings, DATA))
+        lowered = step.lower(state, abstract_params(teacher), jax.random.key(3), batch)
+        temporary[nfe] = step_memory(lowered.compile())["temporary"]
+    assert temporary[8] < 1.05 * temporary[2], temporary
 
 
 @pytest.mark.gpu
