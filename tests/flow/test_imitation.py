@@ -160,21 +160,18 @@ def test_float32_matches_reference(name):
     np.testing.assert_allclose(aux.x_dst, expected, rtol=0, atol=2e-4 * np.abs(expected).max())
 
 
-def test_python_zero_and_traced_zero_mixing_agree(x64):
+@pytest.mark.parametrize("window", [pytest.param(0, marks=pytest.mark.slow), 3])
+def test_python_zero_and_traced_zero_mixing_agree(window, x64):
     """The shortcut without teacher intervals computes the same loss and gradient."""
-    for window in (0, 3):
-        name = "piid_gm_00.npz"
-        params, a = golden_files.load(name)
-        params = params | {"window_substeps": window, "teacher_ratio": 0}
-        (loss, _), grads = run_case(params, a, np.float64)
-        params = params | {"teacher_ratio": jnp.zeros(())}
-        (traced_loss, _), traced_grads = run_case(params, a, np.float64)
-        np.testing.assert_allclose(loss, traced_loss, rtol=1e-12)
-        jax.tree.map(
-            lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-9, atol=1e-15),
-            grads,
-            traced_grads,
-        )
+    params, a = golden_files.load("piid_gm_00.npz")
+    params = params | {"window_substeps": window, "teacher_ratio": 0}
+    (loss, _), grads = run_case(params, a, np.float64)
+    params = params | {"teacher_ratio": jnp.zeros(())}
+    (traced_loss, _), traced_grads = run_case(params, a, np.float64)
+    np.testing.assert_allclose(loss, traced_loss, rtol=1e-12)
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-9, atol=1e-15), grads, traced_grads
+    )
 
 
 def test_weights_are_those_of_the_errors_and_times(x64):
@@ -185,7 +182,8 @@ def test_weights_are_those_of_the_errors_and_times(x64):
         jnp.asarray([[0.1, 0.8], [0.3, 0.6], [0.2, 0.9]]), jnp.zeros((3, 1)), tau, 0 * tau, 0
     )
 
-    def loss(output, **weights):
+    @functools.partial(jax.jit, static_argnames=("adaptive_power", "time_power"))
+    def loss(output, intervals, **weights):
         policy = DXPolicy.create(output, x, tau)
         return imitation_loss(
             policy,
@@ -202,18 +200,17 @@ def test_weights_are_those_of_the_errors_and_times(x64):
 
     output = jax.random.normal(jax.random.key(1), (3, 5, 4, 2))
     grads = jax.grad(loss, has_aux=True)
-    plain, aux = loss(output)
+    plain, aux = loss(output, intervals)
     errors = np.mean(np.square(aux.prediction - aux.target), axis=(2, 3))
     np.testing.assert_allclose(plain, np.mean(errors), rtol=1e-12)
-    weighted, _ = loss(output, adaptive_power=0.5, time_power=2.0)
+    weighted, _ = loss(output, intervals, adaptive_power=0.5, time_power=2.0)
     weights = (errors + 1e-3) ** -0.5 * np.square(aux.sigma)
     np.testing.assert_allclose(weighted, np.mean(weights * errors), rtol=1e-12)
     # A sample's states share its output: with one weight for both, gradients are in proportion.
     one = intervals.replace(student=intervals.student[:, :1], teacher=intervals.teacher[:, :1])
-    intervals = one
-    _, aux = loss(output)
+    _, aux = loss(output, one)
     errors = np.mean(np.square(aux.prediction - aux.target), axis=(2, 3))[0]
-    found, expected = grads(output, adaptive_power=1.0)[0], grads(output)[0]
+    found, expected = grads(output, one, adaptive_power=1.0)[0], grads(output, one)[0]
     np.testing.assert_allclose(
         found, expected / np.reshape(errors + 1e-3, (-1, 1, 1, 1)), rtol=1e-9, atol=1e-14
     )
