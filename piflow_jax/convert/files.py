@@ -159,6 +159,10 @@ def write_safetensors(
         path: The file; one that exists is replaced.
         state: Arrays (numpy, JAX or lazy) by name; all are held in memory at once.
         metadata: Text by text, stored in the file's header.
+
+    Raises:
+        OSError: The folder is not there or cannot be written to; an old file stays as it was.
+        SafetensorError: An array has a dtype that the format lacks; nothing is written.
     """
     from safetensors.numpy import save
 
