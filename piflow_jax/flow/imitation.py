@@ -204,6 +204,9 @@ def imitation_loss(
 
     Returns:
       `(loss[], aux)`, `loss = loss_scale * mean((prediction - target)^2) / 2`, weighted if asked.
+
+    Raises:
+      ValueError: if `total_substeps` is below 1.
     """
     detached = jax.lax.stop_gradient(policy if detached is None else detached)
     x_src, tau_src, segment_size = promote(x_src, tau_src, segment_size)
