@@ -4,6 +4,7 @@ import ast
 import dataclasses
 import importlib
 import inspect
+import pathlib
 import pkgutil
 import re
 import sys
@@ -17,6 +18,7 @@ import pytest
 import piflow_jax
 from piflow_jax.flow.policies.base import per_sample, promote
 
+ROOT = pathlib.Path(__file__).parents[1]
 # What users meet. Fields of the configuration have a page of their own, made from their metadata.
 PACKAGES = ("convert", "data", "diagnostics", "evaluation", "flow", "kernels", "models")
 # Neither mathematics nor networks: files, tables and counts have no source to name.
@@ -196,6 +198,7 @@ def public():
         inside = pkgutil.walk_packages(getattr(package, "__path__", ()), f"{package.__name__}.")
         for module in (package, *(importlib.import_module(entry.name) for entry in inside)):
             names |= {f"{module.__name__}.{n}": getattr(module, n) for n in module_all(module)}
+    names |= shown()
     # Broadcasting helpers in one sentence each.
     first = {id(thing): name for name, thing in reversed(names.items())}
     return {
@@ -203,6 +206,21 @@ def public():
         for name, thing in names.items()
         if first[id(thing)] == name and thing not in (per_sample, promote)
     }
+
+
+def shown():
+    """Names that the site's page of the API shows."""
+    page = (ROOT / "docs/api.md").read_text(encoding="utf-8")
+    names = {}
+    for path, members in re.findall(
+        r"^::: (\S+)(?:\n +options:\n +members: \[(.*)\])?", page, flags=re.M
+    ):
+        if path.rpartition(".")[2][0].isupper():
+            path, _, members = path.rpartition(".")
+        module = importlib.import_module(path)
+        members = members.split(", ") if members else module.__all__
+        names |= {f"{path}.{name}": getattr(module, name) for name in members}
+    return names
 
 
 def module_all(module):

@@ -73,7 +73,7 @@ class LazyArray:
 
 
 class Weights(Mapping[str, LazyArray]):
-    """Lazily read arrays by name.
+    """Lazily read arrays by name; made by `open_weights`.
 
     Attributes:
         path: The file or directory.
@@ -107,7 +107,7 @@ class Weights(Mapping[str, LazyArray]):
         return len(self._arrays)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of an array; reads nothing."""
+        """Shape of the array called `name`; reads nothing."""
         return self._arrays[name].shape
 
 
