@@ -156,7 +156,7 @@ def velocity_gap(
       policy_fn: `(x[B, *sites, C], t[B]) -> policy`, one network evaluation.
       teacher: `(x[B, *sites, C], t[B]) -> u[B, *sites, C]`, guided.
       noise: `[B, *sites, C]`, standard normal.
-      nfe: network evaluations.
+      nfe: network evaluations, at least 1.
       warp: raw time to noise level.
       points: queries per segment, the first at its start, evenly spaced in raw time.
       total_substeps: policy substeps per unit of raw time.
@@ -164,6 +164,9 @@ def velocity_gap(
 
     Returns:
       The gap by time and segment.
+
+    Raises:
+      ValueError: `nfe` or `total_substeps` is below 1, or `final_step_size_scale` is negative.
     """
     times = sampling_times(nfe, warp, final_step_size_scale)
     batch = noise.shape[0]
@@ -207,7 +210,7 @@ def policy_capacity(
 
     Args:
       make_policy: `(output, x, t) -> policy`.
-      output: what a network would predict for the batch; where the fit starts.
+      output: arrays `[B, ...]` that a network would predict for the batch; where the fit starts.
       teacher: `(x[B, *sites, C], t[B]) -> u[B, *sites, C]`.
       noise: `[B, *sites, C]`.
       warp: raw time to noise level.
@@ -220,6 +223,9 @@ def policy_capacity(
 
     Returns:
       The loss along the fit and the error that is left.
+
+    Raises:
+      ValueError: `steps`, `num_states` or `total_substeps` is below 1.
     """
     one = jnp.ones(noise.shape[0], noise.dtype)
     optimizer = optax.adam(optax.cosine_decay_schedule(learning_rate, steps))
@@ -284,7 +290,7 @@ def rollout_error(
       policy_fn: `(x[B, *sites, C], t[B]) -> policy`.
       noise: `[B, *sites, C]`.
       reference: `[B, *sites, C]`, the teacher's endpoints from the same noise.
-      nfe: network evaluations.
+      nfe: network evaluations, at least 1.
       warp: raw time to noise level.
       substeps: per unit of raw time, rising; the last is the one in use.
       finest: substeps that stand for infinitely many.
@@ -293,6 +299,10 @@ def rollout_error(
 
     Returns:
       The errors.
+
+    Raises:
+      ValueError: `nfe` or a number of substeps is below 1, `final_step_size_scale` is negative, or
+        the solver is unknown.
     """
     times = sampling_times(nfe, warp, final_step_size_scale)
     ones = jnp.ones(noise.shape[0])
@@ -342,7 +352,7 @@ def diagnose(
       policy_fn: `(x[B, *sites, C], t[B]) -> policy`, with the batch's conditions.
       teacher: `(x[B, *sites, C], t[B]) -> u[B, *sites, C]`, with the same conditions.
       noise: `[B, *sites, C]`, standard normal.
-      nfe: network evaluations.
+      nfe: network evaluations, at least 1.
       warp: raw time to noise level.
       free: `make_policy` and `output` of `policy_capacity`; without it there is no capacity.
       substeps: policy substeps per unit of raw time in use.
@@ -353,6 +363,10 @@ def diagnose(
 
     Returns:
       The measurements.
+
+    Raises:
+      ValueError: `nfe` or `substeps` is below 1, `final_step_size_scale` is negative, or the solver
+        is unknown.
     """
     reference, naive = (
         jax.jit(lambda x, n=n: ode_sample(teacher, x, n, warp))(noise) for n in (128, nfe)

@@ -88,6 +88,7 @@ def load_torch_state(
 
     Raises:
         ValueError: Unknown model; or names or shapes that do not fit, all of them listed.
+        TypeError: A size that the loader cannot read off the shapes is not given.
     """
     if model not in LOADERS:
         raise ValueError(f"unknown model {model!r}, known are {sorted(LOADERS)}")
@@ -104,7 +105,7 @@ def load_params(
 
     Args:
         module: A `DiT`, `Flux` or `QwenImage`.
-        state: See `load_torch_state`.
+        state: Arrays by official name, see `load_torch_state`.
         model: A name in `LOADERS`.
         place: Puts every leaf where it belongs, see `rules.import_state`.
 

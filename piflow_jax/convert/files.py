@@ -73,7 +73,7 @@ class LazyArray:
 
 
 class Weights(Mapping[str, LazyArray]):
-    """Lazily read arrays by name.
+    """Lazily read arrays by name; made by `open_weights`.
 
     Attributes:
         path: The file or directory.
@@ -107,7 +107,7 @@ class Weights(Mapping[str, LazyArray]):
         return len(self._arrays)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of an array; reads nothing."""
+        """Shape of the array called `name`; reads nothing."""
         return self._arrays[name].shape
 
 
@@ -159,6 +159,10 @@ def write_safetensors(
         path: The file; one that exists is replaced.
         state: Arrays (numpy, JAX or lazy) by name; all are held in memory at once.
         metadata: Text by text, stored in the file's header.
+
+    Raises:
+        OSError: The folder is not there or cannot be written to; an old file stays as it was.
+        SafetensorError: An array has a dtype that the format lacks; nothing is written.
     """
     from safetensors.numpy import save
 

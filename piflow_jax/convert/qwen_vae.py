@@ -59,7 +59,14 @@ def _middle(half: str, width: int) -> list[Rule]:
 
 
 def qwen_vae_rules(module: AutoencoderKL) -> list[Rule]:
-    """The table of an autoencoder, for states as `load_qwen_vae` flattens them."""
+    """The table of an autoencoder, for states as `flattened` makes them.
+
+    Args:
+        module: The autoencoder, as `load_qwen_vae` makes it.
+
+    Returns:
+        Rules that cover every parameter once.
+    """
     widths, latent = module.channels, module.latent_channels
     rules = [
         *conv("encoder.conv_in", ("encoder", "conv_in"), widths[0], module.in_channels),

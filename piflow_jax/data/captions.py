@@ -29,7 +29,11 @@ class CaptionedDigits:
       labels: int32[N], the digits.
       captions: N captions.
       text_length: Tokens that captions are padded to, the length of the longest.
-      null: Example of the empty caption, without an image.
+      null: Example of the empty caption, without an image: `text: float32[L, D]`, `text_length:
+        int32[]` and `pooled: float32[P]`.
+      num_classes: Number of digits, ten.
+      text_features: Width `D` of the text embeddings.
+      pooled_features: Width `P` of the pooled embedding.
     """
 
     name: str
@@ -72,7 +76,11 @@ class CaptionedDigits:
         return example | {"latents": self.images[index], "index": np.int32(index)}
 
     def of_classes(self) -> dict[str, np.ndarray]:
-        """Examples of one caption of each class, stacked; without images."""
+        """Examples of one caption of each class, stacked; without images.
+
+        Returns:
+          `text: float32[10, L, D]`, `text_length: int32[10]` and `pooled: float32[10, P]`.
+        """
         examples = [_example(_FORMS[3].format(digit), self.text_length) for digit in _DIGITS]
         return {key: np.stack([example[key] for example in examples]) for key in examples[0]}
 
@@ -95,7 +103,8 @@ def load_captioned_digits_source() -> CaptionedDigits:
     """Loads the digits with their captions.
 
     Returns:
-      1,797 images float32[8, 8, 1]; image `i` has form `i mod 5` of the captions of its digit.
+      1,797 images float32[8, 8, 1] in [-1, 1]; image `i` has form `i mod 5` of the captions of its
+      digit.
     """
     digits = load_digits_source()
     captions = tuple(

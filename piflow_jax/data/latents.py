@@ -107,7 +107,18 @@ def start_latents(directory: str | os.PathLike, plan: LatentsPlan) -> None:
 
 
 def missing_shards(directory: str | os.PathLike, plan: LatentsPlan) -> list[int]:
-    """Shards that are not there, or shorter or longer than they were when they were written."""
+    """Shards that are not there, or shorter or longer than they were when they were written.
+
+    Args:
+      directory: The set's directory, after `start_latents`.
+      plan: What it is going to hold.
+
+    Returns:
+      Their indices, rising; empty if all are there.
+
+    Raises:
+      LatentsError: If a shard's small record is damaged; the message names its file.
+    """
     return _SET.missing(directory, plan)
 
 
@@ -191,7 +202,14 @@ class LatentsSource:
         }
 
     def key(self, index: SupportsIndex) -> str:
-        """Returns the name of the image of one example."""
+        """Returns the name of the image of one example.
+
+        Args:
+          index: `0 <= index < len(self)`.
+
+        Returns:
+          The name, `<wnid>/<file name>` for ImageNet.
+        """
         return self._examples[index]["key"].decode()
 
 

@@ -130,7 +130,18 @@ def start_prompts(directory: str | os.PathLike, plan: PromptsPlan) -> None:
 
 
 def missing_prompt_shards(directory: str | os.PathLike, plan: PromptsPlan) -> list[int]:
-    """Shards that are not there, or shorter or longer than they were when they were written."""
+    """Shards that are not there, or shorter or longer than they were when they were written.
+
+    Args:
+      directory: The set's directory, after `start_prompts`.
+      plan: What it is going to hold.
+
+    Returns:
+      Their indices, rising; empty if all are there.
+
+    Raises:
+      PromptsError: If a shard's small record is damaged; the message names its file.
+    """
     return _SET.missing(directory, plan)
 
 
@@ -256,7 +267,14 @@ class PromptsSource:
         return example
 
     def bucket(self, index: SupportsIndex) -> int:
-        """Returns the bucket of a prompt; reads nothing."""
+        """Returns the bucket of a prompt; reads nothing.
+
+        Args:
+          index: `0 <= index < len(self)`.
+
+        Returns:
+          The place of its shape in `buckets`.
+        """
         return bisect.bisect_right(self._ends, index)
 
     def find(

@@ -54,7 +54,7 @@ class Plan:
         self.check_positive("num_examples", "shard_size")
 
     def check_positive(self, *names: str) -> None:
-        """Raises a `ValueError` if a field is not positive."""
+        """Raises a `ValueError` if a field of `names` is not positive."""
         for name in names:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
@@ -65,11 +65,11 @@ class Plan:
         return -(-self.num_examples // self.shard_size)
 
     def shard_name(self, shard: int) -> str:
-        """Name of a shard's file, as TFDS wants it."""
+        """Name of the file of a `shard`, counted from 0, as TFDS wants it."""
         return f"{self.stem}.array_record-{shard:05d}-of-{self.num_shards:05d}"
 
     def shard_range(self, shard: int) -> range:
-        """The examples of a shard."""
+        """Indices of the examples of a `shard`, counted from 0."""
         start = shard * self.shard_size
         return range(start, min(start + self.shard_size, self.num_examples))
 
@@ -118,7 +118,18 @@ class ShardedSet:
             raise self.error(f"{directory} was begun differently: {'; '.join(differences)}")
 
     def missing(self, directory: str | os.PathLike, plan: Plan) -> list[int]:
-        """Shards that are not there, or shorter or longer than they were when they were written."""
+        """Shards that are not there, or shorter or longer than they were when they were written.
+
+        Args:
+          directory: The set's directory, after `start`.
+          plan: What it is going to hold.
+
+        Returns:
+          Their indices, rising; empty if all are there.
+
+        Raises:
+          ShardsError: If a shard's small record is damaged; the message names its file.
+        """
         missing = []
         for shard in range(plan.num_shards):
             path = Path(directory) / plan.shard_name(shard)
@@ -294,7 +305,7 @@ class ShardedSet:
 
 
 def num_records(path: str | os.PathLike) -> int:
-    """Number of records of an ArrayRecord file."""
+    """Number of records of the ArrayRecord file at `path`."""
     from array_record.python.array_record_module import ArrayRecordReader
 
     reader = ArrayRecordReader(os.fspath(path))
@@ -305,7 +316,7 @@ def num_records(path: str | os.PathLike) -> int:
 
 
 def read_json(path: Path, error: type[ShardsError]) -> dict[str, Any]:
-    """Reads a JSON file; one that is none raises `error`."""
+    """Reads the JSON file at `path`; one that is none raises `error`, a `ShardsError`."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as reason:
@@ -313,7 +324,7 @@ def read_json(path: Path, error: type[ShardsError]) -> dict[str, Any]:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Writes a file that is there as a whole or not at all."""
+    """Writes `content` as JSON to `path`, where it is as a whole or not at all."""
     under_way = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     with open(under_way, "w", encoding="utf-8") as file:
         file.write(json.dumps(content, indent=2) + "\n")

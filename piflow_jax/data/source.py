@@ -79,5 +79,12 @@ class ArraySource:
         return {"image": self.images[index], "label": self.labels[index]}
 
     def gather(self, indices: np.ndarray) -> dict[str, np.ndarray]:
-        """Returns the examples at `indices: int[B]`, stacked, as fresh arrays."""
+        """Returns several examples, stacked, as fresh arrays.
+
+        Args:
+          indices: int[B] in [0, len(self)).
+
+        Returns:
+          `image: float32[B, H, W, C]` in [-1, 1], `label: int32[B]`.
+        """
         return {"image": self.images[indices], "label": self.labels[indices]}

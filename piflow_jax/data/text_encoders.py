@@ -56,7 +56,7 @@ class TextEncoder(Protocol):
     max_length: int
 
     def __call__(self, prompts: Sequence[str]) -> list[dict[str, np.ndarray]]:
-        """Returns `text: float32[L, D]` and perhaps `pooled: float32[P]` of each prompt."""
+        """Returns `text: float32[L, D]` and perhaps `pooled: float32[P]` of each of `prompts`."""
         ...
 
 
@@ -80,7 +80,7 @@ class WordEncoder:
         self.compute = "float32"
 
     def __call__(self, prompts: Sequence[str]) -> list[dict[str, np.ndarray]]:
-        """Returns `text: float32[L, D]` and `pooled: float32[P]` of each prompt."""
+        """Returns `text: float32[L, D]` and `pooled: float32[P]` of each of `prompts`."""
         return [self._encode(prompt) for prompt in prompts]
 
     def _encode(self, prompt: str) -> dict[str, np.ndarray]:
@@ -137,7 +137,7 @@ class FluxEncoder:
         self.compute = _compute(dtype, device)
 
     def __call__(self, prompts: Sequence[str]) -> list[dict[str, np.ndarray]]:
-        """Returns `text: float32[max_length, D]` and `pooled: float32[P]` of each prompt."""
+        """Returns `text: float32[max_length, D]`, `pooled: float32[P]` of each of `prompts`."""
         longest = self._clip.config.max_position_embeddings  # 77
         with self._torch.inference_mode():
             pooled = self._clip(self._ids(self._clip_tokens, prompts, longest)).pooler_output
@@ -194,7 +194,7 @@ class QwenEncoder:
         self.compute = _compute(dtype, device)
 
     def __call__(self, prompts: Sequence[str]) -> list[dict[str, np.ndarray]]:
-        """Returns `text: float32[L, D]` of each prompt."""
+        """Returns `text: float32[L, D]` of each of `prompts`, with its own number of tokens."""
         tokens = self._tokens(
             [_QWEN_TEMPLATE.format(prompt) for prompt in prompts],
             max_length=self.max_length + _QWEN_DROPPED,

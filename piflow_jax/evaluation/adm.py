@@ -76,11 +76,21 @@ class Moments:
 
     @classmethod
     def empty(cls, dimension: int) -> "Moments":
-        """Moments of no samples."""
+        """Moments of no samples of `dimension` features."""
         return cls(0, np.zeros(dimension), np.zeros((dimension, dimension)))
 
     def add(self, features: ArrayLike) -> "Moments":
-        """Moments with a batch [N, D] added; ValueError if it is malformed or not finite."""
+        """Moments with a batch of samples added.
+
+        Args:
+          features: [N, D], `N >= 1`.
+
+        Returns:
+          The moments of both together.
+
+        Raises:
+          ValueError: If `features` is malformed, of another dimension, or has a NaN or infinity.
+        """
         features = checked_features(features, "features", minimum=1)
         check_same_dimension(features, self.mean, ("features", "self.mean"))
         mean = features.mean(axis=0)
@@ -88,7 +98,17 @@ class Moments:
         return self.merge(Moments(len(features), mean, centred.T @ centred))
 
     def merge(self, other: "Moments") -> "Moments":
-        """Moments of two disjoint sets of samples together (T. Chan et al., 1979)."""
+        """Moments of two disjoint sets of samples together (T. Chan et al., 1979).
+
+        Args:
+          other: Moments of the other set.
+
+        Returns:
+          The moments of both together.
+
+        Raises:
+          ValueError: If `other` is of another dimension.
+        """
         check_same_dimension(other.mean, self.mean, ("other", "self"))
         count = self.count + other.count
         if count == 0:
@@ -99,7 +119,14 @@ class Moments:
         return Moments(count, mean, self.scatter + other.scatter + between)
 
     def statistics(self) -> GaussianStatistics:
-        """Mean and unbiased covariance; ValueError for fewer than two samples."""
+        """Mean and unbiased covariance.
+
+        Returns:
+          Both in float64, shapes [D] and [D, D].
+
+        Raises:
+          ValueError: For fewer than two samples.
+        """
         if self.count < 2:
             raise ValueError(f"a covariance needs two samples, got {self.count}")
         return GaussianStatistics(self.mean, self.scatter / (self.count - 1))
@@ -162,7 +189,7 @@ class InceptionNetwork:
         return Activations(np.concatenate(pools), np.concatenate(spatials))
 
     def logits(self, pool: np.ndarray) -> np.ndarray:
-        """Logits float32[N, classes] of pooled features without bias, as ADM scores them."""
+        """Logits float32[N, classes] of pooled features `pool[N, 2048]` without bias, as in ADM."""
         return np.asarray(class_logits(self.params, jnp.asarray(pool)))
 
 
@@ -201,7 +228,13 @@ def inception_score(logits: ArrayLike, split_size: int = _SPLIT) -> float:
 
 
 def to_uint8(images: ArrayLike) -> np.ndarray:
-    """Images in [-1, 1] (clipped to it) as bytes: 127.5 x + 128 rounded down, as DiT writes them.
+    """Images as bytes: 127.5 x + 128 rounded down, as DiT writes them.
+
+    Args:
+      images: Of any shape, in [-1, 1] or clipped to it.
+
+    Returns:
+      uint8 in [0, 255], of the same shape.
 
     Raises:
       ValueError: If `images` has a NaN or infinity.

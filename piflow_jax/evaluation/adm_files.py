@@ -36,7 +36,7 @@ def is_published(feature_network: str) -> bool:
 
 
 def file_digest(path: str | os.PathLike) -> str:
-    """SHA-256 of a file's bytes, 64 hexadecimal digits."""
+    """SHA-256 of the bytes of the file at `path`, 64 hexadecimal digits."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -64,7 +64,7 @@ class Reference:
     images: int
 
     def check(self, feature_network: str) -> None:
-        """Raises ValueError unless the statistics are of the network with this hash."""
+        """Raises ValueError unless the statistics are of the network hashed `feature_network`."""
         if self.pool is None or self.feature_network == feature_network:
             return
         if self.feature_network is not None:

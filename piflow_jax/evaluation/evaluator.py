@@ -39,14 +39,30 @@ class Figures:
 
 
 def index_labels(num_samples: int, num_classes: int) -> np.ndarray:
-    """Labels `int32[num_samples]`: classes in turn, so that every prefix is balanced."""
+    """Labels in turn, so that every prefix is balanced.
+
+    Args:
+      num_samples: How many.
+      num_classes: Number of classes.
+
+    Returns:
+      `int32[num_samples]` in [0, num_classes).
+    """
     return np.arange(num_samples, dtype=np.int32) % num_classes
 
 
 def index_noise(seed: int, indices: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Standard normal noise `[B, *shape]` that depends on seed and index alone.
+    """Standard normal noise that depends on seed and index alone.
 
     Not on the batch size, nor on the number of devices or processes.
+
+    Args:
+      seed: Any integer that `jax.random.key` takes.
+      indices: `uint32[B]`, numbers of samples.
+      shape: Shape of one sample's noise, `(H, W, C)`.
+
+    Returns:
+      `float32[B, *shape]`.
     """
     key = jax.random.key(seed)
     return jax.vmap(lambda index: jax.random.normal(jax.random.fold_in(key, index), shape))(indices)
@@ -88,9 +104,16 @@ class IndexSampler:
         self._run = jax.jit(run)
 
     def batches(self, params, indices: range) -> Iterator[np.ndarray]:
-        """Yields the samples of consecutive indices, `[<= batch_size, ...]` at a time.
+        """Yields the samples of consecutive indices.
 
-        Time spent is added to `seconds`, compilation left out.
+        Time spent is added to the attribute `seconds`, compilation left out.
+
+        Args:
+          params: Parameters of the system.
+          indices: Numbers of the samples, a step of 1 apart.
+
+        Yields:
+          `[b, H, W, C]` with `b = batch_size`, less for the last; of the system's own dtype.
         """
         for start in range(indices.start, indices.stop, self.batch_size):
             count = min(self.batch_size, indices.stop - start)
@@ -110,9 +133,16 @@ class IndexSampler:
         return jax.set_mesh(self._sharding.mesh) if several else contextlib.nullcontext()
 
     def __call__(self, params, num_samples: int) -> np.ndarray:
-        """The first samples, `float32[num_samples, ...]`.
+        """The first samples.
 
         Processes share the work, and all of them get all samples; all have to call it.
+
+        Args:
+          params: Parameters of the system.
+          num_samples: How many, from index 0 on.
+
+        Returns:
+          `float32[num_samples, H, W, C]`.
         """
         count = jax.process_count()
         share = -(-num_samples // count)

@@ -53,7 +53,7 @@ class ImageSet:
         return self._read(self._order[number])
 
     def digest(self, numbers: range) -> str:
-        """Hash of which files these pictures are: their names, lengths and times."""
+        """Hash of which files the pictures `numbers` are: their names, lengths and times."""
         parts = [self._fingerprint(self._order[number]) for number in numbers]
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
@@ -127,7 +127,14 @@ def _open_archive(path: Path) -> ImageSet:
 
 
 def resized(image: np.ndarray) -> np.ndarray:
-    """A picture uint8[H, W, 3] as uint8[299, 299, 3], by Pillow's bicubic filter, antialiased."""
+    """A picture in the size that Inception sees, by Pillow's bicubic filter, antialiased.
+
+    Args:
+      image: uint8[H, W, 3].
+
+    Returns:
+      uint8[299, 299, 3].
+    """
     from PIL import Image
 
     picture = Image.fromarray(image).resize((PATCH, PATCH), Image.Resampling.BICUBIC)
@@ -135,7 +142,13 @@ def resized(image: np.ndarray) -> np.ndarray:
 
 
 def centre_patch(image: np.ndarray) -> np.ndarray:
-    """The central uint8[299, 299, 3] of a picture uint8[H, W, 3], not scaled.
+    """The centre of a picture in the size that Inception sees, not scaled.
+
+    Args:
+      image: uint8[H, W, 3].
+
+    Returns:
+      uint8[299, 299, 3].
 
     Raises:
       ValueError: If the picture is smaller.

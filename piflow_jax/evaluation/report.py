@@ -25,7 +25,7 @@ class Row:
       figures: what was measured.
       endpoint_mse: mean squared distance of its (unclipped) endpoints to those of the teacher at
         its largest number of evaluations; None for that system itself.
-      seconds: sampling time, compilation left out.
+      seconds: sampling time in seconds, compilation left out.
     """
 
     system: str
@@ -52,7 +52,18 @@ class Report:
     protocol: dict[str, Any]
 
     def find(self, system: str, nfe: int) -> Row:
-        """The row of a system at a number of evaluations; KeyError if there is none."""
+        """The row of a system at a number of evaluations.
+
+        Args:
+          system: Its name.
+          nfe: Network evaluations per sample.
+
+        Returns:
+          The first such row.
+
+        Raises:
+          KeyError: There is none.
+        """
         for row in self.rows:
             if (row.system, row.nfe) == (system, nfe):
                 return row
@@ -63,7 +74,7 @@ class Report:
         return dataclasses.asdict(self)
 
     def write(self, path: str | os.PathLike) -> None:
-        """Writes the report as JSON; the file is replaced in one move."""
+        """Writes the report as JSON to `path`; a file that is there is replaced in one move."""
         path = Path(path)
         temporary = path.with_suffix(".tmp")
         temporary.write_text(json.dumps(self.as_dict(), indent=1) + "\n", encoding="utf-8")

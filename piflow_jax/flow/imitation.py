@@ -69,7 +69,16 @@ class ImitationAux:
 def window_size(
     segment_size: jax.Array, window_substeps: int, total_substeps: int = 128
 ) -> jax.Array:
-    """Raw-time length of the time-smoothing window, at most the segment, shaped like it."""
+    """Raw-time length of the time-smoothing window, at most the segment.
+
+    Args:
+      segment_size: raw-time length of the segment in (0, 1], of any shape.
+      window_substeps: policy substeps in the window; 0 is no window.
+      total_substeps: policy substeps per unit of raw time.
+
+    Returns:
+      The length, of the shape of `segment_size`.
+    """
     substep = segment_size / num_substeps(segment_size, total_substeps)
     return jnp.minimum(window_substeps * substep, segment_size)
 
@@ -88,8 +97,8 @@ def intervals_from_uniforms(
       teacher_u: `[B, M - 1]` in [0, 1].
       segment_size: `[B]`, raw-time length of the segment.
       window: `[B]`, raw-time length of the time-smoothing window.
-      teacher_ratio: share of the segment walked by the teacher, in [0, 1]; 1 is fully off-policy,
-        0 fully on-policy. A Python 0 is recognised and saves the teacher's part.
+      teacher_ratio: share of the segment walked by the teacher, a scalar in [0, 1]; 1 is fully
+        off-policy, 0 fully on-policy. A Python 0 is recognised and saves the teacher's part.
 
     Returns:
       The intervals; student and teacher together cover at most `segment_size - window`.
@@ -195,6 +204,9 @@ def imitation_loss(
 
     Returns:
       `(loss[], aux)`, `loss = loss_scale * mean((prediction - target)^2) / 2`, weighted if asked.
+
+    Raises:
+      ValueError: if `total_substeps` is below 1.
     """
     detached = jax.lax.stop_gradient(policy if detached is None else detached)
     x_src, tau_src, segment_size = promote(x_src, tau_src, segment_size)

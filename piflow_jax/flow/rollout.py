@@ -155,6 +155,9 @@ def average_velocity(
 
     Returns:
       `u[B, *sites, C]`.
+
+    Raises:
+      ValueError: if `total_substeps` is below 1 and a rollout is needed.
     """
     x, tau_start, tau_end = promote(x, tau_start, tau_end)
     sigma_start = warp.warp(tau_start)

@@ -26,11 +26,11 @@ class TimeWarp:
     shift: float = flax.struct.field(pytree_node=False, default=1.0)
 
     def warp(self, tau: jax.Array) -> jax.Array:
-        """Noise level in [0, 1] of a raw time in [0, 1]; any shape."""
+        """Noise level in [0, 1] of a raw time `tau` in [0, 1]; of any shape."""
         return self.shift * tau / (1 + (self.shift - 1) * tau)
 
     def unwarp(self, t: jax.Array) -> jax.Array:
-        """Raw time of a noise level, of any shape; the inverse of `warp`."""
+        """Raw time of a noise level `t` in [0, 1], the inverse of `warp`; of any shape."""
         return t / (self.shift + (1 - self.shift) * t)
 
 

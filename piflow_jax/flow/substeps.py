@@ -29,7 +29,15 @@ def check_solver(solver: str) -> None:
 
 
 def num_substeps(delta_tau: jax.Array, total_substeps: int) -> jax.Array:
-    """Substeps of an interval of raw time: rounded half to even, at least one. Any shape."""
+    """Substeps of an interval of raw time: rounded half to even, at least one.
+
+    Args:
+      delta_tau: length of the interval in raw time, of any shape.
+      total_substeps: substeps per unit of raw time.
+
+    Returns:
+      Whole numbers of the shape and the type of `delta_tau`.
+    """
     return jnp.maximum(jnp.round(delta_tau * total_substeps), 1)
 
 

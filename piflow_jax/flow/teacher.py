@@ -154,6 +154,9 @@ class Teacher:
       guidance_scale: classifier-free guidance of the velocity, 1 is none.
       guidance_interval: noise levels `t` at which to guide, both ends included.
       null_cond: what stands for no condition: `cond` of a single sample, without the axis `B`.
+
+    Raises:
+      ValueError: `prediction` is none of the four, or there is guidance and no `null_cond`.
     """
 
     predict: Callable[[Any, jax.Array, jax.Array, Any], jax.Array]

@@ -5,6 +5,8 @@ axis and rows of them short, so that the K components do not fall into the same 
 the product over C is spelled out, where XLA's own reductions are scalar; maxima and sums over K are
 separate reductions, which XLA does not recompute for each component; and blocks that have arrived
 stop.
+
+Source: the rollout of pi-Flow (arXiv 2510.14974, Alg. 1) with its GMFlow policy.
 """
 
 import functools
@@ -96,7 +98,7 @@ def whole_rollout(
     table: jax.Array,
     trips: jax.Array,
 ) -> jax.Array:
-    """The same without blocks, one loop for all of it; a batch may be split over devices."""
+    """The same in one loop, whose batch may be split over devices; see `mixture_rollout`."""
     table = jnp.moveaxis(table, -1, 0)
     by_channel = _split(offsets, 2)
     norms = sum(d * d for d in by_channel)

@@ -1,4 +1,7 @@
-"""What a substep of a mixture's rollout computes, as numbers per sample and substep."""
+"""What a substep of a mixture's rollout computes, as numbers per sample and substep.
+
+Source: the GMFlow policy of pi-Flow (arXiv 2510.14974, Sec. 3.2), as `GMFlowPolicy` computes it.
+"""
 
 from typing import NamedTuple
 
@@ -9,7 +12,7 @@ __all__ = ["COLUMNS", "Recurrence"]
 
 
 class Recurrence(NamedTuple):
-    """Coefficients of a rollout's substeps, `[B, N]` each.
+    """Coefficients of a rollout's substeps, float32 `[B, N]` each, or what broadcasts to it.
 
     With offsets `d_k`, log-weights `a_k`, the centre `r`, the residual at the source `y_s`, and the
     state relative to the centre `y`, a substep is
@@ -34,7 +37,7 @@ class Recurrence(NamedTuple):
     step_previous: jax.Array
 
     def table(self) -> jax.Array:
-        """All of them as `[B, 10, N]`, in the order of the fields."""
+        """All of them as `[B, 10, N]`, in the order of the fields, for `mixture_rollout`."""
         return jnp.stack(jnp.broadcast_arrays(*self), axis=1)
 
 

@@ -1,4 +1,7 @@
-"""One function for all platforms; batches that are split over devices stay so."""
+"""One function for all platforms; batches that are split over devices stay so.
+
+Source: the rollout of pi-Flow (arXiv 2510.14974, Alg. 1) with its GMFlow policy.
+"""
 
 import math
 

@@ -1,4 +1,7 @@
-"""One substep in a kernel: every channel and component an array of its own, of a block of sites."""
+"""One substep in a kernel: every channel and component an array of its own, of a block of sites.
+
+Source: the GMFlow policy of pi-Flow (arXiv 2510.14974, Sec. 3.2) in the form of `Recurrence`.
+"""
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -15,9 +18,9 @@ class Component(NamedTuple):
     """A component of a block's mixture.
 
     Attributes:
-      offset: its offset from the centre, an array for each channel.
-      logweight: its log-weight.
-      norm: the squared length of its offset.
+      offset: its offset from the centre, an array of the block's shape for each channel.
+      logweight: its log-weight, of the block's shape.
+      norm: the squared length of its offset, of the block's shape.
     """
 
     offset: Sequence[jax.Array]
@@ -46,15 +49,15 @@ def substep(
 
     Args:
       of: the substep's coefficients, scalars.
-      y: the state relative to the centre, an array for each channel, as the rest.
-      previous: the velocity of the substep before, relative to the centre.
-      residual_src: the residual at the source.
-      center: the centre.
+      y: the state relative to the centre, an array of the block's shape for each channel.
+      previous: the velocity of the substep before, relative to the centre; shaped like `y`.
+      residual_src: the residual at the source, shaped like `y`.
+      center: the centre, shaped like `y`.
       component: the mixture's components by index; asked for twice, from fast memory.
-      components: how many there are.
+      components: how many there are, at least 1.
 
     Returns:
-      The state and the velocity.
+      The state after the substep and the velocity of it, both shaped like `y`.
     """
     sources = list(zip(y, residual_src, center, strict=True))
     pull = [of.pull * a + of.pull_src * b + of.pull_center * c for a, b, c in sources]
@@ -81,7 +84,15 @@ def substep(
 
 
 def shaped_like(values: jax.Array, shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
-    """The shape of a result that varies over the axes of a `shard_map` as an argument does."""
+    """The shape of a result that varies over the axes of a `shard_map` as an argument does.
+
+    Args:
+      values: the argument, of any shape.
+      shape: that of the result.
+
+    Returns:
+      The shape with the dtype of `values`.
+    """
     aval = jax.typeof(values)
     # The name of the keyword is younger than jax 0.10.
     for name in ("manual_axis_type", "vma"):

@@ -3,6 +3,8 @@
 The mixture of a site is read from the main memory once if it fits into the registers of a thread;
 a larger one stays in the cache, from which each substep reads it. Coefficients are the same for all
 threads of a block and come from the cache too.
+
+Source: the rollout of pi-Flow (arXiv 2510.14974, Alg. 1) with its GMFlow policy.
 """
 
 import jax
@@ -33,17 +35,17 @@ def triton_rollout(
     """All substeps of a mixture's rollout; arguments and result as those of `mixture_rollout`.
 
     Args:
-      offsets: as there, and the other arrays too.
-      logweights: as there.
-      center: as there.
-      residual_src: as there.
-      residual: as there.
-      table: as there.
-      trips: as there.
+      offsets: `float32[B, K, C, S]`.
+      logweights: `float32[B, K, S]`.
+      center: `float32[B, C, S]`.
+      residual_src: `float32[B, C, S]`.
+      residual: `float32[B, C, S]`.
+      table: `float32[B, 10, N]`.
+      trips: `int32[B]`.
       interpret: runs the kernel's operations one by one, on any platform.
 
     Returns:
-      The state at the end, relative to the centre.
+      `float32[B, C, S]`, the state at the end, relative to the centre.
     """
     batch, components, channels, sites = offsets.shape
     blocks = -(-sites // THREADS)

@@ -77,7 +77,7 @@ class SingleBlock(Layers):
         Args:
             tokens: `[B, L + T, D]`, text first.
             conditioning: `[B, D]`, after its activation.
-            table: See `JointBlock`.
+            table: `[2, L + T, head size / 2]` rotary table, see `JointBlock`.
 
         Returns:
             `[B, L + T, D]`, and None (what a scan collects).
@@ -221,7 +221,15 @@ class Flux(nn.Module):
         )
 
     def example(self, batch: int = 1) -> tuple[jax.ShapeDtypeStruct, ...]:
-        """Shapes of the smallest inputs, for `init` under `jax.eval_shape`."""
+        """Shapes of the smallest inputs, for `init` under `jax.eval_shape`.
+
+        Args:
+            batch: Number of examples `B`.
+
+        Returns:
+            float32 states `[B, p, p, C]`, times `[B]`, one token of text `[B, 1, text_features]`,
+            pooled text `[B, pooled_features]`, and with `guidance_embed` guidance scales `[B]`.
+        """
         p = self.patch_size
         shapes = [
             (batch, p, p, self.in_channels),

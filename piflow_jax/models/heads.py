@@ -80,7 +80,7 @@ class VelocityHead(nn.Module):
         return _project(self, "output", tokens, embedding, patch_size, (x.shape[-1],), param_dtype)
 
     def noise_shape(self, channels: int) -> None:
-        """Shape of the noise that `from_velocity` wants: none."""
+        """Shape of the noise that `from_velocity` wants for `channels` channels: none."""
         del channels
 
     def from_velocity(
@@ -130,7 +130,7 @@ class DXHead(nn.Module):
         return out + skip * beyond_first.reshape(1, 1, 1, self.num_grid, 1)
 
     def noise_shape(self, channels: int) -> None:
-        """Shape of the noise that `from_velocity` wants: none."""
+        """Shape of the noise that `from_velocity` wants for `channels` channels: none."""
         del channels
 
     def from_velocity(
@@ -142,7 +142,7 @@ class DXHead(nn.Module):
             params: The head's own parameters; none survive.
             velocity: `kernel [D, p*p*C]`, `bias [p*p*C]` of the teacher's output layer.
             channels: `C`.
-            noise: Unused.
+            noise: Unused; mixture heads take `[K, C]`.
 
         Returns:
             The head's parameters.
@@ -221,7 +221,7 @@ class GMHead(nn.Module):
         return linear(1, "logstd_out", kernel_init=nn.initializers.zeros)(hidden)[:, 0]
 
     def noise_shape(self, channels: int) -> tuple[int, int]:
-        """Shape `(K, C)` of the standard normal noise that `from_velocity` wants."""
+        """Shape `(K, C)` of the normal noise that `from_velocity` wants, `C` being `channels`."""
         return (self.num_components, channels)
 
     def from_velocity(
@@ -303,7 +303,7 @@ class ArcHead(nn.Module):
         )
 
     def noise_shape(self, channels: int) -> tuple[int, int]:
-        """Shape `(K, C)` of the standard normal noise that `from_velocity` wants."""
+        """Shape `(K, C)` of the normal noise that `from_velocity` wants, `C` being `channels`."""
         return (self.num_components, channels)
 
     def from_velocity(

@@ -40,7 +40,15 @@ _PRECISION = jax.lax.Precision.HIGHEST
 
 
 class Convolution(NamedTuple):
-    """A convolution without bias, normalised by fixed moments, and rectified."""
+    """A convolution without bias, normalised by fixed moments, and rectified.
+
+    Attributes:
+        name: Name of its module in the PyTorch port.
+        features: Output channels.
+        kernel: Height and width of the kernel.
+        stride: Step of the output's sites along either side.
+        padding: As `jax.lax.conv_general_dilated` takes it, "SAME" or "VALID".
+    """
 
     name: str
     features: int

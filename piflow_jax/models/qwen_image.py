@@ -181,7 +181,15 @@ class QwenImage(nn.Module):
         )
 
     def example(self, batch: int = 1) -> tuple[jax.ShapeDtypeStruct, ...]:
-        """Shapes of the smallest inputs, for `init` under `jax.eval_shape`."""
+        """Shapes of the smallest inputs, for `init` under `jax.eval_shape`.
+
+        Args:
+            batch: Number of examples `B`.
+
+        Returns:
+            float32 states `[B, p, p, C]`, times `[B]` and one token of text
+            `[B, 1, text_features]`.
+        """
         p = self.patch_size
         shapes = (batch, p, p, self.in_channels), (batch,), (batch, 1, self.text_features)
         return tuple(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes)

@@ -1,10 +1,10 @@
-"""The autoencoder of Stable Diffusion (2112.10752, section 3.1), and those that came from it.
+"""The autoencoder of Stable Diffusion (arXiv 2112.10752, section 3.1), and those that came from it.
 
 The latent spaces of DiT teachers (`sd-vae-ft-ema` and `sd-vae-ft-mse`, whose sizes are the
 defaults), of FLUX.1 (16 channels, no convolutions around the latents) and of Qwen-Image. The last
-is an autoencoder of videos, causal in time (2508.02324, section 2.3); a picture is its first frame,
-before which it sees zeros, so of each kernel only the last slice in time matters, and what remains
-is this network with other norms and upsampling that halves widths.
+is an autoencoder of videos, causal in time (arXiv 2508.02324, section 2.3); a picture is its first
+frame, before which it sees zeros, so of each kernel only the last slice in time matters, and what
+remains is this network with other norms and upsampling that halves widths.
 
 Channels last. Parameters come from `piflow_jax.convert`, as models `"vae"` and `"qwen_vae"`.
 """
@@ -253,17 +253,24 @@ class AutoencoderKL(nn.Module):
         return self.decoder(self.post_quant_conv(latents) if self.quant_convs else latents)
 
     def scaled(self, latents: jax.Array) -> jax.Array:
-        """What diffusion models see of raw latents `[..., latent_channels]`; same shape."""
+        """What diffusion models see of raw `latents[..., latent_channels]`; the same shape."""
         scale, shift = self._scale_and_shift(latents)
         return (latents - shift) * scale
 
     def raw(self, latents: jax.Array) -> jax.Array:
-        """Raw latents, for `decode`, of what diffusion models see; the inverse of `scaled`."""
+        """Raw latents of what diffusion models see, `latents[..., latent_channels]`; that shape."""
         scale, shift = self._scale_and_shift(latents)
         return latents / scale + shift
 
     def __call__(self, image: jax.Array) -> jax.Array:
-        """Reconstruction of an image from the posterior's mean; initialises all parameters."""
+        """Reconstruction of an image from the posterior's mean; initialises all parameters.
+
+        Args:
+            image: See `encode`; `[B, H, W, in_channels]` in [-1, 1].
+
+        Returns:
+            `[B, H, W, in_channels]`, not clipped.
+        """
         return self.decode(self.encode(image)[0])
 
 

@@ -86,7 +86,7 @@ class ArcFlowPolicy:
         return cls(means=means, logweights=logweights, rates=rates, sigma_src=sigma_src)
 
     def velocity(self, x: jax.Array, sigma: jax.Array) -> jax.Array:
-        """Velocity at `(x, sigma)`; see the class and `Policy.velocity`."""
+        """Velocity at `x[B, *sites, C]` and noise levels `sigma[B]`; see `Policy.velocity`."""
         x, sigma, _ = promote(x, sigma, self.means)
         elapsed = per_sample(self.sigma_src - sigma, self.rates.ndim)
         return self._mix(jnp.exp(self.rates * elapsed))

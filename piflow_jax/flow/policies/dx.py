@@ -92,7 +92,7 @@ class DXPolicy:
         )
 
     def velocity(self, x: jax.Array, sigma: jax.Array) -> jax.Array:
-        """Velocity at `(x, sigma)`; see the class and `Policy.velocity`."""
+        """Velocity at `x[B, *sites, C]` and noise levels `sigma[B]`; see `Policy.velocity`."""
         x, sigma, _ = promote(x, sigma, self.x0)
         tau = TimeWarp(self.shift).unwarp(sigma)
         x0 = self._interpolate(tau) if self.mode == "grid" else self._polynomial(tau)

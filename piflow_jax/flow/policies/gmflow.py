@@ -138,7 +138,7 @@ class GMFlowPolicy:
         )
 
     def velocity(self, x: jax.Array, sigma: jax.Array) -> jax.Array:
-        """Velocity at `(x, sigma)`; see the class and `Policy.velocity`."""
+        """Velocity at `x[B, *sites, C]` and noise levels `sigma[B]`; see `Policy.velocity`."""
         x, sigma, _ = promote(x, sigma, self.center)
         numbers = self.coefficients(sigma)
         of = MixtureCoefficients(*(per_sample(number, x.ndim) for number in numbers))
