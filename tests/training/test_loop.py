@@ -14,7 +14,7 @@ import pytest
 
 from piflow_jax.data import batches, load_source
 from piflow_jax.training import loop
-from piflow_jax.training.checkpoint import CheckpointError, restore_subtree
+from piflow_jax.training.checkpoint import Checkpointer, CheckpointError, restore_subtree
 from piflow_jax.training.loop import (
     Interrupted,
     Look,
@@ -173,6 +173,53 @@ def test_signal_in_the_last_step_ends_the_run_too(tmp_path):
 
     with pytest.raises(Interrupted, match="step 10"):
         run_stage(make_stage(hook=hook), tmp_path, **OPTIONS)
+
+
+def during(monkeypatch, method, number):
+    """Sends a signal when a method of the checkpointer is called."""
+    original = getattr(Checkpointer, method)
+
+    def signalled(self, *args, **kwargs):
+        os.kill(os.getpid(), number)
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(Checkpointer, method, signalled)
+
+
+@pytest.mark.parametrize("method", ["save", "close"])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signal_while_the_end_is_saved_ends_the_run_too(tmp_path, monkeypatch, method, number):
+    during(monkeypatch, method, number)
+    with pytest.raises(Interrupted, match=f"{number.name}: saved toy at step 3") as stop:
+        run_stage(make_stage(3), tmp_path, **OPTIONS)
+    assert stop.value.signal == number.name
+    assert sorted(os.listdir(checkpoint_dir(tmp_path, "toy"))) == ["3"]
+
+
+def test_signal_while_a_finished_stage_is_read_ends_the_run(tmp_path, monkeypatch):
+    run_stage(make_stage(3), tmp_path, **OPTIONS)
+    during(monkeypatch, "restore", signal.SIGTERM)
+    with pytest.raises(Interrupted, match="SIGTERM: saved toy at step 3"):
+        run_stage(make_stage(3), tmp_path, **OPTIONS)
+
+
+@pytest.mark.parametrize("finished", [False, True])
+def test_processes_leave_together_at_the_end(tmp_path, monkeypatch, finished):
+    """Another one got the signal; this one hears of it when it asks."""
+    if finished:
+        run_stage(make_stage(3), tmp_path, **OPTIONS)
+    gather = lambda asked: np.stack([asked, np.int32(1)])  # noqa: E731
+    monkeypatch.setattr(loop.multihost_utils, "process_allgather", gather)
+    asked = loop._agreed
+
+    def of_two(requested):
+        with monkeypatch.context() as two:
+            two.setattr(jax, "process_count", lambda: 2)
+            return asked(requested)
+
+    monkeypatch.setattr(loop, "_agreed", of_two)
+    with pytest.raises(Interrupted, match="SIGTERM: saved toy at step 3"):
+        run_stage(make_stage(3), tmp_path, **OPTIONS)
 
 
 def test_longer_run_extends_a_finished_one(tmp_path, whole):
