@@ -82,6 +82,8 @@ class Stage:
       flops_per_step: matrix-product FLOPs of a step, for FLOP/s.
       config: settings that decide what the stage computes; a resumed run must have the same.
       extensible: keys of `config` that a resumed run may change.
+      identified: more such keys, by the key of `config` that has the identity of what they made. A
+        checkpoint that does not have that key yet is bound to them instead.
       spec: what the checkpoint says of itself.
       init_arguments: see `init`.
       shardings: where a state lies, `state -> shardings`; by default all of it on every device.
@@ -98,6 +100,7 @@ class Stage:
     flops_per_step: float
     config: Mapping[str, Any]
     extensible: tuple[str, ...] = ()
+    identified: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     spec: Mapping[str, Any]
     init_arguments: tuple[Any, ...] = ()
     shardings: Callable[[TrainState], Any] | None = None
@@ -225,10 +228,13 @@ def _first_state(
 
 def _check_config(saved: Mapping[str, Any], stage: Stage, path) -> None:
     wanted = dict(stage.config)
+    free = set(stage.extensible)
+    for identity, keys in stage.identified.items():
+        free.update(keys if identity in saved else [identity])
     different = [
         f"  config.{key}: the checkpoint has {saved.get(key)!r}, asked for {wanted.get(key)!r}"
         for key in sorted(saved.keys() | wanted.keys())
-        if key not in stage.extensible and _jsonable(wanted.get(key)) != saved.get(key)
+        if key not in free and _jsonable(wanted.get(key)) != saved.get(key)
     ]
     if different:
         raise CheckpointError(
