@@ -163,7 +163,10 @@ def prepare_prompts(config: Config, workdir: str | os.PathLike) -> None:
     prompts = listed_prompts(config)
     try:
         encoder = load_text_encoder(
-            settings.text_encoder, max_length=settings.text_length, dtype=settings.text_dtype
+            settings.text_encoder,
+            max_length=settings.text_length,
+            dtype=settings.text_dtype,
+            gpu=_own_gpu(),
         )
     except (ImportError, ValueError) as error:
         raise ConfigError(f"config.data.text_encoder or text_length: {error}") from error
@@ -191,6 +194,12 @@ def prepare_prompts(config: Config, workdir: str | os.PathLike) -> None:
             len(manifest["buckets"]),
             settings.data_dir,
         )
+
+
+def _own_gpu() -> int:
+    """The GPU of this process among those that it sees; the first where JAX uses none."""
+    first = jax.local_devices()[0]
+    return first.local_hardware_id if first.platform == "gpu" else 0
 
 
 def _encoded(
