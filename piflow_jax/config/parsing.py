@@ -194,12 +194,11 @@ def check_devices(
         "teacher": (config.teacher.batch_size, parts),
         "evaluation": (config.evaluation.batch_size, samplers),
     }
-    for group in groups:
-        batch, over = batches[group]
+    for key, (batch, over) in ((f"{group}.batch_size", batches[group]) for group in groups):
         if batch % over:
             raise ConfigError(
-                f"config.{group}.batch_size must be divisible by the {over} devices that share a "
-                f"batch, got {batch}"
+                f"config.{key} must be divisible by the {over} devices that share a batch, "
+                f"got {batch}"
             )
     if "train" in groups and train.batch_size % (train.microbatches * parts):
         raise ConfigError(
