@@ -232,10 +232,13 @@ provide() {
         ;;
       PREEMPTED | TERMINATED | SUSPENDED)
         [[ ! $queued || $state == SUSPENDED ]] || { sleep "$poll" && continue; } # it will be suspended
-        remove
+        remove || count_failure "delete"
         continue
         ;;
-      STOPPED) vm start && continue ;;
+      STOPPED)
+        vm start || count_failure "start"
+        continue
+        ;;
       FAILED) fail "the queued resource $name failed; \`gcloud compute tpus queued-resources describe\` says why" ;;
       UNKNOWN)
         unknown=$((unknown + 1))
@@ -309,6 +312,25 @@ hide_log() {
   follower=""
 }
 
+# What Google may refuse for a while is tried again, as often as there may be restarts.
+count_failure() {
+  say "cannot $1 $name"
+  count_restart
+}
+
+# Deletes the TPU of a finished program, or says what it costs.
+remove_at_last() {
+  local attempt
+  for attempt in 1 2 3 4 5; do
+    ! remove || return 0
+    say "attempt $attempt to delete $name failed"
+    sleep "$poll"
+    ask_state describe_vm
+    [[ $state != NONE || $queued ]] || return 0 # gone by itself
+  done
+  fail "the program has finished, but $name cannot be deleted and is paid for; \`delete\` tries again"
+}
+
 restarts=0
 count_restart() {
   ((restarts < max_restarts)) || fail "not restarted after $restarts restarts; the same command goes on"
@@ -354,7 +376,7 @@ keep_running() {
     case $end in
       finished)
         say "finished"
-        [[ ! $delete ]] || remove
+        [[ ! $delete ]] || remove_at_last
         return
         ;;
       halted) say "stopped on request; the same command goes on" && return ;;

@@ -9,7 +9,7 @@ import ml_collections
 import numpy as np
 import pytest
 
-from piflow_jax.config import Config, ConfigError, base_config, mesh_sizes, parse
+from piflow_jax.config import Config, ConfigError, base_config, check_devices, mesh_sizes, parse
 from piflow_jax.config.__main__ import reference
 from tests import tiny_text
 
@@ -334,6 +334,24 @@ def test_batches_that_devices_cannot_share_are_refused(group):
     )
     parse(changed(**sizes), 8)
     parse(changed(**sizes | {key: batch}), 4)
+
+
+@pytest.mark.parametrize(
+    ("groups", "refused"),
+    [((), None), (("evaluation",), "evaluation"), (("train", "evaluation"), "train")],
+)
+@pytest.mark.parametrize("text", [False, True])
+def test_only_the_batches_that_are_used_must_divide(groups, refused, text):
+    sizes = {f"{name}__batch_size": 36 for name in ("teacher", "train", "evaluation")}
+    sizes |= TEXT | {"model__rope_axes": (4, 6, 6)} if text else {}
+    config = parse(changed(**sizes), None)
+    if refused is None:
+        check_devices(config, 8, groups=groups)
+        return
+    with pytest.raises(
+        ConfigError, match=rf"config\.{refused}\.batch_size must be divisible by the 8"
+    ):
+        check_devices(config, 8, groups=groups)
 
 
 # --- Documentation ------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ import dataclasses
 import math
 import types
 import typing
+from collections.abc import Collection
 from typing import Any
 
 import ml_collections
@@ -148,13 +149,20 @@ def _rank(config: Config) -> int:
     return 0 if config.model.network == "dit" else config.model.lora_rank
 
 
-def check_devices(config: Config, num_devices: int, num_processes: int = 1) -> dict[str, int]:
+def check_devices(
+    config: Config,
+    num_devices: int,
+    num_processes: int = 1,
+    groups: Collection[str] | None = None,
+) -> dict[str, int]:
     """Refuses a mesh and batches that do not fit the devices.
 
     Args:
       config: the parsed configuration.
       num_devices: devices of all processes.
       num_processes: processes, which take turns in sampling, each on its own devices.
+      groups: those of `train`, `teacher` and `evaluation` whose batches are used; by default those
+        of training.
 
     Returns:
       Sizes of the mesh's axes, see `mesh_sizes`.
@@ -177,20 +185,22 @@ def check_devices(config: Config, num_devices: int, num_processes: int = 1) -> d
     parts = sizes["data"] * sizes["fsdp"]
     # A network that reads text is too large to be whole on a device: all of them share a sample.
     samplers = num_devices // num_processes if config.model.network == "dit" else parts
-    batches = [("train.batch_size", train.batch_size, parts)]
-    # No teacher is trained on prompts, and nothing sampled while a student is.
-    if config.data.name != "prompts":
-        batches += [
-            ("teacher.batch_size", config.teacher.batch_size, parts),
-            ("evaluation.batch_size", config.evaluation.batch_size, samplers),
-        ]
-    for key, batch, over in batches:
+    if groups is None:
+        # No teacher is trained on prompts, and nothing sampled while a student is.
+        of_prompts = config.data.name == "prompts"
+        groups = ("train",) if of_prompts else ("train", "teacher", "evaluation")
+    batches = {
+        "train": (train.batch_size, parts),
+        "teacher": (config.teacher.batch_size, parts),
+        "evaluation": (config.evaluation.batch_size, samplers),
+    }
+    for key, (batch, over) in ((f"{group}.batch_size", batches[group]) for group in groups):
         if batch % over:
             raise ConfigError(
                 f"config.{key} must be divisible by the {over} devices that share a batch, "
                 f"got {batch}"
             )
-    if train.batch_size % (train.microbatches * parts):
+    if "train" in groups and train.batch_size % (train.microbatches * parts):
         raise ConfigError(
             f"config.train.microbatches times the {parts} devices that share a batch must divide "
             f"config.train.batch_size ({train.batch_size}), got {train.microbatches}"

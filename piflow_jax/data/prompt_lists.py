@@ -69,7 +69,10 @@ def read_prompts(path: str | os.PathLike) -> list[Prompt]:
     """
     path = Path(path)
     if path.suffix not in _FORMATS:
-        raise ValueError(f"{path} is no list of prompts: its name must end in one of {_FORMATS}")
+        raise ValueError(
+            f"{path} is no list of prompts: its name must end in one of {_FORMATS}; a "
+            ".txt file has a prompt on each line"
+        )
     if not path.exists():
         raise FileNotFoundError(f"{path}: there is no such list of prompts")
     entries = {".txt": _lines, ".jsonl": _json_lines, ".parquet": _rows}[path.suffix](path)

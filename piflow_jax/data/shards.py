@@ -5,8 +5,10 @@ and SHA-256. The manifest is written last, so a directory that has one was finis
 
 While a set is written, `preparation/` holds the plan, one small record for each shard, and shards
 under construction. A shard is moved to its place when it is complete, with its record before it; so
-one that is in its place is whole, and a preparation that was killed goes on with the others. The
-directory must be local or mounted.
+one that is in its place is whole, and a preparation that was killed goes on with the others. Each
+writer has files of its own under construction: two preparations at once (a job started again while
+the old one still runs) share or repeat work, and do not harm each other. The directory must be
+local or mounted.
 """
 
 import concurrent.futures
@@ -130,14 +132,13 @@ class ShardedSet:
         Raises:
           ShardsError: If a shard's small record is damaged; the message names its file.
         """
-        missing = []
-        for shard in range(plan.num_shards):
-            path = Path(directory) / plan.shard_name(shard)
-            record = _record_path(directory, shard)
-            whole = path.exists() and record.exists()
-            if not whole or path.stat().st_size != read_json(record, self.error)["bytes"]:
-                missing.append(shard)
-        return missing
+        return [s for s in range(plan.num_shards) if not self._is_there(directory, plan, s)]
+
+    def _is_there(self, directory: str | os.PathLike, plan: Plan, shard: int) -> bool:
+        path = Path(directory) / plan.shard_name(shard)
+        record = _record_path(directory, shard)
+        whole = path.exists() and record.exists()
+        return whole and path.stat().st_size == read_json(record, self.error)["bytes"]
 
     def write(
         self,
@@ -148,6 +149,9 @@ class ShardedSet:
         notes: dict[str, int] | None = None,
     ) -> None:
         """Writes one shard, which appears under its name only when it is complete.
+
+        One that is there already, or is there before this one is complete, by another preparation,
+        stays.
 
         Args:
           directory: The set's directory, after `start`.
@@ -162,25 +166,36 @@ class ShardedSet:
         """
         from array_record.python.array_record_module import ArrayRecordWriter
 
-        under_way = Path(directory) / _WORK / f"{shard:05d}.array_record"
-        writer = ArrayRecordWriter(os.fspath(under_way), _WRITER_OPTIONS)
-        count = 0
+        if self._is_there(directory, plan, shard):
+            return
+        name = f"{shard:05d}.array_record"
+        under_way = Path(directory) / _WORK / f"{name}.{uuid.uuid4().hex}"
         try:
-            for record in records:
-                writer.write(record)
-                count += 1
+            writer = ArrayRecordWriter(os.fspath(under_way), _WRITER_OPTIONS)
+            count = 0
+            try:
+                for record in records:
+                    writer.write(record)
+                    count += 1
+            finally:
+                writer.close()
+            if count != len(plan.shard_range(shard)):
+                raise self.error(
+                    f"shard {shard} has {len(plan.shard_range(shard))} {self.contents}, got {count}"
+                )
+            if self._is_there(directory, plan, shard):
+                return
+            with open(under_way, "rb+") as file:
+                os.fsync(file.fileno())
+            entry = {"examples": count, "bytes": under_way.stat().st_size}
+            entry |= {"sha256": _digest(under_way)} | {note: notes[note] for note in self.notes}
+            write_json(_record_path(directory, shard), entry)
+            os.replace(under_way, Path(directory) / plan.shard_name(shard))
+            # What killed preparations left of this shard; one that still runs does without.
+            for left in under_way.parent.glob(f"{name}*"):
+                left.unlink(missing_ok=True)
         finally:
-            writer.close()
-        if count != len(plan.shard_range(shard)):
-            raise self.error(
-                f"shard {shard} has {len(plan.shard_range(shard))} {self.contents}, got {count}"
-            )
-        with open(under_way, "rb+") as file:
-            os.fsync(file.fileno())
-        entry = {"examples": count, "bytes": under_way.stat().st_size, "sha256": _digest(under_way)}
-        entry |= {name: notes[name] for name in self.notes}
-        write_json(_record_path(directory, shard), entry)
-        os.replace(under_way, Path(directory) / plan.shard_name(shard))
+            under_way.unlink(missing_ok=True)
 
     def finalize(
         self,

@@ -212,7 +212,7 @@ class QwenEncoder:
 
 
 def load_text_encoder(
-    name: str, *, max_length: int = 0, dtype: str = "bfloat16", device: str = ""
+    name: str, *, max_length: int = 0, dtype: str = "bfloat16", gpu: int = 0
 ) -> TextEncoder:
     """The encoder of a name.
 
@@ -221,7 +221,7 @@ def load_text_encoder(
         "words", "words:D" or "words:D:P" for a `WordEncoder`.
       max_length: Tokens of a prompt, at most; 0 is the release's own limit, 512 or 1024.
       dtype: Of a released network's weights.
-      device: PyTorch's name of the device; empty is the first GPU, or the CPU.
+      gpu: Which of the GPUs that PyTorch sees; without any it is the CPU.
 
     Returns:
       The encoder.
@@ -246,7 +246,7 @@ def load_text_encoder(
         raise ImportError(
             f"{name}: text encoders need PyTorch and transformers, pip install 'piflow_jax[text]'"
         ) from error
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = f"cuda:{gpu}" if torch.cuda.is_available() else "cpu"
     with _quiet():
         return kind(folder, max_length=max_length or longest, dtype=dtype, device=device)
 
@@ -309,9 +309,8 @@ def _compute(dtype: str, device: str) -> str:
     import torch
     import transformers
 
-    return (
-        f"{dtype} on {device}, torch {torch.__version__}, transformers {transformers.__version__}"
-    )
+    kind = device.split(":")[0]  # whichever GPU it is: each process has another one
+    return f"{dtype} on {kind}, torch {torch.__version__}, transformers {transformers.__version__}"
 
 
 @contextlib.contextmanager

@@ -66,7 +66,7 @@ def load_inception(config: Config) -> InceptionNetwork:
     try:
         state, digest = read_inception(path)
         _, params = load_torch_state(state, "inception")
-    except ValueError as error:
+    except (ImportError, ValueError) as error:
         raise ConfigError(f"config.evaluation.features = {path!r}: {error}") from error
     mesh = local_mesh()
     return InceptionNetwork(

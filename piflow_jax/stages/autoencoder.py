@@ -74,7 +74,7 @@ def load_autoencoder(config: Config) -> Autoencoder:
         )
     try:
         module, params = open_autoencoder(path)
-    except ValueError as error:
+    except (ImportError, ValueError) as error:
         raise ConfigError(f"config.data.vae = {path!r}: {error}") from error
     identity = tree_digest(params)
     return Autoencoder(module, jax.device_put(params, replicated(local_mesh())), identity)

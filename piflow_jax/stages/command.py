@@ -49,6 +49,15 @@ MODES = {
     "compile_sampling": compile_sampling,
     "rivals": compare_rivals,
 }
+# The settings whose batches a mode makes, where they are not those of training. The modes that
+# compile look at their slice themselves.
+_BATCHES = {
+    "evaluate": ("evaluation",),
+    "sample": ("evaluation",),
+    "export": (),
+    "prepare": (),
+    "statistics": (),
+}
 
 
 def run(mode: str, config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> int:
@@ -89,7 +98,10 @@ def _start(config: Config, mode: str, workdir: str | os.PathLike) -> None:
         jax.config.update("jax_compilation_cache_dir", config.compilation_cache)
     if not mode.startswith("compile"):  # a slice to compile for has other devices than this machine
         processes.start(config.processes)
-        check_devices(config, jax.device_count(), jax.process_count())
+        groups = _BATCHES.get(mode)
+        if mode == "evaluate" and config.data.name == "prompts":  # measures finished pictures
+            groups = ()
+        check_devices(config, jax.device_count(), jax.process_count(), groups)
     try:
         epath.Path(workdir).mkdir(parents=True, exist_ok=True)
     except OSError as error:

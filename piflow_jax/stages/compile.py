@@ -75,7 +75,7 @@ def compile_step(config: Config, workdir: str | os.PathLike) -> dict[str, Any]:
       ConfigError: `config.topology` is unknown, the batch does not divide, or the step does not
         fit the devices' memory.
     """
-    mesh = _mesh(config)
+    mesh = _mesh(config, "train")
     train = config.train
     program = _step_program(config, mesh)
     remedy = (
@@ -108,7 +108,7 @@ def compile_sampling(config: Config, workdir: str | os.PathLike) -> dict[str, An
     Raises:
       ConfigError: see `compile_step`.
     """
-    mesh = _mesh(config)
+    mesh = _mesh(config, "evaluation")
     program = _sampling_program(config, mesh)
     batch_size = config.evaluation.batch_size
     settings = {
@@ -123,12 +123,13 @@ def compile_sampling(config: Config, workdir: str | os.PathLike) -> dict[str, An
     return _report(config, mesh, program, remedy, settings, Path(workdir), "compile_sampling")
 
 
-def _mesh(config: Config) -> Mesh:
+def _mesh(config: Config, group: str) -> Mesh:
+    """The slice's devices, if they can share the batches of this group of settings."""
     try:
         devices = topology_devices(config.topology)
     except ValueError as error:
         raise ConfigError(f"config.topology: {error}") from error
-    return device_mesh(**check_devices(config, len(devices)), devices=devices)
+    return device_mesh(**check_devices(config, len(devices), groups=(group,)), devices=devices)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,7 @@ import numpy as np
 from absl import logging
 
 from piflow_jax.config import Config, ConfigError
-from piflow_jax.data.prompt_lists import list_digest, read_prompts
+from piflow_jax.data.prompt_lists import list_digest
 from piflow_jax.evaluation import frechet_distance
 from piflow_jax.evaluation.image_sets import (
     PATCH,
@@ -26,6 +26,7 @@ from piflow_jax.evaluation.image_text import (
 )
 from piflow_jax.evaluation.text_report import TextReport
 from piflow_jax.stages.adm import load_inception
+from piflow_jax.stages.prepare_prompts import listed_prompts
 
 __all__ = ["evaluate_images"]
 
@@ -159,10 +160,7 @@ def _check_pairs(student: ImageSet, teacher: ImageSet) -> None:
 def _prompts(config: Config, images: ImageSet):
     if not config.data.prompts:
         raise ConfigError("config.evaluation.clip needs config.data.prompts, the list of prompts")
-    try:
-        prompts = read_prompts(config.data.prompts)
-    except (ImportError, ValueError) as error:
-        raise ConfigError(f"config.data.prompts: {error}") from error
+    prompts = listed_prompts(config)
     last = int(images.places.max())
     if last >= len(prompts):
         raise ConfigError(

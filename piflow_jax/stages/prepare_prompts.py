@@ -33,7 +33,7 @@ from piflow_jax.data.text_encoders import TextEncoder, load_text_encoder
 from piflow_jax.models.vae import sample_posterior
 from piflow_jax.stages.autoencoder import Autoencoder, load_autoencoder
 
-__all__ = ["encode_prompts", "prepare_prompts"]
+__all__ = ["encode_prompts", "listed_prompts", "prepare_prompts"]
 
 
 def encode_prompts(
@@ -123,6 +123,25 @@ def encode_prompts(
     return finalize_prompts(directory)
 
 
+def listed_prompts(config: Config) -> list[Prompt]:
+    """The prompts of the list `config.data.prompts`.
+
+    Args:
+      config: the run's settings.
+
+    Returns:
+      The prompts, in order.
+
+    Raises:
+      ConfigError: the file is no such list, or pyarrow is needed to read it.
+      FileNotFoundError: there is no such file.
+    """
+    try:
+        return read_prompts(config.data.prompts)
+    except (ImportError, ValueError) as error:
+        raise ConfigError(f"config.data.prompts: {error}") from error
+
+
 def prepare_prompts(config: Config, workdir: str | os.PathLike) -> None:
     """`--mode=prepare` of prompts: `config.data.prompts` into `config.data.data_dir`.
 
@@ -141,13 +160,13 @@ def prepare_prompts(config: Config, workdir: str | os.PathLike) -> None:
     for key in ("prompts", "text_encoder", "data_dir"):
         if not getattr(settings, key):
             raise ConfigError(f"--mode=prepare of prompts needs config.data.{key}")
-    try:
-        prompts = read_prompts(settings.prompts)
-    except (ImportError, ValueError) as error:
-        raise ConfigError(f"config.data.prompts: {error}") from error
+    prompts = listed_prompts(config)
     try:
         encoder = load_text_encoder(
-            settings.text_encoder, max_length=settings.text_length, dtype=settings.text_dtype
+            settings.text_encoder,
+            max_length=settings.text_length,
+            dtype=settings.text_dtype,
+            gpu=_own_gpu(),
         )
     except (ImportError, ValueError) as error:
         raise ConfigError(f"config.data.text_encoder or text_length: {error}") from error
@@ -175,6 +194,12 @@ def prepare_prompts(config: Config, workdir: str | os.PathLike) -> None:
             len(manifest["buckets"]),
             settings.data_dir,
         )
+
+
+def _own_gpu() -> int:
+    """The GPU of this process among those that it sees; the first where JAX uses none."""
+    first = jax.local_devices()[0]
+    return first.local_hardware_id if first.platform == "gpu" else 0
 
 
 def _encoded(

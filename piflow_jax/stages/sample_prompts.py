@@ -12,13 +12,14 @@ from absl import logging
 from jax.experimental import multihost_utils
 
 from piflow_jax.config import Config, ConfigError, mesh_sizes
-from piflow_jax.data.prompt_lists import DOWNSAMPLING, Prompt, bucket_size, read_prompts
+from piflow_jax.data.prompt_lists import DOWNSAMPLING, Prompt, bucket_size
 from piflow_jax.data.prompts import PromptsSource, load_prompts_source
 from piflow_jax.evaluation import index_noise
 from piflow_jax.evaluation.adm import to_uint8
 from piflow_jax.models.vae import picture_decoder
 from piflow_jax.parallel import ActivationSharding, batch_sharding, device_mesh
 from piflow_jax.stages.autoencoder import check_autoencoder, load_autoencoder
+from piflow_jax.stages.prepare_prompts import listed_prompts
 from piflow_jax.stages.systems import load_system, system_sampler
 from piflow_jax.training.conditions import conditions
 from piflow_jax.training.networks import DataShape, student_spec, teacher_spec
@@ -94,8 +95,8 @@ def sample_prompts(config: Config, workdir: str | os.PathLike) -> list[Path]:
 
     Raises:
       CheckpointError: there is no student, or it contradicts the settings.
-      ConfigError: embeddings are missing, the autoencoder is another one, or the devices do not
-        divide a batch.
+      ConfigError: the list is none, embeddings are missing, the autoencoder is another one, or the
+        devices do not divide a batch.
       PromptsError: the set is unfinished or damaged.
     """
     where = config.data.data_dir
@@ -105,7 +106,7 @@ def sample_prompts(config: Config, workdir: str | os.PathLike) -> list[Path]:
         )
     source = load_prompts_source(where, verify=False)
     if config.data.prompts:
-        wanted = read_prompts(config.data.prompts)
+        wanted = listed_prompts(config)
         indices = find_prompts(source, wanted, config.data.image_size, where)
     else:
         # By place in the list that the set was made of, not by bucket.

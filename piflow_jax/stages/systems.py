@@ -121,7 +121,7 @@ def load_teacher(
 
     Raises:
       CheckpointError: there is no checkpoint, it is unusable, or it contradicts the settings.
-      ConfigError: the official weights contradict the settings.
+      ConfigError: the official weights contradict the settings, or need PyTorch to be read.
     """
     module = teacher_network(config.model, data)
     if config.teacher.weights:
@@ -159,7 +159,7 @@ def _official(path: str, key: str, form: str, module: Network, shardings: Any):
 
     try:
         return load_params(module, open_weights(path), form, place)
-    except ValueError as error:
+    except (ImportError, ValueError) as error:
         raise ConfigError(f"{key} = {path!r}: {error}") from error
 
 
@@ -183,7 +183,7 @@ def load_student(
 
     Raises:
       CheckpointError: there is no checkpoint, it is unusable, or it contradicts the settings.
-      ConfigError: the official weights contradict the settings.
+      ConfigError: the official weights contradict the settings, or need PyTorch to be read.
     """
     module = student_network(config.model, config.policy, data)
     trained = trained_part(module, abstract_params(module))
@@ -212,7 +212,7 @@ def _official_adapter(config: Config, module: Network, abstract: Any, shardings:
     path = config.evaluation.weights
     try:
         return load_adapter(module, open_weights(path), place=place)
-    except ValueError as error:
+    except (ImportError, ValueError) as error:
         raise ConfigError(f"config.evaluation.weights = {path!r}: {error}") from error
 
 

@@ -21,6 +21,7 @@ from piflow_jax.stages.autoencoder import check_autoencoder, load_autoencoder
 from piflow_jax.stages.evaluate import evaluate
 from piflow_jax.stages.look import student_look
 from piflow_jax.stages.systems import load_teacher, student_shardings, teacher_shardings
+from piflow_jax.training.fingerprints import tree_fingerprint
 from piflow_jax.training.loop import Stage, run_stage
 from piflow_jax.training.networks import (
     DataShape,
@@ -141,9 +142,19 @@ def flat_settings(groups: dict[str, Any]) -> dict[str, Any]:
     return flat
 
 
+# How networks are computed, not what.
+_COMPUTED_BY = ("model.remat", "model.attention", "model.scan_unroll")
+# What a teacher's parameters come of, and the identity that they give a student.
+_TEACHER = "teacher.parameters"
+_TEACHER_MADE_BY = tuple(
+    f"teacher.{key}"
+    for key in ("checkpoint", "weights", "steps", "batch_size", "label_dropout", "optimizer.")
+)
+
+
 def _extensible(stage: str, decay: str) -> tuple[str, ...]:
     """A run may be made longer, unless its learning rate depends on its length."""
-    return (f"{stage}.steps",) if decay == "constant" else ()
+    return _COMPUTED_BY + ((f"{stage}.steps",) if decay == "constant" else ())
 
 
 def teacher_stage(config: Config, source, data: DataShape, mesh: Mesh) -> Stage:
@@ -202,6 +213,12 @@ def student_stage(config: Config, source, data: DataShape, teacher_params, mesh:
 
     groups = {"seed": config.seed, "data.name": config.data.name}
     groups |= {name: getattr(config, name) for name in ("model", "teacher", "policy", "train")}
+    flat = flat_settings(groups)
+    made_by = tuple(key for key in flat if key.startswith(_TEACHER_MADE_BY))
+    extensible = _extensible("train", settings.optimizer.decay)
+    # Each part has a key of its own for the dropout of adapters.
+    if config.model.network == "dit" or not config.model.lora_dropout:
+        extensible += ("train.microbatches",)
     return Stage(
         name="student",
         init=init,
@@ -211,8 +228,9 @@ def student_stage(config: Config, source, data: DataShape, teacher_params, mesh:
         steps=settings.steps,
         batch_size=settings.batch_size,
         flops_per_step=settings.batch_size * _mean_flops(flops, source, data),
-        config=flat_settings(groups),
-        extensible=_extensible("train", settings.optimizer.decay),
+        config=flat | {_TEACHER: f"fingerprint {tree_fingerprint(teacher_params)}"},
+        extensible=extensible,
+        identified={_TEACHER: made_by},
         spec=student_spec(config, data),
         init_arguments=(teacher_params,),
         shardings=lambda state: student_shardings(config, mesh, state),

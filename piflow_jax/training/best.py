@@ -18,7 +18,8 @@ class BestCheckpoint:
     """Keeps the checkpoint with the smallest distance; use it as a context manager.
 
     The distance is remembered in `best.json` beside the checkpoints, so that a continued run
-    compares with what it had.
+    compares with what it had. A run that was killed passes steps again: where one of them is better
+    than a best of the same step or a later one, that one goes.
 
     Args:
       directory: where the checkpoints go.
@@ -28,10 +29,12 @@ class BestCheckpoint:
     """
 
     def __init__(self, directory: str | os.PathLike):
-        self._checkpointer = Checkpointer(Path(directory), keep=1)
+        self._checkpointer = Checkpointer(Path(directory), keep=1, rewind=True)
         self._record = Path(directory).parent / "best.json"
         self._distance = float("inf")
-        if self._record.exists():
+        # A record alone, of a run killed between removing a best and saving a better one, is of
+        # something that is gone.
+        if self._checkpointer.latest_step() is not None and self._record.exists():
             try:
                 record = json.loads(self._record.read_text(encoding="utf-8"))
                 self._distance = float(record["distance"])
@@ -63,7 +66,6 @@ class BestCheckpoint:
         better = distance < self._distance
         if not multihost_utils.broadcast_one_to_all(np.asarray(better)):
             return False
-        # A continued run passes steps again; what a later one left cannot be its own best.
         save(self._checkpointer)
         self._checkpointer.wait()
         self._distance = distance

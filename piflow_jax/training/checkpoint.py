@@ -18,6 +18,7 @@ import jax
 import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
+from jax.experimental import multihost_utils
 
 from piflow_jax.training.fingerprints import leaf_table
 
@@ -53,6 +54,8 @@ class Checkpointer:
       directory: where the steps lie; made absolute, created unless `read_only`.
       keep: how many of the latest steps to keep.
       read_only: refuse to save, and leave the directory as it is.
+      rewind: a save removes the steps from its own on, where they hold anything else, instead of
+        being refused: what a continued run finds there is of the run before it was killed.
       fingerprints: compute and verify the fingerprints of the leaves. They cost a pass over host
         copies of the state, about a second per GB, at every save and restore.
 
@@ -61,13 +64,20 @@ class Checkpointer:
     """
 
     def __init__(
-        self, directory: Path, *, keep: int = 2, read_only: bool = False, fingerprints: bool = True
+        self,
+        directory: Path,
+        *,
+        keep: int = 2,
+        read_only: bool = False,
+        rewind: bool = False,
+        fingerprints: bool = True,
     ):
         if keep < 1:
             raise ValueError(f"keep must be at least 1, got {keep}")
         logging.get_absl_logger().addFilter(_no_orbax_chatter)
         self.directory = _absolute(directory)
         self._read_only = read_only
+        self._rewind = rewind
         self._fingerprints = fingerprints
         # A scan before Orbax tidies up: reports unfinished saves, refuses foreign directories.
         _steps(self.directory, report=True)
@@ -129,7 +139,7 @@ class Checkpointer:
 
         Raises:
           CheckpointError: an earlier save failed, the directory has a later step or a different
-            state for this step, or cannot be written.
+            state for this step (unless it may `rewind`), or cannot be written.
           TypeError: a leaf is not an array, or a mapping is not JSON.
         """
         if self._read_only:
@@ -147,11 +157,13 @@ class Checkpointer:
             saved = _read_meta(self.directory, last)["leaves"] if step == last else None
             if self._fingerprints and saved == meta["leaves"]:
                 return False
-            raise CheckpointError(
-                f"refusing to save step {step} to {self.directory}: it already holds step {last}"
-                f"{' with a different state' if step == last else ''}. Resume from that step, or"
-                " pass another --workdir."
-            )
+            if not self._rewind:
+                raise CheckpointError(
+                    f"refusing to save step {step} to {self.directory}: it already holds step "
+                    f"{last}{' with a different state' if step == last else ''}. Resume from that "
+                    "step, or pass another --workdir."
+                )
+            self._remove_from(step)
         args = ocp.args.Composite(
             state=ocp.args.StandardSave(state),
             meta=ocp.args.JsonSave({"meta": meta, "crc32": _crc(meta)}),
@@ -161,6 +173,14 @@ class Checkpointer:
         except Exception as error:
             raise _cannot(f"save step {step} to", self.directory, error) from error
         return True
+
+    def _remove_from(self, step: int) -> None:
+        multihost_utils.sync_global_devices("rewind")  # another process may be reading there
+        try:
+            for later in [saved for saved in self._manager.all_steps() if saved >= step]:
+                self._manager.delete(later)
+        except Exception as error:
+            raise _cannot(f"remove steps from {step} on from", self.directory, error) from error
 
     def restore(self, state_like: Any, step: int | None = None) -> Restored:
         """Restores a step exactly: same dtypes, shapes and bits.

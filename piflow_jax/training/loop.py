@@ -82,6 +82,8 @@ class Stage:
       flops_per_step: matrix-product FLOPs of a step, for FLOP/s.
       config: settings that decide what the stage computes; a resumed run must have the same.
       extensible: keys of `config` that a resumed run may change.
+      identified: more such keys, by the key of `config` that has the identity of what they made. A
+        checkpoint that does not have that key yet is bound to them instead.
       spec: what the checkpoint says of itself.
       init_arguments: see `init`.
       shardings: where a state lies, `state -> shardings`; by default all of it on every device.
@@ -98,6 +100,7 @@ class Stage:
     flops_per_step: float
     config: Mapping[str, Any]
     extensible: tuple[str, ...] = ()
+    identified: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     spec: Mapping[str, Any]
     init_arguments: tuple[Any, ...] = ()
     shardings: Callable[[TrainState], Any] | None = None
@@ -149,45 +152,57 @@ def run_stage(
     """
     mesh = mesh or device_mesh()
     directory = checkpoint_dir(workdir, stage.name)
-    with Checkpointer(directory, keep=keep_checkpoints) as checkpointer, GracefulExit() as leaving:
+    # The signals' own effects come back last: what comes while the end is saved, or a finished
+    # stage is read, counts too, or the program would go on with the next stage.
+    with GracefulExit() as leaving, Checkpointer(directory, keep=keep_checkpoints) as checkpointer:
         abstract = jax.eval_shape(stage.init, *stage.init_arguments)
         if stage.shardings is None:
             shardings = jax.tree.map(lambda _: replicated(mesh), abstract)
         else:
             shardings = stage.shardings(abstract)
-        state, start = _first_state(stage, checkpointer, abstract, shardings)
-        if start >= stage.steps:
-            logging.info("%s: already trained to step %d (%s)", stage.name, start, directory)
-            return state
-        monitor = Monitor(
-            stage.name,
-            f"{os.fspath(workdir)}/{stage.name}" if jax.process_index() == 0 else None,
-            batch_size=stage.batch_size,
-            flops_per_step=stage.flops_per_step,
-            peak=peak_flops,
-            profile=profile,
-        )
-        with (
-            MetricWriter(
-                workdir, stage.name, stage.steps, first_step=start, print_every=10 * log_every
-            ) as writer,
-            monitor,
-        ):
-            loop = _Loop(
-                stage,
-                mesh,
-                shardings,
-                checkpointer,
-                writer,
-                monitor,
-                leaving,
-                log_every,
-                checkpoint_every,
+        state, step = _first_state(stage, checkpointer, abstract, shardings)
+        if step < stage.steps:
+            monitor = Monitor(
+                stage.name,
+                f"{os.fspath(workdir)}/{stage.name}" if jax.process_index() == 0 else None,
+                batch_size=stage.batch_size,
+                flops_per_step=stage.flops_per_step,
+                peak=peak_flops,
+                profile=profile,
             )
-            if stage.look is None or not look_every:
-                return loop.run(state, start)
-            with BestCheckpoint(checkpoint_dir(workdir, f"{stage.name}/best")) as best:
-                return loop.run(state, start, look_every, best)
+            looks = contextlib.nullcontext()
+            if stage.look is not None and look_every:
+                looks = BestCheckpoint(checkpoint_dir(workdir, f"{stage.name}/best"))
+            writer = MetricWriter(
+                workdir, stage.name, stage.steps, first_step=step, print_every=10 * log_every
+            )
+            with writer, monitor, looks as best:
+                loop = _Loop(
+                    stage,
+                    mesh,
+                    shardings,
+                    checkpointer,
+                    writer,
+                    monitor,
+                    leaving,
+                    log_every,
+                    checkpoint_every,
+                )
+                state, step = loop.run(state, step, look_every, best)
+        else:
+            logging.info("%s: already trained to step %d (%s)", stage.name, step, directory)
+    leave = _agreed(leaving.requested)
+    if leave is not None:
+        raise Interrupted(leave, stage.name, step)
+    return state
+
+
+def _agreed(requested: str | None) -> str | None:
+    """The signal by which to leave, of those that the processes got."""
+    if jax.process_count() == 1:
+        return requested
+    asked = np.int32(_SIGNALS.index(requested))
+    return _SIGNALS[int(multihost_utils.process_allgather(asked).max())]
 
 
 def _first_state(
@@ -213,10 +228,13 @@ def _first_state(
 
 def _check_config(saved: Mapping[str, Any], stage: Stage, path) -> None:
     wanted = dict(stage.config)
+    free = set(stage.extensible)
+    for identity, keys in stage.identified.items():
+        free.update(keys if identity in saved else [identity])
     different = [
         f"  config.{key}: the checkpoint has {saved.get(key)!r}, asked for {wanted.get(key)!r}"
         for key in sorted(saved.keys() | wanted.keys())
-        if key not in stage.extensible and _jsonable(wanted.get(key)) != saved.get(key)
+        if key not in free and _jsonable(wanted.get(key)) != saved.get(key)
     ]
     if different:
         raise CheckpointError(
@@ -268,7 +286,8 @@ class _Loop:
         start: int,
         look_every: int = 0,
         best: BestCheckpoint | None = None,
-    ) -> TrainState:
+    ) -> tuple[TrainState, int]:
+        """Trains to the stage's end, or to the step after which a signal ends it; saves that."""
         stage = self._stage
         batch = self._next_batch()
         self._program(state, batch)
@@ -281,9 +300,8 @@ class _Loop:
             if pending is not None:
                 self._report(*pending)
             end = step == stage.steps
-            leave = self._asked_to_leave(seen, end)
+            last = end or self._asked_to_leave(seen)
             pending = (step, metrics)
-            last = end or leave is not None
             if best is not None and step % look_every == 0:
                 self._finite(*pending)
                 self._report(*pending, looked=self._look(step, state, best))
@@ -298,9 +316,7 @@ class _Loop:
                 break
             batch = self._next_batch()
         self._checkpointer.wait()
-        if leave is not None:
-            raise Interrupted(leave, stage.name, step)
-        return state
+        return state, step
 
     def _next_batch(self):
         with self._monitor.waiting():
@@ -313,20 +329,15 @@ class _Loop:
             batch[_LEAVE] = over_devices(here, self._mesh)
         return batch
 
-    def _asked_to_leave(self, seen: Mapping[str, jax.Array] | None, end: bool) -> str | None:
-        """The signal that ends the run after this step.
+    def _asked_to_leave(self, seen: Mapping[str, jax.Array] | None) -> bool:
+        """Whether a signal ends the run after this step.
 
         Several processes go by what all of them see in the metrics of the step before, which are
-        on the host by now: whichever got the signal, all leave after the same step. At the stage's
-        end they ask each other: what came in the last steps must not be lost.
+        on the host by now: whichever got the signal, all leave after the same step.
         """
         if not self._several:
-            return self._leaving.requested
-        if end:
-            asked = np.int32(_SIGNALS.index(self._leaving.requested))
-            with self._monitor.compiling():
-                return _SIGNALS[int(multihost_utils.process_allgather(asked).max())]
-        return None if seen is None else _SIGNALS[int(np.asarray(seen[_LEAVE]))]
+            return self._leaving.requested is not None
+        return seen is not None and int(np.asarray(seen[_LEAVE])) > 0
 
     def _program(self, state, batch) -> Callable:
         """The step, compiled for batches of this shape."""

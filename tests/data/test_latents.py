@@ -267,3 +267,43 @@ def test_draws_without_spread_are_the_means_of_either_image():
     assert 16 < np.sum(latents[:, 0, 0, 0] > 0) < 48
     other = np.asarray(draw_latents(jax.random.key(2), mean, np.zeros_like(mean)))
     assert not np.array_equal(latents, other)
+
+
+def encoded_at(moment, shard, calls):
+    """A shard's examples; `moment(i)` is called before each."""
+    for i in PLAN.shard_range(shard):
+        calls.append(i)
+        moment(i)
+        yield example(i)
+
+
+def test_two_preparations_at_once_do_not_harm_each_other(tmp_path):
+    """A job started again while the old one is in the middle of a shard."""
+    write(tmp_path / "alone")
+    directory = tmp_path / "both"
+    start_latents(directory, PLAN)
+    old, new = [], []
+
+    def started_again(i):
+        if i == 4:  # the old one has written an example of shard 1
+            for shard in missing_shards(directory, PLAN):
+                write_shard(directory, PLAN, shard, encoded_at(lambda _: None, shard, new))
+
+    for shard in missing_shards(directory, PLAN):
+        write_shard(directory, PLAN, shard, encoded_at(started_again, shard, old))
+    # The new one finishes what the old one has begun; the old one then has nothing left to do.
+    assert (old, new) == ([0, 1, 2, 3, 4, 5], [3, 4, 5, 6])
+    finalize_latents(directory)
+    for name in SHARDS:
+        assert (directory / name).read_bytes() == (tmp_path / "alone" / name).read_bytes()
+
+
+def test_what_a_killed_preparation_left_does_not_stay(tmp_path):
+    start_latents(tmp_path, PLAN)
+    work = tmp_path / "preparation"
+    left = [work / "00001.array_record", work / "00001.array_record.0f3a"]
+    for path in left:
+        path.write_bytes(b"half a shard")
+    write(tmp_path)
+    assert not [path.name for path in work.iterdir() if ".array_record" in path.name]
+    load_latents_source(tmp_path, expect_vae="abc", expect_scale=0.18215, expect_shift=0)

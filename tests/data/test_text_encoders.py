@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from piflow_jax.data import text_encoders
 from piflow_jax.data.text_encoders import WordEncoder, load_text_encoder
 from tests import released
 
@@ -105,6 +106,27 @@ def test_what_is_no_release_is_refused(tmp_path, flux):
         load_text_encoder(str(tmp_path))
     with pytest.raises(ValueError, match="takes 512 tokens at most, not 513"):
         load_text_encoder(str(flux), max_length=513)
+
+
+@pytest.mark.parametrize(("gpus", "device"), [(4, "cuda:3"), (0, "cpu")])
+def test_a_release_goes_to_the_gpu_that_is_named(tmp_path, monkeypatch, gpus, device):
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("transformers")
+    made = []
+    kind = lambda folder, **options: made.append(options)  # noqa: E731
+    monkeypatch.setattr(text_encoders, "_kind", lambda folder: (kind, 512))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    load_text_encoder(str(tmp_path), gpu=3)
+    assert made == [{"max_length": 512, "dtype": "bfloat16", "device": device}]
+
+
+def test_the_record_is_the_same_for_every_gpu():
+    """Processes with a GPU each make one set, whose plan has it."""
+    pytest.importorskip("torch")
+    pytest.importorskip("transformers")
+    made = {text_encoders._compute("float32", f"cuda:{gpu}") for gpu in range(3)}
+    assert made == {text_encoders._compute("float32", "cuda")}
+    assert made != {text_encoders._compute("float32", "cpu")}
 
 
 def test_hashed_words_are_fixed_and_tell_order():

@@ -65,6 +65,14 @@ kind = fake / ("vm" if group == "tpu-vm" else "queue")
 homes = [fake / f"worker{{i}}" for i in range(2)]
 option = dict(a[2:].partition("=")[::2] for a in arguments if a.startswith("--"))
 
+def refuse():
+    # As often as the file of this verb says.
+    left = fake / f"refuse.{{verb}}"
+    count = int(left.read_text()) if left.exists() else 0
+    if count:
+        left.write_text(str(count - 1))
+        sys.exit("ERROR: (gcloud.compute.tpus) UNAVAILABLE: try again")
+
 def make_machines():
     for home in homes:
         shutil.rmtree(home, ignore_errors=True)
@@ -87,7 +95,11 @@ elif verb == "create":
     make_machines()
     if group == "queued-resources":
         kind.write_text((fake / "grant").read_text() if (fake / "grant").exists() else "ACTIVE")
+elif verb == "start":
+    refuse()
+    make_machines()
 elif verb == "delete":
+    refuse()
     for path in {{kind, fake / "vm"}}:
         path.unlink(missing_ok=True)
 elif verb == "scp":

@@ -185,6 +185,52 @@ def test_tpu_capacity(fake):
     assert calls(fake, "create").count(("tpu-vm", "create")) == 1 + 1 + 4
 
 
+def test_tpu_a_deletion_that_fails_is_tried_again(fake):
+    behave(fake, "preempt", "finish")
+    (fake / "refuse.delete").write_text("2")
+    done = tpu(fake)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("cannot delete pod") == 2
+    assert [verb for _, verb in calls(fake, "create", "delete")] == [
+        "create",
+        *["delete"] * 3,
+        "create",
+    ]
+    assert starts(fake).keys() == {(w, a) for w in "01" for a in "01"}
+
+
+def test_tpu_deletions_that_fail_are_bounded(fake):
+    """By the restarts, of which the pre-emption was the first."""
+    behave(fake, "preempt")
+    (fake / "refuse.delete").write_text("99")
+    done = tpu(fake, "--max-restarts=3")
+    assert done.returncode == 1
+    assert "not restarted after 3 restarts" in done.stderr
+    assert len(calls(fake, "delete")) == 3
+
+
+@pytest.mark.parametrize(("refused", "code"), [(1, 0), (99, 1)])
+def test_tpu_that_is_not_deleted_at_the_end_is_said_to_cost(fake, refused, code):
+    behave(fake, "finish")
+    (fake / "refuse.delete").write_text(str(refused))
+    done = tpu(fake, "--delete")
+    assert done.returncode == code, done.stderr
+    assert len(calls(fake, "delete")) == (5 if code else 2)
+    assert ("pod cannot be deleted and is paid for" in done.stderr) == bool(code)
+
+
+@pytest.mark.parametrize(("refused", "code"), [(1, 0), (99, 1)])
+def test_tpu_a_stopped_one_is_started(fake, refused, code):
+    behave(fake, "finish")
+    (fake / "vm").write_text("STOPPED")
+    (fake / "refuse.start").write_text(str(refused))
+    done = tpu(fake, "--max-restarts=2")
+    assert done.returncode == code, done.stderr
+    assert len(calls(fake, "start")) == (3 if code else 2)
+    assert ("not restarted after 2 restarts" in done.stderr) == bool(code)
+    assert not calls(fake, "create")
+
+
 # Tests in the background ignore interrupts, and what they start would too.
 INTERRUPTED = """
 import os, signal, sys

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from piflow_jax.config import ConfigError, parse
-from piflow_jax.stages import compile_step
-from tests import tiny, tpu_compiler
+from piflow_jax.stages import compile as stages_compile
+from piflow_jax.stages import compile_sampling, compile_step
+from tests import tiny, tiny_text, tpu_compiler
 
 ROOT = Path(__file__).parents[2]
 
@@ -20,14 +21,26 @@ def test_an_unknown_slice_is_refused_before_anything_else(tmp_path):
         compile_step(parse(tiny.get_config()), tmp_path)
 
 
-def run(workdir, *flags):
+@pytest.mark.parametrize(
+    ("mode", "group"), [(compile_step, "train"), (compile_sampling, "evaluation")]
+)
+@pytest.mark.parametrize("data", ["digits", "captioned_digits", "prompts"])
+def test_a_batch_that_the_slice_cannot_share_is_refused(tmp_path, monkeypatch, mode, group, data):
+    monkeypatch.setattr(stages_compile, "topology_devices", lambda topology: [None] * 4)
+    config = tiny.get_config() if data == "digits" else tiny_text.get_config()
+    config.data.name, config.topology = data, "v5e:2x2"
+    config[group].batch_size = 6
+    with pytest.raises(ConfigError, match=rf"config\.{group}\.batch_size must be .* 4 devices"):
+        mode(parse(config, None), tmp_path)
+
+
+def run(workdir, *flags, mode="compile", settings="tiny"):
     arguments = (
-        f"--config={ROOT / 'tests' / 'tiny.py'}",
+        f"--config={ROOT / 'tests' / settings}.py",
         f"--workdir={workdir}",
-        "--mode=compile",
+        f"--mode={mode}",
         "--config.topology=v5e:2x2",
-        "--config.evaluation.batch_size=20",
-        "--config.train.microbatches=2",
+        *(("--config.train.microbatches=2",) if mode == "compile" else ()),
     )
     return subprocess.run(
         [sys.executable, "-m", "piflow_jax.main", *arguments, *flags],
@@ -59,6 +72,22 @@ def test_a_small_step_compiles_for_a_slice(tmp_path):
     assert min(cycles["shares"].values()) > 0 and cycles["shares"]["other"] < 0.1
     shares = ", ".join(f"{name} {share:.1%}" for name, share in cycles["shares"].items())
     assert shares in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
+def test_a_small_sampler_compiles_for_a_slice_that_could_not_train(tmp_path):
+    """Of a network that reads text; no batch of training is made."""
+    flags = ("--config.evaluation.batch_size=8", "--config.train.batch_size=6")
+    done = run(tmp_path, *flags, mode="compile_sampling", settings="tiny_text")
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "compile_sampling_v5e_2x2.json").read_text())
+    assert (report["devices"], report["batch_per_device"], report["nfe"]) == (4, 2, 2)
+    assert 0.99 < report["flops"]["ratio"] < 1.15
+    assert report["flops"]["teacher_share"] == 0
+    assert 0 < report["memory_bytes"]["peak"] < report["memory_bytes"]["chip"]
+    assert set(report["cycles"]["shares"]) == {"teacher", "student", "policy", "optimizer", "other"}
+    assert report["cycles"]["shares"]["student"] > 0.5
 
 
 @pytest.mark.slow

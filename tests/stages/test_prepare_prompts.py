@@ -1,8 +1,11 @@
 """Lists of prompts to cached embeddings: killed, resumed, shared by processes; with images too."""
 
 import json
+import sys
+from types import SimpleNamespace
 
 import einops
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -176,6 +179,23 @@ def test_the_mode_prepares_and_the_source_is_loaded_by_name(tmp_path):
     MODES["prepare"](parse(config(tmp_path)), tmp_path)
     source = load_source("prompts", str(tmp_path / "set"))
     assert len(source) == 7 and source.manifest["source"].startswith("list.jsonl, SHA-256 ")
+
+
+@pytest.mark.parametrize(("platform", "gpu"), [("gpu", 2), ("cpu", 0)])
+def test_each_process_encodes_on_its_own_gpu(tmp_path, monkeypatch, platform, gpu):
+    device = SimpleNamespace(platform=platform, local_hardware_id=2)
+    monkeypatch.setattr(jax, "local_devices", lambda: [device])
+    asked = []
+
+    def load(name, **options):
+        asked.append(options["gpu"])
+        return ENCODER
+
+    stage = sys.modules[prepare_prompts.__module__]
+    monkeypatch.setattr(stage, "load_text_encoder", load)
+    (tmp_path / "list.jsonl").write_text('{"prompt": "x"}')
+    prepare_prompts(parse(config(tmp_path)), tmp_path)
+    assert asked == [gpu]
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,13 @@
 """Fingerprints add up over shards and see every bit."""
 
+import hashlib
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from piflow_jax.training.fingerprints import fingerprint
+from piflow_jax.training.fingerprints import fingerprint, leaf_table, tree_fingerprint
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8", "bool", "float64"])
@@ -34,3 +37,21 @@ def test_fingerprint_adds_up_over_shards_and_sees_every_element(dtype, shape):
         other = np.array(values)
         other[0, 1], other[1, 0] = values[1, 0], values[0, 1]
         assert (fingerprint(other) == whole) == (other == values).all()
+
+
+def test_a_trees_fingerprint_sees_names_types_and_values_and_not_where_they_lie():
+    tree = {"a": np.arange(6, dtype=np.float32).reshape(2, 3), "b": {"c": np.ones(4, np.float16)}}
+    found = tree_fingerprint(tree)
+    assert tree_fingerprint(jax.device_put(tree)) == found
+    lines = [
+        f"{name} {entry['type']} {entry['fingerprint']}\n"
+        for name, entry in leaf_table(tree, fingerprints=True).items()
+    ]
+    assert found == hashlib.sha256("".join(lines).encode()).hexdigest()[:16]
+    others = [
+        tree | {"a": tree["a"] + np.eye(2, 3, dtype=np.float32)},
+        tree | {"a": tree["a"].reshape(3, 2)},
+        tree | {"b": {"d": tree["b"]["c"]}},
+        tree | {"b": {"c": tree["b"]["c"].view(np.int16)}},
+    ]
+    assert len({found, *map(tree_fingerprint, others)}) == 5

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 
 import jax
@@ -13,7 +14,7 @@ import pytest
 
 from piflow_jax.data import batches, load_source
 from piflow_jax.training import loop
-from piflow_jax.training.checkpoint import CheckpointError, restore_subtree
+from piflow_jax.training.checkpoint import Checkpointer, CheckpointError, restore_subtree
 from piflow_jax.training.loop import (
     Interrupted,
     Look,
@@ -174,6 +175,53 @@ def test_signal_in_the_last_step_ends_the_run_too(tmp_path):
         run_stage(make_stage(hook=hook), tmp_path, **OPTIONS)
 
 
+def during(monkeypatch, method, number):
+    """Sends a signal when a method of the checkpointer is called."""
+    original = getattr(Checkpointer, method)
+
+    def signalled(self, *args, **kwargs):
+        os.kill(os.getpid(), number)
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(Checkpointer, method, signalled)
+
+
+@pytest.mark.parametrize("method", ["save", "close"])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signal_while_the_end_is_saved_ends_the_run_too(tmp_path, monkeypatch, method, number):
+    during(monkeypatch, method, number)
+    with pytest.raises(Interrupted, match=f"{number.name}: saved toy at step 3") as stop:
+        run_stage(make_stage(3), tmp_path, **OPTIONS)
+    assert stop.value.signal == number.name
+    assert sorted(os.listdir(checkpoint_dir(tmp_path, "toy"))) == ["3"]
+
+
+def test_signal_while_a_finished_stage_is_read_ends_the_run(tmp_path, monkeypatch):
+    run_stage(make_stage(3), tmp_path, **OPTIONS)
+    during(monkeypatch, "restore", signal.SIGTERM)
+    with pytest.raises(Interrupted, match="SIGTERM: saved toy at step 3"):
+        run_stage(make_stage(3), tmp_path, **OPTIONS)
+
+
+@pytest.mark.parametrize("finished", [False, True])
+def test_processes_leave_together_at_the_end(tmp_path, monkeypatch, finished):
+    """Another one got the signal; this one hears of it when it asks."""
+    if finished:
+        run_stage(make_stage(3), tmp_path, **OPTIONS)
+    gather = lambda asked: np.stack([asked, np.int32(1)])  # noqa: E731
+    monkeypatch.setattr(loop.multihost_utils, "process_allgather", gather)
+    asked = loop._agreed
+
+    def of_two(requested):
+        with monkeypatch.context() as two:
+            two.setattr(jax, "process_count", lambda: 2)
+            return asked(requested)
+
+    monkeypatch.setattr(loop, "_agreed", of_two)
+    with pytest.raises(Interrupted, match="SIGTERM: saved toy at step 3"):
+        run_stage(make_stage(3), tmp_path, **OPTIONS)
+
+
 def test_longer_run_extends_a_finished_one(tmp_path, whole):
     run_stage(make_stage(7), tmp_path, **OPTIONS)
     state = run_stage(make_stage(10), tmp_path, **OPTIONS)
@@ -259,6 +307,57 @@ def test_a_continued_run_remembers_its_best(tmp_path):
     (tmp_path / "toy" / "best" / "best.json").write_text("{")
     with pytest.raises(CheckpointError, match=r"best\.json is damaged"):
         run_stage(make_look_again(), tmp_path, look_every=4, **OPTIONS)
+
+
+def killed_after_the_look_at_step_6(workdir):
+    """A run whose last checkpoint is of step 4, and whose best one of step 6."""
+
+    def hook(count):
+        if count == 7:
+            raise ConnectionError("killed")
+
+    stage = dataclasses.replace(
+        make_stage(hook=hook), look=look_with([9.0, 8.0, 7.0, 6.0, 5.0, 3.0])
+    )
+    with pytest.raises(ConnectionError, match="killed"):
+        run_stage(stage, workdir, look_every=1, **OPTIONS)
+    assert os.listdir(checkpoint_dir(workdir, "toy")) == ["4"]
+    assert os.listdir(checkpoint_dir(workdir, "toy/best")) == ["6"]
+
+
+@pytest.mark.parametrize(
+    ("distances", "step", "seed"),
+    [
+        ([2.0, 2.5, 2.5, 2.5], 5, 0),
+        ([4.0, 2.0, 2.5, 2.5], 6, 1),  # the same step, another state
+        ([4.0, 3.5, 3.5, 3.5], 6, 0),  # nothing better: what was the best stays
+    ],
+)
+def test_a_better_one_at_a_step_that_is_passed_again_is_kept(tmp_path, distances, step, seed):
+    killed_after_the_look_at_step_6(tmp_path)
+    old = restore_subtree(checkpoint_dir(tmp_path, "toy/best"), "ema_params", like())
+    look = look_with(distances)
+    stage = dataclasses.replace(make_stage(8), look=look, constants=(jax.random.key(seed),))
+    run_stage(stage, tmp_path, look_every=1, **OPTIONS)
+    folder = checkpoint_dir(tmp_path, "toy/best")
+    assert os.listdir(folder) == [str(step)]
+    best = restore_subtree(folder, "ema_params", like())["params"]["w"]
+    kept = min(distances) > 3
+    expected = old["params"]["w"] if kept else look.seen[step - 5]
+    np.testing.assert_array_equal(best, expected)
+    record = json.loads((folder.parent / "best.json").read_text())
+    assert record == {"step": step, "distance": 3.0 if kept else 2.0}
+    # The latest ones are untouched.
+    assert sorted(os.listdir(checkpoint_dir(tmp_path, "toy"))) == ["4", "8"]
+
+
+def test_a_record_without_its_checkpoint_is_no_best(tmp_path):
+    """What a run leaves that was killed when it had removed the old best and not saved the new."""
+    killed_after_the_look_at_step_6(tmp_path)
+    shutil.rmtree(checkpoint_dir(tmp_path, "toy/best") / "6")
+    stage = dataclasses.replace(make_stage(8), look=look_with([4.0, 3.5, 3.6, 3.6]))
+    run_stage(stage, tmp_path, look_every=1, **OPTIONS)
+    assert os.listdir(checkpoint_dir(tmp_path, "toy/best")) == ["6"]
 
 
 def make_look_again():
