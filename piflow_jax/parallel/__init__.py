@@ -5,6 +5,7 @@ from piflow_jax.parallel.mesh import (
     device_mesh,
     global_batch,
     local_mesh,
+    local_rows,
     replicated,
 )
 from piflow_jax.parallel.sharding import ActivationSharding, parameter_shardings, state_shardings
@@ -16,6 +17,7 @@ __all__ = [
     "device_mesh",
     "global_batch",
     "local_mesh",
+    "local_rows",
     "parameter_shardings",
     "peak_flops",
     "replicated",

@@ -1,11 +1,21 @@
 """The mesh of all devices, and how batches lie on it."""
 
+import functools
+
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-__all__ = ["AXES", "batch_sharding", "device_mesh", "global_batch", "local_mesh", "replicated"]
+__all__ = [
+    "AXES",
+    "batch_sharding",
+    "device_mesh",
+    "global_batch",
+    "local_mesh",
+    "local_rows",
+    "replicated",
+]
 
 AXES = ("data", "fsdp", "tensor")
 
@@ -59,18 +69,56 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
 
 
+@functools.lru_cache
+def _local_parts(mesh: Mesh, process: int) -> tuple[int, ...]:
+    """Which of the batch's equal parts, in their order, lie on the devices of a process."""
+    count = mesh.shape["data"] * mesh.shape["fsdp"]
+    parts = batch_sharding(mesh).devices_indices_map((count,))
+    here = [part for device, part in parts.items() if device.process_index == process]
+    return tuple(sorted({part.start or 0 for (part,) in here}))
+
+
+def local_rows(mesh: Mesh, batch_size: int, process: int | None = None) -> np.ndarray:
+    """The rows of a batch that lie on the devices of a process.
+
+    Processes that differ in their places on `tensor` alone have the same ones. Devices that are
+    neighbours in a slice need not be in the batch, so the rows need not be a block.
+
+    Args:
+      mesh: from `device_mesh`.
+      batch_size: of the global batch, divisible by `data` times `fsdp`.
+      process: by default this one.
+
+    Returns:
+      `int64[rows]`, ascending.
+    """
+    process = jax.process_index() if process is None else process
+    size = batch_size // (mesh.shape["data"] * mesh.shape["fsdp"])
+    parts = np.array(_local_parts(mesh, process))
+    return (parts[:, None] * size + np.arange(size)).reshape(-1)
+
+
 def global_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     """Puts this process's rows of a batch on its devices.
 
     Args:
-      batch: arrays with the per-process batch in front.
+      batch: arrays with the rows of `local_rows` in front.
       mesh: from `device_mesh`.
 
     Returns:
       Global arrays, see `batch_sharding`.
     """
-    sharding = batch_sharding(mesh)
-    return {
-        name: jax.make_array_from_process_local_data(sharding, value)
-        for name, value in batch.items()
-    }
+    parts = _local_parts(mesh, jax.process_index())
+
+    def put(value):
+        size = len(value) // len(parts)
+        whole = (size * mesh.shape["data"] * mesh.shape["fsdp"], *value.shape[1:])
+
+        def of_device(index):
+            start = parts.index((index[0].start or 0) // size) * size
+            return value[start : start + size]
+
+        # `make_array_from_process_local_data` wants of any two processes the same rows or none.
+        return jax.make_array_from_callback(whole, batch_sharding(mesh), of_device)
+
+    return {name: put(value) for name, value in batch.items()}

@@ -15,7 +15,7 @@ from piflow_jax.config import Config, ConfigError, mesh_sizes
 from piflow_jax.data import batches, load_source
 from piflow_jax.evaluation import FEATURE_SPACES
 from piflow_jax.models.flops import gradient_flops
-from piflow_jax.parallel import ActivationSharding, device_mesh
+from piflow_jax.parallel import ActivationSharding, device_mesh, local_rows
 from piflow_jax.stages.adm import load_inception, load_reference
 from piflow_jax.stages.autoencoder import check_autoencoder, load_autoencoder
 from piflow_jax.stages.evaluate import evaluate
@@ -162,7 +162,7 @@ def teacher_stage(config: Config, source, data: DataShape, mesh: Mesh) -> Stage:
         ),
         step=step,
         constants=(stream_key(config, _TEACHER_STEPS),),
-        data=stage_batches(config, source, settings.batch_size, config.seed),
+        data=stage_batches(mesh, source, settings.batch_size, config.seed),
         steps=settings.steps,
         batch_size=settings.batch_size,
         flops_per_step=settings.batch_size
@@ -207,7 +207,7 @@ def student_stage(config: Config, source, data: DataShape, teacher_params, mesh:
         init=init,
         step=distil,
         constants=(teacher_params, stream_key(config, _STUDENT_STEPS)),
-        data=stage_batches(config, source, settings.batch_size, config.seed + _STUDENT_DATA),
+        data=stage_batches(mesh, source, settings.batch_size, config.seed + _STUDENT_DATA),
         steps=settings.steps,
         batch_size=settings.batch_size,
         flops_per_step=settings.batch_size * _mean_flops(flops, source, data),
@@ -255,7 +255,7 @@ def rival_stage(
         init=lambda teacher: rival_init(setting, rival, key, teacher),
         step=rival.step(setting),
         constants=(given, stream_key(config, _STUDENT_STEPS)),
-        data=stage_batches(config, source, settings.batch_size, config.seed + _STUDENT_DATA),
+        data=stage_batches(mesh, source, settings.batch_size, config.seed + _STUDENT_DATA),
         steps=settings.steps,
         batch_size=settings.batch_size,
         flops_per_step=flops * settings.batch_size,
@@ -271,12 +271,6 @@ def pairs_key(config: Config) -> jax.Array:
     return stream_key(config, _PAIRS)
 
 
-def stage_batches(config: Config, source, batch_size: int, seed: int):
-    """Endless batches of a source, this process's share of them."""
-    return batches(
-        source,
-        batch_size=batch_size,
-        seed=seed,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-    )
+def stage_batches(mesh: Mesh, source, batch_size: int, seed: int):
+    """Endless batches of a source, of each the rows that this process's devices need."""
+    return batches(source, batch_size=batch_size, seed=seed, rows=local_rows(mesh, batch_size))

@@ -125,6 +125,38 @@ def test_one_that_is_done_waits_longer_than_for_a_heartbeat(tmp_path):
     assert codes == [0, 0], logs
 
 
+BATCHES = """
+import sys
+import jax, numpy as np
+from piflow_jax.config import ProcessesConfig
+from piflow_jax.parallel import global_batch, local_rows, processes, replicated
+from piflow_jax.parallel.mesh import AXES
+
+processes.start(ProcessesConfig(start_seconds=60))
+whole = np.arange(24).reshape(12, 2)
+for shape in ((6, 1, 1), (1, 3, 2), (1, 2, 3), (1, 1, 6)):
+    for order in ([0, 1, 2, 3, 4, 5], [0, 3, 1, 4, 2, 5]):  # the second, by turns
+        grid = np.array(jax.devices())[order].reshape(shape)
+        mesh = jax.sharding.Mesh(grid, AXES)
+        batch = global_batch({"x": whole[local_rows(mesh, 12)]}, mesh)["x"]
+        gathered = jax.jit(lambda x: x, out_shardings=replicated(mesh))(batch)
+        for shard in (*batch.addressable_shards, *gathered.addressable_shards):
+            np.testing.assert_array_equal(shard.data, whole[shard.index], str((shape, order)))
+sys.exit(processes.end(0))
+"""
+
+
+def test_a_batch_is_the_same_however_processes_share_it(tmp_path):
+    def three_devices(*place):
+        return by_hand(*place) | {"XLA_FLAGS": "--xla_force_host_platform_device_count=3"}
+
+    (tmp_path / "batches.py").write_text(BATCHES)
+    options = {"command": [sys.executable, str(tmp_path / "batches.py")], "launcher": three_devices}
+    with started(tmp_path, tmp_path / "logs", 2, **options) as running:
+        codes, logs = finish(running, tmp_path / "logs", timeout=120)
+    assert codes == [0, 0], logs
+
+
 def finish(running, logs, timeout=480):
     """Exit statuses, and what each process said."""
     deadline = time.monotonic() + timeout
@@ -219,6 +251,15 @@ def teacher_of(workdir):
 
 
 SPLIT = ("--config.mesh.data=2", "--config.mesh.fsdp=2")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("count", "data"), [(2, 1), (4, 2)])
+def test_processes_that_share_their_rows_give_the_result_of_one(one, tmp_path, count, data):
+    """Heads and hidden layers split over processes, which need the same examples then."""
+    more = [teacher_of(one), f"--config.mesh.data={data}", "--config.mesh.tensor=2"]
+    said = run(tmp_path, tmp_path / "logs", count, *more)
+    assert_results_of(tmp_path, said, one, f"{count} processes (environment), {count} devices")
 
 
 @pytest.mark.slow
