@@ -2,11 +2,13 @@
 
 from piflow_jax.parallel.mesh import (
     batch_sharding,
+    config_mesh,
     device_mesh,
     global_batch,
     local_mesh,
     local_rows,
     replicated,
+    slice_count,
 )
 from piflow_jax.parallel.sharding import ActivationSharding, parameter_shardings, state_shardings
 from piflow_jax.parallel.topology import peak_flops
@@ -14,6 +16,7 @@ from piflow_jax.parallel.topology import peak_flops
 __all__ = [
     "ActivationSharding",
     "batch_sharding",
+    "config_mesh",
     "device_mesh",
     "global_batch",
     "local_mesh",
@@ -21,5 +24,6 @@ __all__ = [
     "parameter_shardings",
     "peak_flops",
     "replicated",
+    "slice_count",
     "state_shardings",
 ]

@@ -7,14 +7,18 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from piflow_jax.config import Config, mesh_sizes
+
 __all__ = [
     "AXES",
     "batch_sharding",
+    "config_mesh",
     "device_mesh",
     "global_batch",
     "local_mesh",
     "local_rows",
     "replicated",
+    "slice_count",
 ]
 
 AXES = ("data", "fsdp", "tensor")
@@ -34,7 +38,7 @@ def device_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) ->
       network between them is slow, each has its own part of `data`.
 
     Raises:
-      ValueError: The sizes do not multiply to the number of devices, or the slices do not divide
+      ValueError: The sizes do not multiply to the number of devices, or TPU slices do not divide
         `data`.
     """
     devices = jax.devices() if devices is None else devices
@@ -43,15 +47,46 @@ def device_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) ->
         raise ValueError(
             f"a mesh of {data} x {fsdp} x {tensor} does not fit {len(devices)} devices"
         )
-    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    slices = slice_count(devices)
     if data % slices:
-        raise ValueError(f"config.mesh.data ({data}) must be divisible by the {slices} slices")
+        raise ValueError(f"data ({data}) must be divisible by the {slices} slices")
     shape, split = (data // slices, fsdp, tensor), {"allow_split_physical_axes": True}
     if slices > 1:
         grid = mesh_utils.create_hybrid_device_mesh(shape, (slices, 1, 1), devices, **split)
     else:
         grid = mesh_utils.create_device_mesh(shape, devices, **split)
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def slice_count(devices=None) -> int:
+    """How many TPU slices devices are of; those that are no TPUs are as one slice.
+
+    JAX numbers the hosts of GPUs as slices, too. But a mesh may lie across these in any way, and
+    has to where a network takes more than one host.
+
+    Args:
+      devices: by default all of all processes.
+    """
+    devices = jax.devices() if devices is None else devices
+    return len({getattr(d, "slice_index", 0) if d.platform == "tpu" else 0 for d in devices})
+
+
+def config_mesh(config: Config, devices=None) -> Mesh:
+    """The mesh of `config.mesh`.
+
+    Args:
+      config: the run's settings.
+      devices: by default all of all processes.
+
+    Returns:
+      See `device_mesh`.
+
+    Raises:
+      ConfigError: The sizes do not fit the devices or their slices; names them.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = mesh_sizes(config, len(devices), slice_count(devices))
+    return device_mesh(**sizes, devices=devices)
 
 
 def local_mesh() -> Mesh:

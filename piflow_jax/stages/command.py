@@ -11,7 +11,7 @@ from etils import epath
 
 from piflow_jax.config import Config, ConfigError, check_devices, parse
 from piflow_jax.data.shards import ShardsError
-from piflow_jax.parallel import processes
+from piflow_jax.parallel import processes, slice_count
 from piflow_jax.stages.adm import write_reference
 from piflow_jax.stages.compile import compile_sampling, compile_step
 from piflow_jax.stages.evaluate import evaluate
@@ -89,7 +89,7 @@ def _start(config: Config, mode: str, workdir: str | os.PathLike) -> None:
         jax.config.update("jax_compilation_cache_dir", config.compilation_cache)
     if not mode.startswith("compile"):  # a slice to compile for has other devices than this machine
         processes.start(config.processes)
-        check_devices(config, jax.device_count(), jax.process_count())
+        check_devices(config, jax.device_count(), jax.process_count(), slice_count())
     try:
         epath.Path(workdir).mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -11,11 +11,11 @@ import jax
 from absl import logging
 from jax.sharding import Mesh
 
-from piflow_jax.config import Config, ConfigError, mesh_sizes
+from piflow_jax.config import Config, ConfigError
 from piflow_jax.data import batches, load_source
 from piflow_jax.evaluation import FEATURE_SPACES
 from piflow_jax.models.flops import gradient_flops
-from piflow_jax.parallel import ActivationSharding, device_mesh, local_rows
+from piflow_jax.parallel import ActivationSharding, config_mesh, local_rows
 from piflow_jax.stages.adm import load_inception, load_reference
 from piflow_jax.stages.autoencoder import check_autoencoder, load_autoencoder
 from piflow_jax.stages.evaluate import evaluate
@@ -64,7 +64,7 @@ def train(config: Config, workdir: str | os.PathLike) -> None:
 
 
 def _train(config: Config, workdir: str | os.PathLike) -> None:
-    mesh = device_mesh(**mesh_sizes(config, jax.device_count()))
+    mesh = config_mesh(config)
     source = load_source(config.data.name, config.data.data_dir or None)
     data = DataShape.of(config.data.name, source)
     if config.data.name == "imagenet":
