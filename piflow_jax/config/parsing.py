@@ -180,11 +180,11 @@ def check_devices(
             f"config.mesh.tensor ({sizes['tensor']}) must divide config.model.num_heads "
             f"({config.model.num_heads})"
         )
-    if _rank(config) % sizes["fsdp"]:
-        raise ConfigError(
-            f"config.mesh.fsdp ({sizes['fsdp']}) must divide config.model.lora_rank "
-            f"({config.model.lora_rank})"
-        )
+    for key, size in (("hidden", config.model.hidden), ("lora_rank", _rank(config))):
+        if size % sizes["fsdp"]:
+            raise ConfigError(
+                f"config.mesh.fsdp ({sizes['fsdp']}) must divide config.model.{key} ({size})"
+            )
     parts = sizes["data"] * sizes["fsdp"]
     # A network that reads text is too large to be whole on a device: all of them share a sample.
     samplers = num_devices // num_processes if config.model.network == "dit" else parts
