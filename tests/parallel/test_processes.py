@@ -1,6 +1,7 @@
 """Several real processes on this machine, started as a cluster starts them."""
 
 import contextlib
+import dataclasses
 import json
 import os
 import re
@@ -15,7 +16,10 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from absl import logging
 
+from piflow_jax.config import ProcessesConfig
+from piflow_jax.parallel import processes
 from piflow_jax.parallel.processes import Place, ProcessError, find
 
 ROOT = Path(__file__).parents[2]
@@ -111,18 +115,20 @@ from piflow_jax.parallel import processes
 
 processes.start(ProcessesConfig(heartbeat_seconds=5, start_seconds=60))
 import jax
+print("devices", jax.local_device_count())
 time.sleep(9 * (1 - jax.process_index()))
 sys.exit(processes.end(0))
 """
 
 
 def test_one_that_is_done_waits_longer_than_for_a_heartbeat(tmp_path):
-    """As the others do while the first alone writes its report."""
+    """As the others do while the first alone writes its report. CPUs are not shared out by MPI."""
     (tmp_path / "patient.py").write_text(PATIENT)
     command = [sys.executable, str(tmp_path / "patient.py")]
-    with started(tmp_path, tmp_path / "logs", 2, command=command) as running:
+    with started(tmp_path, tmp_path / "logs", 2, command=command, launcher=by_mpi) as running:
         codes, logs = finish(running, tmp_path / "logs", timeout=120)
     assert codes == [0, 0], logs
+    assert all("devices 1\n" in log for log in logs)
 
 
 BATCHES = """
@@ -350,6 +356,9 @@ def test_processes_that_are_not_all_there_say_so(tmp_path, index):
     assert "Traceback" not in done.stderr
 
 
+MPICH = {"PMI_SIZE": "4", "PMI_RANK": "2", "JAX_COORDINATOR_ADDRESS": "a:1"}
+
+
 @pytest.mark.parametrize(
     ("environ", "place"),
     [
@@ -359,10 +368,17 @@ def test_processes_that_are_not_all_there_say_so(tmp_path, index):
         (by_slurm(4321, 8, 7), Place("slurm", None, 8, 7)),
         (by_slurm(4321, 1, 0), None),
         ({"SLURM_NTASKS": "8", "SLURM_PROCID": "0"}, None),  # a batch script, no step
-        (by_mpi(1234, 2, 1), Place("mpi", "127.0.0.1:1234", 2, 1)),
+        (by_mpi(1234, 2, 1), Place("mpi", "127.0.0.1:1234", 2, 1, gpu=1)),
+        (MPICH, Place("mpi", "a:1", 4, 2)),
+        (MPICH | {"MPI_LOCALRANKID": "0"}, Place("mpi", "a:1", 4, 2, gpu=0)),
+        (MPICH | {"PMI_LOCAL_RANK": "3"}, Place("mpi", "a:1", 4, 2, gpu=3)),
+        # Alone on its host, by its user's word, or with one that the launcher chose.
+        (MPICH | {"MPI_LOCALRANKID": "0", "MPI_LOCALNRANKS": "1"}, Place("mpi", "a:1", 4, 2)),
+        (MPICH | {"MPI_LOCALRANKID": "1", "JAX_LOCAL_DEVICE_IDS": "2"}, Place("mpi", "a:1", 4, 2)),
+        (MPICH | {"MPI_LOCALRANKID": "1", "CUDA_VISIBLE_DEVICES": "1"}, Place("mpi", "a:1", 4, 2)),
         (
-            {"PMI_SIZE": "2", "PMI_RANK": "0", "JAX_COORDINATOR_ADDRESS": "a:1"},
-            Place("mpi", "a:1", 2, 0),
+            MPICH | {"MPI_LOCALRANKID": "1", "CUDA_VISIBLE_DEVICES": "4,5"},
+            Place("mpi", "a:1", 4, 2, gpu=1),
         ),
         (by_slurm(4321, 2, 0) | by_hand(1234, 2, 1), Place("environment", "127.0.0.1:1234", 2, 1)),
     ],
@@ -371,7 +387,22 @@ def test_a_process_finds_its_place(environ, place):
     assert find(environ) == place
     # The machine counts where nothing else says anything.
     said = "JAX_PROCESS_ID" in environ
+    place = place and dataclasses.replace(place, gpu=None)
     assert find(environ, tpu=True) == (place if said else place or Place("tpu"))
+
+
+@pytest.mark.parametrize(
+    ("environ", "devices"), [(by_mpi(1234, 2, 1), [1]), (by_hand(1234, 2, 1), None)]
+)
+def test_a_process_among_several_of_a_host_takes_its_gpu(environ, devices, monkeypatch):
+    given = {}
+    monkeypatch.setattr(jax.distributed, "initialize", lambda **options: given.update(options))
+    monkeypatch.setattr(processes, "_preflight", lambda *_: None)
+    verbosity = logging.get_verbosity()
+    processes.start(ProcessesConfig(), environ)
+    logging.set_verbosity(verbosity)
+    # Not given, JAX reads JAX_LOCAL_DEVICE_IDS.
+    assert (given["process_id"], given["local_device_ids"]) == (1, devices)
 
 
 @pytest.mark.parametrize(
@@ -381,6 +412,7 @@ def test_a_process_finds_its_place(environ, place):
         (by_hand(1, 2, 2), r"JAX_PROCESS_ID must be in \[0, JAX_NUM_PROCESSES = 2\), got 2"),
         (by_hand(1, 2, "x"), "JAX_PROCESS_ID must be an integer, got 'x'"),
         (by_hand(1, 2, 0) | {"JAX_COORDINATOR_ADDRESS": "host"}, "must be HOST:PORT, got 'host'"),
+        (MPICH | {"MPI_LOCALRANKID": "a"}, "MPI_LOCALRANKID must be an integer, got 'a'"),
         ({"PMI_SIZE": "2", "PMI_RANK": "0"}, "set JAX_COORDINATOR_ADDRESS=HOST:PORT"),
     ],
 )
