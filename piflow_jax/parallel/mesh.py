@@ -1,6 +1,7 @@
 """The mesh of all devices, and how batches lie on it."""
 
 import functools
+from typing import Any
 
 import jax
 import numpy as np
@@ -14,6 +15,7 @@ __all__ = [
     "batch_sharding",
     "config_mesh",
     "device_mesh",
+    "gathered",
     "global_batch",
     "local_mesh",
     "local_rows",
@@ -97,6 +99,24 @@ def local_mesh() -> Mesh:
 def replicated(mesh: Mesh) -> NamedSharding:
     """Every device holds the whole array."""
     return NamedSharding(mesh, PartitionSpec())
+
+
+def gathered(tree: Any, mesh: Mesh) -> Any:
+    """Copies arrays that lie on a mesh to one device of this process; all processes take part.
+
+    Args:
+      tree: arrays that lie on the mesh in any way.
+      mesh: from `device_mesh`.
+
+    Returns:
+      Each array whole, on the same device.
+    """
+    whole = jax.jit(_identity, out_shardings=replicated(mesh))(tree)
+    return jax.tree.map(lambda leaf: leaf.addressable_data(0), whole)
+
+
+def _identity(tree):
+    return tree
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

@@ -15,7 +15,7 @@ from piflow_jax.config import Config, ConfigError
 from piflow_jax.data import batches, load_source
 from piflow_jax.evaluation import FEATURE_SPACES
 from piflow_jax.models.flops import gradient_flops
-from piflow_jax.parallel import ActivationSharding, config_mesh, local_rows
+from piflow_jax.parallel import ActivationSharding, config_mesh, gathered, local_rows
 from piflow_jax.stages.adm import load_inception, load_reference
 from piflow_jax.stages.autoencoder import check_autoencoder, load_autoencoder
 from piflow_jax.stages.evaluate import evaluate
@@ -197,6 +197,11 @@ def student_stage(config: Config, source, data: DataShape, teacher_params, mesh:
 
     look = student_look(config, source, data) if config.evaluation.every else None
 
+    def look_at(trained):
+        # Of the base too one copy on this process's devices: the teacher lies on the mesh.
+        base = None if config.model.network == "dit" else gathered(teacher_params, mesh)
+        return look(with_base(student, trained, base))
+
     def flops(*shape):
         return sum(distill_flops(student, teacher, config, *shape).values())
 
@@ -216,7 +221,7 @@ def student_stage(config: Config, source, data: DataShape, teacher_params, mesh:
         spec=student_spec(config, data),
         init_arguments=(teacher_params,),
         shardings=lambda state: student_shardings(config, mesh, state),
-        look=look and (lambda trained: look(with_base(student, trained, teacher_params))),
+        look=look and look_at,
     )
 
 

@@ -163,6 +163,21 @@ def test_a_batch_is_the_same_however_processes_share_it(tmp_path):
     assert codes == [0, 0], logs
 
 
+@pytest.mark.slow
+def test_processes_look_at_a_student_with_adapters_as_one_does(tmp_path):
+    """Of the student each has a copy of its own; of the teacher beneath it, a part."""
+    command = [sys.executable, str(Path(__file__).parent / "look_at_adapters.py")]
+    figures = []
+    for count in (1, 2):
+        logs = tmp_path / str(count)
+        with started(tmp_path, logs, count, command=command) as running:
+            codes, said = finish(running, logs)
+        assert codes == [0] * count, said
+        figures += [json.loads(log.splitlines()[-1]) for log in said]
+    for found in figures[1:]:
+        assert found == pytest.approx(figures[0], rel=1e-3)
+
+
 def finish(running, logs, timeout=480):
     """Exit statuses, and what each process said."""
     deadline = time.monotonic() + timeout
