@@ -68,6 +68,9 @@ def slice_count(devices=None) -> int:
 
     Args:
       devices: by default all of all processes.
+
+    Returns:
+      Their number, at least 1.
     """
     devices = jax.devices() if devices is None else devices
     return len({getattr(d, "slice_index", 0) if d.platform == "tpu" else 0 for d in devices})

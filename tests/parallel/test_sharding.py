@@ -259,8 +259,9 @@ def test_every_parameter_of_the_text_to_image_networks_has_its_axes():
         shapes = jax.eval_shape(module.init, jax.random.key(0), *module.example())["params"]
         for path, leaf in flatten_dict(shapes).items():
             axes = parameter_axes(path, leaf.ndim)
-            # What is large is split by `fsdp`, along the tokens' width or an adapter's rank.
-            if leaf.size > 1_000_000 and path[-1] != "scale":
+            # What is large is split by `fsdp`, along the tokens' width or an adapter's rank; but
+            # what is added to tokens, or multiplies them, is whole.
+            if leaf.size > 1_000_000 and path[-1] not in ("scale", "bias"):
                 assert len({"embed", "rank"} & set(axes)) == 1, path
             if "mlp" in axes:
                 assert leaf.shape[axes.index("mlp")] % 3072 == 0, path
