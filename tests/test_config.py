@@ -406,6 +406,14 @@ def test_parts_that_are_not_asked_for_are_sixteen_at_most():
     assert tuple(mesh_sizes(config, 64).values()) == (1, 64, 1)
 
 
+def test_parts_divide_the_width_of_the_tokens():
+    """Else the sharding of the first parameter would be an error without a key."""
+    values = {"mesh__fsdp": 8, "evaluation__batch_size": 8}
+    message = "config.mesh.fsdp (8) must divide config.model.hidden (60)"
+    assert refusal(8, model__hidden=60, **values) == message
+    assert parse(changed(model__hidden=64, **values), 8).mesh.fsdp == 8
+
+
 def test_parts_divide_the_rank_of_adapters():
     config = tiny_text.get_config()
     config.model.hidden, config.model.num_heads = 64, 8

@@ -107,19 +107,20 @@ def _parse_value(value: Any, hint: Any, allowed: types.MappingProxyType, key: st
     return value
 
 
-def mesh_sizes(config: Config, num_devices: int) -> dict[str, int]:
+def mesh_sizes(config: Config, num_devices: int, num_slices: int = 1) -> dict[str, int]:
     """Sizes of the mesh's axes in their order, with -1 filled in.
 
     Args:
       config: the parsed configuration.
       num_devices: devices of all processes.
+      num_slices: TPU slices that they are of.
 
     Returns:
       `data`, `fsdp` and `tensor`, whose product is the number of devices.
 
     Raises:
-      ConfigError: a size is 0, more than one is -1 (but for `data` with `fsdp`), or they do not
-        multiply to that number.
+      ConfigError: a size is 0, more than one is -1 (but for `data` with `fsdp`), they do not
+        multiply to that number, or the slices do not divide `data`.
     """
     sizes = {axis: getattr(config.mesh, axis) for axis in ("data", "fsdp", "tensor")}
     for axis, size in sizes.items():
@@ -129,7 +130,8 @@ def mesh_sizes(config: Config, num_devices: int) -> dict[str, int]:
         # Finer parts than whole tiles are padded, more than a few save little memory, and of groups
         # as large as a slice the compiler makes worse programs, see docs/scaling.md.
         tiles, rest = divmod(config.model.hidden, _TILE_ROWS)
-        most = math.gcd(num_devices // sizes["tensor"], tiles, _MOST_PARTS, _rank(config))
+        room = max(num_devices // (sizes["tensor"] * num_slices), 1)
+        most = math.gcd(room, tiles, _MOST_PARTS, _rank(config))
         sizes["fsdp"] = 1 if rest else most
     open_axes = [axis for axis, size in sizes.items() if size == -1]
     if len(open_axes) > 1:
@@ -141,6 +143,12 @@ def mesh_sizes(config: Config, num_devices: int) -> dict[str, int]:
     if math.prod(sizes.values()) != num_devices:
         text = " x ".join(f"{axis} {getattr(config.mesh, axis)}" for axis in sizes)
         raise ConfigError(f"config.mesh ({text}) does not fit the {num_devices} devices")
+    if sizes["data"] % num_slices:
+        raise ConfigError(
+            f"config.mesh.data ({sizes['data']}) must be divisible by the {num_slices} slices; "
+            f"lower config.mesh.fsdp ({sizes['fsdp']}) or config.mesh.tensor ({sizes['tensor']}) "
+            f"until their product divides the {num_devices // num_slices} devices of a slice"
+        )
     return sizes
 
 
@@ -153,6 +161,7 @@ def check_devices(
     config: Config,
     num_devices: int,
     num_processes: int = 1,
+    num_slices: int = 1,
     groups: Collection[str] | None = None,
 ) -> dict[str, int]:
     """Refuses a mesh and batches that do not fit the devices.
@@ -161,6 +170,7 @@ def check_devices(
       config: the parsed configuration.
       num_devices: devices of all processes.
       num_processes: processes, which take turns in sampling, each on its own devices.
+      num_slices: see `mesh_sizes`.
       groups: those of `train`, `teacher` and `evaluation` whose batches are used; by default those
         of training.
 
@@ -171,17 +181,17 @@ def check_devices(
       ConfigError: the mesh does not fit, or a batch cannot be divided; names the key.
     """
     train = config.train
-    sizes = mesh_sizes(config, num_devices)
+    sizes = mesh_sizes(config, num_devices, num_slices)
     if config.model.num_heads % sizes["tensor"]:
         raise ConfigError(
             f"config.mesh.tensor ({sizes['tensor']}) must divide config.model.num_heads "
             f"({config.model.num_heads})"
         )
-    if _rank(config) % sizes["fsdp"]:
-        raise ConfigError(
-            f"config.mesh.fsdp ({sizes['fsdp']}) must divide config.model.lora_rank "
-            f"({config.model.lora_rank})"
-        )
+    for key, size in (("hidden", config.model.hidden), ("lora_rank", _rank(config))):
+        if size % sizes["fsdp"]:
+            raise ConfigError(
+                f"config.mesh.fsdp ({sizes['fsdp']}) must divide config.model.{key} ({size})"
+            )
     parts = sizes["data"] * sizes["fsdp"]
     # A network that reads text is too large to be whole on a device: all of them share a sample.
     samplers = num_devices // num_processes if config.model.network == "dit" else parts

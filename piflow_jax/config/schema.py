@@ -61,7 +61,7 @@ class MeshConfig:
         1,
         "parts of the batch that split the parameters, a divisor of model.hidden and of adapters' "
         "model.lora_rank; -1 fills, but where data is -1 too only as far as parts of model.hidden "
-        "are whole tiles of 8, and to 16 parts",
+        "are whole tiles of 8, to 16 parts, and to the devices of a TPU slice",
         low=-1,
     )
     tensor: int = _field(1, "parts of heads and hidden layers; -1 fills", low=-1)

@@ -4,9 +4,9 @@ The order is a pure function of `(seed, length, position)`. Epoch `e` visits the
 order that sorts `length` words of the counter-based generator Philox with key `(seed, e)`; NumPy
 keeps that stream fixed between versions, unlike the one of `Generator.permutation`. Global batch
 `i` is positions `[i B, (i + 1) B)` of the endless concatenation of epochs, so an epoch may end
-inside a batch. Process `p` of `P` takes rows `[p B / P, (p + 1) B / P)` of it, so what a step
-trains on does not depend on how many processes share the work. The whole position is therefore one
-integer, the number of batches taken.
+inside a batch. A process takes those of its rows that its devices need, so what a step trains on
+does not depend on how many processes share the work. The whole position is therefore one integer,
+the number of batches taken.
 
 A source whose examples have several shapes keeps those of one shape together, in buckets. Then each
 batch is of one bucket, which on every process is the same: every bucket has an endless order of its
@@ -116,23 +116,23 @@ class BucketSchedule:
 class _Batches:
     """The endless sequence of one process's batches, as a source for Grain."""
 
-    def __init__(self, source: Source, seed: int, batch_size: int, index: int, count: int):
+    def __init__(self, source: Source, seed: int, batch_size: int, rows: np.ndarray):
         sizes = bucket_sizes(source)
         self._source = source
         self._schedule = BucketSchedule(sizes, batch_size, seed)
         self._orders = [Order(size, seed, bucket) for bucket, size in enumerate(sizes)]
         self._starts = np.cumsum((0, *sizes))
         self._batch_size = batch_size
-        self._local_size = batch_size // count
-        self._offset = index * self._local_size
+        self._rows = rows
 
     def __len__(self) -> int:
         return sys.maxsize
 
     def __getitem__(self, batch: int) -> dict[str, np.ndarray]:
         bucket, turn = self._schedule(batch)
-        start = turn * self._batch_size + self._offset
-        indices = self._starts[bucket] + self._orders[bucket](start, start + self._local_size)
+        start = turn * self._batch_size
+        whole = self._orders[bucket](start, start + self._batch_size)
+        indices = self._starts[bucket] + whole[self._rows]
         if hasattr(self._source, "gather"):
             return self._source.gather(indices)
         if hasattr(self._source, "__getitems__"):  # ArrayRecord reads many at once
@@ -145,13 +145,11 @@ class _Batches:
 class BatchIterator(Iterator[dict[str, np.ndarray]]):
     """Endless iterator over one process's batches, made by `batches`.
 
-    Each item is a dictionary of NumPy arrays with the per-process batch in front, for images
-    `image: float32[B / process_count, H, W, C]` and `label: int32[B / process_count]`.
+    Each item is a dictionary of NumPy arrays with the process's rows in front, for images
+    `image: float32[rows, H, W, C]` and `label: int32[rows]`.
     """
 
-    def __init__(
-        self, source: Source, *, batch_size: int, seed: int, process_index: int, process_count: int
-    ):
+    def __init__(self, source: Source, *, batch_size: int, seed: int, rows: np.ndarray):
         self._identity = {
             "seed": seed,
             "batch_size": batch_size,
@@ -160,7 +158,7 @@ class BatchIterator(Iterator[dict[str, np.ndarray]]):
         if len(bucket_sizes(source)) > 1:
             self._identity["buckets"] = list(bucket_sizes(source))
         self._threads = 0 if hasattr(source, "gather") else _READ_THREADS
-        self._source = _Batches(source, seed, batch_size, process_index, process_count)
+        self._source = _Batches(source, seed, batch_size, rows)
         self._start(0)
 
     def _start(self, position: int) -> None:
@@ -221,7 +219,7 @@ class BatchIterator(Iterator[dict[str, np.ndarray]]):
 
 
 def batches(
-    source: Source, *, batch_size: int, seed: int, process_index: int = 0, process_count: int = 1
+    source: Source, *, batch_size: int, seed: int, rows: Sequence[int] | None = None
 ) -> BatchIterator:
     """Endless shuffled batches of a source, for one of several processes.
 
@@ -234,39 +232,32 @@ def batches(
       source: Anything with `__len__` and `__getitem__(i) -> dict` of arrays; a method
         `gather(indices)` that returns a stacked batch marks it as held in memory. Examples may
         have several shapes if they come bucket by bucket and `bucket_sizes` says how many of each.
-      batch_size: Global batch size, divisible by `process_count`. It may exceed the data set.
+      batch_size: Global batch size. It may exceed the data set.
       seed: Integer in [0, 2**64).
-      process_index: This process, `0 <= process_index < process_count`.
-      process_count: Number of processes. Process `p` gets the `p`-th contiguous block of rows of
-        each global batch, which itself does not depend on the number of processes.
+      rows: Rows of each global batch that this process reads, such as `parallel.local_rows` says;
+        by default all. Global batches do not depend on how they are shared.
 
     Returns:
-      An iterator with `get_state` and `set_state`; batches have `batch_size // process_count` rows.
+      An iterator with `get_state` and `set_state`; batches have the rows, in their order.
 
     Raises:
       ValueError: If an argument is out of its range; the message names it.
     """
     if len(source) == 0:
         raise ValueError("source is empty")
-    if not _is_int(process_count) or process_count < 1:
-        raise ValueError(f"process_count must be a positive integer, got {process_count!r}")
-    if not _is_int(process_index) or not 0 <= process_index < process_count:
-        raise ValueError(f"process_index must lie in [0, {process_count}), got {process_index!r}")
     if not _is_int(batch_size) or batch_size < 1:
         raise ValueError(f"batch_size must be a positive integer, got {batch_size!r}")
-    if batch_size % process_count:
-        raise ValueError(
-            f"batch_size ({batch_size}) must be divisible by the number of processes "
-            f"({process_count})"
-        )
+    rows = np.arange(batch_size) if rows is None else np.asarray(rows)
+    inside = rows.ndim == 1 and rows.size and np.issubdtype(rows.dtype, np.integer)
+    if not inside or rows.min() < 0 or rows.max() >= batch_size:
+        raise ValueError(f"rows must be integers in [0, {batch_size}), at least one, got {rows}")
     if not _is_int(seed) or not 0 <= seed < 2**64:
         raise ValueError(f"seed must be an integer in [0, 2**64), got {seed!r}")
     return BatchIterator(
         source,
         batch_size=int(batch_size),
         seed=int(seed),
-        process_index=int(process_index),
-        process_count=int(process_count),
+        rows=rows,
     )
 
 

@@ -1,11 +1,27 @@
 """The mesh of all devices, and how batches lie on it."""
 
+import functools
+from typing import Any
+
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-__all__ = ["AXES", "batch_sharding", "device_mesh", "global_batch", "local_mesh", "replicated"]
+from piflow_jax.config import Config, mesh_sizes
+
+__all__ = [
+    "AXES",
+    "batch_sharding",
+    "config_mesh",
+    "device_mesh",
+    "gathered",
+    "global_batch",
+    "local_mesh",
+    "local_rows",
+    "replicated",
+    "slice_count",
+]
 
 AXES = ("data", "fsdp", "tensor")
 
@@ -24,7 +40,7 @@ def device_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) ->
       network between them is slow, each has its own part of `data`.
 
     Raises:
-      ValueError: The sizes do not multiply to the number of devices, or the slices do not divide
+      ValueError: The sizes do not multiply to the number of devices, or TPU slices do not divide
         `data`.
     """
     devices = jax.devices() if devices is None else devices
@@ -33,15 +49,49 @@ def device_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) ->
         raise ValueError(
             f"a mesh of {data} x {fsdp} x {tensor} does not fit {len(devices)} devices"
         )
-    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    slices = slice_count(devices)
     if data % slices:
-        raise ValueError(f"config.mesh.data ({data}) must be divisible by the {slices} slices")
+        raise ValueError(f"data ({data}) must be divisible by the {slices} slices")
     shape, split = (data // slices, fsdp, tensor), {"allow_split_physical_axes": True}
     if slices > 1:
         grid = mesh_utils.create_hybrid_device_mesh(shape, (slices, 1, 1), devices, **split)
     else:
         grid = mesh_utils.create_device_mesh(shape, devices, **split)
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def slice_count(devices=None) -> int:
+    """How many TPU slices devices are of; those that are no TPUs are as one slice.
+
+    JAX numbers the hosts of GPUs as slices, too. But a mesh may lie across these in any way, and
+    has to where a network takes more than one host.
+
+    Args:
+      devices: by default all of all processes.
+
+    Returns:
+      Their number, at least 1.
+    """
+    devices = jax.devices() if devices is None else devices
+    return len({getattr(d, "slice_index", 0) if d.platform == "tpu" else 0 for d in devices})
+
+
+def config_mesh(config: Config, devices=None) -> Mesh:
+    """The mesh of `config.mesh`.
+
+    Args:
+      config: the run's settings.
+      devices: by default all of all processes.
+
+    Returns:
+      See `device_mesh`.
+
+    Raises:
+      ConfigError: The sizes do not fit the devices or their slices; names them.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = mesh_sizes(config, len(devices), slice_count(devices))
+    return device_mesh(**sizes, devices=devices)
 
 
 def local_mesh() -> Mesh:
@@ -54,23 +104,79 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
+def gathered(tree: Any, mesh: Mesh) -> Any:
+    """Copies arrays that lie on a mesh to one device of this process; all processes take part.
+
+    Args:
+      tree: arrays that lie on the mesh in any way.
+      mesh: from `device_mesh`.
+
+    Returns:
+      Each array whole, on the same device.
+    """
+    whole = jax.jit(_identity, out_shardings=replicated(mesh))(tree)
+    return jax.tree.map(lambda leaf: leaf.addressable_data(0), whole)
+
+
+def _identity(tree):
+    return tree
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """The leading axis is split over `data` and `fsdp`."""
     return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+
+
+@functools.lru_cache
+def _local_parts(mesh: Mesh, process: int) -> tuple[int, ...]:
+    """Which of the batch's equal parts, in their order, lie on the devices of a process."""
+    count = mesh.shape["data"] * mesh.shape["fsdp"]
+    parts = batch_sharding(mesh).devices_indices_map((count,))
+    here = [part for device, part in parts.items() if device.process_index == process]
+    return tuple(sorted({part.start or 0 for (part,) in here}))
+
+
+def local_rows(mesh: Mesh, batch_size: int, process: int | None = None) -> np.ndarray:
+    """The rows of a batch that lie on the devices of a process.
+
+    Processes that differ in their places on `tensor` alone have the same ones. Devices that are
+    neighbours in a slice need not be in the batch, so the rows need not be a block.
+
+    Args:
+      mesh: from `device_mesh`.
+      batch_size: of the global batch, divisible by `data` times `fsdp`.
+      process: by default this one.
+
+    Returns:
+      `int64[rows]`, ascending.
+    """
+    process = jax.process_index() if process is None else process
+    size = batch_size // (mesh.shape["data"] * mesh.shape["fsdp"])
+    parts = np.array(_local_parts(mesh, process))
+    return (parts[:, None] * size + np.arange(size)).reshape(-1)
 
 
 def global_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     """Puts this process's rows of a batch on its devices.
 
     Args:
-      batch: arrays with the per-process batch in front.
+      batch: arrays with the rows of `local_rows` in front.
       mesh: from `device_mesh`.
 
     Returns:
       Global arrays, see `batch_sharding`.
     """
-    sharding = batch_sharding(mesh)
-    return {
-        name: jax.make_array_from_process_local_data(sharding, value)
-        for name, value in batch.items()
-    }
+    parts = _local_parts(mesh, jax.process_index())
+
+    def put(value):
+        size = len(value) // len(parts)
+        whole = (size * mesh.shape["data"] * mesh.shape["fsdp"], *value.shape[1:])
+
+        def of_device(index):
+            start = parts.index((index[0].start or 0) // size) * size
+            return value[start : start + size]
+
+        # `make_array_from_process_local_data` wants of any two processes the same rows or none.
+        return jax.make_array_from_callback(whole, batch_sharding(mesh), of_device)
+
+    return {name: put(value) for name, value in batch.items()}

@@ -34,6 +34,13 @@ __all__ = ["Place", "ProcessError", "end", "find", "over_devices", "start"]
 _ADDRESS, _COUNT, _INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
 # Variables of MPI launchers: size and rank.
 _MPI = (("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"), ("PMI_SIZE", "PMI_RANK"))
+# The same among the processes of a host: of Open MPI, of MPICH and Intel, of Cray.
+_MPI_LOCAL = (
+    ("OMPI_COMM_WORLD_LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
+    ("MPI_LOCALNRANKS", "MPI_LOCALRANKID"),
+    ("PMI_LOCAL_SIZE", "PMI_LOCAL_RANK"),
+)
+_DEVICES = "JAX_LOCAL_DEVICE_IDS"
 _ORTE = "OMPI_MCA_orte_hnp_uri"  # Open MPI up to 4: JAX reads the address off it
 # That process 0 alone still writes a report is no failure; that it died, heartbeats tell.
 _SHUTDOWN_SECONDS = 7 * 24 * 3600
@@ -52,12 +59,14 @@ class Place:
       address: `host:port` of process 0; None leaves it to JAX.
       count: number of processes; None leaves it to JAX.
       index: this process; None leaves it to JAX.
+      gpu: the one GPU of its host that is this process's; None leaves it to JAX.
     """
 
     source: str
     address: str | None = None
     count: int | None = None
     index: int | None = None
+    gpu: int | None = None
 
 
 def find(environ: Mapping[str, str], *, tpu: bool = False) -> Place | None:
@@ -99,19 +108,33 @@ def find(environ: Mapping[str, str], *, tpu: bool = False) -> Place | None:
                     f"{size}={environ[size]} says that there are several processes, but not where "
                     f"the first one is; set {_ADDRESS}=HOST:PORT to the host of rank 0"
                 )
-            return place
+            return place if tpu else dataclasses.replace(place, gpu=_mpi_gpu(environ))
     return Place(source="tpu") if tpu else None
+
+
+def _mpi_gpu(environ: Mapping[str, str]) -> int | None:
+    """Of several processes on a host each has one GPU, as JAX does it by itself on Slurm."""
+    if environ.get(_DEVICES):
+        return None
+    if "," not in environ.get("CUDA_VISIBLE_DEVICES", ","):  # the launcher gave it its own
+        return None
+    for size, rank in _MPI_LOCAL:
+        if rank in environ:
+            return None if environ.get(size) == "1" else _integer(rank, environ[rank])
+    return None
+
+
+def _integer(name: str, text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise ProcessError(f"{name} must be an integer, got {text!r}") from None
 
 
 def _place(
     source: str, address: str | None, count: tuple[str, str], index: tuple[str, str]
 ) -> Place | None:
-    numbers = []
-    for name, text in (count, index):
-        try:
-            numbers.append(int(text))
-        except ValueError:
-            raise ProcessError(f"{name} must be an integer, got {text!r}") from None
+    numbers = [_integer(*count), _integer(*index)]
     if not 0 <= numbers[1] < numbers[0]:
         raise ProcessError(f"{index[0]} must be in [0, {count[0]} = {numbers[0]}), got {index[1]}")
     if address and not address.rpartition(":")[2].isdigit():
@@ -155,6 +178,7 @@ def start(settings: ProcessesConfig, environ: Mapping[str, str] | None = None) -
             "coordinator_address": place.address,
             "num_processes": place.count,
             "process_id": place.index,
+            "local_device_ids": None if place.gpu is None else [place.gpu],
         }
     unconnected = _unconnected(place, environ)
     try:

@@ -11,7 +11,7 @@ from etils import epath
 
 from piflow_jax.config import Config, ConfigError, check_devices, parse
 from piflow_jax.data.shards import ShardsError
-from piflow_jax.parallel import processes
+from piflow_jax.parallel import processes, slice_count
 from piflow_jax.stages.adm import write_reference
 from piflow_jax.stages.compile import compile_sampling, compile_step
 from piflow_jax.stages.evaluate import evaluate
@@ -101,7 +101,8 @@ def _start(config: Config, mode: str, workdir: str | os.PathLike) -> None:
         groups = _BATCHES.get(mode)
         if mode == "evaluate" and config.data.name == "prompts":  # measures finished pictures
             groups = ()
-        check_devices(config, jax.device_count(), jax.process_count(), groups)
+        here = jax.device_count(), jax.process_count(), slice_count()
+        check_devices(config, *here, groups=groups)
     try:
         epath.Path(workdir).mkdir(parents=True, exist_ok=True)
     except OSError as error:

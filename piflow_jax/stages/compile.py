@@ -23,9 +23,10 @@ from piflow_jax.models.flops import forward_flops, traced_flops
 from piflow_jax.parallel import (
     ActivationSharding,
     batch_sharding,
-    device_mesh,
+    config_mesh,
     parameter_shardings,
     replicated,
+    slice_count,
 )
 from piflow_jax.parallel.collectives import collective_bytes
 from piflow_jax.parallel.cycles import estimated_cycles
@@ -129,7 +130,8 @@ def _mesh(config: Config, group: str) -> Mesh:
         devices = topology_devices(config.topology)
     except ValueError as error:
         raise ConfigError(f"config.topology: {error}") from error
-    return device_mesh(**check_devices(config, len(devices), groups=(group,)), devices=devices)
+    check_devices(config, len(devices), num_slices=slice_count(devices), groups=(group,))
+    return config_mesh(config, devices)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

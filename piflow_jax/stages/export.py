@@ -8,7 +8,7 @@ from typing import Any
 import jax
 from absl import logging
 
-from piflow_jax.config import Config, ConfigError, mesh_sizes
+from piflow_jax.config import Config, ConfigError
 from piflow_jax.convert import (
     adapter_config,
     export_adapter,
@@ -17,7 +17,7 @@ from piflow_jax.convert import (
 )
 from piflow_jax.flow.schedule import longest_segment
 from piflow_jax.models.lora import fuse
-from piflow_jax.parallel import device_mesh
+from piflow_jax.parallel import config_mesh
 from piflow_jax.stages.systems import data_shape, load_student, load_teacher
 from piflow_jax.training.loop import checkpoint_dir
 from piflow_jax.training.networks import (
@@ -74,7 +74,7 @@ def export(config: Config, workdir: str | os.PathLike) -> list[Path]:
     data = data_shape(config, workdir)
     student = student_network(config.model, config.policy, data)
     # Split, as a large network is whole on no device; it is put together on the host.
-    mesh = device_mesh(**mesh_sizes(config, jax.device_count()))
+    mesh = config_mesh(config)
     params = load_student(config, data, workdir, mesh)
     metadata = _metadata(config, student_spec(config, data))
     paths = []

@@ -16,10 +16,10 @@ from absl import logging
 from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 
-from piflow_jax.config import Config, ConfigError, mesh_sizes
+from piflow_jax.config import Config, ConfigError
 from piflow_jax.data import load_source
 from piflow_jax.evaluation import FEATURE_SPACES
-from piflow_jax.parallel import device_mesh, global_batch, local_mesh, replicated
+from piflow_jax.parallel import config_mesh, global_batch, local_mesh, replicated
 from piflow_jax.stages.measuring import Bench
 from piflow_jax.stages.systems import (
     load_student,
@@ -123,7 +123,7 @@ class _Comparison:
 
     def __init__(self, config: Config, workdir: Path):
         self._config, self._workdir = config, workdir
-        self._mesh: Mesh = device_mesh(**mesh_sizes(config, jax.device_count()))
+        self._mesh: Mesh = config_mesh(config)
         self._source = load_source(config.data.name, config.data.data_dir or None)
         self._data = DataShape.of(config.data.name, self._source)
 

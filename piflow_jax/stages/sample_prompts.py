@@ -11,13 +11,13 @@ import numpy as np
 from absl import logging
 from jax.experimental import multihost_utils
 
-from piflow_jax.config import Config, ConfigError, mesh_sizes
+from piflow_jax.config import Config, ConfigError
 from piflow_jax.data.prompt_lists import DOWNSAMPLING, Prompt, bucket_size
 from piflow_jax.data.prompts import PromptsSource, load_prompts_source
 from piflow_jax.evaluation import index_noise
 from piflow_jax.evaluation.adm import to_uint8
 from piflow_jax.models.vae import picture_decoder
-from piflow_jax.parallel import ActivationSharding, batch_sharding, device_mesh
+from piflow_jax.parallel import ActivationSharding, batch_sharding, config_mesh
 from piflow_jax.stages.autoencoder import check_autoencoder, load_autoencoder
 from piflow_jax.stages.prepare_prompts import listed_prompts
 from piflow_jax.stages.systems import load_system, system_sampler
@@ -115,7 +115,7 @@ def sample_prompts(config: Config, workdir: str | os.PathLike) -> list[Path]:
     autoencoder = load_autoencoder(config) if config.data.vae else None
     if autoencoder is not None:
         check_autoencoder(autoencoder, data)
-    mesh = device_mesh(**mesh_sizes(config, jax.device_count()))
+    mesh = config_mesh(config)
     parts = mesh.shape["data"] * mesh.shape["fsdp"]
     if config.evaluation.batch_size % parts:
         raise ConfigError(

@@ -11,11 +11,11 @@ import jax
 from absl import logging
 from jax.sharding import Mesh
 
-from piflow_jax.config import Config, ConfigError, mesh_sizes
+from piflow_jax.config import Config, ConfigError
 from piflow_jax.data import batches, load_source
 from piflow_jax.evaluation import FEATURE_SPACES
 from piflow_jax.models.flops import gradient_flops
-from piflow_jax.parallel import ActivationSharding, device_mesh
+from piflow_jax.parallel import ActivationSharding, config_mesh, gathered, local_rows
 from piflow_jax.stages.adm import load_inception, load_reference
 from piflow_jax.stages.autoencoder import check_autoencoder, load_autoencoder
 from piflow_jax.stages.evaluate import evaluate
@@ -65,7 +65,7 @@ def train(config: Config, workdir: str | os.PathLike) -> None:
 
 
 def _train(config: Config, workdir: str | os.PathLike) -> None:
-    mesh = device_mesh(**mesh_sizes(config, jax.device_count()))
+    mesh = config_mesh(config)
     source = load_source(config.data.name, config.data.data_dir or None)
     data = DataShape.of(config.data.name, source)
     if config.data.name == "imagenet":
@@ -173,7 +173,7 @@ def teacher_stage(config: Config, source, data: DataShape, mesh: Mesh) -> Stage:
         ),
         step=step,
         constants=(stream_key(config, _TEACHER_STEPS),),
-        data=stage_batches(config, source, settings.batch_size, config.seed),
+        data=stage_batches(mesh, source, settings.batch_size, config.seed),
         steps=settings.steps,
         batch_size=settings.batch_size,
         flops_per_step=settings.batch_size
@@ -208,6 +208,11 @@ def student_stage(config: Config, source, data: DataShape, teacher_params, mesh:
 
     look = student_look(config, source, data) if config.evaluation.every else None
 
+    def look_at(trained):
+        # Of the base too one copy on this process's devices: the teacher lies on the mesh.
+        base = None if config.model.network == "dit" else gathered(teacher_params, mesh)
+        return look(with_base(student, trained, base))
+
     def flops(*shape):
         return sum(distill_flops(student, teacher, config, *shape).values())
 
@@ -224,7 +229,7 @@ def student_stage(config: Config, source, data: DataShape, teacher_params, mesh:
         init=init,
         step=distil,
         constants=(teacher_params, stream_key(config, _STUDENT_STEPS)),
-        data=stage_batches(config, source, settings.batch_size, config.seed + _STUDENT_DATA),
+        data=stage_batches(mesh, source, settings.batch_size, config.seed + _STUDENT_DATA),
         steps=settings.steps,
         batch_size=settings.batch_size,
         flops_per_step=settings.batch_size * _mean_flops(flops, source, data),
@@ -234,7 +239,7 @@ def student_stage(config: Config, source, data: DataShape, teacher_params, mesh:
         spec=student_spec(config, data),
         init_arguments=(teacher_params,),
         shardings=lambda state: student_shardings(config, mesh, state),
-        look=look and (lambda trained: look(with_base(student, trained, teacher_params))),
+        look=look and look_at,
     )
 
 
@@ -273,7 +278,7 @@ def rival_stage(
         init=lambda teacher: rival_init(setting, rival, key, teacher),
         step=rival.step(setting),
         constants=(given, stream_key(config, _STUDENT_STEPS)),
-        data=stage_batches(config, source, settings.batch_size, config.seed + _STUDENT_DATA),
+        data=stage_batches(mesh, source, settings.batch_size, config.seed + _STUDENT_DATA),
         steps=settings.steps,
         batch_size=settings.batch_size,
         flops_per_step=flops * settings.batch_size,
@@ -289,12 +294,6 @@ def pairs_key(config: Config) -> jax.Array:
     return stream_key(config, _PAIRS)
 
 
-def stage_batches(config: Config, source, batch_size: int, seed: int):
-    """Endless batches of a source, this process's share of them."""
-    return batches(
-        source,
-        batch_size=batch_size,
-        seed=seed,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-    )
+def stage_batches(mesh: Mesh, source, batch_size: int, seed: int):
+    """Endless batches of a source, of each the rows that this process's devices need."""
+    return batches(source, batch_size=batch_size, seed=seed, rows=local_rows(mesh, batch_size))

@@ -16,7 +16,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from piflow_jax.data import BatchIterator
-from piflow_jax.parallel import device_mesh, global_batch, replicated
+from piflow_jax.parallel import device_mesh, gathered, global_batch, replicated
 from piflow_jax.parallel.processes import over_devices
 from piflow_jax.training.best import BestCheckpoint
 from piflow_jax.training.checkpoint import Checkpointer, CheckpointError
@@ -379,9 +379,7 @@ class _Loop:
 
     def _looked(self, step: int, state: TrainState, best: BestCheckpoint) -> dict[str, float]:
         began = time.perf_counter()
-        gather = jax.jit(lambda tree: tree, out_shardings=replicated(self._mesh))
-        params = jax.tree.map(lambda leaf: leaf.addressable_data(0), gather(state.ema_params))
-        look = self._stage.look(params)
+        look = self._stage.look(gathered(state.ema_params, self._mesh))
         self._writer.images(step, look.images)
         text = "  ".join(f"{name} {value:.4g}" for name, value in look.figures.items())
         if look.distance is not None and best.offer(

@@ -1,6 +1,5 @@
 """Twenty distillation steps for each job `[precision, name, mesh]`; prints what came of them."""
 
-import collections
 import json
 import re
 import sys
@@ -20,6 +19,7 @@ from piflow_jax.parallel import (
     replicated,
     state_shardings,
 )
+from piflow_jax.parallel.program import parse_program
 from piflow_jax.training.networks import (
     DataShape,
     init_params,
@@ -31,8 +31,8 @@ from piflow_jax.training.state import TrainState
 from piflow_jax.training.step import distill_step
 
 DATA = DataShape(name="digits", sample_size=8, channels=1, num_classes=10)
-BATCH, STEPS, TOKENS = 16, 20, 16
-MOVES = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
+BATCH, STEPS = 16, 20
+MOVES = {"all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute"}
 
 
 def settings():
@@ -54,6 +54,26 @@ def shift(leaf):
     """A little of everything: fresh modulations are zero, under which blocks do nothing."""
     noise = jnp.cos(jnp.arange(leaf.size, dtype=leaf.dtype)).reshape(leaf.shape)
     return leaf + 0.05 * noise
+
+
+def moves(text):
+    """What a program moves: `[kind, where it comes from, type, shape]` of each array.
+
+    One collective may move several arrays, and what stands in a loop is there once.
+    """
+    found = []
+    for computation in parse_program(text).computations.values():
+        for instruction in computation.instructions.values():
+            kind = instruction.opcode.removesuffix("-start")
+            if kind not in MOVES:
+                continue
+            arrays = re.findall(r"\b([a-z]+\d*)\[([\d,]*)\]", instruction.shape)
+            if instruction.opcode in ("all-gather-start", "collective-permute-start"):
+                arrays = arrays[len(instruction.operands) :][: len(instruction.operands)]
+            for dtype, sizes in arrays:
+                shape = [int(size) for size in sizes.split(",") if size]
+                found.append([kind, instruction.op_name, dtype, shape])
+    return found
 
 
 def run(shape, dtype, path):
@@ -107,23 +127,11 @@ def run(shape, dtype, path):
     flat = jax.tree_util.tree_leaves_with_path(state.params)
     np.savez(path, **{jax.tree_util.keystr(name): np.asarray(leaf) for name, leaf in flat})
 
-    text = compiled.as_text()
-    found = re.findall(rf"= \(?\w+\[([\d,]*)\].* ({MOVES})(?:-start)?\(", text)
-    gathered = [shape.split(",") for shape, kind in found if kind == "all-gather"]
-    batches = {str(BATCH), str(2 * BATCH)}
     return {
         "losses": losses,
         "params": str(path),
         "shares": shares,
-        "collectives": collections.Counter(kind for _, kind in found),
-        "gathered": {
-            "kernels": sum(shape[0] == "32" and len(shape) > 1 for shape in gathered),
-            "tokens": [
-                shape
-                for shape in gathered
-                if len(shape) > 2 and shape[0] in batches and shape[1] in (str(TOKENS), "8")
-            ],
-        },
+        "moves": moves(compiled.as_text()),
     }
 
 

@@ -1,6 +1,7 @@
 """Several real processes on this machine, started as a cluster starts them."""
 
 import contextlib
+import dataclasses
 import json
 import os
 import re
@@ -15,7 +16,10 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from absl import logging
 
+from piflow_jax.config import ProcessesConfig
+from piflow_jax.parallel import processes
 from piflow_jax.parallel.processes import Place, ProcessError, find
 
 ROOT = Path(__file__).parents[2]
@@ -111,18 +115,67 @@ from piflow_jax.parallel import processes
 
 processes.start(ProcessesConfig(heartbeat_seconds=5, start_seconds=60))
 import jax
+print("devices", jax.local_device_count())
 time.sleep(9 * (1 - jax.process_index()))
 sys.exit(processes.end(0))
 """
 
 
 def test_one_that_is_done_waits_longer_than_for_a_heartbeat(tmp_path):
-    """As the others do while the first alone writes its report."""
+    """As the others do while the first alone writes its report. CPUs are not shared out by MPI."""
     (tmp_path / "patient.py").write_text(PATIENT)
     command = [sys.executable, str(tmp_path / "patient.py")]
-    with started(tmp_path, tmp_path / "logs", 2, command=command) as running:
+    with started(tmp_path, tmp_path / "logs", 2, command=command, launcher=by_mpi) as running:
         codes, logs = finish(running, tmp_path / "logs", timeout=120)
     assert codes == [0, 0], logs
+    assert all("devices 1\n" in log for log in logs)
+
+
+BATCHES = """
+import sys
+import jax, numpy as np
+from piflow_jax.config import ProcessesConfig
+from piflow_jax.parallel import global_batch, local_rows, processes, replicated
+from piflow_jax.parallel.mesh import AXES
+
+processes.start(ProcessesConfig(start_seconds=60))
+whole = np.arange(24).reshape(12, 2)
+for shape in ((6, 1, 1), (1, 3, 2), (1, 2, 3), (1, 1, 6)):
+    for order in ([0, 1, 2, 3, 4, 5], [0, 3, 1, 4, 2, 5]):  # the second, by turns
+        grid = np.array(jax.devices())[order].reshape(shape)
+        mesh = jax.sharding.Mesh(grid, AXES)
+        batch = global_batch({"x": whole[local_rows(mesh, 12)]}, mesh)["x"]
+        gathered = jax.jit(lambda x: x, out_shardings=replicated(mesh))(batch)
+        for shard in (*batch.addressable_shards, *gathered.addressable_shards):
+            np.testing.assert_array_equal(shard.data, whole[shard.index], str((shape, order)))
+sys.exit(processes.end(0))
+"""
+
+
+def test_a_batch_is_the_same_however_processes_share_it(tmp_path):
+    def three_devices(*place):
+        return by_hand(*place) | {"XLA_FLAGS": "--xla_force_host_platform_device_count=3"}
+
+    (tmp_path / "batches.py").write_text(BATCHES)
+    options = {"command": [sys.executable, str(tmp_path / "batches.py")], "launcher": three_devices}
+    with started(tmp_path, tmp_path / "logs", 2, **options) as running:
+        codes, logs = finish(running, tmp_path / "logs", timeout=120)
+    assert codes == [0, 0], logs
+
+
+@pytest.mark.slow
+def test_processes_look_at_a_student_with_adapters_as_one_does(tmp_path):
+    """Of the student each has a copy of its own; of the teacher beneath it, a part."""
+    command = [sys.executable, str(Path(__file__).parent / "look_at_adapters.py")]
+    figures = []
+    for count in (1, 2):
+        logs = tmp_path / str(count)
+        with started(tmp_path, logs, count, command=command) as running:
+            codes, said = finish(running, logs)
+        assert codes == [0] * count, said
+        figures += [json.loads(log.splitlines()[-1]) for log in said]
+    for found in figures[1:]:
+        assert found == pytest.approx(figures[0], rel=1e-3)
 
 
 def finish(running, logs, timeout=480):
@@ -222,6 +275,15 @@ SPLIT = ("--config.mesh.data=2", "--config.mesh.fsdp=2")
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("count", "data"), [(2, 1), (4, 2)])
+def test_processes_that_share_their_rows_give_the_result_of_one(one, tmp_path, count, data):
+    """Heads and hidden layers split over processes, which need the same examples then."""
+    more = [teacher_of(one), f"--config.mesh.data={data}", "--config.mesh.tensor=2"]
+    said = run(tmp_path, tmp_path / "logs", count, *more)
+    assert_results_of(tmp_path, said, one, f"{count} processes (environment), {count} devices")
+
+
+@pytest.mark.slow
 def test_four_processes_and_another_mesh_give_the_result_of_one(one, tmp_path):
     """Under Slurm's variables, the parameters split over the processes."""
     more = [teacher_of(one), *SPLIT]
@@ -309,6 +371,9 @@ def test_processes_that_are_not_all_there_say_so(tmp_path, index):
     assert "Traceback" not in done.stderr
 
 
+MPICH = {"PMI_SIZE": "4", "PMI_RANK": "2", "JAX_COORDINATOR_ADDRESS": "a:1"}
+
+
 @pytest.mark.parametrize(
     ("environ", "place"),
     [
@@ -318,10 +383,17 @@ def test_processes_that_are_not_all_there_say_so(tmp_path, index):
         (by_slurm(4321, 8, 7), Place("slurm", None, 8, 7)),
         (by_slurm(4321, 1, 0), None),
         ({"SLURM_NTASKS": "8", "SLURM_PROCID": "0"}, None),  # a batch script, no step
-        (by_mpi(1234, 2, 1), Place("mpi", "127.0.0.1:1234", 2, 1)),
+        (by_mpi(1234, 2, 1), Place("mpi", "127.0.0.1:1234", 2, 1, gpu=1)),
+        (MPICH, Place("mpi", "a:1", 4, 2)),
+        (MPICH | {"MPI_LOCALRANKID": "0"}, Place("mpi", "a:1", 4, 2, gpu=0)),
+        (MPICH | {"PMI_LOCAL_RANK": "3"}, Place("mpi", "a:1", 4, 2, gpu=3)),
+        # Alone on its host, by its user's word, or with one that the launcher chose.
+        (MPICH | {"MPI_LOCALRANKID": "0", "MPI_LOCALNRANKS": "1"}, Place("mpi", "a:1", 4, 2)),
+        (MPICH | {"MPI_LOCALRANKID": "1", "JAX_LOCAL_DEVICE_IDS": "2"}, Place("mpi", "a:1", 4, 2)),
+        (MPICH | {"MPI_LOCALRANKID": "1", "CUDA_VISIBLE_DEVICES": "1"}, Place("mpi", "a:1", 4, 2)),
         (
-            {"PMI_SIZE": "2", "PMI_RANK": "0", "JAX_COORDINATOR_ADDRESS": "a:1"},
-            Place("mpi", "a:1", 2, 0),
+            MPICH | {"MPI_LOCALRANKID": "1", "CUDA_VISIBLE_DEVICES": "4,5"},
+            Place("mpi", "a:1", 4, 2, gpu=1),
         ),
         (by_slurm(4321, 2, 0) | by_hand(1234, 2, 1), Place("environment", "127.0.0.1:1234", 2, 1)),
     ],
@@ -330,7 +402,22 @@ def test_a_process_finds_its_place(environ, place):
     assert find(environ) == place
     # The machine counts where nothing else says anything.
     said = "JAX_PROCESS_ID" in environ
+    place = place and dataclasses.replace(place, gpu=None)
     assert find(environ, tpu=True) == (place if said else place or Place("tpu"))
+
+
+@pytest.mark.parametrize(
+    ("environ", "devices"), [(by_mpi(1234, 2, 1), [1]), (by_hand(1234, 2, 1), None)]
+)
+def test_a_process_among_several_of_a_host_takes_its_gpu(environ, devices, monkeypatch):
+    given = {}
+    monkeypatch.setattr(jax.distributed, "initialize", lambda **options: given.update(options))
+    monkeypatch.setattr(processes, "_preflight", lambda *_: None)
+    verbosity = logging.get_verbosity()
+    processes.start(ProcessesConfig(), environ)
+    logging.set_verbosity(verbosity)
+    # Not given, JAX reads JAX_LOCAL_DEVICE_IDS.
+    assert (given["process_id"], given["local_device_ids"]) == (1, devices)
 
 
 @pytest.mark.parametrize(
@@ -340,6 +427,7 @@ def test_a_process_finds_its_place(environ, place):
         (by_hand(1, 2, 2), r"JAX_PROCESS_ID must be in \[0, JAX_NUM_PROCESSES = 2\), got 2"),
         (by_hand(1, 2, "x"), "JAX_PROCESS_ID must be an integer, got 'x'"),
         (by_hand(1, 2, 0) | {"JAX_COORDINATOR_ADDRESS": "host"}, "must be HOST:PORT, got 'host'"),
+        (MPICH | {"MPI_LOCALRANKID": "a"}, "MPI_LOCALRANKID must be an integer, got 'a'"),
         ({"PMI_SIZE": "2", "PMI_RANK": "0"}, "set JAX_COORDINATOR_ADDRESS=HOST:PORT"),
     ],
 )

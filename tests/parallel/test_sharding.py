@@ -130,16 +130,56 @@ def assert_placed(run, shape):
     assert run["shares"]["modulation"] == 1 / fsdp
 
 
+WIDTH, BATCH = 32, 16  # of `sharded_runs.py`
+
+
+def pass_of(name):
+    """The pass that an operation belongs to, by the name of where it comes from."""
+    if "transpose(jvp(student))" in name:
+        return "backward"
+    return "student" if "jvp(student)" in name else "teacher"
+
+
+def assert_sums_gradients(run):
+    """Each parameter's gradient once, a layer's in its turn.
+
+    Besides them the loss, and whether the last of all samples has arrived.
+    """
+    assert {kind for kind, *_ in run["moves"]} == {"all-reduce"}
+    gradients = [
+        values[0].size if "['blocks']" in name else values.size
+        for name, values in run["params"].items()
+    ]
+    moved = [int(np.prod(shape)) for *_, shape in run["moves"]]
+    assert sorted(moved) == sorted([*gradients, 1, 1])
+
+
 def assert_moves(run, shape):
-    data, fsdp, _ = shape
+    data, fsdp, tensor = shape
     if fsdp == 1:
-        # Data parallelism: gradients are summed, and nothing else moves.
-        assert set(run["collectives"]) == ({"all-reduce"} if data > 1 else set())
+        if data > 1:
+            assert_sums_gradients(run)
+        else:
+            assert run["moves"] == []
         return
+    large, small = [], []
+    for kind, name, dtype, found in run["moves"]:
+        if kind == "all-gather":
+            # In the blocks, or of as many axes as images and tokens.
+            which = large if "/blocks/" in name or len(found) > 2 else small
+            which.append((pass_of(name), *found))
+        elif kind != "all-reduce":
+            assert dtype == "s32"  # labels
     # Each kernel of a block once in each of student, its backward pass, and teacher.
-    assert run["gathered"]["kernels"] > 0
-    # Images and tokens stay with their examples.
-    assert run["gathered"]["tokens"] == []
+    heads, hidden = WIDTH // tensor, 4 * WIDTH // tensor
+    kernels = [(WIDTH, 3, heads), (heads, WIDTH), (WIDTH, hidden), (hidden, WIDTH)]
+    passes = ("student", "backward", "teacher")
+    # But for modulations, which are by example: their results are summed, the gradients gathered.
+    modulations = [("backward", BATCH // data, parts, WIDTH) for parts in (6, 2)]
+    expected = [(name, *kernel) for name in passes for kernel in kernels] + modulations
+    # Images and tokens stay with their examples, those too that are in rows.
+    assert sorted(large) == sorted(expected)
+    assert max(rows for _, rows, *_ in small) <= 2 * BATCH
 
 
 @pytest.mark.parametrize("check", [assert_placed, assert_moves])
@@ -219,8 +259,9 @@ def test_every_parameter_of_the_text_to_image_networks_has_its_axes():
         shapes = jax.eval_shape(module.init, jax.random.key(0), *module.example())["params"]
         for path, leaf in flatten_dict(shapes).items():
             axes = parameter_axes(path, leaf.ndim)
-            # What is large is split by `fsdp`, along the tokens' width or an adapter's rank.
-            if leaf.size > 1_000_000 and path[-1] != "scale":
+            # What is large is split by `fsdp`, along the tokens' width or an adapter's rank; but
+            # what is added to tokens, or multiplies them, is whole.
+            if leaf.size > 1_000_000 and path[-1] not in ("scale", "bias"):
                 assert len({"embed", "rank"} & set(axes)) == 1, path
             if "mlp" in axes:
                 assert leaf.shape[axes.index("mlp")] % 3072 == 0, path

@@ -1,0 +1,37 @@
+"""Looks at a student with adapters, its teacher split over all processes; prints the figures."""
+
+import json
+import sys
+
+import jax
+
+from piflow_jax.config import ProcessesConfig, parse
+from piflow_jax.data import load_source
+from piflow_jax.parallel import device_mesh, processes, replicated
+from piflow_jax.stages.systems import teacher_shardings
+from piflow_jax.stages.train import student_stage
+from piflow_jax.training.networks import DataShape, init_params, teacher_network
+from tests import tiny_text
+
+if __name__ == "__main__":
+    processes.start(ProcessesConfig(start_seconds=60))
+    settings = tiny_text.get_config()
+    settings.model.lora_rank = 4
+    settings.evaluation.every, settings.evaluation.every_samples = 1, 20
+    config = parse(settings, None)
+    mesh = device_mesh(fsdp=jax.device_count())
+    source = load_source(config.data.name)
+    data = DataShape.of(config.data.name, source)
+
+    def init():
+        return init_params(teacher_network(config.model, data), jax.random.key(0))
+
+    where = teacher_shardings(config, mesh, jax.eval_shape(init))
+    teacher = jax.jit(init, out_shardings=where)()
+    stage = student_stage(config, source, data, teacher, mesh)
+    params = jax.jit(
+        lambda teacher: stage.init(teacher).ema_params, out_shardings=replicated(mesh)
+    )(teacher)
+    look = stage.look(jax.tree.map(lambda leaf: leaf.addressable_data(0), params))
+    print(json.dumps(look.figures))
+    sys.exit(processes.end(0))
