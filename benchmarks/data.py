@@ -7,13 +7,19 @@ example in float16) and reads shuffled batches of it, from the page cache: what 
 decoding, not a disk. PyTorch reads a file for each example, as its loops of cached latents do, in
 the main process and in as many workers as there are cores. How many examples one core reads in a
 second, by the processor time of all threads, is kept too: it tells how many a run's input needs.
+No accelerator is used if there is one: what is measured, and what bounds it, is the host's.
 """
 
 import argparse
-import importlib.util
+import functools
+import os
 import tempfile
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+
+# Before JAX is imported, here and in the processes of the readers.
+os.environ["JAX_PLATFORMS"] = "cpu"
 
 import numpy as np
 
@@ -105,6 +111,23 @@ def torch_batches(directory: Path, options, workers: int):
     )
 
 
+def our_batches(directory: Path, options) -> Iterator:
+    """Ours."""
+    return batches(load_latents_source(str(directory)), batch_size=options.batch_size, seed=0)
+
+
+def reading(make: Callable[[], Iterator], count: int) -> Callable:
+    """A call that reads `count` batches."""
+    iterator = make()
+
+    def read():
+        for _ in range(count):
+            batch = next(iterator)
+        return np.asarray(batch["mean"])
+
+    return read
+
+
 def main() -> None:
     """Runs the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -115,21 +138,22 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--dtype", choices=("float16", "float32"), default="float16")
     options = parser.parse_args()
+    harness.tune_allocator()
     with tempfile.TemporaryDirectory() as folder:
         shards, files = Path(folder) / "shards", Path(folder) / "files"
         shards.mkdir()
         files.mkdir()
         write_latents(str(shards), options.examples, options.shard_size, options.dtype)
         start = time.perf_counter()
-        source = load_latents_source(str(shards))
+        load_latents_source(str(shards))
         opening = time.perf_counter() - start
-        readers = {"piflow_jax": lambda: batches(source, batch_size=options.batch_size, seed=0)}
-        if importlib.util.find_spec("torch"):
+        readers = {"piflow_jax": functools.partial(our_batches, shards, options)}
+        if harness.torch_device():
             for index in range(options.examples):
                 np.save(files / f"{index}.npy", moments(index, options.dtype))
             for workers in sorted({0, harness.machine()["cores"]}):
                 name = f"PyTorch DataLoader, {workers} workers"
-                readers[name] = lambda n=workers: torch_batches(files, options, n)
+                readers[name] = functools.partial(torch_batches, files, options, workers)
         ours = readers["piflow_jax"]()
         next(ours)  # starts the threads and opens the shards
         cpu = time.process_time()
@@ -138,21 +162,14 @@ def main() -> None:
         cpu = (time.process_time() - cpu) / options.rounds
         del ours
 
-        def build(reader):
-            iterator = reader()
-
-            def read():
-                for _ in range(options.batches):
-                    batch = next(iterator)
-                return np.asarray(batch["mean"])
-
-            return read
-
         count = options.batches * options.batch_size
         example = 2 * 4 * int(np.prod(SHAPE))
         # One after the other: by turns, each would read ahead while the others are timed.
         case = harness.compare_apart(
-            {name: lambda r=reader: build(r) for name, reader in readers.items()},
+            {
+                name: functools.partial(reading, reader, options.batches)
+                for name, reader in readers.items()
+            },
             harness.Work(items=count, unit="examples", bytes=count * example),
             harness.measured_peaks(("float32",)),
             rounds=options.rounds,

@@ -5,12 +5,15 @@
 
 Both have the same random weights and full-size widths, and their images are compared before they
 are timed. The first is for a machine without a GPU, where an image of 256x256 takes many seconds;
-the second is for one GPU. A batch goes through the decoder a few latents at a time, as samples do
-in `--mode=sample` and `--mode=evaluate`, and with `--chunk` as many as are given.
+the second is for one GPU. PyTorch is left out, with the reason, where it cannot be used. A batch
+goes through the decoder a few latents at a time, as samples do in `--mode=sample` and
+`--mode=evaluate`, and with `--chunk` as many as are given.
 """
 
 import argparse
 import importlib.util
+import sys
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -23,9 +26,12 @@ from piflow_jax.models.vae import AutoencoderKL, decode_in_chunks
 from piflow_jax.stages.autoencoder import CHUNK
 
 
-def diffusers_decoder():
-    """The decoder of `diffusers`, and our module with its weights; None without PyTorch."""
-    if not (importlib.util.find_spec("torch") and importlib.util.find_spec("diffusers")):
+def decoders(device: str | None):
+    """The decoder of `diffusers` on PyTorch's device, or None, and our module with its weights."""
+    if device and importlib.util.find_spec("diffusers") is None:
+        print('diffusers is left out: pip install -e ".[peers]"', file=sys.stderr)
+        device = None
+    if device is None:
         module = AutoencoderKL()
         image = jnp.zeros((1, 64, 64, 3))
         return None, module, jax.jit(module.init)(jax.random.key(0), image)
@@ -45,6 +51,25 @@ def diffusers_decoder():
     return theirs, module, jax.tree.map(jnp.asarray, params)
 
 
+def diffusers_call(theirs, device: str, dtype: str, latents: jax.Array, ours: Callable) -> Callable:
+    """Decoding with `diffusers`, when its images have been compared with ours."""
+    import torch
+
+    theirs = theirs.to(device, getattr(torch, dtype))
+    first = torch.from_numpy(np.moveaxis(np.asarray(latents), -1, 1).copy())
+    first = first.to(device, getattr(torch, dtype))
+
+    @torch.inference_mode()
+    def call():
+        return theirs.decode(first).sample
+
+    found = np.asarray(ours(), np.float32)
+    expected = np.moveaxis(call().float().cpu().numpy(), 1, -1)
+    tolerance = {"float32": 1e-3, "bfloat16": 0.1}[dtype]
+    np.testing.assert_allclose(found, expected, atol=tolerance * np.abs(expected).max())
+    return call
+
+
 def main() -> None:
     """Runs the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -55,37 +80,27 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=10)
     options = parser.parse_args()
     harness.tune_allocator()
-    theirs, module, params = diffusers_decoder()
+    device = harness.torch_device()
+    theirs, module, params = decoders(device)
     side = options.size // module.downsampling
     latents = jax.random.normal(jax.random.key(1), (options.batch_size, side, side, 4))
     network = module.clone(dtype=jnp.dtype(options.dtype))
     decode = jax.jit(lambda p, z: decode_in_chunks(network, p, z, options.chunk))
-    alternatives = {"piflow_jax": lambda: decode(params, latents)}
+
+    def ours():
+        return decode(params, latents)
+
+    builders = {"piflow_jax": lambda: ours}
     if theirs is not None:
-        import torch
-
-        device = "cuda" if jax.default_backend() == "gpu" else "cpu"
-        theirs = theirs.to(device, getattr(torch, options.dtype))
-        first = torch.from_numpy(np.moveaxis(np.asarray(latents), -1, 1).copy())
-        first = first.to(device, getattr(torch, options.dtype))
-
-        @torch.inference_mode()
-        def call():
-            return theirs.decode(first).sample
-
-        ours = np.asarray(decode(params, latents), np.float32)
-        expected = np.moveaxis(call().float().cpu().numpy(), 1, -1)
-        tolerance = {"float32": 1e-3, "bfloat16": 0.1}[options.dtype]
-        np.testing.assert_allclose(ours, expected, atol=tolerance * np.abs(expected).max())
-        alternatives["diffusers"] = call
+        builders["diffusers"] = lambda: diffusers_call(theirs, device, options.dtype, latents, ours)
     flops = traced_flops(lambda p, z: module.apply(p, z, method="decode"), params, latents)
     work = harness.Work(items=options.batch_size, unit="images", flops=flops, dtype=options.dtype)
     peaks = harness.measured_peaks((options.dtype,))
     harness.save(
         "decode",
-        f"{options.size}x{options.size}, batch {options.batch_size}, {options.dtype}",
-        harness.compare(alternatives, work, peaks, rounds=options.rounds),
-        chunk=options.chunk,
+        f"{options.size}x{options.size}, batch {options.batch_size}, {options.dtype}, "
+        f"{options.chunk} at once",
+        harness.compare(builders, work, peaks, rounds=options.rounds),
     )
 
 

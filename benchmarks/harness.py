@@ -1,19 +1,22 @@
 """Timings that can be compared: alternatives by turns, medians, spread, the machine and its peaks.
 
-Every benchmark states its work, measures what the machine can do at most in the same process, and
-runs its alternatives one after the other in each of many rounds, so that what else the machine is
-doing falls on all of them. Ratios are medians of the rounds' ratios. What was measured is kept in
-`benchmarks/results/<subject>.json`, by the machine's hardware and by case; `table` shows a case.
+Every benchmark states its work, measures what the machine can do at most in the same run, and runs
+its alternatives one after the other in each of many rounds, so that what else the machine is doing
+falls on all of them; those that need the memory to themselves run in a process each. Ratios are
+medians of the rounds' ratios. What was measured is kept in `benchmarks/results/<subject>.json`, by
+the machine's hardware and by case; `table` shows a case.
 """
 
 import dataclasses
-import gc
+import importlib.util
 import json
+import multiprocessing
 import os
 import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +26,7 @@ import jax.numpy as jnp
 __all__ = [
     "Peaks",
     "Work",
+    "apart",
     "compare",
     "compare_apart",
     "load",
@@ -31,6 +35,7 @@ __all__ = [
     "save",
     "settle",
     "table",
+    "torch_device",
     "tune_allocator",
     "write",
 ]
@@ -42,7 +47,7 @@ _ALLOCATOR = {
     "MALLOC_MMAP_THRESHOLD_": str(2**32),
     "MALLOC_TRIM_THRESHOLD_": str(2**33),
     "MALLOC_TOP_PAD_": str(2**28),
-    # What PyTorch is to use of a GPU cannot be JAX's already.
+    # What another alternative is to use of a GPU cannot be JAX's already.
     "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
 }
 
@@ -68,7 +73,7 @@ class Work:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Peaks:
-    """What the default device does at most, measured in this process.
+    """What the default device does at most, as measured.
 
     Attributes:
       bytes: bytes per second through memory, read and written.
@@ -82,8 +87,8 @@ class Peaks:
 def tune_allocator() -> None:
     """Starts the program again with an allocator that keeps large blocks, unless it has one.
 
-    On a GPU JAX leaves memory to PyTorch. All this is read only at the start. Call it before
-    anything is computed.
+    On a GPU JAX then takes memory only as it needs it. All this is read only at the start. Call it
+    before anything is computed.
     """
     if sys.platform == "linux" and any(os.environ.get(k) != v for k, v in _ALLOCATOR.items()):
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | _ALLOCATOR)
@@ -103,6 +108,30 @@ def machine() -> dict[str, Any]:
     if device.platform != "cpu":
         found["accelerator"] = f"{jax.device_count()} x {device.device_kind}"
     return found
+
+
+def torch_device() -> str | None:
+    """PyTorch's name of JAX's default device; without one the reason is printed.
+
+    Returns:
+      `cpu` or `cuda`; None if PyTorch is not installed, or cannot use what JAX does: a comparison
+      of two devices says nothing of the programs.
+    """
+    platform = jax.default_backend()
+    if importlib.util.find_spec("torch") is None:
+        reason = 'it is not installed; pip install -e ".[peers]"'
+    elif platform == "cpu":
+        return "cpu"
+    elif platform != "gpu":
+        reason = f"it has no {platform}"
+    else:
+        import torch
+
+        if torch.cuda.is_available():
+            return "cuda"
+        reason = f"its build {torch.__version__} cannot use the GPU; install one for CUDA"
+    print(f"PyTorch is left out: {reason}", file=sys.stderr)
+    return None
 
 
 def settle(result: Any) -> Any:
@@ -144,17 +173,19 @@ def measured_peaks(dtypes: tuple[str, ...] = ("float32", "bfloat16")) -> Peaks:
 
 
 def compare(
-    alternatives: Mapping[str, Callable[[], Any]],
+    builders: Mapping[str, Callable[[], Callable[[], Any]]],
     work: Work,
     peaks: Peaks | None = None,
     *,
     rounds: int = 20,
 ) -> dict[str, Any]:
-    """Times alternatives by turns.
+    """Times alternatives by turns, in this process.
+
+    One that fails is left out, and the reason is printed and kept.
 
     Args:
-      alternatives: calls by name; the first is what the others are compared with. What they return
-        is waited for.
+      builders: what makes the calls, by name; the first is what the others are compared with. What
+        a call returns is waited for.
       work: what each of them does.
       peaks: what the machine does at most; without it no bound is given.
       rounds: how often each is timed, after two calls that are not.
@@ -163,16 +194,29 @@ def compare(
       A case for `save` and `table`: for every alternative `first_seconds` (the first call, with its
       compilation), `median_seconds`, `least_seconds`, `spread` (between the quartiles, over the
       median) and `ratio` (the median over rounds of its time over the first alternative's); the
-      work, `bound_seconds` and what the bound is.
+      work, `bound_seconds` and what the bound is; `left_out`, reasons by name.
+
+    Raises:
+      SystemExit: every alternative failed.
     """
-    first = {name: _seconds(call) for name, call in alternatives.items()}
-    for call in alternatives.values():
-        settle(call())
-    times: dict[str, list[float]] = {name: [] for name in alternatives}
+    calls, first, left_out = {}, {}, {}
+    times: dict[str, list[float]] = {}
+    for name, build in builders.items():
+        try:
+            call = build()
+            first[name] = _seconds(call)
+            settle(call())
+            calls[name], times[name] = call, []
+        except Exception as error:
+            left_out[name] = _reason(name, error)
     for _ in range(rounds):
-        for name, call in alternatives.items():
-            times[name].append(_seconds(call))
-    return _case(first, times, work, peaks)
+        for name, call in list(calls.items()):
+            try:
+                times[name].append(_seconds(call))
+            except Exception as error:
+                left_out[name] = _reason(name, error)
+                del calls[name], times[name]
+    return _case(first, times, left_out, work, peaks)
 
 
 def compare_apart(
@@ -182,42 +226,63 @@ def compare_apart(
     *,
     rounds: int = 20,
 ) -> dict[str, Any]:
-    """Times alternatives that do not fit into memory together, one after the other.
+    """Times alternatives one after the other, each in a process of its own.
 
-    One that does not fit by itself is left out, and named.
+    Neither JAX nor PyTorch gives all memory of a GPU back before its process ends.
 
     Args:
-      builders: what makes the calls, by name; see `compare` for these and the rest.
+      builders: what makes the calls, by name, to be pickled; see `compare` for these and the rest.
       work: what each of them does.
-      peaks: what the machine does at most.
+      peaks: what the machine does at most; of `apart(measured_peaks)`, for memory.
       rounds: how often each is timed.
 
     Returns:
       A case, as `compare` makes.
+
+    Raises:
+      SystemExit: every alternative failed.
     """
-    first, times = {}, {}
+    first, times, left_out = {}, {}, {}
     for name, build in builders.items():
         try:
-            call = build()
-            first[name] = _seconds(call)
-            settle(call())
-            times[name] = [_seconds(call) for _ in range(rounds)]
-        except (jax.errors.JaxRuntimeError, RuntimeError) as error:
-            if "memory" not in str(error).lower() and "RESOURCE_EXHAUSTED" not in str(error):
-                raise
-            print(f"{name} does not fit: {str(error).splitlines()[0]}", file=sys.stderr)
-            first.pop(name, None)
-        call = None
-        gc.collect()
-        torch = sys.modules.get("torch")
-        if torch is not None and torch.cuda.is_available():
-            torch.cuda.empty_cache()
-    return _case(first, times, work, peaks)
+            first[name], times[name] = apart(_timed, build, rounds)
+        except Exception as error:
+            left_out[name] = _reason(name, error)
+    return _case(first, times, left_out, work, peaks)
 
 
-def _case(first, times, work: Work, peaks: Peaks | None) -> dict[str, Any]:
+def apart(function: Callable, *arguments: Any) -> Any:
+    """What a function returns, or raises, in a process of its own; all of it is pickled."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        return pool.submit(_reported, function, *arguments).result()
+
+
+def _reported(function: Callable, *arguments: Any) -> Any:
+    try:
+        return function(*arguments)
+    except Exception as error:  # those of C++ cannot always be pickled
+        raise RuntimeError(f"{type(error).__name__}: {error}") from None
+
+
+def _timed(build: Callable[[], Callable[[], Any]], rounds: int) -> tuple[float, list[float]]:
+    call = build()
+    first = _seconds(call)
+    settle(call())
+    return first, [_seconds(call) for _ in range(rounds)]
+
+
+def _reason(name: str, error: Exception) -> str:
+    reason = next(iter(str(error).strip().splitlines()), "")
+    if not isinstance(error, RuntimeError):  # as those of devices and of other processes are
+        reason = f"{type(error).__name__}: {reason}"
+    print(f"{name} is left out: {reason}", file=sys.stderr)
+    return reason
+
+
+def _case(first, times, left_out, work: Work, peaks: Peaks | None) -> dict[str, Any]:
     if not times:
-        raise SystemExit("none of the alternatives fits into memory; take a smaller batch")
+        raise SystemExit("every alternative failed, for the reasons above; nothing was measured")
     base = next(iter(times.values()))
     rows = {}
     for name, found in times.items():
@@ -230,6 +295,8 @@ def _case(first, times, work: Work, peaks: Peaks | None) -> dict[str, Any]:
             "ratio": statistics.median(t / b for t, b in zip(found, base, strict=True)),
         }
     case = {"work": dataclasses.asdict(work), "rounds": len(base), "alternatives": rows}
+    if left_out:
+        case["left_out"] = left_out
     if peaks is not None:
         case |= {"peaks": dataclasses.asdict(peaks)} | _bound(work, peaks)
     return case
@@ -265,6 +332,8 @@ def table(case: Mapping[str, Any]) -> str:
             f"{row['ratio']:.3g}",
         ]
         lines.append(f"| {' | '.join(cells)} |")
+    for name, reason in case.get("left_out", {}).items():
+        lines += ["", f"Left out: {name} ({reason})"]
     return "\n".join(lines)
 
 

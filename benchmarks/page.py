@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks import guidance_interval, harness, substeps
+from benchmarks import guidance_interval, harness, sampler, substeps
 
 SUBJECTS = ("rollout", "sampler", "train_step", "data", "decode")
 
@@ -25,6 +25,8 @@ def block(subject: str) -> str:
             if "bound_seconds" in case:
                 about += f"; bound by {case['bound']}, {_peak(case)} measured beside it"
             parts.append(f"**{name}**, on {machine} ({about}):\n\n{harness.table(case)}\n")
+            share = sampler.policy_share(case)
+            parts += [share] if share else []
     return "\n".join(parts) or "Nothing has been measured yet.\n"
 
 

@@ -3,9 +3,9 @@
     python -m benchmarks.rollout
 
 times the two cases below on the default device (a CPU or a GPU), prints their tables and keeps them
-in `benchmarks/results/rollout.json`. `--rounds` is how often. PyTorch, where it is installed, runs
+in `benchmarks/results/rollout.json`. `--rounds` is how often. PyTorch, where it can be used, runs
 with as many threads and with an allocator that keeps large blocks, without which it is three times
-slower.
+slower; its end is compared with ours before it is timed.
 
     latents  K = 32, C = 4, 32 x 32 sites, 128 substeps, from noise to data; a batch of 8, or of 64
              on a GPU: sampling ImageNet's latents with one evaluation
@@ -17,8 +17,10 @@ and `4 C + 4` operations for each component, site and substep, at rates measured
 """
 
 import argparse
+import functools
 import time
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,35 +32,63 @@ from piflow_jax.flow.rollout import rollout
 from piflow_jax.flow.schedule import TimeWarp
 
 SUBSTEPS = 128
-CHAIN = 32
+# What is counted by one operation of a chain.
+OPERATIONS = {
+    "exponentials": (lambda a: jnp.exp(-a), 1),
+    "operations": (lambda a: a * 0.5 + 0.25, 2),
+}
 
 
-def elementwise_rates() -> dict[str, float]:
-    """Exponentials and floating-point operations a second, of arrays that stay on chip."""
-    accelerated = jax.default_backend() != "cpu"
-    lanes = 1 if accelerated else harness.machine()["cores"]
-    length, turns = (2**24, 1) if accelerated else (2**13, 100)
+class Chain(NamedTuple):
+    """A loop of elementwise operations, whose body is one pass over an array.
 
-    def rate(operation: Callable, operations: int) -> float:
-        def chain(_, values):
-            for _ in range(CHAIN):
+    Attributes:
+      length: elements; the array stays in a cache.
+      operations: one after the other on an element, in registers: enough that neither the array's
+        way from the cache and back nor the start of a pass counts.
+      turns: passes in a call, which takes some milliseconds.
+    """
+
+    length: int
+    operations: int
+    turns: int
+
+    @classmethod
+    def of(cls, platform: str) -> "Chain":
+        """What suits a platform."""
+        return cls(2**13, 32, 100) if platform == "cpu" else cls(2**20, 512, 200)
+
+    def program(self, operation: Callable) -> Callable:
+        """A loop for each array; they do not depend on each other, and run on different cores."""
+
+        def body(_, values):
+            for _ in range(self.operations):
                 values = operation(values)
             return values
 
-        # Loops that do not depend on each other run on different cores.
-        run = jax.jit(lambda *lanes: [jax.lax.fori_loop(0, turns, chain, a) for a in lanes])
-        arrays = [jnp.linspace(0.1, 0.9, length, dtype=jnp.float32) + i for i in range(lanes)]
+        return jax.jit(lambda *arrays: [jax.lax.fori_loop(0, self.turns, body, a) for a in arrays])
+
+    def arrays(self, lanes: int) -> list[jax.Array]:
+        """What the loops begin with."""
+        begin = jnp.linspace(0.1, 0.9, self.length, dtype=jnp.float32)
+        return [begin + lane for lane in range(lanes)]
+
+
+def elementwise_rates() -> dict[str, float]:
+    """Exponentials and floating-point operations a second that the arithmetic units do at most."""
+    platform = jax.default_backend()
+    lanes = harness.machine()["cores"] if platform == "cpu" else 1
+    chain = Chain.of(platform)
+    arrays, rates = chain.arrays(lanes), {}
+    for name, (operation, count) in OPERATIONS.items():
+        run = chain.program(operation)
         least = float("inf")
         for _ in range(12):
             start = time.perf_counter()
             harness.settle(run(*arrays))
             least = min(least, time.perf_counter() - start)
-        return operations * lanes * length * turns * CHAIN / least
-
-    return {
-        "exponentials": rate(lambda a: jnp.exp(-a), 1),
-        "operations": rate(lambda a: a * 0.5 + 0.25, 2),
-    }
+        rates[name] = count * lanes * chain.length * chain.turns * chain.operations / least
+    return rates
 
 
 def inputs(batch: int, side: int, components: int, channels: int, ends: np.ndarray):
@@ -75,7 +105,7 @@ def inputs(batch: int, side: int, components: int, channels: int, ends: np.ndarr
 
 
 def alternatives(output: GMOutput, x: jax.Array, ends: jax.Array) -> dict[str, Callable]:
-    """The same rollout by name; the policy is made outside, as in training and sampling."""
+    """What makes the same rollout, by name; policies are made before, as a sampler has them."""
     one = jnp.ones_like(ends)
     policy = jax.jit(lambda output, x: GMFlowPolicy.create(output, x, one))(output, x)
 
@@ -94,14 +124,21 @@ def alternatives(output: GMOutput, x: jax.Array, ends: jax.Array) -> dict[str, C
         )
         return lambda: run(policy, x, ends)
 
-    calls = {"fused": ours("fused"), "scan": ours("scan")}
-    try:
-        import torch
+    builders = {name: functools.partial(ours, name) for name in ("fused", "scan")}
+    device = harness.torch_device()
+    if device:
+        builders["PyTorch, scripted"] = lambda: torch_call(device, output, x, ends, ours("scan"))
+    return builders
 
-        from benchmarks.torch_rollout import rollout as torch_rollout
-    except ImportError:
-        return calls
-    device = "cuda" if torch.cuda.is_available() and jax.default_backend() == "gpu" else "cpu"
+
+def torch_call(
+    device: str, output: GMOutput, x: jax.Array, ends: jax.Array, reference: Callable
+) -> Callable:
+    """The rollout in PyTorch, when its end has been compared with the reference's."""
+    import torch
+
+    from benchmarks.torch_rollout import rollout as torch_rollout
+
     if device == "cpu":
         torch.set_num_threads(harness.machine()["cores"])
 
@@ -109,7 +146,7 @@ def alternatives(output: GMOutput, x: jax.Array, ends: jax.Array) -> dict[str, C
         values = np.moveaxis(np.asarray(values), axes, range(1, len(axes) + 1))
         return torch.tensor(np.ascontiguousarray(values), device=device)
 
-    noise, ones = given(x, -1), given(one)
+    noise, ones = given(x, -1), torch.ones(len(ends), device=device)
     arguments = (
         noise,
         noise[:, None] - given(output.means, -2, -1),
@@ -126,10 +163,10 @@ def alternatives(output: GMOutput, x: jax.Array, ends: jax.Array) -> dict[str, C
         with torch.no_grad():
             return torch_rollout(*arguments)
 
-    expected = np.asarray(calls["scan"]())
+    expected = np.asarray(reference())
     found = np.moveaxis(scripted().cpu().numpy(), 1, -1)
     assert np.abs(found - expected).max() < 1e-2 * np.abs(expected).max(), "PyTorch's differs"
-    return calls | {"PyTorch, scripted": scripted}
+    return scripted
 
 
 def main() -> None:

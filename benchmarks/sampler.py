@@ -4,14 +4,17 @@
     python -m benchmarks.sampler --config=configs/imagenet.py:gm_repa --batch-size=64
 
 The first is the main job's student on this machine, the second is for one GPU. Weights are random.
-Beside the sampler, as a notebook calls it, stand its network evaluations alone: the difference is
-what noise, policies and the call cost. "Of the bound" counts the network's matrix products only.
+There is a case for each solver: 128 substeps of Euler, which PyTorch takes too, and 64 of second
+order, which are nearer to the limit (`benchmarks.substeps`). Beside the sampler, as a notebook
+calls it, stand its network evaluations alone and its policies' rollouts alone; what is left is what
+noise and the call cost. "Of the bound" counts the network's matrix products only.
 """
 
 import argparse
-import importlib.util
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,13 +23,22 @@ import numpy as np
 from benchmarks import harness
 from benchmarks.train_step import OURS, Subject, load_config, torch_threads
 from piflow_jax.config import Config, parse
+from piflow_jax.flow.sampling import few_step_sample
+from piflow_jax.flow.schedule import TimeWarp
+from piflow_jax.flow.substeps import Solver
 from piflow_jax.models.flops import forward_flops
 from piflow_jax.student import Student
 from piflow_jax.training.networks import StudentSettings
+from piflow_jax.training.objectives import make_policy_factory
+
+SUBSTEPS = {"euler": 128, "multistep": 64}
+EVALUATIONS, ROLLOUTS = "its network evaluations alone", "its policies' rollouts alone"
 
 
-def ours(subject: Subject, labels: np.ndarray, substeps: int) -> dict[str, Callable]:
-    """Our sampler, as a notebook calls it, and the evaluations in it alone."""
+def ours(
+    subject: Subject, labels: np.ndarray, solver: Solver, substeps: int
+) -> dict[str, Callable]:
+    """Our sampler, as a notebook calls it, and the evaluations and the rollouts in it alone."""
     config = subject.config
     module, _ = subject.modules(config)
     params, _ = subject.weights()
@@ -37,24 +49,40 @@ def ours(subject: Subject, labels: np.ndarray, substeps: int) -> dict[str, Calla
     noise = jax.random.normal(jax.random.key(1), (len(labels), *subject.data.shape))
     evaluate = jax.jit(lambda params, x, t, labels: module.apply(params, x, t, labels).means)
     times, on_device = jnp.ones(len(labels)), jnp.asarray(labels)
+    output = jax.jit(module.apply)(params, noise, times, on_device)
+    factory = make_policy_factory(config.policy, config.train, sampling=True)
+
+    @jax.jit
+    def roll_out(output, noise):
+        return few_step_sample(
+            lambda x, sigma: factory(output, x, sigma),
+            noise,
+            config.train.nfe,
+            TimeWarp(config.train.shift),
+            total_substeps=substeps,
+            final_step_size_scale=config.train.final_step_size_scale,
+            solver=solver,
+        )
+
     return {
-        OURS: lambda: student.sample(0, labels, substeps=substeps),
-        "its network evaluations alone": lambda: [
+        OURS: lambda: student.sample(0, labels, substeps=substeps, solver=solver),
+        EVALUATIONS: lambda: [
             evaluate(params, noise, times, on_device) for _ in range(config.train.nfe)
         ],
+        ROLLOUTS: lambda: roll_out(output, noise),
     }
 
 
 def torch_sampler(
     subject: Subject, labels: np.ndarray, substeps: int, threads: int = 0, compiled: bool = False
 ) -> Callable:
-    """The same in PyTorch, on a GPU if there is one."""
+    """Euler's in PyTorch, on a GPU if there is one."""
     import torch
 
     from benchmarks import torch_twin
 
     config, policy = subject.config, subject.config.policy
-    device = "cuda" if jax.default_backend() == "gpu" else "cpu"
+    device = harness.torch_device()
     module, _ = subject.modules(config)
     network = torch_twin.from_flax(
         module, subject.weights()[0], policy.num_components, policy.logstd_hidden
@@ -79,18 +107,20 @@ def torch_sampler(
     return call
 
 
-def measure(config: Config, options) -> dict:
+def measure(config: Config, options, solver: Solver, substeps: int) -> dict:
     """Times sampling with a configuration's student."""
     subject = Subject(config, "student")
     labels = np.arange(options.batch_size) % subject.data.num_classes
-    alternatives = ours(subject, labels, options.substeps)
-    if importlib.util.find_spec("torch"):
-        for name, threads in torch_threads().items():
-            alternatives[name] = torch_sampler(subject, labels, options.substeps, threads)
-        if options.compile:
-            threads = next(iter(torch_threads().values()))
-            compiled = torch_sampler(subject, labels, options.substeps, threads, compiled=True)
-            alternatives["PyTorch, torch.compile"] = compiled
+    alternatives = ours(subject, labels, solver, substeps)
+    builders = {name: lambda c=call: c for name, call in alternatives.items()}
+    if solver == "euler":
+        given = (torch_sampler, subject, labels, substeps)
+        counts = torch_threads()
+        for name, threads in counts.items():
+            builders[name] = functools.partial(*given, threads)
+        if options.compile and counts:
+            threads = next(iter(counts.values()))
+            builders["PyTorch, torch.compile"] = functools.partial(*given, threads, compiled=True)
     module, _ = subject.modules(config)
     size = subject.data.sample_size
     work = harness.Work(
@@ -100,7 +130,16 @@ def measure(config: Config, options) -> dict:
         dtype=config.model.dtype,
     )
     peaks = harness.measured_peaks((config.model.dtype,))
-    return harness.compare(alternatives, work, peaks, rounds=options.rounds)
+    return harness.compare(builders, work, peaks, rounds=options.rounds)
+
+
+def policy_share(case: Mapping[str, Any]) -> str:
+    """What the policies cost beside the network, in words; empty if one was not measured."""
+    rows = case["alternatives"]
+    if not {EVALUATIONS, ROLLOUTS} <= set(rows):
+        return ""
+    share = rows[ROLLOUTS]["median_seconds"] / rows[EVALUATIONS]["median_seconds"]
+    return f"The policies' rollouts take {share:.3g} of the time of the network's evaluations.\n"
 
 
 def main() -> None:
@@ -108,7 +147,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--config", default="configs/digits.py")
     parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--substeps", type=int, default=128)
+    parser.add_argument("--solver", nargs="+", choices=list(SUBSTEPS), default=list(SUBSTEPS))
+    parser.add_argument("--substeps", type=int, help="in place of 128 of Euler and 64 of multistep")
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--compile", action="store_true", help="torch.compile as well")
     options = parser.parse_args()
@@ -119,13 +159,19 @@ def main() -> None:
     if jax.default_backend() == "gpu":
         raw.model.attention = "cudnn"
     config = parse(raw)
-    harness.save(
-        "sampler",
-        f"{Path(options.config).name}, NFE {config.train.nfe}, batch {options.batch_size}",
-        measure(config, options),
-        dtype=config.model.dtype,
-        substeps=options.substeps,
-    )
+    for solver in options.solver:
+        substeps = options.substeps or SUBSTEPS[solver]
+        case = measure(config, options, solver, substeps)
+        harness.save(
+            "sampler",
+            f"{Path(options.config).name}, NFE {config.train.nfe}, batch {options.batch_size}, "
+            f"{solver}, {substeps} substeps",
+            case,
+            dtype=config.model.dtype,
+            solver=solver,
+            substeps=substeps,
+        )
+        print(policy_share(case))
 
 
 if __name__ == "__main__":

@@ -5,17 +5,18 @@
 
 The first is the main job on this machine: the teacher's step and the student's. The second is for
 one GPU: the student's step of ImageNet with random weights and latents, which no data are needed
-for, against the matrix products of the same process; "of the bound" is then the utilisation that
+for, against the matrix products of the same run; "of the bound" is then the utilisation that
 counts only three forward evaluations of the student and the guided teacher's at each state.
 Without `--batch-size` a batch is the configuration's, in one part.
 
 Every call makes several steps, as a loop would that looks at the last of them. On a GPU the
-alternatives run one after the other, each with the memory to itself.
+alternatives run one after the other, each in a process of its own: with the memory to itself, but
+for what the process that waits for it needs to know of the GPU.
 """
 
 import argparse
 import copy
-import gc
+import functools
 import importlib.util
 import itertools
 from collections.abc import Callable
@@ -56,10 +57,12 @@ def load_config(name: str):
 def torch_threads() -> dict[str, int]:
     """Numbers of threads to time PyTorch with, by name; on a GPU its own choice, 0.
 
-    At the main job's size, and on a machine that does other work too, one thread may do better.
+    None of them where PyTorch is left out. At the main job's size, and on a machine that does other
+    work too, one thread may do better.
     """
-    if jax.default_backend() != "cpu":
-        return {"PyTorch": 0}
+    device = harness.torch_device()
+    if device != "cpu":
+        return {"PyTorch": 0} if device else {}
     counts = sorted({harness.machine()["cores"], 1}, reverse=True)
     return {f"PyTorch, {n} thread{'s' if n > 1 else ''}": n for n in counts}
 
@@ -146,8 +149,10 @@ class Subject:
         from benchmarks import torch_twin
 
         policy = self.config.policy
-        device = "cuda" if jax.default_backend() == "gpu" else "cpu"
-        modules, params = self.modules(self.config), self.weights()
+        device = harness.torch_device()
+        modules = self.modules(self.config)
+        with jax.default_device(jax.devices("cpu")[0]):  # JAX would keep the GPU's memory
+            params = self.weights()
         teacher = torch_twin.from_flax(modules[1], params[1]).to(device)
         null = self.data.num_classes
         networks = [teacher]
@@ -190,16 +195,16 @@ def our_alternatives(config, remats: list[str], attentions: list[str]) -> dict[s
 
 def measure(raw, stage: str, options) -> dict:
     """Times a stage's alternatives."""
-    accelerated = jax.default_backend() != "cpu"
     ours = our_alternatives(raw, options.remat, options.attention)
     subject = Subject(ours[OURS], stage)
-    builders = {name: lambda c=config: subject.ours(c) for name, config in ours.items()}
-    if options.torch and importlib.util.find_spec("torch"):
-        for name, threads in torch_threads().items():
-            builders[name] = lambda threads=threads: subject.torch(threads)
-        if options.compile:
-            threads = next(iter(torch_threads().values()))
-            builders["PyTorch, torch.compile"] = lambda: subject.torch(threads, compiled=True)
+    builders = {name: functools.partial(subject.ours, config) for name, config in ours.items()}
+    if options.torch:
+        counts = torch_threads()
+        for name, threads in counts.items():
+            builders[name] = functools.partial(subject.torch, threads)
+        if options.compile and counts:
+            threads = next(iter(counts.values()))
+            builders["PyTorch, torch.compile"] = functools.partial(subject.torch, threads, True)
     dtype = ours[OURS].model.dtype
     work = harness.Work(
         items=STEPS * subject.size,
@@ -207,14 +212,11 @@ def measure(raw, stage: str, options) -> dict:
         flops=STEPS * subject.flops(),
         dtype=dtype,
     )
-    peaks = harness.measured_peaks((dtype,))
-    if accelerated or options.apart:
+    if options.apart or jax.default_backend() != "cpu":
+        peaks = harness.apart(harness.measured_peaks, (dtype,))
         return harness.compare_apart(builders, work, peaks, rounds=options.rounds)
-    calls = {name: build() for name, build in builders.items()}
-    case = harness.compare(calls, work, peaks, rounds=options.rounds)
-    calls.clear()
-    gc.collect()
-    return case
+    peaks = harness.measured_peaks((dtype,))
+    return harness.compare(builders, work, peaks, rounds=options.rounds)
 
 
 def main() -> None:

@@ -96,6 +96,13 @@ def run(mode: str, config: ml_collections.ConfigDict, workdir: str | os.PathLike
 def _start(config: Config, mode: str, workdir: str | os.PathLike) -> None:
     if config.compilation_cache:
         jax.config.update("jax_compilation_cache_dir", config.compilation_cache)
+        # On several devices a fused rollout, and cuDNN's attention, are named in the program by an
+        # address in this process: no other process would find it. What they do follows from the
+        # rest of the program: the rollout's version is in its name, attention's settings are in the
+        # shapes of its arguments.
+        setting = "jax_remove_custom_partitioning_ptr_from_cache_key"
+        if hasattr(jax.config, setting):  # not every JAX has it
+            jax.config.update(setting, True)
     if not mode.startswith("compile"):  # a slice to compile for has other devices than this machine
         processes.start(config.processes)
         groups = _BATCHES.get(mode)

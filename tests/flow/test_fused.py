@@ -1,5 +1,7 @@
 """Fused rollouts against the scan, a float64 loop in NumPy, and finite differences."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,8 @@ import pytest
 from piflow_jax.flow.policies import DXPolicy, GMFlowPolicy, GMOutput
 from piflow_jax.flow.rollout import rollout
 from piflow_jax.flow.schedule import TimeWarp
+from piflow_jax.kernels.mosaic import mosaic_rollout
+from piflow_jax.kernels.triton import triton_rollout
 
 WARP = TimeWarp(3.2)
 # Sites that fill no row of a block, several rows, and one.
@@ -33,26 +37,85 @@ def inputs(shape, **options):
     return policy.drop(jnp.asarray(dropped)), x, starts, jnp.asarray(ENDS, jnp.float32)
 
 
+def both(arguments, total, **options):
+    """A rollout's `(x, sigma)` by the scan and fused, of one program."""
+    return jax.jit(
+        lambda *a: [
+            rollout(*a, WARP, total, implementation=implementation, **options)
+            for implementation in ("scan", "fused")
+        ]
+    )(*arguments)
+
+
+def assert_same(scan, fused):
+    (expected, at), (x, sigma) = scan, fused
+    np.testing.assert_allclose(x, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+    np.testing.assert_array_equal(sigma, at)
+
+
+@pytest.fixture
+def program(request, monkeypatch):
+    """What a fused rollout is: XLA's on a CPU, or a kernel, operation by operation."""
+    if request.param != "xla":
+        kernel = {"mosaic": mosaic_rollout, "triton": triton_rollout}[request.param]
+        interpreted = functools.partial(kernel, interpret=True)
+        monkeypatch.setattr("piflow_jax.flow.fused.mixture_rollout", interpreted)
+
+
+PROGRAMS = ["xla", *(pytest.param(k, marks=pytest.mark.slow) for k in ("mosaic", "triton"))]
+
+
+@pytest.mark.parametrize("program", PROGRAMS, indirect=True)
 @pytest.mark.parametrize("solver", ["euler", "multistep"])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_fused_is_the_scan(shape, solver):
+def test_fused_is_the_scan(shape, solver, program):
     arguments = inputs(shape)
-    ends = {
-        (implementation, bound): jax.jit(
-            lambda *a, i=implementation, b=bound: rollout(
-                *a, WARP, 16, bound=b, solver=solver, implementation=i
-            )
-        )(*arguments)
-        for implementation in ("scan", "fused")
-        for bound in (None, 5, "traced")
-    }
-    for (implementation, bound), (x, sigma) in ends.items():
-        if implementation == "fused":
-            expected, at = ends["scan", bound]
-            np.testing.assert_allclose(x, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
-            np.testing.assert_allclose(sigma, at, rtol=0, atol=1e-7)  # to rounding
+    ends = {b: both(arguments, 16, bound=b, solver=solver) for b in (None, 5, "traced")}
+    for pair in ends.values():
+        assert_same(*pair)
     # The bound is one: five substeps do not end where sixteen do.
-    assert np.abs(ends["fused", 5][0] - ends["fused", None][0]).max() > 1e-3
+    assert np.abs(ends[5][1][0] - ends[None][1][0]).max() > 1e-3
+
+
+@pytest.mark.parametrize("program", ["mosaic", "triton"], indirect=True)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_kernels_are_the_scan(shape, program):
+    """With a policy's coefficients, as many substeps as in sampling, and few or one of some."""
+    assert_same(*both(inputs(shape), 128, bound="traced", solver="multistep"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("program", ["mosaic", "triton"], indirect=True)
+def test_kernels_of_many_components_are_the_scan(program):
+    """As many as a student of ImageNet has, and one."""
+    for components, channels in ((32, 4), (1, 3)):
+        output, x = mixture((5,), components, channels)
+        starts, ends = (jnp.asarray(a, jnp.float32) for a in (STARTS, ENDS))
+        policy = GMFlowPolicy.create(output, x, WARP.warp(starts))
+        arguments = (policy, x, starts, ends)
+        assert_same(*both(arguments, 128, bound="traced", solver="multistep"))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("solver", ["euler", "multistep"])
+@pytest.mark.parametrize("sizes", [*SHAPES.values(), ((32, 32), 32, 4), ((16, 16), 8, 64)])
+def test_on_a_gpu_auto_is_the_scan(sizes, solver):
+    """The compiled kernel, as `jit` finds it."""
+    output, x = mixture(*sizes)
+    starts, ends = (jnp.asarray(a, jnp.float32) for a in (STARTS, ENDS))
+    arguments = (GMFlowPolicy.create(output, x, WARP.warp(starts)), x, starts, ends)
+    auto, scan = (
+        jax.jit(
+            lambda *a, i=implementation: rollout(
+                *a, WARP, 128, bound="traced", solver=solver, implementation=i
+            )[0]
+        ).lower(*arguments)
+        for implementation in ("auto", "scan")
+    )
+    assert "triton" in auto.as_text() and "triton" not in scan.as_text()
+    expected = scan.compile()(*arguments)
+    found = auto.compile()(*arguments)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
 
 
 def test_auto_is_fused_where_that_is_possible(x64):
@@ -81,20 +144,18 @@ def test_unknown_choices_are_refused():
         rollout(grid, x, start, end, WARP, 8, implementation="fused")
 
 
-def test_it_is_as_accurate_as_its_inputs_allow(x64):
+@pytest.mark.parametrize("program", ["xla", "mosaic", "triton"], indirect=True)
+def test_it_is_as_accurate_as_its_inputs_allow(program, x64):
     """Narrow mixtures, down to the data: no farther from float64 than the scan is."""
+    of_both = jax.jit(
+        lambda *a: [rollout(*a, WARP, 128, implementation=i)[0] for i in ("scan", "fused")]
+    )
     for logstd in (-1.0, -3.0, -5.0):
         arguments = inputs("tokens", logstd=logstd)
         double = jax.tree.map(lambda a: jnp.asarray(a, jnp.float64), arguments)
         exact, _ = rollout(*double, WARP, 128)
-        errors = {
-            implementation: np.abs(
-                rollout(*arguments, WARP, 128, implementation=implementation)[0] - exact
-            ).max()
-            for implementation in ("scan", "fused")
-        }
-        scale = np.abs(exact).max()
-        assert errors["fused"] <= 2 * errors["scan"] + 1e-5 * scale, (logstd, errors)
+        scan, fused = (np.abs(end - exact).max() for end in of_both(*arguments))
+        assert fused <= 2 * scan + 1e-5 * np.abs(exact).max(), (logstd, scan, fused)
 
 
 @pytest.mark.parametrize("solver", ["euler", "multistep"])
