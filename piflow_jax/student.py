@@ -4,6 +4,7 @@ Students are those of pi-Flow, arXiv 2510.14974; sampling is its Alg. 1.
 """
 
 import dataclasses
+import functools
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -14,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 
@@ -152,7 +154,9 @@ class Student:
           solver: of the policy's rollouts, `multistep`, or `euler` as in training; see `rollout`.
 
         Returns:
-          `float32[N, H, W, C]`: images, about [-1, 1], or latents as networks see them.
+          `float32[N, H, W, C]`: images, about [-1, 1], or latents as networks see them. A
+          number that one program makes, such as 64, is not waited for; others are put together on
+          the host, then sent to one device.
 
         Raises:
           ValueError: the key, labels, `x`, `noise` or a number are not what they should be.
@@ -183,8 +187,8 @@ class Student:
                 split = NamedSharding(_mesh(self.devices), PartitionSpec("data"))
                 batch = jax.device_put(batch, split)
             samples = self._samplers[program](self.params, key, np.uint32(first), batch)
-            parts.append(samples[:length])
-        return jnp.concatenate(parts)
+            parts.append((samples, length))
+        return _joined(parts)
 
     def _told(self, labels: ArrayLike | Mapping[str, ArrayLike]) -> dict[str, np.ndarray]:
         """What the network is told, checked, on the host."""
@@ -445,6 +449,27 @@ def _from_file(path: Path, config: Any, dtype: str, teacher: str | os.PathLike |
         module = module.clone(lora=None)  # the adapters are in the weights
     form = f"{settings.policy.kind}_{settings.model.network}"
     return Student(module, load_params(module, weights, form, _placed_like(module)), settings)
+
+
+def _joined(parts: list[tuple[jax.Array, int]]) -> jax.Array:
+    """The first samples of each part, in one array; of several processes each gets all of them.
+
+    On the host: on a device every length would be a program of its own. What is whole is returned
+    as it is, not waited for.
+    """
+    samples, length = parts[0]
+    if len(parts) == 1 and length == len(samples) and samples.is_fully_addressable:
+        return samples
+    if samples.is_fully_addressable:
+        for array, _ in parts:
+            array.copy_to_host_async()
+        on_host = np.asarray
+    else:
+        on_host = functools.partial(multihost_utils.process_allgather, tiled=True)
+    whole = np.concatenate([on_host(array)[:length] for array, length in parts])
+    # Where all of it was, or began. Arrays that are tied to no device stay so.
+    device = samples.addressable_shards[0].device if samples.committed else None
+    return jax.device_put(whole, device)
 
 
 def _mesh(devices: tuple[jax.Device, ...]) -> Mesh:

@@ -1,5 +1,6 @@
 """Students in notebooks: every way to load one, samples that do not depend on their company."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -134,24 +135,48 @@ def test_noise_between_segments_differs_by_sample(student):
     assert np.std(drawn, axis=0).min() > 1e-3
 
 
-def test_few_programs_serve_all_batch_sizes(run, monkeypatch):
-    traces = []
-    policy = piflow_jax.Student.policy
-    monkeypatch.setattr(
-        piflow_jax.Student, "policy", lambda *args: traces.append(1) or policy(*args)
-    )
+def test_few_programs_serve_all_batch_sizes(run):
     student = piflow_jax.load(run[0])
-    # A scan traces its body more than once.
-    student.sample(0, LABELS[:1], substeps=4)
-    per_program = len(traces)
-    whole = student.sample(0, np.arange(10_000) % 10, substeps=4)
-    for count in (1, 2, 3, 5, 9, 17, 33, 65, 129, 255, 257, 700, 5000):
-        part = student.sample(0, np.arange(count) % 10, substeps=4)
-        assert part.shape == (count, 8, 8, 1)
-        np.testing.assert_allclose(part, whole[:count], rtol=1e-4, atol=1e-5)
+    labels = np.arange(10_000) % 10
+    student.sample(0, labels[:1], substeps=4)
+    with compilations() as compiled:
+        for power in range(1, 9):
+            student.sample(0, labels[: 2**power], substeps=4)
+    assert len(compiled) == 8  # with the one above, powers of two from 1 to 256
+    with compilations() as compiled:
+        whole = np.asarray(student.sample(0, labels, substeps=4))
+        for count in (*range(1, 12), *range(127, 134), 255, 256, 257, 512, 700, 5000):
+            part = student.sample(0, labels[:count], substeps=4)
+            assert isinstance(part, jax.Array) and part.shape == (count, 8, 8, 1)
+            np.testing.assert_allclose(part, whole[:count], rtol=1e-4, atol=1e-5)
+        for count in (5, 6, 7):  # the options that are arrays
+            given = {"noise": whole[:count], "x": whole[:count], "start": 0.5}
+            student.sample(0, labels[:count], substeps=4, **given)
+    assert compiled == ["jit(sample)"]  # of eight samples with `noise` and `x`
     # The same labels in a later call are other samples.
     assert np.abs(whole[1280:1290] - whole[:10]).max(axis=(1, 2, 3)).min() > 0.1
-    assert len(traces) == 9 * per_program  # powers of two from 1 to 256
+
+
+@contextlib.contextmanager
+def compilations():
+    """Names of what XLA compiles meanwhile, or takes from its cache on disk."""
+    found = []
+
+    def listen(name, seconds, **kwargs):
+        if name == "/jax/core/compile/backend_compile_duration":
+            found.append(kwargs.get("fun_name"))
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield found
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def test_a_sample_of_one_program_is_not_waited_for(student, monkeypatch):
+    """What needs no trimming stays on its device; nothing copies it to the host."""
+    monkeypatch.setattr(np, "concatenate", None)
+    assert student.sample(0, LABELS[:8], substeps=16).shape == (8, 8, 8, 1)
 
 
 def test_seeds_and_keys_of_both_kinds_are_the_same(student):
