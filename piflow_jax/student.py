@@ -3,6 +3,7 @@
 Students are those of pi-Flow, arXiv 2510.14974; sampling is its Alg. 1.
 """
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -174,7 +175,8 @@ class Student:
         if program not in self._samplers:
             self._samplers[program] = jax.jit(self._sampler(*options, shape=shape[1:]))
         parts, key = [], _typed(key)
-        count = 1 if self.devices is None else len(self.devices)
+        mesh = None if self.devices is None else _mesh(self.devices)
+        count = 1 if mesh is None else mesh.size
         for first in range(0, number, _LARGEST * count):
             part = slice(first, first + _LARGEST * count)
             length = len(range(number)[part])
@@ -183,10 +185,11 @@ class Student:
                 name: np.pad(a[part], ((0, padding), *[(0, 0)] * (a.ndim - 1)), "edge")
                 for name, a in (told | given).items()
             }
-            if self.devices is not None:
-                split = NamedSharding(_mesh(self.devices), PartitionSpec("data"))
-                batch = jax.device_put(batch, split)
-            samples = self._samplers[program](self.params, key, np.uint32(first), batch)
+            if mesh is not None:
+                batch = jax.device_put(batch, NamedSharding(mesh, PartitionSpec("data")))
+            # Kernels split their batch over the mesh that is set.
+            with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
+                samples = self._samplers[program](self.params, key, np.uint32(first), batch)
             parts.append((samples, length))
         return _joined(parts)
 

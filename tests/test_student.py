@@ -289,10 +289,18 @@ for count in (3, 8):
 mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
 split = jax.NamedSharding(mesh, P("data"))
 ((program, sampler),) = spread._samplers.items()
-calls = []
-spread._samplers[program] = lambda *args: calls.append(args) or sampler(*args)
+calls, on_tpus = [], []
+
+def record(*args):
+    calls.append(args)
+    # What this call would be on eight TPUs.
+    on_tpus.append(sampler.trace(*args).lower(lowering_platforms=("tpu",)).as_text())
+    return sampler(*args)
+
+spread._samplers[program] = record
 spread.sample(0, np.zeros(32, np.int32), substeps=16, h=1.0)
 batch = calls[0][-1]
+assert "tpu_custom_call" in on_tpus[0], "the rollout's kernel, split over the devices"
 assert batch["label"].sharding.is_equivalent_to(split, 1)
 text = sampler.lower(spread.params, jax.random.key(0), np.uint32(0), batch).compile().as_text()
 assert "f32[4,8,8,1]" in text and "f32[32,8,8,1]" not in text, "each device draws its own"
