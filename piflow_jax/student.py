@@ -143,10 +143,10 @@ class Student:
             `pooled[N, P]`. `PromptsSource.embedded` has them of a cached set.
           size: `(H, W)` in sites of latents, of a student that reads text: (128, 128) are 1024x1024
             pixels. Students of classes have one size.
-          nfe: network evaluations; by default as trained.
+          nfe: network evaluations, at least 1; by default as trained.
           substeps: policy substeps per unit of raw time.
           h: stochasticity between segments, see `few_step_sample`.
-          temperature: of the mixture, in all segments but the last.
+          temperature: of the mixture, in all segments but the last; in (0, 1], 1 leaves it.
           start: noise level at which to start, with `x`.
           x: `[N, H, W, C]`, clean images or latents of which noise is made up to `start`; without
             it sampling starts at pure noise.
@@ -160,7 +160,8 @@ class Student:
           the host, then sent to one device.
 
         Raises:
-          ValueError: the key, labels, `x`, `noise` or a number are not what they should be.
+          ValueError: the key, labels, `x` or `noise` are not what they should be, or a number is out
+            of range: `nfe` below 1, `temperature` outside (0, 1].
         """
         train = self.settings.train
         told, size = self._told(labels), self._size(size)
@@ -170,7 +171,8 @@ class Student:
         shape = (number, *size, self.settings.data.channels)
         given = {name: _checked(name, a, shape) for name, a in (("x", x), ("noise", noise))}
         given = {name: a for name, a in given.items() if a is not None}
-        options = (nfe or train.nfe, substeps, float(h), float(temperature), float(start), solver)
+        nfe = train.nfe if nfe is None else nfe
+        options = (nfe, substeps, float(h), float(temperature), float(start), solver)
         program = (*options, size, *given)
         if program not in self._samplers:
             self._samplers[program] = jax.jit(self._sampler(*options, shape=shape[1:]))

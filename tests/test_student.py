@@ -237,6 +237,10 @@ def test_nothing_of_the_callers_is_donated(student):
         ([1], {"start": 0.0, "x": np.zeros((1, 8, 8, 1))}, r"start must be in \(0, 1\]"),
         ([1], {"noise": np.zeros((8, 8, 1))}, r"noise must be \[1, 8, 8, 1\], got \[8, 8, 1\]"),
         ([1], {"nfe": -1}, "nfe must be at least 1"),
+        ([1], {"nfe": 0}, "nfe must be at least 1, got 0"),
+        ([1], {"temperature": 1.5}, r"temperature must be in \(0, 1\], got 1.5"),
+        ([1], {"temperature": 0.0}, r"temperature must be in \(0, 1\], got 0.0"),
+        ([1], {"temperature": float("nan")}, r"temperature must be in \(0, 1\], got nan"),
     ],
 )
 def test_what_cannot_be_sampled_says_why(student, labels, options, message):
