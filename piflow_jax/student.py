@@ -160,8 +160,8 @@ class Student:
           the host, then sent to one device.
 
         Raises:
-          ValueError: the key, labels, `x` or `noise` are not what they should be, or a number is out
-            of range: `nfe` below 1, `temperature` outside (0, 1].
+          ValueError: the key, labels, `x` or `noise` are not what they should be, or a number is
+            out of range: `nfe` below 1, `temperature` outside (0, 1].
         """
         train = self.settings.train
         told, size = self._told(labels), self._size(size)
