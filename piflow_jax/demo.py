@@ -57,6 +57,7 @@ class Drawer:
         teacher: str | Path | None = None,
         prompts: str | Path | None = None,
         vae: str | Path | None = None,
+        dtype: str = "float32",
     ) -> "Drawer":
         """Loads a student, and its teacher where the run has one.
 
@@ -65,6 +66,7 @@ class Drawer:
           teacher: the same, of a student that reads text.
           prompts: directory of prepared prompts, likewise; captioned digits need none.
           vae: weights of the autoencoder of latents, `.safetensors` or a folder.
+          dtype: compute dtype of the student's network, as of `piflow_jax.load`.
 
         Returns:
           The drawer.
@@ -73,7 +75,7 @@ class Drawer:
           FileNotFoundError: there is nothing at the path.
           ValueError: prompts, teacher or autoencoder are missing or others'.
         """
-        student = piflow_jax.load(path, teacher=teacher)
+        student = piflow_jax.load(path, dtype=dtype, teacher=teacher)
         decode = None if vae is None else picture_decoder(*open_autoencoder(vae))
         data = student.settings.data
         if decode is None and data.channels not in (1, 3):
@@ -225,10 +227,16 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--prompts", help="prepared prompts, for a student that reads text")
     parser.add_argument("--teacher", help="weights of its teacher, or the run that has them")
     parser.add_argument("--vae", help="the autoencoder of its latents")
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help="the network's compute dtype",
+    )
     flags = parser.parse_args(arguments)
-    files = {"teacher": flags.teacher, "prompts": flags.prompts, "vae": flags.vae}
+    given = {name: getattr(flags, name) for name in ("teacher", "prompts", "vae", "dtype")}
     try:
-        page = make_page(Drawer.load(flags.checkpoint, **files))
+        page = make_page(Drawer.load(flags.checkpoint, **given))
     except (FileNotFoundError, ValueError) as error:
         parser.error(str(error))
     page.launch(server_name=flags.host, server_port=flags.port)

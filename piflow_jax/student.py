@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import functools
 import json
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -297,7 +298,9 @@ def load(
         `--mode=export` wrote, or an official one, for which `config` is needed.
       config: the `ConfigDict` of an official file, such as `configs.imagenet.get_config()`; other
         files know their settings.
-      dtype: compute dtype of the network, `float32` or `bfloat16`; policies stay in float32.
+      dtype: compute dtype of the network, `float32` or `bfloat16`; policies stay in float32, and
+        weights in the types that they were trained in, the base of adapters or of a merged file in
+        its own.
       teacher: of a student with adapters, whose checkpoints and adapter files hold no more than
         those: official weights of its teacher, or the work directory of the run that trained it. By
         default the teacher is that of the run at `path`.
@@ -316,11 +319,12 @@ def load(
         raise FileNotFoundError(f"{path}: no such checkpoint or file")
     if path.is_file():
         return _from_file(path, config, dtype, teacher)
-    directory, step, spec = _checkpoint(path, "student")
+    directory, step, spec, saved = _checkpoint(path, "student")
     settings, module = _network(student_settings(spec), dtype)
     trained = _averaged(directory, step, module)
-    base = None if settings.model.network == "dit" else _base(settings, teacher or path)
-    return Student(module, with_base(module, trained, base), settings)
+    if settings.model.network == "dit":
+        return Student(module, trained, settings)
+    return _on_base(settings, trained, teacher or path, saved.get("model.base_dtype"))
 
 
 def load_teacher(
@@ -348,7 +352,7 @@ def load_teacher(
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such checkpoint")
-    directory, step, spec = _checkpoint(path, "teacher")
+    directory, step, spec, _ = _checkpoint(path, "teacher")
     model, data = teacher_settings(spec)
     _check_labels(model)
     module = teacher_network(model, data)
@@ -362,15 +366,14 @@ def load_teacher(
     return teacher, _averaged(directory, step, module)
 
 
-def _checkpoint(path: Path, stage: str) -> tuple[Path, int, dict[str, Any]]:
-    """Directory, step and spec of the latest checkpoint of a run, or of a directory."""
+def _checkpoint(path: Path, stage: str) -> tuple[Path, int, dict[str, Any], dict[str, Any]]:
+    """Directory, step, spec and settings of the latest checkpoint of a run, or of a directory."""
     # Orbax takes a second to load, which a notebook without checkpoints need not wait for.
     from piflow_jax.training.checkpoint import read_spec
 
     places = (path / stage / "checkpoints", path / "checkpoints", path)
     directory = next((place for place in places if place.is_dir()), path)
-    step, spec, _ = read_spec(directory)
-    return directory, step, spec
+    return directory, *read_spec(directory)
 
 
 def _averaged(directory: Path, step: int, module: Network) -> Any:
@@ -384,8 +387,11 @@ def _averaged(directory: Path, step: int, module: Network) -> Any:
     return restore_subtree(directory, "ema_params", like, step)
 
 
-def _network(settings: StudentSettings, dtype: str) -> tuple[StudentSettings, Network]:
-    model = dataclasses.replace(settings.model, dtype=dtype)
+def _network(
+    settings: StudentSettings, dtype: str, base_dtype: str | None = None
+) -> tuple[StudentSettings, Network]:
+    types = {"dtype": dtype} | ({} if base_dtype is None else {"base_dtype": base_dtype})
+    model = dataclasses.replace(settings.model, **types)
     settings = dataclasses.replace(settings, model=model)
     return settings, student_network(model, settings.policy, settings.data)
 
@@ -399,24 +405,49 @@ def _check_labels(model: ModelConfig) -> None:
         )
 
 
-def _base(settings: StudentSettings, teacher: str | os.PathLike) -> Any:
-    """Variables of the teacher on which a student's adapters are put."""
+def _on_base(
+    settings: StudentSettings, trained: Any, teacher: str | os.PathLike, base_dtype: str | None
+) -> Student:
+    """A student with adapters on its teacher's variables, of `base_dtype` where that is known."""
+    base, base_dtype = _base(settings, Path(teacher), base_dtype)
+    settings, module = _network(settings, settings.model.dtype, base_dtype)
+    return Student(module, with_base(module, trained, base), settings)
+
+
+def _base(settings: StudentSettings, teacher: Path, base_dtype: str | None) -> tuple[Any, str]:
+    """Variables of the teacher on which a student's adapters are put, and their type.
+
+    Weights of a file take the type that the student was trained with, or else keep their own.
+    """
     from piflow_jax.convert import load_params, open_weights
 
-    teacher, model = Path(teacher), settings.model
-    module = teacher_network(model, settings.data)
+    model, data = settings.model, settings.data
     if any((teacher / place).is_dir() for place in ("teacher", "checkpoints")):
-        directory, step, spec = _checkpoint(teacher, "teacher")
-        found, _ = teacher_settings(spec)
-        if teacher_network(found, settings.data).clone(dtype=module.dtype) != module:
+        directory, step, spec, saved = _checkpoint(teacher, "teacher")
+        base_dtype = saved.get("model.base_dtype", model.base_dtype)
+        types = {"dtype": model.dtype, "base_dtype": base_dtype}
+        found, model = (
+            dataclasses.replace(one, **types) for one in (teacher_settings(spec)[0], model)
+        )
+        module = teacher_network(model, data)
+        if teacher_network(found, data) != module:
             raise ValueError(f"{directory} holds another network than the student's teacher")
-        return _averaged(directory, step, module)
+        return _averaged(directory, step, module), base_dtype
     if (teacher / "student").is_dir() or not teacher.exists():
         raise ValueError(
             f"{teacher} holds adapters of a {model.network} and no teacher: pass teacher=, its "
             "official weights or the work directory of the run that trained it"
         )
-    return load_params(module, open_weights(teacher), model.network, _placed_like(module))
+    weights = open_weights(teacher)
+    base_dtype = base_dtype or _type_of(weights)
+    module = teacher_network(dataclasses.replace(model, base_dtype=base_dtype), data)
+    return load_params(module, weights, model.network, _placed_like(module)), base_dtype
+
+
+def _type_of(weights: Mapping[str, Any]) -> str:
+    """The type in which a network of weights is kept: that of the largest of them."""
+    largest = max(weights.values(), key=lambda array: math.prod(array.shape))
+    return "bfloat16" if largest.dtype == jnp.bfloat16 else "float32"
 
 
 def _placed_like(module: Network) -> Callable[[tuple[str, ...], np.ndarray], jax.Array]:
@@ -444,13 +475,15 @@ def _from_file(path: Path, config: Any, dtype: str, teacher: str | os.PathLike |
             f"{path} does not say how its student samples; pass its configuration, such as "
             "config=configs.imagenet.get_config('gm_repa')"
         )
+    base_dtype = None if spec is not None else settings.model.base_dtype
     settings, module = _network(settings, dtype)
     if any(".lora_A." in name for name in weights):
         if teacher is None:
             raise ValueError(f"{path} is an adapter: pass teacher=, the weights that it goes on")
         trained = load_adapter(module, weights, place=_placed_like(module))
-        return Student(module, with_base(module, trained, _base(settings, teacher)), settings)
+        return _on_base(settings, trained, teacher, base_dtype)
     if settings.model.network != "dit":
+        settings, module = _network(settings, dtype, base_dtype or _type_of(weights))
         module = module.clone(lora=None)  # the adapters are in the weights
     form = f"{settings.policy.kind}_{settings.model.network}"
     return Student(module, load_params(module, weights, form, _placed_like(module)), settings)

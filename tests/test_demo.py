@@ -99,6 +99,23 @@ def test_what_a_student_that_reads_text_needs_is_named(tmp_path):
         Drawer.load(tmp_path)
 
 
+def test_the_command_line_says_what_is_loaded(run, monkeypatch):
+    drawers = []
+    monkeypatch.setattr("piflow_jax.demo.make_page", lambda drawer: drawers.append(drawer) or PAGE)
+    main([f"--checkpoint={run}", "--dtype=bfloat16"])
+    assert drawers[0].student.module.dtype == jnp.bfloat16
+    main([f"--checkpoint={run}"])
+    assert drawers[1].student.module.dtype == jnp.float32
+
+
+class PAGE:
+    """A page that nobody sees."""
+
+    @staticmethod
+    def launch(**where):
+        assert where == {"server_name": "127.0.0.1", "server_port": 7860}
+
+
 def test_a_checkpoint_is_needed(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main([])
