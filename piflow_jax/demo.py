@@ -1,9 +1,9 @@
 """A page to play with: `python -m piflow_jax.demo --checkpoint=runs/digits`.
 
 Shows samples of a student beside its teacher's from the same noise, with the times that they took.
-A student that reads text takes prompts of a prepared set, `--prompts`, its teacher's weights,
-`--teacher`, and the autoencoder of its latents, `--vae`; its teacher is not drawn. Students and
-their samplers are those of arXiv 2510.14974. Needs `pip install -e ".[demo]"`.
+A student of latents takes their autoencoder, `--vae`. One that reads text takes prompts of a
+prepared set, `--prompts`, and its teacher's weights, `--teacher`; its teacher is not drawn.
+Students and their samplers are those of arXiv 2510.14974. Needs `pip install -e ".[demo]"`.
 """
 
 import argparse
@@ -65,7 +65,8 @@ class Drawer:
           path: what `piflow_jax.load` takes.
           teacher: the same, of a student that reads text.
           prompts: directory of prepared prompts, likewise; captioned digits need none.
-          vae: weights of the autoencoder of latents, `.safetensors` or a folder.
+          vae: weights of the autoencoder of latents, `.safetensors` or a folder; of a student of
+            latents, which is any whose samples have neither one nor three channels.
           dtype: compute dtype of the student's network, as of `piflow_jax.load`.
 
         Returns:
@@ -76,24 +77,17 @@ class Drawer:
           ValueError: prompts, teacher or autoencoder are missing or others'.
         """
         student = piflow_jax.load(path, dtype=dtype, teacher=teacher)
-        decode = None if vae is None else picture_decoder(*open_autoencoder(vae))
         data = student.settings.data
-        if decode is None and data.channels not in (1, 3):
-            raise ValueError(
-                f"samples are latents of {data.channels} channels: pass --vae, the autoencoder's "
-                "weights"
-            )
+        decode = _decoder(data, vae)
         if student.settings.model.network != "dit":
             if prompts is None and data.name == "prompts":
                 raise ValueError(
                     "this student reads text: pass --prompts, a directory that --mode=prepare made"
                 )
             return cls(student, prompts=load_source(data.name, prompts), decode=decode)
-        if decode is not None:
-            raise ValueError("--vae is for students that read text")
         if not (Path(path) / "teacher" / "checkpoints").is_dir():
-            return cls(student)
-        return cls(student, *piflow_jax.load_teacher(path))
+            return cls(student, decode=decode)
+        return cls(student, *piflow_jax.load_teacher(path), decode=decode)
 
     def draw(
         self,
@@ -165,6 +159,29 @@ class Drawer:
 
             self._programs[len(labels), steps] = jax.jit(sample)
         return self._programs[len(labels), steps](self.teacher_params, seed, labels)
+
+
+def _decoder(data: Any, vae: str | Path | None) -> Callable[[jax.Array], jax.Array] | None:
+    """What makes pictures of samples; None where these are pixels."""
+    if data.channels in (1, 3):
+        if vae is not None:
+            raise ValueError("this student's samples are pixels: leave --vae out")
+        return None
+    if vae is None:
+        raise ValueError(
+            f"samples are latents of {data.channels} channels: pass --vae, the autoencoder's "
+            "weights"
+        )
+    module, params = open_autoencoder(vae)
+    if module.latent_channels != data.channels:
+        raise ValueError(
+            f"--vae is of latents with {module.latent_channels} channels, the student's samples "
+            f"have {data.channels}"
+        )
+    if data.num_classes:  # prepared latents know their own scale; those of prompts go by the file
+        scale = {"latent_scale": data.latent_scale, "latent_shift": data.latent_shift}
+        module = module.clone(**scale)
+    return picture_decoder(module, params)
 
 
 def make_page(drawer: Drawer) -> Any:

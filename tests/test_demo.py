@@ -11,9 +11,11 @@ import pytest
 
 import piflow_jax
 from piflow_jax.config import parse
+from piflow_jax.convert import to_torch_state, write_safetensors
 from piflow_jax.data import load_source
 from piflow_jax.demo import Drawer, main, make_page
 from piflow_jax.evaluation import draw_grid
+from piflow_jax.models.vae import AutoencoderKL
 from piflow_jax.stages.systems import teacher_sampler
 from piflow_jax.training.checkpoint import Checkpointer
 from piflow_jax.training.networks import (
@@ -90,6 +92,53 @@ def test_a_student_that_reads_text_draws_prompts(tmp_path):
     mine = piflow_jax.load(tmp_path).sample(5, told, size=(8, 8), substeps=8, nfe=2)
     np.testing.assert_array_equal(picture, draw_grid([("student, 2 NFE", mine)]))
     assert times.startswith("student, 2 NFE") and "teacher" not in times
+
+
+@pytest.fixture(scope="module")
+def of_latents(tmp_path_factory):
+    """A run on latents of classes, as ImageNet's, and the autoencoder of these."""
+    workdir = tmp_path_factory.mktemp("latents")
+    latents = {"latent_scale": 0.5, "latent_shift": 0.1}
+    data = DataShape(name="imagenet", sample_size=8, channels=4, num_classes=10, **latents)
+    saved(parse(tiny.get_config()), data, workdir)
+    vae = AutoencoderKL(channels=(32, 32), layers_per_block=1)
+    params = jax.jit(vae.init)(jax.random.key(0), jnp.zeros((1, 16, 16, 3)))
+    write_safetensors(workdir / "vae.safetensors", to_torch_state(vae, params))
+    return workdir, vae, params
+
+
+def test_latents_of_classes_are_decoded_in_both_rows(of_latents):
+    workdir, vae, params = of_latents
+    drawer = Drawer.load(workdir, vae=workdir / "vae.safetensors")
+    picture, _ = drawer.draw(3, 5, 1, 16, 1.0, 4, count=2)
+    labels = np.full(2, 3)
+    mine = piflow_jax.load(workdir).sample(5, labels, substeps=16, nfe=1)
+    noise = jnp.stack(
+        [jax.random.normal(jax.random.fold_in(jax.random.key(5), i), (8, 8, 4)) for i in range(2)]
+    )
+    teacher, weights = piflow_jax.load_teacher(workdir)
+    warp = piflow_jax.TimeWarp(drawer.student.settings.train.shift)
+    theirs = piflow_jax.ode_sample(teacher.bind(weights, jnp.asarray(labels)), noise, 4, warp)
+    # The scale and shift of the data, not those that the autoencoder's file may lack.
+    rows = [
+        (name, vae.apply(params, latents / 0.5 + 0.1, method="decode"))
+        for name, latents in (("student, 1 NFE", mine), ("teacher, 4 NFE", theirs))
+    ]
+    expected = np.asarray(draw_grid(rows))
+    assert picture.shape == expected.shape
+    assert np.abs(picture.astype(int) - expected.astype(int)).max() <= 1
+
+
+def test_the_autoencoder_belongs_to_the_latents(run, of_latents, tmp_path):
+    workdir, *_ = of_latents
+    with pytest.raises(ValueError, match=r"latents of 4 channels: pass --vae"):
+        Drawer.load(workdir)
+    with pytest.raises(ValueError, match=r"samples are pixels: leave --vae out"):
+        Drawer.load(run, vae=workdir / "vae.safetensors")
+    data = DataShape(name="prompts", channels=16, text_features=12, pooled_features=10)
+    saved(parse(tiny_text.get_config("flux")), data, tmp_path)
+    with pytest.raises(ValueError, match=r"--vae is of latents with 4 channels, .* have 16"):
+        Drawer.load(tmp_path, vae=workdir / "vae.safetensors")
 
 
 def test_what_a_student_that_reads_text_needs_is_named(tmp_path):
