@@ -36,7 +36,7 @@ class Drawer:
 
     Attributes:
       student: the student.
-      teacher: the teacher of the same run, or None.
+      teacher: the teacher of the same run, guided as the student was taught, or None.
       teacher_params: its weights.
       prompts: of a student that reads text, a source of prompts with their embeddings.
       decode: latents `[N, H, W, C]` to pictures, where samples are latents.
@@ -132,7 +132,9 @@ class Drawer:
             f"student, {int(nfe)} NFE": lambda: self.student.sample(int(seed), labels, **options)
         }
         if self.teacher is not None and teacher_nfe:
-            systems[f"teacher, {int(teacher_nfe)} NFE"] = lambda: self._teach(
+            scale = self.teacher.guidance_scale
+            guided = "" if scale == 1 else f", guidance {scale:g}"
+            systems[f"teacher, {int(teacher_nfe)} NFE{guided}"] = lambda: self._teach(
                 int(seed), labels, int(teacher_nfe)
             )
         rows, times = [], []

@@ -81,15 +81,16 @@ def load(
 def load_teacher(
     path: str | os.PathLike,
     *,
-    guidance_scale: float = 1.0,
-    guidance_interval: tuple[float, float] = (0.0, 1.0),
+    guidance_scale: float | None = None,
+    guidance_interval: tuple[float, float] | None = None,
 ) -> tuple[Teacher, Any]:
     """Loads the teacher of a run.
 
     Args:
       path: a run's work directory, or a directory of checkpoints.
-      guidance_scale: classifier-free guidance, 1 is none; a checkpoint does not know it.
-      guidance_interval: noise levels at which to guide, both ends included.
+      guidance_scale: classifier-free guidance, 1 is none. By default as the run's student was
+        taught, or none where there is no student that knows.
+      guidance_interval: noise levels at which to guide, both ends included; by default likewise.
 
     Returns:
       The teacher, whose conditions are labels `[B]`, and its averaged weights, on the default
@@ -107,14 +108,41 @@ def load_teacher(
     model, data = teacher_settings(spec)
     _check_labels(model)
     module = teacher_network(model, data)
+    given = {"guidance_scale": guidance_scale, "guidance_interval": guidance_interval}
+    guidance = _guidance(path) | {key: v for key, v in given.items() if v is not None}
     teacher = Teacher(
         predict=module.apply,
         shape=data.shape,
-        guidance_scale=guidance_scale,
-        guidance_interval=guidance_interval,
+        **guidance,
         null_cond=jnp.int32(data.num_classes),
     )
     return teacher, _averaged(directory, step, module)
+
+
+def _guidance(path: Path) -> dict[str, Any]:
+    """How the teacher of a run was guided when its student was taught; empty if that is not known.
+
+    The teacher's own checkpoints do not know: it was trained without.
+    """
+    from piflow_jax.training.checkpoint import Checkpointer, read_spec
+
+    directory = path / "student" / "checkpoints"
+    if not directory.is_dir():
+        return {}
+    with Checkpointer(directory, read_only=True) as checkpointer:
+        step = checkpointer.latest_step()
+    if step is None:
+        return {}
+    _, _, saved = read_spec(directory, step)
+    found = {
+        name: saved.get(f"teacher.{name}")
+        for name in ("guidance_scale", "guidance_interval", "orthogonal_guidance")
+    }
+    return {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in found.items()
+        if value is not None
+    }
 
 
 def _checkpoint(path: Path, stage: str) -> tuple[Path, int, dict[str, Any], dict[str, Any]]:

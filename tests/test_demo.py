@@ -1,5 +1,6 @@
 """The page: what its button draws, and that it serves it."""
 
+import dataclasses
 import os
 import re
 import shutil
@@ -17,6 +18,7 @@ from piflow_jax.demo import Drawer, main, make_page
 from piflow_jax.evaluation import draw_grid
 from piflow_jax.models.vae import AutoencoderKL
 from piflow_jax.stages.systems import teacher_sampler
+from piflow_jax.stages.train import flat_settings
 from piflow_jax.training.checkpoint import Checkpointer
 from piflow_jax.training.networks import (
     DataShape,
@@ -51,8 +53,11 @@ def saved(settings, data, workdir):
         params = jax.jit(lambda module=module: init_params(module, jax.random.key(0)))()
         params = trained_part(module, jax.tree.map(lambda leaf: leaf + 0.05, params))
         state = TrainState(step=jnp.int32(1), params=params, ema_params=params, opt_state=())
+        # As `stages/train.py` keeps them: a teacher's do not know how it will be guided.
+        kept = {name: getattr(settings, name) for name in ("model", "teacher", "train")}
+        kept = flat_settings(kept if stage == "student" else {"model": settings.model})
         with Checkpointer(workdir / stage / "checkpoints") as checkpointer:
-            checkpointer.save(1, state, data_state={}, config={}, spec=spec)
+            checkpointer.save(1, state, data_state={}, config=kept, spec=spec)
     return workdir
 
 
@@ -74,6 +79,39 @@ def test_the_picture_is_of_both_on_the_same_noise(run):
     assert names == ["student, 2 NFE", "teacher, 4 NFE"]
     alone, times = drawer.draw(3, 5, 1, 16, 1.0, 0, count=4)
     assert alone.shape[0] < picture.shape[0] and "teacher" not in times
+
+
+def test_the_teacher_is_guided_as_the_student_was_taught(tmp_path):
+    config = tiny.get_config()
+    config.teacher.guidance_scale, config.teacher.guidance_interval = 40.0, (0.0, 0.6)
+    config.teacher.orthogonal_guidance = 0.5
+    settings = parse(config)
+    drawer = Drawer.load(saved(settings, DATA, tmp_path))
+    # Fresh networks hardly know their labels.
+    params = jax.tree.map(
+        lambda leaf: leaf + 0.2 * jnp.sin(jnp.arange(leaf.size)).reshape(leaf.shape),
+        drawer.teacher_params,
+    )
+    drawer = dataclasses.replace(drawer, teacher_params=params)
+    picture, times = drawer.draw(3, 5, 1, 8, 1.0, 4, count=2)
+    assert times.splitlines()[1].startswith("teacher, 4 NFE, guidance 40: ")
+    labels = np.full(2, 3)
+    noise = jnp.stack(
+        [jax.random.normal(jax.random.fold_in(jax.random.key(5), i), DATA.shape) for i in range(2)]
+    )
+    mine = drawer.student.sample(5, labels, substeps=8, nfe=1)
+    # The sampler of `--mode=evaluate`.
+    theirs, unguided = (
+        jax.jit(teacher_sampler(one, DATA, 4))(params, noise, jnp.asarray(labels))
+        for one in (settings, parse(tiny.get_config()))
+    )
+    names = "student, 1 NFE", "teacher, 4 NFE, guidance 40"
+    expected, plain = (
+        np.asarray(draw_grid(list(zip(names, (mine, row), strict=True)))).astype(int)
+        for row in (theirs, unguided)
+    )
+    assert np.abs(picture - expected).max() <= 1
+    assert np.abs(picture - plain).max() > 8
 
 
 def test_a_student_without_a_teacher_is_shown_alone(run):

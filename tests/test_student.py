@@ -73,6 +73,16 @@ def test_a_runs_teacher_is_its_network(settings, tmp_path):
     cond, uncond = (module.apply(params, x, t, c) for c in (labels, 0 * labels + 10))
     found = teacher.velocity(loaded, x, t, labels)
     np.testing.assert_allclose(found, 2 * cond - uncond, rtol=1e-4, atol=1e-5)
+    # Without a scale it is guided as the run's student was taught, where there is one.
+    assert piflow_jax.load_teacher(tmp_path)[0].guidance_scale == 1
+    config = {"teacher.guidance_scale": 3.0, "teacher.guidance_interval": [0.1, 0.6]}
+    spec = student_spec(settings, DATA)
+    with Checkpointer(tmp_path / "student" / "checkpoints") as checkpointer:
+        assert piflow_jax.load_teacher(tmp_path)[0].guidance_scale == 1
+        checkpointer.save(1, {"a": np.zeros(1)}, data_state={}, config=config, spec=spec)
+    for given, scale in ({}, 3.0), ({"guidance_scale": 1.5}, 1.5):
+        teacher, _ = piflow_jax.load_teacher(tmp_path, **given)
+        assert (teacher.guidance_scale, teacher.guidance_interval) == (scale, (0.1, 0.6))
     with pytest.raises(ValueError, match="holds a teacher, not a student"):
         piflow_jax.load(tmp_path / "teacher" / "checkpoints")
     with pytest.raises(FileNotFoundError, match="nowhere: no such checkpoint"):
