@@ -23,6 +23,7 @@ from piflow_jax.data import load_source
 from piflow_jax.evaluation import draw_grid
 from piflow_jax.flow.teacher import Teacher
 from piflow_jax.models.vae import picture_decoder
+from piflow_jax.training.checkpoint import CheckpointError
 
 __all__ = ["Drawer", "main", "make_page"]
 
@@ -73,6 +74,7 @@ class Drawer:
           The drawer.
 
         Raises:
+          CheckpointError: the run's student has no checkpoint yet, or an unusable one.
           FileNotFoundError: there is nothing at the path.
           ValueError: prompts, teacher or autoencoder are missing or others'.
         """
@@ -139,12 +141,14 @@ class Drawer:
             )
         rows, times = [], []
         for name, system in systems.items():
-            jax.block_until_ready(system())  # compiles, if it has to
+
+            def pictures(system=system):
+                return np.asarray(system() if self.decode is None else self.decode(system()))
+
+            pictures()  # compiles, if it has to
             start = time.perf_counter()
-            images = system()
-            images = np.asarray(images if self.decode is None else self.decode(images))
+            rows.append((name, pictures()))
             times.append(f"{name}: {1e3 * (time.perf_counter() - start):.1f} ms")
-            rows.append((name, images))
         return np.asarray(draw_grid(rows)), "\n".join(times)
 
     def _teach(self, seed: int, labels: np.ndarray, steps: int) -> jax.Array:
@@ -256,7 +260,7 @@ def main(arguments: list[str] | None = None) -> None:
     given = {name: getattr(flags, name) for name in ("teacher", "prompts", "vae", "dtype")}
     try:
         page = make_page(Drawer.load(flags.checkpoint, **given))
-    except (FileNotFoundError, ValueError) as error:
+    except (CheckpointError, FileNotFoundError, ValueError) as error:
         parser.error(str(error))
     page.launch(server_name=flags.host, server_port=flags.port)
 

@@ -150,8 +150,10 @@ def _checkpoint(path: Path, stage: str) -> tuple[Path, int, dict[str, Any], dict
     # Orbax takes a second to load, which a notebook without checkpoints need not wait for.
     from piflow_jax.training.checkpoint import read_spec
 
+    # A run's directory is one before this stage has begun, too; read_spec says what it lacks.
+    run = any((path / folder).is_dir() for folder in ("teacher", "student"))
     places = (path / stage / "checkpoints", path / "checkpoints", path)
-    directory = next((place for place in places if place.is_dir()), path)
+    directory = places[0] if run else next((place for place in places if place.is_dir()), path)
     return directory, *read_spec(directory)
 
 

@@ -167,6 +167,23 @@ def test_latents_of_classes_are_decoded_in_both_rows(of_latents):
     assert np.abs(picture.astype(int) - expected.astype(int)).max() <= 1
 
 
+def test_times_count_no_compilation_of_the_decoder(of_latents, monkeypatch):
+    workdir, *_ = of_latents
+    student = piflow_jax.load(workdir)
+    clock, known = [0.0], set()
+
+    def decode(latents):
+        """Takes a second, and a hundred to compile for every number of latents."""
+        clock[0] += 1 if len(latents) in known else 101
+        known.add(len(latents))
+        return np.zeros((len(latents), 16, 16, 3))
+
+    monkeypatch.setattr("piflow_jax.demo.time.perf_counter", lambda: clock[0])
+    drawer = Drawer(student, decode=decode)
+    for count in (1, 2):
+        assert drawer.draw(0, 0, 1, 8, 1.0, 0, count=count)[1] == "student, 1 NFE: 1000.0 ms"
+
+
 def test_the_autoencoder_belongs_to_the_latents(run, of_latents, tmp_path):
     workdir, *_ = of_latents
     with pytest.raises(ValueError, match=r"latents of 4 channels: pass --vae"):
@@ -212,6 +229,16 @@ def test_a_checkpoint_is_needed(tmp_path, capsys):
     assert "nowhere: no such checkpoint" in capsys.readouterr().err
     with pytest.raises(FileNotFoundError, match="nowhere: no such checkpoint"):
         Drawer.load(tmp_path / "nowhere")
+
+
+def test_a_run_whose_student_has_no_checkpoint_yet_says_so(run, tmp_path, capsys):
+    shutil.copytree(run / "teacher", tmp_path / "teacher")
+    for _ in range(2):
+        with pytest.raises(SystemExit):
+            main([f"--checkpoint={tmp_path}"])
+        (line,) = capsys.readouterr().err.splitlines()[-1:]
+        assert f"error: there is no checkpoint in {tmp_path / 'student' / 'checkpoints'}" in line
+        (tmp_path / "student" / "checkpoints").mkdir(parents=True, exist_ok=True)
 
 
 def test_the_page_is_served_and_draws(run, monkeypatch):

@@ -33,7 +33,7 @@ ROOMS["student"] = MATHEMATICS | {"training"}
 ROOMS["loading"] = ROOMS["student"] | {"student", "config", "convert"}
 ROOMS["stages"] = set(ROOMS) - {"__init__", "student", "loading"}
 ROOMS["diagnostics"] = MATHEMATICS
-ROOMS["demo"] = MATHEMATICS | {"__init__", "models", "convert", "data", "evaluation"}
+ROOMS["demo"] = MATHEMATICS | {"__init__", "models", "convert", "data", "evaluation", "training"}
 ROOMS["main"] = set(ROOMS) - {"__init__", "student", "loading", "diagnostics", "demo"}
 
 # All that models know of the policies is the types of their own outputs.
