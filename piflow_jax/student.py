@@ -139,7 +139,7 @@ class Student:
         Returns:
           `float32[N, H, W, C]`: images, about [-1, 1], or latents as networks see them. A
           number that one program makes, such as 64, is not waited for; others are put together on
-          the host, then sent to one device.
+          the host. They are split over `devices` if these divide their number.
 
         Raises:
           ValueError: the key, labels, `x` or `noise` are not what they should be, or a number is
@@ -282,9 +282,11 @@ def _joined(parts: list[tuple[jax.Array, int]]) -> jax.Array:
     else:
         on_host = functools.partial(multihost_utils.process_allgather, tiled=True)
     whole = np.concatenate([on_host(array)[:length] for array, length in parts])
-    # Where all of it was, or began. Arrays that are tied to no device stay so.
-    device = samples.addressable_shards[0].device if samples.committed else None
-    return jax.device_put(whole, device)
+    # Where it was, split as it was if that goes. Arrays that are tied to no device stay so.
+    place = samples.sharding if samples.committed else None
+    if len(whole) % len(samples.sharding.device_set) or not samples.is_fully_addressable:
+        place = samples.addressable_shards[0].device
+    return jax.device_put(whole, place)
 
 
 def _mesh(devices: tuple[jax.Device, ...]) -> Mesh:

@@ -185,6 +185,7 @@ def compilations():
 
 def test_a_sample_of_one_program_is_not_waited_for(student, monkeypatch):
     """What needs no trimming stays on its device; nothing copies it to the host."""
+    student.sample(0, LABELS[:8], substeps=16)  # compiles, which takes NumPy
     monkeypatch.setattr(np, "concatenate", None)
     assert student.sample(0, LABELS[:8], substeps=16).shape == (8, 8, 8, 1)
 
@@ -313,6 +314,8 @@ def record(*args):
 
 spread._samplers[program] = record
 spread.sample(0, np.zeros(32, np.int32), substeps=16, h=1.0)
+for count, places in ((24, 8), (23, 1)):
+    assert len(spread.sample(0, labels[:1].repeat(count), substeps=16, h=1.0).devices()) == places
 batch = calls[0][-1]
 assert "tpu_custom_call" in on_tpus[0], "the rollout's kernel, split over the devices"
 assert batch["label"].sharding.is_equivalent_to(split, 1)
