@@ -1,9 +1,9 @@
 """A page to play with: `python -m piflow_jax.demo --checkpoint=runs/digits`.
 
 Shows samples of a student beside its teacher's from the same noise, with the times that they took.
-A student that reads text takes prompts of a prepared set, `--prompts`, its teacher's weights,
-`--teacher`, and the autoencoder of its latents, `--vae`; its teacher is not drawn. Students and
-their samplers are those of arXiv 2510.14974. Needs `pip install -e ".[demo]"`.
+A student of latents takes their autoencoder, `--vae`. One that reads text takes prompts of a
+prepared set, `--prompts`, and its teacher's weights, `--teacher`; its teacher is not drawn.
+Students and their samplers are those of arXiv 2510.14974. Needs `pip install -e ".[demo]"`.
 """
 
 import argparse
@@ -23,6 +23,7 @@ from piflow_jax.data import load_source
 from piflow_jax.evaluation import draw_grid
 from piflow_jax.flow.teacher import Teacher
 from piflow_jax.models.vae import picture_decoder
+from piflow_jax.training.checkpoint import CheckpointError
 
 __all__ = ["Drawer", "main", "make_page"]
 
@@ -36,7 +37,7 @@ class Drawer:
 
     Attributes:
       student: the student.
-      teacher: the teacher of the same run, or None.
+      teacher: the teacher of the same run, guided as the student was taught, or None.
       teacher_params: its weights.
       prompts: of a student that reads text, a source of prompts with their embeddings.
       decode: latents `[N, H, W, C]` to pictures, where samples are latents.
@@ -57,6 +58,7 @@ class Drawer:
         teacher: str | Path | None = None,
         prompts: str | Path | None = None,
         vae: str | Path | None = None,
+        dtype: str = "float32",
     ) -> "Drawer":
         """Loads a student, and its teacher where the run has one.
 
@@ -64,34 +66,30 @@ class Drawer:
           path: what `piflow_jax.load` takes.
           teacher: the same, of a student that reads text.
           prompts: directory of prepared prompts, likewise; captioned digits need none.
-          vae: weights of the autoencoder of latents, `.safetensors` or a folder.
+          vae: weights of the autoencoder of latents, `.safetensors` or a folder; of a student of
+            latents, which is any whose samples have neither one nor three channels.
+          dtype: compute dtype of the student's network, as of `piflow_jax.load`.
 
         Returns:
           The drawer.
 
         Raises:
+          CheckpointError: the run's student has no checkpoint yet, or an unusable one.
           FileNotFoundError: there is nothing at the path.
           ValueError: prompts, teacher or autoencoder are missing or others'.
         """
-        student = piflow_jax.load(path, teacher=teacher)
-        decode = None if vae is None else picture_decoder(*open_autoencoder(vae))
+        student = piflow_jax.load(path, dtype=dtype, teacher=teacher)
         data = student.settings.data
-        if decode is None and data.channels not in (1, 3):
-            raise ValueError(
-                f"samples are latents of {data.channels} channels: pass --vae, the autoencoder's "
-                "weights"
-            )
+        decode = _decoder(data, vae)
         if student.settings.model.network != "dit":
             if prompts is None and data.name == "prompts":
                 raise ValueError(
                     "this student reads text: pass --prompts, a directory that --mode=prepare made"
                 )
             return cls(student, prompts=load_source(data.name, prompts), decode=decode)
-        if decode is not None:
-            raise ValueError("--vae is for students that read text")
         if not (Path(path) / "teacher" / "checkpoints").is_dir():
-            return cls(student)
-        return cls(student, *piflow_jax.load_teacher(path))
+            return cls(student, decode=decode)
+        return cls(student, *piflow_jax.load_teacher(path), decode=decode)
 
     def draw(
         self,
@@ -136,17 +134,21 @@ class Drawer:
             f"student, {int(nfe)} NFE": lambda: self.student.sample(int(seed), labels, **options)
         }
         if self.teacher is not None and teacher_nfe:
-            systems[f"teacher, {int(teacher_nfe)} NFE"] = lambda: self._teach(
+            scale = self.teacher.guidance_scale
+            guided = "" if scale == 1 else f", guidance {scale:g}"
+            systems[f"teacher, {int(teacher_nfe)} NFE{guided}"] = lambda: self._teach(
                 int(seed), labels, int(teacher_nfe)
             )
         rows, times = [], []
         for name, system in systems.items():
-            jax.block_until_ready(system())  # compiles, if it has to
+
+            def pictures(system=system):
+                return np.asarray(system() if self.decode is None else self.decode(system()))
+
+            pictures()  # compiles, if it has to
             start = time.perf_counter()
-            images = system()
-            images = np.asarray(images if self.decode is None else self.decode(images))
+            rows.append((name, pictures()))
             times.append(f"{name}: {1e3 * (time.perf_counter() - start):.1f} ms")
-            rows.append((name, images))
         return np.asarray(draw_grid(rows)), "\n".join(times)
 
     def _teach(self, seed: int, labels: np.ndarray, steps: int) -> jax.Array:
@@ -163,6 +165,29 @@ class Drawer:
 
             self._programs[len(labels), steps] = jax.jit(sample)
         return self._programs[len(labels), steps](self.teacher_params, seed, labels)
+
+
+def _decoder(data: Any, vae: str | Path | None) -> Callable[[jax.Array], jax.Array] | None:
+    """What makes pictures of samples; None where these are pixels."""
+    if data.channels in (1, 3):
+        if vae is not None:
+            raise ValueError("this student's samples are pixels: leave --vae out")
+        return None
+    if vae is None:
+        raise ValueError(
+            f"samples are latents of {data.channels} channels: pass --vae, the autoencoder's "
+            "weights"
+        )
+    module, params = open_autoencoder(vae)
+    if module.latent_channels != data.channels:
+        raise ValueError(
+            f"--vae is of latents with {module.latent_channels} channels, the student's samples "
+            f"have {data.channels}"
+        )
+    if data.num_classes:  # prepared latents know their own scale; those of prompts go by the file
+        scale = {"latent_scale": data.latent_scale, "latent_shift": data.latent_shift}
+        module = module.clone(**scale)
+    return picture_decoder(module, params)
 
 
 def make_page(drawer: Drawer) -> Any:
@@ -225,11 +250,17 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--prompts", help="prepared prompts, for a student that reads text")
     parser.add_argument("--teacher", help="weights of its teacher, or the run that has them")
     parser.add_argument("--vae", help="the autoencoder of its latents")
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help="the network's compute dtype",
+    )
     flags = parser.parse_args(arguments)
-    files = {"teacher": flags.teacher, "prompts": flags.prompts, "vae": flags.vae}
+    given = {name: getattr(flags, name) for name in ("teacher", "prompts", "vae", "dtype")}
     try:
-        page = make_page(Drawer.load(flags.checkpoint, **files))
-    except (FileNotFoundError, ValueError) as error:
+        page = make_page(Drawer.load(flags.checkpoint, **given))
+    except (CheckpointError, FileNotFoundError, ValueError) as error:
         parser.error(str(error))
     page.launch(server_name=flags.host, server_port=flags.port)
 

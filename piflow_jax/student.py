@@ -3,43 +3,28 @@
 Students are those of pi-Flow, arXiv 2510.14974; sampling is its Alg. 1.
 """
 
+import contextlib
 import dataclasses
-import json
-import os
+import functools
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.traverse_util import flatten_dict
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 
-from piflow_jax.config import ModelConfig, parse
 from piflow_jax.flow.policies import Policy
 from piflow_jax.flow.sampling import few_step_sample
 from piflow_jax.flow.schedule import TimeWarp
 from piflow_jax.flow.substeps import Solver
-from piflow_jax.flow.teacher import Teacher
 from piflow_jax.training.conditions import conditions
-from piflow_jax.training.networks import (
-    IMAGENET_LATENTS,
-    TEXT_LATENTS,
-    Network,
-    StudentSettings,
-    abstract_params,
-    student_network,
-    student_settings,
-    teacher_network,
-    teacher_settings,
-    trained_part,
-    with_base,
-)
+from piflow_jax.training.networks import Network, StudentSettings
 from piflow_jax.training.objectives import make_policy_factory
 
-__all__ = ["Student", "load", "load_teacher"]
+__all__ = ["Student"]
 
 _LARGEST = 256  # samples a device draws at a time
 # What embedded prompts hold, and how many axes each has.
@@ -140,10 +125,10 @@ class Student:
             `pooled[N, P]`. `PromptsSource.embedded` has them of a cached set.
           size: `(H, W)` in sites of latents, of a student that reads text: (128, 128) are 1024x1024
             pixels. Students of classes have one size.
-          nfe: network evaluations; by default as trained.
+          nfe: network evaluations, at least 1; by default as trained.
           substeps: policy substeps per unit of raw time.
           h: stochasticity between segments, see `few_step_sample`.
-          temperature: of the mixture, in all segments but the last.
+          temperature: of the mixture, in all segments but the last; in (0, 1], 1 leaves it.
           start: noise level at which to start, with `x`.
           x: `[N, H, W, C]`, clean images or latents of which noise is made up to `start`; without
             it sampling starts at pure noise.
@@ -152,10 +137,13 @@ class Student:
           solver: of the policy's rollouts, `multistep`, or `euler` as in training; see `rollout`.
 
         Returns:
-          `float32[N, H, W, C]`: images, about [-1, 1], or latents as networks see them.
+          `float32[N, H, W, C]`: images, about [-1, 1], or latents as networks see them. A
+          number that one program makes, such as 64, is not waited for; others are put together on
+          the host. They are split over `devices` if these divide their number.
 
         Raises:
-          ValueError: the key, labels, `x`, `noise` or a number are not what they should be.
+          ValueError: the key, labels, `x` or `noise` are not what they should be, or a number is
+            out of range: `nfe` below 1, `temperature` outside (0, 1].
         """
         train = self.settings.train
         told, size = self._told(labels), self._size(size)
@@ -165,12 +153,14 @@ class Student:
         shape = (number, *size, self.settings.data.channels)
         given = {name: _checked(name, a, shape) for name, a in (("x", x), ("noise", noise))}
         given = {name: a for name, a in given.items() if a is not None}
-        options = (nfe or train.nfe, substeps, float(h), float(temperature), float(start), solver)
+        nfe = train.nfe if nfe is None else nfe
+        options = (nfe, substeps, float(h), float(temperature), float(start), solver)
         program = (*options, size, *given)
         if program not in self._samplers:
             self._samplers[program] = jax.jit(self._sampler(*options, shape=shape[1:]))
         parts, key = [], _typed(key)
-        count = 1 if self.devices is None else len(self.devices)
+        mesh = None if self.devices is None else _mesh(self.devices)
+        count = 1 if mesh is None else mesh.size
         for first in range(0, number, _LARGEST * count):
             part = slice(first, first + _LARGEST * count)
             length = len(range(number)[part])
@@ -179,12 +169,13 @@ class Student:
                 name: np.pad(a[part], ((0, padding), *[(0, 0)] * (a.ndim - 1)), "edge")
                 for name, a in (told | given).items()
             }
-            if self.devices is not None:
-                split = NamedSharding(_mesh(self.devices), PartitionSpec("data"))
-                batch = jax.device_put(batch, split)
-            samples = self._samplers[program](self.params, key, np.uint32(first), batch)
-            parts.append(samples[:length])
-        return jnp.concatenate(parts)
+            if mesh is not None:
+                batch = jax.device_put(batch, NamedSharding(mesh, PartitionSpec("data")))
+            # Kernels split their batch over the mesh that is set.
+            with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
+                samples = self._samplers[program](self.params, key, np.uint32(first), batch)
+            parts.append((samples, length))
+        return _joined(parts)
 
     def _told(self, labels: ArrayLike | Mapping[str, ArrayLike]) -> dict[str, np.ndarray]:
         """What the network is told, checked, on the host."""
@@ -275,176 +266,27 @@ class Student:
         return sample
 
 
-def load(
-    path: str | os.PathLike,
-    config: Any = None,
-    dtype: str = "float32",
-    teacher: str | os.PathLike | None = None,
-) -> Student:
-    """Loads a student.
+def _joined(parts: list[tuple[jax.Array, int]]) -> jax.Array:
+    """The first samples of each part, in one array; of several processes each gets all of them.
 
-    Args:
-      path: a run's work directory, a directory of checkpoints, or a `.safetensors` file: one that
-        `--mode=export` wrote, or an official one, for which `config` is needed.
-      config: the `ConfigDict` of an official file, such as `configs.imagenet.get_config()`; other
-        files know their settings.
-      dtype: compute dtype of the network, `float32` or `bfloat16`; policies stay in float32.
-      teacher: of a student with adapters, whose checkpoints and adapter files hold no more than
-        those: official weights of its teacher, or the work directory of the run that trained it. By
-        default the teacher is that of the run at `path`.
-
-    Returns:
-      The student, on the default device.
-
-    Raises:
-      FileNotFoundError: there is nothing at the path.
-      CheckpointError: the checkpoint is unusable, or not a student's.
-      ValueError: the file is not a student's, `config` is missing or does not fit, or the teacher
-        is missing or another one.
+    On the host: on a device every length would be a program of its own. What is whole is returned
+    as it is, not waited for.
     """
-    path = Path(path)
-    if not path.exists():
-        raise FileNotFoundError(f"{path}: no such checkpoint or file")
-    if path.is_file():
-        return _from_file(path, config, dtype, teacher)
-    directory, step, spec = _checkpoint(path, "student")
-    settings, module = _network(student_settings(spec), dtype)
-    trained = _averaged(directory, step, module)
-    base = None if settings.model.network == "dit" else _base(settings, teacher or path)
-    return Student(module, with_base(module, trained, base), settings)
-
-
-def load_teacher(
-    path: str | os.PathLike,
-    *,
-    guidance_scale: float = 1.0,
-    guidance_interval: tuple[float, float] = (0.0, 1.0),
-) -> tuple[Teacher, Any]:
-    """Loads the teacher of a run.
-
-    Args:
-      path: a run's work directory, or a directory of checkpoints.
-      guidance_scale: classifier-free guidance, 1 is none; a checkpoint does not know it.
-      guidance_interval: noise levels at which to guide, both ends included.
-
-    Returns:
-      The teacher, whose conditions are labels `[B]`, and its averaged weights, on the default
-      device: `teacher.velocity(params, x, t, labels)`.
-
-    Raises:
-      FileNotFoundError: there is nothing at the path.
-      CheckpointError: the checkpoint is unusable.
-      ValueError: the checkpoint is not a teacher's of classes.
-    """
-    path = Path(path)
-    if not path.exists():
-        raise FileNotFoundError(f"{path}: no such checkpoint")
-    directory, step, spec = _checkpoint(path, "teacher")
-    model, data = teacher_settings(spec)
-    _check_labels(model)
-    module = teacher_network(model, data)
-    teacher = Teacher(
-        predict=module.apply,
-        shape=data.shape,
-        guidance_scale=guidance_scale,
-        guidance_interval=guidance_interval,
-        null_cond=jnp.int32(data.num_classes),
-    )
-    return teacher, _averaged(directory, step, module)
-
-
-def _checkpoint(path: Path, stage: str) -> tuple[Path, int, dict[str, Any]]:
-    """Directory, step and spec of the latest checkpoint of a run, or of a directory."""
-    # Orbax takes a second to load, which a notebook without checkpoints need not wait for.
-    from piflow_jax.training.checkpoint import read_spec
-
-    places = (path / stage / "checkpoints", path / "checkpoints", path)
-    directory = next((place for place in places if place.is_dir()), path)
-    step, spec, _ = read_spec(directory)
-    return directory, step, spec
-
-
-def _averaged(directory: Path, step: int, module: Network) -> Any:
-    from piflow_jax.training.checkpoint import restore_subtree
-
-    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    like = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        trained_part(module, abstract_params(module)),
-    )
-    return restore_subtree(directory, "ema_params", like, step)
-
-
-def _network(settings: StudentSettings, dtype: str) -> tuple[StudentSettings, Network]:
-    model = dataclasses.replace(settings.model, dtype=dtype)
-    settings = dataclasses.replace(settings, model=model)
-    return settings, student_network(model, settings.policy, settings.data)
-
-
-def _check_labels(model: ModelConfig) -> None:
-    """Refuses networks that are told more than labels."""
-    if model.network != "dit":
-        raise ValueError(
-            f"this is a {model.network}, which reads text; sample it by --mode=sample and "
-            "config.evaluation.system=teacher (docs/text_to_image.md)"
-        )
-
-
-def _base(settings: StudentSettings, teacher: str | os.PathLike) -> Any:
-    """Variables of the teacher on which a student's adapters are put."""
-    from piflow_jax.convert import load_params, open_weights
-
-    teacher, model = Path(teacher), settings.model
-    module = teacher_network(model, settings.data)
-    if any((teacher / place).is_dir() for place in ("teacher", "checkpoints")):
-        directory, step, spec = _checkpoint(teacher, "teacher")
-        found, _ = teacher_settings(spec)
-        if teacher_network(found, settings.data).clone(dtype=module.dtype) != module:
-            raise ValueError(f"{directory} holds another network than the student's teacher")
-        return _averaged(directory, step, module)
-    if (teacher / "student").is_dir() or not teacher.exists():
-        raise ValueError(
-            f"{teacher} holds adapters of a {model.network} and no teacher: pass teacher=, its "
-            "official weights or the work directory of the run that trained it"
-        )
-    return load_params(module, open_weights(teacher), model.network, _placed_like(module))
-
-
-def _placed_like(module: Network) -> Callable[[tuple[str, ...], np.ndarray], jax.Array]:
-    """Puts leaves on the default device, in the types of the module's own parameters."""
-    like = flatten_dict(abstract_params(module)["params"])
-    return lambda name, leaf: jnp.asarray(leaf, like[name].dtype if name in like else None)
-
-
-def _from_file(path: Path, config: Any, dtype: str, teacher: str | os.PathLike | None) -> Student:
-    from piflow_jax.convert import load_adapter, load_params, open_weights
-
-    weights = open_weights(path)
-    spec = weights.metadata.get("piflow_jax")
-    if spec is not None:
-        settings = student_settings(json.loads(spec))
-    elif config is not None:
-        parsed = parse(config)
-        network = parsed.model.network
-        data = IMAGENET_LATENTS if network == "dit" else TEXT_LATENTS[network]
-        settings = StudentSettings(
-            model=parsed.model, policy=parsed.policy, train=parsed.train, data=data
-        )
+    samples, length = parts[0]
+    if len(parts) == 1 and length == len(samples) and samples.is_fully_addressable:
+        return samples
+    if samples.is_fully_addressable:
+        for array, _ in parts:
+            array.copy_to_host_async()
+        on_host = np.asarray
     else:
-        raise ValueError(
-            f"{path} does not say how its student samples; pass its configuration, such as "
-            "config=configs.imagenet.get_config('gm_repa')"
-        )
-    settings, module = _network(settings, dtype)
-    if any(".lora_A." in name for name in weights):
-        if teacher is None:
-            raise ValueError(f"{path} is an adapter: pass teacher=, the weights that it goes on")
-        trained = load_adapter(module, weights, place=_placed_like(module))
-        return Student(module, with_base(module, trained, _base(settings, teacher)), settings)
-    if settings.model.network != "dit":
-        module = module.clone(lora=None)  # the adapters are in the weights
-    form = f"{settings.policy.kind}_{settings.model.network}"
-    return Student(module, load_params(module, weights, form, _placed_like(module)), settings)
+        on_host = functools.partial(multihost_utils.process_allgather, tiled=True)
+    whole = np.concatenate([on_host(array)[:length] for array, length in parts])
+    # Where it was, split as it was if that goes. Arrays that are tied to no device stay so.
+    place = samples.sharding if samples.committed else None
+    if len(whole) % len(samples.sharding.device_set) or not samples.is_fully_addressable:
+        place = samples.addressable_shards[0].device
+    return jax.device_put(whole, place)
 
 
 def _mesh(devices: tuple[jax.Device, ...]) -> Mesh:

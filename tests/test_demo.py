@@ -1,5 +1,6 @@
 """The page: what its button draws, and that it serves it."""
 
+import dataclasses
 import os
 import re
 import shutil
@@ -11,10 +12,13 @@ import pytest
 
 import piflow_jax
 from piflow_jax.config import parse
+from piflow_jax.convert import to_torch_state, write_safetensors
 from piflow_jax.data import load_source
 from piflow_jax.demo import Drawer, main, make_page
 from piflow_jax.evaluation import draw_grid
+from piflow_jax.models.vae import AutoencoderKL
 from piflow_jax.stages.systems import teacher_sampler
+from piflow_jax.stages.train import flat_settings
 from piflow_jax.training.checkpoint import Checkpointer
 from piflow_jax.training.networks import (
     DataShape,
@@ -49,8 +53,11 @@ def saved(settings, data, workdir):
         params = jax.jit(lambda module=module: init_params(module, jax.random.key(0)))()
         params = trained_part(module, jax.tree.map(lambda leaf: leaf + 0.05, params))
         state = TrainState(step=jnp.int32(1), params=params, ema_params=params, opt_state=())
+        # As `stages/train.py` keeps them: a teacher's do not know how it will be guided.
+        kept = {name: getattr(settings, name) for name in ("model", "teacher", "train")}
+        kept = flat_settings(kept if stage == "student" else {"model": settings.model})
         with Checkpointer(workdir / stage / "checkpoints") as checkpointer:
-            checkpointer.save(1, state, data_state={}, config={}, spec=spec)
+            checkpointer.save(1, state, data_state={}, config=kept, spec=spec)
     return workdir
 
 
@@ -74,6 +81,39 @@ def test_the_picture_is_of_both_on_the_same_noise(run):
     assert alone.shape[0] < picture.shape[0] and "teacher" not in times
 
 
+def test_the_teacher_is_guided_as_the_student_was_taught(tmp_path):
+    config = tiny.get_config()
+    config.teacher.guidance_scale, config.teacher.guidance_interval = 40.0, (0.0, 0.6)
+    config.teacher.orthogonal_guidance = 0.5
+    settings = parse(config)
+    drawer = Drawer.load(saved(settings, DATA, tmp_path))
+    # Fresh networks hardly know their labels.
+    params = jax.tree.map(
+        lambda leaf: leaf + 0.2 * jnp.sin(jnp.arange(leaf.size)).reshape(leaf.shape),
+        drawer.teacher_params,
+    )
+    drawer = dataclasses.replace(drawer, teacher_params=params)
+    picture, times = drawer.draw(3, 5, 1, 8, 1.0, 4, count=2)
+    assert times.splitlines()[1].startswith("teacher, 4 NFE, guidance 40: ")
+    labels = np.full(2, 3)
+    noise = jnp.stack(
+        [jax.random.normal(jax.random.fold_in(jax.random.key(5), i), DATA.shape) for i in range(2)]
+    )
+    mine = drawer.student.sample(5, labels, substeps=8, nfe=1)
+    # The sampler of `--mode=evaluate`.
+    theirs, unguided = (
+        jax.jit(teacher_sampler(one, DATA, 4))(params, noise, jnp.asarray(labels))
+        for one in (settings, parse(tiny.get_config()))
+    )
+    names = "student, 1 NFE", "teacher, 4 NFE, guidance 40"
+    expected, plain = (
+        np.asarray(draw_grid(list(zip(names, (mine, row), strict=True)))).astype(int)
+        for row in (theirs, unguided)
+    )
+    assert np.abs(picture - expected).max() <= 1
+    assert np.abs(picture - plain).max() > 8
+
+
 def test_a_student_without_a_teacher_is_shown_alone(run):
     picture, times = Drawer.load(run / "student" / "checkpoints").draw(0, 0, 1, 8, 1.0, 4, count=2)
     assert picture.dtype == np.uint8 and "teacher" not in times
@@ -92,11 +132,90 @@ def test_a_student_that_reads_text_draws_prompts(tmp_path):
     assert times.startswith("student, 2 NFE") and "teacher" not in times
 
 
-def test_what_a_student_that_reads_text_needs_is_named(tmp_path):
+@pytest.fixture(scope="module")
+def of_latents(tmp_path_factory):
+    """A run on latents of classes, as ImageNet's, and the autoencoder of these."""
+    workdir = tmp_path_factory.mktemp("latents")
+    latents = {"latent_scale": 0.5, "latent_shift": 0.1}
+    data = DataShape(name="imagenet", sample_size=8, channels=4, num_classes=10, **latents)
+    saved(parse(tiny.get_config()), data, workdir)
+    vae = AutoencoderKL(channels=(32, 32), layers_per_block=1)
+    params = jax.jit(vae.init)(jax.random.key(0), jnp.zeros((1, 16, 16, 3)))
+    write_safetensors(workdir / "vae.safetensors", to_torch_state(vae, params))
+    return workdir, vae, params
+
+
+def test_latents_of_classes_are_decoded_in_both_rows(of_latents):
+    workdir, vae, params = of_latents
+    drawer = Drawer.load(workdir, vae=workdir / "vae.safetensors")
+    picture, _ = drawer.draw(3, 5, 1, 16, 1.0, 4, count=2)
+    labels = np.full(2, 3)
+    mine = piflow_jax.load(workdir).sample(5, labels, substeps=16, nfe=1)
+    noise = jnp.stack(
+        [jax.random.normal(jax.random.fold_in(jax.random.key(5), i), (8, 8, 4)) for i in range(2)]
+    )
+    teacher, weights = piflow_jax.load_teacher(workdir)
+    warp = piflow_jax.TimeWarp(drawer.student.settings.train.shift)
+    theirs = piflow_jax.ode_sample(teacher.bind(weights, jnp.asarray(labels)), noise, 4, warp)
+    # The scale and shift of the data, not those that the autoencoder's file may lack.
+    rows = [
+        (name, vae.apply(params, latents / 0.5 + 0.1, method="decode"))
+        for name, latents in (("student, 1 NFE", mine), ("teacher, 4 NFE", theirs))
+    ]
+    expected = np.asarray(draw_grid(rows))
+    assert picture.shape == expected.shape
+    assert np.abs(picture.astype(int) - expected.astype(int)).max() <= 1
+
+
+def test_times_count_no_compilation_of_the_decoder(of_latents, monkeypatch):
+    workdir, *_ = of_latents
+    student = piflow_jax.load(workdir)
+    clock, known = [0.0], set()
+
+    def decode(latents):
+        """Takes a second, and a hundred to compile for every number of latents."""
+        clock[0] += 1 if len(latents) in known else 101
+        known.add(len(latents))
+        return np.zeros((len(latents), 16, 16, 3))
+
+    monkeypatch.setattr("piflow_jax.demo.time.perf_counter", lambda: clock[0])
+    drawer = Drawer(student, decode=decode)
+    for count in (1, 2):
+        assert drawer.draw(0, 0, 1, 8, 1.0, 0, count=count)[1] == "student, 1 NFE: 1000.0 ms"
+
+
+def test_the_autoencoder_belongs_to_the_latents(run, of_latents):
+    workdir, *_ = of_latents
+    with pytest.raises(ValueError, match=r"latents of 4 channels: pass --vae"):
+        Drawer.load(workdir)
+    with pytest.raises(ValueError, match=r"samples are pixels: leave --vae out"):
+        Drawer.load(run, vae=workdir / "vae.safetensors")
+
+
+def test_what_a_student_that_reads_text_needs_is_named(of_latents, tmp_path):
     data = DataShape(name="prompts", channels=16, text_features=12, pooled_features=10)
     saved(parse(tiny_text.get_config("flux")), data, tmp_path)
     with pytest.raises(ValueError, match=r"latents of 16 channels: pass --vae"):
         Drawer.load(tmp_path)
+    with pytest.raises(ValueError, match=r"--vae is of latents with 4 channels, .* have 16"):
+        Drawer.load(tmp_path, vae=of_latents[0] / "vae.safetensors")
+
+
+def test_the_command_line_says_what_is_loaded(run, monkeypatch):
+    drawers = []
+    monkeypatch.setattr("piflow_jax.demo.make_page", lambda drawer: drawers.append(drawer) or PAGE)
+    main([f"--checkpoint={run}", "--dtype=bfloat16"])
+    assert drawers[0].student.module.dtype == jnp.bfloat16
+    main([f"--checkpoint={run}"])
+    assert drawers[1].student.module.dtype == jnp.float32
+
+
+class PAGE:
+    """A page that nobody sees."""
+
+    @staticmethod
+    def launch(**where):
+        assert where == {"server_name": "127.0.0.1", "server_port": 7860}
 
 
 def test_a_checkpoint_is_needed(tmp_path, capsys):
@@ -108,6 +227,16 @@ def test_a_checkpoint_is_needed(tmp_path, capsys):
     assert "nowhere: no such checkpoint" in capsys.readouterr().err
     with pytest.raises(FileNotFoundError, match="nowhere: no such checkpoint"):
         Drawer.load(tmp_path / "nowhere")
+
+
+def test_a_run_whose_student_has_no_checkpoint_yet_says_so(run, tmp_path, capsys):
+    shutil.copytree(run / "teacher", tmp_path / "teacher")
+    for _ in range(2):
+        with pytest.raises(SystemExit):
+            main([f"--checkpoint={tmp_path}"])
+        (line,) = capsys.readouterr().err.splitlines()[-1:]
+        assert f"error: there is no checkpoint in {tmp_path / 'student' / 'checkpoints'}" in line
+        (tmp_path / "student" / "checkpoints").mkdir(parents=True, exist_ok=True)
 
 
 def test_the_page_is_served_and_draws(run, monkeypatch):

@@ -29,11 +29,12 @@ ROOMS = {
     "evaluation": MATHEMATICS | {"models", "config"},
     "training": MATHEMATICS | {"models", "config", "data", "parallel"},
 }
-ROOMS["student"] = MATHEMATICS | {"models", "config", "convert", "training"}
-ROOMS["stages"] = set(ROOMS) - {"__init__", "student"}
+ROOMS["student"] = MATHEMATICS | {"training"}
+ROOMS["loading"] = ROOMS["student"] | {"student", "config", "convert"}
+ROOMS["stages"] = set(ROOMS) - {"__init__", "student", "loading"}
 ROOMS["diagnostics"] = MATHEMATICS
-ROOMS["demo"] = MATHEMATICS | {"__init__", "models", "convert", "data", "evaluation"}
-ROOMS["main"] = set(ROOMS) - {"__init__", "student", "diagnostics", "demo"}
+ROOMS["demo"] = MATHEMATICS | {"__init__", "models", "convert", "data", "evaluation", "training"}
+ROOMS["main"] = set(ROOMS) - {"__init__", "student", "loading", "diagnostics", "demo"}
 
 # All that models know of the policies is the types of their own outputs.
 MODELS_TAKE_FROM_FLOW = {

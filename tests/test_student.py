@@ -1,5 +1,6 @@
 """Students in notebooks: every way to load one, samples that do not depend on their company."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -72,6 +73,16 @@ def test_a_runs_teacher_is_its_network(settings, tmp_path):
     cond, uncond = (module.apply(params, x, t, c) for c in (labels, 0 * labels + 10))
     found = teacher.velocity(loaded, x, t, labels)
     np.testing.assert_allclose(found, 2 * cond - uncond, rtol=1e-4, atol=1e-5)
+    # Without a scale it is guided as the run's student was taught, where there is one.
+    assert piflow_jax.load_teacher(tmp_path)[0].guidance_scale == 1
+    config = {"teacher.guidance_scale": 3.0, "teacher.guidance_interval": [0.1, 0.6]}
+    spec = student_spec(settings, DATA)
+    with Checkpointer(tmp_path / "student" / "checkpoints") as checkpointer:
+        assert piflow_jax.load_teacher(tmp_path)[0].guidance_scale == 1
+        checkpointer.save(1, {"a": np.zeros(1)}, data_state={}, config=config, spec=spec)
+    for given, scale in ({}, 3.0), ({"guidance_scale": 1.5}, 1.5):
+        teacher, _ = piflow_jax.load_teacher(tmp_path, **given)
+        assert (teacher.guidance_scale, teacher.guidance_interval) == (scale, (0.1, 0.6))
     with pytest.raises(ValueError, match="holds a teacher, not a student"):
         piflow_jax.load(tmp_path / "teacher" / "checkpoints")
     with pytest.raises(FileNotFoundError, match="nowhere: no such checkpoint"):
@@ -134,24 +145,49 @@ def test_noise_between_segments_differs_by_sample(student):
     assert np.std(drawn, axis=0).min() > 1e-3
 
 
-def test_few_programs_serve_all_batch_sizes(run, monkeypatch):
-    traces = []
-    policy = piflow_jax.Student.policy
-    monkeypatch.setattr(
-        piflow_jax.Student, "policy", lambda *args: traces.append(1) or policy(*args)
-    )
+def test_few_programs_serve_all_batch_sizes(run):
     student = piflow_jax.load(run[0])
-    # A scan traces its body more than once.
-    student.sample(0, LABELS[:1], substeps=4)
-    per_program = len(traces)
-    whole = student.sample(0, np.arange(10_000) % 10, substeps=4)
-    for count in (1, 2, 3, 5, 9, 17, 33, 65, 129, 255, 257, 700, 5000):
-        part = student.sample(0, np.arange(count) % 10, substeps=4)
-        assert part.shape == (count, 8, 8, 1)
-        np.testing.assert_allclose(part, whole[:count], rtol=1e-4, atol=1e-5)
+    labels = np.arange(10_000) % 10
+    student.sample(0, labels[:1], substeps=4)
+    with compilations() as compiled:
+        for power in range(1, 9):
+            student.sample(0, labels[: 2**power], substeps=4)
+    assert len(compiled) == 8  # with the one above, powers of two from 1 to 256
+    with compilations() as compiled:
+        whole = np.asarray(student.sample(0, labels, substeps=4))
+        for count in (*range(1, 12), *range(127, 134), 255, 256, 257, 512, 700, 5000):
+            part = student.sample(0, labels[:count], substeps=4)
+            assert isinstance(part, jax.Array) and part.shape == (count, 8, 8, 1)
+            np.testing.assert_allclose(part, whole[:count], rtol=1e-4, atol=1e-5)
+        for count in (5, 6, 7):  # the options that are arrays
+            given = {"noise": whole[:count], "x": whole[:count], "start": 0.5}
+            student.sample(0, labels[:count], substeps=4, **given)
+    assert compiled == ["jit(sample)"]  # of eight samples with `noise` and `x`
     # The same labels in a later call are other samples.
     assert np.abs(whole[1280:1290] - whole[:10]).max(axis=(1, 2, 3)).min() > 0.1
-    assert len(traces) == 9 * per_program  # powers of two from 1 to 256
+
+
+@contextlib.contextmanager
+def compilations():
+    """Names of what XLA compiles meanwhile, or takes from its cache on disk."""
+    found = []
+
+    def listen(name, seconds, **kwargs):
+        if name == "/jax/core/compile/backend_compile_duration":
+            found.append(kwargs.get("fun_name"))
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield found
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def test_a_sample_of_one_program_is_not_waited_for(student, monkeypatch):
+    """What needs no trimming stays on its device; nothing copies it to the host."""
+    student.sample(0, LABELS[:8], substeps=16)  # compiles, which takes NumPy
+    monkeypatch.setattr(np, "concatenate", None)
+    assert student.sample(0, LABELS[:8], substeps=16).shape == (8, 8, 8, 1)
 
 
 def test_seeds_and_keys_of_both_kinds_are_the_same(student):
@@ -212,6 +248,10 @@ def test_nothing_of_the_callers_is_donated(student):
         ([1], {"start": 0.0, "x": np.zeros((1, 8, 8, 1))}, r"start must be in \(0, 1\]"),
         ([1], {"noise": np.zeros((8, 8, 1))}, r"noise must be \[1, 8, 8, 1\], got \[8, 8, 1\]"),
         ([1], {"nfe": -1}, "nfe must be at least 1"),
+        ([1], {"nfe": 0}, "nfe must be at least 1, got 0"),
+        ([1], {"temperature": 1.5}, r"temperature must be in \(0, 1\], got 1.5"),
+        ([1], {"temperature": 0.0}, r"temperature must be in \(0, 1\], got 0.0"),
+        ([1], {"temperature": float("nan")}, r"temperature must be in \(0, 1\], got nan"),
     ],
 )
 def test_what_cannot_be_sampled_says_why(student, labels, options, message):
@@ -264,10 +304,20 @@ for count in (3, 8):
 mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
 split = jax.NamedSharding(mesh, P("data"))
 ((program, sampler),) = spread._samplers.items()
-calls = []
-spread._samplers[program] = lambda *args: calls.append(args) or sampler(*args)
+calls, on_tpus = [], []
+
+def record(*args):
+    calls.append(args)
+    # What this call would be on eight TPUs.
+    on_tpus.append(sampler.trace(*args).lower(lowering_platforms=("tpu",)).as_text())
+    return sampler(*args)
+
+spread._samplers[program] = record
 spread.sample(0, np.zeros(32, np.int32), substeps=16, h=1.0)
+for count, places in ((24, 8), (23, 1)):
+    assert len(spread.sample(0, labels[:1].repeat(count), substeps=16, h=1.0).devices()) == places
 batch = calls[0][-1]
+assert "tpu_custom_call" in on_tpus[0], "the rollout's kernel, split over the devices"
 assert batch["label"].sharding.is_equivalent_to(split, 1)
 text = sampler.lower(spread.params, jax.random.key(0), np.uint32(0), batch).compile().as_text()
 assert "f32[4,8,8,1]" in text and "f32[32,8,8,1]" not in text, "each device draws its own"

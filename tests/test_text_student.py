@@ -1,15 +1,33 @@
-"""Students that read text in notebooks: what they are told, and refusals."""
+"""Students that read text in notebooks: what they are told, their memory, and refusals."""
+
+import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import piflow_jax
 from piflow_jax.config import parse
+from piflow_jax.convert import export_adapter, to_torch_state, write_safetensors
 from piflow_jax.flow.rollout import rollout
 from piflow_jax.flow.schedule import TimeWarp
+from piflow_jax.models.lora import fuse, split
+from piflow_jax.stages.train import flat_settings
 from piflow_jax.student import Student
-from piflow_jax.training.networks import DataShape, StudentSettings, init_params, student_network
+from piflow_jax.training.checkpoint import Checkpointer
+from piflow_jax.training.networks import (
+    DataShape,
+    StudentSettings,
+    init_params,
+    student_network,
+    student_spec,
+    teacher_network,
+    teacher_spec,
+    trained_part,
+    with_base,
+)
+from piflow_jax.training.state import TrainState
 from tests import tiny_text
 
 DATA = DataShape(name="prompts", channels=1, text_features=5, pooled_features=3)
@@ -62,3 +80,57 @@ def test_what_is_no_embedded_prompt_is_refused(student):
     wrong = embedded(2) | {"pooled": embedded(1)["pooled"]}
     with pytest.raises(ValueError, match=r"text\[N, L, 5\].*'pooled': \[1, 3\]"):
         student.sample(0, wrong, size=(4, 8))
+
+
+@pytest.fixture(scope="module")
+def bfloat16_run(tmp_path_factory):
+    """A run whose base is bfloat16, as FLUX.1's, with its teacher, and files of the same."""
+    config = tiny_text.get_config("flux")
+    config.model.base_dtype = "bfloat16"
+    config = parse(config)
+    teacher = teacher_network(config.model, DATA)
+    student = student_network(config.model, config.policy, DATA)
+    base, whole = (
+        jax.jit(lambda m=m: init_params(m, jax.random.key(0)))() for m in (teacher, student)
+    )
+    workdir = tmp_path_factory.mktemp("run")
+    trained = trained_part(student, whole)
+    parts = {
+        "teacher": (base, teacher_spec(config, DATA)),
+        "student": (trained, student_spec(config, DATA)),
+    }
+    for stage, (params, spec) in parts.items():
+        state = TrainState(step=jnp.int32(1), params=params, ema_params=params, opt_state=())
+        # As `stages/train.py` keeps settings.
+        settings = flat_settings({"model": config.model})
+        with Checkpointer(workdir / stage / "checkpoints") as checkpointer:
+            checkpointer.save(1, state, data_state={}, config=settings, spec=spec)
+    metadata = {"piflow_jax": json.dumps(student_spec(config, DATA))}
+    write_safetensors(workdir / "teacher.safetensors", to_torch_state(teacher, base))
+    write_safetensors(workdir / "adapter.safetensors", export_adapter(student, trained), metadata)
+    merged = fuse(with_base(student, trained, base))
+    state = to_torch_state(student.clone(lora=None), merged)
+    write_safetensors(workdir / "student.safetensors", state, metadata)
+    return workdir
+
+
+@pytest.mark.parametrize(
+    ("path", "teacher"),
+    [
+        (".", None),
+        (".", "teacher.safetensors"),
+        ("adapter.safetensors", "teacher.safetensors"),
+        ("adapter.safetensors", "."),
+        ("student.safetensors", None),
+    ],
+)
+def test_a_base_is_loaded_in_the_memory_that_it_was_trained_in(bfloat16_run, path, teacher):
+    teacher = teacher and bfloat16_run / teacher
+    student = piflow_jax.load(bfloat16_run / path, teacher=teacher)
+    base, trained = split(student.params)
+    assert sum(leaf.nbytes for leaf in jax.tree.leaves(base)) == 2 * sum(
+        leaf.size for leaf in jax.tree.leaves(base)
+    )
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(trained)} == {"float32"}
+    assert student.settings.model.base_dtype == student.module.param_dtype.name == "bfloat16"
+    assert student.module.dtype == jnp.float32  # of the computation, as asked for

@@ -46,7 +46,8 @@ def _range(meta: types.MappingProxyType) -> str:
     if meta["choices"]:
         return ", ".join(f"`{choice}`" for choice in meta["choices"])
     if meta["above"] is not None:
-        return f"> {meta['above']}"
+        most = "" if meta["high"] is None else f", <= {meta['high']}"
+        return f"> {meta['above']}{most}"
     if meta["high"] is not None:
         return f"{meta['low']} to {meta['high']}"
     return f">= {meta['low']}" if meta["low"] is not None else ""

@@ -39,8 +39,8 @@ def few_step_sample(
       total_substeps: policy substeps per unit of raw time.
       final_step_size_scale: relative length of the last segment.
       h: stochasticity between segments; 0 is deterministic, `inf` renews all noise.
-      temperature: mixture temperature of all evaluations but the last; needs a policy with
-        `with_temperature` when it is not 1.
+      temperature: mixture temperature of all evaluations but the last, in (0, 1]; needs a policy
+        with `with_temperature` when it is not 1.
       key: PRNG key of the noise between segments, needed only when `h > 0`; one for all, or typed
         keys `[B]`, with which a sample's noise does not depend on the others.
       start: noise level of `noise`; below 1 for image to image.
@@ -50,10 +50,12 @@ def few_step_sample(
       `x_0[B, *sites, C]` in float32 or float64.
 
     Raises:
-      ValueError: if `h > 0` without a key, if a policy has no temperature, `nfe < 1`, or the solver
-        is unknown.
+      ValueError: if `h > 0` without a key, if a policy has no temperature or it is out of range,
+        `nfe < 1`, or the solver is unknown.
     """
     times = sampling_times(nfe, warp, final_step_size_scale, h, start)
+    if not 0 < temperature <= 1:
+        raise ValueError(f"temperature must be in (0, 1], got {temperature}")
     if h > 0 and key is None:
         raise ValueError("h > 0 draws noise between segments and needs key")
     (x,) = promote(noise)

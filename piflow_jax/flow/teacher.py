@@ -153,6 +153,7 @@ class Teacher:
       schedule: the diffusion it was trained on.
       guidance_scale: classifier-free guidance of the velocity, 1 is none.
       guidance_interval: noise levels `t` at which to guide, both ends included.
+      orthogonal_guidance: share of the guidance parallel to `x_0` that is removed, in [0, 1].
       null_cond: what stands for no condition: `cond` of a single sample, without the axis `B`.
 
     Raises:
@@ -165,6 +166,7 @@ class Teacher:
     schedule: Schedule = dataclasses.field(default_factory=Schedule.straight)
     guidance_scale: float = 1.0
     guidance_interval: tuple[float, float] = (0.0, 1.0)
+    orthogonal_guidance: float = 0.0
     null_cond: Any = None
 
     def __post_init__(self) -> None:
@@ -203,7 +205,13 @@ class Teacher:
         both = self._velocity(params, pair(x, x), pair(t, t), jax.tree.map(pair, cond, null))
         both = both.reshape(-1, 2, *x.shape[1:])
         return guided_velocity(
-            both[:, 0], both[:, 1], self.guidance_scale, t, self.guidance_interval
+            both[:, 0],
+            both[:, 1],
+            self.guidance_scale,
+            t,
+            self.guidance_interval,
+            self.orthogonal_guidance,
+            x,
         )
 
     def bind(self, params: Any, cond: Any = None) -> Callable[[jax.Array, jax.Array], jax.Array]:

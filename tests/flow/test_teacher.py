@@ -120,7 +120,8 @@ def test_the_ends_of_time_are_finite_in_float32(name, kind):
         assert np.isfinite(teacher.velocity(None, x, jnp.full(2, level))).all()
 
 
-def test_guidance_is_that_of_velocities(x64):
+@pytest.mark.parametrize("orthogonal", [0.0, 0.7])
+def test_guidance_is_that_of_velocities(x64, orthogonal):
     x, t = states()
 
     def predict(params, z, s, cond):
@@ -133,6 +134,7 @@ def test_guidance_is_that_of_velocities(x64):
         schedule=Schedule.cosine(),
         guidance_scale=2.5,
         guidance_interval=(0.0, 0.6),
+        orthogonal_guidance=orthogonal,
         null_cond={"a": 0.25},
     )
     plain = Teacher(predict=predict, shape=(2,), prediction="eps", schedule=Schedule.cosine())
@@ -143,6 +145,8 @@ def test_guidance_is_that_of_velocities(x64):
         2.5,
         t,
         (0.0, 0.6),
+        orthogonal,
+        x,
     )
     found = jax.jit(teacher.bind(3.0, {"a": a}))(x, t)
     np.testing.assert_allclose(found, expected, rtol=1e-10)

@@ -1,0 +1,270 @@
+"""Students and teachers from checkpoints and weight files, for notebooks.
+
+Files are this package's own, or those of the pi-Flow release (arXiv 2510.14974).
+"""
+
+import dataclasses
+import json
+import math
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict
+
+from piflow_jax.config import ModelConfig, parse
+from piflow_jax.flow.teacher import Teacher
+from piflow_jax.student import Student
+from piflow_jax.training.networks import (
+    IMAGENET_LATENTS,
+    TEXT_LATENTS,
+    Network,
+    StudentSettings,
+    abstract_params,
+    student_network,
+    student_settings,
+    teacher_network,
+    teacher_settings,
+    trained_part,
+    with_base,
+)
+
+__all__ = ["load", "load_teacher"]
+
+
+def load(
+    path: str | os.PathLike,
+    config: Any = None,
+    dtype: str = "float32",
+    teacher: str | os.PathLike | None = None,
+) -> Student:
+    """Loads a student.
+
+    Args:
+      path: a run's work directory, a directory of checkpoints, or a `.safetensors` file: one that
+        `--mode=export` wrote, or an official one, for which `config` is needed.
+      config: the `ConfigDict` of an official file, such as `configs.imagenet.get_config()`; other
+        files know their settings.
+      dtype: compute dtype of the network, `float32` or `bfloat16`; policies stay in float32, and
+        weights in the types that they were trained in, the base of adapters or of a merged file in
+        its own.
+      teacher: of a student with adapters, whose checkpoints and adapter files hold no more than
+        those: official weights of its teacher, or the work directory of the run that trained it. By
+        default the teacher is that of the run at `path`.
+
+    Returns:
+      The student, on the default device.
+
+    Raises:
+      FileNotFoundError: there is nothing at the path.
+      CheckpointError: the checkpoint is unusable, or not a student's.
+      ValueError: the file is not a student's, `config` is missing or does not fit, or the teacher
+        is missing or another one.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such checkpoint or file")
+    if path.is_file():
+        return _from_file(path, config, dtype, teacher)
+    directory, step, spec, saved = _checkpoint(path, "student")
+    settings, module = _network(student_settings(spec), dtype)
+    trained = _averaged(directory, step, module)
+    if settings.model.network == "dit":
+        return Student(module, trained, settings)
+    return _on_base(settings, trained, teacher or path, saved.get("model.base_dtype"))
+
+
+def load_teacher(
+    path: str | os.PathLike,
+    *,
+    guidance_scale: float | None = None,
+    guidance_interval: tuple[float, float] | None = None,
+) -> tuple[Teacher, Any]:
+    """Loads the teacher of a run.
+
+    Args:
+      path: a run's work directory, or a directory of checkpoints.
+      guidance_scale: classifier-free guidance, 1 is none. By default as the run's student was
+        taught, or none where there is no student that knows.
+      guidance_interval: noise levels at which to guide, both ends included; by default likewise.
+
+    Returns:
+      The teacher, whose conditions are labels `[B]`, and its averaged weights, on the default
+      device: `teacher.velocity(params, x, t, labels)`.
+
+    Raises:
+      FileNotFoundError: there is nothing at the path.
+      CheckpointError: the checkpoint is unusable.
+      ValueError: the checkpoint is not a teacher's of classes.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such checkpoint")
+    directory, step, spec, _ = _checkpoint(path, "teacher")
+    model, data = teacher_settings(spec)
+    _check_labels(model)
+    module = teacher_network(model, data)
+    given = {"guidance_scale": guidance_scale, "guidance_interval": guidance_interval}
+    guidance = _guidance(path) | {key: v for key, v in given.items() if v is not None}
+    teacher = Teacher(
+        predict=module.apply,
+        shape=data.shape,
+        **guidance,
+        null_cond=jnp.int32(data.num_classes),
+    )
+    return teacher, _averaged(directory, step, module)
+
+
+def _guidance(path: Path) -> dict[str, Any]:
+    """How the teacher of a run was guided when its student was taught; empty if that is not known.
+
+    The teacher's own checkpoints do not know: it was trained without.
+    """
+    from piflow_jax.training.checkpoint import Checkpointer, read_spec
+
+    directory = path / "student" / "checkpoints"
+    if not directory.is_dir():
+        return {}
+    with Checkpointer(directory, read_only=True) as checkpointer:
+        step = checkpointer.latest_step()
+    if step is None:
+        return {}
+    _, _, saved = read_spec(directory, step)
+    found = {
+        name: saved.get(f"teacher.{name}")
+        for name in ("guidance_scale", "guidance_interval", "orthogonal_guidance")
+    }
+    return {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in found.items()
+        if value is not None
+    }
+
+
+def _checkpoint(path: Path, stage: str) -> tuple[Path, int, dict[str, Any], dict[str, Any]]:
+    """Directory, step, spec and settings of the latest checkpoint of a run, or of a directory."""
+    # Orbax takes a second to load, which a notebook without checkpoints need not wait for.
+    from piflow_jax.training.checkpoint import read_spec
+
+    # A run's directory is one before this stage has begun, too; read_spec says what it lacks.
+    run = any((path / folder).is_dir() for folder in ("teacher", "student"))
+    places = (path / stage / "checkpoints", path / "checkpoints", path)
+    directory = places[0] if run else next((place for place in places if place.is_dir()), path)
+    return directory, *read_spec(directory)
+
+
+def _averaged(directory: Path, step: int, module: Network) -> Any:
+    from piflow_jax.training.checkpoint import restore_subtree
+
+    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    like = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        trained_part(module, abstract_params(module)),
+    )
+    return restore_subtree(directory, "ema_params", like, step)
+
+
+def _network(
+    settings: StudentSettings, dtype: str, base_dtype: str | None = None
+) -> tuple[StudentSettings, Network]:
+    types = {"dtype": dtype} | ({} if base_dtype is None else {"base_dtype": base_dtype})
+    model = dataclasses.replace(settings.model, **types)
+    settings = dataclasses.replace(settings, model=model)
+    return settings, student_network(model, settings.policy, settings.data)
+
+
+def _check_labels(model: ModelConfig) -> None:
+    """Refuses networks that are told more than labels."""
+    if model.network != "dit":
+        raise ValueError(
+            f"this is a {model.network}, which reads text; sample it by --mode=sample and "
+            "config.evaluation.system=teacher (docs/text_to_image.md)"
+        )
+
+
+def _on_base(
+    settings: StudentSettings, trained: Any, teacher: str | os.PathLike, base_dtype: str | None
+) -> Student:
+    """A student with adapters on its teacher's variables, of `base_dtype` where that is known."""
+    base, base_dtype = _base(settings, Path(teacher), base_dtype)
+    settings, module = _network(settings, settings.model.dtype, base_dtype)
+    return Student(module, with_base(module, trained, base), settings)
+
+
+def _base(settings: StudentSettings, teacher: Path, base_dtype: str | None) -> tuple[Any, str]:
+    """Variables of the teacher on which a student's adapters are put, and their type.
+
+    Weights of a file take the type that the student was trained with, or else keep their own.
+    """
+    from piflow_jax.convert import load_params, open_weights
+
+    model, data = settings.model, settings.data
+    if any((teacher / place).is_dir() for place in ("teacher", "checkpoints")):
+        directory, step, spec, saved = _checkpoint(teacher, "teacher")
+        base_dtype = saved.get("model.base_dtype", model.base_dtype)
+        types = {"dtype": model.dtype, "base_dtype": base_dtype}
+        found, model = (
+            dataclasses.replace(one, **types) for one in (teacher_settings(spec)[0], model)
+        )
+        module = teacher_network(model, data)
+        if teacher_network(found, data) != module:
+            raise ValueError(f"{directory} holds another network than the student's teacher")
+        return _averaged(directory, step, module), base_dtype
+    if (teacher / "student").is_dir() or not teacher.exists():
+        raise ValueError(
+            f"{teacher} holds adapters of a {model.network} and no teacher: pass teacher=, its "
+            "official weights or the work directory of the run that trained it"
+        )
+    weights = open_weights(teacher)
+    base_dtype = base_dtype or _type_of(weights)
+    module = teacher_network(dataclasses.replace(model, base_dtype=base_dtype), data)
+    return load_params(module, weights, model.network, _placed_like(module)), base_dtype
+
+
+def _type_of(weights: Mapping[str, Any]) -> str:
+    """The type in which a network of weights is kept: that of the largest of them."""
+    largest = max(weights.values(), key=lambda array: math.prod(array.shape))
+    return "bfloat16" if largest.dtype == jnp.bfloat16 else "float32"
+
+
+def _placed_like(module: Network) -> Callable[[tuple[str, ...], np.ndarray], jax.Array]:
+    """Puts leaves on the default device, in the types of the module's own parameters."""
+    like = flatten_dict(abstract_params(module)["params"])
+    return lambda name, leaf: jnp.asarray(leaf, like[name].dtype if name in like else None)
+
+
+def _from_file(path: Path, config: Any, dtype: str, teacher: str | os.PathLike | None) -> Student:
+    from piflow_jax.convert import load_adapter, load_params, open_weights
+
+    weights = open_weights(path)
+    spec = weights.metadata.get("piflow_jax")
+    if spec is not None:
+        settings = student_settings(json.loads(spec))
+    elif config is not None:
+        parsed = parse(config)
+        network = parsed.model.network
+        data = IMAGENET_LATENTS if network == "dit" else TEXT_LATENTS[network]
+        settings = StudentSettings(
+            model=parsed.model, policy=parsed.policy, train=parsed.train, data=data
+        )
+    else:
+        raise ValueError(
+            f"{path} does not say how its student samples; pass its configuration, such as "
+            "config=configs.imagenet.get_config('gm_repa')"
+        )
+    base_dtype = None if spec is not None else settings.model.base_dtype
+    settings, module = _network(settings, dtype)
+    if any(".lora_A." in name for name in weights):
+        if teacher is None:
+            raise ValueError(f"{path} is an adapter: pass teacher=, the weights that it goes on")
+        trained = load_adapter(module, weights, place=_placed_like(module))
+        return _on_base(settings, trained, teacher, base_dtype)
+    if settings.model.network != "dit":
+        settings, module = _network(settings, dtype, base_dtype or _type_of(weights))
+        module = module.clone(lora=None)  # the adapters are in the weights
+    form = f"{settings.policy.kind}_{settings.model.network}"
+    return Student(module, load_params(module, weights, form, _placed_like(module)), settings)
