@@ -119,6 +119,7 @@ def test_a_student_without_a_teacher_is_shown_alone(run):
     assert picture.dtype == np.uint8 and "teacher" not in times
 
 
+@pytest.mark.slow
 def test_a_student_that_reads_text_draws_prompts(tmp_path):
     source = load_source("captioned_digits")
     settings = parse(tiny_text.get_config("flux"))
@@ -145,6 +146,7 @@ def of_latents(tmp_path_factory):
     return workdir, vae, params
 
 
+@pytest.mark.slow
 def test_latents_of_classes_are_decoded_in_both_rows(of_latents):
     workdir, vae, params = of_latents
     drawer = Drawer.load(workdir, vae=workdir / "vae.safetensors")

@@ -54,6 +54,7 @@ def embedded(number, length=4):
     return {"text": text, "text_length": np.full(number, length, np.int32), "pooled": pooled}
 
 
+@pytest.mark.slow
 def test_a_prompt_gets_the_same_sample_in_any_company(student):
     three = student.sample(1, embedded(3), size=(4, 8), substeps=4)
     assert three.shape == (3, 4, 8, 1) and three.dtype == jnp.float32

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -26,7 +27,8 @@ def test_an_unknown_slice_is_refused_before_anything_else(tmp_path):
 )
 @pytest.mark.parametrize("data", ["digits", "captioned_digits", "prompts"])
 def test_a_batch_that_the_slice_cannot_share_is_refused(tmp_path, monkeypatch, mode, group, data):
-    monkeypatch.setattr(stages_compile, "topology_devices", lambda topology: [None] * 4)
+    chips = [types.SimpleNamespace(platform="tpu", slice_index=0)] * 4
+    monkeypatch.setattr(stages_compile, "topology_devices", lambda topology: chips)
     config = tiny.get_config() if data == "digits" else tiny_text.get_config()
     config.data.name, config.topology = data, "v5e:2x2"
     config[group].batch_size = 6

@@ -49,7 +49,8 @@ def test_parts_of_what_has_no_values():
     assert accumulate(loss_and_grads, batch, 3)[0] == 1
 
 
-@pytest.mark.parametrize("data_free", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.slow
+@pytest.mark.parametrize("data_free", [False, True])
 def test_accumulated_gradients_are_those_of_the_whole_batch(data_free):
     config = tiny.get_config()
     config.train.batch_size = 8
