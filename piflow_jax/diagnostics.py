@@ -434,6 +434,8 @@ def plot_diagnosis(diagnosis: Diagnosis) -> Any:
     )
     rollout_axes.axhline(diagnosis.naive, ls=":", color="0.6", label="teacher at the same NFE")
     rollout_axes.set(xlabel="substeps per unit of raw time", ylabel="mean squared distance")
+    rollout_axes.set_xticks(error.substeps, [str(count) for count in error.substeps])
+    rollout_axes.minorticks_off()
     rollout_axes.set_title("endpoints: student against rollout")
     rollout_axes.legend(fontsize=8)
 
