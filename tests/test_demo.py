@@ -19,7 +19,6 @@ from piflow_jax.evaluation import draw_grid
 from piflow_jax.models.vae import AutoencoderKL
 from piflow_jax.stages.systems import teacher_sampler
 from piflow_jax.stages.train import flat_settings
-from piflow_jax.training.checkpoint import Checkpointer
 from piflow_jax.training.networks import (
     DataShape,
     init_params,
@@ -29,8 +28,8 @@ from piflow_jax.training.networks import (
     teacher_spec,
     trained_part,
 )
-from piflow_jax.training.state import TrainState
 from tests import tiny, tiny_text
+from tests.runs import save_stage
 
 DATA = DataShape(name="digits", sample_size=8, channels=1, num_classes=10)
 
@@ -52,12 +51,10 @@ def saved(settings, data, workdir):
     for stage, (module, spec) in networks.items():
         params = jax.jit(lambda module=module: init_params(module, jax.random.key(0)))()
         params = trained_part(module, jax.tree.map(lambda leaf: leaf + 0.05, params))
-        state = TrainState(step=jnp.int32(1), params=params, ema_params=params, opt_state=())
         # As `stages/train.py` keeps them: a teacher's do not know how it will be guided.
         kept = {name: getattr(settings, name) for name in ("model", "teacher", "train")}
         kept = flat_settings(kept if stage == "student" else {"model": settings.model})
-        with Checkpointer(workdir / stage / "checkpoints") as checkpointer:
-            checkpointer.save(1, state, data_state={}, config=kept, spec=spec)
+        save_stage(workdir, stage, params, spec, kept)
     return workdir
 
 

@@ -31,6 +31,7 @@ from piflow_jax.training.networks import (
 )
 from piflow_jax.training.state import TrainState
 from tests import tiny
+from tests.runs import save_stage
 
 DATA = DataShape(name="digits", sample_size=8, channels=1, num_classes=10)
 LABELS = np.arange(23) % 10
@@ -65,9 +66,7 @@ def test_a_runs_teacher_is_its_network(settings, tmp_path):
     module = teacher_network(settings.model, DATA)
     params = jax.jit(lambda: init_params(module, jax.random.key(0)))()
     params = jax.tree.map(lambda leaf: leaf + 0.1, params)
-    state = TrainState(step=jnp.int32(1), params=params, ema_params=params, opt_state=())
-    with Checkpointer(tmp_path / "teacher" / "checkpoints") as checkpointer:
-        checkpointer.save(1, state, data_state={}, config={}, spec=teacher_spec(settings, DATA))
+    save_stage(tmp_path, "teacher", params, teacher_spec(settings, DATA))
     x, t, labels = jax.random.normal(jax.random.key(1), (3, 8, 8, 1)), jnp.full(3, 0.5), LABELS[:3]
     teacher, loaded = piflow_jax.load_teacher(tmp_path, guidance_scale=2.0)
     cond, uncond = (module.apply(params, x, t, c) for c in (labels, 0 * labels + 10))

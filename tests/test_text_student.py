@@ -15,7 +15,6 @@ from piflow_jax.flow.schedule import TimeWarp
 from piflow_jax.models.lora import fuse, split
 from piflow_jax.stages.train import flat_settings
 from piflow_jax.student import Student
-from piflow_jax.training.checkpoint import Checkpointer
 from piflow_jax.training.networks import (
     DataShape,
     StudentSettings,
@@ -27,8 +26,8 @@ from piflow_jax.training.networks import (
     trained_part,
     with_base,
 )
-from piflow_jax.training.state import TrainState
 from tests import tiny_text
+from tests.runs import save_stage
 
 DATA = DataShape(name="prompts", channels=1, text_features=5, pooled_features=3)
 
@@ -101,11 +100,8 @@ def bfloat16_run(tmp_path_factory):
         "student": (trained, student_spec(config, DATA)),
     }
     for stage, (params, spec) in parts.items():
-        state = TrainState(step=jnp.int32(1), params=params, ema_params=params, opt_state=())
         # As `stages/train.py` keeps settings.
-        settings = flat_settings({"model": config.model})
-        with Checkpointer(workdir / stage / "checkpoints") as checkpointer:
-            checkpointer.save(1, state, data_state={}, config=settings, spec=spec)
+        save_stage(workdir, stage, params, spec, flat_settings({"model": config.model}))
     metadata = {"piflow_jax": json.dumps(student_spec(config, DATA))}
     write_safetensors(workdir / "teacher.safetensors", to_torch_state(teacher, base))
     write_safetensors(workdir / "adapter.safetensors", export_adapter(student, trained), metadata)
