@@ -185,8 +185,7 @@ def _decoder(data: Any, vae: str | Path | None) -> Callable[[jax.Array], jax.Arr
             f"have {data.channels}"
         )
     if data.num_classes:  # prepared latents know their own scale; those of prompts go by the file
-        scale = {"latent_scale": data.latent_scale, "latent_shift": data.latent_shift}
-        module = module.clone(**scale)
+        module = module.clone(latent_scale=data.latent_scale, latent_shift=data.latent_shift)
     return picture_decoder(module, params)
 
 

@@ -8,7 +8,6 @@ the *rollout* is too coarse: the endpoint moves when substeps are added.
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -20,7 +19,7 @@ import optax
 from piflow_jax.flow.imitation import imitation_loss, sample_intervals
 from piflow_jax.flow.policies import GMFlowPolicy, Policy
 from piflow_jax.flow.rollout import rollout
-from piflow_jax.flow.sampling import ode_sample
+from piflow_jax.flow.sampling import few_step_sample, ode_sample
 from piflow_jax.flow.schedule import TimeWarp, sampling_times
 from piflow_jax.flow.substeps import Solver
 
@@ -304,22 +303,19 @@ def rollout_error(
       ValueError: `nfe` or a number of substeps is below 1, `final_step_size_scale` is negative, or
         the solver is unknown.
     """
-    times = sampling_times(nfe, warp, final_step_size_scale)
-    ones = jnp.ones(noise.shape[0])
-    network = jax.jit(
-        policy_fn
-    )  # once for all numbers of substeps: compiling it is most of the time
-
-    @functools.partial(jax.jit, static_argnums=4)
-    def walk(policy, x, src, dst, count):
-        now, then = (ones * warp.unwarp(t) for t in (src, dst))
-        return rollout(policy, x, now, then, warp, count, bound="traced", solver=solver)[0]
 
     def sample(count):
-        x = jnp.asarray(noise)
-        for src, dst in zip(times.src, times.dst, strict=True):
-            x = walk(network(x, ones * src), x, src, dst, count)
-        return x
+        return jax.jit(
+            lambda noise: few_step_sample(
+                policy_fn,
+                noise,
+                nfe,
+                warp,
+                total_substeps=count,
+                final_step_size_scale=final_step_size_scale,
+                solver=solver,
+            )
+        )(noise)
 
     def distance(a, b):
         return float(jnp.mean((a - b) ** 2))

@@ -204,7 +204,8 @@ def check_devices(
         "teacher": (config.teacher.batch_size, parts),
         "evaluation": (config.evaluation.batch_size, samplers),
     }
-    for key, (batch, over) in ((f"{group}.batch_size", batches[group]) for group in groups):
+    for group in groups:
+        key, (batch, over) = f"{group}.batch_size", batches[group]
         if batch % over:
             raise ConfigError(
                 f"config.{key} must be divisible by the {over} devices that share a batch, "

@@ -53,17 +53,7 @@ def mosaic_rollout(
     """All substeps of a mixture's rollout; arguments and result as those of `mixture_rollout`.
 
     Args:
-      offsets: `float32[B, K, C, S]`.
-      logweights: `float32[B, K, S]`.
-      center: `float32[B, C, S]`.
-      residual_src: `float32[B, C, S]`.
-      residual: `float32[B, C, S]`.
-      table: `float32[B, 10, N]`.
-      trips: `int32[B]`.
       interpret: runs the kernel's operations one by one, on any platform.
-
-    Returns:
-      `float32[B, C, S]`, the state at the end, relative to the centre.
     """
     batch, components, channels, sites = offsets.shape
     rows = min(SUBLANES, -(-sites // LANES))

@@ -1,6 +1,7 @@
 """The mesh of all devices, and how batches lie on it."""
 
 import functools
+from collections.abc import Collection
 from typing import Any
 
 import jax
@@ -8,7 +9,7 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from piflow_jax.config import Config, mesh_sizes
+from piflow_jax.config import Config, check_devices
 
 __all__ = [
     "AXES",
@@ -76,21 +77,24 @@ def slice_count(devices=None) -> int:
     return len({getattr(d, "slice_index", 0) if d.platform == "tpu" else 0 for d in devices})
 
 
-def config_mesh(config: Config, devices=None) -> Mesh:
+def config_mesh(config: Config, devices=None, groups: Collection[str] = ()) -> Mesh:
     """The mesh of `config.mesh`.
 
     Args:
       config: the run's settings.
       devices: by default all of all processes.
+      groups: settings whose batches all of the devices share, see `check_devices`.
 
     Returns:
       See `device_mesh`.
 
     Raises:
-      ConfigError: The sizes do not fit the devices or their slices; names them.
+      ConfigError: The sizes do not fit the devices or their slices, or a batch cannot be divided;
+        names the key.
     """
     devices = jax.devices() if devices is None else devices
-    sizes = mesh_sizes(config, len(devices), slice_count(devices))
+    slices = slice_count(devices)
+    sizes = check_devices(config, len(devices), num_slices=slices, groups=groups)
     return device_mesh(**sizes, devices=devices)
 
 

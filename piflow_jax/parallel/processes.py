@@ -114,10 +114,9 @@ def find(environ: Mapping[str, str], *, tpu: bool = False) -> Place | None:
 
 def _mpi_gpu(environ: Mapping[str, str]) -> int | None:
     """Of several processes on a host each has one GPU, as JAX does it by itself on Slurm."""
-    if environ.get(_DEVICES):
-        return None
-    if "," not in environ.get("CUDA_VISIBLE_DEVICES", ","):  # the launcher gave it its own
-        return None
+    visible = environ.get("CUDA_VISIBLE_DEVICES")
+    if environ.get(_DEVICES) or (visible is not None and "," not in visible):
+        return None  # the launcher gave it its own
     for size, rank in _MPI_LOCAL:
         if rank in environ:
             return None if environ.get(size) == "1" else _integer(rank, environ[rank])

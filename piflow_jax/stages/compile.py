@@ -16,7 +16,7 @@ import numpy as np
 from absl import logging
 from jax.sharding import Mesh
 
-from piflow_jax.config import Config, ConfigError, check_devices
+from piflow_jax.config import Config, ConfigError
 from piflow_jax.data import load_source
 from piflow_jax.flow.schedule import longest_segment
 from piflow_jax.models.flops import forward_flops, traced_flops
@@ -26,7 +26,6 @@ from piflow_jax.parallel import (
     config_mesh,
     parameter_shardings,
     replicated,
-    slice_count,
 )
 from piflow_jax.parallel.collectives import collective_bytes
 from piflow_jax.parallel.cycles import estimated_cycles
@@ -130,8 +129,7 @@ def _mesh(config: Config, group: str) -> Mesh:
         devices = topology_devices(config.topology)
     except ValueError as error:
         raise ConfigError(f"config.topology: {error}") from error
-    check_devices(config, len(devices), num_slices=slice_count(devices), groups=(group,))
-    return config_mesh(config, devices)
+    return config_mesh(config, devices, groups=(group,))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

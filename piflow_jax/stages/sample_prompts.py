@@ -115,13 +115,7 @@ def sample_prompts(config: Config, workdir: str | os.PathLike) -> list[Path]:
     autoencoder = load_autoencoder(config) if config.data.vae else None
     if autoencoder is not None:
         check_autoencoder(autoencoder, data)
-    mesh = config_mesh(config)
-    parts = mesh.shape["data"] * mesh.shape["fsdp"]
-    if config.evaluation.batch_size % parts:
-        raise ConfigError(
-            f"config.evaluation.batch_size must be divisible by the {parts} devices that share a "
-            f"batch, got {config.evaluation.batch_size}"
-        )
+    mesh = config_mesh(config, groups=("evaluation",))
     params = load_system(config, data, workdir, mesh)
     sampler = jax.jit(_sampler(config, data, mesh, source.null), out_shardings=batch_sharding(mesh))
     decode = None
