@@ -9,6 +9,7 @@ from piflow_jax.config.parsing import (
     ConfigError,
     base_config,
     check_devices,
+    check_group,
     mesh_sizes,
     parse,
 )
@@ -41,6 +42,7 @@ __all__ = [
     "TrainConfig",
     "base_config",
     "check_devices",
+    "check_group",
     "mesh_sizes",
     "parse",
 ]

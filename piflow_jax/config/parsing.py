@@ -1,10 +1,11 @@
 """From a `ConfigDict` to the frozen schema, or to the refusal with the key and what is allowed."""
 
 import dataclasses
+import difflib
 import math
 import types
 import typing
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import ml_collections
@@ -48,36 +49,59 @@ def parse(config: ml_collections.ConfigDict, num_devices: int | None = 1) -> Con
       ConfigError: on an unknown or missing key, a wrong type, a value out of range, or values that
         contradict each other. The message names the key and what is allowed.
     """
-    parsed = _parse_node(Config, config, "")
+    parsed = check_group(Config, config, "config")
     _check_together(parsed)
     if num_devices is not None:
         check_devices(parsed, num_devices)
     return parsed
 
 
-def _parse_node(cls: type, config: Any, prefix: str) -> Any:
-    if not isinstance(config, ml_collections.ConfigDict | dict):
-        raise ConfigError(f"config.{prefix[:-1]} must be a group of keys, got {config!r}")
+def check_group(cls: type, values: Any, name: str, *, complete: bool = True) -> Any:
+    """Checks the values of one group of keys against its dataclass, and of the groups inside it.
+
+    Args:
+      cls: the dataclass; metadata of its fields, where there is some, is that of the schema.
+      values: plain values by key, as a `ConfigDict` or JSON has them; lists are taken for tuples.
+      name: of the group, such as `config.train`, for messages.
+      complete: whether every key must be there; keys that are not get their default otherwise.
+
+    Returns:
+      An instance of the dataclass.
+
+    Raises:
+      ConfigError: on an unknown or missing key, a wrong type or a value out of range.
+    """
+    if not isinstance(values, ml_collections.ConfigDict | Mapping):
+        raise ConfigError(f"{name} must be a group of keys, got {values!r}")
     fields = {field.name: field for field in dataclasses.fields(cls)}
-    unknown = sorted(set(config) - set(fields))
-    if unknown:
+    for key in sorted(set(values) - set(fields), key=str):
         raise ConfigError(
-            f"unknown key config.{prefix}{unknown[0]}; "
-            f"config{'.' + prefix[:-1] if prefix else ''} has {', '.join(fields)}"
+            f"unknown key {name}.{key};{nearest(str(key), fields)} {name} has {', '.join(fields)}"
         )
     hints = typing.get_type_hints(cls)
-    values = {}
-    for name, field in fields.items():
-        if name not in config:
-            raise ConfigError(f"missing key config.{prefix}{name} ({field.metadata['doc']})")
-        hint = hints[name]
+    checked = {}
+    for key, field in fields.items():
+        if key not in values:
+            if complete or _has_no_default(field):
+                doc = field.metadata.get("doc") or hints[key].__doc__
+                raise ConfigError(f"missing key {name}.{key} ({doc})")
+            continue
+        value, hint = values[key], hints[key]
         if dataclasses.is_dataclass(hint):
-            values[name] = _parse_node(hint, config[name], f"{prefix}{name}.")
+            checked[key] = check_group(hint, value, f"{name}.{key}", complete=complete)
         else:
-            values[name] = _parse_value(
-                config[name], hint, field.metadata, f"config.{prefix}{name}"
-            )
-    return cls(**values)
+            checked[key] = _parse_value(value, hint, field.metadata, f"{name}.{key}")
+    return cls(**checked)
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """` did you mean X?`, of the known word that is most like an unknown one; empty if none is."""
+    found = difflib.get_close_matches(word, list(known), n=1)
+    return f" did you mean {found[0]}?" if found else ""
+
+
+def _has_no_default(field: dataclasses.Field) -> bool:
+    return field.default is field.default_factory is dataclasses.MISSING
 
 
 def _parse_value(value: Any, hint: Any, allowed: types.MappingProxyType, key: str) -> Any:
@@ -87,7 +111,7 @@ def _parse_value(value: Any, hint: Any, allowed: types.MappingProxyType, key: st
             raise ConfigError(f"{key} must be a tuple, got {value!r}")
         if items[-1] is not Ellipsis and len(value) != len(items):
             raise ConfigError(f"{key} must have {len(items)} entries, got {value!r}")
-        if not value and not allowed["may_be_empty"]:
+        if not value and not allowed.get("may_be_empty"):
             raise ConfigError(f"{key} must not be empty")
         return tuple(_parse_value(entry, items[0], allowed, key) for entry in value)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
@@ -96,7 +120,7 @@ def _parse_value(value: Any, hint: Any, allowed: types.MappingProxyType, key: st
         raise ConfigError(f"{key} must be of type {hint.__name__}, got {value!r}")
     if isinstance(value, float) and not math.isfinite(value):
         raise ConfigError(f"{key} must be finite, got {value}")
-    low, high, above, choices = (allowed[name] for name in ("low", "high", "above", "choices"))
+    low, high, above, choices = (allowed.get(name) for name in ("low", "high", "above", "choices"))
     if choices is not None and value not in choices:
         raise ConfigError(f"{key} must be one of {', '.join(map(repr, choices))}, got {value!r}")
     if above is not None and not value > above:
