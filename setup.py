@@ -70,7 +70,9 @@ setup(
     license="Apache-2.0",
     packages=find_packages(include=["piflow_jax", "piflow_jax.*"]),
     package_data={"piflow_jax.evaluation": ["*.npz"]},
+    # `.ci/run` is tried with the oldest and the newest whenever dependencies move.
     python_requires=">=3.11",
+    classifiers=[f"Programming Language :: Python :: 3.{minor}" for minor in (11, 12, 13)],
     install_requires=INSTALL_REQUIRES,
     extras_require=EXTRAS_REQUIRE,
 )

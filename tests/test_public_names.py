@@ -30,7 +30,8 @@ PLUMBING = (
     *("piflow_jax.evaluation.report", "piflow_jax.evaluation.text_report"),
 )
 SOURCE = re.compile(r"arXiv|paper|[Ss]ource:")
-ARRAY = re.compile(r"\b(Array|ArrayLike|ndarray)\b")
+# NumPy's `ArrayLike` is a name of its own since 2.5, and a union with `_SupportsArray` before.
+ARRAY = re.compile(r"\b(Array|ArrayLike|ndarray|_SupportsArray)\b")
 # A shape, not an interval such as "in [0, 1]"; of arrays in a mapping, that they go by name.
 SHAPE = re.compile(
     r"(?<!\bin )(?<!\bin `)\[[^\]]*\]|scalar|shape|\b[Kk]ey\b|seed|by (official )?name|[Ll]ike `"

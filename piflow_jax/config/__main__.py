@@ -1,6 +1,7 @@
 """`python -m piflow_jax.config` prints `docs/configuration.md`."""
 
 import dataclasses
+import inspect
 import types
 import typing
 
@@ -31,7 +32,7 @@ def reference() -> str:
                 f"| {_range(meta)} | {meta['doc']} |"
             )
         if rows:
-            lines.extend(["", f"## `{prefix}`", "", cls.__doc__.strip(), ""])
+            lines.extend(["", f"## `{prefix}`", "", inspect.cleandoc(cls.__doc__), ""])
             lines.extend(
                 ["| key | type | default | allowed | meaning |", "| --- " * 5 + "|", *rows]
             )

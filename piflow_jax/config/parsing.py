@@ -83,7 +83,7 @@ def check_group(cls: type, values: Any, name: str, *, complete: bool = True) -> 
     for key, field in fields.items():
         if key not in values:
             if complete or _has_no_default(field):
-                doc = field.metadata.get("doc") or hints[key].__doc__
+                doc = field.metadata.get("doc") or hints[key].__name__
                 raise ConfigError(f"missing key {name}.{key} ({doc})")
             continue
         value, hint = values[key], hints[key]

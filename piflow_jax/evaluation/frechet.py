@@ -74,7 +74,7 @@ def frechet_distance_from_statistics(
 
     Args:
       statistics_a: `(mean [D], covariance [D, D])`.
-      statistics_b: Likewise.
+      statistics_b: Like `statistics_a`.
 
     Returns:
       The distance, in squared units of the features.

@@ -28,7 +28,7 @@ def save_grid(
 
     Args:
       path: File to write; its directory must exist.
-      rows: Captions and images.
+      rows: Captions and images `[N, H, W, C]`.
       scale: Screen pixels of an image's pixel.
 
     Raises:
