@@ -26,7 +26,7 @@ its teacher's.
 
 import ml_collections
 
-from piflow_jax.config import base_config
+from piflow_jax.config import base_config, check_variant
 
 VARIANTS = ("gm", "quick", "dx", "gm_2nfe", "datafree", "guided", "rivals")
 
@@ -41,12 +41,9 @@ def get_config(variant: str = "gm") -> ml_collections.ConfigDict:
       The configuration.
 
     Raises:
-      ValueError: if there is no such variant.
+      ConfigError: there is no such variant.
     """
-    if variant not in VARIANTS:
-        raise ValueError(
-            f"configs/digits.py has the variants {', '.join(VARIANTS)}, not {variant!r}"
-        )
+    check_variant(variant, VARIANTS)
     config = base_config()
     config.data.name = "digits"
 

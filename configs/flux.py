@@ -28,7 +28,7 @@ programs have been compiled, not run. docs/text_to_image.md says what has been s
 
 import ml_collections
 
-from piflow_jax.config import base_config
+from piflow_jax.config import base_config, check_variant
 
 VARIANTS = ("gm_4nfe", "gm_8nfe", "dx_4nfe", "datafree", "runlocal")
 
@@ -43,10 +43,9 @@ def get_config(variant: str = "gm_4nfe") -> ml_collections.ConfigDict:
       The configuration.
 
     Raises:
-      ValueError: if there is no such variant.
+      ConfigError: there is no such variant.
     """
-    if variant not in VARIANTS:
-        raise ValueError(f"configs/flux.py has the variants {', '.join(VARIANTS)}, not {variant!r}")
+    check_variant(variant, VARIANTS)
     config = base_config()
     config.data.name = "prompts"
 

@@ -50,7 +50,7 @@ small files in the official formats only.
 
 import ml_collections
 
-from piflow_jax.config import base_config
+from piflow_jax.config import base_config, check_variant
 
 VARIANTS = (
     "gm_repa",
@@ -75,12 +75,9 @@ def get_config(variant: str = "gm_repa") -> ml_collections.ConfigDict:
       The configuration.
 
     Raises:
-      ValueError: if there is no such variant.
+      ConfigError: there is no such variant.
     """
-    if variant not in VARIANTS:
-        raise ValueError(
-            f"configs/imagenet.py has the variants {', '.join(VARIANTS)}, not {variant!r}"
-        )
+    check_variant(variant, VARIANTS)
     config = base_config()
     config.data.name = "imagenet"
 

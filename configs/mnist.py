@@ -21,7 +21,7 @@ raise `--config.teacher.steps`.
 
 import ml_collections
 
-from piflow_jax.config import base_config
+from piflow_jax.config import base_config, check_variant
 
 VARIANTS = ("gm", "rivals")
 
@@ -36,12 +36,9 @@ def get_config(variant: str = "gm") -> ml_collections.ConfigDict:
       The configuration.
 
     Raises:
-      ValueError: if there is no such variant.
+      ConfigError: there is no such variant.
     """
-    if variant not in VARIANTS:
-        raise ValueError(
-            f"configs/mnist.py has the variants {', '.join(VARIANTS)}, not {variant!r}"
-        )
+    check_variant(variant, VARIANTS)
     config = base_config()
     config.data.name = "mnist"
 

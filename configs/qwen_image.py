@@ -29,7 +29,7 @@ compiled, not run. docs/text_to_image.md says what has been shown.
 
 import ml_collections
 
-from piflow_jax.config import base_config
+from piflow_jax.config import base_config, check_variant
 
 VARIANTS = ("gm_4nfe", "gm_8nfe", "dx_4nfe", "datafree", "runlocal")
 
@@ -44,12 +44,9 @@ def get_config(variant: str = "gm_4nfe") -> ml_collections.ConfigDict:
       The configuration.
 
     Raises:
-      ValueError: if there is no such variant.
+      ConfigError: there is no such variant.
     """
-    if variant not in VARIANTS:
-        raise ValueError(
-            f"configs/qwen_image.py has the variants {', '.join(VARIANTS)}, not {variant!r}"
-        )
+    check_variant(variant, VARIANTS)
     config = base_config()
     config.data.name = "prompts"
     config.data.text_length = 512

@@ -9,12 +9,21 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 
 from absl import app, flags, logging
-from ml_collections import config_flags
 
 from piflow_jax import stages
+from piflow_jax.config import ConfigError
+from piflow_jax.config.command_line import load_config, override
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, such as configs/digits.py.")
-_WORKDIR = flags.DEFINE_string("workdir", None, "The run's directory; a run there is continued.")
+_CONFIG = flags.DEFINE_string(
+    "config",
+    None,
+    "Config file, such as configs/digits.py or, with a variant, configs/digits.py:dx. "
+    "--config.KEY=VALUE overrides one of its keys.",
+    required=True,
+)
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "The run's directory; a run there is continued.", required=True
+)
 _MODE = flags.DEFINE_enum(
     "mode",
     "train",
@@ -31,36 +40,45 @@ _PROMPTS = flags.DEFINE_string(
 
 
 def main(argv: list[str]) -> int:
-    """Runs the mode and returns the exit status."""
-    if len(argv) > 1:
-        settings = "settings are --config.key=value"
-        print(f"error: unexpected arguments {argv[1:]}; {settings}", file=sys.stderr)
-        return 2
+    """Runs the mode; what flags have left of the command line overrides keys of the config.
+
+    Args:
+      argv: the program's name, and the words that are no flags of `absl`.
+
+    Returns:
+      The exit status.
+    """
     logging.set_verbosity(logging.INFO)
     std_logging.getLogger("jax._src.xla_bridge").setLevel(std_logging.WARNING)  # absent backends
     logging.get_absl_handler().setFormatter(std_logging.Formatter("%(message)s"))
+    words = argv[1:]
     if _PROMPTS.value is not None:
-        _CONFIG.value.data.prompts = _PROMPTS.value
-    return stages.run(_MODE.value, _CONFIG.value, _WORKDIR.value)
-
-
-def _parse_flags(argv: list[str]) -> list[str]:
-    """absl's parser, with a line instead of a traceback for an unknown key of the config."""
+        words.append(f"--config.data.prompts={_PROMPTS.value}")
     try:
-        return app.parse_flags_with_usage(argv)
-    except (AttributeError, KeyError) as error:
-        keys = [flag.split("=")[0][2:] for flag in argv if flag.startswith("--config.")]
-        if not keys:  # the config file itself is at fault: its author needs the traceback
-            raise
-        reason = " ".join(str(error).replace("\\n", " ").replace("\\'", "").strip("\"'").split())
-        print(f"error: cannot override {' or '.join(keys)}: {reason}", file=sys.stderr)
-        sys.exit(2)
+        config = load_config(_CONFIG.value)
+        override(config, words, known_flags=flags.FLAGS)
+    except ConfigError as error:
+        return _refuse(error)
+    return stages.run(_MODE.value, config, _WORKDIR.value)
+
+
+def parse_flags(argv: list[str]) -> list[str]:
+    """Parses the flags that are no keys of the config, and returns the other words."""
+    flags.FLAGS.set_gnu_getopt(True)  # flags may follow what is none of them
+    try:
+        return flags.FLAGS(argv, known_only=True)
+    except (flags.Error, ValueError) as error:
+        sys.exit(_refuse(error))
+
+
+def _refuse(error: Exception) -> int:
+    print(f"error: {error}", file=sys.stderr)
+    return 2
 
 
 def run() -> None:
-    """Parses the flags and runs `main`."""
-    flags.mark_flags_as_required(["config", "workdir"])
-    app.run(main, flags_parser=_parse_flags)
+    """Parses the command line and runs `main`."""
+    app.run(main, flags_parser=parse_flags)
 
 
 if __name__ == "__main__":

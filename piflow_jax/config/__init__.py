@@ -10,6 +10,7 @@ from piflow_jax.config.parsing import (
     base_config,
     check_devices,
     check_group,
+    check_variant,
     mesh_sizes,
     parse,
 )
@@ -43,6 +44,7 @@ __all__ = [
     "base_config",
     "check_devices",
     "check_group",
+    "check_variant",
     "mesh_sizes",
     "parse",
 ]

@@ -7,6 +7,8 @@ import typing
 
 from piflow_jax.config.schema import Config
 
+_SIGNS = {"above": ">", "low": ">=", "most": "<="}
+
 
 def reference() -> str:
     """The documentation of every key, as Markdown."""
@@ -46,12 +48,12 @@ def reference() -> str:
 def _range(meta: types.MappingProxyType) -> str:
     if meta["choices"]:
         return ", ".join(f"`{choice}`" for choice in meta["choices"])
-    if meta["above"] is not None:
-        most = "" if meta["high"] is None else f", <= {meta['high']}"
-        return f"> {meta['above']}{most}"
     if meta["high"] is not None:
-        return f"{meta['low']} to {meta['high']}"
-    return f">= {meta['low']}" if meta["low"] is not None else ""
+        least = f"above {meta['above']}" if meta["low"] is None else meta["low"]
+        return f"{least} to {meta['high']}"
+    ends = ("above" if meta["low"] is None else "low", "most")
+    bounds = [f"{_SIGNS[end]} {meta[end]}" for end in ends if meta[end] is not None]
+    return ", ".join(bounds)
 
 
 if __name__ == "__main__":

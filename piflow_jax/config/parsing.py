@@ -14,6 +14,14 @@ from piflow_jax.config.schema import Config
 
 # Of the tiles in which a TPU keeps matrices, whatever their type.
 _TILE_ROWS = 8
+# What JAX counts with.
+_LARGEST = 2**31 - 1
+# Of the normal numbers of float32.
+_TINIEST, _HIGHEST = 2.0**-126, (2 - 2.0**-23) * 2.0**127
+# Characters of a value in a message.
+_LONGEST = 200
+# Share of letters in common from which on words are taken for one another.
+_ALIKE = 0.6
 # Into which parameters are split where nothing is said; a power of two.
 _MOST_PARTS = 16
 
@@ -71,33 +79,77 @@ def check_group(cls: type, values: Any, name: str, *, complete: bool = True) -> 
     Raises:
       ConfigError: on an unknown or missing key, a wrong type or a value out of range.
     """
+    return _check_group(cls, values, name, complete, key_types(cls, name))
+
+
+def _check_group(cls: type, values: Any, name: str, complete: bool, types: dict[str, Any]) -> Any:
     if not isinstance(values, ml_collections.ConfigDict | Mapping):
         raise ConfigError(f"{name} must be a group of keys, got {values!r}")
-    fields = {field.name: field for field in dataclasses.fields(cls)}
-    for key in sorted(set(values) - set(fields), key=str):
-        raise ConfigError(
-            f"unknown key {name}.{key};{nearest(str(key), fields)} {name} has {', '.join(fields)}"
-        )
-    hints = typing.get_type_hints(cls)
+    fields = {f"{name}.{field.name}": field for field in dataclasses.fields(cls)}
+    for key in values:
+        if f"{name}.{key}" not in fields:
+            raise unknown_key(f"{name}.{key}", types)
     checked = {}
     for key, field in fields.items():
-        if key not in values:
+        if field.name not in values:
             if complete or _has_no_default(field):
-                doc = field.metadata.get("doc") or hints[key].__name__
-                raise ConfigError(f"missing key {name}.{key} ({doc})")
+                doc = field.metadata.get("doc") or types[key].__name__
+                raise ConfigError(f"missing key {key} ({doc})")
             continue
-        value, hint = values[key], hints[key]
-        if dataclasses.is_dataclass(hint):
-            checked[key] = check_group(hint, value, f"{name}.{key}", complete=complete)
+        value = values[field.name]
+        if dataclasses.is_dataclass(types[key]):
+            value = _check_group(types[key], value, key, complete, types)
         else:
-            checked[key] = _parse_value(value, hint, field.metadata, f"{name}.{key}")
+            value = _parse_value(value, types[key], field.metadata, key)
+        checked[field.name] = value
     return cls(**checked)
 
 
+def key_types(cls: type, name: str) -> dict[str, Any]:
+    """Types by dotted key of a group's keys, and of those of the groups inside it."""
+    types = {}
+    for key, hint in typing.get_type_hints(cls).items():
+        types[f"{name}.{key}"] = hint
+        if dataclasses.is_dataclass(hint):
+            types |= key_types(hint, f"{name}.{key}")
+    return types
+
+
+def unknown_key(key: str, known: Collection[str]) -> ConfigError:
+    """The refusal of a dotted key, with the most similar of the known keys and all of its group."""
+    group = key
+    while group and not any(other.startswith(f"{group}.") for other in known):
+        group = group.rpartition(".")[0]
+    names = [other.rpartition(".")[2] for other in known if other.rpartition(".")[0] == group]
+    return ConfigError(f"unknown key {key}; {group} has {', '.join(names)}{nearest(key, known)}")
+
+
+def check_variant(variant: str, variants: Collection[str]) -> None:
+    """Raises ConfigError for a variant of a config file that is none of them."""
+    if variant not in variants:
+        raise ConfigError(
+            f"there are the variants {', '.join(variants)}, not {variant!r}"
+            f"{nearest(variant, variants)}"
+        )
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
-    """` did you mean X?`, of the known word that is most like an unknown one; empty if none is."""
-    found = difflib.get_close_matches(word, list(known), n=1)
-    return f" did you mean {found[0]}?" if found else ""
+    """`; did you mean X?` of the known word most like another one; empty if none is like it.
+
+    Dotted keys are alike if their last names are, or if the dots alone are wrong; of several, that
+    in the most similar group is meant.
+    """
+
+    def likeness(other: str) -> tuple[float, float]:
+        last, whole = (
+            difflib.SequenceMatcher(None, *pair).ratio()
+            for pair in ((word.rpartition(".")[2], other.rpartition(".")[2]), (word, other))
+        )
+        same = word.replace(".", "_") == other.replace(".", "_")
+        return max(last, float(same)), whole
+
+    best = max(known, key=likeness, default="")
+    return f"; did you mean {best}?" if best and likeness(best)[0] >= _ALIKE else ""
 
 
 def _has_no_default(field: dataclasses.Field) -> bool:
@@ -108,27 +160,55 @@ def _parse_value(value: Any, hint: Any, allowed: types.MappingProxyType, key: st
     if typing.get_origin(hint) is tuple:
         items = typing.get_args(hint)
         if not isinstance(value, tuple | list):
-            raise ConfigError(f"{key} must be a tuple, got {value!r}")
+            raise ConfigError(f"{key} must be a tuple, got {_shown(value)}")
         if items[-1] is not Ellipsis and len(value) != len(items):
-            raise ConfigError(f"{key} must have {len(items)} entries, got {value!r}")
+            raise ConfigError(f"{key} must have {len(items)} entries, got {_shown(value)}")
         if not value and not allowed.get("may_be_empty"):
             raise ConfigError(f"{key} must not be empty")
         return tuple(_parse_value(entry, items[0], allowed, key) for entry in value)
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
-    if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
-        raise ConfigError(f"{key} must be of type {hint.__name__}, got {value!r}")
-    if isinstance(value, float) and not math.isfinite(value):
-        raise ConfigError(f"{key} must be finite, got {value}")
+    if not isinstance(value, (int, float) if hint is float else hint) or (
+        isinstance(value, bool) and hint is not bool
+    ):
+        raise ConfigError(f"{key} must be of type {hint.__name__}, got {_shown(value)}")
+    if hint is float:
+        value = _float(value, key)
+    if isinstance(value, str) and "\0" in value:
+        raise ConfigError(f"{key} must have no NUL character, got {_shown(value)}")
     low, high, above, choices = (allowed.get(name) for name in ("low", "high", "above", "choices"))
     if choices is not None and value not in choices:
-        raise ConfigError(f"{key} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+        known = ", ".join(map(repr, choices))
+        raise ConfigError(f"{key} must be one of {known}, got {_shown(value)}")
     if above is not None and not value > above:
-        raise ConfigError(f"{key} must be above {above}, got {value}")
+        raise ConfigError(f"{key} must be above {above}, got {_shown(value)}")
     if (low is not None and value < low) or (high is not None and value > high):
         bounds = f"at least {low}" if high is None else f"in [{low}, {high}]"
-        raise ConfigError(f"{key} must be {bounds}, got {value}")
+        raise ConfigError(f"{key} must be {bounds}, got {_shown(value)}")
+    most = allowed.get("most") or (_LARGEST if hint is int else None)
+    if most is not None and value > most:
+        raise ConfigError(f"{key} must be at most {most:,}, got {_shown(value)}")
     return value
+
+
+def _float(value: float, key: str) -> float:
+    """A number that is still one to float32, in which all is computed."""
+    try:
+        value = float(value)
+    except OverflowError:  # of a whole number
+        value = math.inf
+    if not math.isfinite(value):
+        raise ConfigError(f"{key} must be finite, got {value}")
+    if value and not _TINIEST <= abs(value) <= _HIGHEST:
+        raise ConfigError(f"{key} must be a number of float32, got {value}")
+    return value
+
+
+def _shown(value: Any) -> str:
+    """A value in a message: as it is written in Python, but no pages of it."""
+    try:
+        text = repr(value)
+    except ValueError:  # of a whole number with thousands of digits
+        return f"{type(value).__name__} of more digits than can be shown"
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
 
 
 def mesh_sizes(config: Config, num_devices: int, num_slices: int = 1) -> dict[str, int]:
@@ -257,6 +337,20 @@ def _check_together(config: Config) -> None:
             f"got {model.scan_unroll}"
         )
     _check_text(config)
+    for group in ("data", "evaluation"):
+        for field in dataclasses.fields(getattr(config, group)):
+            value, of = getattr(getattr(config, group), field.name), field.metadata["of"]
+            if of and value and config.data.name not in of:
+                raise ConfigError(
+                    f"config.{group}.{field.name} is for config.data.name = "
+                    f"{' or '.join(map(repr, of))} and must be empty with {config.data.name!r}, "
+                    f"got {value!r}"
+                )
+    if int(model.hidden * model.mlp_ratio) < 1:
+        raise ConfigError(
+            f"config.model.mlp_ratio times config.model.hidden ({model.hidden}) must be at least "
+            f"1, got {model.mlp_ratio}"
+        )
     if teacher.checkpoint and teacher.weights:
         raise ConfigError(
             "config.teacher.checkpoint and config.teacher.weights are both given; empty one of them"

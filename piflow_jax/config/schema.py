@@ -5,11 +5,31 @@ from typing import Any
 
 
 def _field(
-    default: Any, doc: str, *, low=None, high=None, above=None, choices=None, may_be_empty=False
+    default: Any,
+    doc: str,
+    *,
+    low=None,
+    high=None,
+    above=None,
+    most=None,
+    choices=None,
+    may_be_empty=False,
+    of=None,
 ):
-    """A config field with its documentation and its allowed values (bounds are inclusive)."""
+    """A config field with its documentation and its allowed values (bounds are inclusive).
+
+    `high` is the end of what has a meaning, `most` of what can be computed. `of` are the data sets
+    that a key is for; with others it must be empty.
+    """
     metadata = dict(
-        doc=doc, low=low, high=high, above=above, choices=choices, may_be_empty=may_be_empty
+        doc=doc,
+        low=low,
+        high=high,
+        above=above,
+        most=most,
+        choices=choices,
+        may_be_empty=may_be_empty,
+        of=of,
     )
     if dataclasses.is_dataclass(default):
         return dataclasses.field(default_factory=default, metadata=metadata)
@@ -17,6 +37,14 @@ def _field(
 
 
 _PLACES = ("split", "whole")
+# Data sets that have what some keys are for.
+_IMAGENET, _PROMPTS, _LATENTS = ("imagenet",), ("prompts",), ("imagenet", "prompts")
+# Seeds of the data's order are 64 bits, of which streams of their own take the last few.
+_SEED = {"low": 0, "most": 2**63 - 1}
+_SUBSTEPS = {"low": 1, "most": 2**16}  # more are none to float32
+_EVALUATIONS = {"low": 1, "most": 1024}
+_EULER_STEPS = {"low": 1, "most": 10_000}
+_DAY = 86_400
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,23 +60,35 @@ class DataConfig:
         "",
         "where prepared data lies (imagenet: its latents, prompts: their embeddings; needed "
         "there); mnist: empty is the TFDS default",
+        of=("mnist", "imagenet", "prompts"),
     )
     images: str = _field(
-        "", "what --mode=prepare reads: a folder of class folders, a .tar, or tfds[:DATA_DIR]"
+        "",
+        "what --mode=prepare reads: a folder of class folders, a .tar, or tfds[:DATA_DIR]",
+        of=_IMAGENET,
     )
-    vae: str = _field("", "weights of the autoencoder: a .safetensors file or its folder")
+    vae: str = _field(
+        "", "weights of the autoencoder: a .safetensors file or its folder", of=_LATENTS
+    )
     prompts: str = _field(
-        "", "list of prompts that --mode=prepare encodes: a .txt, .jsonl or .parquet file"
+        "",
+        "list of prompts that --mode=prepare encodes: a .txt, .jsonl or .parquet file",
+        of=_PROMPTS,
     )
     text_encoder: str = _field(
-        "", "what encodes them: the folder of FLUX.1 or Qwen-Image, or words:D:P (hashed words)"
+        "",
+        "what encodes them: the folder of FLUX.1 or Qwen-Image, or words:D:P (hashed words)",
+        of=_PROMPTS,
     )
     text_length: int = _field(0, "most tokens of a prompt; 0 is the encoder's own limit", low=0)
     text_dtype: str = _field(
         "bfloat16", "type of the text encoder's weights", choices=("float32", "bfloat16")
     )
     image_size: int = _field(
-        1024, "side of square images of prompts; other shapes have about as many pixels", low=16
+        1024,
+        "side of square images of prompts; other shapes have about as many pixels",
+        low=16,
+        most=2**14,
     )
 
 
@@ -74,9 +114,12 @@ class MeshConfig:
 class ProcessesConfig:
     """Time limits of a run of several processes."""
 
-    start_seconds: int = _field(300, "until all processes have found each other", low=1)
+    start_seconds: int = _field(300, "until all processes have found each other", low=1, most=_DAY)
     heartbeat_seconds: int = _field(
-        100, "after which a process that does not answer is lost, and the others stop", low=5
+        100,
+        "after which a process that does not answer is lost, and the others stop",
+        low=5,
+        most=_DAY,
     )
 
 
@@ -95,7 +138,7 @@ class ModelConfig:
     rope_axes: tuple[int, ...] = _field(
         (16, 56, 56), "a head's features for frame, row, column (flux, qwen_image)", low=2
     )
-    mlp_ratio: float = _field(4.0, "hidden width of an MLP over `hidden` (dit)", above=0)
+    mlp_ratio: float = _field(4.0, "hidden width of an MLP over `hidden` (dit)", above=0, most=1024)
     time_scale: float = _field(1000.0, "the network sees t times this (dit)", above=0)
     distilled_guidance: float = _field(
         3.5, "guidance scale that the network is told (flux); 0 if it has no such input", low=0
@@ -115,7 +158,7 @@ class ModelConfig:
         "what the backward pass recomputes",
         choices=("none", "full", "dots", "dots_no_batch"),
     )
-    scan_unroll: int = _field(1, "blocks per iteration of the scan over layers", low=1)
+    scan_unroll: int = _field(1, "blocks per iteration of the scan over layers", low=1, most=256)
     attention: str = _field(
         "default",
         "implementation; where cuDNN has none, JAX's own with a warning in the log",
@@ -163,7 +206,7 @@ class OptimizerConfig:
     beta2: float = _field(0.95, "Adam's second decay rate", low=0, high=0.99999)
     weight_decay: float = _field(0.0, "decoupled weight decay", low=0)
     grad_clip: float = _field(50.0, "largest global gradient norm; 0 does not clip", low=0)
-    ema_gamma: float = _field(7.0, "gamma of the Karras EMA; larger is shorter", above=0)
+    ema_gamma: float = _field(7.0, "gamma of the Karras EMA; larger is shorter", above=0, most=1e6)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -206,13 +249,17 @@ class TrainConfig:
     )
     optimizer: OptimizerConfig = _field(OptimizerConfig, "")
     data_free: bool = _field(False, "start at noise and walk all segments in each step")
-    nfe: int = _field(1, "segments, which is network evaluations per sample", low=1)
+    nfe: int = _field(1, "segments, which is network evaluations per sample", **_EVALUATIONS)
     final_step_size_scale: float = _field(
-        1.0, "length of the last segment over a base one", above=0
+        1.0, "length of the last segment over a base one", above=0, low=0.01, most=100
     )
-    shift: float = _field(1.0, "shift of the time warp, teacher and student", above=0)
-    total_substeps: int = _field(128, "policy substeps per unit of raw time in training", low=1)
-    num_states: int = _field(2, "M, teacher queries per segment", low=1)
+    shift: float = _field(
+        1.0, "shift of the time warp, teacher and student", above=0, low=1e-3, most=1e3
+    )
+    total_substeps: int = _field(
+        128, "policy substeps per unit of raw time in training", **_SUBSTEPS
+    )
+    num_states: int = _field(2, "M, teacher queries per segment", **_EVALUATIONS)
     window_substeps: int = _field(0, "time-smoothing window; at most a segment's substeps", low=0)
     gm_dropout: float = _field(
         0.05, "dropout of components in the rolled-out policy", low=0, high=0.99
@@ -241,23 +288,29 @@ class EvaluationConfig:
         500, "samples per jitted call; divisible by the devices of a process", low=1
     )
     teacher_steps: tuple[int, ...] = _field(
-        (1, 2, 4, 8, 32, 128), "Euler steps of the teacher; the last is the one to match", low=1
+        (1, 2, 4, 8, 32, 128),
+        "Euler steps of the teacher; the last is the one to match",
+        **_EULER_STEPS,
     )
     system: str = _field(
         "student",
         "whose pictures --mode=sample makes; the teacher's take the last of teacher_steps",
         choices=("student", "teacher"),
     )
-    substeps: int = _field(128, "policy substeps per unit of raw time when sampling", low=1)
-    nfe: int = _field(0, "the student's network evaluations; 0 is as trained", low=0)
+    substeps: int = _field(128, "policy substeps per unit of raw time when sampling", **_SUBSTEPS)
+    nfe: int = _field(0, "the student's network evaluations; 0 is as trained", low=0, most=1024)
     temperature: float = _field(
-        1.0, "of the mixture, in all evaluations but the last (gm); 1 leaves it", above=0, high=1
+        1.0,
+        "of the mixture, in all evaluations but the last (gm); 1 leaves it",
+        above=0,
+        low=1e-3,
+        high=1,
     )
     solver: str = _field(
         "multistep", "of the policy's rollouts when sampling", choices=("euler", "multistep")
     )
-    seed: int = _field(0, "seed of the noise", low=0)
-    grid_samples: int = _field(20, "columns of samples.png", low=1)
+    seed: int = _field(0, "seed of the noise, which has its last 32 bits", **_SEED)
+    grid_samples: int = _field(20, "columns of samples.png", low=1, most=1000)
     grid_classes: tuple[int, ...] = _field(
         (), "classes that --mode=sample shows, a row each; empty is all", low=0, may_be_empty=True
     )
@@ -271,15 +324,27 @@ class EvaluationConfig:
     weights: str = _field(
         "", "official student weights (.safetensors, .pth) in place of the run's checkpoint"
     )
-    features: str = _field("", "imagenet, prompts: file of the Inception weights that make an FID")
-    reference: str = _field("", "imagenet: ADM's reference, VIRTUAL_imagenet256_labeled.npz")
-    images: str = _field(
-        "", "prompts: the student's pictures, a folder of <place>-<seed>.png or an .npz file"
+    features: str = _field(
+        "", "imagenet, prompts: file of the Inception weights that make an FID", of=_LATENTS
     )
-    teacher_images: str = _field("", "prompts: the teacher's pictures of the same noise, likewise")
-    clip: str = _field("", "prompts: folder of the CLIP that compares pictures with prompts")
+    reference: str = _field(
+        "", "imagenet: ADM's reference, VIRTUAL_imagenet256_labeled.npz", of=_IMAGENET
+    )
+    images: str = _field(
+        "",
+        "prompts: the student's pictures, a folder of <place>-<seed>.png or an .npz file",
+        of=_PROMPTS,
+    )
+    teacher_images: str = _field(
+        "", "prompts: the teacher's pictures of the same noise, likewise", of=_PROMPTS
+    )
+    clip: str = _field(
+        "", "prompts: folder of the CLIP that compares pictures with prompts", of=_PROMPTS
+    )
     diversity_features: str = _field(
-        "", "prompts: folder of the network that compares pictures of one prompt; empty is clip"
+        "",
+        "prompts: folder of the network that compares pictures of one prompt; empty is clip",
+        of=_PROMPTS,
     )
 
 
@@ -298,22 +363,28 @@ class RivalsConfig:
         ),
         "what is compared; `+teacher` behind a method adds the teacher's training to its budget",
     )
-    seeds: tuple[int, ...] = _field((0, 1, 2), "seeds of each method", low=0)
+    seeds: tuple[int, ...] = _field((0, 1, 2), "seeds of each method", **_SEED)
     seconds: float = _field(
-        60.0, "training time of a method; on a CPU, time of its cores together", above=0
+        60.0, "training time of a method; on a CPU, time of its cores together", above=0, most=1e7
     )
-    nfes: tuple[int, ...] = _field((1, 2, 4), "evaluations per sample that are compared", low=1)
-    rounds: int = _field(10, "rounds in which the steps of all methods are timed in turn", low=1)
+    nfes: tuple[int, ...] = _field(
+        (1, 2, 4), "evaluations per sample that are compared", **_EVALUATIONS
+    )
+    rounds: int = _field(
+        10, "rounds in which the steps of all methods are timed in turn", low=1, most=10_000
+    )
     pairs: int = _field(5000, "pairs of noise and endpoint (reflow, regression)", low=1)
-    pair_steps: int = _field(32, "the teacher's Euler steps for a pair", low=1)
-    fake_updates: int = _field(5, "updates of the fake network for one of the student (dmd)", low=1)
+    pair_steps: int = _field(32, "the teacher's Euler steps for a pair", **_EULER_STEPS)
+    fake_updates: int = _field(
+        5, "updates of the fake network for one of the student (dmd)", low=1, most=1000
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
     """A run: data, network, teacher, policy, distillation, evaluation."""
 
-    seed: int = _field(0, "seed of initialisation, data order and training noise", low=0)
+    seed: int = _field(0, "seed of initialisation, data order and training noise", **_SEED)
     data: DataConfig = _field(DataConfig, "")
     model: ModelConfig = _field(ModelConfig, "")
     teacher: TeacherConfig = _field(TeacherConfig, "")

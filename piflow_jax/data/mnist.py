@@ -26,11 +26,16 @@ def load_mnist_source(data_dir: str | None = None) -> ArraySource:
       `mnist5k` for the fallback, so that reports tell them apart.
 
     Raises:
-      FileNotFoundError: If neither is there.
+      FileNotFoundError: If neither is there, or a directory was named that is not.
     """
     root = epath.Path(
         data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
     ).expanduser()
+    if data_dir and not root.exists():
+        raise FileNotFoundError(
+            f"the data directory {root} does not exist; correct config.data.data_dir, or leave it "
+            "empty for the default"
+        )
     prepared = _prepared_directory(root)
     if prepared is not None:
         images, labels = _read_tfds(prepared)

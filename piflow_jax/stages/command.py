@@ -95,7 +95,14 @@ def run(mode: str, config: ml_collections.ConfigDict, workdir: str | os.PathLike
 
 def _start(config: Config, mode: str, workdir: str | os.PathLike) -> None:
     if config.compilation_cache:
-        jax.config.update("jax_compilation_cache_dir", config.compilation_cache)
+        cache = epath.Path(config.compilation_cache).expanduser()
+        try:
+            cache.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(
+                f"config.compilation_cache must be a directory, {cache} is none: {error}"
+            ) from error
+        jax.config.update("jax_compilation_cache_dir", os.fspath(cache))
         # On several devices a fused rollout, and cuDNN's attention, are named in the program by an
         # address in this process: no other process would find it. What they do follows from the
         # rest of the program: the rollout's version is in its name, attention's settings are in the

@@ -109,6 +109,6 @@ def test_weights_that_need_pytorch_are_refused_in_a_sentence(
 )
 def test_whatever_file_it_is_that_needs_pytorch(needs_pytorch, key, load):
     config = tiny.get_config()
-    config.update_from_flattened_dict({key: needs_pytorch})
+    config.update_from_flattened_dict({"data.name": "imagenet", key: needs_pytorch})
     with pytest.raises(ConfigError, match=rf"config\.{key} = .*: pip install torch"):
         load(parse(config))

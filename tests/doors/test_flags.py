@@ -1,0 +1,211 @@
+"""The command line and the config file: what can be written there, and what is answered.
+
+A case is one line: what is written, and words of the answer, whose exit status is 2. Cases run in
+this process, and none of them trains; what only a process shows stands at the end.
+"""
+
+import re
+from pathlib import Path
+
+import pytest
+from absl import flags
+
+from piflow_jax import main, stages
+
+ROOT = Path(__file__).parents[2]
+TINY = ROOT / "tests" / "tiny.py"
+
+
+@pytest.fixture
+def run(monkeypatch, tmp_path, capsys):
+    """Runs a command line in this process: `(exit status, what it says)`."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments):
+        flags.FLAGS.unparse_flags()
+        try:
+            status = main.main(main.parse_flags(["piflow_jax.main", *arguments]))
+        except SystemExit as end:
+            status = end.code
+        return status, capsys.readouterr().err
+
+    yield run
+    flags.FLAGS.unparse_flags()
+
+
+@pytest.fixture
+def refused(run):
+    """Checks that a command line is refused in one paragraph with these words."""
+
+    def refused(words, *arguments):
+        status, said = run(*arguments)
+        assert status == 2, said
+        assert said.startswith("error: ") and said.count("error: ") == 1, said
+        assert re.search(words, said), said
+
+    return refused
+
+
+@pytest.fixture
+def settings(run, monkeypatch):
+    """The configuration that a command line comes to."""
+
+    def settings(*arguments):
+        made = []
+        monkeypatch.setattr(stages, "run", lambda mode, config, workdir: made.append(config) or 0)
+        status, said = run(*arguments, "--workdir=unused")
+        assert status == 0, said
+        return made[0]
+
+    return settings
+
+
+# --- Flags --------------------------------------------------------------------------------------
+
+STEPS = "unknown key config.train.stepz; config.train has steps, .* mean config.train.steps?"
+OF_PROMPTS = "is for config.data.name = 'prompts' and must be empty with 'digits'"
+REFUSED_FLAGS = [
+    ("--mode=evil", r"--mode=evil: value should be one of <train\|"),
+    ("--worker=3", "unexpected argument '--worker=3'.*; did you mean workdir?"),
+    ("digits", "unexpected argument 'digits'; settings are --config.KEY=VALUE"),
+    ("-- --mode=train", "unexpected argument '--'"),
+    ("--nomode", "unexpected argument '--nomode'"),
+    ("--flagfile=nowhere", "nowhere"),
+    ("--verbosity=loud", "--verbosity=loud"),
+    ("--prompts=a.txt", f"config.data.prompts {OF_PROMPTS}"),
+    ("--config.train.stepz=3", STEPS),
+    ("--config.train.stepz 3", STEPS),
+    ("--config.train_steps=3", "; did you mean config.train.steps?"),
+    ("--config.learning_rate=3", r"; did you mean config\..*\.learning_rate?"),
+    ("--config.train.steps.x=3", "unknown key config.train.steps.x; config.train has"),
+    ("--config.=3", "unknown key config.; config has seed, data"),
+    ("--config.train.steps", "--config.train.steps has no value"),
+    ("--noconfig.train.steps", "is no switch"),
+    ("--noconfig.train.data_free=1", "is no switch"),
+    ("--config.train.steps=1e3", "config.train.steps must be of type int, got '1e3'"),
+    ("--config.train.steps=", "config.train.steps must be of type int, got ''"),
+    ("--config.train.data_free=maybe", "must be of type bool, got 'maybe'"),
+    ("--config.train.shift=nan", "config.train.shift must be finite, got nan"),
+    ("--config.train.shift=wide", "config.train.shift must be of type float, got 'wide'"),
+    ("--config.rivals.seeds=a,b", "config.rivals.seeds must be of type int, got 'a'"),
+    ("--config.rivals.seeds=", "config.rivals.seeds must not be empty"),
+    ("--config.train=3", "config.train must be a group of keys, got 3"),
+    ("--config.train={'steps':3}", "missing key config.train.batch_size"),
+    ("--config.seed=" + "9" * 5000, r"config.seed must be of type int, got '9{199}\.\.\."),
+    ("--config.data.data_dir=nowhere", "config.data.data_dir is for .* empty with 'digits'"),
+    ("--config.evaluation.clip=x", f"config.evaluation.clip {OF_PROMPTS}"),
+    ("--config.data.name=mnist --config.data.data_dir=nowhere", "nowhere does not exist"),
+    (f"--config.compilation_cache={TINY}", "config.compilation_cache must be a directory, .*tiny"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "words"), REFUSED_FLAGS)
+def test_flags_that_are_refused(refused, tmp_path, arguments, words):
+    refused(words, f"--config={TINY}", "--workdir=run", *arguments.split(" "))
+
+
+@pytest.mark.parametrize("given", ["", f"--config={TINY}", "--workdir=x"])
+def test_config_and_workdir_are_needed(refused, given):
+    missing = "workdir" if given.startswith("--config") else "config"
+    refused(f"--{missing} must have a value", *given.split())
+
+
+ACCEPTED_FLAGS = [
+    ("--config.train.steps=5", "train.steps", 5),
+    ("--config.train.steps 5 --mode=train", "train.steps", 5),
+    ("-config.mesh.data -1", "mesh.data", -1),
+    ("--config.seed=0x10", "seed", 16),
+    ("--config.train.data_free", "train.data_free", True),
+    ("--config.train.data_free=t", "train.data_free", True),
+    ("--config.train.data_free --noconfig.train.data_free", "train.data_free", False),
+    ("--config.train.shift=3", "train.shift", 3.0),
+    ("--config.data.data_dir=", "data.data_dir", ""),
+    ("--config.data.data_dir=a=b", "data.data_dir", "a=b"),
+    ("--prompts=list.txt", "data.prompts", "list.txt"),
+    # Of a key given twice, the last counts, of tuples too.
+    ("--config.seed=1 --config.seed=2", "seed", 2),
+    ("--config.rivals.seeds=(0,1) --config.rivals.seeds=(2,)", "rivals.seeds", (2,)),
+    ("--config.rivals.seeds=7", "rivals.seeds", (7,)),
+    ("--config.rivals.seeds=[3,4]", "rivals.seeds", (3, 4)),
+    ("--config.rivals.methods=gm,arc+teacher", "rivals.methods", ("gm", "arc+teacher")),
+    ("--config.rivals.methods=('gm',)", "rivals.methods", ("gm",)),
+    ("--config.profile=", "profile", ()),
+]
+
+
+@pytest.mark.parametrize(("arguments", "key", "value"), ACCEPTED_FLAGS)
+def test_flags_that_are_accepted(settings, arguments, key, value):
+    found = settings(f"--config={TINY}", *arguments.split(" "))
+    for name in key.split("."):
+        found = found[name]
+    assert found == value and type(found) is type(value)
+
+
+# --- Config files -------------------------------------------------------------------------------
+
+MINE = "from piflow_jax.config import base_config\n"
+REFUSED_FILES = [
+    (None, "--config must name a config file.*'mine.py' does not exist or cannot be read"),
+    ("", "mine.py is no config file: it has no function get_config"),
+    ("get_config = 3", "mine.py is no config file"),
+    ("not a config", "the config file fails: mine.py, line 1: SyntaxError"),
+    ("x = 1\n\0", "the config file fails: mine.py"),
+    (b"\xff\xfe", "the config file fails: mine.py"),
+    ("import nowhere", "mine.py, line 1: ModuleNotFoundError: No module named 'nowhere'"),
+    ("raise SystemExit('no')", "mine.py, line 1: SystemExit: no"),
+    ("def get_config():\n  return 1 / 0", "mine.py, line 2: ZeroDivisionError: division by zero"),
+    ("def get_config():\n  pass", "get_config must return a ConfigDict .*, got None"),
+    ("def get_config(variant):\n  pass", "mine.py has variants, name one: mine.py:..."),
+    ("def get_config():\n  return {'a.b': 2}", "the config file fails: mine.py: ValueError"),
+    ("def get_config():\n  return {}", "missing key config.seed"),
+    ("def get_config():\n  return {'sed': 1}", "unknown key config.sed;.* mean config.seed?"),
+    (f"{MINE}def get_config():\n  c = base_config()\n  c.train.steps = 1e4\n  return c",
+     "mine.py, line 4: TypeError: .*steps"),
+    (f"{MINE}def get_config():\n  c = base_config()\n  c.train.stepz = 1\n  return c", STEPS),
+    (f"{MINE}def get_config():\n  c = base_config()\n  c.train.shift = 10 ** 400\n  return c",
+     "mine.py, line 4: OverflowError"),
+    (f"{MINE}def get_config():\n  c = base_config()\n  c.seed = 10 ** 5000\n  return c",
+     "config.seed must be at most 9,223,372,036,854,775,807, got int of more digits"),
+    (f"{MINE}def get_config():\n  c = base_config()\n  c.topology = 'a\\0b'\n  return c",
+     "config.topology must have no NUL character"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("content", "words"), REFUSED_FILES)
+def test_config_files_that_are_refused(refused, content, words):
+    if content is not None:
+        Path("mine.py").write_bytes(content if isinstance(content, bytes) else content.encode())
+    refused(words, "--config=mine.py", "--workdir=run")
+
+
+REFUSED_NAMES = [
+    ("", "but '' does not exist or cannot be read"),
+    (".", "but '.' is a directory"),
+    (str(TINY.parent), "tests' is a directory"),
+    (f"{ROOT}/configs/digit.py", "digit.py' does not exist.*; did you mean .*/configs/digits?"),
+    ("x" * 5000, "does not exist or cannot be read"),
+    ("\udcff.py", "does not exist or cannot be read"),
+    ("/dev/null", "/dev/null is no config file"),
+    (f"{TINY}:gm", "tiny.py has no variants, got 'gm'"),
+    *(
+        (f"{ROOT}/configs/{name}.py:{variant}x", f"not '{variant}x'; did you mean {variant}?")
+        for name, variant in (
+            *(("digits", "guided"), ("mnist", "gm"), ("imagenet", "dx_repa_10")),
+            *(("flux", "datafree"), ("qwen_image", "runlocal")),
+        )
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "words"), REFUSED_NAMES)
+def test_names_of_config_files_that_are_refused(refused, name, words):
+    refused(words, f"--config={name}", "--workdir=run")
+
+
+def test_a_config_file_is_read_anew_and_may_have_a_colon_in_its_path(settings):
+    """Python's cache of compiled files goes by seconds; a sweep writes several in one."""
+    for seed in (1, 2):
+        Path("a:b.py").write_text(f"def get_config(seed='{seed}'):\n  return {{'seed': int(seed)}}")
+        assert settings("--config=a:b.py").seed == seed
+        assert settings("--config=a:b.py:7").seed == 7
+    assert settings(f"--config={ROOT}/configs/digits.py:dx").policy.kind == "dx"
