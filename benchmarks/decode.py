@@ -21,8 +21,8 @@ import numpy as np
 
 from benchmarks import harness
 from piflow_jax.convert import load_torch_state
-from piflow_jax.models.flops import traced_flops
 from piflow_jax.models.vae import AutoencoderKL, decode_in_chunks
+from piflow_jax.parallel.flops import flops
 from piflow_jax.stages.autoencoder import CHUNK
 
 
@@ -93,8 +93,10 @@ def main() -> None:
     builders = {"piflow_jax": lambda: ours}
     if theirs is not None:
         builders["diffusers"] = lambda: diffusers_call(theirs, device, options.dtype, latents, ours)
-    flops = traced_flops(lambda p, z: module.apply(p, z, method="decode"), params, latents)
-    work = harness.Work(items=options.batch_size, unit="images", flops=flops, dtype=options.dtype)
+    counted = flops(lambda p, z: module.apply(p, z, method="decode"), params, latents)
+    work = harness.Work(
+        items=options.batch_size, unit="images", flops=counted.total, dtype=options.dtype
+    )
     peaks = harness.measured_peaks((options.dtype,))
     harness.save(
         "decode",

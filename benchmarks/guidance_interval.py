@@ -15,10 +15,8 @@ import argparse
 from scipy.stats import binom
 
 from benchmarks import harness
-from benchmarks.train_step import load_config
+from benchmarks.train_step import Subject, load_config
 from piflow_jax.config import parse
-from piflow_jax.training.networks import IMAGENET_LATENTS, student_network, teacher_network
-from piflow_jax.training.step import distill_flops
 
 EXCEEDED = 1e-6
 BATCHES = (16, 64, 128, 256, 1024)
@@ -28,15 +26,9 @@ def savings(config) -> dict:
     """Capacity and saving by the number of examples that a device evaluates at once."""
     low, high = config.teacher.guidance_interval
     inside = high - low
-    side = IMAGENET_LATENTS.sample_size
-    flops = distill_flops(
-        student_network(config.model, config.policy, IMAGENET_LATENTS),
-        teacher_network(config.model, IMAGENET_LATENTS),
-        config,
-        side,
-        side,
-    )
-    share = flops["teacher"] / 2 / sum(flops.values())  # of the unconditional half
+    found = Subject(config, "student").flops().by_scope
+    # Of the unconditional half.
+    share = found["teacher"] / 2 / (found["teacher"] + found["student"])
     rows = {}
     for batch in BATCHES:
         queries = batch * config.train.num_states

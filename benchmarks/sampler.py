@@ -26,9 +26,9 @@ from piflow_jax.config import Config, parse
 from piflow_jax.flow.sampling import few_step_sample
 from piflow_jax.flow.schedule import TimeWarp
 from piflow_jax.flow.substeps import Solver
-from piflow_jax.models.flops import forward_flops
+from piflow_jax.parallel.flops import flops
 from piflow_jax.student import Student
-from piflow_jax.training.networks import StudentSettings
+from piflow_jax.training.networks import StudentSettings, abstract_params
 from piflow_jax.training.objectives import make_policy_factory
 
 SUBSTEPS = {"euler": 128, "multistep": 64}
@@ -122,11 +122,11 @@ def measure(config: Config, options, solver: Solver, substeps: int) -> dict:
             threads = next(iter(counts.values()))
             builders["PyTorch, torch.compile"] = functools.partial(*given, threads, compiled=True)
     module, _ = subject.modules(config)
-    size = subject.data.sample_size
+    evaluation = flops(module.apply, abstract_params(module), *module.example(options.batch_size))
     work = harness.Work(
         items=options.batch_size,
         unit="samples",
-        flops=options.batch_size * config.train.nfe * forward_flops(module, size, size),
+        flops=config.train.nfe * evaluation.total,
         dtype=config.model.dtype,
     )
     peaks = harness.measured_peaks((config.model.dtype,))

@@ -29,7 +29,7 @@ from benchmarks import harness
 from piflow_jax.config import Config, parse
 from piflow_jax.data import load_source
 from piflow_jax.models import student_from_teacher
-from piflow_jax.models.flops import gradient_flops
+from piflow_jax.parallel.flops import Flops, flops
 from piflow_jax.training.networks import (
     IMAGENET_LATENTS,
     DataShape,
@@ -39,7 +39,7 @@ from piflow_jax.training.networks import (
 )
 from piflow_jax.training.optimizer import make_optimizer
 from piflow_jax.training.state import TrainState
-from piflow_jax.training.step import distill_flops, distill_step, teacher_step
+from piflow_jax.training.step import distill_step, teacher_step
 
 STEPS = 4
 OURS = "piflow_jax"
@@ -110,28 +110,34 @@ class Subject:
 
         return make(jax.random.key(0))
 
-    def flops(self) -> float:
-        """The least arithmetic of a step."""
-        student, teacher = self.modules(self.config)
-        side = self.data.sample_size
-        if self.stage == "teacher":
-            return self.size * gradient_flops(teacher, side, side)
-        return self.size * sum(distill_flops(student, teacher, self.config, side, side).values())
+    def step(self, config: Config):
+        """The step with these settings, and its optimiser."""
+        student, teacher = self.modules(config)
+        if self.stage == "student":
+            optimizer = make_optimizer(config.train.optimizer, config.train.steps)
+            return distill_step(student, teacher, optimizer, config, self.data), optimizer
+        optimizer = make_optimizer(config.teacher.optimizer, config.teacher.steps)
+        return teacher_step(teacher, optimizer, config, self.data), optimizer
+
+    def arguments(self, optimizer):
+        """The step's first state, and its constants."""
+        student, teacher = self.weights()
+        create = jax.jit(lambda params: TrainState.create(params, optimizer))
+        if self.stage == "student":
+            return create(student), teacher, jax.random.key(1)
+        return create(teacher), jax.random.key(1)
+
+    def flops(self) -> Flops:
+        """The arithmetic of a step by scope; all that is not the optimiser's is networks'."""
+        step, optimizer = self.step(self.config)
+        arguments = jax.eval_shape(lambda: self.arguments(optimizer))
+        return flops(step, *arguments, self.batch, scopes=("teacher", "student", "optimizer"))
 
     def ours(self, config: Config) -> Callable:
         """Our step with these settings, compiled at its first call."""
-        student, teacher = self.modules(config)
-        of_student, of_teacher = self.weights()
-        if self.stage == "student":
-            optimizer = make_optimizer(config.train.optimizer, config.train.steps)
-            step = distill_step(student, teacher, optimizer, config, self.data)
-            constants, params = (of_teacher, jax.random.key(1)), of_student
-        else:
-            optimizer = make_optimizer(config.teacher.optimizer, config.teacher.steps)
-            step = teacher_step(teacher, optimizer, config, self.data)
-            constants, params = (jax.random.key(1),), of_teacher
+        step, optimizer = self.step(config)
         step = jax.jit(step, donate_argnums=0)
-        state = jax.jit(lambda params: TrainState.create(params, optimizer))(params)
+        state, *constants = self.arguments(optimizer)
         batch = jax.device_put(self.batch)
 
         def call():
@@ -205,11 +211,11 @@ def measure(raw, stage: str, options) -> dict:
         if options.compile and counts:
             threads = next(iter(counts.values()))
             builders["PyTorch, torch.compile"] = functools.partial(subject.torch, threads, True)
-    dtype = ours[OURS].model.dtype
+    dtype, counted = ours[OURS].model.dtype, subject.flops()
     work = harness.Work(
         items=STEPS * subject.size,
         unit="examples",
-        flops=STEPS * subject.flops(),
+        flops=STEPS * (counted.needed - counted.by_scope["optimizer"]),
         dtype=dtype,
     )
     if options.apart or jax.default_backend() != "cpu":

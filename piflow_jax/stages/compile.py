@@ -19,7 +19,6 @@ from jax.sharding import Mesh
 from piflow_jax.config import Config, ConfigError
 from piflow_jax.data import load_source
 from piflow_jax.flow.schedule import longest_segment
-from piflow_jax.models.flops import forward_flops, traced_flops
 from piflow_jax.parallel import (
     ActivationSharding,
     batch_sharding,
@@ -29,6 +28,7 @@ from piflow_jax.parallel import (
 )
 from piflow_jax.parallel.collectives import collective_bytes
 from piflow_jax.parallel.cycles import estimated_cycles
+from piflow_jax.parallel.flops import flops
 from piflow_jax.parallel.topology import CHIPS, Chip, topology_devices
 from piflow_jax.stages.systems import student_sampler, student_shardings, teacher_shardings
 from piflow_jax.training.conditions import conditions
@@ -45,7 +45,7 @@ from piflow_jax.training.networks import (
 )
 from piflow_jax.training.optimizer import make_optimizer
 from piflow_jax.training.state import TrainState
-from piflow_jax.training.step import distill_flops, distill_step
+from piflow_jax.training.step import distill_step
 
 GIB = 2**30
 # Pixels of an image along a side of a latent, of the autoencoders of FLUX.1 and Qwen-Image.
@@ -143,7 +143,6 @@ class _Program:
       results: shardings of its results.
       donated: whether the first argument is.
       examples: samples that come of one run.
-      minimum: FLOPs of the networks' evaluations and gradients, without recomputation, by network.
       substeps: of the longest rollout of a policy.
     """
 
@@ -153,7 +152,6 @@ class _Program:
     results: Any
     donated: bool
     examples: int
-    minimum: dict[str, int]
     substeps: int
 
     def compile(self, mesh: Mesh, remedy: str) -> jax.stages.Compiled:
@@ -255,10 +253,6 @@ def _null(batch: dict[str, jax.ShapeDtypeStruct]) -> dict[str, np.ndarray]:
     return {name: np.zeros(leaf.shape[1:], leaf.dtype) for name, leaf in batch.items()}
 
 
-def _text_length(batch: dict[str, jax.ShapeDtypeStruct]) -> int:
-    return batch["text"].shape[1] if "text" in batch else 0
-
-
 def _step_program(config: Config, mesh: Mesh) -> _Program:
     data, train = _data(config), config.train
     constrain = ActivationSharding(mesh)
@@ -269,7 +263,6 @@ def _step_program(config: Config, mesh: Mesh) -> _Program:
     state = jax.eval_shape(lambda trained: TrainState.create(trained, optimizer), trained)
     teacher_params = abstract_params(teacher)
     batch = _batch(config, data, train.batch_size)
-    size, length = _size(config, data), _text_length(batch)
     of_state = student_shardings(config, mesh, state)
     f = train.final_step_size_scale
     return _Program(
@@ -284,10 +277,6 @@ def _step_program(config: Config, mesh: Mesh) -> _Program:
         results=(of_state, replicated(mesh)),
         donated=True,
         examples=train.batch_size,
-        minimum={
-            network: train.batch_size * flops
-            for network, flops in distill_flops(student, teacher, config, *size, length).items()
-        },
         substeps=max(round(longest_segment(train.nfe, f) * train.total_substeps), 1),
     )
 
@@ -306,7 +295,6 @@ def _sampling_program(config: Config, mesh: Mesh) -> _Program:
 
     nfe, f = config.sampling_nfe, config.train.final_step_size_scale
     split = batch_sharding(mesh)
-    forward = forward_flops(student, *size, _text_length(batch))
     return _Program(
         function=sample,
         arguments=(params, noise, batch),
@@ -314,7 +302,6 @@ def _sampling_program(config: Config, mesh: Mesh) -> _Program:
         results=split,
         donated=False,
         examples=settings.batch_size,
-        minimum={"student": settings.batch_size * nfe * forward},
         substeps=max(round(longest_segment(nfe, f) * settings.substeps), 1),
     )
 
@@ -324,15 +311,16 @@ def _chip(config: Config) -> Chip:
 
 
 def _flops(program: _Program) -> dict[str, Any]:
-    """FLOPs of a run on all devices, and the least that the method can do with."""
-    counted = traced_flops(program.function, *program.arguments)
-    minimum = sum(program.minimum.values())
+    """FLOPs of a run on all devices, and those of the networks without what is recomputed."""
+    counted = flops(program.function, *program.arguments, scopes=SCOPES)
+    networks = {scope: counted.by_scope[scope] for scope in ("teacher", "student")}
+    minimum = sum(networks.values())
     return {
-        "counted": counted,
+        "counted": counted.total,
         "minimum": minimum,
-        "ratio": counted / minimum,
-        "teacher_share": program.minimum.get("teacher", 0) / minimum,
-        "per_example": counted / program.examples,
+        "ratio": counted.total / minimum,
+        "teacher_share": networks["teacher"] / minimum,
+        "per_example": counted.total / program.examples,
     }
 
 

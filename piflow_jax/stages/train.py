@@ -1,10 +1,7 @@
 """`--mode=train`: the teacher if none is given, then the student, then the report."""
 
 import dataclasses
-import functools
 import os
-from collections.abc import Callable
-from statistics import fmean
 from typing import Any
 
 import jax
@@ -14,7 +11,6 @@ from jax.sharding import Mesh
 from piflow_jax.config import Config, ConfigError
 from piflow_jax.data import batches, load_source
 from piflow_jax.evaluation import FEATURE_SPACES
-from piflow_jax.models.flops import gradient_flops
 from piflow_jax.parallel import ActivationSharding, config_mesh, gathered, local_rows
 from piflow_jax.stages.adm import load_inception, load_reference
 from piflow_jax.stages.autoencoder import check_autoencoder, load_autoencoder
@@ -39,7 +35,7 @@ from piflow_jax.training.optimizer import make_optimizer
 from piflow_jax.training.rivals import RIVALS, rival_init, rival_setting
 from piflow_jax.training.run_lock import RunLock
 from piflow_jax.training.state import TrainState
-from piflow_jax.training.step import distill_flops, distill_step, teacher_step
+from piflow_jax.training.step import distill_step, teacher_step
 
 # Streams of randomness, folded into the seed, so that no two uses share numbers.
 _TEACHER_INIT, _TEACHER_STEPS, _STUDENT_INIT, _STUDENT_STEPS, _STUDENT_DATA, _PAIRS = range(6)
@@ -176,8 +172,6 @@ def teacher_stage(config: Config, source, data: DataShape, mesh: Mesh) -> Stage:
         data=stage_batches(mesh, source, settings.batch_size, config.seed),
         steps=settings.steps,
         batch_size=settings.batch_size,
-        flops_per_step=settings.batch_size
-        * _mean_flops(functools.partial(gradient_flops, module), source, data),
         config=flat_settings(
             {
                 "seed": config.seed,
@@ -213,9 +207,6 @@ def student_stage(config: Config, source, data: DataShape, teacher_params, mesh:
         base = None if config.model.network == "dit" else gathered(teacher_params, mesh)
         return look(with_base(student, trained, base))
 
-    def flops(*shape):
-        return sum(distill_flops(student, teacher, config, *shape).values())
-
     groups = {"seed": config.seed, "data.name": config.data.name}
     groups |= {name: getattr(config, name) for name in ("model", "teacher", "policy", "train")}
     flat = flat_settings(groups)
@@ -232,7 +223,6 @@ def student_stage(config: Config, source, data: DataShape, teacher_params, mesh:
         data=stage_batches(mesh, source, settings.batch_size, config.seed + _STUDENT_DATA),
         steps=settings.steps,
         batch_size=settings.batch_size,
-        flops_per_step=settings.batch_size * _mean_flops(flops, source, data),
         config=flat | {_TEACHER: f"fingerprint {tree_fingerprint(teacher_params)}"},
         extensible=extensible,
         identified={_TEACHER: made_by},
@@ -241,14 +231,6 @@ def student_stage(config: Config, source, data: DataShape, teacher_params, mesh:
         shardings=lambda state: student_shardings(config, mesh, state),
         look=look and look_at,
     )
-
-
-def _mean_flops(count: Callable[..., int], source, data: DataShape) -> float:
-    """FLOPs of an example, the mean over the shapes that batches have."""
-    shapes = getattr(source, "buckets", [(data.sample_size, data.sample_size)])
-    length = getattr(source, "text_length", 0)
-    weights = getattr(source, "bucket_sizes", None)  # what share of the batches each has
-    return fmean([count(height, width, length) for height, width in shapes], weights)
 
 
 def rival_stage(
@@ -272,7 +254,6 @@ def rival_stage(
     key = jax.random.split(stream_key(config, _STUDENT_INIT))[0]
     groups = {"seed": config.seed, "data.name": config.data.name, "method": method}
     groups |= {name: getattr(config, name) for name in ("model", "teacher", "train", "rivals")}
-    flops = gradient_flops(setting.module, data.sample_size, data.sample_size)
     return Stage(
         name="rival",
         init=lambda teacher: rival_init(setting, rival, key, teacher),
@@ -281,7 +262,6 @@ def rival_stage(
         data=stage_batches(mesh, source, settings.batch_size, config.seed + _STUDENT_DATA),
         steps=settings.steps,
         batch_size=settings.batch_size,
-        flops_per_step=flops * settings.batch_size,
         config=flat_settings(groups),
         spec=rival_spec(config, data, method),
         init_arguments=(given["teacher"],),

@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 
 from piflow_jax.data import BatchIterator
 from piflow_jax.parallel import device_mesh, gathered, global_batch, replicated
+from piflow_jax.parallel.flops import flops
 from piflow_jax.parallel.processes import over_devices
 from piflow_jax.training.best import BestCheckpoint
 from piflow_jax.training.checkpoint import Checkpointer, CheckpointError
@@ -79,7 +80,6 @@ class Stage:
       data: endless batches with a position.
       steps: where the stage ends.
       batch_size: examples per step, for the throughput.
-      flops_per_step: matrix-product FLOPs of a step, for FLOP/s.
       config: settings that decide what the stage computes; a resumed run must have the same.
       extensible: keys of `config` that a resumed run may change.
       identified: more such keys, by the key of `config` that has the identity of what they made. A
@@ -97,7 +97,6 @@ class Stage:
     data: BatchIterator
     steps: int
     batch_size: int
-    flops_per_step: float
     config: Mapping[str, Any]
     extensible: tuple[str, ...] = ()
     identified: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
@@ -166,7 +165,6 @@ def run_stage(
                 stage.name,
                 f"{os.fspath(workdir)}/{stage.name}" if jax.process_index() == 0 else None,
                 batch_size=stage.batch_size,
-                flops_per_step=stage.flops_per_step,
                 peak=peak_flops,
                 profile=profile,
             )
@@ -278,7 +276,7 @@ class _Loop:
         self._checkpoint_every = checkpoint_every
         self._last_good: int | None = checkpointer.latest_step()
         self._several = jax.process_count() > 1
-        self._programs: dict[Any, Callable] = {}
+        self._programs: dict[Any, tuple[Callable, int]] = {}
 
     def run(
         self,
@@ -294,9 +292,10 @@ class _Loop:
         metrics = pending = None
         self._monitor.start(start)
         for step in range(start + 1, stage.steps + 1):
-            self._monitor.before(step, metrics)
+            program, count = self._program(state, batch)
+            self._monitor.before(step, metrics, count)
             seen = metrics
-            state, metrics = self._program(state, batch)(state, *stage.constants, batch)
+            state, metrics = program(state, *stage.constants, batch)
             if pending is not None:
                 self._report(*pending)
             end = step == stage.steps
@@ -339,8 +338,8 @@ class _Loop:
             return self._leaving.requested is not None
         return seen is not None and int(np.asarray(seen[_LEAVE])) > 0
 
-    def _program(self, state, batch) -> Callable:
-        """The step, compiled for batches of this shape."""
+    def _program(self, state, batch) -> tuple[Callable, int]:
+        """The step, compiled for batches of this shape, and the FLOPs of its networks."""
         shapes = tuple((name, batch[name].shape) for name in sorted(batch))
         if shapes not in self._programs:
             with self._monitor.aside() if self._programs else contextlib.nullcontext():
@@ -363,6 +362,7 @@ class _Loop:
         )
         with jax.set_mesh(self._mesh):  # kernels split their batch over it
             lowered = step.lower(state, *self._stage.constants, batch)
+            counted = flops(step, state, *self._stage.constants, batch, scopes=("optimizer",))
         compiled = lowered.compile()
         seconds = time.perf_counter() - began
         memory = step_memory(compiled)
@@ -370,7 +370,7 @@ class _Loop:
             f"{self._stage.name}  step compiled in {seconds:.1f} s, "
             f"{memory['peak'] / 2**20:,.0f} MiB per device"
         )
-        return compiled
+        return compiled, counted.needed - counted.by_scope["optimizer"]
 
     def _look(self, step: int, state: TrainState, best: BestCheckpoint) -> dict[str, float]:
         """Figures and pictures of the averaged parameters; keeps the state if it is the best."""

@@ -25,7 +25,6 @@ class Monitor:
       name: the stage's, for messages.
       directory: where profiles go, for TensorBoard; None on processes that write none.
       batch_size: examples per step.
-      flops_per_step: matrix-product FLOPs of a step, on all devices.
       peak: FLOPs per second of a device at most; 0 looks the device up, see `peak_flops`.
       profile: first and last step to profile; empty for none.
     """
@@ -36,14 +35,13 @@ class Monitor:
         directory: str | os.PathLike | None,
         *,
         batch_size: int,
-        flops_per_step: float,
         peak: float = 0.0,
         profile: tuple[int, ...] = (),
     ):
         self._name = name
         self._directory = directory
         self._batch_size = batch_size
-        self._flops = flops_per_step
+        self._flops: dict[int, int] = {}
         self._peak = (peak or peak_flops(jax.devices()[0]) or 0.0) * jax.device_count()
         self._profile = profile
         self._profiling = False
@@ -95,13 +93,15 @@ class Monitor:
         since, clock = self._since
         self._since = (since, clock + time.perf_counter() - began)
 
-    def before(self, step: int, last_result: Any) -> None:
+    def before(self, step: int, last_result: Any, flops: int) -> None:
         """Before a step is started: profiles begin and end here, and compilations are noticed.
 
         Args:
           step: the step.
           last_result: what the step before returned, which a profile's end has to wait for.
+          flops: matrix-product FLOPs of the step, on all devices.
         """
+        self._flops[step] = flops
         for seconds in self._compilations:
             logging.warning(
                 "%s: something was compiled again before step %d, in %.1f s; a step that compiles "
@@ -138,17 +138,18 @@ class Monitor:
         (since, began), now = self._since, time.perf_counter()
         waited, self._waited = self._waited, 0.0
         self._since = (step, now)
+        flops = sum(self._flops.pop(ended) for ended in sorted(self._flops) if ended <= step)
         if step <= since:
             return {}
         seconds = (now - began) / (step - since)
         found = {
             "step_seconds": seconds,
             "examples_per_second": self._batch_size / seconds,
-            "flops_per_second": self._flops / seconds,
+            "flops_per_second": flops / (now - began),
             "data_wait": waited / (now - began),
         }
         if self._peak:
-            found["mfu"] = self._flops / seconds / self._peak
+            found["mfu"] = found["flops_per_second"] / self._peak
         counts = [device.memory_stats() for device in jax.local_devices()]
         peaks = [count["peak_bytes_in_use"] for count in counts if count]
         if peaks:

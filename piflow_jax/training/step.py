@@ -9,7 +9,6 @@ import optax
 from piflow_jax.config import Config, OptimizerConfig
 from piflow_jax.data.latents import draw_latents
 from piflow_jax.flow.schedule import TimeWarp
-from piflow_jax.models.flops import forward_flops, gradient_flops
 from piflow_jax.training.conditions import conditions, null_conditions
 from piflow_jax.training.networks import DataShape, Network, with_base
 from piflow_jax.training.objectives import (
@@ -27,7 +26,6 @@ from piflow_jax.training.state import TrainState
 __all__ = [
     "accumulate",
     "advance",
-    "distill_flops",
     "distill_step",
     "images_of",
     "teacher_step",
@@ -272,28 +270,3 @@ def distill_step(
         return state, metrics
 
     return step
-
-
-def distill_flops(
-    student, teacher, config: Config, height: int, width: int, text_length: int = 0
-) -> dict[str, int]:
-    """Matrix-product FLOPs that one example needs in the pi-ID step, and nothing else of weight.
-
-    Args:
-      student: the student's module.
-      teacher: the teacher's module.
-      config: the run's settings.
-      height: sites of a sample.
-      width: sites of a sample.
-      text_length: tokens of text, of networks that read them.
-
-    Returns:
-      `student`, its evaluation with the gradient, and `teacher`, the guided evaluations at every
-      state; each as often as a data-free step has segments.
-    """
-    segments = config.train.nfe if config.train.data_free else 1
-    queries = config.train.num_states * (1 if config.teacher.guidance_scale == 1 else 2)
-    return {
-        "student": segments * gradient_flops(student, height, width, text_length),
-        "teacher": segments * queries * forward_flops(teacher, height, width, text_length),
-    }

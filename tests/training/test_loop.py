@@ -61,7 +61,6 @@ def make_stage(steps=10, *, on_trace=None, poison_at=None, hook=None, **config):
         data=data,
         steps=steps,
         batch_size=8,
-        flops_per_step=1.0,
         config={"steps": steps, "rate": 0.1} | config,
         extensible=("steps",),
         spec={"kind": "toy"},
@@ -140,7 +139,7 @@ def test_metrics_are_fetched_when_the_next_step_has_been_started(tmp_path, monke
     compile_step = loop._Loop._compile
 
     def compile_watched(self, state, batch):
-        compiled = compile_step(self, state, batch)
+        compiled, flops = compile_step(self, state, batch)
 
         def call(*arguments):
             started.append(step := len(started) + 1)
@@ -148,7 +147,7 @@ def test_metrics_are_fetched_when_the_next_step_has_been_started(tmp_path, monke
             saw = lambda: fetched.append((step, len(started)))  # noqa: E731
             return state, {"loss": Watched(metrics["loss"], saw)}
 
-        return call
+        return call, flops
 
     monkeypatch.setattr(loop._Loop, "_compile", compile_watched)
     run_stage(make_stage(), tmp_path, **(OPTIONS | {"checkpoint_every": 100}))

@@ -20,14 +20,15 @@ def clock(monkeypatch):
 
 
 def make(directory=None, **options):
-    options = {"batch_size": 8, "flops_per_step": 60.0} | options
-    return Monitor("toy", directory, **options)
+    return Monitor("toy", directory, **{"batch_size": 8} | options)
 
 
 def test_times_are_those_of_the_steps(clock):
     monitor = make(peak=5.0)
     clock.time += 7  # compilation is no step's time
     monitor.start(10)
+    for step, flops in zip(range(11, 17), (10, 10, 100, 100, 80, 20), strict=True):
+        monitor.before(step, None, flops)  # the last has begun and not ended
     with monitor.waiting():
         clock.time += 1
     clock.time += 9
@@ -42,6 +43,7 @@ def test_times_are_those_of_the_steps(clock):
     clock.time += 4
     again = monitor.figures(16)
     assert again["step_seconds"] == 4 and again["data_wait"] == 0
+    assert again["flops_per_second"] == 5
     assert monitor.figures(16) == {}
 
 
@@ -93,7 +95,7 @@ def test_compiling_again_is_said(monkeypatch):
     with make() as monitor:
         monitor.start(0)
         for step in range(1, 9):
-            monitor.before(step, None)
+            monitor.before(step, None, 0)
             function(jnp.zeros(3 if step < 6 else step))  # from the sixth on, another shape each
             with monitor.compiling():
                 jax.jit(lambda x: x - 1)(jnp.zeros(20 + step))
@@ -112,7 +114,7 @@ def test_a_profile_is_written(tmp_path, last):
         monitor.start(0)
         x = jnp.ones((8, 8))
         for step in range(1, 6):
-            monitor.before(step, x)
+            monitor.before(step, x, 0)
             x = function(x)
             begun = list(tmp_path.rglob("*.xplane.pb"))
             assert bool(begun) == (step > last)
