@@ -25,13 +25,13 @@ from flax.traverse_util import flatten_dict
 import piflow_jax
 from piflow_jax.config import Config, parse
 from piflow_jax.data import load_source
+from piflow_jax.rivals import METHODS
+from piflow_jax.rivals.base import rival_spec
 from piflow_jax.training.networks import (
     IMAGENET_LATENTS,
     TEXT_LATENTS,
     DataShape,
     abstract_params,
-    rival_network,
-    rival_spec,
     student_network,
     student_spec,
     teacher_network,
@@ -112,7 +112,7 @@ def networks(config: Config, data: DataShape) -> dict:
         "student": student_network(config.model, config.policy, data),
     }
     if config.model.network == "dit":
-        found["rival"] = rival_network(config.model, data, two_times=True)
+        found["rival"] = METHODS["meanflow"].network(config.model, data)
     return found
 
 

@@ -16,9 +16,11 @@ from PIL import Image
 
 from piflow_jax.config import base_config, parse
 from piflow_jax.data import load_source
+from piflow_jax.rivals.base import rival_sampler, rival_setting
 from piflow_jax.training.checkpoint import Checkpointer
 from piflow_jax.training.loop import checkpoint_dir
-from piflow_jax.training.networks import DataShape, student_network, student_spec
+from piflow_jax.training.networks import DataShape, init_params, student_network, student_spec
+from tests import gaussian, tiny
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "launch" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -116,6 +118,27 @@ def test_extending_code_works():
     for code in python_blocks(ROOT / "docs" / "extending.md"):
         execute(code, "docs/extending.md", namespace)
     assert namespace["ConstantPolicy"]
+    check_rival(namespace["IMITATION"], namespace["imitation_of_velocities"])
+
+
+def check_rival(rival, loss):
+    """What `extending.md` says of its rival: a loss to be tested, and a row that is enough."""
+    x0, noise = jax.random.normal(jax.random.key(0), (2, 4, 3))
+    t = jnp.linspace(0.1, 1.0, 4)
+    assert loss(gaussian.velocity, gaussian.velocity, x0, noise, t) == 0
+    assert loss(lambda x, t: gaussian.velocity(x, t) + 1, gaussian.velocity, x0, noise, t) > 0.9
+    config = parse(tiny.get_config())
+    data = DataShape(name="digits", sample_size=4, channels=1, num_classes=10)
+    setting = rival_setting(config, data, rival)
+    teacher = init_params(setting.teacher, jax.random.key(1))
+    state = rival.init(setting, jax.random.key(2), teacher)
+    images = jax.random.normal(jax.random.key(3), (4, *data.shape))
+    batch = {"image": images, "label": jnp.arange(4)}
+    given = {"teacher": jax.tree.map(lambda a: a + 0.1, teacher)}
+    state, metrics = jax.jit(rival.step(setting))(state, given, jax.random.key(4), batch)
+    assert int(state.step) == 1 and metrics["loss"] > 0 and metrics["grad_norm"] > 0
+    sampler = jax.jit(rival_sampler(config, data, rival, 2))
+    assert jnp.all(jnp.isfinite(sampler(state.params, images, batch["label"])))
 
 
 @pytest.fixture

@@ -1,8 +1,8 @@
 """Who may import whom. Reads the source with `ast`; the checker is itself tested on planted faults.
 
 Rooms from the ground up: kernels, flow, models, config; then data, convert, parallel and evaluation
-beside each other; then training, stages, main. A room imports lower rooms only, and of these only
-the ones listed here.
+beside each other; then training, rivals, stages, main. A room imports lower rooms only, and of
+these only the ones listed here.
 """
 
 import ast
@@ -31,6 +31,7 @@ ROOMS = {
 }
 ROOMS["student"] = MATHEMATICS | {"training"}
 ROOMS["loading"] = ROOMS["student"] | {"student", "config", "convert"}
+ROOMS["rivals"] = MATHEMATICS | {"models", "config", "training"}
 ROOMS["stages"] = set(ROOMS) - {"__init__", "student", "loading"}
 ROOMS["diagnostics"] = MATHEMATICS
 ROOMS["demo"] = MATHEMATICS | {"__init__", "models", "convert", "data", "evaluation", "training"}
@@ -149,6 +150,8 @@ def test_no_room_imports_a_higher_one():
         ("training/x.py", "from piflow_jax.convert import rules", "training may not import"),
         ("training/x.py", "from piflow_jax import evaluation", "training may not import"),
         ("training/x.py", "if True:\n    import piflow_jax.stages", "training may not import"),
+        ("training/x.py", "from piflow_jax.rivals import METHODS", "training may not import"),
+        ("rivals/x.py", "from piflow_jax.stages import train", "rivals may not import"),
         ("stages/x.py", "from piflow_jax.main import main", "stages may not import"),
         ("data/x.py", "import tensorflow_datasets as tfds", "at top level"),
         (

@@ -20,7 +20,7 @@ from piflow_jax.flow.policies.base import per_sample, promote
 
 ROOT = pathlib.Path(__file__).parents[1]
 # What users meet. Fields of the configuration have a page of their own, made from their metadata.
-PACKAGES = ("convert", "data", "diagnostics", "evaluation", "flow", "kernels", "models")
+PACKAGES = ("convert", "data", "diagnostics", "evaluation", "flow", "kernels", "models", "rivals")
 # Neither mathematics nor networks: files, tables and counts have no source to name.
 PLUMBING = (
     *("piflow_jax.convert", "piflow_jax.data", "piflow_jax.models.axes"),
@@ -28,6 +28,7 @@ PLUMBING = (
     *("piflow_jax.evaluation.features", "piflow_jax.evaluation.floor"),
     *("piflow_jax.evaluation.images", "piflow_jax.evaluation.image_sets"),
     *("piflow_jax.evaluation.report", "piflow_jax.evaluation.text_report"),
+    "piflow_jax.rivals.base",
 )
 SOURCE = re.compile(r"arXiv|paper|[Ss]ource:")
 # NumPy's `ArrayLike` is a name of its own since 2.5, and a union with `_SupportsArray` before.

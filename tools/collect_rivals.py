@@ -5,33 +5,23 @@
     python tools/collect_rivals.py --check     # exit 1 if the tables are not what the reports say
 
 The tables stand between markers and are a pure function of the files `docs/results/rivals_*.json`;
-pictures take matplotlib, the tables the standard library only.
+pictures take matplotlib. What methods are called stands in their rows, in `piflow_jax/rivals`.
 """
 
 import argparse
 import json
-import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
+from piflow_jax.rivals import find_method
+
 DATA_SETS = ("digits", "mnist")
 FIGURES = ("frechet", "precision", "recall", "diversity")
 DECIMALS = {"frechet": 2, "precision": 3, "recall": 3, "diversity": 2, "endpoint_mse": 4}
 HEADS = ("Frechet", "precision", "recall", "diversity", "endpoint MSE")
-
-NAMES = {
-    "gm": "**pi-Flow, GM**",
-    "arc": "pi-Flow, ArcFlow",
-    "meanflow": "MeanFlow",
-    "shortcut": "shortcut",
-    "consistency": "consistency (sCM)",
-    "reflow": "reflow",
-    "regression": "regression",
-    "dmd": "DMD2",
-}
 
 Report = dict[str, Any]
 
@@ -70,10 +60,8 @@ def load(path: Path) -> Report:
 
 def name_of(method: str) -> str:
     """A method as people call it; what it was trained for stands in a column of its own."""
-    method, plus, _ = method.partition("+")
-    base, *parts = method.split("_")
-    losses = [part for part in parts if not part.endswith("nfe")]
-    return ", ".join([NAMES.get(base, base), *losses]) + (" + teacher's time" if plus else "")
+    row = find_method(method)
+    return row.title + (" + teacher's time" if row.credit else "")
 
 
 def groups(report: Report) -> list[tuple[int, str, list[Report]]]:
@@ -193,11 +181,7 @@ def draw(report: Report, path: Path, title: str) -> None:
 
     figure, axes = pyplot.subplots(2, 2, figsize=(10.5, 8.0), sharey="row", layout="constrained")
 
-    def trained_as(method):
-        """A method whatever its number of evaluations."""
-        return re.sub(r"_\d+nfe", "", method)
-
-    methods = sorted({trained_as(row["method"]) for row in report["rows"]})
+    methods = sorted({name_of(row["method"]) for row in report["rows"]})
     colours = {method: f"C{index}" for index, method in enumerate(methods)}
     markers = {1: "o", 2: "s", 4: "^"}
     best = max(report["teacher"], key=lambda row: row["nfe"])
@@ -207,7 +191,7 @@ def draw(report: Report, path: Path, title: str) -> None:
             axis.scatter(
                 [row[key] for row in rows],
                 [row["frechet"] for row in rows],
-                color=colours[trained_as(method)],
+                color=colours[name_of(method)],
                 marker=markers.get(nfe, "D"),
                 s=34,
                 alpha=0.75,
@@ -223,8 +207,7 @@ def draw(report: Report, path: Path, title: str) -> None:
         axis.set_ylabel("Frechet distance")
     dot = pyplot.Line2D
     handles = [
-        dot([], [], color=colours[m], marker="o", ls="", label=name_of(m).replace("*", ""))
-        for m in methods
+        dot([], [], color=colours[m], marker="o", ls="", label=m.replace("*", "")) for m in methods
     ]
     handles += [
         dot([], [], color="grey", marker=marker, ls="", label=f"{nfe} NFE")

@@ -12,6 +12,7 @@ from piflow_jax.config.parsing import (
     check_group,
     check_variant,
     mesh_sizes,
+    nearest,
     parse,
 )
 from piflow_jax.config.schema import (
@@ -46,5 +47,6 @@ __all__ = [
     "check_group",
     "check_variant",
     "mesh_sizes",
+    "nearest",
     "parse",
 ]

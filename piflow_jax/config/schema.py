@@ -352,8 +352,7 @@ class EvaluationConfig:
 class RivalsConfig:
     """The comparison of --mode=rivals: methods at equal compute, each with the student's settings.
 
-    Methods are `gm` and `arc`, pi-Flow with the two policies (`gm_2nfe` is trained for two
-    evaluations), and `meanflow`, `shortcut`, `consistency`, `reflow`, `regression` and `dmd`.
+    A method is a row of the table in `piflow_jax/rivals`, which docs/rivals.md describes.
     """
 
     methods: tuple[str, ...] = _field(
@@ -373,7 +372,9 @@ class RivalsConfig:
     rounds: int = _field(
         10, "rounds in which the steps of all methods are timed in turn", low=1, most=10_000
     )
-    pairs: int = _field(5000, "pairs of noise and endpoint (reflow, regression)", low=1)
+    pairs: int = _field(
+        5000, "pairs of noise and endpoint, for methods that learn from them", low=1
+    )
     pair_steps: int = _field(32, "the teacher's Euler steps for a pair", **_EULER_STEPS)
     fake_updates: int = _field(
         5, "updates of the fake network for one of the student (dmd)", low=1, most=1000

@@ -135,9 +135,6 @@ class DiT(nn.Module):
         attention: `implementation` of `jax.nn.dot_product_attention`: None, "xla" or "cudnn".
         constrain: `(x, names of axes) -> x`, pins activations to devices; the names are `batch`,
             `embed`, `heads`, `mlp` or None. By default it leaves them alone.
-        two_times: The network takes a second time beside `t`, with an embedder of its own whose
-            output is added to the first's (MeanFlow, arXiv 2505.13447; shortcut models, arXiv
-            2410.12557). Without it there are no such parameters.
     """
 
     patch_size: int = 2
@@ -156,15 +153,10 @@ class DiT(nn.Module):
     scan_unroll: int = 1
     attention: str | None = None
     constrain: Constrain = unconstrained
-    two_times: bool = False
 
     @nn.compact
     def __call__(
-        self,
-        x: jax.Array,
-        t: jax.Array,
-        labels: jax.Array,
-        second: jax.Array | None = None,
+        self, x: jax.Array, t: jax.Array, labels: jax.Array
     ) -> jax.Array | GMOutput | ArcOutput:
         """Evaluates the network.
 
@@ -173,7 +165,6 @@ class DiT(nn.Module):
                 `sample_size` and from each other.
             t: `[B]` times in [0, 1], 1 is noise.
             labels: `[B]` integers in `[0, num_classes]`. Others give NaN.
-            second: `[B]` second times in [0, 1], given if and only if the network has `two_times`.
 
         Returns:
             What the head makes: `u[B, H, W, C]`, a `GMOutput`, an `ArcOutput`, or
@@ -182,8 +173,27 @@ class DiT(nn.Module):
         Raises:
             ValueError: A shape, a size or the name of a remat policy does not fit.
         """
-        self._check(x, t, labels, second)
-        embedding = self._embed_condition(t, labels, second)
+        return self.predict(x, t, labels, self.embed_time(t))
+
+    def predict(
+        self, x: jax.Array, t: jax.Array, labels: jax.Array, time: jax.Array
+    ) -> jax.Array | GMOutput | ArcOutput:
+        """Evaluates the network on an embedding of its times; for networks that take several.
+
+        Args:
+            x: `[B, H, W, C]` states, see `__call__`.
+            t: `[B]` times in [0, 1], which the head reads.
+            labels: `[B]` integers in `[0, num_classes]`.
+            time: `[B, D]`, what `embed_time` makes of the time, or a sum of such embeddings.
+
+        Returns:
+            What the head makes: `u[B, H, W, C]` or another shape, see `__call__`.
+
+        Raises:
+            ValueError: A shape, a size or the name of a remat policy does not fit.
+        """
+        self._check(x, t, labels)
+        embedding = time + self._embed_class(labels).astype(time.dtype)
         dtype = jnp.promote_types(x.dtype, embedding.dtype) if self.dtype is None else self.dtype
 
         def linear(features, name, **options):
@@ -221,40 +231,43 @@ class DiT(nn.Module):
             batch: Number of examples.
 
         Returns:
-            States, times and labels; and second times for a network of `two_times`.
+            States, times and labels.
         """
         size = self.sample_size
-        times = jax.ShapeDtypeStruct((batch,), jnp.float32)
         return (
             jax.ShapeDtypeStruct((batch, size, size, self.in_channels), jnp.float32),
-            times,
+            jax.ShapeDtypeStruct((batch,), jnp.float32),
             jax.ShapeDtypeStruct((batch,), jnp.int32),
-            *((times,) if self.two_times else ()),
         )
 
-    def _embed_condition(
-        self, t: jax.Array, labels: jax.Array, second: jax.Array | None
-    ) -> jax.Array:
-        """Embedding `[B, D]` of time and class, at least float32, float64 with such parameters."""
+    def embed_time(self, t: jax.Array, name: str = "time") -> jax.Array:
+        """Embeds times, in float32 at least, in float64 with such parameters.
 
-        def linear(name):
-            return Linear((self.hidden,), param_dtype=self.param_dtype, name=name, parent=self)
+        Args:
+            t: `[B]` times in [0, 1].
+            name: That of the embedder's two layers; a second time has one of its own.
 
-        def embed(name, t):
-            t = t.astype(jnp.promote_types(t.dtype, jnp.float32))
-            features = time_features(t * self.time_scale)
-            return linear(f"{name}_out")(nn.silu(linear(f"{name}_in")(features)))
+        Returns:
+            `[B, D]`.
+        """
 
-        time = embed("time", t)
-        if second is not None:
-            time = time + embed("second_time", second)
+        def linear(end):
+            return Linear(
+                (self.hidden,), param_dtype=self.param_dtype, name=f"{name}_{end}", parent=self
+            )
+
+        t = t.astype(jnp.promote_types(t.dtype, jnp.float32))
+        return linear("out")(nn.silu(linear("in")(time_features(t * self.time_scale))))
+
+    def _embed_class(self, labels: jax.Array) -> jax.Array:
+        """Embeddings `[B, D]` of the labels."""
         table = self.param(
             "class_embed",
             nn.initializers.normal(0.02),
             (self.num_classes + 1, self.hidden),
             self.param_dtype,
         )
-        return time + jnp.take(table, labels, axis=0, mode="fill").astype(time.dtype)
+        return jnp.take(table, labels, axis=0, mode="fill")
 
     def _blocks(self, dtype: DTypeLike) -> nn.Module:
         block = DiTBlock
@@ -282,14 +295,7 @@ class DiT(nn.Module):
             parent=self,
         )
 
-    def _check(
-        self, x: jax.Array, t: jax.Array, labels: jax.Array, second: jax.Array | None
-    ) -> None:
-        if (second is not None) != self.two_times:
-            given = "a second time" if second is not None else "no second time"
-            raise ValueError(f"a network with two_times={self.two_times} was given {given}")
-        if second is not None and second.shape != t.shape:
-            raise ValueError(f"second {second.shape} must have the shape of t, {t.shape}")
+    def _check(self, x: jax.Array, t: jax.Array, labels: jax.Array) -> None:
         if self.remat not in REMAT_POLICIES:
             raise ValueError(f"remat {self.remat!r} is not one of {sorted(REMAT_POLICIES)}")
         if self.hidden % 4 or self.hidden % self.num_heads:

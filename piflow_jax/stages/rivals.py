@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import json
 import os
-import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,46 +12,54 @@ from typing import Any
 import jax
 import numpy as np
 from absl import logging
-from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 
 from piflow_jax.config import Config, ConfigError
 from piflow_jax.data import load_source
 from piflow_jax.evaluation import FEATURE_SPACES
-from piflow_jax.parallel import config_mesh, global_batch, local_mesh, replicated
+from piflow_jax.parallel import (
+    ActivationSharding,
+    config_mesh,
+    global_batch,
+    replicated,
+)
+from piflow_jax.rivals import Method, Rival, find_method
+from piflow_jax.rivals.base import (
+    Pairs,
+    changed,
+    endpoint_pairs,
+    rival_sampler,
+    rival_setting,
+    rival_spec,
+)
 from piflow_jax.stages.measuring import Bench
 from piflow_jax.stages.systems import (
+    load_average,
     load_student,
     load_teacher,
     student_sampler,
+    student_shardings,
     teacher_sampler,
     teacher_shardings,
 )
 from piflow_jax.stages.train import (
-    pairs_key,
-    rival_stage,
+    PAIRS,
+    STUDENT_DATA,
+    STUDENT_INIT,
+    STUDENT_STEPS,
+    flat_settings,
     run_here,
+    stage_batches,
+    stream_key,
     student_stage,
     teacher_stage,
 )
-from piflow_jax.training.checkpoint import restore_subtree
 from piflow_jax.training.loop import Stage, checkpoint_dir
 from piflow_jax.training.networks import DataShape, abstract_params, teacher_network
-from piflow_jax.training.rivals import (
-    RIVALS,
-    Pairs,
-    endpoint_pairs,
-    rival_sampler,
-    rival_setting,
-)
 from piflow_jax.training.run_lock import RunLock
 
 __all__ = ["compare_rivals"]
 
-POLICY_METHOD = re.compile(r"(?P<kind>gm|arc)(_(?P<nfe>\d+)nfe)?(_(?P<loss>adaptive|timed))?")
-# Weights of pi-ID that are no part of its paper, by the end of a method's name.
-LOSSES = {"adaptive": {"adaptive_power": 1.0}, "timed": {"time_power": 1.0}}
-CREDIT = "+teacher"
 # Settings of where and how a run goes on, which its results do not depend on.
 _OF_THE_RUN = (
     *("mesh", "processes", "profile", "peak_flops", "compilation_cache", "topology"),
@@ -95,34 +102,20 @@ def compare_rivals(config: Config, workdir: str | os.PathLike) -> dict[str, Any]
         )
     if config.train.microbatches != 1:
         raise ConfigError("config.train.microbatches must be 1 with --mode=rivals")
-    for method in config.rivals.methods:
-        _check_method(method)
+    try:
+        methods = {name: find_method(name) for name in config.rivals.methods}
+    except ValueError as error:
+        raise ConfigError(f"config.rivals.methods: {error}") from error
     workdir = Path(workdir).absolute()
     with RunLock(workdir):
-        return _Comparison(config, workdir).run()
-
-
-def _check_method(method: str) -> None:
-    name = method.removesuffix(CREDIT)
-    if name not in RIVALS and not POLICY_METHOD.fullmatch(name):
-        raise ConfigError(
-            f"config.rivals.methods: there is no {method!r}; there are gm and arc, with _2nfe and "
-            f"the like behind them, and {', '.join(RIVALS)}, each with {CREDIT!r} behind it or not"
-        )
-
-
-def _timed_as(method: str) -> str:
-    """Whose step time a method has: a weight of the loss costs nothing that a clock would show."""
-    name = method.removesuffix(CREDIT)
-    match = POLICY_METHOD.fullmatch(name)
-    return name.removesuffix(f"_{match['loss']}") if match and match["loss"] else name
+        return _Comparison(config, workdir, methods).run()
 
 
 class _Comparison:
     """The comparison in one work directory."""
 
-    def __init__(self, config: Config, workdir: Path):
-        self._config, self._workdir = config, workdir
+    def __init__(self, config: Config, workdir: Path, methods: dict[str, Method]):
+        self._config, self._workdir, self._methods = config, workdir, methods
         self._mesh: Mesh = config_mesh(config)
         self._source = load_source(config.data.name, config.data.data_dir or None)
         self._data = DataShape.of(config.data.name, self._source)
@@ -143,9 +136,8 @@ class _Comparison:
         report = {"rows": [], "teacher": teacher_rows, "times": times}
         report |= of_data | {"floor": dataclasses.asdict(of_data["floor"])}
         for index, seed in enumerate(config.rivals.seeds):
-            for method in config.rivals.methods:
-                spent = times["methods"][method]
-                report["rows"] += self._result(method, seed, spent, bench, reference)
+            for name, spent in times["methods"].items():
+                report["rows"] += self._result(name, seed, spent, bench, reference)
             report["protocol"] = bench.protocol() | {
                 "seed": list(config.rivals.seeds[: index + 1]),
                 "batch_size": config.train.batch_size,
@@ -176,45 +168,42 @@ class _Comparison:
         """Step times, steps and seconds of every method, from times measured once."""
         config, path = self._config, self._workdir / "times.json"
         measured = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        names = dict.fromkeys(_timed_as(method) for method in config.rivals.methods)
-        names = [name for name in (*names, "teacher", "pairs") if name not in measured]
-        if names:
-            calls = {name: self._timed_call(name) for name in names}
+        timed_as = {name: method.timed_as or method.name for name, method in self._methods.items()}
+        names = dict.fromkeys((*timed_as.values(), "teacher", "pairs"))
+        calls = {name: self._timed_call(name) for name in names if name not in measured}
+        if calls:
             measured |= interleaved_seconds(calls, config.rivals.rounds)
             _write(path, measured)
         rivals = config.rivals
-        calls = -(-rivals.pairs // config.evaluation.batch_size)
-        pairs_seconds = calls * measured["pairs"]
+        pairs_seconds = -(-rivals.pairs // config.evaluation.batch_size) * measured["pairs"]
         teacher_seconds = config.teacher.steps * measured["teacher"]
         methods = {}
-        for method in rivals.methods:
-            name = method.removesuffix(CREDIT)
-            total = rivals.seconds + (teacher_seconds if method.endswith(CREDIT) else 0)
-            given = RIVALS[name].given if name in RIVALS else "teacher"
-            before = pairs_seconds if given == "pairs" else 0.0
+        for name, method in self._methods.items():
+            total = rivals.seconds + (teacher_seconds if method.credit else 0)
+            before = pairs_seconds if method.given == "pairs" else 0.0
             if before >= total:
                 raise ConfigError(
                     f"config.rivals.seconds ({rivals.seconds}) must be above the {before:.0f} s "
                     "that config.rivals.pairs take on this machine"
                 )
-            step_seconds = measured[_timed_as(method)]
+            step_seconds = measured[timed_as[name]]
             steps = int((total - before) / step_seconds)
             warmup = config.train.optimizer.warmup_steps
             if steps <= warmup:
                 raise ConfigError(
-                    f"config.rivals.seconds ({rivals.seconds}) buys {steps} steps of {method} "
+                    f"config.rivals.seconds ({rivals.seconds}) buys {steps} steps of {name} "
                     f"here, which must be more than config.train.optimizer.warmup_steps ({warmup})"
                 )
-            methods[method] = {
+            methods[name] = {
                 "step_seconds": step_seconds,
                 "steps": steps,
                 "pairs_seconds": before,
                 "train_seconds": before + steps * step_seconds,
-                "teacher_seconds": 0.0 if given == "data" else teacher_seconds,
+                "teacher_seconds": 0.0 if method.given == "data" else teacher_seconds,
             }
         return {
             "methods": methods,
-            "settings": _jsonable(dataclasses.asdict(rivals)),
+            "settings": flat_settings(dataclasses.asdict(rivals)),
             "clock": "cores" if jax.default_backend() == "cpu" else "wall",
             "device": jax.devices()[0].device_kind,
             "cores": os.cpu_count(),
@@ -225,20 +214,13 @@ class _Comparison:
         """One step of a method or of the teacher, or one call for pairs."""
         config = self._config
         if name == "pairs":
-            make = self._pairs_maker()
-            return lambda: jax.block_until_ready(make(0))
+            return lambda: jax.block_until_ready(self._make_pairs(0))
         if name == "teacher":
             return self._stepper(teacher_stage(config, self._source, self._data, self._mesh))
-        settings = self._settings(name, config.train.steps, config.seed)
-        pairs = Pairs(*(self._example()[key] for key in ("image", "image", "label")))
-        return self._stepper(self._stage(name, settings, self._on_devices(pairs)))
-
-    def _example(self) -> dict[str, jax.Array]:
-        size = self._config.train.batch_size
-        return {
-            "image": np.asarray(self._source.images[:size]),
-            "label": np.asarray(self._source.labels[:size], np.int32),
-        }
+        size, source = config.train.batch_size, self._source
+        images, labels = source.images[:size], source.labels[:size].astype(np.int32)
+        pairs = self._on_devices(Pairs(images, images, labels))
+        return self._stepper(self._stage(find_method(name), config, pairs))
 
     def _stepper(self, stage: Stage) -> Callable[[], None]:
         state = jax.jit(stage.init)(*stage.init_arguments)
@@ -256,43 +238,28 @@ class _Comparison:
 
     # --- Methods ---------------------------------------------------------------------------------
 
-    def _settings(self, name: str, steps: int, seed: int) -> Config:
-        """The run's settings as one method has them."""
-        config = self._config
-        train = dataclasses.replace(config.train, steps=steps)
-        policy = config.policy
-        match = POLICY_METHOD.fullmatch(name)
-        if match:
-            weights = LOSSES.get(match["loss"], {})
-            train = dataclasses.replace(train, nfe=int(match["nfe"] or 1), **weights)
-            policy = dataclasses.replace(policy, kind=match["kind"])
-        return dataclasses.replace(config, seed=seed, train=train, policy=policy)
-
-    def _stage(self, name: str, config: Config, pairs: Pairs | None) -> Stage:
-        if name not in RIVALS:
-            return student_stage(config, self._source, self._data, self._teacher, self._mesh)
+    def _stage(self, method: Method, config: Config, pairs: Pairs | None) -> Stage:
+        """Training of a method at the length and with the seed that the settings have."""
+        config, source, mesh = changed(config, method.settings), self._source, self._mesh
+        if not isinstance(method, Rival):
+            return student_stage(config, source, self._data, self._teacher, mesh)
         given = {"teacher": self._teacher}
-        if RIVALS[name].given == "pairs":
+        if method.given == "pairs":
             given["pairs"] = pairs
-        return rival_stage(config, self._source, self._data, name, given, self._mesh)
+        return rival_stage(config, source, self._data, method, given, mesh)
 
-    def _pairs_maker(self) -> Callable[[int], Pairs]:
+    @functools.cached_property
+    def _make_pairs(self) -> Callable[[int], Pairs]:
         config = self._config
-        setting = rival_setting(config, self._data, RIVALS["reflow"])
-        size, steps = config.evaluation.batch_size, config.rivals.pair_steps
-        make = jax.jit(
-            lambda params, index: endpoint_pairs(setting, params, pairs_key(config), size, steps)(
-                index
-            )
-        )
-        return lambda index: make(self._teacher, index)
+        key, size = stream_key(config, PAIRS), config.evaluation.batch_size
+        make = functools.partial(endpoint_pairs, config, self._data, key, size)
+        return functools.partial(jax.jit(make), self._teacher)
 
     @functools.cached_property
     def _pairs(self) -> Pairs:
         """Pairs for all methods and seeds: the same ones, made anew by every process that runs."""
-        count = self._config.rivals.pairs
-        make = self._pairs_maker()
-        parts = [make(i) for i in range(-(-count // self._config.evaluation.batch_size))]
+        count, size = self._config.rivals.pairs, self._config.evaluation.batch_size
+        parts = [self._make_pairs(i) for i in range(-(-count // size))]
         pairs = jax.tree.map(lambda *leaves: np.concatenate(leaves)[:count], *parts)
         return self._on_devices(pairs)
 
@@ -301,55 +268,40 @@ class _Comparison:
         return jax.device_put(pairs, replicated(self._mesh))
 
     def _result(
-        self,
-        method: str,
-        seed: int,
-        times: dict[str, float],
-        bench: Bench,
-        reference: np.ndarray,
+        self, name: str, seed: int, times: dict[str, float], bench: Bench, reference: np.ndarray
     ) -> list[dict[str, Any]]:
         """Rows of a method and a seed, trained and measured if they are not there yet."""
-        place = self._workdir / method / f"seed{seed}"
+        place = self._workdir / name / f"seed{seed}"
         path = place / "result.json"
         if path.exists():
             return json.loads(path.read_text(encoding="utf-8"))
-        logging.info("%s, seed %d: %d steps", method, seed, times["steps"])
-        name = method.removesuffix(CREDIT)
-        config = self._settings(name, times["steps"], seed)
-        needs_pairs = name in RIVALS and RIVALS[name].given == "pairs"
-        stage = self._stage(name, config, self._pairs if needs_pairs else None)
+        logging.info("%s, seed %d: %d steps", name, seed, times["steps"])
+        method = self._methods[name]
+        config = changed(self._config, {"seed": seed, "train.steps": times["steps"]})
+        pairs = self._pairs if method.given == "pairs" else None
         began = time.perf_counter()
-        run_here(stage, config, place, self._mesh)
+        run_here(self._stage(method, config, pairs), config, place, self._mesh)
         wall = time.perf_counter() - began
         rows = []
-        for nfe, sampler, params, comparable in self._samplers(name, config, place):
+        for nfe, sampler, params in self._samplers(method, config, place):
             samples, seconds = bench.sample(sampler, params)
-            row = bench.row(method, nfe, samples, seconds, reference if comparable else None)
-            row = {"method": method, "seed": seed} | dataclasses.asdict(row)
+            ends = reference if method.follows(nfe) else None
+            row = dataclasses.asdict(bench.row(name, nfe, samples, seconds, ends))
             del row["system"]
-            rows.append(row | times | {"wall_seconds": wall})
+            rows.append({"method": name, "seed": seed} | row | times | {"wall_seconds": wall})
         _write(path, rows)
         return rows
 
-    def _samplers(self, name: str, config: Config, place: Path):
-        """`(nfe, sampler, parameters, whether endpoints are comparable)` of a trained method."""
-        data = self._data
-        if name not in RIVALS:
-            params = load_student(config, data, place)
-            yield config.train.nfe, student_sampler(config, data), params, True
+    def _samplers(self, method: Method, config: Config, place: Path):
+        """`(nfe, sampler, parameters)` of a trained method."""
+        config, data = changed(config, method.settings), self._data
+        if not isinstance(method, Rival):
+            yield config.train.nfe, student_sampler(config, data), load_student(config, data, place)
             return
-        rival = RIVALS[name]
-        module = rival_setting(config, data, rival).module
-        where = replicated(local_mesh())
-        like = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
-            abstract_params(module),
-        )
-        params = restore_subtree(checkpoint_dir(place, "rival"), "ema_params", like)
-        for nfe in (1,) if rival.one_step else config.rivals.nfes:
-            # Fresh noise, or no tie to the teacher's paths, leaves nothing to compare.
-            follows = not rival.fake and (rival.sampler == "jump" or nfe == 1)
-            yield nfe, rival_sampler(config, data, name, nfe), params, follows
+        module, spec = method.network(config.model, data), rival_spec(config, data, method.name)
+        params = load_average(checkpoint_dir(place, "rival"), module, spec)
+        for nfe in method.nfes(config):
+            yield nfe, rival_sampler(config, data, method, nfe), params
 
     def _teacher_rows(self, bench: Bench) -> tuple[list[dict[str, Any]], np.ndarray]:
         """Rows of the teacher and its endpoints, kept for the next start."""
@@ -368,6 +320,42 @@ class _Comparison:
         np.save(endpoints, reference)
         _write(path, rows[::-1])
         return rows[::-1], reference
+
+
+def rival_stage(
+    config: Config, source, data: DataShape, rival: Rival, given: dict[str, Any], mesh: Mesh
+) -> Stage:
+    """Training of a rival, whose length and learning rate are those of `config.train`.
+
+    Args:
+      config: the run's settings.
+      source: images or latents.
+      data: what they look like.
+      rival: the method.
+      given: the teacher's parameters as `teacher`, and `pairs` for those that need them.
+      mesh: the devices.
+
+    Returns:
+      The stage, called `rival`.
+    """
+    settings = config.train
+    setting = rival_setting(config, data, rival, ActivationSharding(mesh))
+    key = jax.random.split(stream_key(config, STUDENT_INIT))[0]
+    groups = {"seed": config.seed, "data.name": config.data.name, "method": rival.name}
+    groups |= {group: getattr(config, group) for group in ("model", "teacher", "train", "rivals")}
+    return Stage(
+        name="rival",
+        init=lambda teacher: rival.init(setting, key, teacher),
+        step=rival.step(setting),
+        constants=(given, stream_key(config, STUDENT_STEPS)),
+        data=stage_batches(mesh, source, settings.batch_size, config.seed + STUDENT_DATA),
+        steps=settings.steps,
+        batch_size=settings.batch_size,
+        config=flat_settings(groups),
+        spec=rival_spec(config, data, rival.name),
+        init_arguments=(given["teacher"],),
+        shardings=lambda state: student_shardings(config, mesh, state),
+    )
 
 
 def interleaved_seconds(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
@@ -399,13 +387,9 @@ def interleaved_seconds(calls: dict[str, Callable[[], Any]], rounds: int) -> dic
 
 def _comparable(config: Config) -> dict[str, Any]:
     """The settings that a kept result depends on, by key."""
-    flat = flatten_dict(dataclasses.asdict(config), sep=".")
     free = ("rivals.methods", "rivals.seeds", "rivals.rounds", *_OF_THE_RUN)
-    return _jsonable({key: v for key, v in flat.items() if not key.startswith(free)})
-
-
-def _jsonable(values: dict[str, Any]) -> dict[str, Any]:
-    return {key: list(v) if isinstance(v, tuple) else v for key, v in values.items()}
+    flat = flat_settings(dataclasses.asdict(config))
+    return {key: value for key, value in flat.items() if not key.startswith(free)}
 
 
 def _write(path: Path, values: Any) -> None:

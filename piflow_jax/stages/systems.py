@@ -44,6 +44,7 @@ from piflow_jax.training.objectives import guided_teacher, make_policy_factory
 
 __all__ = [
     "data_shape",
+    "load_average",
     "load_student",
     "load_system",
     "load_teacher",
@@ -129,7 +130,7 @@ def load_teacher(
         form = config.teacher.weights_format if network == "dit" else network
         return _official(config.teacher.weights, "config.teacher.weights", form, module, shardings)
     directory = config.teacher.checkpoint or checkpoint_dir(workdir, "teacher")
-    return _load(directory, module, teacher_spec(config, data), shardings)
+    return load_average(directory, module, teacher_spec(config, data), shardings)
 
 
 def _placed(abstract: Any, shardings: Any) -> Any:
@@ -193,7 +194,7 @@ def load_student(
         base = _load_teacher_on(mesh, config, data, workdir)
     if not config.evaluation.weights:
         directory = student_dir(config, workdir)
-        trained = _load(directory, module, student_spec(config, data), shardings)
+        trained = load_average(directory, module, student_spec(config, data), shardings)
     elif base is None:
         path, form = config.evaluation.weights, f"{config.policy.kind}_dit"
         trained = _official(path, "config.evaluation.weights", form, module, shardings)
@@ -216,7 +217,23 @@ def _official_adapter(config: Config, module: Network, abstract: Any, shardings:
         raise ConfigError(f"config.evaluation.weights = {path!r}: {error}") from error
 
 
-def _load(directory: str | os.PathLike, module: Network, spec: dict, shardings: Any):
+def load_average(
+    directory: str | os.PathLike, module: Network, spec: dict[str, Any], shardings: Any = None
+) -> Any:
+    """The averaged parameters of a checkpoint.
+
+    Args:
+      directory: where the checkpoints lie.
+      module: the network.
+      spec: what the checkpoint must say of itself.
+      shardings: see `load_teacher`.
+
+    Returns:
+      The parameters; of a network with adapters its trained part.
+
+    Raises:
+      CheckpointError: there is no checkpoint, it is unusable, or it contradicts the spec.
+    """
     _, saved, _ = read_spec(directory)
     check_spec(saved, spec, directory)
     abstract = trained_part(module, abstract_params(module))

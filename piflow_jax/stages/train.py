@@ -24,7 +24,6 @@ from piflow_jax.training.networks import (
     abstract_params,
     init_params,
     initial_student,
-    rival_spec,
     student_network,
     student_spec,
     teacher_network,
@@ -32,13 +31,12 @@ from piflow_jax.training.networks import (
     with_base,
 )
 from piflow_jax.training.optimizer import make_optimizer
-from piflow_jax.training.rivals import RIVALS, rival_init, rival_setting
 from piflow_jax.training.run_lock import RunLock
 from piflow_jax.training.state import TrainState
 from piflow_jax.training.step import distill_step, teacher_step
 
 # Streams of randomness, folded into the seed, so that no two uses share numbers.
-_TEACHER_INIT, _TEACHER_STEPS, _STUDENT_INIT, _STUDENT_STEPS, _STUDENT_DATA, _PAIRS = range(6)
+TEACHER_INIT, TEACHER_STEPS, STUDENT_INIT, STUDENT_STEPS, STUDENT_DATA, PAIRS = range(6)
 
 
 def train(config: Config, workdir: str | os.PathLike) -> None:
@@ -165,10 +163,10 @@ def teacher_stage(config: Config, source, data: DataShape, mesh: Mesh) -> Stage:
     return Stage(
         name="teacher",
         init=lambda: TrainState.create(
-            init_params(module, stream_key(config, _TEACHER_INIT)), optimizer
+            init_params(module, stream_key(config, TEACHER_INIT)), optimizer
         ),
         step=step,
-        constants=(stream_key(config, _TEACHER_STEPS),),
+        constants=(stream_key(config, TEACHER_STEPS),),
         data=stage_batches(mesh, source, settings.batch_size, config.seed),
         steps=settings.steps,
         batch_size=settings.batch_size,
@@ -197,7 +195,7 @@ def student_stage(config: Config, source, data: DataShape, teacher_params, mesh:
     distil = distill_step(student, teacher, optimizer, config, data, getattr(source, "null", None))
 
     def init(teacher_params):
-        key = stream_key(config, _STUDENT_INIT)
+        key = stream_key(config, STUDENT_INIT)
         return TrainState.create(initial_student(key, student, teacher, teacher_params), optimizer)
 
     look = student_look(config, source, data) if config.evaluation.every else None
@@ -219,8 +217,8 @@ def student_stage(config: Config, source, data: DataShape, teacher_params, mesh:
         name="student",
         init=init,
         step=distil,
-        constants=(teacher_params, stream_key(config, _STUDENT_STEPS)),
-        data=stage_batches(mesh, source, settings.batch_size, config.seed + _STUDENT_DATA),
+        constants=(teacher_params, stream_key(config, STUDENT_STEPS)),
+        data=stage_batches(mesh, source, settings.batch_size, config.seed + STUDENT_DATA),
         steps=settings.steps,
         batch_size=settings.batch_size,
         config=flat | {_TEACHER: f"fingerprint {tree_fingerprint(teacher_params)}"},
@@ -231,47 +229,6 @@ def student_stage(config: Config, source, data: DataShape, teacher_params, mesh:
         shardings=lambda state: student_shardings(config, mesh, state),
         look=look and look_at,
     )
-
-
-def rival_stage(
-    config: Config, source, data: DataShape, method: str, given: dict[str, Any], mesh: Mesh
-) -> Stage:
-    """Training of a rival, whose length and learning rate are those of `config.train`.
-
-    Args:
-      config: the run's settings.
-      source: images or latents.
-      data: what they look like.
-      method: a key of `RIVALS`.
-      given: the teacher's parameters as `teacher`, and `pairs` for those that need them.
-      mesh: the devices.
-
-    Returns:
-      The stage, called `rival`.
-    """
-    rival, settings = RIVALS[method], config.train
-    setting = rival_setting(config, data, rival, ActivationSharding(mesh))
-    key = jax.random.split(stream_key(config, _STUDENT_INIT))[0]
-    groups = {"seed": config.seed, "data.name": config.data.name, "method": method}
-    groups |= {name: getattr(config, name) for name in ("model", "teacher", "train", "rivals")}
-    return Stage(
-        name="rival",
-        init=lambda teacher: rival_init(setting, rival, key, teacher),
-        step=rival.step(setting),
-        constants=(given, stream_key(config, _STUDENT_STEPS)),
-        data=stage_batches(mesh, source, settings.batch_size, config.seed + _STUDENT_DATA),
-        steps=settings.steps,
-        batch_size=settings.batch_size,
-        config=flat_settings(groups),
-        spec=rival_spec(config, data, method),
-        init_arguments=(given["teacher"],),
-        shardings=lambda state: student_shardings(config, mesh, state),
-    )
-
-
-def pairs_key(config: Config) -> jax.Array:
-    """The key of the pairs of noise and endpoint."""
-    return stream_key(config, _PAIRS)
 
 
 def stage_batches(mesh: Mesh, source, batch_size: int, seed: int):

@@ -28,8 +28,6 @@ __all__ = [
     "abstract_params",
     "init_params",
     "initial_student",
-    "rival_network",
-    "rival_spec",
     "student_network",
     "student_settings",
     "student_spec",
@@ -206,11 +204,6 @@ def student_network(model: ModelConfig, policy: PolicyConfig, data: DataShape) -
     return _network(model, data, head, lora)
 
 
-def rival_network(model: ModelConfig, data: DataShape, *, two_times: bool) -> DiT:
-    """The same network as the teacher's, for a rival: of one time or of two."""
-    return teacher_network(model, data).clone(two_times=two_times)
-
-
 def init_params(module: Network, key: jax.Array) -> Any:
     """Fresh variables of a network; traceable."""
     return module.init(key, *(jnp.zeros(leaf.shape, leaf.dtype) for leaf in module.example()))
@@ -298,12 +291,6 @@ def student_spec(config: Config, data: DataShape) -> dict[str, Any]:
         | {f"policy.{key}": policy[key] for key in used}
         | {f"train.{key}": getattr(train, key) for key in sampling}
     )
-
-
-def rival_spec(config: Config, data: DataShape, method: str) -> dict[str, Any]:
-    """What a rival's checkpoint says of itself; no student, whose network predicts a policy."""
-    spec = {"kind": "rival", "method": method, "train.shift": config.train.shift}
-    return spec | _model_spec(config.model, data)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

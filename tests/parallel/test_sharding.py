@@ -19,13 +19,13 @@ from flax.traverse_util import flatten_dict
 from jax.sharding import PartitionSpec as P
 
 from piflow_jax.config import base_config, parse
-from piflow_jax.models import DiT
 from piflow_jax.models.axes import parameter_axes
 from piflow_jax.models.flux import FLUX_TARGETS, Flux
 from piflow_jax.models.heads import ArcHead, DXHead, GMHead
 from piflow_jax.models.lora import LoRA
 from piflow_jax.models.qwen_image import QWEN_TARGETS, QwenImage
 from piflow_jax.parallel import device_mesh, parameter_shardings
+from piflow_jax.rivals.flow_map import TwoTimes
 from piflow_jax.stages.systems import student_shardings, teacher_shardings
 from piflow_jax.training.state import TrainState
 
@@ -249,7 +249,7 @@ def test_each_part_of_the_state_has_a_rule_of_its_own(place):
 
 
 def test_every_parameter_of_a_rival_has_its_axes():
-    module = DiT(two_times=True, head=ArcHead(16), hidden=64, num_heads=4, depth=2)
+    module = TwoTimes(head=ArcHead(16), hidden=64, num_heads=4, depth=2)
     t = jnp.zeros(1)
     inputs = jnp.zeros((1, 32, 32, 4)), t, jnp.zeros(1, jnp.int32), t
     shapes = jax.eval_shape(module.init, jax.random.key(0), *inputs)["params"]

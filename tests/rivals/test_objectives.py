@@ -7,8 +7,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from piflow_jax.flow import rivals
 from piflow_jax.flow.schedule import TimeWarp
+from piflow_jax.rivals.base import renoised_sample
+from piflow_jax.rivals.consistency import (
+    consistency_loss,
+    consistency_tangent,
+    consistency_times,
+    trigflow,
+)
+from piflow_jax.rivals.distribution_matching import backward_simulation, distribution_matching_loss
+from piflow_jax.rivals.flow_map import flow_map_sample, guided_target
+from piflow_jax.rivals.meanflow import meanflow_loss, meanflow_times
+from piflow_jax.rivals.reflow import reflow_loss
+from piflow_jax.rivals.shortcut import shortcut_steps, shortcut_target
 from tests import gaussian
 from tests.gaussian import run
 
@@ -47,10 +58,10 @@ def test_meanflow_vanishes_at_the_exact_mean_velocity(states):
 
     def loss(amount):
         network = off(gaussian.mean_velocity, amount)
-        return rivals.meanflow_loss(network, x, v, t, r, power=0.0)[0]
+        return meanflow_loss(network, x, v, t, r, power=0.0)[0]
 
     # Without the samples of r = t = 0.7, where two branches of the test's own formula meet.
-    _, residual = run(lambda: rivals.meanflow_loss(gaussian.mean_velocity, x, v, t, r))
+    _, residual = run(lambda: meanflow_loss(gaussian.mean_velocity, x, v, t, r))
     apart = np.asarray(r < t)
     assert np.abs(residual[apart]).max() < 1e-12
     assert run(lambda: loss(0.0)) < 1e-6 < 1e-3 < run(lambda: loss(0.1))
@@ -61,7 +72,7 @@ def test_meanflow_residual_is_that_of_finite_differences(states):
     x, t, r = states
     v = jnp.cos(x)
     network = off(gaussian.mean_velocity)
-    _, residual = run(lambda: rivals.meanflow_loss(network, x, v, t, r))
+    _, residual = run(lambda: meanflow_loss(network, x, v, t, r))
     h = 1e-6
     moved = jax.jit(lambda h: network(x + h * v, t + h, t + h - r))
     ahead, behind = moved(h), moved(-h)
@@ -80,9 +91,9 @@ def test_meanflow_weight_is_without_gradient(states):
 
     def loss(amount, power):
         network = off(gaussian.mean_velocity, amount)
-        return rivals.meanflow_loss(network, x, v, t, r, power=power, eps=1e-3)[0]
+        return meanflow_loss(network, x, v, t, r, power=power, eps=1e-3)[0]
 
-    _, residual = run(lambda: rivals.meanflow_loss(off(gaussian.mean_velocity), x, v, t, r))
+    _, residual = run(lambda: meanflow_loss(off(gaussian.mean_velocity), x, v, t, r))
     squares = np.sum(np.square(residual), -1)
     value = run(lambda: loss(0.1, 1.0))
     np.testing.assert_allclose(value, np.mean(squares / (squares + 1e-3)), rtol=1e-9)
@@ -93,7 +104,7 @@ def test_meanflow_weight_is_without_gradient(states):
 
 
 def test_meanflow_times_have_their_shares():
-    t, r = rivals.meanflow_times(jax.random.key(0), 20_000)
+    t, r = meanflow_times(jax.random.key(0), 20_000)
     assert np.all(r <= t) and np.all((t > 0) & (t < 1))
     assert abs(np.mean(r < t) - 0.25) < 0.015
     # The smaller and the larger of two normals average to their mean.
@@ -109,7 +120,7 @@ def test_guidance_that_is_built_in_is_the_guided_velocity(states):
     omega, kappa = 1.5, 0.25
     # The fixed point of `v' = omega v + kappa v' + (1 - omega - kappa) u`.
     guided = uncond + omega / (1 - kappa) * (cond - uncond)
-    found = rivals.guided_target(cond, guided, uncond, omega, kappa)
+    found = guided_target(cond, guided, uncond, omega, kappa)
     np.testing.assert_allclose(found, guided, atol=1e-12)
 
 
@@ -120,11 +131,9 @@ def test_shortcut_target_is_the_longer_step(states):
     x, *_ = states
     d = jnp.asarray([0.5, 0.25, 0.125, 0.125, 1 / 128, 1 / 128])
     t = jnp.asarray([1.0, 1.0, 0.75, 0.25, 1.0, 1 / 64])
-    target = run(lambda: rivals.shortcut_target(gaussian.mean_velocity, x, t, d, smallest=1 << 20))
+    target = run(lambda: shortcut_target(gaussian.mean_velocity, x, t, d, smallest=1 << 20))
     np.testing.assert_allclose(target, gaussian.mean_velocity(x, t, 2 * d), atol=1e-12)
-    wrong = run(
-        lambda: rivals.shortcut_target(off(gaussian.mean_velocity), x, t, d, smallest=1 << 20)
-    )
+    wrong = run(lambda: shortcut_target(off(gaussian.mean_velocity), x, t, d, smallest=1 << 20))
     apart = np.abs(wrong - off(gaussian.mean_velocity)(x, t, 2 * d)).max(-1)
     assert np.all(apart > 1e-5)
 
@@ -138,7 +147,7 @@ def test_shortest_shortcuts_are_asked_as_flow_matching(states):
         return x
 
     d = jnp.asarray([0.5, 0.25, 0.125, 0.0625, 1 / 32, 1 / 32])
-    rivals.shortcut_target(network, x, t, d, smallest=32)
+    shortcut_target(network, x, t, d, smallest=32)
     (first, asked), (second, again) = seen
     np.testing.assert_array_equal(asked, [0.5, 0.25, 0.125, 0.0625, 0, 0])
     np.testing.assert_array_equal(again, asked)
@@ -146,7 +155,7 @@ def test_shortest_shortcuts_are_asked_as_flow_matching(states):
 
 
 def test_shortcut_steps_are_multiples_that_fit():
-    t, d = rivals.shortcut_steps(jax.random.key(0), 5000, 16)
+    t, d = shortcut_steps(jax.random.key(0), 5000, 16)
     np.testing.assert_array_equal(np.unique(d), [1 / 16, 1 / 8, 1 / 4, 1 / 2])
     whole = t / (2 * d)
     np.testing.assert_array_equal(whole, np.round(whole))
@@ -156,7 +165,7 @@ def test_shortcut_steps_are_multiples_that_fit():
         assert abs(len(starts) / 5000 - 0.25) < 0.03
         assert len(np.unique(starts)) == round(1 / (2 * length))
     with pytest.raises(ValueError, match="power of two"):
-        rivals.shortcut_steps(jax.random.key(0), 4, 12)
+        shortcut_steps(jax.random.key(0), 4, 12)
 
 
 # --- Consistency ---------------------------------------------------------------------------------
@@ -175,7 +184,7 @@ def circle(states):
 
 def test_trigflow_is_the_derivative_on_the_circle(circle):
     z, angle = circle
-    found = run(lambda: rivals.trigflow(gaussian.velocity)(z, angle))
+    found = run(lambda: trigflow(gaussian.velocity)(z, angle))
     # z = cos(a) x_0 + sin(a) eps with conditional means of a Gaussian.
     c, s = np.cos(angle)[:, None], np.sin(angle)[:, None]
     scale, mean = gaussian.SCALE, gaussian.MEAN
@@ -186,20 +195,20 @@ def test_trigflow_is_the_derivative_on_the_circle(circle):
 
 def test_consistency_tangent_vanishes_at_the_exact_map(circle):
     z, angle = circle
-    teacher = rivals.trigflow(gaussian.velocity)
-    exact = rivals.trigflow(consistency_network)
-    _, tangent = run(lambda: rivals.consistency_tangent(exact, teacher, z, angle))
+    teacher = trigflow(gaussian.velocity)
+    exact = trigflow(consistency_network)
+    _, tangent = run(lambda: consistency_tangent(exact, teacher, z, angle))
     assert np.abs(tangent).max() < 1e-12
-    loss, _ = run(lambda: rivals.consistency_loss(exact, teacher, z, angle))
+    loss, _ = run(lambda: consistency_loss(exact, teacher, z, angle))
     assert loss < 1e-20
-    loss, tangent = run(lambda: rivals.consistency_loss(off(exact), teacher, z, angle))
+    loss, tangent = run(lambda: consistency_loss(off(exact), teacher, z, angle))
     assert loss > 1e-3 and np.all(np.abs(tangent).max(-1) > 1e-4)
 
 
 def test_consistency_tangent_is_that_of_finite_differences(circle):
     z, angle = circle
-    teacher, network = rivals.trigflow(gaussian.velocity), off(rivals.trigflow(gaussian.velocity))
-    prediction, tangent = run(lambda: rivals.consistency_tangent(network, teacher, z, angle))
+    teacher, network = trigflow(gaussian.velocity), off(trigflow(gaussian.velocity))
+    prediction, tangent = run(lambda: consistency_tangent(network, teacher, z, angle))
 
     def function(z, angle):
         return jnp.cos(angle)[:, None] * z - jnp.sin(angle)[:, None] * network(z, angle)
@@ -211,7 +220,7 @@ def test_consistency_tangent_is_that_of_finite_differences(circle):
     np.testing.assert_allclose(tangent, expected, atol=1e-8)
     np.testing.assert_allclose(prediction, network(z, angle), atol=1e-14)
     # At the beginning of the warm-up only the part without the network's derivative is left.
-    _, begun = run(lambda: rivals.consistency_tangent(network, teacher, z, angle, 0.0))
+    _, begun = run(lambda: consistency_tangent(network, teacher, z, angle, 0.0))
     np.testing.assert_allclose(
         begun, -(np.cos(angle)[:, None] ** 2) * (network(z, angle) - slope), atol=1e-12
     )
@@ -219,12 +228,12 @@ def test_consistency_tangent_is_that_of_finite_differences(circle):
 
 def test_consistency_gradient_follows_the_normalised_tangent(circle):
     z, angle = circle
-    teacher = rivals.trigflow(gaussian.velocity)
+    teacher = trigflow(gaussian.velocity)
 
     def loss(amount):
-        return rivals.consistency_loss(off(teacher, amount), teacher, z, angle)[0]
+        return consistency_loss(off(teacher, amount), teacher, z, angle)[0]
 
-    _, tangent = run(lambda: rivals.consistency_loss(off(teacher), teacher, z, angle))
+    _, tangent = run(lambda: consistency_loss(off(teacher), teacher, z, angle))
     norm = np.linalg.norm(tangent, axis=-1, keepdims=True)
     fault = np.sin(2 * z + 3 * np.asarray(angle)[:, None])
     expected = np.mean(-2 * tangent / (norm + 0.1) * fault)
@@ -232,7 +241,7 @@ def test_consistency_gradient_follows_the_normalised_tangent(circle):
 
 
 def test_consistency_times_are_log_normal():
-    angle = rivals.consistency_times(jax.random.key(0), 20_000)
+    angle = consistency_times(jax.random.key(0), 20_000)
     logs = np.log(np.tan(np.asarray(angle, np.float64)))
     assert abs(logs.mean() + 0.3) < 0.04 and abs(logs.std() - 1.4) < 0.04
 
@@ -252,10 +261,10 @@ def test_reflow_of_the_exact_pairs(states):
         z = (x - (1 - level) * gaussian.MEAN) / ((1 - level) * gaussian.SCALE + level)
         return z - gaussian.flow_map(z, jnp.ones(len(t)), jnp.zeros(len(t)))
 
-    assert run(lambda: rivals.reflow_loss(straight, noise, ends, t)) < 1e-24
-    assert run(lambda: rivals.reflow_loss(consistency_network, noise, ends, one)) < 1e-24
-    assert run(lambda: rivals.reflow_loss(off(straight), noise, ends, t)) > 1e-3
-    found = gradient(lambda a: rivals.reflow_loss(off(straight, a), noise, ends, t), 0.1)
+    assert run(lambda: reflow_loss(straight, noise, ends, t)) < 1e-24
+    assert run(lambda: reflow_loss(consistency_network, noise, ends, one)) < 1e-24
+    assert run(lambda: reflow_loss(off(straight), noise, ends, t)) > 1e-3
+    found = gradient(lambda a: reflow_loss(off(straight, a), noise, ends, t), 0.1)
     fault = np.mean(
         np.square(off(lambda x, t: 0 * x, 1.0)((1 - t[:, None]) * ends + t[:, None] * noise, t))
     )
@@ -276,11 +285,11 @@ def matching(shift, scale=gaussian.SCALE, batch=4000):
 
     def loss(offset):
         generated = mean + offset + scale * z
-        return rivals.distribution_matching_loss(generated, gaussian.velocity, fake, noise, t)[0]
+        return distribution_matching_loss(generated, gaussian.velocity, fake, noise, t)[0]
 
     generated = mean + scale * z
     _, direction = run(
-        lambda: rivals.distribution_matching_loss(generated, gaussian.velocity, fake, noise, t)
+        lambda: distribution_matching_loss(generated, gaussian.velocity, fake, noise, t)
     )
     return gradient(loss, 0.0), direction
 
@@ -309,7 +318,7 @@ def test_distribution_matching_is_in_units_of_the_distance(x64):
     """One sample in NumPy: `(fake x_0 - real x_0) / mean |x - real x_0|`."""
     x0, noise, t = np.array([[0.5, -1.0]]), np.array([[0.3, 0.8]]), np.array([0.6])
     _, direction = run(
-        lambda: rivals.distribution_matching_loss(
+        lambda: distribution_matching_loss(
             jnp.asarray(x0), lambda x, t: 0.5 * x, lambda x, t: 0.2 * x, jnp.asarray(noise), t
         )
     )
@@ -324,7 +333,7 @@ def test_backward_simulation_visits_what_sampling_visits():
     batch = 6000
     noise = jax.random.normal(jax.random.key(0), (batch, 1))
     x, t = run(
-        lambda: rivals.backward_simulation(consistency_network, jax.random.key(1), noise, (1, 2, 4))
+        lambda: backward_simulation(consistency_network, jax.random.key(1), noise, (1, 2, 4))
     )
     levels, counts = np.unique(t, return_counts=True)
     np.testing.assert_allclose(levels, [0.25, 0.5, 0.75, 1.0])
@@ -346,7 +355,7 @@ def test_backward_simulation_visits_what_sampling_visits():
 def test_jumps_of_the_exact_map_end_on_the_path(nfe, shift, states):
     x, *_ = states
     one = jnp.ones(BATCH)
-    found = run(lambda: rivals.flow_map_sample(gaussian.mean_velocity, x, nfe, TimeWarp(shift)))
+    found = run(lambda: flow_map_sample(gaussian.mean_velocity, x, nfe, TimeWarp(shift)))
     np.testing.assert_allclose(found, gaussian.flow_map(x, one, 0 * one), atol=1e-12)
 
 
@@ -354,7 +363,7 @@ def test_jumps_of_the_exact_map_end_on_the_path(nfe, shift, states):
 def test_renoised_samples_of_the_exact_map_are_data(nfe):
     noise = jax.random.normal(jax.random.key(0), (4000, 2))
     keys = jax.random.split(jax.random.key(1), 4000)
-    found = run(lambda: rivals.renoised_sample(consistency_network, noise, nfe, TimeWarp(), keys))
+    found = run(lambda: renoised_sample(consistency_network, noise, nfe, TimeWarp(), keys))
     assert abs(float(found.mean()) - gaussian.MEAN) < 0.03
     assert abs(float(found.std()) - gaussian.SCALE) < 0.03
     ends = gaussian.flow_map(noise, jnp.ones(4000), jnp.zeros(4000))

@@ -7,19 +7,24 @@ the standard deviation of the noise here). Our straight path visits the same sta
 velocities into `F` without loss.
 """
 
-from collections.abc import Callable
-
 import jax
 import jax.numpy as jnp
 
 from piflow_jax.flow.policies.base import per_sample
+from piflow_jax.rivals.base import Rival, Setting, Velocity, gradient_step, renoised_sample
 
-__all__ = ["consistency_loss", "consistency_tangent", "consistency_times", "trigflow"]
-
-Velocity = Callable[[jax.Array, jax.Array], jax.Array]
+__all__ = [
+    "CONSISTENCY",
+    "consistency_loss",
+    "consistency_tangent",
+    "consistency_times",
+    "trigflow",
+]
 
 # Of the normalised tangent, Sec. 4.2.
 TANGENT_EPS = 0.1
+# Share of the training over which the tangent warms up.
+WARMUP_SHARE = 0.25
 
 
 def trigflow(velocity: Velocity) -> Velocity:
@@ -123,3 +128,30 @@ def consistency_loss(
     norm = jnp.sqrt(jnp.sum(jnp.square(tangent), over, keepdims=True))
     target = jax.lax.stop_gradient(prediction) + tangent / (norm + TANGENT_EPS)
     return jnp.mean(jnp.square(prediction - target)), tangent
+
+
+def _loss(setting: Setting, params, state, given, key, x0, labels):
+    time_key, noise_key = jax.random.split(key)
+    angle = consistency_times(time_key, x0.shape[0])
+    noise = jax.random.normal(noise_key, x0.shape, x0.dtype)
+    cosine, sine = (per_sample(f(angle), x0.ndim) for f in (jnp.cos, jnp.sin))
+    warmup = jnp.minimum(state.step / (WARMUP_SHARE * setting.config.train.steps), 1.0)
+    loss, _ = consistency_loss(
+        trigflow(setting.bind(params, labels)),
+        trigflow(setting.guided(given["teacher"], labels)),
+        cosine * x0 + sine * noise,
+        angle,
+        warmup,
+    )
+    return loss
+
+
+CONSISTENCY = Rival(
+    name="consistency",
+    title="consistency (sCM)",
+    given="teacher",
+    follows=lambda nfe: nfe == 1,  # fresh noise leaves nothing to compare
+    step=gradient_step(_loss),
+    sample=renoised_sample,
+    rate=0.3,
+)

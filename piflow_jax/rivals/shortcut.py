@@ -5,14 +5,22 @@ flow matching, and beyond by its own two steps of half the length (Eqs. 4 and 5)
 at `t = 1`; here steps go down, `x_{t-d} = x_t - d s(x_t, t, d)`.
 """
 
+import functools
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
 from piflow_jax.flow.policies.base import per_sample
+from piflow_jax.flow.schedule import TimeWarp
+from piflow_jax.rivals.base import Setting, gradient_step
+from piflow_jax.rivals.flow_map import MeanVelocity, flow_map_rival, flow_map_sample, flow_states
 
-__all__ = ["shortcut_steps", "shortcut_target"]
+__all__ = ["SHORTCUT", "shortcut_steps", "shortcut_target"]
+
+# Shortest step, and the share of a batch that bootstraps (Sec. 4).
+SHORTEST = 128
+BOOTSTRAP_SHARE = 4
 
 
 def shortcut_steps(key: jax.Array, batch: int, smallest: int = 128) -> tuple[jax.Array, jax.Array]:
@@ -65,3 +73,45 @@ def shortcut_target(
     halfway = x - per_sample(d, x.ndim) * first
     second = network(halfway, t - d, asked)
     return jax.lax.stop_gradient((first + second) / 2)
+
+
+def _coded(network: Callable[..., jax.Array]) -> MeanVelocity:
+    """A network that sees of a length its logarithm, from 1 / 8 to 1, and 0 for 0."""
+
+    def coded(x, t, d):
+        levels = SHORTEST.bit_length()
+        code = (jnp.log2(jnp.maximum(d, 1e-9) * SHORTEST) + 1) / levels
+        return network(x, t, jnp.where(d > 0, code, 0))
+
+    return coded
+
+
+def _loss(setting: Setting, params, state, given, key, x0, labels):
+    del given
+    keys = jax.random.split(key, 4)
+    batch = x0.shape[0]
+    boot = max(batch // BOOTSTRAP_SHARE, 1)
+    t_boot, d_boot = shortcut_steps(keys[0], boot, SHORTEST)
+    t = jnp.concatenate([t_boot, jax.random.uniform(keys[1], (batch - boot,))])
+
+    def bound(params, labels):
+        return _coded(setting.bind(params, labels))
+
+    averaged = functools.partial(bound, state.ema_params)
+    x, velocity, dropped = flow_states(setting, averaged, keys[2:], x0, t, labels)
+    # Longer steps are taught with their labels: the flow beneath has the guidance built in.
+    labels = jnp.concatenate([labels[:boot], dropped[boot:]])
+    target = shortcut_target(averaged(labels[:boot]), x[:boot], t_boot, d_boot, SHORTEST)
+    target = jnp.concatenate([target, velocity[boot:]])
+    steps = jnp.concatenate([2 * d_boot, jnp.zeros((batch - boot,))])
+    return jnp.mean(jnp.square(bound(params, labels)(x, t, steps) - target))
+
+
+def _sample(network: MeanVelocity, noise: jax.Array, nfe: int, warp: TimeWarp) -> jax.Array:
+    del warp  # it is trained at levels uniform in t
+    return flow_map_sample(_coded(network), noise, nfe, TimeWarp())
+
+
+SHORTCUT = flow_map_rival(
+    name="shortcut", title="shortcut", step=gradient_step(_loss), sample=_sample
+)

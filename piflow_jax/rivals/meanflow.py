@@ -6,17 +6,16 @@ right-hand side, with the network in it and without gradient, is the target of a
 times are ours: `t = 1` is noise.
 """
 
-from collections.abc import Callable
+import functools
 
 import jax
 import jax.numpy as jnp
 
 from piflow_jax.flow.policies.base import per_sample
+from piflow_jax.rivals.base import Setting, gradient_step
+from piflow_jax.rivals.flow_map import MeanVelocity, flow_map_rival, flow_map_sample, flow_states
 
-__all__ = ["guided_target", "meanflow_loss", "meanflow_times"]
-
-MeanVelocity = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
-"""`(x[B, *sites, C], t[B], t - r [B]) -> u[B, *sites, C]`, mean velocity from `t` down to `r`."""
+__all__ = ["MEANFLOW", "meanflow_loss", "meanflow_times"]
 
 
 def meanflow_times(
@@ -39,34 +38,6 @@ def meanflow_times(
     times = jax.nn.sigmoid(logits)
     t, r = jnp.max(times, axis=0), jnp.min(times, axis=0)
     return t, jnp.where(jax.random.bernoulli(equal_key, share, (batch,)), r, t)
-
-
-def guided_target(
-    velocity: jax.Array,
-    cond: jax.Array,
-    uncond: jax.Array,
-    omega: float | jax.Array,
-    kappa: float | jax.Array = 0.0,
-) -> jax.Array:
-    """Velocity with guidance built in, in place of the conditional one (Sec. 4.2 and App. B.1).
-
-    `omega v + kappa u_c + (1 - omega - kappa) u_u`, with the network's own velocities at `r = t`;
-    the guidance scale that comes of it is `omega / (1 - kappa)`. It costs no evaluations when
-    sampling.
-
-    Args:
-      velocity: `[B, *sites, C]`, `eps - x_0`.
-      cond: `[B, *sites, C]`, the network's velocity `u(x, t, t)` under the label.
-      uncond: `[B, *sites, C]`, that without a label.
-      omega: share of the sample's own velocity, a scalar or `[B]`.
-      kappa: share of the network's, a scalar or `[B]`.
-
-    Returns:
-      `[B, *sites, C]`, without gradient.
-    """
-    omega, kappa = (per_sample(jnp.asarray(value), velocity.ndim) for value in (omega, kappa))
-    mixed = omega * velocity + kappa * cond + (1 - omega - kappa) * uncond
-    return jax.lax.stop_gradient(mixed)
 
 
 def meanflow_loss(
@@ -109,3 +80,18 @@ def meanflow_loss(
     squares = jnp.sum(jnp.square(residual), axis=tuple(range(1, x.ndim)))
     weight = (jax.lax.stop_gradient(squares) + eps) ** -power
     return jnp.mean(weight * squares), residual
+
+
+def _loss(setting: Setting, params, state, given, key, x0, labels):
+    del state, given
+    time_key, noise_key, label_key = jax.random.split(key, 3)
+    t, r = meanflow_times(time_key, x0.shape[0])
+    network = functools.partial(setting.bind, params)
+    keys = noise_key, label_key
+    x, velocity, labels = flow_states(setting, network, keys, x0, t, labels)
+    return meanflow_loss(network(labels), x, velocity, t, r)[0]
+
+
+MEANFLOW = flow_map_rival(
+    name="meanflow", title="MeanFlow", step=gradient_step(_loss), sample=flow_map_sample
+)

@@ -1,13 +1,19 @@
 """The comparison of methods: its budget, what it refuses, and a whole one at toy size."""
 
+import ast
+import dataclasses
+import inspect
 import json
 import time
 
 import pytest
 
 from piflow_jax.config import ConfigError, parse
+from piflow_jax.rivals import METHODS, Rival, find_method
+from piflow_jax.rivals.base import changed
 from piflow_jax.stages import compare_rivals, export
-from piflow_jax.stages.rivals import POLICY_METHOD, _comparable, interleaved_seconds
+from piflow_jax.stages import rivals as mode
+from piflow_jax.stages.rivals import _comparable, interleaved_seconds
 from tests import tiny
 
 
@@ -61,15 +67,63 @@ def test_an_arc_student_has_no_official_names(tmp_path):
         export(parse(config), tmp_path)
 
 
-def test_methods_name_their_policy_evaluations_and_loss():
-    names = {
-        "gm": ("gm", None, None),
-        "arc_2nfe": ("arc", "2", None),
-        "gm_adaptive": ("gm", None, "adaptive"),
-        "gm_4nfe_timed": ("gm", "4", "timed"),
-    }
-    for name, expected in names.items():
-        assert POLICY_METHOD.fullmatch(name).group("kind", "nfe", "loss") == expected
+@pytest.mark.parametrize(
+    ("name", "kind", "nfe", "weight", "timed_as", "title"),
+    [
+        ("gm", "gm", 1, {}, "gm", "**pi-Flow, GM**"),
+        ("arc_2nfe", "arc", 2, {}, "arc_2nfe", "pi-Flow, ArcFlow"),
+        ("gm_02nfe", "gm", 2, {}, "gm_02nfe", "**pi-Flow, GM**"),
+        (
+            *("gm_adaptive", "gm", 1, {"train.adaptive_power": 1.0}),
+            *("gm", "**pi-Flow, GM**, adaptive"),
+        ),
+        (
+            *("gm_4nfe_timed", "gm", 4, {"train.time_power": 1.0}),
+            *("gm_4nfe", "**pi-Flow, GM**, timed"),
+        ),
+    ],
+)
+def test_methods_name_their_policy_evaluations_and_loss(name, kind, nfe, weight, timed_as, title):
+    method = find_method(name)
+    assert method.settings == {"policy.kind": kind, "train.nfe": nfe} | weight
+    assert (method.name, method.timed_as, method.title) == (name, timed_as, title)
+    assert not isinstance(method, Rival)
+
+
+def test_every_method_is_found_by_its_name_with_and_without_credit():
+    for name, row in METHODS.items():
+        assert find_method(name) == row and find_method(f"{name}+teacher").credit
+    # What the configuration has where nothing is said.
+    assert all(find_method(name).name == name for name in tiny.get_config().rivals.methods)
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("meanfow", "meanflow"),
+        ("gm_adaptve", "gm_adaptive"),
+        ("dmd_2nfe", "gm_2nfe"),
+        ("arc_0nfe", "arc_2nfe"),
+        ("gm_timed_2nfe", "gm_timed"),
+    ],
+)
+def test_an_unknown_method_is_answered_with_the_nearest(name, meant, tmp_path):
+    with pytest.raises(ConfigError, match=f"config.rivals.methods: .*did you mean {meant}"):
+        compare_rivals(parse(toy("gm", name)), tmp_path)
+
+
+def test_the_mode_knows_no_method_by_name():
+    tree = ast.parse(inspect.getsource(mode))
+    words = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant)}
+    assert not words & METHODS.keys() and "teacher" in words
+
+
+def test_pi_flows_endings_are_their_settings():
+    config = parse(toy("gm"))
+    changed_config = changed(config, find_method("arc_2nfe_timed").settings)
+    assert changed_config.policy.kind == "arc"
+    train = dataclasses.replace(config.train, nfe=2, time_power=1.0)
+    assert changed_config.train == train and changed_config.rivals == config.rivals
 
 
 def test_times_are_medians_of_rounds_in_turn(monkeypatch):

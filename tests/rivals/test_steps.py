@@ -10,17 +10,12 @@ import pytest
 
 from piflow_jax.config import parse
 from piflow_jax.models.dit import DiT
+from piflow_jax.rivals import METHODS, Rival
+from piflow_jax.rivals.base import Pairs, endpoint_pairs, rival_sampler, rival_setting
 from piflow_jax.training.networks import DataShape, init_params, teacher_network
-from piflow_jax.training.rivals import (
-    RIVALS,
-    Pairs,
-    endpoint_pairs,
-    rival_init,
-    rival_sampler,
-    rival_setting,
-)
 from tests import tiny
 
+RIVALS = {name: row for name, row in METHODS.items() if isinstance(row, Rival)}
 DATA = DataShape(name="digits", sample_size=4, channels=1, num_classes=10)
 BATCH = 8
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
@@ -75,7 +70,7 @@ def test_a_step_trains_the_network_and_leaves_the_rest(method, settings, batch, 
     given = {"teacher": jax.tree.map(lambda a: 1.2 * a, teacher)}
     if rival.given == "pairs":
         given["pairs"] = Pairs(batch["image"] + 1, batch["image"], batch["label"])
-    state = jit(lambda t: rival_init(setting, rival, jax.random.key(2), t))(teacher)
+    state = jit(lambda t: rival.init(setting, jax.random.key(2), t))(teacher)
     start = state.ema_params
     if rival.given == "data":
         # Fresh heads are zero: a network that starts from scratch knows nothing of the teacher.
@@ -87,11 +82,13 @@ def test_a_step_trains_the_network_and_leaves_the_rest(method, settings, batch, 
     assert np.isfinite(metrics["loss"]) and metrics["grad_norm"] > 0
     assert int(after.step) == 1
     assert jax.tree.structure(after) == jax.tree.structure(state)
-    params = after.params["student"] if rival.fake else after.params
+    two_networks = set(after.params) == {"student", "fake"}
+    assert two_networks == (method == "dmd")
+    params = after.params["student"] if two_networks else after.params
     assert largest_change(params, start) > 1e-3
     # Without warm-up the average is a copy of the first step's parameters.
     assert largest_change(after.ema_params, params) == 0
-    if rival.fake:
+    if two_networks:
         assert largest_change(after.params["fake"], teacher) > 1e-3
         assert largest_change(after.params["fake"], params) > 1e-3
     again, _ = step(state, given, jax.random.key(3), batch)
@@ -110,7 +107,7 @@ def test_guidance_is_built_into_what_learns_from_data(method, settings, batch, t
         config = dataclasses.replace(settings, teacher=guided)
         rival = RIVALS[method]
         setting = rival_setting(config, DATA, rival)
-        state = rival_init(setting, rival, jax.random.key(2), teacher)
+        state = rival.init(setting, jax.random.key(2), teacher)
         moved = jax.tree.map(
             lambda a: a + 0.1 * jnp.cos(jnp.arange(a.size)).reshape(a.shape), state.params
         )
@@ -123,8 +120,9 @@ def test_guidance_is_built_into_what_learns_from_data(method, settings, batch, t
 
 
 def test_pairs_are_the_teachers_paths(settings, teacher):
-    setting = rival_setting(settings, DATA, RIVALS["reflow"])
-    make = jit(endpoint_pairs(setting, teacher, jax.random.key(4), 6, 3))
+    rivals = dataclasses.replace(settings.rivals, pair_steps=3)
+    config = dataclasses.replace(settings, rivals=rivals)
+    make = jit(functools.partial(endpoint_pairs, config, DATA, jax.random.key(4), 6, teacher))
     pairs, others = make(0), make(1)
     assert np.abs(pairs.noise - others.noise).min() > 0
     x = pairs.noise
@@ -148,11 +146,11 @@ def test_samplers_ask_the_network_as_it_was_trained(settings, monkeypatch):
     calls = {"meanflow": [[1, 0.5], [0.5, 0.5]], "shortcut": [[1, 7 / 8], [0.5, 7 / 8]]}
     for method, expected in calls.items():
         seen.clear()
-        found = rival_sampler(settings, DATA, method, 2)({}, noise, labels)
+        found = rival_sampler(settings, DATA, RIVALS[method], 2)({}, noise, labels)
         jax.effects_barrier()
         np.testing.assert_allclose(sorted(seen, reverse=True), expected)
         np.testing.assert_allclose(found, noise)
-    sample = rival_sampler(settings, DATA, "dmd", 2)
+    sample = rival_sampler(settings, DATA, RIVALS["dmd"], 2)
     together, alone = sample({}, noise, labels), sample({}, noise[2:3], labels[:1])
     np.testing.assert_array_equal(together[2], alone[0])
     assert np.abs(together - noise).max() > 0.1

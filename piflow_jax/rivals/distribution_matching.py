@@ -1,0 +1,189 @@
+"""DMD2: the student's distribution pulled to the teacher's (arXiv 2405.14867).
+
+The gradient of the divergence between the two, at noised samples of the student, is the difference
+of their scores (Eq. 1); the student's own is that of a second network, kept up to date by flow
+matching on what the student generates, several updates for each of the student's (Sec. 4.2). The
+GAN loss of the paper's Sec. 4.3 is left out: it needs a discriminator and adds real data, whereas
+this package compares distillations of one teacher.
+"""
+
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from piflow_jax.flow.policies.base import per_sample
+from piflow_jax.flow.schedule import TimeWarp
+from piflow_jax.rivals.base import (
+    Rival,
+    Setting,
+    Velocity,
+    changed,
+    copy_of_teacher,
+    interpolate,
+    renoised_sample,
+)
+from piflow_jax.training.objectives import flow_matching_loss
+from piflow_jax.training.optimizer import make_optimizer
+from piflow_jax.training.state import TrainState
+from piflow_jax.training.step import StepFn, advance
+
+__all__ = ["DMD", "backward_simulation", "distribution_matching_loss"]
+
+# Noise levels at which scores are compared: at the ends one of them says nothing.
+MATCHED_LEVELS = (0.02, 0.98)
+
+
+def distribution_matching_loss(
+    generated: jax.Array, real: Velocity, fake: Velocity, noise: jax.Array, t: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """A loss whose gradient by the samples is the difference of scores (Eq. 1; DMD, 2311.18828).
+
+    Scores are compared as predictions of `x_0`, `x_t - t u`, in units of the mean distance of the
+    sample to the teacher's (DMD, Eq. 8).
+
+    Args:
+      generated: `[B, *sites, C]`, samples of the student; gradients flow into them.
+      real: the teacher's velocity, guided, `(x[B, *sites, C], t[B]) -> u[B, *sites, C]`.
+      fake: the velocity of the student's distribution.
+      noise: `[B, *sites, C]`, standard normal.
+      t: `[B]`, noise levels in (0, 1).
+
+    Returns:
+      `(loss[], direction[B, *sites, C])`; samples move against the direction.
+    """
+    level = per_sample(t, noise.ndim)
+    x = jax.lax.stop_gradient(interpolate(generated, noise, t))
+    real_x0, fake_x0 = x - level * real(x, t), x - level * fake(x, t)
+    over = tuple(range(1, noise.ndim))
+    unit = jnp.mean(jnp.abs(generated - real_x0), over, keepdims=True)
+    direction = jax.lax.stop_gradient((fake_x0 - real_x0) / jnp.maximum(unit, 1e-6))
+    target = jax.lax.stop_gradient(generated) - direction
+    return 0.5 * jnp.mean(jnp.square(generated - target)), direction
+
+
+def backward_simulation(
+    generator: Velocity, key: jax.Array, noise: jax.Array, nfes: Sequence[int]
+) -> tuple[jax.Array, jax.Array]:
+    """States at which the student is trained: those that it meets when it samples (Sec. 4.5).
+
+    A number of evaluations and one of its steps are drawn for every sample, and the steps before
+    are simulated without gradient: predict `x_0`, noise it anew to the next level.
+
+    Args:
+      generator: the student's velocity, `(x[B, *sites, C], t[B]) -> u[B, *sites, C]`.
+      key: a PRNG key.
+      noise: `[B, *sites, C]`, standard normal, the first states.
+      nfes: numbers of evaluations at which the student will sample; levels are `1 - i / nfe`.
+
+    Returns:
+      `(x[B, *sites, C], t[B])`, without gradient.
+    """
+    nfe_key, step_key, noise_key = jax.random.split(key, 3)
+    batch, dtype = noise.shape[0], noise.dtype
+    nfe = jax.random.choice(nfe_key, jnp.asarray(nfes, dtype), (batch,))
+    steps = jnp.floor(jax.random.uniform(step_key, (batch,), dtype) * nfe)
+    steps = jnp.minimum(steps, nfe - 1)
+
+    def simulate(carry, index):
+        x, t = carry
+        fresh = jax.random.normal(jax.random.fold_in(noise_key, index), x.shape, dtype)
+        x0 = x - per_sample(t, x.ndim) * generator(x, t)
+        after = 1 - (index + 1) / nfe
+        goes_on = index < steps
+        x = jnp.where(per_sample(goes_on, x.ndim), interpolate(x0, fresh, after), x)
+        return (x, jnp.where(goes_on, after, t)), None
+
+    start = (noise, jnp.ones((batch,), dtype))
+    (x, t), _ = jax.lax.scan(simulate, start, jnp.arange(max(nfes) - 1))
+    return jax.lax.stop_gradient((x, t))
+
+
+def _optimizer(setting: Setting) -> optax.GradientTransformation:
+    """The update rule of the network that follows the student, at a constant rate."""
+    train = changed(setting.config.train, {"optimizer.decay": "constant"})
+    return make_optimizer(train.optimizer, train.steps)
+
+
+def _init(setting: Setting, key: jax.Array, teacher_params) -> TrainState:
+    """Both networks start at the teacher; parameters and moments are dictionaries of both."""
+    state = copy_of_teacher(setting, key, teacher_params)
+    return state.replace(
+        params={"student": state.params, "fake": jax.tree.map(jnp.copy, state.params)},
+        opt_state={"student": state.opt_state, "fake": _optimizer(setting).init(state.params)},
+    )
+
+
+def _step(setting: Setting) -> StepFn:
+    """One update of the student, then several of the network of its distribution."""
+    config, data = setting.config, setting.data
+    settings, fake_optimizer = config.train.optimizer, _optimizer(setting)
+
+    def generate(params, key, labels, shape):
+        noise_key, walk_key = jax.random.split(key)
+        generator = setting.bind(params, labels)
+        noise = jax.random.normal(noise_key, shape)
+        x, t = backward_simulation(generator, walk_key, noise, config.rivals.nfes)
+        return x - per_sample(t, x.ndim) * generator(x, t)
+
+    def step(state: TrainState, given, root: jax.Array, batch):
+        labels, shape = batch["label"], (batch["label"].shape[0], *data.shape)
+        step_key = jax.random.fold_in(root, state.step)
+        keys = jax.random.split(step_key, 1 + config.rivals.fake_updates)
+        both, moments = state.params, state.opt_state
+
+        def student_loss(params):
+            sample_key, time_key, noise_key = jax.random.split(keys[0], 3)
+            generated = generate(params, sample_key, labels, shape)
+            low, high = MATCHED_LEVELS
+            t = jax.random.uniform(time_key, shape[:1], minval=low, maxval=high)
+            noise = jax.random.normal(noise_key, shape)
+            real = setting.guided(given["teacher"], labels)
+            fake = setting.bind(both["fake"], labels)
+            return distribution_matching_loss(generated, real, fake, noise, t)[0]
+
+        loss, grads = jax.value_and_grad(student_loss)(both["student"])
+        student = state.replace(params=both["student"], opt_state=moments["student"])
+        student, metrics = advance(student, grads, loss, setting.optimizer, settings)
+
+        def follow(carry, key):
+            params, opt_state = carry
+            sample_key, loss_key = jax.random.split(key)
+            x0 = jax.lax.stop_gradient(generate(student.params, sample_key, labels, shape))
+
+            def fake_loss(params):
+                network, null = functools.partial(setting.teacher.apply, params), data.num_classes
+                return flow_matching_loss(network, loss_key, x0, labels, null, 0.0, TimeWarp())
+
+            loss, grads = jax.value_and_grad(fake_loss)(params)
+            updates, opt_state = fake_optimizer.update(grads, opt_state, params)
+            return (optax.apply_updates(params, updates), opt_state), loss
+
+        start = both["fake"], moments["fake"]
+        (fake, fake_moments), losses = jax.lax.scan(follow, start, keys[1:])
+        state = student.replace(
+            params={"student": student.params, "fake": fake},
+            opt_state={"student": student.opt_state, "fake": fake_moments},
+        )
+        return state, metrics | {"fake_loss": jnp.mean(losses)}
+
+    return step
+
+
+def _sample(velocity: Velocity, noise: jax.Array, nfe: int, warp: TimeWarp) -> jax.Array:
+    del warp  # it is trained at levels uniform in t
+    return renoised_sample(velocity, noise, nfe, TimeWarp())
+
+
+DMD = Rival(
+    name="dmd",
+    title="DMD2",
+    given="teacher",
+    follows=lambda nfe: False,  # a distribution has no paths
+    step=_step,
+    sample=_sample,
+    init=_init,
+    rate=0.1,
+)

@@ -1,0 +1,113 @@
+"""Counts lines of code: those that hold more than documentation, comments and blanks.
+
+    python tools/code_lines.py                          # piflow_jax by folder
+    python tools/code_lines.py --against=81be43c        # and how many there were then
+    python tools/code_lines.py piflow_jax tests tools   # several roots
+
+A string that is a statement of its own is documentation, wherever it stands.
+"""
+
+import argparse
+import ast
+import io
+import subprocess
+import sys
+import tarfile
+import tokenize
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path, PurePosixPath
+
+ROOT = Path(__file__).resolve().parents[1]
+BLANK = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT}
+BLANK |= {tokenize.ENDMARKER}
+
+
+def code_lines(source: str) -> int:
+    """How many lines of a module's source hold code."""
+    documentation = {
+        line
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+        if isinstance(node.value.value, str)
+        for line in range(node.lineno, node.end_lineno + 1)
+    }
+    lines = set()
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        documents = token.type == tokenize.STRING and token.start[0] in documentation
+        if token.type not in BLANK and not documents:
+            lines.update(range(token.start[0], token.end[0] + 1))
+    return len(lines)
+
+
+def by_folder(files: Iterable[tuple[PurePosixPath, str]]) -> Counter[str]:
+    """Lines of code of `(path, source)`, summed over the files of a root's folder."""
+    counts: Counter[str] = Counter()
+    for path, source in files:
+        folder = path.parts[:2] if len(path.parts) > 2 else path.parts[:1]
+        counts["/".join(folder)] += code_lines(source)
+    return counts
+
+
+def now(root: Path, names: Sequence[str]) -> Counter[str]:
+    """The lines that stand in the working tree."""
+    paths = [path for name in names for path in sorted((root / name).rglob("*.py"))]
+    return by_folder(
+        (PurePosixPath(path.relative_to(root)), path.read_text(encoding="utf-8")) for path in paths
+    )
+
+
+def then(root: Path, names: Sequence[str], revision: str) -> Counter[str]:
+    """The lines that stood in a revision; a root that it lacks had none."""
+
+    def git(*arguments: str) -> bytes:
+        command = ["git", "-C", str(root), *arguments]
+        return subprocess.run(command, check=True, capture_output=True).stdout
+
+    held = git("ls-tree", "--name-only", revision, "--", *names).decode().split()
+    if not held:
+        return Counter()
+    with tarfile.open(fileobj=io.BytesIO(git("archive", revision, "--", *held))) as archive:
+        members = [member for member in archive if member.name.endswith(".py")]
+        return by_folder(
+            (PurePosixPath(member.name), archive.extractfile(member).read().decode())
+            for member in members
+        )
+
+
+def table(counts: Counter[str], before: Counter[str] | None) -> str:
+    """One line for each folder, and one for the total."""
+    folders = sorted(counts.keys() | (before or {}).keys())
+    width = max(map(len, [*folders, "total"]))
+    lines = []
+    for name in [*folders, "total"]:
+        new = counts.total() if name == "total" else counts[name]
+        line = f"{name:<{width}}  {new:>6,}"
+        if before is not None:
+            old = before.total() if name == "total" else before[name]
+            line += f"  {old:>6,}  {new - old:>+6,}"
+        lines.append(line)
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command; returns its exit status."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("roots", nargs="*", default=["piflow_jax"], help="folders to count")
+    parser.add_argument("--against", metavar="REVISION", help="a git revision to compare with")
+    parser.add_argument("--root", type=Path, default=ROOT, help="the repository")
+    options = parser.parse_args(arguments)
+    before = None
+    if options.against:
+        try:
+            before = then(options.root, options.roots, options.against)
+        except subprocess.CalledProcessError as error:
+            message = error.stderr.decode().strip()
+            print(f"error: --against={options.against}: {message}", file=sys.stderr)
+            return 2
+    print(table(now(options.root, options.roots), before))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
