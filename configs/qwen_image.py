@@ -61,6 +61,7 @@ def get_config(variant: str = "gm_4nfe") -> ml_collections.ConfigDict:
     config.model.lora_dropout = 0.05
     config.model.dtype = "bfloat16"
     config.model.base_dtype = "bfloat16"
+    config.model.time_dtype = "bfloat16"
     config.model.remat = "full"
 
     config.teacher.guidance_scale = 4.0
@@ -117,6 +118,7 @@ def _miniature(config: ml_collections.ConfigDict) -> None:
     config.model.lora_rank = 16
     config.model.dtype = "float32"
     config.model.base_dtype = "float32"
+    config.model.time_dtype = "float32"
     config.model.remat = "none"
     config.mesh.fsdp = 1
     config.teacher.steps = 500

@@ -3,11 +3,11 @@
 Files are this package's own, or those of the pi-Flow release (arXiv 2510.14974).
 """
 
+import contextlib
 import dataclasses
-import json
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,8 @@ from piflow_jax.training.networks import (
     Network,
     StudentSettings,
     abstract_params,
+    check_policy_config,
+    spec_of,
     student_network,
     student_settings,
     teacher_network,
@@ -45,8 +47,8 @@ def load(
     """Loads a student.
 
     Args:
-      path: a run's work directory, a directory of checkpoints, or a `.safetensors` file: one that
-        `--mode=export` wrote, or an official one, for which `config` is needed.
+      path: a run's work directory, a directory of checkpoints, or a `.safetensors` file or its
+        folder: what `--mode=export` wrote, or an official one, for which `config` is needed.
       config: the `ConfigDict` of an official file, such as `configs.imagenet.get_config()`; other
         files know their settings.
       dtype: compute dtype of the network, `float32` or `bfloat16`; policies stay in float32, and
@@ -68,10 +70,11 @@ def load(
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such checkpoint or file")
-    if path.is_file():
+    if _is_weights(path):
         return _from_file(path, config, dtype, teacher)
     directory, step, spec, saved = _checkpoint(path, "student")
-    settings, module = _network(student_settings(spec), dtype)
+    with _about(directory):
+        settings, module = _network(student_settings(spec), dtype)
     trained = _averaged(directory, step, module)
     if settings.model.network == "dit":
         return Student(module, trained, settings)
@@ -105,7 +108,8 @@ def load_teacher(
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such checkpoint")
     directory, step, spec, _ = _checkpoint(path, "teacher")
-    model, data = teacher_settings(spec)
+    with _about(directory):
+        model, data = teacher_settings(spec)
     _check_labels(model)
     module = teacher_network(model, data)
     given = {"guidance_scale": guidance_scale, "guidance_interval": guidance_interval}
@@ -143,6 +147,14 @@ def _guidance(path: Path) -> dict[str, Any]:
         for name, value in found.items()
         if value is not None
     }
+
+
+def _is_weights(path: Path) -> bool:
+    """Whether a path is a weight file, or a folder of weights and of no run."""
+    from piflow_jax.convert import holds_weights
+
+    run = any((path / folder).is_dir() for folder in ("teacher", "student", "checkpoints"))
+    return not run and holds_weights(path)
 
 
 def _checkpoint(path: Path, stage: str) -> tuple[Path, int, dict[str, Any], dict[str, Any]]:
@@ -222,13 +234,15 @@ def _base(settings: StudentSettings, teacher: Path, base_dtype: str | None) -> t
     weights = open_weights(teacher)
     base_dtype = base_dtype or _type_of(weights)
     module = teacher_network(dataclasses.replace(model, base_dtype=base_dtype), data)
-    return load_params(module, weights, model.network, _placed_like(module)), base_dtype
+    with _about(teacher):
+        return load_params(module, weights, model.network, _placed_like(module)), base_dtype
 
 
 def _type_of(weights: Mapping[str, Any]) -> str:
     """The type in which a network of weights is kept: that of the largest of them."""
     largest = max(weights.values(), key=lambda array: math.prod(array.shape))
-    return "bfloat16" if largest.dtype == jnp.bfloat16 else "float32"
+    # Every number of a float8 is one of bfloat16.
+    return "float32" if largest.dtype.itemsize > 2 or largest.dtype == np.float16 else "bfloat16"
 
 
 def _placed_like(module: Network) -> Callable[[tuple[str, ...], np.ndarray], jax.Array]:
@@ -238,33 +252,47 @@ def _placed_like(module: Network) -> Callable[[tuple[str, ...], np.ndarray], jax
 
 
 def _from_file(path: Path, config: Any, dtype: str, teacher: str | os.PathLike | None) -> Student:
-    from piflow_jax.convert import load_adapter, load_params, open_weights
+    from piflow_jax.convert import is_adapter, load_adapter, load_params, open_weights
 
     weights = open_weights(path)
-    spec = weights.metadata.get("piflow_jax")
-    if spec is not None:
-        settings = student_settings(json.loads(spec))
-    elif config is not None:
-        parsed = parse(config)
-        network = parsed.model.network
-        data = IMAGENET_LATENTS if network == "dit" else TEXT_LATENTS[network]
-        settings = StudentSettings(
-            model=parsed.model, policy=parsed.policy, train=parsed.train, data=data
-        )
-    else:
-        raise ValueError(
-            f"{path} does not say how its student samples; pass its configuration, such as "
-            "config=configs.imagenet.get_config('gm_repa')"
-        )
-    base_dtype = None if spec is not None else settings.model.base_dtype
-    settings, module = _network(settings, dtype)
-    if any(".lora_A." in name for name in weights):
-        if teacher is None:
-            raise ValueError(f"{path} is an adapter: pass teacher=, the weights that it goes on")
-        trained = load_adapter(module, weights, place=_placed_like(module))
-        return _on_base(settings, trained, teacher, base_dtype)
-    if settings.model.network != "dit":
-        settings, module = _network(settings, dtype, base_dtype or _type_of(weights))
-        module = module.clone(lora=None)  # the adapters are in the weights
-    form = f"{settings.policy.kind}_{settings.model.network}"
-    return Student(module, load_params(module, weights, form, _placed_like(module)), settings)
+    with _about(path):
+        adapter, spec = is_adapter(weights), spec_of(weights.metadata)
+        if spec is not None:
+            settings = student_settings(spec)
+        elif config is not None:
+            parsed = parse(config)
+            network = parsed.model.network
+            data = IMAGENET_LATENTS if network == "dit" else TEXT_LATENTS[network]
+            settings = StudentSettings(
+                model=parsed.model, policy=parsed.policy, train=parsed.train, data=data
+            )
+            policy_config = weights.metadata.get("policy_config")
+            check_policy_config(policy_config, settings.policy, settings.train)
+        else:
+            raise ValueError(
+                "the file does not say how its student samples; pass its configuration, such as "
+                "config=configs.imagenet.get_config('gm_repa')"
+            )
+        base_dtype = None if spec is not None else settings.model.base_dtype
+        settings, module = _network(settings, dtype)
+        if adapter:
+            if teacher is None:
+                raise ValueError("an adapter: pass teacher=, the weights that it goes on")
+            trained = load_adapter(module, weights, place=_placed_like(module))
+        else:
+            if settings.model.network != "dit":
+                settings, module = _network(settings, dtype, base_dtype or _type_of(weights))
+                module = module.clone(lora=None)  # the adapters are in the weights
+            form = f"{settings.policy.kind}_{settings.model.network}"
+            params = load_params(module, weights, form, _placed_like(module))
+            return Student(module, params, settings)
+    return _on_base(settings, trained, teacher, base_dtype)
+
+
+@contextlib.contextmanager
+def _about(path: str | os.PathLike) -> Iterator[None]:
+    """Puts the file's name before what is said of it."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error

@@ -153,6 +153,12 @@ class ModelConfig:
         choices=("float32", "bfloat16"),
     )
     dtype: str = _field("float32", "compute dtype", choices=("float32", "bfloat16"))
+    time_dtype: str = _field(
+        "float32",
+        "type to which times are rounded where the network computes in it, as the releases were "
+        "trained (flux, qwen_image)",
+        choices=("float32", "bfloat16"),
+    )
     remat: str = _field(
         "none",
         "what the backward pass recomputes",

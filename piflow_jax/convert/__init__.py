@@ -9,18 +9,26 @@ from typing import Any
 import numpy as np
 from flax import linen as nn
 
-from piflow_jax.convert.adapters import adapter_config, export_adapter, load_adapter
+from piflow_jax.convert.adapters import (
+    adapter_config,
+    export_adapter,
+    is_adapter,
+    load_adapter,
+)
 from piflow_jax.convert.autoencoders import open_autoencoder
 from piflow_jax.convert.dit import export_dit, load_dit
-from piflow_jax.convert.files import open_weights, write_safetensors
+from piflow_jax.convert.files import holds_weights, open_weights
 from piflow_jax.convert.flux import export_flux, load_flux
 from piflow_jax.convert.inception import export_inception, load_inception
+from piflow_jax.convert.kinds import network_of
 from piflow_jax.convert.original_dit import load_original_dit
 from piflow_jax.convert.qwen_image import export_qwen_image, load_qwen_image
 from piflow_jax.convert.qwen_vae import load_qwen_vae
+from piflow_jax.convert.safetensors_files import write_safetensors
 from piflow_jax.convert.vae import export_vae, load_vae
 from piflow_jax.models.dit import DiT
 from piflow_jax.models.flux import Flux
+from piflow_jax.models.heads import DXHead
 from piflow_jax.models.inception import InceptionV3
 from piflow_jax.models.qwen_image import QwenImage
 from piflow_jax.models.vae import AutoencoderKL
@@ -87,12 +95,13 @@ def load_torch_state(
         only under `jax_enable_x64`).
 
     Raises:
-        ValueError: Unknown model; or names or shapes that do not fit, all of them listed.
+        ValueError: Unknown model; weights of something else, which is named; names, shapes or
+            types that do not fit (faults are listed); or numbers that are not finite.
         TypeError: A size that the loader cannot read off the shapes is not given.
     """
     if model not in LOADERS:
         raise ValueError(f"unknown model {model!r}, known are {sorted(LOADERS)}")
-    return LOADERS[model](state, model, **sizes)
+    return LOADERS[model](network_of(state, model), model, **sizes)
 
 
 def load_params(
@@ -117,6 +126,8 @@ def load_params(
             another head.
     """
     sizes = {name: getattr(module, name) for name in SIZES[type(module)]}
+    if isinstance(module.head, DXHead):
+        sizes["num_grid"] = module.head.num_grid
     if place is not None:
         sizes["place"] = place
     loaded, params = load_torch_state(state, model, **sizes)
@@ -147,6 +158,8 @@ def to_torch_state(module: nn.Module, params: Mapping) -> dict[str, np.ndarray]:
 __all__ = [
     "adapter_config",
     "export_adapter",
+    "holds_weights",
+    "is_adapter",
     "load_adapter",
     "load_params",
     "load_torch_state",

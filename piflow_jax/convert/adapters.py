@@ -5,24 +5,37 @@ layer `x W^T + b + (x A^T) B^T` the arrays `lora_A.weight [rank, in]` and `lora_
 rank]`. Beside the adapters a file holds the output head and the modulation of the last norm.
 """
 
-from collections.abc import Mapping
+import json
+import math
+import re
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 
 from piflow_jax.convert.flux import flux_rules
+from piflow_jax.convert.kinds import adapter_of
 from piflow_jax.convert.qwen_image import qwen_image_rules
 from piflow_jax.convert.rules import Place, Rule, as_jax, export_state, import_state
+from piflow_jax.convert.safetensors_files import LazyArray
 from piflow_jax.models.flux import Flux
 from piflow_jax.models.heads import DXHead, GMHead
 from piflow_jax.models.lora import DOWN, TRAINED, UP
 from piflow_jax.models.qwen_image import QwenImage
 
-__all__ = ["adapter_config", "export_adapter", "load_adapter"]
+__all__ = ["adapter_config", "export_adapter", "is_adapter", "load_adapter"]
 
-# Where the release, or `peft`, names the network or the adapter in a name.
-_PREFIXES = ("transformer.",)
-_NAMED = {"lora_A.default.weight": "lora_A.weight", "lora_B.default.weight": "lora_B.weight"}
+# Where pipelines and `peft` name the network and the adapter.
+_NETWORK = re.compile(r"^(?:base_model\.model\.)?(?:transformer\.)?")
+_ADAPTER = re.compile(r"\.lora_(A|B)\.\w+\.weight$")
+# The settings of an adapter: `diffusers` keeps them in the file, `peft` beside it.
+_METADATA = "lora_adapter_metadata"
+_BESIDE = "adapter_config.json"
+_DOWN, _UP = ".lora_A.weight", ".lora_B.weight"
+_READ = (
+    "what is read has the names of diffusers, such as transformer_blocks.0.ff.net.2.lora_A.weight, "
+    "and the student's head, proj_out_means or proj_out"
+)
 
 
 def adapter_rules(module: Flux | QwenImage) -> list[Rule]:
@@ -102,27 +115,107 @@ def load_adapter(
 
     Args:
         module: The student, with `lora` and the head that the file is of.
-        state: Arrays by official name, such as `open_weights` gives.
+        state: Arrays by official name, such as `open_weights` gives. A scale other than 1
+            (`lora_alpha` over the rank, or its root) in the file's metadata, or in the
+            `adapter_config.json` beside it, is multiplied into the second matrices.
         place: See `import_state`; None keeps leaves on the default device.
 
     Returns:
         `{"params": ...}` for `models.lora.merge`.
 
     Raises:
-        ValueError: Names or shapes do not fit; all of them are listed.
+        ValueError: It is no adapter of a student, which is said; its settings are damaged; names,
+            shapes or types do not fit (faults are listed); or numbers are not finite.
     """
-    found: dict[str, Any] = {}
-    for name, array in state.items():
-        for prefix in _PREFIXES:
-            name = name.removeprefix(prefix)
-        for ending, ours in _NAMED.items():
-            if name.endswith(ending):
-                name = name.removesuffix(ending) + ours
-        found[name] = array
-    like = next((a.dtype for n, a in found.items() if n.endswith("lora_A.weight")), np.float32)
+    if not is_adapter(state):
+        raise ValueError(f"there are no LoRA matrices; {_READ}")
+    found = _renamed(state)
+    rules = adapter_rules(module)
+    _check_kind(module, found)
+    scale = _scales(state)
+    for name, array in found.items():
+        if name.endswith(_UP):
+            factor = scale(name.removesuffix(_UP), array.shape[-1])
+            found[name] = array if factor == 1 else _times(factor, array)
+    like = next((a.dtype for n, a in found.items() if n.endswith(_DOWN)), np.float32)
     for name, shape in _unused(module).items():
         found.setdefault(name, np.zeros(shape, like))
-    return {"params": import_state(found, adapter_rules(module), 0, place or as_jax)}
+    return {"params": import_state(found, rules, 0, place or as_jax)}
+
+
+def is_adapter(state: Mapping[str, Any]) -> bool:
+    """Whether a state is an adapter.
+
+    Args:
+        state: Arrays by name, such as `open_weights` gives.
+
+    Returns:
+        Whether there are LoRA matrices, under the names that `load_adapter` reads.
+
+    Raises:
+        ValueError: They have other names; says whose.
+    """
+    what = adapter_of(state)
+    if what is not None and not any(name.endswith(_DOWN) for name in _renamed(state)):
+        raise ValueError(f"these are {what}; {_READ}")
+    return what is not None
+
+
+def _renamed(state: Mapping[str, Any]) -> dict[str, Any]:
+    """The arrays without the names of network and adapter."""
+    return {_ADAPTER.sub(r".lora_\1.weight", _NETWORK.sub("", n)): a for n, a in state.items()}
+
+
+def _check_kind(module: Flux | QwenImage, found: Mapping[str, Any]) -> None:
+    """Names the cause where nearly every name or shape would be refused."""
+    ranks = sorted({array.shape[0] for n, array in found.items() if n.endswith(_DOWN)})
+    mixture, means = isinstance(module.head, GMHead), "proj_out_means.weight" in found
+    if not means and "proj_out.weight" not in found:
+        raise ValueError(
+            "these are LoRA matrices without an output head, an adapter of the teacher and no "
+            f"student: {_READ}"
+        )
+    if mixture != means:
+        kinds = ("a mixture" if means else "a grid"), ("gm" if mixture else "dx")
+        raise ValueError("the student predicts {}, and config.policy.kind is {!r}".format(*kinds))
+    if ranks != [module.lora.rank]:
+        ranks = " and ".join(map(str, ranks))
+        raise ValueError(f"the rank is {ranks}, and config.model.lora_rank is {module.lora.rank}")
+
+
+def _scales(state: Mapping[str, Any]) -> Callable[[str, int], float]:
+    """Scale by name and rank of a layer, as the adapter's own settings have it; 1 without any."""
+    text, where = getattr(state, "metadata", {}).get(_METADATA), _METADATA
+    path = getattr(state, "path", None)
+    if text is None and path is not None and path.with_name(_BESIDE).is_file():
+        where = path.with_name(_BESIDE)
+        text = where.read_bytes()
+    try:
+        found = {} if text is None else json.loads(text)
+        settings = {key.removeprefix("transformer."): value for key, value in found.items()}
+        root = math.sqrt if settings.get("use_rslora") else float
+        # As `peft` looks names up: the end of a layer's, the first that fits.
+        alphas = dict(settings.get("alpha_pattern") or {}) | {".*": settings.get("lora_alpha")}
+        alphas = {re.compile(rf"(.*\.)?({key})$"): value for key, value in alphas.items()}
+        wrong = [v for v in alphas.values() if v is not None and not 0 < float(v) < math.inf]
+    except (ValueError, TypeError, AttributeError, RecursionError, re.error) as error:
+        raise ValueError(f"{where} holds no settings of an adapter: {error!r}") from error
+    if wrong:
+        raise ValueError(f"{where}: lora_alpha must be finite and above 0, got {wrong[0]}")
+
+    def scale(layer: str, rank: int) -> float:
+        alpha = next(value for pattern, value in alphas.items() if pattern.match(layer))
+        return 1.0 if alpha is None else float(alpha) / root(rank)
+
+    return scale
+
+
+def _times(factor: float, array: Any) -> LazyArray:
+    def read() -> np.ndarray:
+        wide = np.asarray(array)
+        return (wide * np.asarray(factor, np.float32)).astype(wide.dtype)
+
+    return LazyArray(array.shape, array.dtype, read)
 
 
 def export_adapter(module: Flux | QwenImage, trained: Mapping) -> dict[str, np.ndarray]:

@@ -4,12 +4,18 @@ Source: parameter names and layouts of the pi-Flow release (arXiv 2510.14974) an
 DiT checkpoints that it starts from.
 """
 
-import re
 from collections.abc import Mapping
 
 import numpy as np
 
 from piflow_jax.convert.rules import Place, Rule, as_jax, export_state, import_state, linear
+from piflow_jax.convert.sizes import (
+    check_given,
+    count_layers,
+    divided,
+    grid_points,
+    shape_of,
+)
 from piflow_jax.models.dit import DiT
 from piflow_jax.models.heads import DXHead, GMHead, VelocityHead
 from piflow_jax.models.layers import TIME_FEATURES, position_table
@@ -103,7 +109,8 @@ def load_dit(
         The module, and `{"params": ...}` as JAX arrays with the dtypes of `state`.
 
     Raises:
-        ValueError: Names or shapes do not fit (all are listed), or a given size contradicts them.
+        ValueError: Names, shapes or types do not fit (faults are listed), numbers are not finite,
+            or a given size contradicts the weights.
     """
     state = _shared_embedder(dict(state))
     sizes = _read_sizes(state)
@@ -112,8 +119,9 @@ def load_dit(
         _keep_velocity_rows(state, pixels, sizes["in_channels"])
         head, head_sizes = VelocityHead(), {}
     elif model == "dx_dit":
-        rows = shape_of(state, f"{OUTPUT}.bias", 1)[0]
-        head_sizes = {"num_grid": rows // (pixels * sizes["in_channels"])}
+        (rows,) = shape_of(state, f"{OUTPUT}.bias", 1)
+        by = pixels * sizes["in_channels"]
+        head_sizes = {"num_grid": grid_points(f"{OUTPUT}.bias", rows, by, given.get("num_grid"))}
         head = DXHead(**head_sizes)
     else:
         head, head_sizes = _gm_head(state, pixels, given.pop("constant_logstd", None))
@@ -143,26 +151,16 @@ def export_dit(module: DiT, params: Mapping) -> dict[str, np.ndarray]:
     return export_state(params["params"], dit_rules(module), module.depth)
 
 
-def shape_of(state: Mapping[str, np.ndarray], name: str, rank: int) -> tuple[int, ...]:
-    """Shape of an array of a state; ValueError if it is missing or has not `rank` axes."""
-    if name not in state:
-        raise ValueError(f"the state does not fit the model: missing {name}, no size can be read")
-    shape = np.shape(state[name])
-    if len(shape) != rank:
-        raise ValueError(f"{name} has shape {shape}, expected {rank} axes")
-    return shape
-
-
 def _read_sizes(state: Mapping[str, np.ndarray]) -> dict:
     """Sizes of the backbone, as fields of `DiT`."""
-    hidden, channels, patch, _ = shape_of(state, f"{PATCH_EMBED}.weight", 4)
-    layers = [re.match(r"transformer_blocks\.(\d+)\.", name) for name in state]
-    mlp = shape_of(state, "transformer_blocks.0.ff.net.0.proj.weight", 2)[0]
+    _, channels, patch, _ = shape_of(state, f"{PATCH_EMBED}.weight", 4)
+    (hidden,) = shape_of(state, f"{PATCH_EMBED}.bias", 1)
+    (mlp,) = shape_of(state, "transformer_blocks.0.ff.net.0.proj.bias", 1)
     return {
         "patch_size": patch,
         "in_channels": channels,
         "hidden": hidden,
-        "depth": 1 + max(int(match[1]) for match in layers if match),
+        "depth": count_layers(state, "transformer_blocks"),
         "mlp_ratio": mlp / hidden,
         "num_classes": shape_of(state, CLASS_EMBED, 2)[0] - 1,
     }
@@ -171,7 +169,8 @@ def _read_sizes(state: Mapping[str, np.ndarray]) -> dict:
 def _gm_head(
     state: Mapping[str, np.ndarray], pixels: int, constant_logstd: float | None
 ) -> tuple[GMHead, dict]:
-    sizes = {"num_components": shape_of(state, "proj_out_logweights.bias", 1)[0] // pixels}
+    (rows,) = shape_of(state, "proj_out_logweights.bias", 1)
+    sizes = {"num_components": divided("proj_out_logweights.bias", rows, pixels)}
     has_head = any(name.startswith("proj_out_logstds.") for name in state)
     if has_head and constant_logstd is not None:
         raise ValueError("constant_logstd was given but the state has a logstd head")
@@ -180,16 +179,6 @@ def _gm_head(
     elif constant_logstd is None:
         raise ValueError("the state has no logstd head: constant_logstd must be given")
     return GMHead(**sizes, constant_logstd=constant_logstd), sizes
-
-
-def check_given(given: Mapping[str, float], sizes: Mapping[str, float]) -> None:
-    """Raises ValueError for given sizes that are unknown or not those of the state."""
-    unknown = sorted(set(given) - set(sizes))
-    if unknown:
-        raise ValueError(f"unknown sizes {unknown}; known are {sorted(sizes)}")
-    wrong = [f"{k}: given {v}, the state has {sizes[k]}" for k, v in given.items() if v != sizes[k]]
-    if wrong:
-        raise ValueError("; ".join(wrong))
 
 
 def _shared_embedder(state: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -8,9 +8,8 @@ import json
 import os
 import pickle
 import re
-import tempfile
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,58 +17,28 @@ import ml_dtypes
 import numpy as np
 from absl import logging
 
+from piflow_jax.convert.float8 import with_scales
+from piflow_jax.convert.safetensors_files import LazyArray, open_safetensors
+
 INDEX = ".safetensors.index.json"
 PICKLES = (".pth", ".pt", ".bin", ".ckpt")
+_ENDINGS = (INDEX, ".safetensors", *PICKLES)
 
-# What the header of a `.safetensors` file calls its dtypes.
-_DTYPES = {
-    "BOOL": np.bool_,
-    "U8": np.uint8,
-    "I8": np.int8,
-    "U16": np.uint16,
-    "I16": np.int16,
-    "U32": np.uint32,
-    "I32": np.int32,
-    "U64": np.uint64,
-    "I64": np.int64,
-    "F16": np.float16,
-    "BF16": ml_dtypes.bfloat16,
-    "F32": np.float32,
-    "F64": np.float64,
-    "F8_E4M3": ml_dtypes.float8_e4m3fn,
-    "F8_E5M2": ml_dtypes.float8_e5m2,
+# Wrappers that training puts around a network, the first kind around parts of it as well.
+_INNER_WRAPPER = re.compile(
+    r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
+)
+_WRAPPER = "module."
+# mmcv checkpoints of pi-Flow hold several networks: diffusion, its average, sometimes the teacher;
+# those of ema-pytorch the average and what is averaged.
+_NETWORK = re.compile(r"(?:.+\.)?denoising\.|(?:ema|online)_model\.")
+# Parts that are averages, and the parts of which they are.
+_AVERAGES = {
+    "ema": "model",
+    "diffusion_ema.denoising.": "diffusion.denoising.",
+    "ema_model.": "online_model.",
 }
-# Wrappers that training adds around a whole network.
-_WRAPPERS = ("module.", "_orig_mod.")
-# mmcv checkpoints of pi-Flow hold several networks: diffusion, its average, sometimes the teacher.
-_NETWORK = re.compile(r"(?:.+\.)?denoising\.")
-
-
-class LazyArray:
-    """An array that is read when numpy asks for it, and only then; nothing is kept.
-
-    Attributes:
-        shape: Shape.
-        dtype: Dtype.
-        ndim: Number of axes.
-    """
-
-    def __init__(self, shape: tuple[int, ...], dtype: Any, read: Callable[[], np.ndarray]):
-        self.shape = tuple(shape)
-        self.dtype = np.dtype(dtype)
-        self.ndim = len(self.shape)
-        self._read = read
-
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        """Reads the array; every call reads anew."""
-        if copy is False:
-            raise ValueError("a lazy array is always read into new memory")
-        array = self._read()
-        return array if dtype is None else array.astype(dtype, copy=False)
-
-    def __repr__(self) -> str:
-        """Shape and dtype; reads nothing."""
-        return f"LazyArray(shape={self.shape}, dtype={self.dtype})"
+_SHARD = re.compile(r"-\d+-of-\d+\.safetensors")
 
 
 class Weights(Mapping[str, LazyArray]):
@@ -116,15 +85,16 @@ def open_weights(path: str | os.PathLike, select: str | None = None) -> Weights:
 
     Checkpoints of training runs hold more than one network. Averaged weights are preferred, and
     the choice is logged: `ema` of DiT, SiT and REPA checkpoints (`{"model", "ema", "opt",
-    "args"}`), `diffusion_ema.denoising` of pi-Flow ones. Prefixes of the chosen part, and wrappers
-    such as `module.` around every name, are taken off.
+    "args"}`), `diffusion_ema.denoising` of pi-Flow ones, `ema_model` of ema-pytorch's. Prefixes of
+    the chosen part, and wrappers such as `module.` and `_orig_mod.`, are taken off. Float8 weights
+    are multiplied by the scales that stand beside them.
 
     Args:
         path: A `.safetensors` file; an index `*.safetensors.index.json` of shards; a `.pth`, `.pt`,
             `.bin` or `.ckpt` file of PyTorch; or a directory with exactly one of these.
         select: The part to take where a file holds several: a key such as "model", or a prefix of
-            names such as "diffusion.denoising" or "teacher.denoising". "" takes all names as they
-            are.
+            names such as "diffusion.denoising" or "teacher.denoising". "" takes all names and
+            arrays as they are.
 
     Returns:
         The arrays by name. Those of a PyTorch file are mapped from the disk (those written before
@@ -133,56 +103,39 @@ def open_weights(path: str | os.PathLike, select: str | None = None) -> Weights:
     Raises:
         FileNotFoundError: No such file, or a shard of an index is missing.
         ValueError: The file is damaged, of an unknown kind, holds Python objects that could run
-            code, or holds several parts of which none is the obvious one.
+            code, several parts of which none is the obvious one, or averages without names.
         ImportError: A PyTorch file, and PyTorch is not installed.
     """
     path = _one_file(Path(path))
     if path.name.endswith(INDEX):
         parts, metadata = _open_index(path)
     elif path.suffix == ".safetensors":
-        parts, metadata = _open_safetensors(path)
+        parts, metadata = open_safetensors(path)
     elif path.suffix in PICKLES:
         parts, metadata = _open_pickle(path), {}
     else:
         known = ", ".join((".safetensors", INDEX, *PICKLES))
         raise ValueError(f"{path}: unknown kind of weight file, known are {known}")
     arrays, selected = _select(path, parts, select)
-    return Weights(path, arrays, metadata, selected)
+    try:
+        return Weights(path, arrays if select == "" else with_scales(arrays), metadata, selected)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
-def write_safetensors(
-    path: str | os.PathLike, state: Mapping[str, Any], metadata: Mapping[str, str] | None = None
-) -> None:
-    """Writes arrays to a `.safetensors` file, wholly or not at all.
+def holds_weights(path: str | os.PathLike) -> bool:
+    """Whether `open_weights` has something to open.
 
     Args:
-        path: The file; one that exists is replaced.
-        state: Arrays (numpy, JAX or lazy) by name; all are held in memory at once.
-        metadata: Text by text, stored in the file's header.
+        path: Any path.
 
-    Raises:
-        OSError: The folder is not there or cannot be written to; an old file stays as it was.
-        SafetensorError: An array has a dtype that the format lacks; nothing is written.
+    Returns:
+        Whether it is a file, or a folder with a weight file in it.
     """
-    from safetensors.numpy import save
-
     path = Path(path)
-    arrays = {name: np.asarray(array, order="C") for name, array in state.items()}
-    content = save(arrays, dict(metadata or {}))
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        # mkstemp makes files private; a weight file gets the permissions of any new file.
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(temporary, 0o666 & ~mask)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    if not path.is_dir():
+        return path.exists()
+    return any(p.name.endswith(_ENDINGS) and p.is_file() for p in path.iterdir())
 
 
 def _one_file(path: Path) -> Path:
@@ -193,30 +146,18 @@ def _one_file(path: Path) -> Path:
         return path
     for endings in ((INDEX,), (".safetensors",), PICKLES):
         found = sorted(p for p in path.iterdir() if p.name.endswith(endings) and p.is_file())
+        if all(_SHARD.search(p.name) for p in found) and found:
+            raise ValueError(f"{path} holds shards and no index, *{INDEX}: fetch that too")
         if len(found) > 1:
             names = ", ".join(p.name for p in found)
             raise ValueError(f"{path} holds several weight files, name one of: {names}")
         if found:
             return found[0]
-    raise FileNotFoundError(f"{path}: a directory without weight files")
-
-
-def _open_safetensors(path: Path) -> tuple[dict[str, LazyArray], dict[str, str]]:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        file = safe_open(path, framework="np")
-    except SafetensorError as error:
-        raise ValueError(f"{path} is damaged or cut short, fetch it again: {error!r}") from error
-
-    def lazy(name: str) -> LazyArray:
-        header = file.get_slice(name)
-        if header.get_dtype() not in _DTYPES:
-            raise ValueError(f"{path}: {name} has the unknown dtype {header.get_dtype()}")
-        dtype = _DTYPES[header.get_dtype()]
-        return LazyArray(header.get_shape(), dtype, lambda: file.get_tensor(name))
-
-    return {name: lazy(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    inside = [p.name for p in sorted(path.iterdir()) if p.is_dir() and holds_weights(p)]
+    # That of a network comes before those of what stands around it in a pipeline.
+    inside.sort(key=lambda name: not name.startswith("transformer"))
+    hint = "".join(f"{', ' if i else '; look in '}{name}/" for i, name in enumerate(inside))
+    raise FileNotFoundError(f"{path}: a directory without weight files{hint}")
 
 
 def _open_index(path: Path) -> tuple[dict[str, LazyArray], dict[str, str]]:
@@ -235,7 +176,7 @@ def _open_index(path: Path) -> tuple[dict[str, LazyArray], dict[str, str]]:
         raise FileNotFoundError(f"{path}: missing shards {', '.join(absent)}")
     arrays, metadata, problems = {}, {}, []
     for shard in shards:
-        found, shard_metadata = _open_safetensors(path.parent / shard)
+        found, shard_metadata = open_safetensors(path.parent / shard)
         listed = {name for name, its_shard in where.items() if its_shard == shard}
         problems += [f"{shard} lacks {name}" for name in sorted(listed - set(found))]
         problems += [f"{shard} has the unlisted {n}" for n in sorted(set(found) - listed)]
@@ -272,7 +213,10 @@ def _open_pickle(path: Path) -> dict:
         raise ValueError(f"{path} is damaged or cut short, fetch it again: {error!r}") from error
     if not isinstance(content, Mapping):
         raise ValueError(f"{path} holds a {type(content).__name__}, not tensors by name")
-    return {str(name): _without_tensors(value) for name, value in content.items()}
+    try:
+        return {str(name): _without_tensors(value) for name, value in content.items()}
+    except TypeError as error:
+        raise ValueError(f"{path} has tensors of types that are not read: {error}") from error
 
 
 def _unsupported(message: str) -> str:
@@ -300,6 +244,8 @@ def _lazy_tensor(tensor: Any) -> LazyArray:
         torch.float8_e4m3fn: (torch.uint8, ml_dtypes.float8_e4m3fn),
         torch.float8_e5m2: (torch.uint8, ml_dtypes.float8_e5m2),
     }
+    if tensor.layout is not torch.strided or tensor.is_meta:
+        raise TypeError(f"{tensor.layout} on {tensor.device}")
     if tensor.dtype not in bits:
         dtype = torch.empty(0, dtype=tensor.dtype).numpy().dtype
         return LazyArray(tensor.shape, dtype, lambda: np.array(tensor.numpy()))
@@ -315,11 +261,16 @@ def _arrays_in(content: Mapping) -> dict[str, LazyArray]:
 
 def _select(path: Path, content: Mapping, select: str | None) -> tuple[dict[str, LazyArray], str]:
     """The arrays of one network, without prefixes, and the name of the part they come from."""
+    if select is None and _has_nameless_average(content):
+        raise ValueError(
+            f"{path} holds its averages as a list without names (shadow_params): write them under "
+            "the network's names, or take what was not averaged by open_weights(path, select=...)"
+        )
     arrays, selected = _arrays_in(content), []
     # Tensors of an optimiser lie one level deeper, so its key is never among these.
     keys = [k for k, v in content.items() if isinstance(v, Mapping) and _arrays_in(v)]
     if keys:
-        key = select if select in keys else _preferred(path, keys, "ema", select)
+        key = select if select in keys else _preferred(path, keys, select)
         select = None if select == key else select
         arrays, selected = _arrays_in(content[key]), [key]
         others = [name for name in content if name != key]
@@ -329,19 +280,17 @@ def _select(path: Path, content: Mapping, select: str | None) -> tuple[dict[str,
         raise ValueError(f"{path} holds no tensors by name")
     if select == "":
         return arrays, "/".join(selected)
-    for wrapper in _WRAPPERS:
-        asked = select is not None and f"{select}.".startswith(wrapper)
-        if not asked and all(name.startswith(wrapper) for name in arrays):
-            arrays = {name.removeprefix(wrapper): array for name, array in arrays.items()}
+    arrays = _unwrapped(arrays, select)
     if select is None:
         found = (_NETWORK.match(name) for name in arrays)
         prefixes = sorted({match[0] for match in found if match})
         if not prefixes:
             return arrays, "/".join(selected)
-        prefix = _preferred(path, prefixes, "diffusion_ema.denoising.", None)
+        prefix = _preferred(path, prefixes, None)
     else:
         prefix = select.removesuffix(".") + "."
     chosen = {n.removeprefix(prefix): a for n, a in arrays.items() if n.startswith(prefix)}
+    chosen = _unwrapped(chosen, None)
     if not chosen:
         tops = sorted({".".join(name.split(".")[:2]) for name in arrays})
         raise ValueError(
@@ -352,13 +301,33 @@ def _select(path: Path, content: Mapping, select: str | None) -> tuple[dict[str,
     return chosen, "/".join([*selected, prefix.removesuffix(".")])
 
 
-def _preferred(path: Path, parts: list[str], first: str, select: str | None) -> str:
-    """The averaged part if the others are the same network's; the only part; else an error."""
-    same_network = {"ema", "model", "diffusion_ema.denoising.", "diffusion.denoising."}
+def _has_nameless_average(content: Mapping) -> bool:
+    """Whether the averages of `diffusers` or torch_ema, a list, are somewhere in a checkpoint."""
+    return "shadow_params" in content or any(
+        _has_nameless_average(value) for value in content.values() if isinstance(value, Mapping)
+    )
+
+
+def _unwrapped(arrays: Mapping[str, LazyArray], select: str | None) -> dict[str, LazyArray]:
+    """The arrays under names without wrappers, but for one that is asked for."""
+    names = list(arrays)
+    asked = "" if select is None else f"{select}."
+    if not _INNER_WRAPPER.search(asked):
+        names = [_INNER_WRAPPER.sub("", name) for name in names]
+    while names and not asked.startswith(_WRAPPER) and all(n.startswith(_WRAPPER) for n in names):
+        names = [_INNER_WRAPPER.sub("", name.removeprefix(_WRAPPER)) for name in names]
+    if len(set(names)) < len(names):  # then it is no wrapper
+        return dict(arrays)
+    return dict(zip(names, arrays.values(), strict=True))
+
+
+def _preferred(path: Path, parts: list[str], select: str | None) -> str:
+    """The average if the other part is what is averaged; the only part; else an error."""
     if len(parts) == 1:
         return parts[0]
-    if first in parts and set(parts) <= same_network:
-        return first
+    for average, averaged in _AVERAGES.items():
+        if average in parts and set(parts) <= {average, averaged}:
+            return average
     asked = "" if select is None else f"no part {select!r}; "
     names = ", ".join(part.removesuffix(".") for part in parts)
     raise ValueError(f"{path}: {asked}it holds several parts, select one of: {names}")

@@ -5,13 +5,19 @@ release (arXiv 2510.14974). The release orders the entries of a patch (channel, 
 rows of an output layer (K, channel, row, column); here channels are last, so both are permuted.
 """
 
-import re
 from collections.abc import Mapping
 
 import numpy as np
 
-from piflow_jax.convert.dit import check_given, shape_of
 from piflow_jax.convert.rules import Place, Rule, as_jax, export_state, import_state, linear
+from piflow_jax.convert.sizes import (
+    check_given,
+    count_layers,
+    divided,
+    grid_points,
+    linear_sizes,
+    shape_of,
+)
 from piflow_jax.models.flux import Flux
 from piflow_jax.models.heads import DXHead, GMHead, VelocityHead
 from piflow_jax.models.layers import TIME_FEATURES
@@ -183,24 +189,18 @@ def load_flux(
         The module, and `{"params": ...}` as JAX arrays with the dtypes of `state`.
 
     Raises:
-        ValueError: Names or shapes do not fit (all are listed), or a given size contradicts them.
+        ValueError: Names, shapes or types do not fit (faults are listed), numbers are not finite,
+            or a given size contradicts the weights.
     """
     state = dict(state)
-    hidden, head_size = read_width(state, "x_embedder")
-    sizes = {
-        "patch_size": PATCH_SIZE,
-        "in_channels": shape_of(state, "x_embedder.weight", 2)[1] // PATCH_SIZE**2,
-        "hidden": hidden,
-        "num_heads": hidden // head_size,
+    sizes = read_width(state, "x_embedder") | {
         "double_depth": count_layers(state, "transformer_blocks"),
         "single_depth": count_layers(state, "single_transformer_blocks"),
-        "text_features": shape_of(state, "context_embedder.weight", 2)[1],
-        "pooled_features": shape_of(state, f"{POOLED.format(1)}.weight", 2)[1],
+        "text_features": linear_sizes(state, "context_embedder")[1],
+        "pooled_features": linear_sizes(state, POOLED.format(1))[1],
         "guidance_embed": f"{GUIDANCE.format(1)}.weight" in state,
     }
-    head, head_sizes = read_head(
-        state, model.partition("_")[0], sizes["in_channels"], given.pop("constant_logstd", None)
-    )
+    head, head_sizes = read_head(state, model, sizes["in_channels"], given)
     check_given(given, sizes | head_sizes)
     module = Flux(**sizes, axes_dims_rope=tuple(axes_dims_rope), head=head)
     return module, {"params": import_state(state, flux_rules(module), 0, place or as_jax)}
@@ -232,49 +232,57 @@ def check_exportable(module) -> None:
         raise ValueError("the network has adapters: fuse them, or export them on their own")
 
 
-def read_width(state: Mapping[str, np.ndarray], patch_embed: str) -> tuple[int, int]:
-    """Width of the tokens and size of a head."""
-    hidden = shape_of(state, f"{patch_embed}.weight", 2)[0]
-    return hidden, shape_of(state, "transformer_blocks.0.attn.norm_q.weight", 1)[0]
-
-
-def count_layers(state: Mapping[str, np.ndarray], blocks: str) -> int:
-    """One more than the highest number of a block."""
-    found = [re.match(rf"{blocks}\.(\d+)\.", name) for name in state]
-    numbers = [int(match[1]) for match in found if match]
-    if not numbers:
-        raise ValueError(f"the state does not fit the model: it has no {blocks}")
-    return 1 + max(numbers)
+def read_width(state: Mapping[str, np.ndarray], patch_embed: str) -> dict[str, int]:
+    """Sizes of patches and of tokens, as fields of the network."""
+    hidden, ins = linear_sizes(state, patch_embed)
+    (head_size,) = shape_of(state, "transformer_blocks.0.attn.norm_q.weight", 1)
+    return {
+        "patch_size": PATCH_SIZE,
+        "in_channels": divided(f"a row of {patch_embed}.weight", ins, PATCH_SIZE**2),
+        "hidden": hidden,
+        "num_heads": divided(f"{patch_embed}.bias", hidden, head_size),
+    }
 
 
 def read_head(
-    state: Mapping[str, np.ndarray], kind: str, channels: int, constant_logstd: float | None
+    state: Mapping[str, np.ndarray], model: str, channels: int, given: dict[str, float]
 ) -> tuple[VelocityHead | DXHead | GMHead, dict]:
     """The head that the output layers are of, and its sizes.
 
     Args:
         state: Arrays by official name.
-        kind: "gm", "dx", or anything else for a velocity.
+        model: A name that starts with "gm" or "dx", or any other for a velocity.
         channels: Channels of latents.
-        constant_logstd: See `GMHead`; needed if and only if the state has no logstd head.
+        given: Sizes that are known; `constant_logstd`, which is taken out, is needed if and only if
+            the state has no logstd head.
 
     Returns:
         A head of `piflow_jax.models.heads`, and the sizes that were read for it.
 
     Raises:
-        ValueError: An output layer is missing, or `constant_logstd` does not fit the state.
+        ValueError: An output layer is missing or of another head, or `constant_logstd` does not fit
+            the state.
     """
-    pixels = PATCH_SIZE**2
+    pixels, kind = PATCH_SIZE**2, model.partition("_")[0]
+    constant_logstd = given.pop("constant_logstd", None)
+    if kind == "gm":
+        (rows,) = shape_of(state, "proj_out_logweights.bias", 1)
+        sizes = {"num_components": divided("proj_out_logweights.bias", rows, pixels)}
+        has_head = any(name.startswith("proj_out_logstds.") for name in state)
+        if has_head == (constant_logstd is not None):
+            which = "has a logstd head" if has_head else "has no logstd head"
+            raise ValueError(f"the state {which}, constant_logstd is {constant_logstd}")
+        if has_head:
+            (sizes["logstd_hidden"],) = shape_of(state, "proj_out_logstds.1.bias", 1)
+        return GMHead(**sizes, constant_logstd=constant_logstd), sizes
+    (rows,) = shape_of(state, "proj_out.bias", 1)
     if kind == "dx":
-        sizes = {"num_grid": shape_of(state, "proj_out.bias", 1)[0] // (pixels * channels)}
-        return DXHead(**sizes), sizes
-    if kind != "gm":
-        return VelocityHead(), {}
-    sizes = {"num_components": shape_of(state, "proj_out_logweights.bias", 1)[0] // pixels}
-    has_head = any(name.startswith("proj_out_logstds.") for name in state)
-    if has_head == (constant_logstd is not None):
-        which = "has a logstd head" if has_head else "has no logstd head"
-        raise ValueError(f"the state {which}, constant_logstd is {constant_logstd}")
-    if has_head:
-        sizes["logstd_hidden"] = shape_of(state, "proj_out_logstds.1.bias", 1)[0]
-    return GMHead(**sizes, constant_logstd=constant_logstd), sizes
+        points = grid_points("proj_out.bias", rows, pixels * channels, given.get("num_grid"))
+        return DXHead(points), {"num_grid": points}
+    points = divided("proj_out.bias", rows, pixels * channels)
+    if points > 1:
+        raise ValueError(
+            f"proj_out.bias has {points} outputs per site and channel: these are weights of a "
+            f"student that predicts a grid, dx_{model}"
+        )
+    return VelocityHead(), {}

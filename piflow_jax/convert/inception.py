@@ -52,7 +52,8 @@ def load_inception(state: Mapping[str, np.ndarray], model: str) -> tuple[Incepti
         The module, and `{"params": ...}` as JAX arrays with the dtypes of `state`.
 
     Raises:
-        ValueError: Names or shapes do not fit; all are listed.
+        ValueError: Names, shapes or types do not fit (faults are listed), or numbers are not
+            finite.
     """
     del model
     state = {n: array for n, array in state.items() if not n.endswith(".num_batches_tracked")}

@@ -32,8 +32,8 @@ from collections.abc import Mapping
 import numpy as np
 
 from piflow_jax.convert.dit import CLASS_EMBED, OUTPUT, PATCH_EMBED, load_dit
-from piflow_jax.convert.files import LazyArray
 from piflow_jax.convert.rules import Place
+from piflow_jax.convert.safetensors_files import LazyArray
 from piflow_jax.models.dit import DiT
 from piflow_jax.models.layers import TIME_FEATURES, position_table
 

@@ -8,14 +8,11 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from piflow_jax.convert.dit import check_given, shape_of
 from piflow_jax.convert.flux import (
     ATTENTION,
     AXES_DIMS_ROPE,
-    PATCH_SIZE,
     TIME,
     check_exportable,
-    count_layers,
     embedder_rules,
     head_rules,
     patch_rules,
@@ -24,6 +21,7 @@ from piflow_jax.convert.flux import (
     stream_rules,
 )
 from piflow_jax.convert.rules import Place, Rule, as_jax, export_state, import_state, linear
+from piflow_jax.convert.sizes import check_given, count_layers, linear_sizes
 from piflow_jax.models.layers import TIME_FEATURES
 from piflow_jax.models.qwen_image import QwenImage
 
@@ -84,21 +82,15 @@ def load_qwen_image(
         The module, and `{"params": ...}` as JAX arrays with the dtypes of `state`.
 
     Raises:
-        ValueError: Names or shapes do not fit (all are listed), or a given size contradicts them.
+        ValueError: Names, shapes or types do not fit (faults are listed), numbers are not finite,
+            or a given size contradicts the weights.
     """
     state = dict(state)
-    hidden, head_size = read_width(state, "img_in")
-    sizes = {
-        "patch_size": PATCH_SIZE,
-        "in_channels": shape_of(state, "img_in.weight", 2)[1] // PATCH_SIZE**2,
-        "hidden": hidden,
-        "num_heads": hidden // head_size,
+    sizes = read_width(state, "img_in") | {
         "depth": count_layers(state, "transformer_blocks"),
-        "text_features": shape_of(state, "txt_in.weight", 2)[1],
+        "text_features": linear_sizes(state, "txt_in")[1],
     }
-    head, head_sizes = read_head(
-        state, model.partition("_")[0], sizes["in_channels"], given.pop("constant_logstd", None)
-    )
+    head, head_sizes = read_head(state, model, sizes["in_channels"], given)
     check_given(given, sizes | head_sizes)
     module = QwenImage(**sizes, axes_dims_rope=tuple(axes_dims_rope), head=head)
     return module, {"params": import_state(state, qwen_image_rules(module), 0, place or as_jax)}

@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from piflow_jax.convert.files import LazyArray
 from piflow_jax.convert.rules import Place, Rule, as_jax, import_state, linear
+from piflow_jax.convert.safetensors_files import LazyArray
 from piflow_jax.convert.vae import conv
 from piflow_jax.models.vae import AutoencoderKL
 
@@ -126,7 +126,8 @@ def load_qwen_vae(
         The module, and `{"params": ...}` as JAX arrays with the dtypes of `state`.
 
     Raises:
-        ValueError: Names or shapes do not fit; all are listed.
+        ValueError: Names, shapes or types do not fit (faults are listed), or numbers are not
+            finite.
     """
     del model
     needed = ("encoder.conv_in.weight", "decoder.conv_in.weight")

@@ -5,6 +5,7 @@ is imported can be exported without a second table.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -12,7 +13,12 @@ from typing import Any
 import einops
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
+
+from piflow_jax.convert.float8 import FLOAT8
+
+_LISTED = 20
 
 # Puts a finished leaf where it belongs, given its path.
 Place = Callable[[tuple[str, ...], np.ndarray], Any]
@@ -65,7 +71,7 @@ class Rule:
         if left[0] != "l" or right[0] != "l":
             raise ValueError(f"{self.pattern!r}: layers must lead on both sides")
         pattern = f"{' '.join(left[1:])} -> {' '.join(right[1:])}"
-        dtype = np.result_type(*(_dtype(state[name]) for name in self.torch_names(depth)))
+        dtype = _common_dtype(state[name] for name in self.torch_names(depth))
         depth = depth if self.depth is None else self.depth
         leaf = None
         for i in range(depth):
@@ -79,7 +85,8 @@ class Rule:
     def _piece(
         self, state: Mapping[str, np.ndarray], names: Iterable[str], pattern: str
     ) -> np.ndarray:
-        arrays = [np.asarray(state[name]) for name in names]
+        dtype = _common_dtype(state[name] for name in names)
+        arrays = [_read(name, state[name]).astype(dtype, copy=False) for name in names]
         stacked = np.stack(arrays) if len(arrays) > 1 else arrays[0]
         del arrays
         return einops.rearrange(stacked, pattern, **self._known())
@@ -103,6 +110,32 @@ class Rule:
 def _dtype(array: Any) -> np.dtype:
     dtype = getattr(array, "dtype", None)
     return dtype if isinstance(dtype, np.dtype) else np.asarray(array).dtype
+
+
+def _kept_dtype(dtype: np.dtype) -> np.dtype:
+    """The dtype of a leaf: nothing is computed in float8, all of whose numbers bfloat16 has."""
+    return np.dtype(ml_dtypes.bfloat16) if dtype in FLOAT8 else dtype
+
+
+def _common_dtype(arrays: Iterable[Any]) -> np.dtype:
+    dtypes = {_kept_dtype(_dtype(array)) for array in arrays}
+    # numpy has no common type of float16 and bfloat16.
+    return dtypes.pop() if len(dtypes) == 1 else functools.reduce(jnp.promote_types, dtypes)
+
+
+def _read(name: str, array: Any) -> np.ndarray:
+    """An array, read; ValueError if JAX, whose float64 is float32, would see numbers not finite."""
+    read = np.asarray(array)
+    read = read.astype(_kept_dtype(read.dtype), copy=False)
+    with np.errstate(over="ignore"):
+        seen = read.astype(np.float32) if read.dtype == np.float64 else read
+    finite = np.isfinite(seen)
+    if not finite.all():
+        raise ValueError(
+            f"{finite.size - np.count_nonzero(finite)} of the {finite.size} numbers of {name} are "
+            "not finite: fetch the weights again, or take those of an earlier step"
+        )
+    return read
 
 
 def linear(
@@ -155,8 +188,8 @@ def import_state(
 ) -> dict:
     """Turns a PyTorch state into nested Flax parameters.
 
-    Names and shapes are checked before any array is read. Of lazy arrays, those of one layer are in
-    memory at a time, besides the leaf that they go into.
+    Names, shapes and types are checked before any array is read, numbers when they are read. Of
+    lazy arrays, those of one layer are in memory at a time, besides the leaf that they go into.
 
     Args:
         state: Arrays by PyTorch name, lazy ones too (anything with a shape that numpy can read).
@@ -167,10 +200,12 @@ def import_state(
             devices there keeps the host from holding more than one.
 
     Returns:
-        Nested dict of numpy arrays, dtypes as in `state`, or of what `place` returned.
+        Nested dict of numpy arrays, dtypes as in `state` (but bfloat16 for float8), or of what
+        `place` returned.
 
     Raises:
-        ValueError: Lists every missing and unexpected name and every wrong shape.
+        ValueError: Names, shapes or types do not fit (the first 20 faults are listed), or numbers
+            are not finite.
     """
     rules = list(rules)
     expected = {name: rule.torch_shape for rule in rules for name in rule.torch_names(depth)}
@@ -181,12 +216,17 @@ def import_state(
         if name not in expected
     ]
     problems += [
-        f"{name} has shape {np.shape(state[name])}, expected {shape}"
+        f"{name} has shape {found}, expected {shape}" + " (transposed)" * (found == shape[::-1])
         for name, shape in expected.items()
-        if name in state and np.shape(state[name]) != shape
+        if name in state and (found := np.shape(state[name])) != shape
+    ]
+    problems += [
+        f"{name} is of type {_dtype(state[name])}, and weights are floating-point numbers"
+        for name in expected
+        if name in state and not jnp.issubdtype(_dtype(state[name]), jnp.floating)
     ]
     if problems:
-        raise ValueError("the state does not fit the model:\n  " + "\n  ".join(problems))
+        raise ValueError(f"the state does not fit the model:{listed(problems)}")
     params: dict = {}
     for rule in rules:
         node = params
@@ -196,6 +236,12 @@ def import_state(
         node[rule.path[-1]] = leaf if place is None else place(rule.path, leaf)
         del leaf
     return params
+
+
+def listed(faults: list[str]) -> str:
+    """Faults under each other, not more than a screen holds."""
+    more = [f"and {len(faults) - _LISTED} more"] if len(faults) > _LISTED else []
+    return "".join(f"\n  {line}" for line in [*faults[:_LISTED], *more])
 
 
 def as_jax(path: tuple[str, ...], leaf: np.ndarray) -> jax.Array:

@@ -117,7 +117,8 @@ def load_vae(
         The module, and `{"params": ...}` as JAX arrays with the dtypes of `state`.
 
     Raises:
-        ValueError: Names or shapes do not fit; all are listed.
+        ValueError: Names, shapes or types do not fit (faults are listed), or numbers are not
+            finite.
     """
     del model
     state = _new_names(state)

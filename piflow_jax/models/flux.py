@@ -123,7 +123,8 @@ class Flux(nn.Module):
         head: Output head, see `piflow_jax.models.heads`.
         lora: Adapters, usually `LoRA(FLUX_TARGETS)`; None for none.
         time_dtype: Times and guidance scales are rounded to it, before and after they are scaled.
-            The released pipelines round both to bfloat16 (a time of 0.9 is 0.8984 there).
+            The released pipelines, and pi-Flow's training, round both to bfloat16 (a time of 0.9
+            is 0.8984 there).
         dtype: Compute dtype of tokens; None is the wider of input and parameters. Conditioning
             embedding, norms' statistics, rotations, softmax and outputs are float32 at least.
         param_dtype: Dtype of fresh parameters of the base; the head and `final_modulation` are

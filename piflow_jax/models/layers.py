@@ -165,7 +165,6 @@ def time_features(
     size: int = TIME_FEATURES,
     *,
     scale: float = 1.0,
-    frequency_dtype: DTypeLike = np.float32,
 ) -> jax.Array:
     """Sinusoidal features of a time, always computed in float32.
 
@@ -179,7 +178,6 @@ def time_features(
         size: Number of features, even.
         scale: Multiplies the angles, after the frequencies; in float32 this order is not the same
             as scaling `t`.
-        frequency_dtype: Frequencies are rounded to it.
 
     Returns:
         `[B, size]` float32: cosines, then sines.
@@ -190,7 +188,6 @@ def time_features(
     exponents = np.float32(-math.log(10000.0)) * np.arange(half, dtype=np.float32)
     exponents = exponents / np.float32(half)
     frequencies = np.exp(exponents.astype(np.float64)).astype(np.float32)
-    frequencies = frequencies.astype(frequency_dtype).astype(np.float32)
     angles = t.astype(jnp.float32)[:, None] * jnp.asarray(frequencies)[None, :]
     angles = angles if scale == 1.0 else angles * np.float32(scale)
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)

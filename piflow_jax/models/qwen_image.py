@@ -81,8 +81,8 @@ class QwenImage(nn.Module):
     leading `layers` axis and run under a scan.
 
     Padded text is masked: no token attends to it, so an image does not depend on the length to
-    which prompts were padded. The pi-Flow release does not mask it (a padded token's embedding
-    moves its output), nor did `diffusers` when Qwen-Image appeared; newer `diffusers` does.
+    which prompts were padded. So do the pi-Flow release and `diffusers` from 0.37 on; before, a
+    padded token's embedding moved their output.
 
     Attributes:
         patch_size: Side of a patch, in sites.
@@ -94,8 +94,8 @@ class QwenImage(nn.Module):
         axes_dims_rope: Features of a head that encode frame, row and column; add up to its size.
         head: Output head, see `piflow_jax.models.heads`.
         lora: Adapters, usually `LoRA(QWEN_TARGETS)`; None for none.
-        time_dtype: Times and the frequencies of their sinusoids are rounded to it. The released
-            pipelines round both to bfloat16, which moves angles by up to a radian.
+        time_dtype: Times are rounded to it before they are scaled. The released pipelines, and
+            pi-Flow's training, round them to bfloat16 (a time of 0.889 is 0.890625 there).
         dtype: Compute dtype of tokens; None is the wider of input and parameters. Conditioning
             embedding, norms' statistics, rotations, softmax and outputs are float32 at least.
         param_dtype: Dtype of fresh parameters of the base; the head and `final_modulation` are
@@ -135,7 +135,7 @@ class QwenImage(nn.Module):
             text: `[B, L, text_features]` text embeddings, from position 0 on; what is padding may
                 hold any finite numbers.
             mask: `[B, L]`, zero or False where `text` is padding. None hides nothing, which is what
-                the pi-Flow release computes.
+                the pi-Flow release computed with `diffusers` before 0.37.
 
         Returns:
             What the head makes: `u[B, H, W, C]`, a `GMOutput`, or `[B, H, W, N, C]`. Float32, or
@@ -196,9 +196,7 @@ class QwenImage(nn.Module):
 
     def _embed_time(self, t: jax.Array) -> jax.Array:
         """Embedding `[B, D]` of time, at least float32, float64 with such parameters."""
-        features = time_features(
-            round_time(t, self.time_dtype), scale=TIME_SCALE, frequency_dtype=self.time_dtype
-        )
+        features = time_features(round_time(t, self.time_dtype), scale=TIME_SCALE)
 
         def linear(name):
             return AdaptedLinear(

@@ -15,13 +15,13 @@ from piflow_jax.convert import (
     to_torch_state,
     write_safetensors,
 )
-from piflow_jax.flow.schedule import longest_segment
 from piflow_jax.models.lora import fuse
 from piflow_jax.parallel import config_mesh
 from piflow_jax.stages.systems import data_shape, load_student, load_teacher
 from piflow_jax.training.loop import checkpoint_dir
 from piflow_jax.training.networks import (
     DataShape,
+    policy_config,
     student_network,
     student_spec,
     teacher_network,
@@ -102,20 +102,10 @@ def _teacher(config: Config, data: DataShape, workdir: Path) -> Path:
 
 def _metadata(config: Config, spec: dict[str, Any]) -> dict[str, str]:
     """What a student's file says of itself, to us and to the official pipelines."""
-    policy = {"type": "GMFlow"}
-    if config.policy.kind == "dx":
-        train = config.train
-        longest = longest_segment(train.nfe, train.final_step_size_scale)
-        policy = {
-            "type": "DX",
-            "segment_size": config.policy.segment_size or longest,
-            "shift": train.shift,
-            "mode": config.policy.mode,
-        }
     return {
         "format": "pt",
         "piflow_jax": json.dumps(spec),
-        "policy_config": json.dumps(policy),
+        "policy_config": json.dumps(policy_config(config.policy, config.train)),
     }
 
 

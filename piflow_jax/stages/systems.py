@@ -32,6 +32,9 @@ from piflow_jax.training.networks import (
     DataShape,
     Network,
     abstract_params,
+    check_policy_config,
+    completed,
+    spec_of,
     student_network,
     student_settings,
     student_spec,
@@ -124,13 +127,19 @@ def load_teacher(
       CheckpointError: there is no checkpoint, it is unusable, or it contradicts the settings.
       ConfigError: the official weights contradict the settings, or need PyTorch to be read.
     """
-    module = teacher_network(config.model, data)
-    if config.teacher.weights:
+    module, spec = teacher_network(config.model, data), teacher_spec(config, data)
+    path = config.teacher.weights
+    if path:
         network = config.model.network
         form = config.teacher.weights_format if network == "dit" else network
-        return _official(config.teacher.weights, "config.teacher.weights", form, module, shardings)
+
+        def read(weights, place):
+            return load_params(module, weights, form, place)
+
+        like = _placed(abstract_params(module), shardings)
+        return _official(path, "config.teacher.weights", spec, config, read, like)
     directory = config.teacher.checkpoint or checkpoint_dir(workdir, "teacher")
-    return load_average(directory, module, teacher_spec(config, data), shardings)
+    return load_average(directory, module, spec, shardings)
 
 
 def _placed(abstract: Any, shardings: Any) -> Any:
@@ -150,17 +159,29 @@ def _put(leaf: np.ndarray, like: jax.ShapeDtypeStruct) -> jax.Array:
     return jax.make_array_from_callback(array.shape, like.sharding, lambda index: array[index])
 
 
-def _official(path: str, key: str, form: str, module: Network, shardings: Any):
-    """Parameters of official weights, if they are this module's."""
-    where = flatten_dict(_placed(abstract_params(module), shardings)["params"])
+def _official(path: str, key: str, spec: Mapping[str, Any], config: Config, read, like):
+    """Parameters of a weight file that says nothing else than the settings do.
+
+    `read` makes them of the weights and of what places leaves; `like` has their shapes and places.
+    """
+    where = flatten_dict(like["params"])
 
     def place(name, leaf):
-        # One that has no place is no parameter of this module, which is said below.
+        # One that has no place is no parameter of the network, which is said in `read`.
         return _put(leaf, where[name]) if name in where else jax.device_put(leaf)
 
     try:
-        return load_params(module, open_weights(path), form, place)
-    except (ImportError, ValueError) as error:
+        weights = open_weights(path)
+        said = spec_of(weights.metadata)
+        if said is not None:
+            # What is known of data and autoencoder depends on what is at hand.
+            known = {k: v for k, v in spec.items() if k not in ("data.name", "data.vae")}
+            check_spec(completed(said), known, weights.path)
+        elif spec["kind"] == "student":
+            policy = weights.metadata.get("policy_config")
+            check_policy_config(policy, config.policy, config.train)
+        return read(weights, place)
+    except (CheckpointError, ImportError, ValueError) as error:
         raise ConfigError(f"{key} = {path!r}: {error}") from error
 
 
@@ -192,29 +213,19 @@ def load_student(
     base = None
     if config.model.network != "dit":
         base = _load_teacher_on(mesh, config, data, workdir)
+    spec = student_spec(config, data)
     if not config.evaluation.weights:
-        directory = student_dir(config, workdir)
-        trained = load_average(directory, module, student_spec(config, data), shardings)
-    elif base is None:
-        path, form = config.evaluation.weights, f"{config.policy.kind}_dit"
-        trained = _official(path, "config.evaluation.weights", form, module, shardings)
+        trained = load_average(student_dir(config, workdir), module, spec, shardings)
     else:
-        trained = _official_adapter(config, module, trained, shardings)
+
+        def read(weights, place):
+            if base is not None:
+                return load_adapter(module, weights, place=place)
+            return load_params(module, weights, f"{config.policy.kind}_dit", place)
+
+        path, like = config.evaluation.weights, _placed(trained, shardings)
+        trained = _official(path, "config.evaluation.weights", spec, config, read, like)
     return with_base(module, trained, base)
-
-
-def _official_adapter(config: Config, module: Network, abstract: Any, shardings: Any):
-    """The trained part of a student as pi-Flow releases it, in the types of our own."""
-    placed = flatten_dict(_placed(abstract, shardings)["params"])
-
-    def place(name, leaf):
-        return _put(leaf, placed[name])
-
-    path = config.evaluation.weights
-    try:
-        return load_adapter(module, open_weights(path), place=place)
-    except (ImportError, ValueError) as error:
-        raise ConfigError(f"config.evaluation.weights = {path!r}: {error}") from error
 
 
 def load_average(
@@ -235,7 +246,7 @@ def load_average(
       CheckpointError: there is no checkpoint, it is unusable, or it contradicts the spec.
     """
     _, saved, _ = read_spec(directory)
-    check_spec(saved, spec, directory)
+    check_spec(completed(saved), spec, directory)
     abstract = trained_part(module, abstract_params(module))
     return restore_subtree(directory, "ema_params", _placed(abstract, shardings))
 

@@ -5,14 +5,26 @@ the weights mean, and nothing that does not (compute dtype, remat, attention).
 """
 
 import dataclasses
+import json
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from piflow_jax.config import Config, ModelConfig, PolicyConfig, TrainConfig
+from piflow_jax.config import (
+    Config,
+    ConfigError,
+    ModelConfig,
+    PolicyConfig,
+    TrainConfig,
+    base_config,
+    check_group,
+    parse,
+)
 from piflow_jax.data.latents import SD_VAE_SCALE, LatentsSource
+from piflow_jax.flow.schedule import longest_segment
 from piflow_jax.models import ArcHead, DiT, DXHead, GMHead, VelocityHead, student_from_teacher
 from piflow_jax.models.flux import FLUX_TARGETS, Flux
 from piflow_jax.models.lora import LoRA, initial_trained, merge, split
@@ -26,8 +38,12 @@ __all__ = [
     "Network",
     "StudentSettings",
     "abstract_params",
+    "check_policy_config",
+    "completed",
     "init_params",
     "initial_student",
+    "policy_config",
+    "spec_of",
     "student_network",
     "student_settings",
     "student_spec",
@@ -45,9 +61,12 @@ _MEANT_BY = {
     "dit": ("patch_size", "hidden", "num_heads", "depth", "mlp_ratio", "time_scale"),
     "flux": (
         *("network", "patch_size", "hidden", "num_heads", "depth", "single_depth", "rope_axes"),
-        "distilled_guidance",
+        *("distilled_guidance", "time_dtype"),
     ),
-    "qwen_image": ("network", "patch_size", "hidden", "num_heads", "depth", "rope_axes"),
+    "qwen_image": (
+        *("network", "patch_size", "hidden", "num_heads", "depth", "rope_axes"),
+        "time_dtype",
+    ),
 }
 # Of `DataShape`; networks that read text know neither classes nor one size.
 _DATA_MEANT_BY_CLASSES = (
@@ -55,6 +74,13 @@ _DATA_MEANT_BY_CLASSES = (
     *("latent_scale", "latent_shift", "vae"),
 )
 _DATA_MEANT_BY_TEXT = ("name", "channels", "text_features", "pooled_features")
+# What older specs lack, and what that means.
+_ADDED = {"data.vae": "", "model.time_dtype": "float32"}
+
+
+def _number(default: float = dataclasses.MISSING, **bounds: float) -> Any:
+    """A field with the bounds that `check_group` keeps."""
+    return dataclasses.field(default=default, metadata=bounds)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -74,14 +100,14 @@ class DataShape:
     """
 
     name: str
-    channels: int
-    sample_size: int = 0
-    num_classes: int = 0
-    latent_scale: float = 1.0
+    channels: int = _number(low=1)
+    sample_size: int = _number(0, low=0)
+    num_classes: int = _number(0, low=0)
+    latent_scale: float = _number(1.0, above=0)
     latent_shift: float = 0.0
     vae: str = ""
-    text_features: int = 0
-    pooled_features: int = 0
+    text_features: int = _number(0, low=0)
+    pooled_features: int = _number(0, low=0)
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -171,6 +197,8 @@ def _network(model: ModelConfig, data: DataShape, head, lora: LoRA | None = None
     common |= {
         "text_features": data.text_features,
         "axes_dims_rope": tuple(model.rope_axes),
+        # What is computed in float32 sees the time that it is given.
+        "time_dtype": jnp.dtype(model.time_dtype if model.dtype == "bfloat16" else "float32"),
         "param_dtype": jnp.dtype(model.base_dtype),
         "lora": lora,
     }
@@ -293,6 +321,46 @@ def student_spec(config: Config, data: DataShape) -> dict[str, Any]:
     )
 
 
+def policy_config(policy: PolicyConfig, train: TrainConfig) -> dict[str, Any]:
+    """What files of the release say of a student's policy."""
+    config = {"type": {"gm": "GMFlow", "dx": "DX"}.get(policy.kind, policy.kind)}
+    if policy.kind == "dx":
+        longest = longest_segment(train.nfe, train.final_step_size_scale)
+        config["segment_size"] = policy.segment_size or longest
+        config |= {"shift": train.shift, "mode": policy.mode}
+    return config
+
+
+def check_policy_config(text: str | None, policy: PolicyConfig, train: TrainConfig) -> None:
+    """Raises ConfigError if a file says something else of its policy than the settings do."""
+    try:
+        found = {} if text is None else dict(json.loads(text))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ConfigError(f"its policy_config is damaged: {error}") from error
+    for key, value in policy_config(policy, train).items():
+        there = found.get(key, value)
+        if there != value and not (
+            isinstance(there, float) and math.isclose(there, value, rel_tol=1e-5)
+        ):
+            raise ConfigError(
+                f"its policy_config has the {key} {there!r}, the settings make it {value!r}"
+            )
+
+
+def spec_of(metadata: Mapping[str, str]) -> Mapping[str, Any] | None:
+    """The spec in a weight file's metadata, None without one; ConfigError for a damaged one."""
+    text = metadata.get("piflow_jax")
+    try:
+        return None if text is None else dict(json.loads(text))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ConfigError(f"the settings in its metadata are damaged: {error}") from error
+
+
+def completed(spec: Mapping[str, Any]) -> dict[str, Any]:
+    """A checkpoint's spec with what has been added to specs since it was made."""
+    return _ADDED | spec
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StudentSettings:
     """A student's settings as its checkpoint has them."""
@@ -310,38 +378,55 @@ def student_settings(spec: Mapping[str, Any]) -> StudentSettings:
       spec: what `student_spec` made, after a trip through JSON.
 
     Returns:
-      The settings; what a spec does not hold has its default.
+      The settings; what has been added to specs since this one was made has its default.
 
     Raises:
-      ValueError: if the spec is not a student's.
+      ConfigError: the spec is not a student's, something is missing in it, or it holds what the
+        schema of configurations refuses.
     """
-    _check_kind(spec, "student")
-    return StudentSettings(
-        model=_model(spec),
-        policy=PolicyConfig(**_group(spec, "policy")),
-        train=TrainConfig(**_group(spec, "train")),
-        data=DataShape(**_group(spec, "data")),
-    )
+    settings = _settings(spec, "student")
+    _check_complete(spec, student_spec(settings, settings.data))
+    return settings
 
 
 def teacher_settings(spec: Mapping[str, Any]) -> tuple[ModelConfig, DataShape]:
     """Reads a teacher's spec back, see `student_settings`."""
-    _check_kind(spec, "teacher")
-    return _model(spec), DataShape(**_group(spec, "data"))
+    settings = _settings(spec, "teacher")
+    _check_complete(spec, teacher_spec(settings, settings.data))
+    return settings.model, settings.data
 
 
-def _model(spec: Mapping[str, Any]) -> ModelConfig:
-    values = _group(spec, "model")
-    return ModelConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+def _settings(spec: Mapping[str, Any], kind: str) -> StudentSettings:
+    """The settings of a spec, checked by the schema as those of a configuration."""
+    if not isinstance(spec, Mapping) or spec.get("kind") != kind:
+        found = spec.get("kind") if isinstance(spec, Mapping) else spec
+        raise ConfigError(f"this holds a {found}, not a {kind}")
+    config = base_config().to_dict()
+    groups: dict[str, dict[str, Any]] = {name: {} for name in ("model", "policy", "train", "data")}
+    for key, value in spec.items():
+        group, _, name = key.partition(".")
+        if group in groups and name:
+            groups[group][name] = value
+        elif key != "kind":
+            raise ConfigError(f"unknown key {key}; this version reads {', '.join(groups)}")
+    data = check_group(DataShape, groups.pop("data"), "data", complete=False)
+    for group, values in groups.items():
+        config[group] |= values
+    # Not in a spec: the kind of data, and what a mixture alone has.
+    reads_text = config["model"]["network"] != "dit"
+    config["data"]["name"] = "prompts" if reads_text else "digits"
+    if config["policy"]["kind"] == "dx":
+        config["train"]["gm_dropout"] = 0.0
+    parsed = parse(config, None)
+    if data.sample_size % parsed.model.patch_size:
+        raise ConfigError(
+            f"model.patch_size ({parsed.model.patch_size}) must divide data.sample_size "
+            f"({data.sample_size})"
+        )
+    return StudentSettings(model=parsed.model, policy=parsed.policy, train=parsed.train, data=data)
 
 
-def _check_kind(spec: Mapping[str, Any], kind: str) -> None:
-    if spec.get("kind") != kind:
-        raise ValueError(f"this checkpoint holds a {spec.get('kind')}, not a {kind}")
-
-
-def _group(spec: Mapping[str, Any], name: str) -> dict[str, Any]:
-    prefix = f"{name}."
-    return {
-        key.removeprefix(prefix): value for key, value in spec.items() if key.startswith(prefix)
-    }
+def _check_complete(spec: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    missing = sorted(set(wanted) - set(completed(spec)))
+    if missing:
+        raise ConfigError(f"the settings lack {', '.join(missing)}")

@@ -1,0 +1,197 @@
+"""Files in the `.safetensors` format: names, types and shapes first, tensors one by one.
+
+Source: the format's own description: eight bytes of length, a header in JSON, the tensors' bytes.
+Its Python library reads into types of numpy alone, which has no float8, and keeps the last of two
+tensors of one name.
+"""
+
+import json
+import math
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+# Types by their names in a header.
+_DTYPES = {
+    "BOOL": np.bool_,
+    "U8": np.uint8,
+    "I8": np.int8,
+    "U16": np.uint16,
+    "I16": np.int16,
+    "U32": np.uint32,
+    "I32": np.int32,
+    "U64": np.uint64,
+    "I64": np.int64,
+    "F16": np.float16,
+    "BF16": ml_dtypes.bfloat16,
+    "F32": np.float32,
+    "F64": np.float64,
+    "F8_E4M3": ml_dtypes.float8_e4m3fn,
+    "F8_E5M2": ml_dtypes.float8_e5m2,
+}
+_METADATA = "__metadata__"
+# What stands for a large file in a clone without Git LFS.
+_POINTER = b"version https://git-lfs"
+
+
+class LazyArray:
+    """An array that is read when numpy asks for it, and only then; nothing is kept.
+
+    Attributes:
+        shape: Shape.
+        dtype: Dtype.
+        ndim: Number of axes.
+    """
+
+    def __init__(self, shape: tuple[int, ...], dtype: Any, read: Callable[[], np.ndarray]):
+        self.shape = tuple(shape)
+        self.dtype = np.dtype(dtype)
+        self.ndim = len(self.shape)
+        self._read = read
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        """Reads the array; every call reads anew."""
+        if copy is False:
+            raise ValueError("a lazy array is always read into new memory")
+        array = self._read()
+        return array if dtype is None else array.astype(dtype, copy=False)
+
+    def __repr__(self) -> str:
+        """Shape and dtype; reads nothing."""
+        return f"LazyArray(shape={self.shape}, dtype={self.dtype})"
+
+
+def open_safetensors(path: Path) -> tuple[dict[str, LazyArray], dict[str, str]]:
+    """Opens a file without reading its tensors.
+
+    Args:
+        path: The file.
+
+    Returns:
+        Its arrays by name, in the order of the file, and its metadata.
+
+    Raises:
+        ValueError: The file is damaged, has two tensors of one name, or a type that neither numpy
+            nor `ml_dtypes` has.
+    """
+    with path.open("rb") as file:  # what is not readable at all is not damaged
+        if file.read(len(_POINTER)) == _POINTER:
+            raise ValueError(f"{path} stands for weights that are not here yet: run git lfs pull")
+    try:
+        memory = np.memmap(path, np.uint8, "r")
+        start = 8 + int.from_bytes(memory[:8].tobytes(), "little")
+        header = json.loads(memory[8:start].tobytes(), object_pairs_hook=_distinct)
+        metadata = header.pop(_METADATA, None) or {}
+        if not all(isinstance(text, str) for text in metadata.values()):
+            raise ValueError("its metadata is not text")
+        entries = [_entry(name, entry) for name, entry in header.items()]
+        entries.sort(key=lambda entry: entry[3:])
+        _check_layout(entries, len(memory) - start)
+    except _TwiceError as error:
+        raise ValueError(f"{path} has {error} twice; write it anew") from error
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged or cut short, fetch it again: {error!r}") from error
+
+    def lazy(kind, shape, first, last):
+        part, dtype = slice(start + first, start + last), _DTYPES[kind]
+        return LazyArray(shape, dtype, lambda: np.array(memory[part]).view(dtype).reshape(shape))
+
+    unknown = sorted({kind for _, kind, *_ in entries} - set(_DTYPES))
+    if unknown:
+        raise ValueError(f"{path} has tensors of types that are not read: {', '.join(unknown)}")
+    return {name: lazy(*entry) for name, *entry in entries}, metadata
+
+
+class _TwiceError(Exception):
+    """A name that stands twice in a header."""
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise _TwiceError(name)
+        found[name] = value
+    return found
+
+
+def _entry(name: str, entry: Mapping[str, Any]) -> tuple[str, str, tuple[int, ...], int, int]:
+    """Name, type, shape, first byte and the byte behind the last."""
+    first, last = entry["data_offsets"]
+    numbers = (*entry["shape"], first, last)
+    if any(type(number) is not int or number < 0 for number in numbers):
+        raise ValueError(f"{name} has the shape {entry['shape']} at {first} to {last}")
+    return name, str(entry["dtype"]), tuple(entry["shape"]), first, last
+
+
+def _check_layout(entries: list[tuple], size: int) -> None:
+    """Raises ValueError unless tensors follow each other and fill `size` bytes."""
+    end = 0
+    for name, kind, shape, first, last in entries:
+        needed = math.prod(shape) * np.dtype(_DTYPES[kind]).itemsize if kind in _DTYPES else None
+        if first != end or (needed is not None and last - first != needed):
+            raise ValueError(f"{name} lies at {first} to {last} behind {end}, it has {needed}")
+        end = last
+    if end != size:
+        raise ValueError(f"it holds {size} bytes of tensors, its header says {end}")
+
+
+def write_safetensors(
+    path: str | os.PathLike, state: Mapping[str, Any], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Writes arrays to a `.safetensors` file, wholly or not at all.
+
+    Args:
+        path: The file; one that exists is replaced.
+        state: Arrays (numpy, JAX or lazy) by name; they are read and written one by one.
+        metadata: Text by text, stored in the file's header.
+
+    Raises:
+        OSError: The folder is not there or cannot be written to; an old file stays as it was.
+        ValueError: An array has a dtype that the format lacks; nothing is written.
+    """
+    path = Path(path)
+    known = {np.dtype(dtype): kind for kind, dtype in _DTYPES.items()}
+    typed = {name: _typed(array) for name, array in state.items()}
+    for name, array in typed.items():
+        if array.dtype not in known:
+            raise ValueError(f"{path}: {name} is of {array.dtype}, a type that the format lacks")
+    # The widest types first, so that every tensor is aligned, as the format's library has it.
+    names = sorted(typed, key=lambda name: (-typed[name].dtype.itemsize, name))
+    header: dict[str, Any] = {_METADATA: dict(metadata)} if metadata else {}
+    end = 0
+    for name in names:
+        shape, dtype = typed[name].shape, typed[name].dtype
+        first, end = end, end + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": known[dtype], "shape": list(shape), "data_offsets": [first, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            for name in names:
+                array = np.asarray(typed[name], order="C")
+                file.write(array.reshape(-1).view(np.uint8).data)
+            file.flush()
+            os.fsync(file.fileno())
+        # mkstemp makes files private; a weight file gets the permissions of any new file.
+        mask = os.umask(0)
+        os.umask(mask)
+        os.chmod(temporary, 0o666 & ~mask)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def _typed(array: Any) -> Any:
+    """Anything with a shape and a type of numpy in the machine's byte order."""
+    if not isinstance(getattr(array, "dtype", None), np.dtype):
+        array = np.asarray(array)
+    return array.astype(array.dtype.newbyteorder("=")) if not array.dtype.isnative else array
