@@ -11,13 +11,14 @@ from piflow_jax.rivals.base import Method, Rival
 from piflow_jax.rivals.consistency import CONSISTENCY
 from piflow_jax.rivals.distribution_matching import DMD
 from piflow_jax.rivals.meanflow import MEANFLOW
+from piflow_jax.rivals.parallel_decoding import PDD
 from piflow_jax.rivals.piflow import ARC, GM
 from piflow_jax.rivals.reflow import REFLOW, REGRESSION
 from piflow_jax.rivals.shortcut import SHORTCUT
 
 __all__ = ["CREDIT", "METHODS", "Method", "Rival", "find_method"]
 
-_ROWS = (GM, ARC, MEANFLOW, SHORTCUT, CONSISTENCY, REFLOW, REGRESSION, DMD)
+_ROWS = (GM, ARC, MEANFLOW, SHORTCUT, CONSISTENCY, REFLOW, REGRESSION, DMD, PDD)
 METHODS: dict[str, Method] = {row.name: row for row in _ROWS}
 # Behind a method's name: the teacher's training is added to its budget.
 CREDIT = "+teacher"
