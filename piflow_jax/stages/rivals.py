@@ -60,7 +60,9 @@ from piflow_jax.training.run_lock import RunLock
 
 __all__ = ["compare_rivals"]
 
-# Settings of where and how a run goes on, which its results do not depend on.
+# Settings of what is compared, and of where and how a run goes on: no method's results depend on
+# either.
+_OF_THE_COMPARISON = ("rivals.methods", "rivals.seeds", "rivals.rounds")
 _OF_THE_RUN = (
     *("mesh", "processes", "profile", "peak_flops", "compilation_cache", "topology"),
     *("log_every", "checkpoint_every", "keep_checkpoints"),
@@ -352,6 +354,7 @@ def rival_stage(
         steps=settings.steps,
         batch_size=settings.batch_size,
         config=flat_settings(groups),
+        extensible=_OF_THE_COMPARISON,
         spec=rival_spec(config, data, rival.name),
         init_arguments=(given["teacher"],),
         shardings=lambda state: student_shardings(config, mesh, state),
@@ -387,7 +390,7 @@ def interleaved_seconds(calls: dict[str, Callable[[], Any]], rounds: int) -> dic
 
 def _comparable(config: Config) -> dict[str, Any]:
     """The settings that a kept result depends on, by key."""
-    free = ("rivals.methods", "rivals.seeds", "rivals.rounds", *_OF_THE_RUN)
+    free = (*_OF_THE_COMPARISON, *_OF_THE_RUN)
     flat = flat_settings(dataclasses.asdict(config))
     return {key: value for key, value in flat.items() if not key.startswith(free)}
 

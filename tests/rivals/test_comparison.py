@@ -9,11 +9,16 @@ import time
 import pytest
 
 from piflow_jax.config import ConfigError, parse
+from piflow_jax.data import load_source
+from piflow_jax.parallel import config_mesh
 from piflow_jax.rivals import METHODS, Rival, find_method
 from piflow_jax.rivals.base import changed
 from piflow_jax.stages import compare_rivals, export
 from piflow_jax.stages import rivals as mode
 from piflow_jax.stages.rivals import _comparable, interleaved_seconds
+from piflow_jax.training.checkpoint import CheckpointError
+from piflow_jax.training.loop import _check_config
+from piflow_jax.training.networks import DataShape
 from tests import tiny
 
 
@@ -58,6 +63,26 @@ def test_results_of_other_settings_are_not_mixed(tmp_path):
     (tmp_path / "settings.json").write_text(json.dumps(kept | {"train.batch_size": 7}))
     with pytest.raises(ConfigError, match=r"config\.train\.batch_size = .* with 7; take that back"):
         compare_rivals(parse(toy("gm")), tmp_path)
+
+
+def test_a_rival_goes_on_in_a_comparison_with_other_methods():
+    """Half-trained, and not with another budget."""
+
+    def stage(config):
+        config = parse(config)
+        source = load_source("digits")
+        data = DataShape.of("digits", source)
+        given = {"teacher": {}}
+        mesh = config_mesh(config)
+        return mode.rival_stage(config, source, data, METHODS["dmd"], given, mesh)
+
+    kept = stage(toy("gm", "dmd")).config
+    other = toy("dmd")
+    other.rivals.seeds, other.rivals.rounds = (3, 4), 7
+    _check_config(kept, stage(other), "place")
+    other.rivals.seconds = 0.3
+    with pytest.raises(CheckpointError, match=r"config\.rivals\.seconds: .* 0\.2, asked for 0\.3"):
+        _check_config(kept, stage(other), "place")
 
 
 def test_an_arc_student_has_no_official_names(tmp_path):
