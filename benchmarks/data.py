@@ -58,7 +58,7 @@ def write_latents(directory: str, examples: int, shard_size: int, dtype: str) ->
 
     def example(index):
         mean, std = np.swapaxes(moments(index, dtype), 0, 1)
-        return {"mean": mean, "std": std, "label": index % 1000, "key": str(index)}
+        return {"mean": mean, "std": std, "condition": index % 1000, "key": str(index)}
 
     start_latents(directory, plan)
     for shard in range(plan.num_shards):
@@ -83,7 +83,7 @@ class Files:
         return {
             "mean": mean.astype(np.float32),
             "std": std.astype(np.float32),
-            "label": index % 1000,
+            "condition": index % 1000,
         }
 
 

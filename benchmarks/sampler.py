@@ -28,8 +28,9 @@ from piflow_jax.flow.schedule import TimeWarp
 from piflow_jax.flow.substeps import Solver
 from piflow_jax.parallel.flops import flops
 from piflow_jax.student import Student
-from piflow_jax.training.networks import StudentSettings, abstract_params
-from piflow_jax.training.objectives import make_policy_factory
+from piflow_jax.systems.networks import abstract_variables
+from piflow_jax.systems.policies import policy_factory
+from piflow_jax.systems.spec import StudentSettings
 
 SUBSTEPS = {"euler": 128, "multistep": 64}
 EVALUATIONS, ROLLOUTS = "its network evaluations alone", "its policies' rollouts alone"
@@ -40,17 +41,18 @@ def ours(
 ) -> dict[str, Callable]:
     """Our sampler, as a notebook calls it, and the evaluations and the rollouts in it alone."""
     config = subject.config
-    module, _ = subject.modules(config)
+    student_network = subject.systems(config).student_network
+    module = student_network.module
     params, _ = subject.weights()
     settings = StudentSettings(
         model=config.model, policy=config.policy, train=config.train, data=subject.data
     )
-    student = Student(module, params, settings)
+    student = Student(student_network, params, settings)
     noise = jax.random.normal(jax.random.key(1), (len(labels), *subject.data.shape))
     evaluate = jax.jit(lambda params, x, t, labels: module.apply(params, x, t, labels).means)
     times, on_device = jnp.ones(len(labels)), jnp.asarray(labels)
     output = jax.jit(module.apply)(params, noise, times, on_device)
-    factory = make_policy_factory(config.policy, config.train, sampling=True)
+    factory = policy_factory(config.policy, config.train, sampling=True)
 
     @jax.jit
     def roll_out(output, noise):
@@ -83,7 +85,8 @@ def torch_sampler(
 
     config, policy = subject.config, subject.config.policy
     device = harness.torch_device()
-    module, _ = subject.modules(config)
+    student_network = subject.systems(config).student_network
+    module = student_network.module
     network = torch_twin.from_flax(
         module, subject.weights()[0], policy.num_components, policy.logstd_hidden
     ).to(device)
@@ -121,8 +124,11 @@ def measure(config: Config, options, solver: Solver, substeps: int) -> dict:
         if options.compile and counts:
             threads = next(iter(counts.values()))
             builders["PyTorch, torch.compile"] = functools.partial(*given, threads, compiled=True)
-    module, _ = subject.modules(config)
-    evaluation = flops(module.apply, abstract_params(module), *module.example(options.batch_size))
+    student_network = subject.systems(config).student_network
+    module = student_network.module
+    evaluation = flops(
+        module.apply, abstract_variables(student_network), *module.example(options.batch_size)
+    )
     work = harness.Work(
         items=options.batch_size,
         unit="samples",

@@ -11,6 +11,8 @@ import json
 import os
 from pathlib import Path
 
+from piflow_jax.systems.assembly import Systems
+
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 
@@ -27,14 +29,11 @@ from piflow_jax.parallel import (
     replicated,
     state_shardings,
 )
-from piflow_jax.training.monitor import step_memory
-from piflow_jax.training.networks import (
-    IMAGENET_LATENTS,
-    abstract_params,
-    init_params,
-    student_network,
-    teacher_network,
+from piflow_jax.systems.networks import (
+    NETWORKS,
+    abstract_variables,
 )
+from piflow_jax.training.monitor import step_memory
 from piflow_jax.training.optimizer import make_optimizer
 from piflow_jax.training.state import TrainState
 from piflow_jax.training.step import distill_step
@@ -53,18 +52,20 @@ def device_bytes(tree) -> int:
 def measure(fsdp: int) -> dict[str, int]:
     """Bytes on a device for one mesh."""
     settings = imagenet.get_config("gm_repa")
-    settings.model.hidden, settings.model.depth, settings.model.num_heads = 384, 12, 6
+    own = settings.model.dit
+    own.hidden, own.depth, own.num_heads = 384, 12, 6
     settings.train.batch_size = BATCH
     settings.train.microbatches = 1
     config = parse(settings, None)
     mesh = device_mesh(DEVICES // fsdp, fsdp)
     pin = ActivationSharding(mesh)
-    student = student_network(config.model, config.policy, IMAGENET_LATENTS).clone(constrain=pin)
-    teacher = teacher_network(config.model, IMAGENET_LATENTS).clone(constrain=pin)
+    data = NETWORKS["dit"].official
+    systems = Systems.of(config, data, constrain=pin)
+    student, teacher = systems.student_network, systems.teacher_network
     optimizer = make_optimizer(config.train.optimizer, config.train.steps)
 
     def init():
-        return TrainState.create(init_params(student, jax.random.key(0)), optimizer)
+        return TrainState.create(student.init(jax.random.key(0)), optimizer)
 
     shardings = state_shardings(mesh, jax.eval_shape(init))
     state = jax.jit(init, out_shardings=shardings)()
@@ -73,11 +74,11 @@ def measure(fsdp: int) -> dict[str, int]:
         "average": device_bytes(state.ema_params),
         "optimizer": device_bytes(state.opt_state),
     }
-    teacher_params = abstract_params(teacher)
-    size = IMAGENET_LATENTS.sample_size
+    teacher_params = abstract_variables(teacher)
+    size = data.sample_size
     batch = {
-        "image": jax.ShapeDtypeStruct((BATCH, size, size, 4), jnp.float32),
-        "label": jax.ShapeDtypeStruct((BATCH,), jnp.int32),
+        "x": jax.ShapeDtypeStruct((BATCH, size, size, 4), jnp.float32),
+        "condition": jax.ShapeDtypeStruct((BATCH,), jnp.int32),
     }
     inputs = (
         shardings,
@@ -86,7 +87,7 @@ def measure(fsdp: int) -> dict[str, int]:
         batch_sharding(mesh),
     )
     step = jax.jit(
-        distill_step(student, teacher, optimizer, config, IMAGENET_LATENTS),
+        distill_step(student, systems.teacher, optimizer, config, data.channels),
         donate_argnums=0,
         in_shardings=inputs,
         out_shardings=(shardings, replicated(mesh)),

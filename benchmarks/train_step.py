@@ -27,16 +27,11 @@ import numpy as np
 
 from benchmarks import harness
 from piflow_jax.config import Config, parse
-from piflow_jax.data import load_source
-from piflow_jax.models import student_from_teacher
 from piflow_jax.parallel.flops import Flops, flops
-from piflow_jax.training.networks import (
-    IMAGENET_LATENTS,
-    DataShape,
-    init_params,
-    student_network,
-    teacher_network,
-)
+from piflow_jax.systems.assembly import Systems
+from piflow_jax.systems.datasets import load_source
+from piflow_jax.systems.networks import NETWORKS
+from piflow_jax.systems.shapes import DataShape
 from piflow_jax.training.optimizer import make_optimizer
 from piflow_jax.training.state import TrainState
 from piflow_jax.training.step import distill_step, teacher_step
@@ -74,50 +69,47 @@ class Subject:
         self.config, self.stage = config, stage
         self.size = (config.train if stage == "student" else config.teacher).batch_size
         rng = np.random.default_rng(0)
-        if config.data.name == "imagenet":
-            self.data = IMAGENET_LATENTS
+        if config.data.name == "latents":
+            self.data = NETWORKS["dit"].official
             images = rng.standard_normal((self.size, *self.data.shape), np.float32)
             labels = rng.integers(0, self.data.num_classes, self.size)
         else:
-            source = load_source(config.data.name)
+            source = load_source(config.data)
             self.data = DataShape.of(config.data.name, source)
             chosen = rng.integers(0, len(source), self.size)
-            images, labels = source.images[chosen], source.labels[chosen]
-        self.batch = {"image": images, "label": labels.astype(np.int32)}
+            images, labels = source.x[chosen], source.condition[chosen]
+        self.batch = {"x": images, "condition": labels.astype(np.int32)}
 
-    def modules(self, config: Config):
+    def systems(self, config: Config) -> Systems:
         """Student and teacher."""
-        return (
-            student_network(config.model, config.policy, self.data),
-            teacher_network(config.model, self.data),
-        )
+        return Systems.of(config, self.data)
 
     def weights(self):
         """The student's and the teacher's: fresh, but for a teacher without zeros."""
-        student, teacher = self.modules(self.config)
+        systems = self.systems(self.config)
+        student, teacher = systems.student_network, systems.teacher_network
 
         @jax.jit
         def make(key):
             keys = jax.random.split(key, 4)
-            fresh = init_params(teacher, keys[0])
+            fresh = teacher.init(keys[0])
             leaves, tree = jax.tree.flatten(fresh)
             noise = zip(leaves, jax.random.split(keys[1], len(leaves)), strict=True)
             noisy = [leaf + 0.02 * jax.random.normal(k, leaf.shape) for leaf, k in noise]
             params = jax.tree.unflatten(tree, noisy)
-            return student_from_teacher(
-                keys[2], student, init_params(student, keys[3]), params
-            ), params
+            return student.start(keys[2], teacher, params), params
 
         return make(jax.random.key(0))
 
     def step(self, config: Config):
         """The step with these settings, and its optimiser."""
-        student, teacher = self.modules(config)
+        systems = self.systems(config)
         if self.stage == "student":
             optimizer = make_optimizer(config.train.optimizer, config.train.steps)
-            return distill_step(student, teacher, optimizer, config, self.data), optimizer
+            student, channels = systems.student_network, self.data.channels
+            return distill_step(student, systems.teacher, optimizer, config, channels), optimizer
         optimizer = make_optimizer(config.teacher.optimizer, config.teacher.steps)
-        return teacher_step(teacher, optimizer, config, self.data), optimizer
+        return teacher_step(systems.teacher_network, optimizer, config, systems.null), optimizer
 
     def arguments(self, optimizer):
         """The step's first state, and its constants."""
@@ -156,15 +148,16 @@ class Subject:
 
         policy = self.config.policy
         device = harness.torch_device()
-        modules = self.modules(self.config)
+        systems = self.systems(self.config)
         with jax.default_device(jax.devices("cpu")[0]):  # JAX would keep the GPU's memory
             params = self.weights()
-        teacher = torch_twin.from_flax(modules[1], params[1]).to(device)
+        teacher = torch_twin.from_flax(systems.teacher_network.module, params[1]).to(device)
         null = self.data.num_classes
         networks = [teacher]
         if self.stage == "student":
+            module = systems.student_network.module
             student = torch_twin.from_flax(
-                modules[0], params[0], policy.num_components, policy.logstd_hidden
+                module, params[0], policy.num_components, policy.logstd_hidden
             ).to(device)
             networks.append(student)
             step = torch_twin.Distillation(student, teacher, self.config, null)
@@ -173,8 +166,8 @@ class Subject:
         if compiled:
             for network in networks:
                 network.compile()
-        images = torch.from_numpy(np.moveaxis(self.batch["image"], -1, 1).copy()).to(device)
-        labels = torch.from_numpy(self.batch["label"].astype(np.int64)).to(device)
+        images = torch.from_numpy(np.moveaxis(self.batch["x"], -1, 1).copy()).to(device)
+        labels = torch.from_numpy(self.batch["condition"].astype(np.int64)).to(device)
 
         def call():
             if threads:
@@ -249,7 +242,7 @@ def main() -> None:
     if jax.default_backend() == "gpu":
         options.remat = options.remat or ["none"]
         options.attention = options.attention or ["cudnn", "xla"]
-    given = raw.data.name == "imagenet"
+    given = raw.data.name == "latents"
     for stage in options.stage or (["student"] if given else ["student", "teacher"]):
         case = measure(raw, stage, options)
         group = raw.train if stage == "student" else raw.teacher

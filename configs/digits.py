@@ -47,10 +47,10 @@ def get_config(variant: str = "gm") -> ml_collections.ConfigDict:
     config = base_config()
     config.data.name = "digits"
 
-    config.model.patch_size = 2
-    config.model.hidden = 64
-    config.model.num_heads = 4
-    config.model.depth = 3
+    config.model.dit.patch_size = 2
+    config.model.dit.hidden = 64
+    config.model.dit.num_heads = 4
+    config.model.dit.depth = 3
     config.model.scan_unroll = 3  # no loop over layers: a fifth faster on a CPU
 
     # Batches of 64: their activations stay in a core's cache, those of 128 do not.
@@ -96,11 +96,11 @@ def get_config(variant: str = "gm") -> ml_collections.ConfigDict:
         config.train.steps = 3000
     elif variant == "rivals":
         # Eleven methods with three seeds: a network that learns in seconds instead of minutes.
-        config.model.hidden = 32
-        config.model.depth = 2
+        config.model.dit.hidden = 32
+        config.model.dit.depth = 2
         config.model.scan_unroll = 2
         # Derivatives by the time, which some rivals learn from, are wild under a scale of 1000.
-        config.model.time_scale = 1.0
+        config.model.dit.time_scale = 1.0
         config.policy.num_components = 8
         config.train.total_substeps = 32
         config.train.optimizer.warmup_steps = 20

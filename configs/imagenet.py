@@ -79,16 +79,16 @@ def get_config(variant: str = "gm_repa") -> ml_collections.ConfigDict:
     """
     check_variant(variant, VARIANTS)
     config = base_config()
-    config.data.name = "imagenet"
+    config.data.name = "latents"
 
     # DiT-XL/2
-    config.model.patch_size = 2
-    config.model.hidden = 1152
-    config.model.num_heads = 16
-    config.model.depth = 28
+    config.model.dit.patch_size = 2
+    config.model.dit.hidden = 1152
+    config.model.dit.num_heads = 16
+    config.model.dit.depth = 28
     config.model.dtype = "bfloat16"
     config.model.remat = "full"
-    config.model.time_scale = 1000.0 if variant == "gm_fm" else 1.0
+    config.model.dit.time_scale = 1000.0 if variant == "gm_fm" else 1.0
 
     config.teacher.guidance_scale = 3.2
     config.teacher.guidance_interval = (0.0, 0.7)
@@ -133,13 +133,13 @@ def get_config(variant: str = "gm_repa") -> ml_collections.ConfigDict:
         config.train.steps = 40_000
     elif variant == "runlocal":
         config.data.name = "digits"
-        config.model.hidden = 64
-        config.model.num_heads = 4
-        config.model.depth = 3
+        config.model.dit.hidden = 64
+        config.model.dit.num_heads = 4
+        config.model.dit.depth = 3
         config.model.scan_unroll = 3
         config.model.dtype = "float32"
         config.model.remat = "none"
-        config.model.time_scale = 1000.0  # its teacher is trained here, not REPA's
+        config.model.dit.time_scale = 1000.0  # its teacher is trained here, not REPA's
         config.teacher.steps = 600
         config.teacher.batch_size = 64
         config.policy.num_components = 8

@@ -42,10 +42,10 @@ def get_config(variant: str = "gm") -> ml_collections.ConfigDict:
     config = base_config()
     config.data.name = "mnist"
 
-    config.model.patch_size = 4
-    config.model.hidden = 64
-    config.model.num_heads = 4
-    config.model.depth = 4
+    config.model.dit.patch_size = 4
+    config.model.dit.hidden = 64
+    config.model.dit.num_heads = 4
+    config.model.dit.depth = 4
     config.model.scan_unroll = 4
 
     config.teacher.steps = 2000
@@ -65,11 +65,11 @@ def get_config(variant: str = "gm") -> ml_collections.ConfigDict:
 
     config.evaluation.batch_size = 250
     if variant == "rivals":
-        config.model.patch_size = 7  # 16 tokens instead of 49
-        config.model.hidden = 48
-        config.model.depth = 2
+        config.model.dit.patch_size = 7  # 16 tokens instead of 49
+        config.model.dit.hidden = 48
+        config.model.dit.depth = 2
         config.model.scan_unroll = 2
-        config.model.time_scale = 1.0
+        config.model.dit.time_scale = 1.0
         config.policy.num_components = 8
         config.train.batch_size = 32
         config.train.optimizer.warmup_steps = 20

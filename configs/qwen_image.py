@@ -52,16 +52,16 @@ def get_config(variant: str = "gm_4nfe") -> ml_collections.ConfigDict:
     config.data.text_length = 512
 
     config.model.network = "qwen_image"
-    config.model.patch_size = 2
-    config.model.hidden = 3072
-    config.model.num_heads = 24
-    config.model.depth = 60
-    config.model.rope_axes = (16, 56, 56)
-    config.model.lora_rank = 256
-    config.model.lora_dropout = 0.05
+    config.model.qwen_image.patch_size = 2
+    config.model.qwen_image.hidden = 3072
+    config.model.qwen_image.num_heads = 24
+    config.model.qwen_image.depth = 60
+    config.model.qwen_image.rope_axes = (16, 56, 56)
+    config.model.qwen_image.lora_rank = 256
+    config.model.qwen_image.lora_dropout = 0.05
     config.model.dtype = "bfloat16"
-    config.model.base_dtype = "bfloat16"
-    config.model.time_dtype = "bfloat16"
+    config.model.qwen_image.base_dtype = "bfloat16"
+    config.model.qwen_image.time_dtype = "bfloat16"
     config.model.remat = "full"
 
     config.teacher.guidance_scale = 4.0
@@ -111,14 +111,14 @@ def _miniature(config: ml_collections.ConfigDict) -> None:
     """The program of `datafree` for two cores: a small network, captions of ten kinds of digits."""
     config.data.name = "captioned_digits"
     config.train.data_free = True
-    config.model.hidden = 48
-    config.model.num_heads = 3
-    config.model.depth = 3
-    config.model.rope_axes = (4, 6, 6)
-    config.model.lora_rank = 16
+    config.model.qwen_image.hidden = 48
+    config.model.qwen_image.num_heads = 3
+    config.model.qwen_image.depth = 3
+    config.model.qwen_image.rope_axes = (4, 6, 6)
+    config.model.qwen_image.lora_rank = 16
     config.model.dtype = "float32"
-    config.model.base_dtype = "float32"
-    config.model.time_dtype = "float32"
+    config.model.qwen_image.base_dtype = "float32"
+    config.model.qwen_image.time_dtype = "float32"
     config.model.remat = "none"
     config.mesh.fsdp = 1
     config.teacher.steps = 500

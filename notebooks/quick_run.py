@@ -25,7 +25,7 @@ def quick_run(workdir: str = "runs/notebook") -> str:
         return workdir
     config = base_config()
     config.data.name = "digits"
-    config.model.depth = 2
+    config.model.dit.depth = 2
     config.teacher.steps = 600
     config.teacher.batch_size = 64
     config.train.steps = 200

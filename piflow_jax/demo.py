@@ -18,11 +18,13 @@ import jax.numpy as jnp
 import numpy as np
 
 import piflow_jax
+from piflow_jax.config import DataConfig
 from piflow_jax.convert import open_autoencoder
-from piflow_jax.data import load_source
+from piflow_jax.data import stacked
 from piflow_jax.evaluation import draw_grid
 from piflow_jax.flow.teacher import Teacher
 from piflow_jax.models.vae import picture_decoder
+from piflow_jax.systems.datasets import DATASETS
 from piflow_jax.training.checkpoint import CheckpointError
 
 __all__ = ["Drawer", "main", "make_page"]
@@ -81,12 +83,14 @@ class Drawer:
         student = piflow_jax.load(path, dtype=dtype, teacher=teacher)
         data = student.settings.data
         decode = _decoder(data, vae)
-        if student.settings.model.network != "dit":
-            if prompts is None and data.name == "prompts":
+        if student.network.conditioning.reads_text:
+            row = DATASETS[data.name]
+            if prompts is None and not row.bundled:
                 raise ValueError(
                     "this student reads text: pass --prompts, a directory that --mode=prepare made"
                 )
-            return cls(student, prompts=load_source(data.name, prompts), decode=decode)
+            source = row.load(DataConfig(name=data.name, data_dir=prompts or ""))
+            return cls(student, prompts=source, decode=decode)
         if not (Path(path) / "teacher" / "checkpoints").is_dir():
             return cls(student, decode=decode)
         return cls(student, *piflow_jax.load_teacher(path), decode=decode)
@@ -124,12 +128,8 @@ class Drawer:
             labels = np.full(int(count), int(label))
         else:
             example = self.prompts[int(label)]
-            labels = {
-                name: np.stack([example[name]] * int(count))
-                for name in ("text", "text_length", "pooled")
-                if name in example
-            }
-            options["size"] = example.get("canvas", example.get("latents")).shape[:2]
+            labels = stacked([example["condition"]] * int(count))
+            options["size"] = example["x"].shape[:2]
         systems = {
             f"student, {int(nfe)} NFE": lambda: self.student.sample(int(seed), labels, **options)
         }

@@ -19,20 +19,20 @@ from flax.traverse_util import flatten_dict
 from piflow_jax.config import ModelConfig, parse
 from piflow_jax.flow.teacher import Teacher
 from piflow_jax.student import Student
-from piflow_jax.training.networks import (
-    IMAGENET_LATENTS,
-    TEXT_LATENTS,
+from piflow_jax.systems.networks import (
     Network,
+    abstract_variables,
+    network_kind,
+    student_network,
+    teacher_network,
+)
+from piflow_jax.systems.spec import (
     StudentSettings,
-    abstract_params,
     check_policy_config,
     spec_of,
-    student_network,
     student_settings,
-    teacher_network,
     teacher_settings,
-    trained_part,
-    with_base,
+    updated_settings,
 )
 
 __all__ = ["load", "load_teacher"]
@@ -74,11 +74,11 @@ def load(
         return _from_file(path, config, dtype, teacher)
     directory, step, spec, saved = _checkpoint(path, "student")
     with _about(directory):
-        settings, module = _network(student_settings(spec), dtype)
-    trained = _averaged(directory, step, module)
-    if settings.model.network == "dit":
-        return Student(module, trained, settings)
-    return _on_base(settings, trained, teacher or path, saved.get("model.base_dtype"))
+        settings, network = _network(student_settings(spec), dtype)
+    trained = _averaged(directory, step, network)
+    if not network.adapted:
+        return Student(network, trained, settings)
+    return _on_base(settings, trained, teacher or path, _base_dtype(saved))
 
 
 def load_teacher(
@@ -110,17 +110,21 @@ def load_teacher(
     directory, step, spec, _ = _checkpoint(path, "teacher")
     with _about(directory):
         model, data = teacher_settings(spec)
-    _check_labels(model)
-    module = teacher_network(model, data)
+    network = teacher_network(model, data)
+    if network.conditioning.reads_text:
+        raise ValueError(
+            f"this is a {model.network}, which reads text; sample it by --mode=sample and "
+            "config.evaluation.system=teacher (docs/text_to_image.md)"
+        )
     given = {"guidance_scale": guidance_scale, "guidance_interval": guidance_interval}
     guidance = _guidance(path) | {key: v for key, v in given.items() if v is not None}
     teacher = Teacher(
-        predict=module.apply,
+        predict=network.apply,
         shape=data.shape,
         **guidance,
-        null_cond=jnp.int32(data.num_classes),
+        null_cond=network.conditioning.null(data, None),
     )
-    return teacher, _averaged(directory, step, module)
+    return teacher, _averaged(directory, step, network)
 
 
 def _guidance(path: Path) -> dict[str, Any]:
@@ -169,13 +173,13 @@ def _checkpoint(path: Path, stage: str) -> tuple[Path, int, dict[str, Any], dict
     return directory, *read_spec(directory)
 
 
-def _averaged(directory: Path, step: int, module: Network) -> Any:
+def _averaged(directory: Path, step: int, network: Network) -> Any:
     from piflow_jax.training.checkpoint import restore_subtree
 
     sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     like = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        trained_part(module, abstract_params(module)),
+        network.trained(abstract_variables(network)),
     )
     return restore_subtree(directory, "ema_params", like, step)
 
@@ -183,19 +187,24 @@ def _averaged(directory: Path, step: int, module: Network) -> Any:
 def _network(
     settings: StudentSettings, dtype: str, base_dtype: str | None = None
 ) -> tuple[StudentSettings, Network]:
-    types = {"dtype": dtype} | ({} if base_dtype is None else {"base_dtype": base_dtype})
-    model = dataclasses.replace(settings.model, **types)
-    settings = dataclasses.replace(settings, model=model)
+    types = {"dtype": dtype, "base_dtype": base_dtype}
+    settings = dataclasses.replace(settings, model=_typed(settings.model, **types))
+    model = settings.model
     return settings, student_network(model, settings.policy, settings.data)
 
 
-def _check_labels(model: ModelConfig) -> None:
-    """Refuses networks that are told more than labels."""
-    if model.network != "dit":
-        raise ValueError(
-            f"this is a {model.network}, which reads text; sample it by --mode=sample and "
-            "config.evaluation.system=teacher (docs/text_to_image.md)"
-        )
+def _base_dtype(saved: Mapping[str, Any]) -> str | None:
+    """The type of the base in a run's settings, where they have one."""
+    found = updated_settings(saved)
+    return found.get(f"model.{found.get('model.network')}.base_dtype")
+
+
+def _typed(model: ModelConfig, *, dtype: str, base_dtype: str | None = None) -> ModelConfig:
+    """A network's settings with other types."""
+    if base_dtype is not None:
+        own = dataclasses.replace(model.own, base_dtype=base_dtype)
+        model = dataclasses.replace(model, **{model.network: own})
+    return dataclasses.replace(model, dtype=dtype)
 
 
 def _on_base(
@@ -203,8 +212,8 @@ def _on_base(
 ) -> Student:
     """A student with adapters on its teacher's variables, of `base_dtype` where that is known."""
     base, base_dtype = _base(settings, Path(teacher), base_dtype)
-    settings, module = _network(settings, settings.model.dtype, base_dtype)
-    return Student(module, with_base(module, trained, base), settings)
+    settings, network = _network(settings, settings.model.dtype, base_dtype)
+    return Student(network, network.with_base(trained, base), settings)
 
 
 def _base(settings: StudentSettings, teacher: Path, base_dtype: str | None) -> tuple[Any, str]:
@@ -217,15 +226,13 @@ def _base(settings: StudentSettings, teacher: Path, base_dtype: str | None) -> t
     model, data = settings.model, settings.data
     if any((teacher / place).is_dir() for place in ("teacher", "checkpoints")):
         directory, step, spec, saved = _checkpoint(teacher, "teacher")
-        base_dtype = saved.get("model.base_dtype", model.base_dtype)
+        base_dtype = _base_dtype(saved) or model.own.base_dtype
         types = {"dtype": model.dtype, "base_dtype": base_dtype}
-        found, model = (
-            dataclasses.replace(one, **types) for one in (teacher_settings(spec)[0], model)
-        )
-        module = teacher_network(model, data)
-        if teacher_network(found, data) != module:
+        found, model = (_typed(one, **types) for one in (teacher_settings(spec)[0], model))
+        network = teacher_network(model, data)
+        if teacher_network(found, data) != network:
             raise ValueError(f"{directory} holds another network than the student's teacher")
-        return _averaged(directory, step, module), base_dtype
+        return _averaged(directory, step, network), base_dtype
     if (teacher / "student").is_dir() or not teacher.exists():
         raise ValueError(
             f"{teacher} holds adapters of a {model.network} and no teacher: pass teacher=, its "
@@ -233,9 +240,10 @@ def _base(settings: StudentSettings, teacher: Path, base_dtype: str | None) -> t
         )
     weights = open_weights(teacher)
     base_dtype = base_dtype or _type_of(weights)
-    module = teacher_network(dataclasses.replace(model, base_dtype=base_dtype), data)
+    network = teacher_network(_typed(model, dtype=model.dtype, base_dtype=base_dtype), data)
     with _about(teacher):
-        return load_params(module, weights, model.network, _placed_like(module)), base_dtype
+        params = load_params(network.module, weights, model.network, _placed_like(network))
+    return params, base_dtype
 
 
 def _type_of(weights: Mapping[str, Any]) -> str:
@@ -245,9 +253,9 @@ def _type_of(weights: Mapping[str, Any]) -> str:
     return "float32" if largest.dtype.itemsize > 2 or largest.dtype == np.float16 else "bfloat16"
 
 
-def _placed_like(module: Network) -> Callable[[tuple[str, ...], np.ndarray], jax.Array]:
-    """Puts leaves on the default device, in the types of the module's own parameters."""
-    like = flatten_dict(abstract_params(module)["params"])
+def _placed_like(network: Network) -> Callable[[tuple[str, ...], np.ndarray], jax.Array]:
+    """Puts leaves on the default device, in the types of the network's own parameters."""
+    like = flatten_dict(abstract_variables(network)["params"])
     return lambda name, leaf: jnp.asarray(leaf, like[name].dtype if name in like else None)
 
 
@@ -261,10 +269,11 @@ def _from_file(path: Path, config: Any, dtype: str, teacher: str | os.PathLike |
             settings = student_settings(spec)
         elif config is not None:
             parsed = parse(config)
-            network = parsed.model.network
-            data = IMAGENET_LATENTS if network == "dit" else TEXT_LATENTS[network]
             settings = StudentSettings(
-                model=parsed.model, policy=parsed.policy, train=parsed.train, data=data
+                model=parsed.model,
+                policy=parsed.policy,
+                train=parsed.train,
+                data=network_kind(parsed.model).official,
             )
             policy_config = weights.metadata.get("policy_config")
             check_policy_config(policy_config, settings.policy, settings.train)
@@ -273,19 +282,19 @@ def _from_file(path: Path, config: Any, dtype: str, teacher: str | os.PathLike |
                 "the file does not say how its student samples; pass its configuration, such as "
                 "config=configs.imagenet.get_config('gm_repa')"
             )
-        base_dtype = None if spec is not None else settings.model.base_dtype
-        settings, module = _network(settings, dtype)
+        base_dtype = getattr(settings.model.own, "base_dtype", None) if spec is None else None
+        settings, network = _network(settings, dtype)
         if adapter:
             if teacher is None:
                 raise ValueError("an adapter: pass teacher=, the weights that it goes on")
-            trained = load_adapter(module, weights, place=_placed_like(module))
+            trained = load_adapter(network.module, weights, place=_placed_like(network))
         else:
-            if settings.model.network != "dit":
-                settings, module = _network(settings, dtype, base_dtype or _type_of(weights))
-                module = module.clone(lora=None)  # the adapters are in the weights
+            if network.adapted:  # the adapters are in the weights
+                settings, network = _network(settings, dtype, base_dtype or _type_of(weights))
+                network = dataclasses.replace(network, module=network.module.clone(lora=None))
             form = f"{settings.policy.kind}_{settings.model.network}"
-            params = load_params(module, weights, form, _placed_like(module))
-            return Student(module, params, settings)
+            params = load_params(network.module, weights, form, _placed_like(network))
+            return Student(network, params, settings)
     return _on_base(settings, trained, teacher, base_dtype)
 
 

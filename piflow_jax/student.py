@@ -20,15 +20,13 @@ from piflow_jax.flow.policies import Policy
 from piflow_jax.flow.sampling import few_step_sample
 from piflow_jax.flow.schedule import TimeWarp
 from piflow_jax.flow.substeps import Solver
-from piflow_jax.training.conditions import conditions
-from piflow_jax.training.networks import Network, StudentSettings
-from piflow_jax.training.objectives import make_policy_factory
+from piflow_jax.systems.networks import Network
+from piflow_jax.systems.policies import policy_factory
+from piflow_jax.systems.spec import StudentSettings
 
 __all__ = ["Student"]
 
 _LARGEST = 256  # samples a device draws at a time
-# What embedded prompts hold, and how many axes each has.
-_EMBEDDED = {"text": 3, "text_length": 1, "pooled": 2}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -36,13 +34,13 @@ class Student:
     """A network that predicts policies, with its weights and the settings it was trained with.
 
     Attributes:
-      module: the network.
+      network: the network.
       params: its averaged weights.
       settings: model, policy, training and data, as its checkpoint has them.
       devices: where `sample` runs; None is where `params` are. See `on`.
     """
 
-    module: Network
+    network: Network
     params: Any
     settings: StudentSettings
     devices: tuple[jax.Device, ...] | None = None
@@ -90,10 +88,8 @@ class Student:
           ValueError: shapes do not belong together.
         """
         params = self.params if params is None else params
-        factory = make_policy_factory(self.settings.policy, self.settings.train, sampling=True)
-        batch = labels if isinstance(labels, Mapping) else {"label": labels}
-        told = conditions(self.settings.model, batch)
-        return factory(self.module.apply(params, x, t, **told), x, t)
+        factory = policy_factory(self.settings.policy, self.settings.train, sampling=True)
+        return factory(self.network.apply(params, x, t, labels), x, t)
 
     def sample(
         self,
@@ -146,8 +142,9 @@ class Student:
             out of range: `nfe` below 1, `temperature` outside (0, 1].
         """
         train = self.settings.train
-        told, size = self._told(labels), self._size(size)
-        number = len(next(iter(told.values())))
+        condition = self.network.conditioning.checked(labels, self.settings.data)
+        size = self._size(size)
+        number = len(jax.tree.leaves(condition)[0])
         if (x is None) != (start == 1.0):
             raise ValueError("start below 1 and x go together")
         shape = (number, *size, self.settings.data.channels)
@@ -165,10 +162,8 @@ class Student:
             part = slice(first, first + _LARGEST * count)
             length = len(range(number)[part])
             padding = count * (1 << (-(-length // count) - 1).bit_length()) - length
-            batch = {
-                name: np.pad(a[part], ((0, padding), *[(0, 0)] * (a.ndim - 1)), "edge")
-                for name, a in (told | given).items()
-            }
+            rows = functools.partial(_rows, part=part, padding=padding)
+            batch = jax.tree.map(rows, {"condition": condition, **given})
             if mesh is not None:
                 batch = jax.device_put(batch, NamedSharding(mesh, PartitionSpec("data")))
             # Kernels split their batch over the mesh that is set.
@@ -177,50 +172,18 @@ class Student:
             parts.append((samples, length))
         return _joined(parts)
 
-    def _told(self, labels: ArrayLike | Mapping[str, ArrayLike]) -> dict[str, np.ndarray]:
-        """What the network is told, checked, on the host."""
-        model, data = self.settings.model, self.settings.data
-        if model.network != "dit":
-            names = list(_EMBEDDED)[: 3 if data.pooled_features else 2]
-            if not isinstance(labels, Mapping) or not set(names) <= set(labels):
-                raise ValueError(
-                    f"this student reads text: pass embedded prompts, a mapping with "
-                    f"{', '.join(names)}, such as PromptsSource.embedded(prompts)"
-                )
-            told = {name: np.asarray(labels[name]) for name in names}
-            shapes = {name: list(a.shape) for name, a in told.items()}
-            number = len(told["text"]) if told["text"].ndim else 0
-            fits = all(a.ndim == _EMBEDDED[name] and len(a) == number for name, a in told.items())
-            if not number or not fits or told["text"].shape[-1] != data.text_features:
-                raise ValueError(
-                    f"embedded prompts must be text[N, L, {data.text_features}], text_length[N]"
-                    + (f", pooled[N, {data.pooled_features}]" if len(names) == 3 else "")
-                    + f", got {shapes}"
-                )
-            return told
-        if isinstance(labels, Mapping):
-            raise ValueError("this student is told classes: pass labels, integers [N]")
-        labels = np.asarray(labels)
-        if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer) or not len(labels):
-            raise ValueError(f"labels must be integers [N], got {labels.dtype}{list(labels.shape)}")
-        if labels.min() < 0 or labels.max() >= data.num_classes:
-            raise ValueError(
-                f"labels must be in [0, {data.num_classes}), got {labels.min()} to {labels.max()}"
-            )
-        return {"label": labels.astype(np.int32)}
-
     def _size(self, size: tuple[int, int] | None) -> tuple[int, int]:
-        height, width, _ = self.settings.data.shape
-        if self.settings.model.network != "dit":
+        if self.network.conditioning.reads_text:
             if size is None:
                 raise ValueError(
                     "this student has no size of its own: pass size=(H, W) in sites of latents; "
                     "(128, 128) are 1024x1024 pixels"
                 )
             return tuple(size)
-        if size is not None and tuple(size) != (height, width):
-            raise ValueError(f"size must be ({height}, {width}), got {tuple(size)}")
-        return height, width
+        *sites, _ = self.settings.data.shape
+        if size is not None and tuple(size) != tuple(sites):
+            raise ValueError(f"size must be {tuple(sites)}, got {tuple(size)}")
+        return tuple(sites)
 
     def _sampler(
         self,
@@ -236,9 +199,8 @@ class Student:
         train = self.settings.train
 
         def sample(params, key, first, batch):
-            told = {name: a for name, a in batch.items() if name not in ("x", "noise")}
-            labels = told.get("label", told)
-            number = len(next(iter(told.values())))
+            condition = batch["condition"]
+            number = len(jax.tree.leaves(condition)[0])
             keys = jax.vmap(lambda i: jax.random.fold_in(key, first + i))(
                 jnp.arange(number, dtype=jnp.uint32)
             )
@@ -250,7 +212,7 @@ class Student:
             if "x" in batch:
                 noise = (1 - start) * batch["x"] + start * noise
             return few_step_sample(
-                lambda x, sigma: self.policy(x, sigma, labels, params),
+                lambda x, sigma: self.policy(x, sigma, condition, params),
                 noise,
                 nfe,
                 TimeWarp(train.shift),
@@ -264,6 +226,11 @@ class Student:
             )
 
         return sample
+
+
+def _rows(array: np.ndarray, part: slice, padding: int) -> np.ndarray:
+    """Some rows of an array, the last of them repeated."""
+    return np.pad(array[part], ((0, padding), *[(0, 0)] * (array.ndim - 1)), "edge")
 
 
 def _joined(parts: list[tuple[jax.Array, int]]) -> jax.Array:

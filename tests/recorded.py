@@ -24,20 +24,18 @@ from flax.traverse_util import flatten_dict
 
 import piflow_jax
 from piflow_jax.config import Config, parse
-from piflow_jax.data import load_source
+from piflow_jax.data import load_captioned_digits_source
 from piflow_jax.rivals import METHODS
 from piflow_jax.rivals.base import rival_spec
-from piflow_jax.training.networks import (
-    IMAGENET_LATENTS,
-    TEXT_LATENTS,
-    DataShape,
-    abstract_params,
+from piflow_jax.systems.datasets import dataset, load_source, shape_of
+from piflow_jax.systems.networks import (
+    NETWORKS,
+    abstract_variables,
     student_network,
-    student_spec,
     teacher_network,
-    teacher_spec,
-    trained_part,
 )
+from piflow_jax.systems.shapes import DataShape
+from piflow_jax.systems.spec import student_spec, teacher_spec, updated
 from piflow_jax.training.optimizer import make_optimizer
 from piflow_jax.training.state import TrainState
 
@@ -55,11 +53,18 @@ OTHERS = {
         "train.gm_dropout": 0.0,
     },
     "flux:runlocal,arc": {"policy.kind": "arc"},
-    "flux:runlocal,unguided": {"model.distilled_guidance": 0.0},
+    "flux:runlocal,unguided": {"model.flux.distilled_guidance": 0.0},
 }
 
-_SMALL = ("model.hidden=4", "model.num_heads=1", "policy.logstd_hidden=4", "checkpoint_every=100")
-_SMALL_TEXT = (*_SMALL, "model.hidden=8", "model.lora_rank=1")
+_COMMON = ("policy.logstd_hidden=4", "checkpoint_every=100")
+_SMALL = (*_COMMON, "model.dit.hidden=4", "model.dit.num_heads=1")
+
+
+def _small_text(network: str) -> tuple[str, ...]:
+    sizes = ("hidden=8", "num_heads=1", "lora_rank=1")
+    return (*_COMMON, *(f"model.{network}.{size}" for size in sizes))
+
+
 # Of each checkpoint the configuration, what is changed in it, and the stages that are kept.
 KINDS = {
     "gm": ("tiny.py", (*_SMALL, "train.nfe=2"), ("teacher", "student")),
@@ -69,8 +74,8 @@ KINDS = {
         ("student",),
     ),
     "arc": ("tiny.py", (*_SMALL, "policy.kind=arc"), ("student",)),
-    "flux": ("tiny_text.py:flux", _SMALL_TEXT, ("teacher", "student")),
-    "qwen_image": ("tiny_text.py:qwen_image", _SMALL_TEXT, ("teacher", "student")),
+    "flux": ("tiny_text.py:flux", _small_text("flux"), ("teacher", "student")),
+    "qwen_image": ("tiny_text.py:qwen_image", _small_text("qwen_image"), ("teacher", "student")),
 }
 
 
@@ -97,12 +102,9 @@ def configuration(name: str) -> Config:
 
 def shape_of_data(config: Config) -> DataShape:
     """What a configuration's data look like, where the data themselves may be missing."""
-    if config.data.name == "prompts":
-        return TEXT_LATENTS[config.model.network]
-    known = {"imagenet": IMAGENET_LATENTS, "mnist": MNIST}
-    if config.data.name in known:
-        return known[config.data.name]
-    return DataShape.of(config.data.name, load_source(config.data.name))
+    if not dataset(config).bundled:
+        return NETWORKS[config.model.network].official
+    return MNIST if config.data.name == MNIST.name else shape_of(config, load_source(config.data))
 
 
 def networks(config: Config, data: DataShape) -> dict:
@@ -117,9 +119,9 @@ def networks(config: Config, data: DataShape) -> dict:
 
 
 @functools.cache
-def variables(module):
+def variables(network):
     """Shapes of a network's variables."""
-    return abstract_params(module)
+    return abstract_variables(network)
 
 
 def tree(params) -> dict[str, str]:
@@ -136,7 +138,7 @@ def digest(lines) -> str:
 def initial_state(config: Config, student):
     """Shapes of a student's state."""
     optimizer = make_optimizer(config.train.optimizer, config.train.steps)
-    trained = trained_part(student, variables(student))
+    trained = student.trained(variables(student))
     return jax.eval_shape(lambda params: TrainState.create(params, optimizer), trained)
 
 
@@ -149,7 +151,7 @@ def record(name: str) -> dict:
     trees = {key: tree(variables(module)) for key, module in modules.items()}
     if "rival" in modules:
         specs["rival"] = rival_spec(config, data, "meanflow")
-    trained = trained_part(modules["student"], variables(modules["student"]))
+    trained = modules["student"].trained(variables(modules["student"]))
     leaves = jax.tree_util.tree_leaves_with_path(initial_state(config, modules["student"]))
     state = [f"{jax.tree_util.keystr(p)} {a.dtype}{list(a.shape)}" for p, a in leaves]
     return {
@@ -163,6 +165,7 @@ def read(name: str) -> dict:
     """What `record` found when it was recorded."""
     recorded = json.loads(SPECS.read_text())
     found = recorded["configurations"][name]
+    found["specs"] = {kind: updated(spec) for kind, spec in found["specs"].items()}
     return found | {"trees": {key: recorded["trees"][d] for key, d in found["trees"].items()}}
 
 
@@ -193,8 +196,8 @@ def numbers(kind: str, workdir: Path) -> dict:
     shape = (3, 8, 8, 1)
     x = np.cos(np.arange(np.prod(shape), dtype=np.float32)).reshape(shape)
     t, labels = jnp.array([1.0, 0.8, 0.5]), np.array([0, 3, 9])
-    if student.settings.model.network != "dit":
-        source = load_source("captioned_digits")
+    if student.network.conditioning.reads_text:
+        source = load_captioned_digits_source()
         labels = {name: a[labels] for name, a in source.of_classes().items()}
     elif kind == "gm":
         teacher, params = piflow_jax.load_teacher(workdir, guidance_scale=2.0)

@@ -11,6 +11,7 @@ import pytest
 
 from piflow_jax.config import Config, ConfigError, base_config, check_devices, mesh_sizes, parse
 from piflow_jax.config.__main__ import reference
+from piflow_jax.systems.settings import check_choices
 from tests import tiny_text
 
 ROOT = Path(__file__).parents[1]
@@ -30,7 +31,7 @@ def changed(**values):
 
 def refusal(num_devices=1, **values):
     with pytest.raises(ConfigError) as error:
-        parse(changed(**values), num_devices)
+        check_choices(parse(changed(**values), num_devices))
     return str(error.value)
 
 
@@ -142,11 +143,13 @@ def test_refusals_of_types_say_what_is_wanted():
 
 def test_an_integer_is_taken_for_a_float():
     parsed = parse(
-        changed(train__shift=3, teacher__guidance_interval=(0, 1), model__time_scale=np.float64(7))
+        changed(
+            train__shift=3, teacher__guidance_interval=(0, 1), model__dit__time_scale=np.float64(7)
+        )
     )
     assert type(parsed.train.shift) is float and parsed.train.shift == 3
     assert [type(end) for end in parsed.teacher.guidance_interval] == [float, float]
-    assert parsed.model.time_scale == 7
+    assert parsed.model.dit.time_scale == 7
 
 
 # --- Ranges -------------------------------------------------------------------------------------
@@ -176,7 +179,8 @@ def test_an_integer_is_taken_for_a_float():
         (
             "data__name",
             "cifar",
-            "one of 'digits', 'mnist', 'imagenet', 'prompts', 'captioned_digits', got 'cifar'",
+            "one of 'digits', 'mnist', 'images', 'latents', 'prompts', 'captioned_digits', "
+            "got 'cifar'",
         ),
         ("policy__kind", "GM", "one of 'gm', 'dx', 'arc', got 'GM'"),
         ("model__dtype", "float16", "one of 'float32', 'bfloat16', got 'float16'"),
@@ -216,16 +220,18 @@ def test_the_ends_of_ranges_are_accepted(values):
     ("values", "message"),
     [
         (
-            {"model__hidden": 66},
-            "config.model.hidden must be divisible by 4 and by config.model.num_heads (4), got 66",
+            {"model__dit__hidden": 66},
+            "config.model.dit.hidden must be divisible by 4 and by config.model.dit.num_heads (4), "
+            "got 66",
         ),
         (
-            {"model__num_heads": 5},
-            "config.model.hidden must be divisible by 4 and by config.model.num_heads (5), got 64",
+            {"model__dit__num_heads": 5},
+            "config.model.dit.hidden must be divisible by 4 and by config.model.dit.num_heads (5), "
+            "got 64",
         ),
         (
             {"model__scan_unroll": 4},
-            "config.model.scan_unroll must be in [1, config.model.depth = 3], got 4",
+            "config.model.scan_unroll must be in [1, config.model.dit.depth = 3], got 4",
         ),
         (
             {"teacher__guidance_interval": (0.6, 0.2)},
@@ -280,9 +286,9 @@ def test_the_ends_of_ranges_are_accepted(values):
             "schedule that decays, got 100",
         ),
         (
-            {"model__network": "flux"},
-            "config.model.network = 'flux' needs 'prompts' or 'captioned_digits' as "
-            "config.data.name, got 'digits'",
+            {"model__network": "flux", "model__flux__rope_axes": (4, 6, 6)},
+            "config.model.network = 'flux' needs a data set with captions as config.data.name, got "
+            "'digits'",
         ),
         (
             {"data__name": "prompts"},
@@ -291,7 +297,7 @@ def test_the_ends_of_ranges_are_accepted(values):
         ),
         (
             {"policy__kind": "dx", "train__gm_dropout": 0.0, "evaluation__temperature": 0.3},
-            "config.evaluation.temperature is that of a mixture and must be 1 with "
+            "config.evaluation.temperature belongs to a Gaussian mixture and must be 1 with "
             "config.policy.kind = 'dx', got 0.3",
         ),
         (
@@ -306,16 +312,17 @@ def test_the_ends_of_ranges_are_accepted(values):
         ),
         (
             TEXT,
-            "config.model.rope_axes must be three even numbers that add up to config.model.hidden "
-            "/ config.model.num_heads (64 / 4), got (16, 56, 56)",
+            "config.model.qwen_image.rope_axes must be three even numbers that add up to "
+            "config.model.qwen_image.hidden / config.model.qwen_image.num_heads (64 / 4), got "
+            "(16, 56, 56)",
         ),
         (
-            TEXT | {"model__rope_axes": (4, 6, 6), "train__optimizer__kind": "muon"},
-            "config.train.optimizer.kind = 'muon' is for config.model.network = 'dit'; give "
-            "'adamw'",
+            TEXT | {"model__qwen_image__rope_axes": (4, 6, 6), "train__optimizer__kind": "muon"},
+            "config.train.optimizer.kind = 'muon' cannot train the adapters of "
+            "config.model.network = 'qwen_image'; give 'adamw'",
         ),
         (
-            TEXT | {"model__rope_axes": (4, 6, 6), "evaluation__every": 5},
+            TEXT | {"model__qwen_image__rope_axes": (4, 6, 6), "evaluation__every": 5},
             "config.evaluation.every must be 0 with config.data.name = 'prompts', got 5; look at "
             "checkpoints with --mode=sample",
         ),
@@ -343,7 +350,7 @@ def test_batches_that_devices_cannot_share_are_refused(group):
 @pytest.mark.parametrize("text", [False, True])
 def test_only_the_batches_that_are_used_must_divide(groups, refused, text):
     sizes = {f"{name}__batch_size": 36 for name in ("teacher", "train", "evaluation")}
-    sizes |= TEXT | {"model__rope_axes": (4, 6, 6)} if text else {}
+    sizes |= TEXT | {"model__qwen_image__rope_axes": (4, 6, 6)} if text else {}
     config = parse(changed(**sizes), None)
     if refused is None:
         check_devices(config, 8, groups=groups)
@@ -399,7 +406,7 @@ def test_a_mesh_fills_what_is_left_open(values, devices, sizes):
 
 
 def test_parts_that_are_not_asked_for_are_sixteen_at_most():
-    wide = {"mesh__data": -1, "mesh__fsdp": -1, "model__hidden": 256}
+    wide = {"mesh__data": -1, "mesh__fsdp": -1, "model__dit__hidden": 256}
     config = parse(changed(**wide, evaluation__batch_size=64), None)
     assert tuple(mesh_sizes(config, 64).values()) == (4, 16, 1)
     config = parse(changed(**wide | {"mesh__data": 1}, evaluation__batch_size=64), None)
@@ -409,22 +416,22 @@ def test_parts_that_are_not_asked_for_are_sixteen_at_most():
 def test_parts_divide_the_width_of_the_tokens():
     """Else the sharding of the first parameter would be an error without a key."""
     values = {"mesh__fsdp": 8, "evaluation__batch_size": 8}
-    message = "config.mesh.fsdp (8) must divide config.model.hidden (60)"
-    assert refusal(8, model__hidden=60, **values) == message
-    assert parse(changed(model__hidden=64, **values), 8).mesh.fsdp == 8
+    message = "config.mesh.fsdp (8) must divide config.model.dit.hidden (60)"
+    assert refusal(8, model__dit__hidden=60, **values) == message
+    assert parse(changed(model__dit__hidden=64, **values), 8).mesh.fsdp == 8
 
 
 def test_parts_divide_the_rank_of_adapters():
     config = tiny_text.get_config()
-    config.model.hidden, config.model.num_heads = 64, 8
-    config.model.lora_rank = 12
+    config.model.flux.hidden, config.model.flux.num_heads = 64, 8
+    config.model.flux.lora_rank = 12
     config.train.batch_size = config.evaluation.batch_size = config.teacher.batch_size = 8
     config.mesh.data = config.mesh.fsdp = -1
     assert tuple(mesh_sizes(parse(config, 8), 8).values()) == (2, 4, 1)
     config.mesh.data = 1
     with pytest.raises(ConfigError) as error:
         parse(config, 8)
-    assert str(error.value) == "config.mesh.fsdp (8) must divide config.model.lora_rank (12)"
+    assert str(error.value) == "config.mesh.fsdp (8) must divide config.model.flux.lora_rank (12)"
 
 
 @pytest.mark.parametrize(
@@ -439,7 +446,7 @@ def test_parts_divide_the_rank_of_adapters():
         ({"fsdp": 0}, "config.mesh.fsdp must be at least 1, or -1 to fill, got 0"),
         (
             {"data": 1, "tensor": 8},
-            "config.mesh.tensor (8) must divide config.model.num_heads (4)",
+            "config.mesh.tensor (8) must divide config.model.dit.num_heads (4)",
         ),
     ],
 )

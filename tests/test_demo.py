@@ -13,21 +13,15 @@ import pytest
 import piflow_jax
 from piflow_jax.config import parse
 from piflow_jax.convert import to_torch_state, write_safetensors
-from piflow_jax.data import load_source
+from piflow_jax.data import load_captioned_digits_source, stacked
 from piflow_jax.demo import Drawer, main, make_page
 from piflow_jax.evaluation import draw_grid
 from piflow_jax.models.vae import AutoencoderKL
 from piflow_jax.stages.systems import teacher_sampler
 from piflow_jax.stages.train import flat_settings
-from piflow_jax.training.networks import (
-    DataShape,
-    init_params,
-    student_network,
-    student_spec,
-    teacher_network,
-    teacher_spec,
-    trained_part,
-)
+from piflow_jax.systems.networks import student_network, teacher_network
+from piflow_jax.systems.shapes import DataShape
+from piflow_jax.systems.spec import student_spec, teacher_spec
 from tests import tiny, tiny_text
 from tests.runs import save_stage
 
@@ -49,8 +43,8 @@ def saved(settings, data, workdir):
         ),
     }
     for stage, (module, spec) in networks.items():
-        params = jax.jit(lambda module=module: init_params(module, jax.random.key(0)))()
-        params = trained_part(module, jax.tree.map(lambda leaf: leaf + 0.05, params))
+        params = jax.jit(lambda module=module: module.init(jax.random.key(0)))()
+        params = module.trained(jax.tree.map(lambda leaf: leaf + 0.05, params))
         # As `stages/train.py` keeps them: a teacher's do not know how it will be guided.
         kept = {name: getattr(settings, name) for name in ("model", "teacher", "train")}
         kept = flat_settings(kept if stage == "student" else {"model": settings.model})
@@ -118,13 +112,13 @@ def test_a_student_without_a_teacher_is_shown_alone(run):
 
 @pytest.mark.slow
 def test_a_student_that_reads_text_draws_prompts(tmp_path):
-    source = load_source("captioned_digits")
+    source = load_captioned_digits_source()
     settings = parse(tiny_text.get_config("flux"))
     saved(settings, DataShape.of("captioned_digits", source), tmp_path)
     drawer = Drawer.load(tmp_path)
     picture, times = drawer.draw(7, 5, 2, 8, 1.0, 4, count=3)
     example = source[7]
-    told = {name: np.stack([example[name]] * 3) for name in ("text", "text_length", "pooled")}
+    told = stacked([example["condition"]] * 3)
     mine = piflow_jax.load(tmp_path).sample(5, told, size=(8, 8), substeps=8, nfe=2)
     np.testing.assert_array_equal(picture, draw_grid([("student, 2 NFE", mine)]))
     assert times.startswith("student, 2 NFE") and "teacher" not in times
@@ -135,7 +129,7 @@ def of_latents(tmp_path_factory):
     """A run on latents of classes, as ImageNet's, and the autoencoder of these."""
     workdir = tmp_path_factory.mktemp("latents")
     latents = {"latent_scale": 0.5, "latent_shift": 0.1}
-    data = DataShape(name="imagenet", sample_size=8, channels=4, num_classes=10, **latents)
+    data = DataShape(name="latents", sample_size=8, channels=4, num_classes=10, **latents)
     saved(parse(tiny.get_config()), data, workdir)
     vae = AutoencoderKL(channels=(32, 32), layers_per_block=1)
     params = jax.jit(vae.init)(jax.random.key(0), jnp.zeros((1, 16, 16, 3)))
@@ -204,9 +198,9 @@ def test_the_command_line_says_what_is_loaded(run, monkeypatch):
     drawers = []
     monkeypatch.setattr("piflow_jax.demo.make_page", lambda drawer: drawers.append(drawer) or PAGE)
     main([f"--checkpoint={run}", "--dtype=bfloat16"])
-    assert drawers[0].student.module.dtype == jnp.bfloat16
+    assert drawers[0].student.network.module.dtype == jnp.bfloat16
     main([f"--checkpoint={run}"])
-    assert drawers[1].student.module.dtype == jnp.float32
+    assert drawers[1].student.network.module.dtype == jnp.float32
 
 
 class PAGE:

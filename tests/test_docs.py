@@ -15,11 +15,13 @@ import pytest
 from PIL import Image
 
 from piflow_jax.config import base_config, parse
-from piflow_jax.data import load_source
 from piflow_jax.rivals.base import rival_sampler, rival_setting
+from piflow_jax.systems.datasets import load_source, shape_of
+from piflow_jax.systems.networks import student_network
+from piflow_jax.systems.shapes import DataShape
+from piflow_jax.systems.spec import student_spec
 from piflow_jax.training.checkpoint import Checkpointer
 from piflow_jax.training.loop import checkpoint_dir
-from piflow_jax.training.networks import DataShape, init_params, student_network, student_spec
 from tests import gaussian, tiny
 
 ROOT = Path(__file__).parents[1]
@@ -130,22 +132,22 @@ def check_rival(rival, loss):
     config = parse(tiny.get_config())
     data = DataShape(name="digits", sample_size=4, channels=1, num_classes=10)
     setting = rival_setting(config, data, rival)
-    teacher = init_params(setting.teacher, jax.random.key(1))
+    teacher = setting.teacher.init(jax.random.key(1))
     state = rival.init(setting, jax.random.key(2), teacher)
     images = jax.random.normal(jax.random.key(3), (4, *data.shape))
-    batch = {"image": images, "label": jnp.arange(4)}
+    batch = {"x": images, "condition": jnp.arange(4)}
     given = {"teacher": jax.tree.map(lambda a: a + 0.1, teacher)}
     state, metrics = jax.jit(rival.step(setting))(state, given, jax.random.key(4), batch)
     assert int(state.step) == 1 and metrics["loss"] > 0 and metrics["grad_norm"] > 0
     sampler = jax.jit(rival_sampler(config, data, rival, 2))
-    assert jnp.all(jnp.isfinite(sampler(state.params, images, batch["label"])))
+    assert jnp.all(jnp.isfinite(sampler(state.params, images, batch["condition"])))
 
 
 @pytest.fixture
 def digits_run(tmp_path, monkeypatch):
     """A work directory `runs/digits` with an untrained student of the shipped config."""
     config = parse(load_module(ROOT / "configs" / "digits.py").get_config())
-    data = DataShape.of(config.data.name, load_source(config.data.name))
+    data = shape_of(config, load_source(config.data))
     module = student_network(config.model, config.policy, data)
     inputs = jnp.zeros((1, data.sample_size, data.sample_size, 1)), jnp.zeros(1), jnp.zeros(1, int)
     params = jax.jit(module.init)(jax.random.key(0), *inputs)

@@ -20,15 +20,10 @@ from piflow_jax.evaluation import IndexSampler
 from piflow_jax.flow.rollout import rollout
 from piflow_jax.flow.schedule import TimeWarp
 from piflow_jax.stages.systems import student_sampler
+from piflow_jax.systems.networks import student_network, teacher_network
+from piflow_jax.systems.shapes import DataShape
+from piflow_jax.systems.spec import student_spec, teacher_spec
 from piflow_jax.training.checkpoint import Checkpointer
-from piflow_jax.training.networks import (
-    DataShape,
-    init_params,
-    student_network,
-    student_spec,
-    teacher_network,
-    teacher_spec,
-)
 from piflow_jax.training.state import TrainState
 from tests import tiny
 from tests.runs import save_stage
@@ -48,7 +43,7 @@ def settings():
 def run(settings, tmp_path_factory):
     """A work directory with a student, its average moved away from its parameters."""
     module = student_network(settings.model, settings.policy, DATA)
-    fresh = jax.jit(lambda: init_params(module, jax.random.key(0)))()
+    fresh = jax.jit(lambda: module.init(jax.random.key(0)))()
     params = jax.tree.map(
         lambda leaf: leaf + 0.1 * jnp.sin(jnp.arange(leaf.size)).reshape(leaf.shape), fresh
     )
@@ -57,14 +52,16 @@ def run(settings, tmp_path_factory):
     with Checkpointer(workdir / "student" / "checkpoints") as checkpointer:
         checkpointer.save(1, state, data_state={}, config={}, spec=student_spec(settings, DATA))
     metadata = {"piflow_jax": json.dumps(student_spec(settings, DATA))}
-    write_safetensors(workdir / "student.safetensors", to_torch_state(module, params), metadata)
-    write_safetensors(workdir / "official.safetensors", to_torch_state(module, params))
+    write_safetensors(
+        workdir / "student.safetensors", to_torch_state(module.module, params), metadata
+    )
+    write_safetensors(workdir / "official.safetensors", to_torch_state(module.module, params))
     return workdir, params
 
 
 def test_a_runs_teacher_is_its_network(settings, tmp_path):
     module = teacher_network(settings.model, DATA)
-    params = jax.jit(lambda: init_params(module, jax.random.key(0)))()
+    params = jax.jit(lambda: module.init(jax.random.key(0)))()
     params = jax.tree.map(lambda leaf: leaf + 0.1, params)
     save_stage(tmp_path, "teacher", params, teacher_spec(settings, DATA))
     x, t, labels = jax.random.normal(jax.random.key(1), (3, 8, 8, 1)), jnp.full(3, 0.5), LABELS[:3]
@@ -100,7 +97,7 @@ def test_a_checkpoint_and_its_export_are_the_same_student(run, student):
         other = piflow_jax.load(path)
         jax.tree.map(np.testing.assert_array_equal, other.params, params)
         assert other.settings == student.settings
-        assert other.module == student.module
+        assert other.network == student.network
 
 
 def test_what_cannot_be_loaded_says_why(run, tmp_path):
@@ -114,7 +111,11 @@ def test_what_cannot_be_loaded_says_why(run, tmp_path):
 
 def test_samples_are_those_that_a_report_measures(run, student, settings):
     sampler = IndexSampler(
-        student_sampler(settings, DATA), shape=DATA.shape, classes=range(10), batch_size=5, seed=3
+        student_sampler(settings, DATA),
+        shape=DATA.shape,
+        conditions=np.arange(10),
+        batch_size=5,
+        seed=3,
     )
     expected = sampler(run[1], len(LABELS))
     found = student.sample(3, LABELS, substeps=settings.evaluation.substeps)
@@ -317,7 +318,7 @@ for count, places in ((24, 8), (23, 1)):
     assert len(spread.sample(0, labels[:1].repeat(count), substeps=16, h=1.0).devices()) == places
 batch = calls[0][-1]
 assert "tpu_custom_call" in on_tpus[0], "the rollout's kernel, split over the devices"
-assert batch["label"].sharding.is_equivalent_to(split, 1)
+assert batch["condition"].sharding.is_equivalent_to(split, 1)
 text = sampler.lower(spread.params, jax.random.key(0), np.uint32(0), batch).compile().as_text()
 assert "f32[4,8,8,1]" in text and "f32[32,8,8,1]" not in text, "each device draws its own"
 x = jax.random.normal(jax.random.key(1), (8, 8, 8, 1))

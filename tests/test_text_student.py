@@ -15,17 +15,9 @@ from piflow_jax.flow.schedule import TimeWarp
 from piflow_jax.models.lora import fuse, split
 from piflow_jax.stages.train import flat_settings
 from piflow_jax.student import Student
-from piflow_jax.training.networks import (
-    DataShape,
-    StudentSettings,
-    init_params,
-    student_network,
-    student_spec,
-    teacher_network,
-    teacher_spec,
-    trained_part,
-    with_base,
-)
+from piflow_jax.systems.networks import student_network, teacher_network
+from piflow_jax.systems.shapes import DataShape
+from piflow_jax.systems.spec import StudentSettings, student_spec, teacher_spec
 from tests import tiny_text
 from tests.runs import save_stage
 
@@ -39,7 +31,7 @@ def student():
         model=config.model, policy=config.policy, train=config.train, data=DATA
     )
     module = student_network(config.model, config.policy, DATA)
-    fresh = jax.jit(lambda: init_params(module, jax.random.key(0)))()
+    fresh = jax.jit(lambda: module.init(jax.random.key(0)))()
     params = jax.tree.map(
         lambda leaf: leaf + 0.1 * jnp.sin(jnp.arange(leaf.size)).reshape(leaf.shape), fresh
     )
@@ -86,15 +78,13 @@ def test_what_is_no_embedded_prompt_is_refused(student):
 def bfloat16_run(tmp_path_factory):
     """A run whose base is bfloat16, as FLUX.1's, with its teacher, and files of the same."""
     config = tiny_text.get_config("flux")
-    config.model.base_dtype = "bfloat16"
+    config.model.flux.base_dtype = "bfloat16"
     config = parse(config)
     teacher = teacher_network(config.model, DATA)
     student = student_network(config.model, config.policy, DATA)
-    base, whole = (
-        jax.jit(lambda m=m: init_params(m, jax.random.key(0)))() for m in (teacher, student)
-    )
+    base, whole = (jax.jit(lambda m=m: m.init(jax.random.key(0)))() for m in (teacher, student))
     workdir = tmp_path_factory.mktemp("run")
-    trained = trained_part(student, whole)
+    trained = student.trained(whole)
     parts = {
         "teacher": (base, teacher_spec(config, DATA)),
         "student": (trained, student_spec(config, DATA)),
@@ -103,10 +93,12 @@ def bfloat16_run(tmp_path_factory):
         # As `stages/train.py` keeps settings.
         save_stage(workdir, stage, params, spec, flat_settings({"model": config.model}))
     metadata = {"piflow_jax": json.dumps(student_spec(config, DATA))}
-    write_safetensors(workdir / "teacher.safetensors", to_torch_state(teacher, base))
-    write_safetensors(workdir / "adapter.safetensors", export_adapter(student, trained), metadata)
-    merged = fuse(with_base(student, trained, base))
-    state = to_torch_state(student.clone(lora=None), merged)
+    write_safetensors(workdir / "teacher.safetensors", to_torch_state(teacher.module, base))
+    write_safetensors(
+        workdir / "adapter.safetensors", export_adapter(student.module, trained), metadata
+    )
+    merged = fuse(student.with_base(trained, base))
+    state = to_torch_state(student.module.clone(lora=None), merged)
     write_safetensors(workdir / "student.safetensors", state, metadata)
     return workdir
 
@@ -129,5 +121,9 @@ def test_a_base_is_loaded_in_the_memory_that_it_was_trained_in(bfloat16_run, pat
         leaf.size for leaf in jax.tree.leaves(base)
     )
     assert {leaf.dtype.name for leaf in jax.tree.leaves(trained)} == {"float32"}
-    assert student.settings.model.base_dtype == student.module.param_dtype.name == "bfloat16"
-    assert student.module.dtype == jnp.float32  # of the computation, as asked for
+    assert (
+        student.settings.model.own.base_dtype
+        == student.network.module.param_dtype.name
+        == "bfloat16"
+    )
+    assert student.network.module.dtype == jnp.float32  # of the computation, as asked for

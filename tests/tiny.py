@@ -6,9 +6,9 @@ from piflow_jax.config import base_config
 def get_config():
     """A few steps of a one-block DiT on the digits."""
     config = base_config()
-    config.model.hidden = 16
-    config.model.num_heads = 2
-    config.model.depth = 1
+    config.model.dit.hidden = 16
+    config.model.dit.num_heads = 2
+    config.model.dit.depth = 1
     config.policy.num_components = 2
     config.policy.logstd_hidden = 8
     config.teacher.steps = 6

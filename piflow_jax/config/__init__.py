@@ -5,6 +5,7 @@ frozen dataclasses, or refuses it with the key and the allowed range. Each field
 documentation; `python -m piflow_jax.config` prints `docs/configuration.md`.
 """
 
+from piflow_jax.config.networks import NetworkConfig
 from piflow_jax.config.parsing import (
     ConfigError,
     base_config,
@@ -36,6 +37,7 @@ __all__ = [
     "EvaluationConfig",
     "MeshConfig",
     "ModelConfig",
+    "NetworkConfig",
     "OptimizerConfig",
     "PolicyConfig",
     "ProcessesConfig",

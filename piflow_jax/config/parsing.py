@@ -233,9 +233,10 @@ def mesh_sizes(config: Config, num_devices: int, num_slices: int = 1) -> dict[st
     if sizes["data"] == sizes["fsdp"] == -1 and sizes["tensor"] > 0:
         # Finer parts than whole tiles are padded, more than a few save little memory, and of groups
         # as large as a slice the compiler makes worse programs, see docs/scaling.md.
-        tiles, rest = divmod(config.model.hidden, _TILE_ROWS)
+        widths = dict(config.model.own.shared_widths())
+        tiles, rest = divmod(widths.pop("hidden", 1), _TILE_ROWS)
         room = max(num_devices // (sizes["tensor"] * num_slices), 1)
-        most = math.gcd(room, tiles, _MOST_PARTS, _rank(config))
+        most = math.gcd(room, tiles, _MOST_PARTS, *widths.values())
         sizes["fsdp"] = 1 if rest else most
     open_axes = [axis for axis, size in sizes.items() if size == -1]
     if len(open_axes) > 1:
@@ -254,11 +255,6 @@ def mesh_sizes(config: Config, num_devices: int, num_slices: int = 1) -> dict[st
             f"until their product divides the {num_devices // num_slices} devices of a slice"
         )
     return sizes
-
-
-def _rank(config: Config) -> int:
-    """The rank of the adapters, along which some factors are split; 0 without adapters."""
-    return 0 if config.model.network == "dit" else config.model.lora_rank
 
 
 def check_devices(
@@ -284,25 +280,23 @@ def check_devices(
     Raises:
       ConfigError: the mesh does not fit, or a batch cannot be divided; names the key.
     """
-    train = config.train
+    train, own = config.train, config.model.own
+    group = f"config.model.{config.model.network}"
     sizes = mesh_sizes(config, num_devices, num_slices)
-    if config.model.num_heads % sizes["tensor"]:
+    heads = getattr(own, "num_heads", sizes["tensor"])
+    if heads % sizes["tensor"]:
         raise ConfigError(
-            f"config.mesh.tensor ({sizes['tensor']}) must divide config.model.num_heads "
-            f"({config.model.num_heads})"
+            f"config.mesh.tensor ({sizes['tensor']}) must divide {group}.num_heads ({heads})"
         )
-    for key, size in (("hidden", config.model.hidden), ("lora_rank", _rank(config))):
+    for key, size in own.shared_widths().items():
         if size % sizes["fsdp"]:
             raise ConfigError(
-                f"config.mesh.fsdp ({sizes['fsdp']}) must divide config.model.{key} ({size})"
+                f"config.mesh.fsdp ({sizes['fsdp']}) must divide {group}.{key} ({size})"
             )
     parts = sizes["data"] * sizes["fsdp"]
-    # A network that reads text is too large to be whole on a device: all of them share a sample.
-    samplers = num_devices // num_processes if config.model.network == "dit" else parts
-    if groups is None:
-        # No teacher is trained on prompts, and nothing sampled while a student is.
-        of_prompts = config.data.name == "prompts"
-        groups = ("train",) if of_prompts else ("train", "teacher", "evaluation")
+    # Devices that hold a network together share each sample.
+    samplers = num_devices // num_processes if own.whole else parts
+    groups = ("train", "teacher", "evaluation") if groups is None else groups
     batches = {
         "train": (train.batch_size, parts),
         "teacher": (config.teacher.batch_size, parts),
@@ -325,31 +319,16 @@ def check_devices(
 
 def _check_together(config: Config) -> None:
     """Refuses values that are possible alone and not together."""
-    model, train, policy, teacher = config.model, config.train, config.policy, config.teacher
-    if model.hidden % 4 or model.hidden % model.num_heads:
+    model, train, teacher = config.model, config.train, config.teacher
+    group = f"config.model.{model.network}"
+    problem = model.own.check(group)
+    if problem is not None:
+        raise ConfigError(problem)
+    depth = getattr(model.own, "depth", model.scan_unroll)
+    if model.scan_unroll > depth:
         raise ConfigError(
-            f"config.model.hidden must be divisible by 4 and by config.model.num_heads "
-            f"({model.num_heads}), got {model.hidden}"
-        )
-    if model.scan_unroll > model.depth:
-        raise ConfigError(
-            f"config.model.scan_unroll must be in [1, config.model.depth = {model.depth}], "
+            f"config.model.scan_unroll must be in [1, {group}.depth = {depth}], "
             f"got {model.scan_unroll}"
-        )
-    _check_text(config)
-    for group in ("data", "evaluation"):
-        for field in dataclasses.fields(getattr(config, group)):
-            value, of = getattr(getattr(config, group), field.name), field.metadata["of"]
-            if of and value and config.data.name not in of:
-                raise ConfigError(
-                    f"config.{group}.{field.name} is for config.data.name = "
-                    f"{' or '.join(map(repr, of))} and must be empty with {config.data.name!r}, "
-                    f"got {value!r}"
-                )
-    if int(model.hidden * model.mlp_ratio) < 1:
-        raise ConfigError(
-            f"config.model.mlp_ratio times config.model.hidden ({model.hidden}) must be at least "
-            f"1, got {model.mlp_ratio}"
         )
     if teacher.checkpoint and teacher.weights:
         raise ConfigError(
@@ -375,31 +354,6 @@ def _check_together(config: Config) -> None:
             "config.teacher.label_dropout must be above 0 to train a teacher for guidance "
             f"(config.teacher.guidance_scale is {teacher.guidance_scale})"
         )
-    shortest = min(1.0, train.final_step_size_scale) / (train.nfe - 1 + train.final_step_size_scale)
-    room = max(round(shortest * train.total_substeps), 1)
-    if train.window_substeps > room:
-        raise ConfigError(
-            f"config.train.window_substeps must be in [0, {room}], the substeps of the shortest "
-            f"segment, got {train.window_substeps}"
-        )
-    if policy.kind == "dx" and train.gm_dropout > 0:
-        raise ConfigError(
-            "config.train.gm_dropout drops mixture components and must be 0 with "
-            f"config.policy.kind = 'dx', got {train.gm_dropout}"
-        )
-    longest = _longest_segment(train.nfe, train.final_step_size_scale)
-    if policy.kind == "dx" and 0 < policy.segment_size < longest - 1e-9:
-        raise ConfigError(
-            f"config.policy.segment_size must be 0 or at least the longest segment, {longest:.6g}, "
-            f"got {policy.segment_size}"
-        )
-    evaluations = config.sampling_nfe
-    sampled = _longest_segment(evaluations, train.final_step_size_scale)
-    if policy.kind == "dx" and sampled > (policy.segment_size or longest) + 1e-9:
-        raise ConfigError(
-            f"config.evaluation.nfe ({evaluations}) makes segments longer than those that a grid "
-            f"trained with config.train.nfe = {train.nfe} covers; raise it"
-        )
     for stage, optimizer, steps in (
         ("teacher", teacher.optimizer, teacher.steps),
         ("train", train.optimizer, train.steps),
@@ -408,47 +362,4 @@ def _check_together(config: Config) -> None:
             raise ConfigError(
                 f"config.{stage}.optimizer.warmup_steps must be below config.{stage}.steps "
                 f"({steps}) for a schedule that decays, got {optimizer.warmup_steps}"
-            )
-
-
-def _longest_segment(nfe: int, final_step_size_scale: float) -> float:
-    """As `flow.schedule.longest_segment`; settings are read before anything of JAX is."""
-    if nfe == 1:
-        return 1.0
-    return max(1.0, final_step_size_scale) / (nfe - 1 + final_step_size_scale)
-
-
-def _check_text(config: Config) -> None:
-    """Refuses a network without its kind of conditions, and settings that it has no use for."""
-    model, reads_text = config.model, config.model.network != "dit"
-    of_text = ("prompts", "captioned_digits")
-    if reads_text != (config.data.name in of_text):
-        wanted = " or ".join(map(repr, of_text)) if reads_text else "a data set with classes"
-        raise ConfigError(
-            f"config.model.network = {model.network!r} needs {wanted} as config.data.name, "
-            f"got {config.data.name!r}"
-        )
-    if config.policy.kind != "gm" and config.evaluation.temperature != 1:
-        raise ConfigError(
-            "config.evaluation.temperature is that of a mixture and must be 1 with "
-            f"config.policy.kind = {config.policy.kind!r}, got {config.evaluation.temperature}"
-        )
-    if not reads_text:
-        return
-    if config.data.name == "prompts" and config.evaluation.every:
-        raise ConfigError(
-            "config.evaluation.every must be 0 with config.data.name = 'prompts', got "
-            f"{config.evaluation.every}; look at checkpoints with --mode=sample"
-        )
-    axes = model.rope_axes
-    if len(axes) != 3 or sum(axes) * model.num_heads != model.hidden or any(a % 2 for a in axes):
-        raise ConfigError(
-            "config.model.rope_axes must be three even numbers that add up to config.model.hidden "
-            f"/ config.model.num_heads ({model.hidden} / {model.num_heads}), got {axes}"
-        )
-    for stage in ("teacher", "train"):
-        if getattr(config, stage).optimizer.kind == "muon":
-            raise ConfigError(
-                f"config.{stage}.optimizer.kind = 'muon' is for config.model.network = 'dit'; "
-                "give 'adamw'"
             )

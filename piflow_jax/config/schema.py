@@ -1,44 +1,11 @@
 """The schema: every key with its type, default, range and meaning."""
 
 import dataclasses
-from typing import Any
 
-
-def _field(
-    default: Any,
-    doc: str,
-    *,
-    low=None,
-    high=None,
-    above=None,
-    most=None,
-    choices=None,
-    may_be_empty=False,
-    of=None,
-):
-    """A config field with its documentation and its allowed values (bounds are inclusive).
-
-    `high` is the end of what has a meaning, `most` of what can be computed. `of` are the data sets
-    that a key is for; with others it must be empty.
-    """
-    metadata = dict(
-        doc=doc,
-        low=low,
-        high=high,
-        above=above,
-        most=most,
-        choices=choices,
-        may_be_empty=may_be_empty,
-        of=of,
-    )
-    if dataclasses.is_dataclass(default):
-        return dataclasses.field(default_factory=default, metadata=metadata)
-    return dataclasses.field(default=default, metadata=metadata)
-
+from piflow_jax.config.fields import config_field as _field
+from piflow_jax.config.networks import DiTConfig, FluxConfig, NetworkConfig, QwenImageConfig
 
 _PLACES = ("split", "whole")
-# Data sets that have what some keys are for.
-_IMAGENET, _PROMPTS, _LATENTS = ("imagenet",), ("prompts",), ("imagenet", "prompts")
 # Seeds of the data's order are 64 bits, of which streams of their own take the last few.
 _SEED = {"low": 0, "most": 2**63 - 1}
 _SUBSTEPS = {"low": 1, "most": 2**16}  # more are none to float32
@@ -54,31 +21,25 @@ class DataConfig:
     name: str = _field(
         "digits",
         "data set; the last two are captions with their embeddings",
-        choices=("digits", "mnist", "imagenet", "prompts", "captioned_digits"),
+        choices=("digits", "mnist", "images", "latents", "prompts", "captioned_digits"),
     )
     data_dir: str = _field(
         "",
-        "where prepared data lies (imagenet: its latents, prompts: their embeddings; needed "
-        "there); mnist: empty is the TFDS default",
-        of=("mnist", "imagenet", "prompts"),
+        "where prepared data lies (images, latents, or the embeddings of prompts; needed there); "
+        "mnist: empty is the TFDS default",
     )
     images: str = _field(
         "",
         "what --mode=prepare reads: a folder of class folders, a .tar, or tfds[:DATA_DIR]",
-        of=_IMAGENET,
     )
-    vae: str = _field(
-        "", "weights of the autoencoder: a .safetensors file or its folder", of=_LATENTS
-    )
+    vae: str = _field("", "weights of the autoencoder: a .safetensors file or its folder")
     prompts: str = _field(
         "",
         "list of prompts that --mode=prepare encodes: a .txt, .jsonl or .parquet file",
-        of=_PROMPTS,
     )
     text_encoder: str = _field(
         "",
         "what encodes them: the folder of FLUX.1 or Qwen-Image, or words:D:P (hashed words)",
-        of=_PROMPTS,
     )
     text_length: int = _field(0, "most tokens of a prompt; 0 is the encoder's own limit", low=0)
     text_dtype: str = _field(
@@ -90,6 +51,7 @@ class DataConfig:
         low=16,
         most=2**14,
     )
+    mirror: bool = _field(False, "images: train on mirror images too")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -99,8 +61,8 @@ class MeshConfig:
     data: int = _field(-1, "parts of the batch with parameters of their own; -1 fills", low=-1)
     fsdp: int = _field(
         1,
-        "parts of the batch that split the parameters, a divisor of model.hidden and of adapters' "
-        "model.lora_rank; -1 fills, but where data is -1 too only as far as parts of model.hidden "
+        "parts of the batch that split the parameters, a divisor of the network's hidden and "
+        "lora_rank; -1 fills, but where data is -1 too only as far as parts of hidden "
         "are whole tiles of 8, to 16 parts, and to the devices of a TPU slice",
         low=-1,
     )
@@ -128,37 +90,11 @@ class ModelConfig:
     """The network that teacher and student share, but for the student's head and adapters."""
 
     network: str = _field(
-        "dit", "dit is told classes; the others read text", choices=("dit", "flux", "qwen_image")
-    )
-    patch_size: int = _field(2, "side of a patch in sites; divides the image", low=1)
-    hidden: int = _field(64, "width of the tokens; divisible by 4 and by num_heads", low=4)
-    num_heads: int = _field(4, "attention heads", low=1)
-    depth: int = _field(3, "transformer blocks (flux: those of two streams)", low=1)
-    single_depth: int = _field(38, "blocks of one stream, behind the others (flux)", low=1)
-    rope_axes: tuple[int, ...] = _field(
-        (16, 56, 56), "a head's features for frame, row, column (flux, qwen_image)", low=2
-    )
-    mlp_ratio: float = _field(4.0, "hidden width of an MLP over `hidden` (dit)", above=0, most=1024)
-    time_scale: float = _field(1000.0, "the network sees t times this (dit)", above=0)
-    distilled_guidance: float = _field(
-        3.5, "guidance scale that the network is told (flux); 0 if it has no such input", low=0
-    )
-    lora_rank: int = _field(256, "rank of the student's adapters (flux, qwen_image)", low=1)
-    lora_dropout: float = _field(
-        0.0, "dropout of the adapters' inputs in training (flux, qwen_image)", low=0, high=0.99
-    )
-    base_dtype: str = _field(
-        "float32",
-        "type of the parameters that distillation leaves as they are (flux, qwen_image)",
-        choices=("float32", "bfloat16"),
+        "dit",
+        "dit (classes), flux or qwen_image (text), whose own settings are the group of that name; "
+        "or a function of yours as `package.module:function`, see docs/extending.md",
     )
     dtype: str = _field("float32", "compute dtype", choices=("float32", "bfloat16"))
-    time_dtype: str = _field(
-        "float32",
-        "type to which times are rounded where the network computes in it, as the releases were "
-        "trained (flux, qwen_image)",
-        choices=("float32", "bfloat16"),
-    )
     remat: str = _field(
         "none",
         "what the backward pass recomputes",
@@ -170,6 +106,14 @@ class ModelConfig:
         "implementation; where cuDNN has none, JAX's own with a warning in the log",
         choices=("default", "xla", "cudnn"),
     )
+    dit: DiTConfig = _field(DiTConfig, "")
+    flux: FluxConfig = _field(FluxConfig, "")
+    qwen_image: QwenImageConfig = _field(QwenImageConfig, "")
+
+    @property
+    def own(self) -> NetworkConfig:
+        """The settings of the network that is chosen."""
+        return getattr(self, self.network, None) or NetworkConfig()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -226,10 +170,10 @@ class TeacherConfig:
         "", "official weights to take the teacher from: .safetensors, .pth, or a folder of them"
     )
     weights_format: str = _field(
-        "dit",
-        "whose names the weights of a dit have: pi-Flow's release, the original DiT (and REPA), or "
-        "SiT; other networks have those of diffusers",
-        choices=("dit", "original_dit", "original_sit"),
+        "",
+        "whose names the weights have: empty is pi-Flow's release or diffusers; a dit may have "
+        "those of the original DiT (and REPA), or of SiT",
+        choices=("", "dit", "original_dit", "original_sit"),
     )
     steps: int = _field(3000, "training steps", low=1)
     batch_size: int = _field(128, "global batch; divisible by mesh.data times mesh.fsdp", low=1)
@@ -330,27 +274,17 @@ class EvaluationConfig:
     weights: str = _field(
         "", "official student weights (.safetensors, .pth) in place of the run's checkpoint"
     )
-    features: str = _field(
-        "", "imagenet, prompts: file of the Inception weights that make an FID", of=_LATENTS
-    )
-    reference: str = _field(
-        "", "imagenet: ADM's reference, VIRTUAL_imagenet256_labeled.npz", of=_IMAGENET
-    )
+    features: str = _field("", "imagenet, prompts: file of the Inception weights that make an FID")
+    reference: str = _field("", "imagenet: ADM's reference, VIRTUAL_imagenet256_labeled.npz")
     images: str = _field(
         "",
         "prompts: the student's pictures, a folder of <place>-<seed>.png or an .npz file",
-        of=_PROMPTS,
     )
-    teacher_images: str = _field(
-        "", "prompts: the teacher's pictures of the same noise, likewise", of=_PROMPTS
-    )
-    clip: str = _field(
-        "", "prompts: folder of the CLIP that compares pictures with prompts", of=_PROMPTS
-    )
+    teacher_images: str = _field("", "prompts: the teacher's pictures of the same noise, likewise")
+    clip: str = _field("", "prompts: folder of the CLIP that compares pictures with prompts")
     diversity_features: str = _field(
         "",
         "prompts: folder of the network that compares pictures of one prompt; empty is clip",
-        of=_PROMPTS,
     )
 
 

@@ -180,7 +180,7 @@ def _check_kind(module: Flux | QwenImage, found: Mapping[str, Any]) -> None:
         raise ValueError("the student predicts {}, and config.policy.kind is {!r}".format(*kinds))
     if ranks != [module.lora.rank]:
         ranks = " and ".join(map(str, ranks))
-        raise ValueError(f"the rank is {ranks}, and config.model.lora_rank is {module.lora.rank}")
+        raise ValueError(f"the rank is {ranks}, and the settings' lora_rank is {module.lora.rank}")
 
 
 def _scales(state: Mapping[str, Any]) -> Callable[[str, int], float]:

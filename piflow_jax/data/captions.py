@@ -1,7 +1,7 @@
 """Digits with captions: text-to-image in small, on embeddings that are made here.
 
 A caption is a few words that name the digit, such as "a handwritten seven". Its embeddings are
-those of `WordEncoder`. The keys of examples are those of cached prompts (`prompts.py`).
+those of `WordEncoder`. Conditions have the keys of those of cached prompts (`prompts.py`).
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ class CaptionedDigits:
 
     Attributes:
       name: Short name for logs and reports.
-      images: float32[N, H, W, C] in [-1, 1].
+      x: float32[N, H, W, C] in [-1, 1], the images.
       labels: int32[N], the digits.
       captions: N captions.
       text_length: Tokens that captions are padded to, the length of the longest.
@@ -37,7 +37,7 @@ class CaptionedDigits:
     """
 
     name: str
-    images: np.ndarray
+    x: np.ndarray
     labels: np.ndarray
     captions: tuple[str, ...]
     text_length: int
@@ -49,7 +49,7 @@ class CaptionedDigits:
     @property
     def shape(self) -> tuple[int, int, int]:
         """Shape `(H, W, C)` of one image."""
-        return self.images.shape[1:]
+        return self.x.shape[1:]
 
     @property
     def prompts(self) -> tuple[str, ...]:
@@ -57,23 +57,18 @@ class CaptionedDigits:
         return self.captions
 
     @property
-    def latent_channels(self) -> int:
-        """Channels `C` of an image, which stands for latents."""
-        return self.images.shape[-1]
-
-    @property
     def buckets(self) -> list[tuple[int, int]]:
         """Shapes `(H, W)` that images have: one."""
-        return [self.images.shape[1:3]]
+        return [self.x.shape[1:3]]
 
     def __len__(self) -> int:
         """Returns the number of examples."""
-        return len(self.images)
+        return len(self.x)
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        """Returns one example: `latents`, which are the image, and its caption's embeddings."""
-        example = _example(self.captions[index], self.text_length)
-        return example | {"latents": self.images[index], "index": np.int32(index)}
+        """Returns one example: `x`, the image, its caption's embeddings and its `index`."""
+        caption = _example(self.captions[index], self.text_length)
+        return {"x": self.x[index], "condition": caption, "index": np.int32(index)}
 
     def of_classes(self) -> dict[str, np.ndarray]:
         """Examples of one caption of each class, stacked; without images.
@@ -108,13 +103,13 @@ def load_captioned_digits_source() -> CaptionedDigits:
     """
     digits = load_digits_source()
     captions = tuple(
-        _FORMS[i % len(_FORMS)].format(_DIGITS[label]) for i, label in enumerate(digits.labels)
+        _FORMS[i % len(_FORMS)].format(_DIGITS[label]) for i, label in enumerate(digits.condition)
     )
     length = max(len(_embedded(caption)["text"]) for caption in captions)
     return CaptionedDigits(
         name="captioned_digits",
-        images=digits.images,
-        labels=digits.labels,
+        x=digits.x,
+        labels=digits.condition,
         captions=captions,
         text_length=length,
         null=_example("", length),

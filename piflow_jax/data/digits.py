@@ -8,7 +8,7 @@ import functools
 
 import numpy as np
 
-from piflow_jax.data.source import ArraySource
+from piflow_jax.data.source import ArraySource, labelled_pictures
 
 
 @functools.cache
@@ -21,9 +21,5 @@ def load_digits_source() -> ArraySource:
     from sklearn.datasets import load_digits  # imports SciPy: seconds on a cold disk
 
     digits = load_digits()
-    return ArraySource(
-        name="digits",
-        images=(digits.images[..., None] / 8.0 - 1.0).astype(np.float32),
-        labels=digits.target.astype(np.int32),
-        num_classes=10,
-    )
+    pictures = (digits.images[..., None] / 8.0 - 1.0).astype(np.float32)
+    return labelled_pictures("digits", pictures, digits.target.astype(np.int32), 10)

@@ -163,15 +163,18 @@ def finalize_latents(directory: str | os.PathLike) -> dict[str, Any]:
 class LatentsSource:
     """A finished set by index, for `piflow_jax.data.batches`; made by `load_latents_source`.
 
-    Examples are `mean`, `std`: `[2, H, W, C]`, the image's and its mirror image's, and
-    `label: int32[]`. Which of the two is used and the posterior's noise are drawn later, by
-    `draw_latents` from the training step's key: that costs the input pipeline nothing, and a
-    resumed run draws the same.
+    Examples have `x`, the moments `mean` and `std`: `[2, H, W, C]`, the image's and its mirror
+    image's, and `condition: int32[]`, the label. Which of the two is used and the posterior's noise
+    are drawn later, by `draw` from the training step's key: that costs the input pipeline nothing,
+    and a resumed run draws the same.
 
     Attributes:
       name: `imagenet_latents`.
       shape: `(H, W, C)` of one latent.
       num_classes: Number of classes.
+      latent_scale: Networks see `(latent - latent_shift) * latent_scale`.
+      latent_shift: See `latent_scale`.
+      vae: Identity of the autoencoder.
       manifest: All that is known of the set, `latents.json`.
     """
 
@@ -181,6 +184,8 @@ class LatentsSource:
         self.name = NAME
         self.shape = tuple(manifest["latent_shape"])
         self.num_classes = manifest["num_classes"]
+        self.latent_scale, self.latent_shift = manifest["scale"], manifest["shift"]
+        self.vae = manifest["vae"]
         self.manifest = manifest
         builder = tfds.builder_from_directory(directory)
         lengths = [shard["examples"] for shard in manifest["shards"]]
@@ -195,11 +200,20 @@ class LatentsSource:
     def __getitem__(self, index: SupportsIndex) -> dict[str, np.ndarray]:
         """Returns one example, `0 <= index < len(self)`."""
         example = self._examples[index]
-        return {
-            "mean": example["mean"],
-            "std": example["std"],
-            "label": np.asarray(example["label"], np.int32),
-        }
+        moments = {"mean": example["mean"], "std": example["std"]}
+        return {"x": moments, "condition": np.asarray(example["label"], np.int32)}
+
+    def draw(self, key: "jax.Array", x: dict[str, "jax.Array"]) -> "jax.Array":
+        """Draws states of the moments of a batch; see `draw_latents`.
+
+        Args:
+          key: Random key.
+          x: `mean` and `std`, `[B, 2, H, W, C]` each.
+
+        Returns:
+          States float32[B, H, W, C].
+        """
+        return draw_latents(key, **x, scale=self.latent_scale, shift=self.latent_shift)
 
     def key(self, index: SupportsIndex) -> str:
         """Returns the name of the image of one example.

@@ -7,7 +7,7 @@ import numpy as np
 from absl import logging
 from etils import epath
 
-from piflow_jax.data.source import ArraySource
+from piflow_jax.data.source import ArraySource, labelled_pictures
 
 
 @functools.cache
@@ -63,7 +63,7 @@ def _source(name: str, images: np.ndarray, labels: np.ndarray) -> ArraySource:
     scaled = images.astype(np.float32)
     scaled /= np.float32(127.5)
     scaled -= np.float32(1.0)
-    return ArraySource(name=name, images=scaled, labels=labels.astype(np.int32), num_classes=10)
+    return labelled_pictures(name, scaled, labels.astype(np.int32), 10)
 
 
 def _prepared_directory(root: epath.Path) -> epath.Path | None:

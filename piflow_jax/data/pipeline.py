@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from piflow_jax.data.source import Source
+from piflow_jax.data.source import Source, stacked
 
 _READ_THREADS = 4
 # Philox's second key is the epoch, with the bucket above it; the last stream shuffles turns.
@@ -139,14 +139,14 @@ class _Batches:
             examples = self._source.__getitems__(indices.tolist())
         else:
             examples = [self._source[index] for index in indices.tolist()]
-        return {key: np.stack([example[key] for example in examples]) for key in examples[0]}
+        return stacked(examples)
 
 
 class BatchIterator(Iterator[dict[str, np.ndarray]]):
     """Endless iterator over one process's batches, made by `batches`.
 
-    Each item is a dictionary of NumPy arrays with the process's rows in front, for images
-    `image: float32[rows, H, W, C]` and `label: int32[rows]`.
+    Each item is an example of the source, see `Source`, with the process's rows in front: for
+    labelled images `x: float32[rows, H, W, C]` and `condition: int32[rows]`.
     """
 
     def __init__(self, source: Source, *, batch_size: int, seed: int, rows: np.ndarray):

@@ -45,6 +45,8 @@ MANIFEST = "prompts.json"
 _TEXT_DTYPE = ml_dtypes.bfloat16
 # Latents are a few standard deviations: float16 keeps three more bits of them than bfloat16.
 _LATENTS_DTYPE = np.float16
+# Of the autoencoders of FLUX.1 and Qwen-Image.
+_LATENT_CHANNELS = 16
 _DTYPES = {
     "BF16": ml_dtypes.bfloat16,
     "F16": np.float16,
@@ -214,10 +216,11 @@ class PromptTexts(Sequence[str]):
 class PromptsSource:
     """A finished set by index, for `piflow_jax.data.batches`; made by `load_prompts_source`.
 
-    Examples are `text: bfloat16[L, D]`, zeros beyond the prompt's own tokens; `text_length:
-    int32[]`, their number; `pooled: bfloat16[P]` where the encoders make one; `index: int32[]`, the
-    prompt's place in its list; `canvas: float32[H, W, 0]`, whose shape is that of the prompt's
-    latents; `latents: float16[H, W, C]` where the set has images.
+    Examples have `condition`: `text: bfloat16[L, D]`, zeros beyond the prompt's own tokens,
+    `text_length: int32[]`, their number, and `pooled: bfloat16[P]` where the encoders make one;
+    `index: int32[]`, the prompt's place in its list; and `x: float16[H, W, C]`, the image's
+    latents. In a set without images `x` is `float32[H, W, 0]`: its shape alone says what size the
+    prompt is for.
 
     Attributes:
       name: `prompts`.
@@ -225,6 +228,7 @@ class PromptsSource:
       text_features: `D`.
       pooled_features: `P`; 0 if there is no pooled embedding.
       latent_channels: `C`; 0 if there are no latents.
+      vae: Identity of the autoencoder of the latents; empty if there are none.
       buckets: `(H, W)` of latents, for each aspect ratio.
       bucket_sizes: Number of prompts of each; they come bucket by bucket.
       null: The empty prompt: `text`, `text_length` and, where there is one, `pooled`.
@@ -241,6 +245,7 @@ class PromptsSource:
         self.text_features = manifest["text_features"]
         self.pooled_features = manifest["pooled_features"]
         self.latent_channels = manifest["latent_channels"]
+        self.vae = manifest["latents"]
         self.buckets = tuple(tuple(size) for size in manifest["buckets"])
         self.bucket_sizes = tuple(manifest["bucket_sizes"])
         self._ends = list(itertools.accumulate(self.bucket_sizes))
@@ -248,6 +253,15 @@ class PromptsSource:
         self._records = ArrayRecordDataSource(paths)
         self.prompts = PromptTexts(self._records, len(self))
         self.null = self._embedding(_arrays(self._records[len(self)]))
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Shape `(S, S, C)`, where `S` is the longest side of any latents.
+
+        A set without images is for the latents of FLUX.1 and Qwen-Image, 16 channels.
+        """
+        side = max(max(size) for size in self.buckets)
+        return side, side, self.latent_channels or _LATENT_CHANNELS
 
     def __len__(self) -> int:
         """Returns the number of prompts."""
@@ -259,12 +273,8 @@ class PromptsSource:
             raise IndexError(f"there are {len(self)} prompts, no number {index}")
         arrays = _arrays(self._records[index])
         height, width = self.buckets[self.bucket(index)]
-        example = self._embedding(arrays)
-        example["index"] = arrays["index"]
-        example["canvas"] = np.zeros((height, width, 0), np.float32)
-        if self.latent_channels:
-            example["latents"] = arrays["latents"]
-        return example
+        x = arrays["latents"] if self.latent_channels else np.zeros((height, width, 0), np.float32)
+        return {"x": x, "condition": self._embedding(arrays), "index": arrays["index"]}
 
     def bucket(self, index: SupportsIndex) -> int:
         """Returns the bucket of a prompt; reads nothing.

@@ -1,90 +1,198 @@
 """Random access sources: what a pipeline reads from."""
 
 import dataclasses
-from typing import Protocol
+from collections.abc import Mapping
+from typing import Any, Protocol
 
 import numpy as np
 
+__all__ = ["ArraySource", "Source", "as_source", "labelled_pictures", "stacked"]
+
 
 class Source(Protocol):
-    """A finite data set with random access, such as the ones that `tfds.data_source` returns.
+    """A finite data set with random access.
 
-    Examples are dictionaries of equal keys and shapes; or shapes are equal within buckets that
-    follow each other, and `bucket_sizes` has their numbers of examples. Images are
-    `image: float32[H, W, C]` in [-1, 1] (or cached latents), classes are `label: int32[]`.
+    An example is a mapping with `x`, what networks see, and `condition`: a label `int32[]`, arrays
+    in any structure, or absent where samples have no condition. Keys and shapes are the same in
+    all examples; or they are the same within buckets that follow each other, and `bucket_sizes` has
+    their numbers of examples.
+
+    Beyond `name` and `shape` these attributes are optional: `num_classes`, so that label
+    `num_classes` stands for no condition; `draw(key, x) -> states[B, *sites, C]`, where `x` is not
+    the states themselves but what they are drawn from in a training step; `gather(indices)`, a
+    stacked batch at once, which marks a source held in memory.
+
+    Attributes:
+      name: short name for logs and reports.
+      shape: `(*sites, C)` of a state.
     """
+
+    name: str
+    shape: tuple[int, ...]
 
     def __len__(self) -> int:
         """Returns the number of examples."""
         ...
 
-    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+    def __getitem__(self, index: int) -> Mapping[str, Any]:
         """Returns one example, `0 <= index < len(self)`."""
         ...
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
 class ArraySource:
-    """A labelled image set held in memory.
+    """Samples held in memory, with or without a condition.
 
     Attributes:
-      name: Short name for logs and reports.
-      images: float32[N, H, W, C] in [-1, 1].
-      labels: int32[N] in [0, num_classes).
-      num_classes: Number of classes.
+      name: short name for logs and reports.
+      x: float32[N, *sites, C].
+      condition: int32[N] labels in [0, num_classes), or arrays `[N, ...]` in a mapping; None for
+        none.
+      num_classes: number of classes; 0 where the condition is no label.
 
     Raises:
-      ValueError: If the arrays do not have these shapes, types or ranges, or are empty.
+      ValueError: the arrays do not have these shapes, types or ranges, are empty or not finite.
     """
 
     name: str
-    images: np.ndarray
-    labels: np.ndarray
-    num_classes: int
+    x: np.ndarray
+    condition: Any = None
+    num_classes: int = 0
 
     def __post_init__(self):  # noqa: D105
-        images, labels = self.images, self.labels
-        if images.ndim != 4 or images.dtype != np.float32 or len(images) == 0:
+        x, condition = self.x, self.condition
+        if x.ndim < 2 or x.dtype != np.float32 or len(x) == 0:
             raise ValueError(
-                f"{self.name}: `images` must be non-empty float32[N, H, W, C], "
-                f"got {images.dtype}{list(images.shape)}"
+                f"{self.name}: `x` must be non-empty float32[N, *sites, C], "
+                f"got {x.dtype}{list(x.shape)}"
             )
-        if labels.shape != images.shape[:1] or labels.dtype != np.int32:
-            raise ValueError(
-                f"{self.name}: `labels` must be int32[{len(images)}], "
-                f"got {labels.dtype}{list(labels.shape)}"
-            )
-        low, high = float(images.min()), float(images.max())
-        if not (low >= -1.0 and high <= 1.0):
-            raise ValueError(f"{self.name}: `images` must lie in [-1, 1], got [{low}, {high}]")
-        if labels.min() < 0 or labels.max() >= self.num_classes:
-            raise ValueError(
-                f"{self.name}: `labels` must lie in [0, {self.num_classes}), "
-                f"got [{labels.min()}, {labels.max()}]"
-            )
-        images.setflags(write=False)
-        labels.setflags(write=False)
+        if not np.isfinite(x).all():
+            raise ValueError(f"{self.name}: `x` has NaN or infinity")
+        x.setflags(write=False)
+        if self.num_classes:
+            if condition.shape != x.shape[:1] or condition.dtype != np.int32:
+                raise ValueError(
+                    f"{self.name}: labels must be int32[{len(x)}], "
+                    f"got {condition.dtype}{list(condition.shape)}"
+                )
+            if condition.min() < 0 or condition.max() >= self.num_classes:
+                raise ValueError(
+                    f"{self.name}: labels must lie in [0, {self.num_classes}), "
+                    f"got [{condition.min()}, {condition.max()}]"
+                )
+        for name, array in _leaves(condition):
+            if len(array) != len(x):
+                raise ValueError(
+                    f"{self.name}: condition{name} has {len(array)} rows, not {len(x)}"
+                )
+            array.setflags(write=False)
 
     @property
-    def shape(self) -> tuple[int, int, int]:
-        """Shape `(H, W, C)` of one image."""
-        return self.images.shape[1:]
+    def shape(self) -> tuple[int, ...]:
+        """Shape `(*sites, C)` of one sample."""
+        return self.x.shape[1:]
 
     def __len__(self) -> int:
         """Returns the number of examples."""
-        return len(self.images)
+        return len(self.x)
 
-    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        """Returns one example: `image: float32[H, W, C]`, `label: int32[]`."""
-        return {"image": self.images[index], "label": self.labels[index]}
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """Returns one example: `x: float32[*sites, C]` and its condition."""
+        return self.gather(index)
 
-    def gather(self, indices: np.ndarray) -> dict[str, np.ndarray]:
+    def gather(self, indices: Any) -> dict[str, Any]:
         """Returns several examples, stacked, as fresh arrays.
 
         Args:
           indices: int[B] in [0, len(self)).
 
         Returns:
-          `image: float32[B, H, W, C]` in [-1, 1], `label: int32[B]`.
+          `x: float32[B, *sites, C]`, and `condition` with rows alike.
         """
-        return {"image": self.images[indices], "label": self.labels[indices]}
+        batch = {"x": self.x[indices]}
+        if self.condition is not None:
+            batch["condition"] = _map(lambda a: a[indices], self.condition)
+        return batch
+
+
+def labelled_pictures(
+    name: str, pictures: np.ndarray, labels: np.ndarray, num_classes: int
+) -> ArraySource:
+    """A labelled set of pictures held in memory.
+
+    Args:
+      name: short name for logs and reports.
+      pictures: float32[N, H, W, C] in [-1, 1].
+      labels: int32[N] in [0, num_classes).
+      num_classes: number of classes.
+
+    Returns:
+      The source.
+
+    Raises:
+      ValueError: the arrays do not have these shapes, types or ranges, or are empty.
+    """
+    source = ArraySource(name=name, x=pictures, condition=labels, num_classes=num_classes)
+    low, high = float(pictures.min()), float(pictures.max())
+    if pictures.ndim != 4 or not (low >= -1.0 and high <= 1.0):
+        raise ValueError(
+            f"{name}: pictures must be [N, H, W, C] in [-1, 1], got {list(pictures.shape)} in "
+            f"[{low}, {high}]"
+        )
+    return source
+
+
+def as_source(data: Any, name: str = "arrays") -> Source:
+    """A source of what a caller has.
+
+    Args:
+      data: a source; an array `x[N, *sites, C]`; or a pair of it and labels `int[N]` or a mapping
+        of arrays `[N, ...]`.
+      name: name of a source that is made of arrays.
+
+    Returns:
+      The source itself, or an `ArraySource` whose number of classes is one more than the largest
+      label.
+
+    Raises:
+      ValueError: arrays that are no such thing.
+    """
+    if hasattr(data, "__getitem__") and hasattr(data, "shape") and hasattr(data, "name"):
+        return data
+    x, condition = data if isinstance(data, tuple) else (data, None)
+    x = np.array(x, np.float32)
+    if condition is None or isinstance(condition, Mapping):
+        condition = None if condition is None else _map(np.array, condition)
+        return ArraySource(name=name, x=x, condition=condition)
+    labels = np.asarray(condition)
+    if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
+        raise ValueError(f"{name}: labels must be integers [N], got {labels.dtype}{labels.shape}")
+    classes = int(labels.max(initial=0)) + 1
+    return ArraySource(name=name, x=x, condition=labels.astype(np.int32), num_classes=classes)
+
+
+def stacked(examples: list[Any]) -> Any:
+    """Stacks examples on a leading axis.
+
+    Args:
+      examples: arrays of equal shapes, or mappings of them, of any depth.
+
+    Returns:
+      The structure of one example, its arrays `[len(examples), ...]`.
+    """
+    first = examples[0]
+    if isinstance(first, Mapping):
+        return {key: stacked([example[key] for example in examples]) for key in first}
+    return np.stack(examples)
+
+
+def _map(function: Any, tree: Any) -> Any:
+    if isinstance(tree, Mapping):
+        return {key: _map(function, value) for key, value in tree.items()}
+    return function(tree)
+
+
+def _leaves(tree: Any, path: str = "") -> list[tuple[str, np.ndarray]]:
+    if isinstance(tree, Mapping):
+        return [leaf for key, value in tree.items() for leaf in _leaves(value, f"{path}.{key}")]
+    return [] if tree is None else [(path, tree)]

@@ -8,7 +8,7 @@ from piflow_jax.evaluation.evaluator import (
     index_noise,
     measure,
 )
-from piflow_jax.evaluation.features import FEATURE_SPACES, FeatureNetwork, load_features
+from piflow_jax.evaluation.features import FeatureNetwork, load_features, read_features
 from piflow_jax.evaluation.floor import Floor, half_split_floor
 from piflow_jax.evaluation.frechet import (
     GaussianStatistics,
@@ -16,12 +16,11 @@ from piflow_jax.evaluation.frechet import (
     frechet_distance_from_statistics,
     gaussian_statistics,
 )
-from piflow_jax.evaluation.images import draw_grid, save_grid
+from piflow_jax.evaluation.images import as_pictures, draw_grid, save_grid
 from piflow_jax.evaluation.precision_recall import PrecisionRecall, precision_recall
 from piflow_jax.evaluation.report import Report, Row
 
 __all__ = [
-    "FEATURE_SPACES",
     "FeatureNetwork",
     "Figures",
     "Floor",
@@ -30,6 +29,7 @@ __all__ = [
     "PrecisionRecall",
     "Report",
     "Row",
+    "as_pictures",
     "class_diversity",
     "draw_grid",
     "frechet_distance",
@@ -41,5 +41,6 @@ __all__ = [
     "load_features",
     "measure",
     "precision_recall",
+    "read_features",
     "save_grid",
 ]

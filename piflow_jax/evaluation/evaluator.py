@@ -3,7 +3,8 @@
 import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,7 @@ from piflow_jax.evaluation.precision_recall import precision_recall
 __all__ = ["Figures", "IndexSampler", "Sampler", "index_labels", "index_noise", "measure"]
 
 Sampler = Callable[..., jax.Array]
-"""`(params, noise[B, H, W, C], labels[B]) -> x_0[B, H, W, C]`."""
+"""`(params, noise[B, *sites, C], condition) -> x_0[B, *sites, C]`."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -69,14 +70,15 @@ def index_noise(seed: int, indices: jax.Array, shape: tuple[int, ...]) -> jax.Ar
 
 
 class IndexSampler:
-    """Samples by index: noise and label depend on the index alone, in one compiled shape.
+    """Samples by index: noise and condition depend on the index alone, in one compiled shape.
 
     Compilation happens at the first call and is not repeated, whatever the parameters' values.
 
     Args:
       sampler: the system.
-      shape: `(H, W, C)` of the noise.
-      classes: labels in turn; sample `i` has `classes[i % len(classes)]`.
+      shape: `(*sites, C)` of the noise.
+      conditions: conditions in turn, arrays `[n, ...]` in any structure, such as labels; sample `i`
+        has row `i % n`. None for none.
       batch_size: samples per call of the system; the last call of a range is padded.
       seed: seed of the noise.
       sharding: how a batch lies on the devices; by default it is on one.
@@ -86,8 +88,8 @@ class IndexSampler:
         self,
         sampler: Sampler,
         *,
-        shape: tuple[int, int, int],
-        classes: Sequence[int],
+        shape: tuple[int, ...],
+        conditions: Any,
         batch_size: int,
         seed: int = 0,
         sharding: jax.sharding.Sharding | None = None,
@@ -98,8 +100,8 @@ class IndexSampler:
         self._compiled = None
 
         def run(params, indices):
-            labels = jnp.asarray(classes, jnp.int32)[indices % len(classes)]
-            return sampler(params, index_noise(seed, indices, shape), labels)
+            turn = jax.tree.map(lambda a: jnp.asarray(a)[indices % len(a)], conditions)
+            return sampler(params, index_noise(seed, indices, shape), turn)
 
         self._run = jax.jit(run)
 

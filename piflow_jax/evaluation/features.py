@@ -1,16 +1,18 @@
-"""Fixed feature spaces that ship with the package: figures compare between runs and machines.
+"""Feature spaces in which samples are measured, fixed by the digest of their weights.
 
-Each is a small convolutional network trained once by `tools/train_features.py` (the command and the
-accuracy it reached are in that file) to name the digit *and* to restore the clean image from a
-shifted and noised one, with a penalty on correlated features. Classification alone would let the
-images of one class collapse onto a point, where recall and diversity see nothing. The features are
-the penultimate layer, standardised over the real data: every dimension has mean 0 and variance 1
-there, so a squared distance between two unrelated images is about twice the dimension.
+Each is a small convolutional network that was trained to name the class *and* to restore the clean
+image from a shifted and noised one, with a penalty on correlated features (see `feature_training`).
+Classification alone would let the images of one class collapse onto a point, where recall and
+diversity see nothing. The features are the penultimate layer, standardised over the real data:
+every dimension has mean 0 and variance 1 there, so a squared distance between two unrelated images
+is about twice the dimension. Two of them ship with the package, made by `tools/train_features.py`:
+figures in these compare between runs and machines.
 """
 
 import dataclasses
 import functools
 import hashlib
+import os
 from pathlib import Path
 
 import jax
@@ -21,8 +23,7 @@ from numpy.typing import ArrayLike
 Parameters = dict[str, jax.Array]
 
 _BATCH = 512  # one shape, hence one compilation, whatever is asked for
-# By data set, the feature space of its images.
-FEATURE_SPACES = {"digits": "digits", "mnist": "mnist", "captioned_digits": "digits"}
+SHIPPED = ("digits", "mnist")
 
 
 def penultimate(parameters: Parameters, images: jax.Array, strides: tuple[int, ...]) -> jax.Array:
@@ -122,7 +123,7 @@ def load_features(name: str) -> FeatureNetwork:
     """Loads a feature space that ships with the package.
 
     Args:
-      name: A data set: `digits`, with or without captions (8x8x1), or `mnist` (28x28x1).
+      name: `digits` (8x8x1) or `mnist` (28x28x1).
 
     Returns:
       The network, its weights in float32.
@@ -130,10 +131,22 @@ def load_features(name: str) -> FeatureNetwork:
     Raises:
       ValueError: If there is no feature space of that name.
     """
-    if name not in FEATURE_SPACES:
-        raise ValueError(f"unknown feature space {name!r}; choose one of {list(FEATURE_SPACES)}")
-    name = FEATURE_SPACES[name]
-    with np.load(weight_path(name), allow_pickle=False) as archive:
+    if name not in SHIPPED:
+        raise ValueError(f"unknown feature space {name!r}; choose one of {list(SHIPPED)}")
+    return read_features(weight_path(name), name)
+
+
+def read_features(path: str | os.PathLike, name: str) -> FeatureNetwork:
+    """Reads a feature space from a file.
+
+    Args:
+      path: What `feature_training.stored_arrays` made, in an `.npz` file.
+      name: What reports call it.
+
+    Returns:
+      The network, its weights in float32.
+    """
+    with np.load(path, allow_pickle=False) as archive:
         arrays = dict(archive)
     shape = tuple(int(size) for size in arrays.pop("shape"))
     strides = tuple(int(stride) for stride in arrays.pop("strides"))

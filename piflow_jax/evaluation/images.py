@@ -85,6 +85,26 @@ def draw_grid(rows: Sequence[tuple[str, ArrayLike]], scale: int | None = None) -
     return sheet
 
 
+def as_pictures(samples: ArrayLike) -> np.ndarray:
+    """Samples of any shape as something to look at.
+
+    Args:
+      samples: `[N, *sites, C]`.
+
+    Returns:
+      `[N, H, W, 1 or 3]`: images as they are, or their first three channels; the middle slice of
+      volumes; sequences and points as rows of grey, one column a site, one row a channel.
+    """
+    samples = np.asarray(samples, np.float32)
+    while samples.ndim > 4:
+        samples = samples[:, samples.shape[1] // 2]
+    if samples.ndim < 4:
+        rows = samples.reshape(len(samples), -1, samples.shape[-1])
+        return np.swapaxes(rows, 1, 2)[..., None]
+    channels = samples.shape[-1]
+    return samples if channels in (1, 3) else samples[..., : 3 if channels > 3 else 1]
+
+
 def _as_bytes(caption: str, images: ArrayLike) -> np.ndarray:
     """Images uint8[N, H, W, 3] from [N, H, W, C] in [-1, 1]."""
     images = np.asarray(images, np.float32)

@@ -4,6 +4,7 @@ Conventions, as in the paper: `t = 1` is noise and `t = 0` data, `sigma_t = t`,
 `alpha_t = 1 - t`; raw time `tau` is uniform in substeps and `t = warp(tau)`.
 """
 
+import dataclasses
 from typing import NamedTuple
 
 import flax.struct
@@ -11,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-__all__ = ["FlowMapTimes", "TimeWarp", "longest_segment", "sampling_times", "segment_start"]
+__all__ = ["FlowMapTimes", "Segments", "TimeWarp", "sampling_times", "segment_start"]
 
 
 @flax.struct.dataclass
@@ -50,21 +51,46 @@ class FlowMapTimes(NamedTuple):
     m: np.ndarray
 
 
-def longest_segment(nfe: int, final_step_size_scale: float = 1.0) -> float:
-    """Raw-time length of the longest segment (paper, Sec. 3.1).
+@dataclasses.dataclass(frozen=True)
+class Segments:
+    """How raw time is cut into segments (paper, Sec. 3.1).
 
-    Args:
+    The segment that ends at 0 has the length `f base`, the others `base = 1 / (nfe - 1 + f)`.
+
+    Attributes:
       nfe: number of segments, at least 1.
       final_step_size_scale: `f`, relative length of the last one.
-
-    Returns:
-      `max(1, f) / (nfe - 1 + f)`, at most 1.
 
     Raises:
       ValueError: if `nfe` is below 1 or the scale negative.
     """
-    f = _checked_scale(nfe, final_step_size_scale)
-    return max(1.0, f) / (nfe - 1 + f) if nfe > 1 else 1.0
+
+    nfe: int
+    final_step_size_scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Refuses numbers out of range."""
+        _checked_scale(self.nfe, self.final_step_size_scale)
+
+    @property
+    def base(self) -> float:
+        """Raw-time length of a segment that is not the last."""
+        return 1 / (self.nfe - 1 + self.final_step_size_scale)
+
+    @property
+    def final(self) -> float:
+        """Raw-time length of the last segment."""
+        return self.final_step_size_scale * self.base if self.nfe > 1 else 1.0
+
+    @property
+    def longest(self) -> float:
+        """Raw-time length of the longest segment, at most 1."""
+        return max(self.base, self.final) if self.nfe > 1 else 1.0
+
+    @property
+    def shortest(self) -> float:
+        """Raw-time length of the shortest segment."""
+        return min(self.base, self.final) if self.nfe > 1 else 1.0
 
 
 def segment_start(

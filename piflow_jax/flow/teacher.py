@@ -38,6 +38,7 @@ class Schedule:
       time_scale: the network is given `s * time_scale`.
       levels: smallest and largest noise level `t` that the teacher knows; beyond, it is asked
         there.
+      ours: this is the straight path with data at 0, whose states and times need no conversion.
     """
 
     signal: Callable[[jax.Array], jax.Array]
@@ -45,6 +46,7 @@ class Schedule:
     time: Callable[[jax.Array], jax.Array]
     time_scale: float = 1.0
     levels: tuple[float, float] = (0.0, 1.0)
+    ours: bool = False
 
     @classmethod
     def straight(cls, *, data_at: Literal[0, 1] = 0, time_scale: float = 1.0) -> "Schedule":
@@ -70,7 +72,8 @@ class Schedule:
             return 1 - s
 
         noise, signal = (same, other) if data_at == 0 else (other, same)
-        return cls(signal=signal, noise=noise, time=noise, time_scale=time_scale)
+        ours = data_at == 0
+        return cls(signal=signal, noise=noise, time=noise, time_scale=time_scale, ours=ours)
 
     @classmethod
     def cosine(cls, *, time_scale: float = 1.0) -> "Schedule":
@@ -147,7 +150,7 @@ class Teacher:
     Attributes:
       predict: `(params, z[B, *sites, C], s[B], cond) -> prediction[B, *sites, C]`, in the teacher's
         own time (times `schedule.time_scale`) and scale.
-      shape: `(*sites, C)` of a sample.
+      shape: `(*sites, C)` of a sample; None where samples have several shapes.
       prediction: what it predicts. `u` is `dz/ds`, so that it points at data where `s = 1` is data;
         `eps` the noise; `x0` the data; `v` is `a eps - b x_0` (arXiv 2202.00512).
       schedule: the diffusion it was trained on.
@@ -161,7 +164,7 @@ class Teacher:
     """
 
     predict: Callable[[Any, jax.Array, jax.Array, Any], jax.Array]
-    shape: tuple[int, ...]
+    shape: tuple[int, ...] | None
     prediction: Literal["u", "eps", "x0", "v"] = "u"
     schedule: Schedule = dataclasses.field(default_factory=Schedule.straight)
     guidance_scale: float = 1.0
@@ -191,9 +194,13 @@ class Teacher:
         Raises:
           ValueError: states or predictions are not of the teacher's shape.
         """
-        if x.shape[1:] != tuple(self.shape):
+        if self.shape is not None and x.shape[1:] != tuple(self.shape):
             raise ValueError(f"x has shape {x.shape}, the teacher's samples are {self.shape}")
         x, t = promote(x, t)
+        with jax.named_scope("teacher"):
+            return self._guided(params, x, t, cond)
+
+    def _guided(self, params, x, t, cond):
         if self.guidance_scale == 1:
             return self._velocity(params, x, t, cond)
 
@@ -201,7 +208,10 @@ class Teacher:
             # Side by side and not one after the other: a batch that is split over devices stays so.
             return jnp.stack([a, b], axis=1).reshape(-1, *a.shape[1:])
 
-        null = jax.tree.map(lambda a, n: jnp.broadcast_to(n, a.shape), cond, self.null_cond)
+        def nothing(a, null):
+            return jnp.broadcast_to(null, a.shape).astype(a.dtype)
+
+        null = jax.tree.map(nothing, cond, self.null_cond)
         both = self._velocity(params, pair(x, x), pair(t, t), jax.tree.map(pair, cond, null))
         both = both.reshape(-1, 2, *x.shape[1:])
         return guided_velocity(
@@ -226,29 +236,68 @@ class Teacher:
         """
         return lambda x, t: self.velocity(params, x, t, cond)
 
-    def _velocity(self, params, x, t, cond):
-        schedule = self.schedule
-        low, high = schedule.levels
-        if self.prediction == "eps":
-            high = min(high, _LARGEST_FOR_EPS)
-        elif self.prediction == "x0":
-            low = max(low, _SMALLEST_FOR_X0)
-        s = schedule.time(jnp.clip(t, low, high)).astype(x.dtype)
+    def inputs(self, x: jax.Array, t: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """What the network is asked with at a state of ours.
+
+        Args:
+          x: `[B, *sites, C]`, states `(1 - t) x_0 + t eps`.
+          t: `[B]`, noise levels in [0, 1].
+
+        Returns:
+          `(z[B, *sites, C], s[B])` in the teacher's own scale and time.
+        """
+        if self._ours:
+            return x, t * self.schedule.time_scale
+        s = self._time(t, x.dtype)
+        scale = per_sample(self.schedule.signal(s) + self.schedule.noise(s), x.ndim)
+        return scale * x, s * self.schedule.time_scale
+
+    def as_velocity(self, out: jax.Array, x: jax.Array, t: jax.Array) -> jax.Array:
+        """Turns predictions into velocities of our convention, without guidance.
+
+        Args:
+          out: `[B, *sites, C]`, what the network predicts for `inputs(x, t)`; or `[B, *sites, n,
+            C]`, several predictions for one state.
+          x: `[B, *sites, C]`, the states.
+          t: `[B]`, their noise levels.
+
+        Returns:
+          Velocities like `out`.
+        """
+        schedule, prediction = self.schedule, self.prediction
+        if self._ours:
+            return out
+        s = self._time(t, x.dtype)
         (a, a_rate), (b, b_rate) = (
             jax.jvp(function, (s,), (jnp.ones_like(s),))
             for function in (schedule.signal, schedule.noise)
         )
-        a, b, a_rate, b_rate = (per_sample(value, x.ndim) for value in (a, b, a_rate, b_rate))
-        z = (a + b) * x
-        out = self.predict(params, z, s * schedule.time_scale, cond)
-        if out.shape != x.shape:
-            raise ValueError(f"the teacher predicts {out.shape} of states {x.shape}")
-        out = out.astype(x.dtype)
-        if self.prediction == "eps":
+        a, b, a_rate, b_rate = (per_sample(value, out.ndim) for value in (a, b, a_rate, b_rate))
+        z = (a + b) * (x if x.ndim == out.ndim else x[..., None, :])
+        if prediction == "eps":
             return out - (z - b * out) / a
-        if self.prediction == "x0":
+        if prediction == "x0":
             return (z - a * out) / b - out
-        if self.prediction == "v":
+        if prediction == "v":
             return ((b - a) * z + (a + b) * out) / (a * a + b * b)
         # z = a x_0 + b eps and u = a' x_0 + b' eps, solved for eps - x_0.
         return ((a + b) * out - (a_rate + b_rate) * z) / (a * b_rate - b * a_rate)
+
+    @property
+    def _ours(self) -> bool:
+        return self.schedule.ours and self.prediction == "u"
+
+    def _time(self, t: jax.Array, dtype) -> jax.Array:
+        """The teacher's time `s[B]` of our noise levels, within what its prediction can tell."""
+        low, high = self.schedule.levels
+        if self.prediction == "eps":
+            high = min(high, _LARGEST_FOR_EPS)
+        elif self.prediction == "x0":
+            low = max(low, _SMALLEST_FOR_X0)
+        return self.schedule.time(jnp.clip(t, low, high)).astype(dtype)
+
+    def _velocity(self, params, x, t, cond):
+        out = self.predict(params, *self.inputs(x, t), cond)
+        if out.shape != x.shape:
+            raise ValueError(f"the teacher predicts {out.shape} of states {x.shape}")
+        return self.as_velocity(out.astype(x.dtype), x, t)

@@ -124,10 +124,22 @@ class DXHead(nn.Module):
         out = _project(self, "output", tokens, embedding, patch_size, features, param_dtype)
         if not self.input_skip:
             return out
-        sigma = jnp.maximum(sigma.astype(out.dtype), self.min_sigma)
-        skip = (x.astype(out.dtype) / broadcast_sites(sigma, x))[..., None, :]
-        beyond_first = (jnp.arange(self.num_grid) > 0).astype(out.dtype)
-        return out + skip * beyond_first.reshape(1, 1, 1, self.num_grid, 1)
+        return jnp.concatenate([out[..., :1, :], self.skipped(out[..., 1:, :], x, sigma)], axis=-2)
+
+    def skipped(self, coefficients: jax.Array, x: jax.Array, sigma: jax.Array) -> jax.Array:
+        """Adds the skip to coefficients beyond the first.
+
+        Args:
+            coefficients: `[B, *sites, n, C]` outputs.
+            x: `[B, *sites, C]` input of the network.
+            sigma: `[B]` time of the input.
+
+        Returns:
+            `[B, *sites, n, C]`.
+        """
+        sigma = jnp.maximum(sigma.astype(coefficients.dtype), self.min_sigma)
+        skip = x.astype(coefficients.dtype) / broadcast_sites(sigma, x)
+        return coefficients + skip[..., None, :]
 
     def noise_shape(self, channels: int) -> None:
         """Shape of the noise that `from_velocity` wants for `channels` channels: none."""
@@ -290,7 +302,7 @@ class ArcHead(nn.Module):
 
         def spread_bias(key, shape, dtype):
             del key
-            return _spread_rates(k, shape[0], dtype)
+            return _patch_bias(spread_rates(k, dtype), shape[0])
 
         def project(name, features, bias):
             return _project(self, name, tokens, embedding, patch_size, features, param_dtype, bias)
@@ -299,8 +311,12 @@ class ArcHead(nn.Module):
         return ArcOutput(
             means=project("means", (k, channels), fresh_bias),
             logweights=jax.nn.log_softmax(project("logweights", (k,), zeros), axis=-1),
-            rates=self.max_rate * jnp.tanh(project("rates", (k,), spread_bias)),
+            rates=self.bounded(project("rates", (k,), spread_bias)),
         )
+
+    def bounded(self, rates: jax.Array) -> jax.Array:
+        """Rates of growth within `[-max_rate, max_rate]` of unbounded `rates`, of any shape."""
+        return self.max_rate * jnp.tanh(rates)
 
     def noise_shape(self, channels: int) -> tuple[int, int]:
         """Shape `(K, C)` of the normal noise that `from_velocity` wants, `C` being `channels`."""
@@ -324,7 +340,7 @@ class ArcHead(nn.Module):
         """
         rates = jax.tree.map(jnp.zeros_like, params["rates"])
         bias = rates["bias"]
-        rates["bias"] = _spread_rates(self.num_components, bias.size, bias.dtype)
+        rates["bias"] = _patch_bias(spread_rates(self.num_components, bias.dtype), bias.size)
         return {
             "means": _means_from_velocity(velocity, channels, self.num_components, noise),
             "logweights": jax.tree.map(jnp.zeros_like, params["logweights"]),
@@ -332,9 +348,9 @@ class ArcHead(nn.Module):
         }
 
 
-def _spread_rates(components: int, size: int, dtype: DTypeLike) -> jax.Array:
-    """A bias that spreads an `ArcHead`'s rates over half of what they can be."""
-    return _patch_bias(jnp.arctanh(jnp.linspace(-0.5, 0.5, components, dtype=dtype)), size)
+def spread_rates(components: int, dtype: DTypeLike) -> jax.Array:
+    """A bias `[K]` that spreads an `ArcHead`'s rates over half of what they can be."""
+    return jnp.arctanh(jnp.linspace(-0.5, 0.5, components, dtype=dtype))
 
 
 def _means_from_velocity(

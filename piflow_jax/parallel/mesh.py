@@ -160,11 +160,11 @@ def local_rows(mesh: Mesh, batch_size: int, process: int | None = None) -> np.nd
     return (parts[:, None] * size + np.arange(size)).reshape(-1)
 
 
-def global_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+def global_batch(batch: Any, mesh: Mesh) -> Any:
     """Puts this process's rows of a batch on its devices.
 
     Args:
-      batch: arrays with the rows of `local_rows` in front.
+      batch: arrays with the rows of `local_rows` in front, in any structure.
       mesh: from `device_mesh`.
 
     Returns:
@@ -183,4 +183,4 @@ def global_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Arra
         # `make_array_from_process_local_data` wants of any two processes the same rows or none.
         return jax.make_array_from_callback(whole, batch_sharding(mesh), of_device)
 
-    return {name: put(value) for name, value in batch.items()}
+    return jax.tree.map(put, batch)

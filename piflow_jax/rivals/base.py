@@ -18,13 +18,15 @@ from piflow_jax.config import Config, ModelConfig
 from piflow_jax.flow.policies.base import per_sample
 from piflow_jax.flow.sampling import ode_sample
 from piflow_jax.flow.schedule import TimeWarp, sampling_times
-from piflow_jax.models import DiT, student_from_teacher
+from piflow_jax.models import student_from_teacher
 from piflow_jax.models.dit import Constrain, unconstrained
-from piflow_jax.training.networks import DataShape, init_params, teacher_network, teacher_spec
-from piflow_jax.training.objectives import guided_teacher
+from piflow_jax.systems.assembly import guided
+from piflow_jax.systems.networks import BuiltIn, Network, teacher_network
+from piflow_jax.systems.shapes import DataShape
+from piflow_jax.systems.spec import teacher_spec
 from piflow_jax.training.optimizer import make_optimizer
 from piflow_jax.training.state import TrainState
-from piflow_jax.training.step import StepFn, advance, images_of
+from piflow_jax.training.step import Draw, StepFn, advance, states_of
 
 __all__ = [
     "Method",
@@ -70,18 +72,20 @@ class Setting:
     """What every objective is made of.
 
     Attributes:
-      module: the network that trains.
+      network: the network that trains.
       teacher: the teacher's.
       optimizer: the update rule.
       config: the run's settings.
       data: what the data look like.
+      draw: of a source that has one, see `Source`.
     """
 
-    module: DiT
-    teacher: DiT
+    network: BuiltIn
+    teacher: BuiltIn
     optimizer: optax.GradientTransformation
     config: Config
     data: DataShape
+    draw: Draw | None = None
 
     def guided(self, params: Any, labels: jax.Array) -> Velocity:
         """The guided teacher `(x, t) -> u` of its `params` and of `labels[B]`."""
@@ -89,7 +93,7 @@ class Setting:
 
     def bind(self, params: Any, labels: jax.Array) -> Callable[..., jax.Array]:
         """The network `(x, t, ...) -> u` of its `params` and of `labels[B]`."""
-        return lambda x, t, *others: self.module.apply(params, x, t, labels, *others)
+        return lambda x, t, *others: self.network.module.apply(params, x, t, labels, *others)
 
 
 def fresh(setting: Setting, key: jax.Array, teacher_params: Any) -> TrainState:
@@ -104,14 +108,14 @@ def fresh(setting: Setting, key: jax.Array, teacher_params: Any) -> TrainState:
       The state.
     """
     del teacher_params
-    return TrainState.create(init_params(setting.module, key), setting.optimizer)
+    return TrainState.create(setting.network.init(key), setting.optimizer)
 
 
 def copy_of_teacher(setting: Setting, key: jax.Array, teacher_params: Any) -> TrainState:
     """The first state of a method whose network starts at the teacher; see `fresh`."""
-    module, teacher = setting.module, setting.teacher
-    params = init_params(module, key)
-    params = student_from_teacher(key, module, params, teacher_params, teacher=teacher)
+    module, teacher = setting.network.module, setting.teacher.module
+    fresh_params = setting.network.init(key)
+    params = student_from_teacher(key, module, fresh_params, teacher_params, teacher=teacher)
     return TrainState.create(params, setting.optimizer)
 
 
@@ -162,7 +166,7 @@ class Rival(Method):
     step: Callable[[Setting], StepFn]
     sample: Callable[[Callable[..., jax.Array], jax.Array, int, TimeWarp], jax.Array]
     init: Callable[[Setting, jax.Array, Any], TrainState] = copy_of_teacher
-    network: Callable[[ModelConfig, DataShape], DiT] = teacher_network
+    network: Callable[[ModelConfig, DataShape], BuiltIn] = teacher_network
     nfes: Callable[[Config], tuple[int, ...]] = lambda config: config.rivals.nfes
     rate: float = 1.0
 
@@ -180,9 +184,9 @@ def gradient_step(loss: Callable[..., jax.Array]) -> Callable[[Setting], StepFn]
     def make(setting: Setting) -> StepFn:
         def step(state: TrainState, given, root: jax.Array, batch):
             image_key, key = jax.random.split(jax.random.fold_in(root, state.step))
-            x0 = images_of(batch, image_key, setting.data)
+            x0 = states_of(batch["x"], image_key, setting.draw)
             value, grads = jax.value_and_grad(functools.partial(loss, setting))(
-                state.params, state, given, key, x0, batch["label"]
+                state.params, state, given, key, x0, batch["condition"]
             )
             return advance(state, grads, value, setting.optimizer, setting.config.train.optimizer)
 
@@ -212,9 +216,11 @@ class Pairs:
     labels: jax.Array
 
 
-def _guided(teacher: DiT, params, labels: jax.Array, config: Config, data: DataShape) -> Velocity:
-    network = functools.partial(teacher.apply, params)
-    return guided_teacher(network, labels, data.num_classes, config.teacher)
+def _guided(
+    teacher: Network, params, labels: jax.Array, config: Config, data: DataShape
+) -> Velocity:
+    null = teacher.conditioning.null(data, None)
+    return guided(teacher, config.teacher, null).bind(params, labels)
 
 
 def endpoint_pairs(
@@ -242,7 +248,11 @@ def endpoint_pairs(
 
 
 def rival_setting(
-    config: Config, data: DataShape, rival: Rival, constrain: Constrain = unconstrained
+    config: Config,
+    data: DataShape,
+    rival: Rival,
+    constrain: Constrain = unconstrained,
+    draw: Draw | None = None,
 ) -> Setting:
     """Networks and optimiser of a method.
 
@@ -251,6 +261,7 @@ def rival_setting(
       data: what the data look like.
       rival: the method.
       constrain: see `DiT`.
+      draw: of a source that has one, see `Source`.
 
     Returns:
       The setting, its learning rate that of the method.
@@ -258,10 +269,11 @@ def rival_setting(
     rate = rival.rate * config.train.optimizer.learning_rate
     config = changed(config, {"train.optimizer.learning_rate": rate})
     # Forward-mode derivatives, which some take, are not to be had of cuDNN's attention.
-    module = rival.network(config.model, data).clone(attention=None, constrain=constrain)
-    teacher = teacher_network(config.model, data).clone(constrain=constrain)
+    network = rival.network(config.model, data).constrained(constrain)
+    network = dataclasses.replace(network, module=network.module.clone(attention=None))
+    teacher = teacher_network(config.model, data).constrained(constrain)
     optimizer = make_optimizer(config.train.optimizer, config.train.steps)
-    return Setting(module, teacher, optimizer, config, data)
+    return Setting(network, teacher, optimizer, config, data, draw)
 
 
 def rival_spec(config: Config, data: DataShape, method: str) -> dict[str, Any]:
@@ -291,7 +303,7 @@ def rival_sampler(config: Config, data: DataShape, rival: Rival, nfe: int) -> Ca
     Returns:
       The sampler.
     """
-    module = rival.network(config.model, data)
+    module = rival.network(config.model, data).module
 
     def sample(params, noise, labels):
         def network(x, t, *others):

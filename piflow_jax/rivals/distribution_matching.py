@@ -7,7 +7,6 @@ GAN loss of the paper's Sec. 4.3 is left out: it needs a discriminator and adds 
 this package compares distillations of one teacher.
 """
 
-import functools
 from collections.abc import Sequence
 
 import jax
@@ -129,7 +128,8 @@ def _step(setting: Setting) -> StepFn:
         return x - per_sample(t, x.ndim) * generator(x, t)
 
     def step(state: TrainState, given, root: jax.Array, batch):
-        labels, shape = batch["label"], (batch["label"].shape[0], *data.shape)
+        labels = batch["condition"]
+        shape = (labels.shape[0], *data.shape)
         step_key = jax.random.fold_in(root, state.step)
         keys = jax.random.split(step_key, 1 + config.rivals.fake_updates)
         both, moments = state.params, state.opt_state
@@ -154,8 +154,12 @@ def _step(setting: Setting) -> StepFn:
             x0 = jax.lax.stop_gradient(generate(student.params, sample_key, labels, shape))
 
             def fake_loss(params):
-                network, null = functools.partial(setting.teacher.apply, params), data.num_classes
-                return flow_matching_loss(network, loss_key, x0, labels, null, 0.0, TimeWarp())
+                def network(carried, *inputs):
+                    del carried
+                    return setting.teacher.train(params, *inputs)
+
+                inputs = loss_key, x0, labels, None, 0.0, TimeWarp()
+                return flow_matching_loss(network, (), *inputs)[0]
 
             loss, grads = jax.value_and_grad(fake_loss)(params)
             updates, opt_state = fake_optimizer.update(grads, opt_state, params)

@@ -17,7 +17,8 @@ from piflow_jax.flow.policies.base import per_sample
 from piflow_jax.flow.schedule import TimeWarp
 from piflow_jax.models import DiT
 from piflow_jax.rivals.base import Rival, Setting, descend, fresh, interpolate
-from piflow_jax.training.networks import DataShape, teacher_network
+from piflow_jax.systems.networks import BuiltIn, teacher_network
+from piflow_jax.systems.shapes import DataShape
 
 __all__ = [
     "TwoTimes",
@@ -68,7 +69,7 @@ class TwoTimes(DiT):
         return x, t, labels, t
 
 
-def two_times(model: ModelConfig, data: DataShape) -> TwoTimes:
+def two_times(model: ModelConfig, data: DataShape) -> BuiltIn:
     """The teacher's network with a second time.
 
     Args:
@@ -76,11 +77,13 @@ def two_times(model: ModelConfig, data: DataShape) -> TwoTimes:
       data: what the data look like.
 
     Returns:
-      The module.
+      The network.
     """
-    plain = teacher_network(model, data)
+    network = teacher_network(model, data)
+    plain = network.module
     names = [field.name for field in dataclasses.fields(plain) if field.name != "parent"]
-    return TwoTimes(**{name: getattr(plain, name) for name in names})
+    module = TwoTimes(**{name: getattr(plain, name) for name in names})
+    return dataclasses.replace(network, module=module)
 
 
 def guided_target(

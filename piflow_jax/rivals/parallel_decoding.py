@@ -10,6 +10,7 @@ The paper fuses the output layers of a block into one when it samples; here thei
 which are the same numbers.
 """
 
+import dataclasses
 from collections.abc import Sequence
 
 import jax
@@ -19,9 +20,10 @@ import numpy as np
 from piflow_jax.config import ModelConfig
 from piflow_jax.flow.policies.base import per_sample
 from piflow_jax.flow.schedule import TimeWarp
-from piflow_jax.models import DiT, DXHead
+from piflow_jax.models import DXHead
 from piflow_jax.rivals.base import Rival, Setting, Velocity, gradient_step, interpolate
-from piflow_jax.training.networks import DataShape, teacher_network
+from piflow_jax.systems.networks import BuiltIn, teacher_network
+from piflow_jax.systems.shapes import DataShape
 
 __all__ = ["PDD", "block_bounds", "decode", "decoding_indices", "decoding_loss", "interval_levels"]
 
@@ -123,8 +125,9 @@ def decoding_loss(
     return jnp.mean(jnp.square(jnp.squeeze(predicted, -2) - target))
 
 
-def _network(model: ModelConfig, data: DataShape) -> DiT:
-    return teacher_network(model, data).clone(head=DXHead(INTERVALS))
+def _network(model: ModelConfig, data: DataShape) -> BuiltIn:
+    network = teacher_network(model, data)
+    return dataclasses.replace(network, module=network.module.clone(head=DXHead(INTERVALS)))
 
 
 def _loss(setting: Setting, params, state, given, key, x0, labels):

@@ -14,6 +14,7 @@ from jax.experimental import multihost_utils
 from piflow_jax.config import Config, ConfigError
 from piflow_jax.convert import load_torch_state
 from piflow_jax.convert.inception import INCEPTION_FILE, INCEPTION_URL, read_inception
+from piflow_jax.data import Source
 from piflow_jax.data.imagenet import center_crop, open_imagenet
 from piflow_jax.evaluation import IndexSampler, index_labels
 from piflow_jax.evaluation.adm import (
@@ -40,7 +41,9 @@ from piflow_jax.stages.autoencoder import (
     tree_digest,
 )
 from piflow_jax.stages.systems import data_shape, load_student, student_sampler
-from piflow_jax.training.networks import DataShape
+from piflow_jax.systems.datasets import dataset
+from piflow_jax.systems.judges import Judge, open_judge
+from piflow_jax.systems.shapes import DataShape
 
 __all__ = ["evaluate_latents", "load_inception", "load_reference", "protocol", "write_reference"]
 
@@ -75,6 +78,17 @@ def load_inception(config: Config) -> InceptionNetwork:
         batch_size=_IMAGES_PER_DEVICE * mesh.size,
         sharding=batch_sharding(mesh),
     )
+
+
+def config_judge(config: Config, source: Source, workdir: str | os.PathLike) -> Judge:
+    """The feature space of a run of pixels; see `open_judge`.
+
+    Raises:
+      ConfigError: `config.evaluation.features` is given and is no file of Inception weights.
+      FileNotFoundError: it is not there; says what to put there.
+    """
+    inception = load_inception(config) if config.evaluation.features else None
+    return open_judge(source, workdir, shipped=dataset(config).features, inception=inception)
 
 
 def load_reference(config: Config, network: InceptionNetwork) -> Reference:
@@ -200,7 +214,7 @@ def _samples(
         run = IndexSampler(
             pixel_sampler(student_sampler(config, data), autoencoder.module, data),
             shape=data.shape,
-            classes=range(data.num_classes),
+            conditions=np.arange(data.num_classes, dtype=np.int32),
             batch_size=settings.batch_size,
             seed=settings.seed,
             sharding=batch_sharding(local_mesh()),

@@ -12,7 +12,7 @@ from piflow_jax.convert import open_autoencoder
 from piflow_jax.evaluation.evaluator import Sampler
 from piflow_jax.models.vae import AutoencoderKL, decode_in_chunks
 from piflow_jax.parallel import local_mesh, replicated
-from piflow_jax.training.networks import DataShape
+from piflow_jax.systems.shapes import DataShape
 
 __all__ = [
     "CHUNK",
@@ -103,12 +103,12 @@ def pixel_sampler(sampler: Sampler, module: AutoencoderKL, data: DataShape) -> S
       data: has the latents' scale and shift.
 
     Returns:
-      `((params, vae_params), noise[B, h, w, C], labels[B]) -> images[B, H, W, 3]`, about [-1, 1].
+      `((params, vae_params), noise[B, h, w, C], condition) -> images[B, H, W, 3]`, about [-1, 1].
     """
 
-    def sample(params, noise, labels):
+    def sample(params, noise, condition):
         params, vae_params = params
-        latents = sampler(params, noise, labels) / data.latent_scale + data.latent_shift
+        latents = sampler(params, noise, condition) / data.latent_scale + data.latent_shift
         return decode_in_chunks(
             module, vae_params, latents.astype(jnp.float32), CHUNK * jax.local_device_count()
         )

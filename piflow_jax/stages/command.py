@@ -22,6 +22,8 @@ from piflow_jax.stages.prepare_prompts import prepare_prompts
 from piflow_jax.stages.rivals import compare_rivals
 from piflow_jax.stages.sample import sample
 from piflow_jax.stages.train import train
+from piflow_jax.systems.datasets import dataset
+from piflow_jax.systems.settings import check_choices
 from piflow_jax.training.checkpoint import CheckpointError
 from piflow_jax.training.loop import Interrupted, NonFiniteLossError
 
@@ -29,12 +31,12 @@ __all__ = ["MODES", "run"]
 
 
 def _prepare(config: Config, workdir: str | os.PathLike) -> None:
-    of_data = prepare_prompts if config.data.name == "prompts" else prepare_latents
+    of_data = prepare_latents if dataset(config).by_class else prepare_prompts
     of_data(config, workdir)
 
 
 def _evaluate(config: Config, workdir: str | os.PathLike) -> None:
-    of_data = evaluate_images if config.data.name == "prompts" else evaluate
+    of_data = evaluate if dataset(config).by_class else evaluate_images
     of_data(config, workdir)
 
 
@@ -76,6 +78,7 @@ def run(mode: str, config: ml_collections.ConfigDict, workdir: str | os.PathLike
     """
     try:
         parsed = parse(config, None)
+        check_choices(parsed)
         _start(parsed, mode, workdir)
         MODES[mode](parsed, workdir)
     except Interrupted as stop:
@@ -113,8 +116,10 @@ def _start(config: Config, mode: str, workdir: str | os.PathLike) -> None:
     if not mode.startswith("compile"):  # a slice to compile for has other devices than this machine
         processes.start(config.processes)
         groups = _BATCHES.get(mode)
-        if mode == "evaluate" and config.data.name == "prompts":  # measures finished pictures
-            groups = ()
+        if not dataset(config).by_class:
+            # No teacher is trained on prompts, nothing is sampled while a student is, and
+            # --mode=evaluate measures finished pictures.
+            groups = {"train": ("train",), "evaluate": ()}.get(mode, groups)
         here = jax.device_count(), jax.process_count(), slice_count()
         check_devices(config, *here, groups=groups)
     try:

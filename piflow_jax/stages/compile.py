@@ -17,8 +17,7 @@ from absl import logging
 from jax.sharding import Mesh
 
 from piflow_jax.config import Config, ConfigError
-from piflow_jax.data import load_source
-from piflow_jax.flow.schedule import longest_segment
+from piflow_jax.flow.schedule import Segments
 from piflow_jax.parallel import (
     ActivationSharding,
     batch_sharding,
@@ -31,25 +30,20 @@ from piflow_jax.parallel.cycles import estimated_cycles
 from piflow_jax.parallel.flops import flops
 from piflow_jax.parallel.topology import CHIPS, Chip, topology_devices
 from piflow_jax.stages.systems import student_sampler, student_shardings, teacher_shardings
-from piflow_jax.training.conditions import conditions
+from piflow_jax.systems.assembly import Systems
+from piflow_jax.systems.datasets import dataset, load_source, shape_of
+from piflow_jax.systems.networks import abstract_variables, network_kind
+from piflow_jax.systems.shapes import DataShape
 from piflow_jax.training.monitor import step_memory
-from piflow_jax.training.networks import (
-    IMAGENET_LATENTS,
-    TEXT_LATENTS,
-    TEXT_LENGTH,
-    DataShape,
-    abstract_params,
-    student_network,
-    teacher_network,
-    trained_part,
-)
 from piflow_jax.training.optimizer import make_optimizer
 from piflow_jax.training.state import TrainState
 from piflow_jax.training.step import distill_step
 
 GIB = 2**30
 # Pixels of an image along a side of a latent, of the autoencoders of FLUX.1 and Qwen-Image.
-LATENT_STRIDE = 8
+_LATENT_STRIDE = 8
+# Tokens of a caption in the recipes of both.
+_TEXT_LENGTH = 512
 # Named scopes of the step whose shares of the estimated cycles are reported.
 SCOPES = ("teacher", "student", "policy", "optimizer")
 
@@ -210,63 +204,48 @@ def _report(
 
 
 def _data(config: Config) -> DataShape:
-    if config.data.name == "imagenet":
-        return IMAGENET_LATENTS
-    if config.data.name == "prompts":
-        return TEXT_LATENTS[config.model.network]
-    return DataShape.of(config.data.name, load_source(config.data.name))
+    """The shape of the data, of prepared sets that of official weights."""
+    if dataset(config).bundled:
+        return shape_of(config, load_source(config.data))
+    official = network_kind(config.model).official
+    if dataset(config).by_class:
+        return official
+    return dataclasses.replace(official, sample_size=config.data.image_size // _LATENT_STRIDE)
 
 
-def _size(config: Config, data: DataShape) -> tuple[int, int]:
-    """Rows and columns of a sample."""
-    if config.data.name == "prompts":
-        side = config.data.image_size // LATENT_STRIDE
-        return side, side
-    return data.sample_size, data.sample_size
-
-
-def _batch(config: Config, data: DataShape, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
-    """A batch of training, without latents where there are captions."""
-    height, width = _size(config, data)
-
-    def leaf(*shape, dtype=jnp.float32):
-        return jax.ShapeDtypeStruct((batch_size, *shape), dtype)
-
-    if config.model.network == "dit":
-        return {"image": leaf(height, width, data.channels), "label": leaf(dtype=jnp.int32)}
-    if config.train.data_free:
-        sample = {"canvas": leaf(height, width, 0)}
-    else:
-        sample = {"latents": leaf(height, width, data.channels)}
-    text = {
-        "text": leaf(TEXT_LENGTH, data.text_features, dtype=jnp.bfloat16),
-        "text_length": leaf(dtype=jnp.int32),
-        "index": leaf(dtype=jnp.int32),
+def _batch(config: Config, systems: Systems, batch_size: int) -> dict[str, Any]:
+    """Shapes of a batch of training; without data, captions have the size of samples alone."""
+    data, conditioning = systems.data, systems.teacher_network.conditioning
+    channels = 0 if conditioning.reads_text and config.train.data_free else data.channels
+    length = config.data.text_length or _TEXT_LENGTH
+    return {
+        "x": jax.ShapeDtypeStruct((batch_size, *data.shape[:-1], channels), jnp.float32),
+        "condition": conditioning.example(data, batch_size, length),
     }
-    if data.pooled_features:
-        text["pooled"] = leaf(data.pooled_features)
-    return sample | text
 
 
-def _null(batch: dict[str, jax.ShapeDtypeStruct]) -> dict[str, np.ndarray]:
-    """The example of an empty caption, of which the shapes alone matter here."""
-    return {name: np.zeros(leaf.shape[1:], leaf.dtype) for name, leaf in batch.items()}
+def _systems(config: Config, mesh: Mesh) -> Systems:
+    data = _data(config)
+    systems = Systems.of(config, data, constrain=ActivationSharding(mesh))
+    # Of the example of an empty caption, the shapes alone matter here.
+    one = jax.tree.map(
+        lambda leaf: np.zeros(leaf.shape[1:], leaf.dtype), _batch(config, systems, 1)["condition"]
+    )
+    return dataclasses.replace(systems, null=systems.teacher_network.conditioning.null(data, one))
 
 
 def _step_program(config: Config, mesh: Mesh) -> _Program:
-    data, train = _data(config), config.train
-    constrain = ActivationSharding(mesh)
-    teacher = teacher_network(config.model, data).clone(constrain=constrain)
-    student = student_network(config.model, config.policy, data).clone(constrain=constrain)
+    systems, train = _systems(config, mesh), config.train
+    student, teacher = systems.student_network, systems.teacher_network
     optimizer = make_optimizer(train.optimizer, train.steps)
-    trained = trained_part(student, abstract_params(student))
+    trained = student.trained(abstract_variables(student))
     state = jax.eval_shape(lambda trained: TrainState.create(trained, optimizer), trained)
-    teacher_params = abstract_params(teacher)
-    batch = _batch(config, data, train.batch_size)
+    teacher_params = abstract_variables(teacher)
+    batch = _batch(config, systems, train.batch_size)
     of_state = student_shardings(config, mesh, state)
     f = train.final_step_size_scale
     return _Program(
-        function=distill_step(student, teacher, optimizer, config, data, _null(batch)),
+        function=distill_step(student, systems.teacher, optimizer, config, systems.data.channels),
         arguments=(state, teacher_params, jax.eval_shape(lambda: jax.random.key(0)), batch),
         shardings=(
             of_state,
@@ -277,32 +256,26 @@ def _step_program(config: Config, mesh: Mesh) -> _Program:
         results=(of_state, replicated(mesh)),
         donated=True,
         examples=train.batch_size,
-        substeps=max(round(longest_segment(train.nfe, f) * train.total_substeps), 1),
+        substeps=max(round(Segments(train.nfe, f).longest * train.total_substeps), 1),
     )
 
 
 def _sampling_program(config: Config, mesh: Mesh) -> _Program:
-    data, settings = _data(config), config.evaluation
-    sampler = student_sampler(config, data, ActivationSharding(mesh))
-    student = student_network(config.model, config.policy, data)
-    params = abstract_params(student)
-    batch = _batch(config, data, settings.batch_size)
-    size = _size(config, data)
-    noise = jax.ShapeDtypeStruct((settings.batch_size, *size, data.channels), jnp.float32)
-
-    def sample(params, noise, batch):
-        return sampler(params, noise, conditions(config.model, batch))
-
+    systems, settings = _systems(config, mesh), config.evaluation
+    data, student = systems.data, systems.student_network
+    params = abstract_variables(student)
+    batch = _batch(config, systems, settings.batch_size)
+    noise = jax.ShapeDtypeStruct((settings.batch_size, *data.shape), jnp.float32)
     nfe, f = config.sampling_nfe, config.train.final_step_size_scale
     split = batch_sharding(mesh)
     return _Program(
-        function=sample,
-        arguments=(params, noise, batch),
+        function=student_sampler(config, data, ActivationSharding(mesh)),
+        arguments=(params, noise, batch["condition"]),
         shardings=(parameter_shardings(mesh, params), split, split),
         results=split,
         donated=False,
         examples=settings.batch_size,
-        substeps=max(round(longest_segment(nfe, f) * settings.substeps), 1),
+        substeps=max(round(Segments(nfe, f).longest * settings.substeps), 1),
     )
 
 

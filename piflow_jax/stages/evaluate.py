@@ -7,9 +7,9 @@ import jax
 from absl import logging
 
 from piflow_jax.config import Config, ConfigError
-from piflow_jax.evaluation import FEATURE_SPACES, Report, save_grid
+from piflow_jax.evaluation import Report, as_pictures, save_grid
 from piflow_jax.evaluation.adm import AdmFigures
-from piflow_jax.stages.adm import evaluate_latents
+from piflow_jax.stages.adm import config_judge, evaluate_latents
 from piflow_jax.stages.measuring import Bench
 from piflow_jax.stages.systems import (
     load_student,
@@ -17,6 +17,7 @@ from piflow_jax.stages.systems import (
     student_sampler,
     teacher_sampler,
 )
+from piflow_jax.systems.datasets import dataset, load_source, shape_of
 
 
 def evaluate(config: Config, workdir: str | os.PathLike) -> Report | AdmFigures | None:
@@ -35,20 +36,22 @@ def evaluate(config: Config, workdir: str | os.PathLike) -> Report | AdmFigures 
       CheckpointError: a checkpoint is missing, unusable or contradicts the settings.
       ConfigError: settings that are for other data.
     """
-    if config.data.name not in FEATURE_SPACES:
+    row = dataset(config)
+    if row.latents:
         return evaluate_latents(config, workdir)
     if config.evaluation.weights:
-        raise ConfigError("config.evaluation.weights are for config.data.name = 'imagenet'")
+        raise ConfigError("config.evaluation.weights are for data sets of latents")
     settings, workdir = config.evaluation, Path(workdir)
-    bench = Bench(config)
-    data = bench.data
+    source = load_source(config.data)
+    data, caption = shape_of(config, source), getattr(source, "null", None)
+    bench = Bench(config, source, data, config_judge(config, source, workdir))
     logging.info("evaluation: %d samples per system", settings.num_samples)
 
     teacher = load_teacher(config, data, workdir)
     most = settings.teacher_steps[-1]
 
     def of_teacher(steps):
-        return bench.sample(teacher_sampler(config, data, steps, bench.null), teacher)
+        return bench.sample(teacher_sampler(config, data, steps, caption), teacher)
 
     reference, reference_seconds = of_teacher(most)
     rows, pictures = [], {most: reference}
@@ -69,7 +72,8 @@ def evaluate(config: Config, workdir: str | os.PathLike) -> Report | AdmFigures 
         grid = [(name, pictures[key]) for name, key in shown if key in pictures]
         grid.append((f"student, {nfe} NFE", samples))
         count = settings.grid_samples
-        save_grid(workdir / "samples.png", [(name, images[:count]) for name, images in grid])
+        rows = [(name, as_pictures(images[:count])) for name, images in grid]
+        save_grid(workdir / "samples.png", rows)
         logging.info("\n%s\n", report.table())
         logging.info("wrote %s and %s", workdir / "report.json", workdir / "samples.png")
     return report

@@ -18,16 +18,11 @@ from piflow_jax.convert import (
 from piflow_jax.models.lora import fuse
 from piflow_jax.parallel import config_mesh
 from piflow_jax.stages.systems import data_shape, load_student, load_teacher
+from piflow_jax.systems.networks import student_network, teacher_network
+from piflow_jax.systems.policies import POLICIES
+from piflow_jax.systems.shapes import DataShape
+from piflow_jax.systems.spec import student_spec, teacher_spec
 from piflow_jax.training.loop import checkpoint_dir
-from piflow_jax.training.networks import (
-    DataShape,
-    policy_config,
-    student_network,
-    student_spec,
-    teacher_network,
-    teacher_spec,
-    trained_part,
-)
 
 # What official pipelines look for in an adapter's directory.
 _ADAPTER = "adapter/diffusion_pytorch_model.safetensors"
@@ -55,16 +50,10 @@ def export(config: Config, workdir: str | os.PathLike) -> list[Path]:
       ConfigError: the student's policy is ArcFlow's or a polynomial, which the release does not
         have, or there are several processes.
     """
-    if config.policy.kind == "arc":
-        raise ConfigError(
-            "config.policy.kind = 'arc' has no official names to be exported under; "
-            "piflow_jax.load reads the run's directory"
-        )
-    if config.policy.kind == "dx" and config.policy.mode == "polynomial":
-        raise ConfigError(
-            "config.policy.mode = 'polynomial' has no official names to be exported under: the "
-            "head has a skip; piflow_jax.load reads the run's directory"
-        )
+    row = POLICIES[config.policy.kind]
+    refusal = row.unnamed(config.policy)
+    if refusal is not None:
+        raise ConfigError(refusal)
     if jax.process_count() > 1:
         raise ConfigError(
             "--mode=export runs in one process, which writes whole weights: start it on one host, "
@@ -76,18 +65,24 @@ def export(config: Config, workdir: str | os.PathLike) -> list[Path]:
     # Split, as a large network is whole on no device; it is put together on the host.
     mesh = config_mesh(config)
     params = load_student(config, data, workdir, mesh)
-    metadata = _metadata(config, student_spec(config, data))
+    # What a student's file says of itself, to us and to the official pipelines.
+    metadata = {
+        "format": "pt",
+        "piflow_jax": json.dumps(student_spec(config, data)),
+        "policy_config": json.dumps(row.official(config.policy, config.train)),
+    }
     paths = []
-    if config.model.network != "dit":
+    module = student.module
+    if student.adapted:
         path = workdir / _ADAPTER
         path.parent.mkdir(exist_ok=True)
-        state = export_adapter(student, trained_part(student, params))
+        state = export_adapter(module, student.trained(params))
         paths.append(_written(path, state, metadata))
         beside = path.with_name("config.json")
-        beside.write_text(json.dumps(adapter_config(student), indent=2) + "\n", encoding="utf-8")
+        beside.write_text(json.dumps(adapter_config(module), indent=2) + "\n", encoding="utf-8")
         paths.append(beside)
-        params, student = fuse(params, student.lora.scale), student.clone(lora=None)
-    state = to_torch_state(student, params)
+        params, module = fuse(params, module.lora.scale), module.clone(lora=None)
+    state = to_torch_state(module, params)
     paths.append(_written(workdir / "student.safetensors", state, metadata))
     if checkpoint_dir(workdir, "teacher").is_dir():
         paths.append(_teacher(config, data, workdir))
@@ -95,18 +90,10 @@ def export(config: Config, workdir: str | os.PathLike) -> list[Path]:
 
 
 def _teacher(config: Config, data: DataShape, workdir: Path) -> Path:
-    state = to_torch_state(teacher_network(config.model, data), load_teacher(config, data, workdir))
+    module = teacher_network(config.model, data).module
+    state = to_torch_state(module, load_teacher(config, data, workdir))
     metadata = {"format": "pt", "piflow_jax": json.dumps(teacher_spec(config, data))}
     return _written(workdir / "teacher.safetensors", state, metadata)
-
-
-def _metadata(config: Config, spec: dict[str, Any]) -> dict[str, str]:
-    """What a student's file says of itself, to us and to the official pipelines."""
-    return {
-        "format": "pt",
-        "piflow_jax": json.dumps(spec),
-        "policy_config": json.dumps(policy_config(config.policy, config.train)),
-    }
 
 
 def _written(path: Path, state: dict[str, Any], metadata: dict[str, str]) -> Path:

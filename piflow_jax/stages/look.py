@@ -8,21 +8,25 @@ import numpy as np
 
 from piflow_jax.config import Config
 from piflow_jax.data import Source
-from piflow_jax.evaluation import IndexSampler, draw_grid, index_labels, load_features, measure
+from piflow_jax.evaluation import IndexSampler, as_pictures, draw_grid, measure
 from piflow_jax.evaluation.adm import measure_adm, to_uint8
 from piflow_jax.parallel import batch_sharding, local_mesh, replicated
 from piflow_jax.stages.adm import load_inception, load_reference, protocol
 from piflow_jax.stages.autoencoder import check_autoencoder, load_autoencoder, pixel_sampler
-from piflow_jax.stages.sample import shown_classes
-from piflow_jax.stages.systems import student_sampler, told_by_class
+from piflow_jax.stages.sample import grid_rows
+from piflow_jax.stages.systems import conditions_in_turn, student_sampler
+from piflow_jax.systems.datasets import dataset
+from piflow_jax.systems.judges import Judge, real_samples
+from piflow_jax.systems.shapes import DataShape
 from piflow_jax.training.loop import Look
-from piflow_jax.training.networks import DataShape
 
 # Columns of a grid; more would be too small to see in TensorBoard.
 _COLUMNS = 8
 
 
-def student_look(config: Config, source: Source, data: DataShape) -> Callable[..., Look]:
+def student_look(
+    config: Config, source: Source, data: DataShape, judge: Judge | None
+) -> Callable[..., Look]:
     """How to look at a student of these settings.
 
     Figures are those of the report: of the data set's feature space, or ADM's where
@@ -33,6 +37,7 @@ def student_look(config: Config, source: Source, data: DataShape) -> Callable[..
       config: the run's settings.
       source: the data.
       data: what they look like.
+      judge: the feature space of samples that are no latents.
 
     Returns:
       `params -> Look`, compiled at its first call.
@@ -41,31 +46,31 @@ def student_look(config: Config, source: Source, data: DataShape) -> Callable[..
       ConfigError: an autoencoder, feature weights or a reference do not fit.
       FileNotFoundError: one of them is not there.
     """
-    settings, classes = config.evaluation, shown_classes(config, data)
-    sampler, decoder = told_by_class(config, source, student_sampler(config, data)), ()
-    latents = config.data.name == "imagenet"
+    settings, (names, shown) = config.evaluation, grid_rows(config, source, data)
+    sampler, decoder = student_sampler(config, data), ()
+    latents = dataset(config).latents
     if latents:
         autoencoder = load_autoencoder(config)
         check_autoencoder(autoencoder, data)
         sampler = pixel_sampler(sampler, autoencoder.module, data)
         decoder = (jax.device_put(autoencoder.params, replicated(local_mesh())),)
 
-    def index_sampler(labels):
+    def index_sampler(conditions):
         return IndexSampler(
             sampler,
             shape=data.shape,
-            classes=labels,
+            conditions=conditions,
             batch_size=settings.batch_size,
             seed=settings.seed,
             sharding=batch_sharding(local_mesh()),
         )
 
-    grid_sampler = index_sampler(classes)
-    all_sampler = index_sampler(range(data.num_classes))
-    labels = index_labels(settings.every_samples, data.num_classes)
+    conditions, labels = conditions_in_turn(source, data)
+    grid_sampler, all_sampler = index_sampler(shown), index_sampler(conditions)
+    labels = labels[np.arange(settings.every_samples) % len(labels)]
     if not latents:
-        network = load_features(config.data.name)
-        real = network.extract(source.images)
+        network = judge
+        real = network.extract(real_samples(source)[0])
     elif settings.features or settings.reference:
         network = load_inception(config)
         reference = load_reference(config, network)
@@ -87,8 +92,8 @@ def student_look(config: Config, source: Source, data: DataShape) -> Callable[..
     def look(params) -> Look:
         params = jax.device_put(params, replicated(local_mesh()))
         params = (params, *decoder) if latents else params
-        images = grid_sampler(params, _COLUMNS * len(classes))
-        rows = [(f"class {label}", images[i :: len(classes)]) for i, label in enumerate(classes)]
+        images = as_pictures(grid_sampler(params, _COLUMNS * len(names)))
+        rows = [(name, images[i :: len(names)]) for i, name in enumerate(names)]
         found = figures(params)
         return Look(
             figures=found,

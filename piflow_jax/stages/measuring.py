@@ -7,50 +7,47 @@ import jax
 import numpy as np
 
 from piflow_jax.config import Config
-from piflow_jax.data import load_source
+from piflow_jax.data import Source
 from piflow_jax.evaluation import (
     IndexSampler,
     Row,
     class_diversity,
     half_split_floor,
-    index_labels,
-    load_features,
     measure,
 )
 from piflow_jax.parallel import batch_sharding, local_mesh
-from piflow_jax.stages.systems import told_by_class
-from piflow_jax.training.networks import DataShape
+from piflow_jax.stages.systems import conditions_in_turn
+from piflow_jax.systems.judges import Judge, real_samples
+from piflow_jax.systems.shapes import DataShape
 
 __all__ = ["Bench"]
 
 
 class Bench:
-    """Samples systems of a data set that has a feature space, and measures them.
+    """Samples systems on the same noise and conditions, and measures them in one feature space.
 
     Args:
       config: the run's settings.
-
-    Attributes:
-      data: what the data looks like.
-      null: the example of an empty caption, of data with captions; None otherwise.
+      source: real data.
+      data: what networks know of it.
+      judge: the feature space.
     """
 
-    def __init__(self, config: Config):
-        self._config, settings = config, config.evaluation
-        self._source = load_source(config.data.name, config.data.data_dir or None)
-        self.data = DataShape.of(config.data.name, self._source)
-        self.null = getattr(self._source, "null", None)
-        self._network = load_features(config.data.name)
-        self._real = self._network.extract(self._source.images)
-        self._labels = index_labels(settings.num_samples, self.data.num_classes)
+    def __init__(self, config: Config, source: Source, data: DataShape, judge: Judge):
+        self._config, self._source, self._data, self._judge = config, source, data, judge
+        self._conditions, labels = conditions_in_turn(source, data)
+        real, real_labels = real_samples(source)
+        self._real = judge.extract(real)
+        self._real_labels = np.zeros(len(real), np.int32) if real_labels is None else real_labels
+        self._labels = labels[np.arange(config.evaluation.num_samples) % len(labels)]
 
     def sample(self, sampler: Callable, params) -> tuple[np.ndarray, float]:
-        """A system's samples `[N, H, W, C]` and the seconds that they took."""
+        """A system's samples `[N, *sites, C]` and the seconds that they took."""
         settings = self._config.evaluation
         by_index = IndexSampler(
-            told_by_class(self._config, self._source, sampler),
-            shape=self._source.shape,
-            classes=range(self.data.num_classes),
+            sampler,
+            shape=self._data.shape,
+            conditions=self._conditions,
             batch_size=settings.batch_size,
             seed=settings.seed,
             sharding=batch_sharding(local_mesh()),
@@ -70,7 +67,7 @@ class Bench:
         return Row(
             system=system,
             nfe=nfe,
-            figures=measure(samples, self._labels, self._real, self._network),
+            figures=measure(samples, self._labels, self._real, self._judge),
             endpoint_mse=mse,
             seconds=seconds,
         )
@@ -78,7 +75,7 @@ class Bench:
     def of_data(self) -> dict[str, Any]:
         """The real data's own diversity, and their half against half."""
         return {
-            "data_diversity": class_diversity(self._real, self._source.labels),
+            "data_diversity": class_diversity(self._real, self._real_labels),
             "floor": half_split_floor(self._real),
         }
 
@@ -88,12 +85,12 @@ class Bench:
         return {
             "data": self._source.name,
             "network": config.model.network,
-            "real_images": len(self._source),
+            "real_images": len(self._real),
             "samples": settings.num_samples,
             "noise_seed": settings.seed,
             "labels": "index modulo classes",
-            "features": self._network.name,
-            "features_sha256": self._network.digest,
+            "features": self._judge.name,
+            "features_sha256": self._judge.digest,
             "clipping": "samples clipped to [-1, 1] for features, not for endpoints",
             "weights": "EMA",
             "teacher_solver": "euler",

@@ -15,8 +15,7 @@ from absl import logging
 from jax.sharding import Mesh
 
 from piflow_jax.config import Config, ConfigError
-from piflow_jax.data import load_source
-from piflow_jax.evaluation import FEATURE_SPACES
+from piflow_jax.data import stacked
 from piflow_jax.parallel import (
     ActivationSharding,
     config_mesh,
@@ -32,6 +31,7 @@ from piflow_jax.rivals.base import (
     rival_setting,
     rival_spec,
 )
+from piflow_jax.stages.adm import config_judge
 from piflow_jax.stages.measuring import Bench
 from piflow_jax.stages.systems import (
     load_average,
@@ -54,8 +54,11 @@ from piflow_jax.stages.train import (
     student_stage,
     teacher_stage,
 )
+from piflow_jax.systems.datasets import dataset, load_source, shape_of
+from piflow_jax.systems.networks import abstract_variables, network_kind, teacher_network
+from piflow_jax.systems.shapes import DataShape
+from piflow_jax.systems.spec import model_settings, updated_settings
 from piflow_jax.training.loop import Stage, checkpoint_dir
-from piflow_jax.training.networks import DataShape, abstract_params, teacher_network
 from piflow_jax.training.run_lock import RunLock
 
 __all__ = ["compare_rivals"]
@@ -90,10 +93,15 @@ def compare_rivals(config: Config, workdir: str | os.PathLike) -> dict[str, Any]
       ConfigError: there is no such method, or settings that are for other data.
       CheckpointError: a checkpoint is unusable or contradicts the settings.
     """
-    if config.data.name not in FEATURE_SPACES:
-        raise ConfigError(f"--mode=rivals compares on {', '.join(FEATURE_SPACES)}")
-    if config.model.network != "dit":
-        raise ConfigError("--mode=rivals compares objectives of config.model.network = 'dit'")
+    if dataset(config).latents:
+        raise ConfigError(
+            f"--mode=rivals compares on pixels, not on config.data.name = {config.data.name!r}"
+        )
+    if network_kind(config.model).conditioning(config.model.own).reads_text:
+        raise ConfigError(
+            "--mode=rivals compares class-conditional networks, not config.model.network = "
+            f"{config.model.network!r}"
+        )
     if jax.process_count() > 1:
         raise ConfigError("--mode=rivals runs in one process, whose devices share the work")
     settings = config.evaluation
@@ -119,8 +127,8 @@ class _Comparison:
     def __init__(self, config: Config, workdir: Path, methods: dict[str, Method]):
         self._config, self._workdir, self._methods = config, workdir, methods
         self._mesh: Mesh = config_mesh(config)
-        self._source = load_source(config.data.name, config.data.data_dir or None)
-        self._data = DataShape.of(config.data.name, self._source)
+        self._source = load_source(config.data)
+        self._data = shape_of(config, self._source)
 
     def run(self) -> dict[str, Any]:
         config, data = self._config, self._data
@@ -128,11 +136,11 @@ class _Comparison:
         if not (config.teacher.checkpoint or config.teacher.weights):
             stage = teacher_stage(config, self._source, data, self._mesh)
             run_here(stage, config, self._workdir, self._mesh)
-        abstract = abstract_params(teacher_network(config.model, data))
+        abstract = abstract_variables(teacher_network(config.model, data))
         shardings = teacher_shardings(config, self._mesh, abstract)
         self._teacher = load_teacher(config, data, self._workdir, shardings)
         times = self._times()
-        bench = Bench(config)
+        bench = Bench(config, self._source, data, config_judge(config, self._source, self._workdir))
         teacher_rows, reference = self._teacher_rows(bench)
         of_data = bench.of_data()
         report = {"rows": [], "teacher": teacher_rows, "times": times}
@@ -219,9 +227,8 @@ class _Comparison:
             return lambda: jax.block_until_ready(self._make_pairs(0))
         if name == "teacher":
             return self._stepper(teacher_stage(config, self._source, self._data, self._mesh))
-        size, source = config.train.batch_size, self._source
-        images, labels = source.images[:size], source.labels[:size].astype(np.int32)
-        pairs = self._on_devices(Pairs(images, images, labels))
+        some = stacked([self._source[i] for i in range(config.train.batch_size)])
+        pairs = self._on_devices(Pairs(some["x"], some["x"], some["condition"]))
         return self._stepper(self._stage(find_method(name), config, pairs))
 
     def _stepper(self, stage: Stage) -> Callable[[], None]:
@@ -300,8 +307,8 @@ class _Comparison:
         if not isinstance(method, Rival):
             yield config.train.nfe, student_sampler(config, data), load_student(config, data, place)
             return
-        module, spec = method.network(config.model, data), rival_spec(config, data, method.name)
-        params = load_average(checkpoint_dir(place, "rival"), module, spec)
+        network, spec = method.network(config.model, data), rival_spec(config, data, method.name)
+        params = load_average(checkpoint_dir(place, "rival"), network, spec)
         for nfe in method.nfes(config):
             yield nfe, rival_sampler(config, data, method, nfe), params
 
@@ -341,10 +348,12 @@ def rival_stage(
       The stage, called `rival`.
     """
     settings = config.train
-    setting = rival_setting(config, data, rival, ActivationSharding(mesh))
+    draw = getattr(source, "draw", None)
+    setting = rival_setting(config, data, rival, ActivationSharding(mesh), draw)
     key = jax.random.split(stream_key(config, STUDENT_INIT))[0]
     groups = {"seed": config.seed, "data.name": config.data.name, "method": rival.name}
-    groups |= {group: getattr(config, group) for group in ("model", "teacher", "train", "rivals")}
+    groups["model"] = model_settings(config.model)
+    groups |= {group: getattr(config, group) for group in ("teacher", "train", "rivals")}
     return Stage(
         name="rival",
         init=lambda teacher: rival.init(setting, key, teacher),
@@ -355,6 +364,7 @@ def rival_stage(
         batch_size=settings.batch_size,
         config=flat_settings(groups),
         extensible=_OF_THE_COMPARISON,
+        updated=updated_settings,
         spec=rival_spec(config, data, rival.name),
         init_arguments=(given["teacher"],),
         shardings=lambda state: student_shardings(config, mesh, state),

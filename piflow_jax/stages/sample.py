@@ -4,23 +4,26 @@ import os
 from pathlib import Path
 
 import jax
+import numpy as np
 from absl import logging
 
 from piflow_jax.config import Config, ConfigError
-from piflow_jax.data import load_source
-from piflow_jax.evaluation import FEATURE_SPACES, IndexSampler, save_grid
+from piflow_jax.data import Source
+from piflow_jax.evaluation import IndexSampler, as_pictures, save_grid
 from piflow_jax.parallel import batch_sharding, local_mesh
 from piflow_jax.stages.autoencoder import check_autoencoder, load_autoencoder, pixel_sampler
 from piflow_jax.stages.sample_prompts import sample_prompts
 from piflow_jax.stages.systems import (
+    conditions_in_turn,
     data_shape,
     load_system,
     system_sampler,
-    told_by_class,
 )
-from piflow_jax.training.networks import DataShape
+from piflow_jax.systems.conditioning import Condition
+from piflow_jax.systems.datasets import dataset, load_source
+from piflow_jax.systems.shapes import DataShape
 
-__all__ = ["sample", "shown_classes"]
+__all__ = ["grid_rows", "sample"]
 
 
 def sample(config: Config, workdir: str | os.PathLike) -> Path | list[Path]:
@@ -40,18 +43,15 @@ def sample(config: Config, workdir: str | os.PathLike) -> Path | list[Path]:
       CheckpointError: there is no student, or it contradicts the settings.
       ConfigError: a class does not exist, or the autoencoder is missing or another one.
     """
-    if config.data.name == "prompts":
+    row, settings = dataset(config), config.evaluation
+    if not row.by_class:
         return sample_prompts(config, workdir)
-    settings = config.evaluation
     data = data_shape(config, workdir)
-    classes = shown_classes(config, data)
-    source = None
-    if config.data.name in FEATURE_SPACES:  # their images are at hand, and so are captions
-        source = load_source(config.data.name, config.data.data_dir or None)
+    # Captions are those of the set; labels need no set to be there.
+    source = load_source(config.data) if row.captions else None
+    names, conditions = grid_rows(config, source, data)
     sampler = system_sampler(config, data, getattr(source, "null", None))
-    if source is not None:
-        sampler = told_by_class(config, source, sampler)
-    if config.data.name == "imagenet":
+    if row.latents:
         autoencoder = load_autoencoder(config)
         check_autoencoder(autoencoder, data)
         sampler = pixel_sampler(sampler, autoencoder.module, data)
@@ -61,26 +61,46 @@ def sample(config: Config, workdir: str | os.PathLike) -> Path | list[Path]:
     run = IndexSampler(
         sampler,
         shape=data.shape,
-        classes=classes,
+        conditions=conditions,
         batch_size=settings.batch_size,
         seed=settings.seed,
         sharding=batch_sharding(local_mesh()),
     )
-    images = run(params, settings.grid_samples * len(classes))
-    # Labels go by index, classes in turn.
-    rows = [(f"class {label}", images[i :: len(classes)]) for i, label in enumerate(classes)]
+    images = as_pictures(run(params, settings.grid_samples * len(names)))
     path = Path(workdir) / f"{settings.system}.png"
     if jax.process_index() == 0:
-        save_grid(path, rows)
+        save_grid(path, [(name, images[i :: len(names)]) for i, name in enumerate(names)])
         logging.info("wrote %s: %d samples in %.2f s", path, len(images), run.seconds)
     return path
 
 
-def shown_classes(config: Config, data: DataShape) -> tuple[int, ...]:
-    """The classes of a grid's rows, checked; see `config.evaluation.grid_classes`."""
+def grid_rows(
+    config: Config, source: Source | None, data: DataShape
+) -> tuple[list[str], Condition]:
+    """The rows of a grid, sample `i` being in row `i` modulo their number.
+
+    Args:
+      config: the run's settings; `config.evaluation.grid_classes` are the classes that are shown.
+      source: the data; needed where conditions are no labels.
+      data: what networks know of it.
+
+    Returns:
+      Names of the rows and their conditions, for `IndexSampler`. Without classes it is one row.
+
+    Raises:
+      ConfigError: a class does not exist.
+    """
+    if not data.num_classes:
+        conditions = None if source is None else conditions_in_turn(source, data)[0]
+        return ["samples"], conditions
     classes = config.evaluation.grid_classes or tuple(range(data.num_classes))
     if max(classes) >= data.num_classes:
         raise ConfigError(
             f"config.evaluation.grid_classes must be below {data.num_classes}, got {max(classes)}"
         )
-    return classes
+    table = np.arange(data.num_classes, dtype=np.int32)
+    if source is not None:
+        table, _ = conditions_in_turn(source, data)
+    names = getattr(source, "class_names", None) or [f"class {i}" for i in range(data.num_classes)]
+    conditions = jax.tree.map(lambda a: np.asarray(a)[np.asarray(classes)], table)
+    return [names[label] for label in classes], conditions

@@ -12,6 +12,7 @@ from absl import logging
 from jax.experimental import multihost_utils
 
 from piflow_jax.config import Config, ConfigError
+from piflow_jax.data import stacked
 from piflow_jax.data.prompt_lists import DOWNSAMPLING, Prompt, bucket_size
 from piflow_jax.data.prompts import PromptsSource, load_prompts_source
 from piflow_jax.evaluation import index_noise
@@ -21,8 +22,8 @@ from piflow_jax.parallel import ActivationSharding, batch_sharding, config_mesh
 from piflow_jax.stages.autoencoder import check_autoencoder, load_autoencoder
 from piflow_jax.stages.prepare_prompts import listed_prompts
 from piflow_jax.stages.systems import load_system, system_sampler
-from piflow_jax.training.conditions import conditions
-from piflow_jax.training.networks import DataShape, student_spec, teacher_spec
+from piflow_jax.systems.shapes import DataShape
+from piflow_jax.systems.spec import student_spec, teacher_spec
 
 __all__ = ["find_prompts", "sample_prompts"]
 
@@ -144,9 +145,9 @@ def _sampler(config: Config, data: DataShape, mesh: jax.sharding.Mesh, null: dic
     sampler = system_sampler(config, data, null, ActivationSharding(mesh))
 
     def sample(params, places, batch):
-        shape = (*batch["canvas"].shape[1:-1], data.channels)
+        shape = (*batch["x"].shape[1:-1], data.channels)
         noise = index_noise(config.evaluation.seed, places, shape)
-        return sampler(params, noise, conditions(config.model, batch))
+        return sampler(params, noise, batch["condition"])
 
     return sample
 
@@ -154,7 +155,7 @@ def _sampler(config: Config, data: DataShape, mesh: jax.sharding.Mesh, null: dic
 def _batches(
     config: Config, source: PromptsSource, indices: Sequence[int], mesh: jax.sharding.Mesh
 ) -> Iterator[tuple[list[int], dict[str, np.ndarray]]]:
-    """Places in the list and their embeddings, of one shape each; the last place fills a batch."""
+    """Places in the list and their examples, of one shape each; the last place fills a batch."""
     by_bucket: dict[int, list[int]] = {}
     for place, index in enumerate(indices):
         by_bucket.setdefault(source.bucket(index), []).append(place)
@@ -165,15 +166,9 @@ def _batches(
             part = places[start : start + most]
             part += part[-1:] * (most - len(part))
             examples = [source[indices[place]] for place in part]
-            names = ("text", "text_length", "pooled", "canvas")
-            yield (
-                part,
-                {
-                    name: np.stack([example[name] for example in examples])
-                    for name in names
-                    if name in examples[0]
-                },
-            )
+            # Of the states the shape alone matters.
+            examples = [e | {"x": np.zeros((*e["x"].shape[:-1], 0), np.float32)} for e in examples]
+            yield part, stacked(examples)
 
 
 def _here(samples: jax.Array) -> np.ndarray:

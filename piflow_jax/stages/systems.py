@@ -5,47 +5,51 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 
 from piflow_jax.config import Config, ConfigError
 from piflow_jax.convert import load_adapter, load_params, open_weights
-from piflow_jax.data import Source, load_source
+from piflow_jax.data import Source, stacked
 from piflow_jax.evaluation.evaluator import Sampler
 from piflow_jax.flow.sampling import few_step_sample, ode_sample
 from piflow_jax.flow.schedule import TimeWarp
 from piflow_jax.models.dit import Constrain
 from piflow_jax.parallel import local_mesh, parameter_shardings, replicated, state_shardings
+from piflow_jax.systems.assembly import Systems
+from piflow_jax.systems.conditioning import Condition
+from piflow_jax.systems.datasets import dataset, load_source, shape_of
+from piflow_jax.systems.networks import (
+    Network,
+    abstract_variables,
+    network_kind,
+    student_network,
+    teacher_network,
+)
+from piflow_jax.systems.policies import policy_factory
+from piflow_jax.systems.shapes import DataShape
+from piflow_jax.systems.spec import (
+    check_policy_config,
+    spec_of,
+    student_settings,
+    student_spec,
+    teacher_spec,
+    updated,
+)
 from piflow_jax.training.checkpoint import (
     CheckpointError,
     check_spec,
     read_spec,
     restore_subtree,
 )
-from piflow_jax.training.conditions import conditions, null_conditions
 from piflow_jax.training.loop import checkpoint_dir
-from piflow_jax.training.networks import (
-    IMAGENET_LATENTS,
-    TEXT_LATENTS,
-    DataShape,
-    Network,
-    abstract_params,
-    check_policy_config,
-    completed,
-    spec_of,
-    student_network,
-    student_settings,
-    student_spec,
-    teacher_network,
-    teacher_spec,
-    trained_part,
-    with_base,
-)
-from piflow_jax.training.objectives import guided_teacher, make_policy_factory
+
+# Conditions in turn of data without classes.
+_MOST_CONDITIONS = 1000
 
 __all__ = [
+    "conditions_in_turn",
     "data_shape",
     "load_average",
     "load_student",
@@ -56,7 +60,6 @@ __all__ = [
     "system_sampler",
     "teacher_sampler",
     "teacher_shardings",
-    "told_by_class",
 ]
 
 
@@ -84,12 +87,12 @@ def data_shape(config: Config, workdir: str | os.PathLike) -> DataShape:
     Raises:
       CheckpointError: there is no student, or its checkpoint is unusable.
     """
-    of_prompts = config.data.name == "prompts"
-    if config.data.name != "imagenet" and (config.data.data_dir or not of_prompts):
-        return DataShape.of(config.data.name, load_source(config.data.name, config.data.data_dir))
+    row = dataset(config)
+    if row.bundled or (row.captions and config.data.data_dir):
+        return shape_of(config, load_source(config.data))
     of_teacher = config.evaluation.system == "teacher"
     if config.teacher.weights if of_teacher else config.evaluation.weights:
-        return TEXT_LATENTS[config.model.network] if of_prompts else IMAGENET_LATENTS
+        return network_kind(config.model).official
     _, spec, _ = read_spec(student_dir(config, workdir))
     try:
         return student_settings(spec).data
@@ -127,19 +130,24 @@ def load_teacher(
       CheckpointError: there is no checkpoint, it is unusable, or it contradicts the settings.
       ConfigError: the official weights contradict the settings, or need PyTorch to be read.
     """
-    module, spec = teacher_network(config.model, data), teacher_spec(config, data)
+    network, spec = teacher_network(config.model, data), teacher_spec(config, data)
     path = config.teacher.weights
     if path:
-        network = config.model.network
-        form = config.teacher.weights_format if network == "dit" else network
+        formats = network_kind(config.model).formats
+        form = config.teacher.weights_format or formats[0]
+        if form not in formats:
+            raise ConfigError(
+                f"config.teacher.weights_format must be one of {', '.join(formats)} with "
+                f"config.model.network = {config.model.network!r}, got {form!r}"
+            )
 
         def read(weights, place):
-            return load_params(module, weights, form, place)
+            return load_params(network.module, weights, form, place)
 
-        like = _placed(abstract_params(module), shardings)
+        like = _placed(abstract_variables(network), shardings)
         return _official(path, "config.teacher.weights", spec, config, read, like)
     directory = config.teacher.checkpoint or checkpoint_dir(workdir, "teacher")
-    return load_average(directory, module, spec, shardings)
+    return load_average(directory, network, spec, shardings)
 
 
 def _placed(abstract: Any, shardings: Any) -> Any:
@@ -176,7 +184,7 @@ def _official(path: str, key: str, spec: Mapping[str, Any], config: Config, read
         if said is not None:
             # What is known of data and autoencoder depends on what is at hand.
             known = {k: v for k, v in spec.items() if k not in ("data.name", "data.vae")}
-            check_spec(completed(said), known, weights.path)
+            check_spec(updated(said), known, weights.path)
         elif spec["kind"] == "student":
             policy = weights.metadata.get("policy_config")
             check_policy_config(policy, config.policy, config.train)
@@ -207,35 +215,34 @@ def load_student(
       CheckpointError: there is no checkpoint, it is unusable, or it contradicts the settings.
       ConfigError: the official weights contradict the settings, or need PyTorch to be read.
     """
-    module = student_network(config.model, config.policy, data)
-    trained = trained_part(module, abstract_params(module))
+    network = student_network(config.model, config.policy, data)
+    trained = network.trained(abstract_variables(network))
     shardings = None if mesh is None else parameter_shardings(mesh, trained)
-    base = None
-    if config.model.network != "dit":
-        base = _load_teacher_on(mesh, config, data, workdir)
+    base = _load_teacher_on(mesh, config, data, workdir) if network.adapted else None
     spec = student_spec(config, data)
     if not config.evaluation.weights:
-        trained = load_average(student_dir(config, workdir), module, spec, shardings)
+        trained = load_average(student_dir(config, workdir), network, spec, shardings)
     else:
 
         def read(weights, place):
-            if base is not None:
-                return load_adapter(module, weights, place=place)
-            return load_params(module, weights, f"{config.policy.kind}_dit", place)
+            if network.adapted:
+                return load_adapter(network.module, weights, place=place)
+            form = f"{config.policy.kind}_{config.model.network}"
+            return load_params(network.module, weights, form, place)
 
         path, like = config.evaluation.weights, _placed(trained, shardings)
         trained = _official(path, "config.evaluation.weights", spec, config, read, like)
-    return with_base(module, trained, base)
+    return network.with_base(trained, base)
 
 
 def load_average(
-    directory: str | os.PathLike, module: Network, spec: dict[str, Any], shardings: Any = None
+    directory: str | os.PathLike, network: Network, spec: dict[str, Any], shardings: Any = None
 ) -> Any:
     """The averaged parameters of a checkpoint.
 
     Args:
       directory: where the checkpoints lie.
-      module: the network.
+      network: the network.
       spec: what the checkpoint must say of itself.
       shardings: see `load_teacher`.
 
@@ -246,8 +253,8 @@ def load_average(
       CheckpointError: there is no checkpoint, it is unusable, or it contradicts the spec.
     """
     _, saved, _ = read_spec(directory)
-    check_spec(completed(saved), spec, directory)
-    abstract = trained_part(module, abstract_params(module))
+    check_spec(updated(saved), spec, directory)
+    abstract = network.trained(abstract_variables(network))
     return restore_subtree(directory, "ema_params", _placed(abstract, shardings))
 
 
@@ -255,7 +262,7 @@ def teacher_sampler(
     config: Config,
     data: DataShape,
     steps: int,
-    null: Mapping[str, Any] | None = None,
+    null: Condition | None = None,
     constrain: Constrain | None = None,
 ) -> Sampler:
     """The guided teacher's Euler sampler.
@@ -268,21 +275,12 @@ def teacher_sampler(
       constrain: see `DiT`; for parameters that are split.
 
     Returns:
-      `(params, noise[B, H, W, C], told) -> x_0[B, H, W, C]`; what the network is told are labels
-      `[B]`, or of captions its conditions.
+      `(params, noise[B, H, W, C], condition) -> x_0[B, H, W, C]`.
     """
-    module = teacher_network(config.model, data)
-    if constrain is not None:
-        module = module.clone(constrain=constrain)
+    teacher = Systems.of(config, data, null, constrain).teacher
 
-    def sample(params, noise, told):
-        guided = config.teacher.guidance_scale != 1
-        velocity = guided_teacher(
-            lambda x, sigma, told: module.apply(params, x, sigma, **told),
-            _named(told),
-            null_conditions(config.model, data.num_classes, null) if guided else None,
-            config.teacher,
-        )
+    def sample(params, noise, condition):
+        velocity = teacher.bind(params, condition)
         return ode_sample(velocity, noise, steps, TimeWarp(config.train.shift))
 
     return sample
@@ -297,18 +295,16 @@ def student_sampler(config: Config, data: DataShape, constrain: Constrain | None
       constrain: see `DiT`; for parameters that are split.
 
     Returns:
-      `(params, noise, told) -> x_0`, see `teacher_sampler`.
+      `(params, noise, condition) -> x_0`, see `teacher_sampler`.
     """
-    module = student_network(config.model, config.policy, data)
-    if constrain is not None:
-        module = module.clone(constrain=constrain)
-    factory = make_policy_factory(config.policy, config.train, sampling=True)
+    network = Systems.of(config, data, constrain=constrain).student_network
+    factory = policy_factory(config.policy, config.train, sampling=True)
     train, settings = config.train, config.evaluation
 
-    def sample(params, noise, told):
+    def sample(params, noise, condition):
         def policy(x, sigma):
             with jax.named_scope("student"):
-                output = module.apply(params, x, sigma, **_named(told))
+                output = network.apply(params, x, sigma, condition)
             with jax.named_scope("policy"):
                 return factory(output, x, sigma)
 
@@ -353,7 +349,7 @@ def _load_teacher_on(
     mesh: Mesh | None, config: Config, data: DataShape, workdir: str | os.PathLike
 ):
     """The teacher's parameters, split over a mesh's devices as `load_student` splits its own."""
-    abstract = abstract_params(teacher_network(config.model, data))
+    abstract = abstract_variables(teacher_network(config.model, data))
     shardings = None if mesh is None else parameter_shardings(mesh, abstract)
     return load_teacher(config, data, workdir, shardings)
 
@@ -361,7 +357,7 @@ def _load_teacher_on(
 def system_sampler(
     config: Config,
     data: DataShape,
-    null: Mapping[str, Any] | None = None,
+    null: Condition | None = None,
     constrain: Constrain | None = None,
 ) -> Sampler:
     """The student's sampler, or the teacher's at the last of `config.evaluation.teacher_steps`.
@@ -373,34 +369,28 @@ def system_sampler(
       constrain: see `DiT`; for parameters that are split.
 
     Returns:
-      `(params, noise, told) -> x_0`, see `teacher_sampler`.
+      `(params, noise, condition) -> x_0`, see `teacher_sampler`.
     """
     if config.evaluation.system == "student":
         return student_sampler(config, data, constrain)
     return teacher_sampler(config, data, config.evaluation.teacher_steps[-1], null, constrain)
 
 
-def told_by_class(config: Config, source: Source, sampler: Sampler) -> Sampler:
-    """A sampler whose third argument are labels, whatever the network is told.
+def conditions_in_turn(source: Source, data: DataShape) -> tuple[Condition, np.ndarray]:
+    """The conditions that samples of figures have in turn, and their labels.
 
     Args:
-      config: the run's settings.
-      source: the data; with captions, it has one of each class.
-      sampler: see `student_sampler`.
+      source: the data.
+      data: what networks know of it.
 
     Returns:
-      The sampler itself for a network that is told labels.
+      `(conditions, labels int32[n])`: one of each class; without classes those of the first
+      examples, all labelled 0; and a single None without conditions.
     """
-    if config.model.network == "dit":
-        return sampler
-    table = source.of_classes()
-
-    def sample(params, noise, labels):
-        batch = {name: jnp.asarray(rows)[labels] for name, rows in table.items()}
-        return sampler(params, noise, conditions(config.model, batch))
-
-    return sample
-
-
-def _named(told: jax.Array | Mapping[str, jax.Array]) -> Mapping[str, jax.Array]:
-    return told if isinstance(told, Mapping) else {"labels": told}
+    if data.num_classes:
+        labels = np.arange(data.num_classes, dtype=np.int32)
+        return (source.of_classes() if hasattr(source, "of_classes") else labels), labels
+    count = min(len(source), _MOST_CONDITIONS)
+    examples = [source[index].get("condition") for index in range(count)]
+    labels = np.zeros(count, np.int32)
+    return (None if examples[0] is None else stacked(examples)), labels

@@ -9,27 +9,26 @@ from absl import logging
 from jax.sharding import Mesh
 
 from piflow_jax.config import Config, ConfigError
-from piflow_jax.data import batches, load_source
-from piflow_jax.evaluation import FEATURE_SPACES
+from piflow_jax.data import Source, batches
 from piflow_jax.parallel import ActivationSharding, config_mesh, gathered, local_rows
-from piflow_jax.stages.adm import load_inception, load_reference
+from piflow_jax.stages.adm import config_judge, load_inception, load_reference
 from piflow_jax.stages.autoencoder import check_autoencoder, load_autoencoder
 from piflow_jax.stages.evaluate import evaluate
 from piflow_jax.stages.look import student_look
 from piflow_jax.stages.systems import load_teacher, student_shardings, teacher_shardings
+from piflow_jax.systems.assembly import Systems
+from piflow_jax.systems.datasets import dataset, load_source, shape_of
+from piflow_jax.systems.judges import Judge
+from piflow_jax.systems.networks import Network, abstract_variables, teacher_network
+from piflow_jax.systems.shapes import DataShape
+from piflow_jax.systems.spec import (
+    model_settings,
+    student_spec,
+    teacher_spec,
+    updated_settings,
+)
 from piflow_jax.training.fingerprints import tree_fingerprint
 from piflow_jax.training.loop import Stage, run_stage
-from piflow_jax.training.networks import (
-    DataShape,
-    abstract_params,
-    init_params,
-    initial_student,
-    student_network,
-    student_spec,
-    teacher_network,
-    teacher_spec,
-    with_base,
-)
 from piflow_jax.training.optimizer import make_optimizer
 from piflow_jax.training.run_lock import RunLock
 from piflow_jax.training.state import TrainState
@@ -60,11 +59,11 @@ def train(config: Config, workdir: str | os.PathLike) -> None:
 
 def _train(config: Config, workdir: str | os.PathLike) -> None:
     mesh = config_mesh(config)
-    source = load_source(config.data.name, config.data.data_dir or None)
-    data = DataShape.of(config.data.name, source)
-    if config.data.name == "imagenet":
+    row, source = dataset(config), load_source(config.data)
+    data, pixels = shape_of(config, source), not row.latents
+    if row.by_class and row.latents:
         _check_evaluation(config, data)
-    if config.data.name == "prompts" and not (config.train.data_free or source.latent_channels):
+    if not (config.train.data_free or has_states(source)):
         raise ConfigError(
             f"{config.data.data_dir} has prompts without latents: set config.train.data_free (the "
             "variant datafree), or prepare the set from a list with images and config.data.vae"
@@ -72,19 +71,21 @@ def _train(config: Config, workdir: str | os.PathLike) -> None:
     given = config.teacher.checkpoint or config.teacher.weights
     if given:
         logging.info("teacher: given, %s", given)
-    elif config.data.name == "prompts":
+    elif not row.by_class:
         raise ConfigError(
             "prompts are for students: give config.teacher.weights or config.teacher.checkpoint"
         )
     else:
         run_here(teacher_stage(config, source, data, mesh), config, workdir, mesh)
-    abstract = abstract_params(teacher_network(config.model, data))
+    abstract = abstract_variables(teacher_network(config.model, data))
     shardings = teacher_shardings(config, mesh, abstract)
     teacher_params = load_teacher(config, data, workdir, shardings)
-    run_here(student_stage(config, source, data, teacher_params, mesh), config, workdir, mesh)
-    if config.data.name == "prompts":
+    judge = config_judge(config, source, workdir) if pixels and config.evaluation.every else None
+    stage = student_stage(config, source, data, teacher_params, mesh, judge)
+    run_here(stage, config, workdir, mesh)
+    if not row.by_class:
         logging.info("trained; --mode=sample draws its pictures, --mode=evaluate measures them")
-    elif config.data.name in FEATURE_SPACES or config.evaluation.features:
+    elif pixels or config.evaluation.features:
         evaluate(config, workdir)
     else:
         logging.info(
@@ -153,19 +154,20 @@ def _extensible(stage: str, decay: str) -> tuple[str, ...]:
 
 def teacher_stage(config: Config, source, data: DataShape, mesh: Mesh) -> Stage:
     """Training of the teacher by flow matching."""
-    module = teacher_network(config.model, data).clone(constrain=ActivationSharding(mesh))
-    settings = config.teacher
+    caption = getattr(source, "null", None)
+    systems = Systems.of(config, data, caption, ActivationSharding(mesh))
+    network, settings = systems.teacher_network, config.teacher
     optimizer = make_optimizer(settings.optimizer, settings.steps)
-    step = teacher_step(module, optimizer, config, data, getattr(source, "null", None))
+    draw = getattr(source, "draw", None)
     own = {
         key: getattr(settings, key) for key in ("steps", "batch_size", "label_dropout", "optimizer")
     }
     return Stage(
         name="teacher",
-        init=lambda: TrainState.create(
-            init_params(module, stream_key(config, TEACHER_INIT)), optimizer
+        init=lambda: first_state(
+            network, network.init(stream_key(config, TEACHER_INIT)), optimizer
         ),
-        step=step,
+        step=teacher_step(network, optimizer, config, systems.null, draw),
         constants=(stream_key(config, TEACHER_STEPS),),
         data=stage_batches(mesh, source, settings.batch_size, config.seed),
         steps=settings.steps,
@@ -174,49 +176,56 @@ def teacher_stage(config: Config, source, data: DataShape, mesh: Mesh) -> Stage:
             {
                 "seed": config.seed,
                 "data.name": config.data.name,
-                "model": config.model,
+                "model": model_settings(config.model),
                 "teacher": own,
                 "train.shift": config.train.shift,
             }
         ),
         extensible=_extensible("teacher", settings.optimizer.decay),
+        updated=updated_settings,
         spec=teacher_spec(config, data),
         shardings=lambda state: student_shardings(config, mesh, state),
     )
 
 
-def student_stage(config: Config, source, data: DataShape, teacher_params, mesh: Mesh) -> Stage:
-    """Training of the student by pi-ID."""
-    constrain = ActivationSharding(mesh)
-    teacher = teacher_network(config.model, data).clone(constrain=constrain)
-    student = student_network(config.model, config.policy, data).clone(constrain=constrain)
-    settings = config.train
+def student_stage(
+    config: Config,
+    source: Source,
+    data: DataShape,
+    teacher_params: Any,
+    mesh: Mesh,
+    judge: Judge | None = None,
+) -> Stage:
+    """Training of the student by pi-ID; `judge` measures it on the way, see `student_look`."""
+    caption, draw = getattr(source, "null", None), getattr(source, "draw", None)
+    systems = Systems.of(config, data, caption, ActivationSharding(mesh))
+    student, teacher, settings = systems.student_network, systems.teacher_network, config.train
     optimizer = make_optimizer(settings.optimizer, settings.steps)
-    distil = distill_step(student, teacher, optimizer, config, data, getattr(source, "null", None))
 
     def init(teacher_params):
         key = stream_key(config, STUDENT_INIT)
-        return TrainState.create(initial_student(key, student, teacher, teacher_params), optimizer)
+        return TrainState.create(student.start(key, teacher, teacher_params), optimizer)
 
-    look = student_look(config, source, data) if config.evaluation.every else None
+    look = student_look(config, source, data, judge) if config.evaluation.every else None
 
     def look_at(trained):
         # Of the base too one copy on this process's devices: the teacher lies on the mesh.
-        base = None if config.model.network == "dit" else gathered(teacher_params, mesh)
-        return look(with_base(student, trained, base))
+        base = gathered(teacher_params, mesh) if student.adapted else None
+        return look(student.with_base(trained, base))
 
     groups = {"seed": config.seed, "data.name": config.data.name}
-    groups |= {name: getattr(config, name) for name in ("model", "teacher", "policy", "train")}
+    groups["model"] = model_settings(config.model)
+    groups |= {name: getattr(config, name) for name in ("teacher", "policy", "train")}
     flat = flat_settings(groups)
     made_by = tuple(key for key in flat if key.startswith(_TEACHER_MADE_BY))
     extensible = _extensible("train", settings.optimizer.decay)
     # Each part has a key of its own for the dropout of adapters.
-    if config.model.network == "dit" or not config.model.lora_dropout:
+    if not student.drops:
         extensible += ("train.microbatches",)
     return Stage(
         name="student",
         init=init,
-        step=distil,
+        step=distill_step(student, systems.teacher, optimizer, config, data.channels, draw),
         constants=(teacher_params, stream_key(config, STUDENT_STEPS)),
         data=stage_batches(mesh, source, settings.batch_size, config.seed + STUDENT_DATA),
         steps=settings.steps,
@@ -224,11 +233,23 @@ def student_stage(config: Config, source, data: DataShape, teacher_params, mesh:
         config=flat | {_TEACHER: f"fingerprint {tree_fingerprint(teacher_params)}"},
         extensible=extensible,
         identified={_TEACHER: made_by},
+        updated=updated_settings,
         spec=student_spec(config, data),
         init_arguments=(teacher_params,),
         shardings=lambda state: student_shardings(config, mesh, state),
         look=look and look_at,
     )
+
+
+def first_state(network: Network, variables: Any, optimizer) -> TrainState:
+    """The state before the first step of a network that starts at variables of its own."""
+    return TrainState.create(network.trained(variables), optimizer, network.carried(variables))
+
+
+def has_states(source: Source) -> bool:
+    """Whether examples have states, and not the shape of one alone."""
+    x = source[0]["x"]
+    return bool(jax.tree.leaves(x)[0].size)
 
 
 def stage_batches(mesh: Mesh, source, batch_size: int, seed: int):

@@ -84,6 +84,7 @@ class Stage:
       extensible: keys of `config` that a resumed run may change.
       identified: more such keys, by the key of `config` that has the identity of what they made. A
         checkpoint that does not have that key yet is bound to them instead.
+      updated: brings settings that an older version recorded to today's keys.
       spec: what the checkpoint says of itself.
       init_arguments: see `init`.
       shardings: where a state lies, `state -> shardings`; by default all of it on every device.
@@ -100,6 +101,7 @@ class Stage:
     config: Mapping[str, Any]
     extensible: tuple[str, ...] = ()
     identified: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    updated: Callable[[Mapping[str, Any]], Mapping[str, Any]] = dict
     spec: Mapping[str, Any]
     init_arguments: tuple[Any, ...] = ()
     shardings: Callable[[TrainState], Any] | None = None
@@ -225,7 +227,7 @@ def _first_state(
 
 
 def _check_config(saved: Mapping[str, Any], stage: Stage, path) -> None:
-    wanted = dict(stage.config)
+    saved, wanted = stage.updated(saved), dict(stage.config)
     free = set(stage.extensible)
     for identity, keys in stage.identified.items():
         free.update(keys if identity in saved else [identity])
@@ -340,7 +342,7 @@ class _Loop:
 
     def _program(self, state, batch) -> tuple[Callable, int]:
         """The step, compiled for batches of this shape, and the FLOPs of its networks."""
-        shapes = tuple((name, batch[name].shape) for name in sorted(batch))
+        shapes = tuple(leaf.shape for leaf in jax.tree.leaves(batch))
         if shapes not in self._programs:
             with self._monitor.aside() if self._programs else contextlib.nullcontext():
                 self._programs[shapes] = self._compile(state, batch)

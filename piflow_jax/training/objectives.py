@@ -12,136 +12,65 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from piflow_jax.config import PolicyConfig, TeacherConfig, TrainConfig
-from piflow_jax.flow.guidance import guided_velocity
+from piflow_jax.config import TrainConfig
 from piflow_jax.flow.imitation import imitation_loss, intervals_from_uniforms, window_size
-from piflow_jax.flow.policies import ArcFlowPolicy, DXPolicy, GMFlowPolicy, Policy
+from piflow_jax.flow.policies import Policy
 from piflow_jax.flow.policies.base import per_sample
-from piflow_jax.flow.schedule import TimeWarp, longest_segment, segment_start
+from piflow_jax.flow.schedule import Segments, TimeWarp, segment_start
 
 __all__ = [
     "Draws",
     "data_dependent_loss",
     "data_free_loss_and_grads",
     "flow_matching_loss",
-    "guided_teacher",
-    "make_policy_factory",
     "sample_draws",
     "teacher_ratio",
 ]
 
-Conditions = Any
-"""What a network is told beside state and time: arrays `[B, ...]` in any structure."""
+Condition = Any
+"""What an example is conditioned on: arrays `[B, ...]` in any structure, or None."""
 
-Network = Callable[..., Any]
-"""A network with its parameters bound: `(x[B, *sites, C], sigma[B], conditions) -> output`.
+Velocity = Callable[[jax.Array, jax.Array], jax.Array]
+"""`(x[B, *sites, C], sigma[B]) -> u[B, *sites, C]`."""
 
-One with dropout also takes a PRNG key, the keyword `key`.
+Student = Callable[..., tuple[Any, Any]]
+"""`(carried, x[B, *sites, C], sigma[B], condition, key) -> (output, carried)`.
+
+`carried` is what a network has beside its parameters, such as running averages, and `key` that of
+its dropout, or None.
 """
 
-PolicyFactory = Callable[[jax.Array, jax.Array, jax.Array], Policy]
+PolicyFactory = Callable[[Any, jax.Array, jax.Array], Policy]
 """`(network output, x_src, sigma_src) -> policy`."""
-
-# Of the reference: policies in training, policies in its sampler.
-TRAIN_EPS = 1e-6
-SAMPLE_EPS = 1e-4
 
 # A stream of its own beside those that are split off the same key.
 _ADAPTERS = 0xADA
 
 
-def make_policy_factory(
-    policy: PolicyConfig, train: TrainConfig, *, sampling: bool = False
-) -> PolicyFactory:
-    """How a network's output becomes a policy.
-
-    Args:
-      policy: the policy's settings.
-      train: the distillation's settings; segments and shift stay as trained when sampling.
-      sampling: take the clamp of the reference's sampler instead of the one of its training.
-
-    Returns:
-      The factory.
-    """
-    if policy.kind == "gm":
-        eps = SAMPLE_EPS if sampling else TRAIN_EPS
-        return lambda output, x, sigma: GMFlowPolicy.create(output, x, sigma, eps=eps)
-    if policy.kind == "arc":
-        return ArcFlowPolicy.create
-    longest = longest_segment(train.nfe, train.final_step_size_scale)
-    segment_size = policy.segment_size or longest
-
-    def create(output, x, sigma):
-        return DXPolicy.create(
-            output, x, sigma, segment_size, train.shift, policy.mode, eps=SAMPLE_EPS
-        )
-
-    return create
-
-
-def guided_teacher(
-    network: Network, conditions: Conditions, null: Conditions, config: TeacherConfig
-) -> Callable[[jax.Array, jax.Array], jax.Array]:
-    """The teacher's guided velocity for one batch, conditional and unconditional in one call.
-
-    Args:
-      network: the teacher.
-      conditions: of the batch.
-      null: what stands for no condition, of a single example.
-      config: guidance scale, interval and orthogonal share.
-
-    Returns:
-      `(x[B, *sites, C], sigma[B]) -> u[B, *sites, C]`.
-    """
-    if config.guidance_scale == 1:
-        return jax.named_scope("teacher")(lambda x, sigma: network(x, sigma, conditions))
-
-    @jax.named_scope("teacher")
-    def velocity(x, sigma):
-        def pair(a, b):
-            # Side by side and not one after the other: a batch that is split over devices stays so.
-            return jnp.stack([a, b], axis=1).reshape(-1, *a.shape[1:])
-
-        nothing = jax.tree.map(lambda a, n: jnp.broadcast_to(n, a.shape), conditions, null)
-        told = jax.tree.map(lambda a, n: pair(a, n.astype(a.dtype)), conditions, nothing)
-        both = network(pair(x, x), pair(sigma, sigma), told)
-        both = both.reshape(-1, 2, *both.shape[1:])
-        cond, uncond = both[:, 0], both[:, 1]
-        return guided_velocity(
-            cond,
-            uncond,
-            config.guidance_scale,
-            sigma,
-            config.guidance_interval,
-            config.orthogonal_guidance,
-            x,
-        )
-
-    return velocity
-
-
 def flow_matching_loss(
-    network: Network,
+    network: Student,
+    carried: Any,
     key: jax.Array,
     x0: jax.Array,
-    conditions: Conditions,
-    null: Conditions,
+    condition: Condition,
+    null: Condition,
     dropout: float,
     warp: TimeWarp,
-) -> jax.Array:
+) -> tuple[jax.Array, Any]:
     """Conditional flow matching, `mean((u - (eps - x_0))^2)` at `tau ~ U(0, 1)`.
 
     Args:
-      network: the teacher.
+      network: the teacher, whose output is a velocity.
+      carried: see `Student`.
       key: PRNG key.
       x0: `[B, *sites, C]`, data.
-      conditions: of the batch.
-      null: replaces an example's conditions with probability `dropout`; of a single example.
+      condition: of the batch.
+      null: replaces an example's condition with probability `dropout`; of a single example.
       dropout: see `null`.
       warp: raw time to noise level.
 
     Returns:
-      The loss, a scalar.
+      The loss, a scalar, and `carried` after it.
     """
     time_key, noise_key, label_key = jax.random.split(key, 3)
     batch = x0.shape[0]
@@ -152,12 +81,15 @@ def flow_matching_loss(
     t = per_sample(sigma, x0.ndim)
     dropped = jax.random.bernoulli(label_key, dropout, (batch,))
 
-    def drop(told, nothing):
-        where = dropped.reshape((batch,) + (1,) * (told.ndim - 1))
-        return jnp.where(where, jnp.broadcast_to(nothing, told.shape).astype(told.dtype), told)
+    def drop(given, nothing):
+        where = dropped.reshape((batch,) + (1,) * (given.ndim - 1))
+        return jnp.where(where, jnp.broadcast_to(nothing, given.shape).astype(given.dtype), given)
 
-    velocity = network((1 - t) * x0 + t * noise, sigma, jax.tree.map(drop, conditions, null))
-    return jnp.mean(jnp.square(velocity - (noise - x0)))
+    if null is not None:
+        condition = jax.tree.map(drop, condition, null)
+    x = (1 - t) * x0 + t * noise
+    velocity, carried = network(carried, x, sigma, condition, None)
+    return jnp.mean(jnp.square(velocity - (noise - x0))), carried
 
 
 @flax.struct.dataclass
@@ -198,12 +130,12 @@ def teacher_ratio(step: jax.Array, mixing_steps: int) -> float | jax.Array:
     return 1 - jnp.minimum(step, mixing_steps) / mixing_steps
 
 
-def _make_policy(student, policy_factory, x, sigma, conditions, draws):
-    dropout = {} if draws.adapters is None else {"key": draws.adapters[0]}
+def _make_policy(student, carried, policy_factory, x, sigma, condition, draws):
+    key = None if draws.adapters is None else draws.adapters[0]
     with jax.named_scope("student"):
-        output = student(x, sigma, conditions, **dropout)
+        output, carried = student(carried, x, sigma, condition, key)
     with jax.named_scope("policy"):
-        return policy_factory(output, x, sigma)
+        return policy_factory(output, x, sigma), carried
 
 
 @jax.named_scope("policy")
@@ -225,7 +157,7 @@ def _segment_loss(policy, teacher, x_src, tau_src, segment_size, draws, ratio, c
         detached=detached,
         total_substeps=config.total_substeps,
         window_substeps=config.window_substeps,
-        longest_segment=longest_segment(config.nfe, config.final_step_size_scale),
+        longest_segment=Segments(config.nfe, config.final_step_size_scale).longest,
         loss_scale=config.loss_scale,
         adaptive_power=config.adaptive_power,
         time_power=config.time_power,
@@ -233,25 +165,27 @@ def _segment_loss(policy, teacher, x_src, tau_src, segment_size, draws, ratio, c
 
 
 def data_dependent_loss(
-    student: Network,
-    teacher: Callable[[jax.Array, jax.Array], jax.Array],
+    student: Student,
+    carried: Any,
+    teacher: Velocity,
     policy_factory: PolicyFactory,
     x0: jax.Array,
-    conditions: Conditions,
+    condition: Condition,
     tau: jax.Array,
     noise: jax.Array,
     draws: Draws,
     ratio: float | jax.Array,
     config: TrainConfig,
-) -> jax.Array:
+) -> tuple[jax.Array, Any]:
     """pi-ID on one random segment of each sample (paper, Alg. 2).
 
     Args:
-      student: the student.
+      student: the student, with its parameters bound.
+      carried: see `Student`.
       teacher: the guided teacher.
       policy_factory: makes the policy of the student's output.
       x0: `[B, *sites, C]`, data.
-      conditions: of the batch.
+      condition: of the batch.
       tau: `[B]`, raw times in (0, 1], snapped up to the start of their segment.
       noise: `[B, *sites, C]`.
       draws: the segment's random numbers.
@@ -259,23 +193,24 @@ def data_dependent_loss(
       config: the distillation's settings.
 
     Returns:
-      The loss, a scalar.
+      The loss, a scalar, and `carried` after it.
     """
     tau_src, segment_size = segment_start(tau, config.nfe, config.final_step_size_scale)
     sigma = TimeWarp(config.shift).warp(tau_src)
     t = per_sample(sigma, x0.ndim)
     x_src = (1 - t) * x0 + t * noise
-    policy = _make_policy(student, policy_factory, x_src, sigma, conditions, draws)
+    policy, carried = _make_policy(student, carried, policy_factory, x_src, sigma, condition, draws)
     loss, _ = _segment_loss(policy, teacher, x_src, tau_src, segment_size, draws, ratio, config)
-    return loss
+    return loss, carried
 
 
 def data_free_loss_and_grads(
     student_fn: Callable,
     params,
-    teacher: Callable[[jax.Array, jax.Array], jax.Array],
+    carried: Any,
+    teacher: Velocity,
     policy_factory: PolicyFactory,
-    conditions: Conditions,
+    condition: Condition,
     noise: jax.Array,
     draws: Draws,
     ratio: float | jax.Array,
@@ -288,42 +223,48 @@ def data_free_loss_and_grads(
     so memory does not grow with their number.
 
     Args:
-      student_fn: `(params, x, sigma, conditions) -> output`, see `Network`.
+      student_fn: `(params, carried, x, sigma, condition, key) -> (output, carried)`, see `Student`.
       params: the student's parameters that are trained.
+      carried: see `Student`.
       teacher: the guided teacher.
       policy_factory: makes the policy of the student's output.
-      conditions: of the batch.
+      condition: of the batch.
       noise: `[B, *sites, C]`, where the walk starts.
       draws: the segments' random numbers, stacked on a leading axis of length `nfe`.
       ratio: share of the trajectory walked by the teacher.
       config: the distillation's settings.
 
     Returns:
-      `(loss, segment_losses[nfe], grads)`; the loss and the gradients weigh each segment by its
-      raw-time length.
+      `(loss, segment_losses[nfe], grads, carried)`; the loss and the gradients weigh each segment
+      by its raw-time length.
     """
-    nfe, f = config.nfe, config.final_step_size_scale
-    base = 1 / (nfe - 1 + f)
+    nfe = config.nfe
+    segments = Segments(nfe, config.final_step_size_scale)
     batch = noise.shape[0]
     warp = TimeWarp(config.shift)
 
     def segment(carry, inputs):
-        x, tau, grads = carry
+        x, tau, grads, carried = carry
         draws, index = inputs
-        length = jnp.where(index == nfe - 1, f * base, base)
+        length = jnp.where(index == nfe - 1, segments.final, segments.base)
         segment_size = jnp.full((batch,), length, noise.dtype)
         sigma = warp.warp(tau)
 
         def weighted(params):
             student = functools.partial(student_fn, params)
-            policy = _make_policy(student, policy_factory, x, sigma, conditions, draws)
+            policy, after = _make_policy(
+                student, carried, policy_factory, x, sigma, condition, draws
+            )
             loss, aux = _segment_loss(policy, teacher, x, tau, segment_size, draws, ratio, config)
-            return loss * length, (loss, aux.x_dst)
+            return loss * length, (loss, aux.x_dst, after)
 
-        (_, (loss, x_dst)), new = jax.value_and_grad(weighted, has_aux=True)(params)
+        (_, (loss, x_dst, after)), new = jax.value_and_grad(weighted, has_aux=True)(params)
         grads = jax.tree.map(jnp.add, grads, new)
-        return (x_dst, jnp.maximum(tau - segment_size, 0), grads), (loss, length * loss)
+        return (x_dst, jnp.maximum(tau - segment_size, 0), grads, after), (loss, length * loss)
 
-    start = (noise, jnp.ones((batch,), noise.dtype), jax.tree.map(jnp.zeros_like, params))
-    (_, _, grads), (losses, weighted) = jax.lax.scan(segment, start, (draws, jnp.arange(nfe)))
-    return jnp.sum(weighted), losses, grads
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    start = (noise, jnp.ones((batch,), noise.dtype), zeros, carried)
+    (_, _, grads, carried), (losses, weighted) = jax.lax.scan(
+        segment, start, (draws, jnp.arange(nfe))
+    )
+    return jnp.sum(weighted), losses, grads, carried

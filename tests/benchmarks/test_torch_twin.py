@@ -1,5 +1,7 @@
 """The PyTorch twin of the benchmarks does our work: loss, gradients and samples in float64."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,14 +10,16 @@ import pytest
 from piflow_jax.config import parse
 from piflow_jax.flow.sampling import few_step_sample
 from piflow_jax.flow.schedule import TimeWarp
-from piflow_jax.training.networks import DataShape, init_params, student_network, teacher_network
+from piflow_jax.systems.assembly import guided
+from piflow_jax.systems.networks import student_network, teacher_network
+from piflow_jax.systems.policies import policy_factory
+from piflow_jax.systems.shapes import DataShape
 from piflow_jax.training.objectives import (
     Draws,
     data_dependent_loss,
-    guided_teacher,
-    make_policy_factory,
 )
 from piflow_jax.training.optimizer import make_optimizer
+from tests.steps import call
 from tests.tiny import get_config
 
 torch = pytest.importorskip("torch")
@@ -29,20 +33,20 @@ BATCH = 3
 def system(x64):
     """Settings, modules and float64 weights without zeros, with our network's axes in both."""
     settings = get_config()
-    settings.model.time_scale = 10.0
+    settings.model.dit.time_scale = 10.0
     settings.teacher.guidance_scale = 2.0
     settings.teacher.guidance_interval = (0.0, 0.4)
     settings.train.nfe = 2
     settings.train.gm_dropout = 0.5
     config = parse(settings)
     modules = (
-        student_network(config.model, config.policy, SHAPE).clone(dtype=None),
-        teacher_network(config.model, SHAPE).clone(dtype=None),
+        student_network(config.model, config.policy, SHAPE).module.clone(dtype=None),
+        teacher_network(config.model, SHAPE).module.clone(dtype=None),
     )
     rng = np.random.default_rng(0)
 
     def weights(module):
-        params = jax.eval_shape(lambda: init_params(module, jax.random.key(0)))
+        params = jax.eval_shape(module.init, jax.random.key(0), *module.example())
         return jax.tree.map(lambda leaf: jnp.asarray(0.3 * rng.standard_normal(leaf.shape)), params)
 
     return config, modules, tuple(weights(module) for module in modules), rng
@@ -66,12 +70,13 @@ def test_loss_and_gradients_are_ours(system):
     dropout = rng.uniform(size=(BATCH, config.policy.num_components))
 
     @jax.jit
-    @jax.value_and_grad
+    @functools.partial(jax.value_and_grad, has_aux=True)
     def ours(student_params):
         return data_dependent_loss(
-            lambda *inputs: modules[0].apply(student_params, *inputs),
-            guided_teacher(lambda *i: modules[1].apply(params[1], *i), labels, 5, config.teacher),
-            make_policy_factory(config.policy, config.train),
+            call(functools.partial(modules[0].apply, student_params)),
+            (),
+            guided(modules[1], config.teacher, 5).bind(params[1], labels),
+            policy_factory(config.policy, config.train),
             jnp.asarray(images),
             jnp.asarray(labels),
             jnp.asarray(tau),
@@ -81,7 +86,7 @@ def test_loss_and_gradients_are_ours(system):
             config.train,
         )
 
-    loss, grads = ours(params[0])
+    (loss, _), grads = ours(params[0])
     student, teacher = networks(config, modules, params)
     step = twin.Distillation(student, teacher, config, SHAPE.num_classes)
     draws = {"tau": tau, "student": student_u, "dropout": dropout}
@@ -99,7 +104,7 @@ def test_loss_and_gradients_are_ours(system):
 def test_samples_are_ours(system):
     config, modules, params, rng = system
     noise, labels = rng.standard_normal((BATCH, 4, 4, 3)), np.array([1, 3, 0])
-    factory = make_policy_factory(config.policy, config.train, sampling=True)
+    factory = policy_factory(config.policy, config.train, sampling=True)
     ours = jax.jit(
         lambda noise: few_step_sample(
             lambda x, s: factory(modules[0].apply(params[0], x, s, labels), x, s),

@@ -60,11 +60,11 @@ def test_what_is_written_is_read(tmp_path, dtype):
     assert len(source) == 7 and sorted(p.name for p in tmp_path.glob("*-of-*")) == SHARDS
     for index in range(7):
         expected, found = example(index, plan), source[index]
-        assert set(found) == {"mean", "std", "label"}
-        for name in ("mean", "std"):
-            assert found[name].dtype == dtype
-            np.testing.assert_array_equal(found[name], expected[name])
-        assert found["label"] == expected["label"] and found["label"].dtype == np.int32
+        assert set(found["x"]) == {"mean", "std"}
+        for name, moment in found["x"].items():
+            assert moment.dtype == dtype
+            np.testing.assert_array_equal(moment, expected[name])
+        assert found["condition"] == expected["label"] and found["condition"].dtype == np.int32
         assert source.key(index) == expected["key"]
 
 
@@ -88,14 +88,15 @@ def test_tfds_reads_the_directory_by_path_and_by_name(tmp_path):
 def test_batches_cover_every_example_with_its_label(tmp_path):
     write(tmp_path)
     batch = next(batches(load_latents_source(tmp_path), batch_size=7, seed=0))
-    assert batch["mean"].shape == batch["std"].shape == (7, 2, 4, 4, 2)
-    assert batch["label"].dtype == np.int32
+    moments, labels = batch["x"], batch["condition"]
+    assert moments["mean"].shape == moments["std"].shape == (7, 2, 4, 4, 2)
+    assert labels.dtype == np.int32
     order = [
         next(i for i in range(7) if np.array_equal(example(i)["mean"], mean))
-        for mean in batch["mean"]
+        for mean in moments["mean"]
     ]
     assert sorted(order) == list(range(7)) != order
-    np.testing.assert_array_equal(batch["label"], np.array(order) % 3)
+    np.testing.assert_array_equal(labels, np.array(order) % 3)
 
 
 def test_the_manifest_tells_what_the_set_is(tmp_path):
@@ -174,7 +175,7 @@ def test_a_flipped_bit_is_found_on_reading_when_checksums_are_not_compared(finis
     data[data.index(example(6)["std"].tobytes()) + 10] ^= 1
     path.write_bytes(data)
     source = load_latents_source(finished, verify=False)
-    np.testing.assert_array_equal(source[5]["mean"], example(5)["mean"])
+    np.testing.assert_array_equal(source[5]["x"]["mean"], example(5)["mean"])
     with pytest.raises(Exception, match="hash mismatch"):
         source[6]
 

@@ -16,9 +16,8 @@ def make_source(length=LENGTH):
     """Images whose pixels carry the example's index, so that a batch says what it holds."""
     index = np.arange(length, dtype=np.float32)
     images = np.broadcast_to(index[:, None, None, None] / 100, (length, 2, 3, 1)).copy()
-    return ArraySource(
-        name="toy", images=images, labels=np.arange(length, dtype=np.int32) % 5, num_classes=5
-    )
+    labels = np.arange(length, dtype=np.int32) % 5
+    return ArraySource(name="toy", x=images, condition=labels, num_classes=5)
 
 
 class OnDisk:
@@ -39,8 +38,8 @@ class OnDisk:
 
 
 def indices(batch):
-    found = np.rint(batch["image"][:, 0, 0, 0] * 100).astype(int)
-    np.testing.assert_array_equal(batch["label"], found % 5)  # image and label stay together
+    found = np.rint(batch["x"][:, 0, 0, 0] * 100).astype(int)
+    np.testing.assert_array_equal(batch["condition"], found % 5)  # image and label stay together
     return found
 
 
@@ -50,9 +49,9 @@ def take(iterator, count):
 
 def test_batches_have_the_promised_shapes_and_types():
     batch = next(batches(make_source(), batch_size=6, seed=0, rows=range(3, 6)))
-    assert set(batch) == {"image", "label"}
-    assert batch["image"].shape == (3, 2, 3, 1) and batch["image"].dtype == np.float32
-    assert batch["label"].shape == (3,) and batch["label"].dtype == np.int32
+    assert set(batch) == {"x", "condition"}
+    assert batch["x"].shape == (3, 2, 3, 1) and batch["x"].dtype == np.float32
+    assert batch["condition"].shape == (3,) and batch["condition"].dtype == np.int32
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 23, 60])
@@ -199,8 +198,8 @@ def test_epoch_counts_passes():
 def test_importing_data_and_reading_digits_does_not_import_tensorflow():
     code = (
         "import sys\n"
-        "from piflow_jax.data import batches, load_source\n"
-        "next(batches(load_source('digits'), batch_size=2, seed=0))\n"
+        "from piflow_jax.data import batches, load_digits_source\n"
+        "next(batches(load_digits_source(), batch_size=2, seed=0))\n"
         "assert 'tensorflow' not in sys.modules\n"
         "assert 'tensorflow_datasets' not in sys.modules\n"
     )

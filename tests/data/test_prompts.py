@@ -3,11 +3,12 @@
 import dataclasses
 import json
 
+import jax
 import ml_dtypes
 import numpy as np
 import pytest
 
-from piflow_jax.data import batches, load_source
+from piflow_jax.data import batches
 from piflow_jax.data.pipeline import BucketSchedule, Order
 from piflow_jax.data.prompts import (
     PromptsError,
@@ -72,20 +73,21 @@ def test_what_is_written_is_read(source):
     assert source.buckets == PLAN.buckets and source.bucket_sizes == (5, 1, 3)
     for position in range(9):
         expected, found = example(position), source[position]
-        assert set(found) == {"text", "text_length", "pooled", "index", "canvas", "latents"}
+        assert set(found) == {"x", "condition", "index"}
+        condition = found["condition"]
+        assert set(condition) == {"text", "text_length", "pooled"}
         length = len(expected["text"])
-        assert found["text_length"] == length and found["text_length"].dtype == np.int32
-        assert found["text"].shape == (6, 3) and found["text"].dtype == ml_dtypes.bfloat16
+        assert condition["text_length"] == length and condition["text_length"].dtype == np.int32
+        assert condition["text"].shape == (6, 3) and condition["text"].dtype == ml_dtypes.bfloat16
         np.testing.assert_array_equal(
-            found["text"][:length], expected["text"].astype(ml_dtypes.bfloat16)
+            condition["text"][:length], expected["text"].astype(ml_dtypes.bfloat16)
         )
-        assert not found["text"][length:].any()
+        assert not condition["text"][length:].any()
         np.testing.assert_array_equal(
-            found["pooled"], expected["pooled"].astype(ml_dtypes.bfloat16)
+            condition["pooled"], expected["pooled"].astype(ml_dtypes.bfloat16)
         )
         assert found["index"] == LISTED[position] and found["index"].dtype == np.int32
-        assert found["canvas"].shape == (*SIZES[position], 0)
-        np.testing.assert_array_equal(found["latents"], expected["latents"].astype(np.float16))
+        np.testing.assert_array_equal(found["x"], expected["latents"].astype(np.float16))
         assert source.prompts[position] == expected["prompt"]
     assert source.prompts[-1] == "Füchse, 8" and source.prompts[7:] == ["Füchse, 7", "Füchse, 8"]
     with pytest.raises(IndexError, match="no number 9"):
@@ -107,8 +109,9 @@ def test_a_set_without_images_or_pooled_embeddings(tmp_path):
         return {k: v for k, v in example(position).items() if k not in ("pooled", "latents")}
 
     write(tmp_path, plan, made)
-    found = load_source("prompts", str(tmp_path))
-    assert set(found[0]) == {"text", "text_length", "index", "canvas"}
+    found = load_prompts_source(tmp_path)
+    assert set(found[0]["condition"]) == {"text", "text_length"}
+    assert found[0]["x"].shape == (*SIZES[0], 0)
     assert set(found.null) == {"text", "text_length"}
 
 
@@ -186,9 +189,10 @@ def test_batches_are_of_one_bucket_and_cover_it(source):
     seen = {size: [] for size in PLAN.buckets}
     for _ in range(90):
         batch = next(iterator)
-        size = batch["canvas"].shape[1:3]
-        assert batch["canvas"].shape == (2, *size, 0) and batch["latents"].shape == (2, *size, 1)
-        assert batch["text"].shape == (2, 6, 3) and batch["text"].dtype == ml_dtypes.bfloat16
+        size = batch["x"].shape[1:3]
+        text = batch["condition"]["text"]
+        assert batch["x"].shape == (2, *size, 1)
+        assert text.shape == (2, 6, 3) and text.dtype == ml_dtypes.bfloat16
         seen[size].append(batch["index"])
     # Ninety batches are twenty passes over nine prompts: turns in proportion, to less than one.
     assert [len(seen[size]) for size in PLAN.buckets] == [50, 10, 30]
@@ -203,8 +207,8 @@ def test_every_process_has_the_same_bucket_and_its_rows(source):
     halves = [batches(source, batch_size=4, seed=3, rows=rows) for rows in ([0, 1], [2, 3])]
     for _ in range(12):
         expected, parts = next(whole), [next(half) for half in halves]
-        for key, rows in expected.items():
-            np.testing.assert_array_equal(rows, np.concatenate([part[key] for part in parts]))
+        joined = jax.tree.map(lambda *parts: np.concatenate(parts), *parts)
+        jax.tree.map(np.testing.assert_array_equal, expected, joined)
 
 
 def test_a_resumed_stream_goes_on(source):

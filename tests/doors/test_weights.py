@@ -4,6 +4,7 @@ A case is one line: what is done to a small official state or file, and words of
 right value. Files of other programs are in `tests/cases`, with what is right and why.
 """
 
+import dataclasses
 import functools
 import json
 import struct
@@ -35,8 +36,9 @@ from piflow_jax.models.layers import time_features
 from piflow_jax.models.lora import LoRA, split
 from piflow_jax.models.qwen_image import QWEN_TARGETS, QwenImage
 from piflow_jax.stages import run
-from piflow_jax.training import networks
-from piflow_jax.training.conditions import conditions
+from piflow_jax.systems import networks
+from piflow_jax.systems import spec as specs
+from piflow_jax.systems.shapes import DataShape
 from tests import tiny, tiny_text
 
 CASES = Path(__file__).parents[1] / "cases"
@@ -230,7 +232,7 @@ def test_weights_that_are_not_what_they_are_said_to_be(name, change, words):
 
 def test_a_rank_that_is_not_that_of_the_settings_is_one_sentence():
     module = adapted("gm_flux+lora").clone(lora=LoRA(FLUX_TARGETS, rank=4))
-    with pytest.raises(ValueError, match=r"^the rank is 3, and config.model.lora_rank is 4$"):
+    with pytest.raises(ValueError, match=r"^the rank is 3, and the settings' lora_rank is 4$"):
         load_adapter(module, state("gm_flux+lora"))
 
 
@@ -525,16 +527,16 @@ def test_damaged_settings_of_an_adapter(tmp_path, text, words):
 def student(kind="dit"):
     """Settings, spec, and the arrays of a file, of a small student."""
     config = parse(tiny.get_config() if kind == "dit" else tiny_text.get_config(kind))
-    data = networks.DataShape(name="digits", sample_size=8, channels=1, num_classes=10)
+    data = DataShape(name="digits", sample_size=8, channels=1, num_classes=10)
     if kind != "dit":
-        data = networks.DataShape(name="prompts", channels=1, text_features=5, pooled_features=3)
+        data = DataShape(name="prompts", channels=1, text_features=5, pooled_features=3)
     module = networks.student_network(config.model, config.policy, data)
-    params = drawn(module)
-    spec = json.loads(json.dumps(networks.student_spec(config, data)))
+    params = drawn(module.module)
+    spec = json.loads(json.dumps(specs.student_spec(config, data)))
     arrays = (
-        to_torch_state(module, params)
+        to_torch_state(module.module, params)
         if kind == "dit"
-        else export_adapter(module, split(params)[1])
+        else export_adapter(module.module, split(params)[1])
     )
     return config, data, spec, arrays
 
@@ -548,20 +550,20 @@ def written(path, spec, kind="dit"):
 WRONG = [
     ("kind", "teacher", "this holds a teacher, not a student"),
     ("kind", None, "this holds a None"),
-    ("model.hidden", 0, "config.model.hidden must be at least 4"),
-    ("model.hidden", "64", "config.model.hidden must be of type int"),
-    ("model.hidden", True, "config.model.hidden must be of type int"),
-    ("model.hidden", 18, "config.model.hidden must be divisible by 4"),
+    ("model.hidden", 0, "config.model.dit.hidden must be at least 4"),
+    ("model.hidden", "64", "config.model.dit.hidden must be of type int"),
+    ("model.hidden", True, "config.model.dit.hidden must be of type int"),
+    ("model.hidden", 18, "config.model.dit.hidden must be divisible by 4"),
     ("model.hidden", 2 * 32, "hidden: given 64, the state has"),
-    ("model.num_heads", 0, "config.model.num_heads must be at least 1"),
-    ("model.num_heads", [2], "config.model.num_heads must be of type int"),
-    ("model.depth", -1, "config.model.depth must be at least 1"),
+    ("model.num_heads", 0, "config.model.dit.num_heads must be at least 1"),
+    ("model.num_heads", [2], "config.model.dit.num_heads must be of type int"),
+    ("model.depth", -1, "config.model.dit.depth must be at least 1"),
     ("model.patch_size", 3, "model.patch_size .3. must divide data.sample_size .8."),
-    ("model.time_scale", 0, "config.model.time_scale must be above 0"),
-    ("model.time_scale", float("nan"), "config.model.time_scale must be finite"),
-    ("model.mlp_ratio", float("inf"), "config.model.mlp_ratio must be finite"),
-    ("model.network", "unet", "config.model.network must be one of"),
-    ("model.width", 4, "unknown key config.model.width"),
+    ("model.time_scale", 0, "config.model.dit.time_scale must be above 0"),
+    ("model.time_scale", float("nan"), "config.model.dit.time_scale must be finite"),
+    ("model.mlp_ratio", float("inf"), "config.model.dit.mlp_ratio must be finite"),
+    ("model.network", "unet", "model.network = 'unet' is not one of"),
+    ("model.width", 4, "unknown key config.model.dit.width"),
     ("policy.kind", "gmm", "config.policy.kind must be one of"),
     ("policy.num_components", 0, "config.policy.num_components must be at least 1"),
     ("policy.num_components", 3.5, "config.policy.num_components must be of type int"),
@@ -597,12 +599,12 @@ def test_settings_in_a_file_go_through_the_schema(tmp_path, key, value, words):
 
 
 TEXT = [
-    ("model.rope_axes", [4, 2], "config.model.rope_axes must be three even numbers"),
-    ("model.rope_axes", 8, "config.model.rope_axes must be a tuple"),
-    ("model.lora_rank", 0, "config.model.lora_rank must be at least 1"),
-    ("model.lora_rank", 4, "the rank is 3, and config.model.lora_rank is 4"),
-    ("model.distilled_guidance", -1, "config.model.distilled_guidance must be at least 0"),
-    ("model.time_dtype", "float16", "config.model.time_dtype must be one of"),
+    ("model.rope_axes", [4, 2], "config.model.flux.rope_axes must be three even numbers"),
+    ("model.rope_axes", 8, "config.model.flux.rope_axes must be a tuple"),
+    ("model.lora_rank", 0, "config.model.flux.lora_rank must be at least 1"),
+    ("model.lora_rank", 4, "the rank is 3, and the settings' lora_rank is 4"),
+    ("model.distilled_guidance", -1, "config.model.flux.distilled_guidance must be at least 0"),
+    ("model.time_dtype", "float16", "config.model.flux.time_dtype must be one of"),
     ("data.text_features", -5, "data.text_features must be at least 0"),
 ]
 
@@ -634,7 +636,7 @@ def test_a_setting_that_is_missing_is_not_made_up(tmp_path, key):
 
 def test_an_older_student_saw_its_times_as_they_are(tmp_path):
     spec = {name: v for name, v in student("flux")[2].items() if name != "model.time_dtype"}
-    assert networks.student_settings(spec).model.time_dtype == "float32"
+    assert specs.student_settings(spec).model.own.time_dtype == "float32"
 
 
 OFFICIAL = [
@@ -672,9 +674,9 @@ def test_what_an_official_file_says_of_its_grid(said, words):
     config = parse(flux_config.get_config("dx_4nfe"))
     arguments = json.dumps(said), config.policy, config.train
     if words is None:
-        return networks.check_policy_config(*arguments)
+        return specs.check_policy_config(*arguments)
     with pytest.raises(ValueError, match=words):
-        networks.check_policy_config(*arguments)
+        specs.check_policy_config(*arguments)
 
 
 # --- Where files are given ------------------------------------------------------------------------
@@ -682,21 +684,23 @@ def test_what_an_official_file_says_of_its_grid(said, words):
 
 def test_the_folder_that_export_wrote_is_loaded(tmp_path):
     config, data, spec, arrays = student("flux")
-    base = to_torch_state(networks.teacher_network(config.model, data), teacher_params("flux"))
+    base = to_torch_state(
+        networks.teacher_network(config.model, data).module, teacher_params("flux")
+    )
     (tmp_path / "base").mkdir()
     (tmp_path / "adapter").mkdir()
     write_safetensors(tmp_path / "base" / "diffusion_pytorch_model.safetensors", base)
     written(tmp_path / "adapter" / "diffusion_pytorch_model.safetensors", spec, "flux")
     (tmp_path / "adapter" / "config.json").write_text("{}")
     loaded = piflow_jax.load(tmp_path / "adapter", teacher=tmp_path / "base")
-    again = export_adapter(loaded.module, split(loaded.params)[1])
+    again = export_adapter(loaded.network.module, split(loaded.params)[1])
     same(again, arrays)
 
 
 @functools.cache
 def teacher_params(kind):
     config, data = student(kind)[:2]
-    return drawn(networks.teacher_network(config.model, data))
+    return drawn(networks.teacher_network(config.model, data).module)
 
 
 LOADED = [
@@ -757,13 +761,14 @@ def miniature(monkeypatch):
         config = {"flux": flux_config, "qwen_image": qwen_config}[kind].get_config()
         sizes = {"hidden": 48, "num_heads": 3, "rope_axes": (4, 6, 6), "lora_rank": 4}
         depth = {"depth": 2, "single_depth": 2} if kind == "flux" else {"depth": 3}
-        config.model.update(sizes | depth)
+        config.model[kind].update(sizes | depth)
         config.policy.logstd_hidden = 24
         pooled = 32 if kind == "flux" else 0
-        latents = networks.DataShape(
+        latents = DataShape(
             name="prompts", sample_size=128, channels=16, text_features=64, pooled_features=pooled
         )
-        monkeypatch.setitem(networks.TEXT_LATENTS, kind, latents)
+        row = dataclasses.replace(networks.NETWORKS[kind], official=latents)
+        monkeypatch.setitem(networks.NETWORKS, kind, row)
         return config
 
     return miniature
@@ -780,7 +785,7 @@ def test_released_adapters_see_times_in_bfloat16(miniature):
     # Of a standard deviation of 2.25; what is left is the arithmetic of bfloat16. It was 1.22.
     assert np.sqrt(np.mean((np.asarray(x) - recorded["x"]) ** 2)) < 0.12
     exact = piflow_jax.load(case / "adapter", config, "float32", case / "base")
-    assert exact.module.time_dtype == jnp.float32  # which agrees with the release in float32
+    assert exact.network.module.time_dtype == jnp.float32  # where it agrees with the release
 
 
 def test_qwen_image_rounds_times_and_no_frequencies(miniature):
@@ -793,8 +798,8 @@ def test_qwen_image_rounds_times_and_no_frequencies(miniature):
     rng = np.random.default_rng(0)
     noise = rng.normal(size=(2, 6, 10, 16)).astype(np.float32)[:1]
     text = rng.normal(size=(2, 5, 64)).astype(np.float32)[:1]
-    told = conditions(student.settings.model, {"text": text, "text_length": np.int32([5])})
-    apply = jax.jit(lambda t: student.module.apply(student.params, noise, t, **told).means)
+    told = student.network.conditioning({"text": text, "text_length": np.int32([5])})
+    apply = jax.jit(lambda t: student.network.module.apply(student.params, noise, t, **told).means)
     for t in (1.0, 0.889, 0.706, 0.348):
         means = np.asarray(apply(jnp.full(1, t)))[0].reshape(3, 2, 5, 2, 8, 16)
         means = means.transpose(0, 2, 4, 5, 1, 3).reshape(recorded[f"{t}_bfloat16"].shape)
@@ -808,11 +813,11 @@ ROUNDED = [("flux", "gm_4nfe"), ("flux", "datafree"), ("qwen_image", "dx_4nfe")]
 @pytest.mark.parametrize(("kind", "variant"), ROUNDED)
 def test_teacher_and_student_round_alike_where_they_compute_in_bfloat16(kind, variant):
     config = {"flux": flux_config, "qwen_image": qwen_config}[kind].get_config(variant)
-    data = networks.TEXT_LATENTS[kind]
+    data = networks.NETWORKS[kind].official
     for dtype in ("bfloat16", "float32"):
         config.model.dtype = dtype
         settings = parse(config)
         teacher = networks.teacher_network(settings.model, data)
         student = networks.student_network(settings.model, settings.policy, data)
-        assert teacher.time_dtype == student.time_dtype == jnp.dtype(dtype)
-        assert networks.student_spec(settings, data)["model.time_dtype"] == "bfloat16"
+        assert teacher.module.time_dtype == student.module.time_dtype == jnp.dtype(dtype)
+        assert specs.student_spec(settings, data)["model.time_dtype"] == "bfloat16"

@@ -5,7 +5,7 @@ import jax
 import numpy as np
 import pytest
 
-from piflow_jax.data import load_source
+from piflow_jax.data import load_digits_source
 from piflow_jax.evaluation import features as feature_lib
 from piflow_jax.evaluation import frechet_distance, load_features
 
@@ -59,48 +59,48 @@ def test_shipped_weights_have_not_changed(name):
 
 
 def test_batching_does_not_show():
-    network, source = load_features("digits"), load_source("digits")
-    every = network.extract(source.images)
+    network, source = load_features("digits"), load_digits_source()
+    every = network.extract(source.x)
     assert every.shape == (1797, 32)
-    np.testing.assert_allclose(network.extract(source.images[:1]), every[:1], atol=1e-5)
-    np.testing.assert_allclose(network.extract(source.images[500:530]), every[500:530], atol=1e-5)
-    assert network.extract(source.images[:0]).shape == (0, 32)
+    np.testing.assert_allclose(network.extract(source.x[:1]), every[:1], atol=1e-5)
+    np.testing.assert_allclose(network.extract(source.x[500:530]), every[500:530], atol=1e-5)
+    assert network.extract(source.x[:0]).shape == (0, 32)
 
 
 def test_one_compilation_serves_every_number_of_images():
-    network, source = load_features("digits"), load_source("digits")
-    network.extract(source.images[:3])
+    network, source = load_features("digits"), load_digits_source()
+    network.extract(source.x[:3])
     before = feature_lib._standardised._cache_size()
-    network.extract(source.images[:700])
-    network.extract(source.images[:1])
+    network.extract(source.x[:700])
+    network.extract(source.x[:1])
     assert feature_lib._standardised._cache_size() == before
 
 
 def test_real_digits_are_standardised_and_well_conditioned():
-    source = load_source("digits")
-    features = load_features("digits").extract(source.images).astype(np.float64)
+    source = load_digits_source()
+    features = load_features("digits").extract(source.x).astype(np.float64)
     np.testing.assert_allclose(features.mean(axis=0), 0, atol=1e-4)
     np.testing.assert_allclose(features.std(axis=0), 1, atol=1e-4)
     eigenvalues = np.linalg.eigvalsh(np.cov(features.T))
     assert eigenvalues[-1] / eigenvalues[0] < 300
-    within = np.mean([features[source.labels == c].var(axis=0).mean() for c in range(10)])
+    within = np.mean([features[source.condition == c].var(axis=0).mean() for c in range(10)])
     assert within > 0.4  # classes have not collapsed
 
 
 def test_a_linear_rule_on_the_features_names_the_digits():
-    source = load_source("digits")
-    features = load_features("digits").extract(source.images)
+    source = load_digits_source()
+    features = load_features("digits").extract(source.x)
     design = np.concatenate([features, np.ones((1797, 1))], axis=1)
-    solution = np.linalg.lstsq(design, np.eye(10)[source.labels], rcond=None)[0]
-    assert np.mean(np.argmax(design @ solution, axis=1) == source.labels) > 0.97
+    solution = np.linalg.lstsq(design, np.eye(10)[source.condition], rcond=None)[0]
+    assert np.mean(np.argmax(design @ solution, axis=1) == source.condition) > 0.97
 
 
 def test_the_distance_grows_with_damage():
-    source, network = load_source("digits"), load_features("digits")
-    real = network.extract(source.images)
-    noise = np.random.default_rng(0).normal(size=source.images.shape)
+    source, network = load_digits_source(), load_features("digits")
+    real = network.extract(source.x)
+    noise = np.random.default_rng(0).normal(size=source.x.shape)
     distances = [
-        frechet_distance(real, network.extract(source.images + level * noise))
+        frechet_distance(real, network.extract(source.x + level * noise))
         for level in (0.1, 0.2, 0.4, 0.8)
     ]
     assert distances == sorted(distances)

@@ -6,25 +6,26 @@ import sys
 import jax
 
 from piflow_jax.config import ProcessesConfig, parse
-from piflow_jax.data import load_source
 from piflow_jax.parallel import device_mesh, processes, replicated
 from piflow_jax.stages.systems import teacher_shardings
 from piflow_jax.stages.train import student_stage
-from piflow_jax.training.networks import DataShape, init_params, teacher_network
+from piflow_jax.systems.datasets import load_source
+from piflow_jax.systems.networks import teacher_network
+from piflow_jax.systems.shapes import DataShape
 from tests import tiny_text
 
 if __name__ == "__main__":
     processes.start(ProcessesConfig(start_seconds=60))
     settings = tiny_text.get_config()
-    settings.model.lora_rank = 4
+    settings.model.flux.lora_rank = 4
     settings.evaluation.every, settings.evaluation.every_samples = 1, 20
     config = parse(settings, None)
     mesh = device_mesh(fsdp=jax.device_count())
-    source = load_source(config.data.name)
+    source = load_source(config.data)
     data = DataShape.of(config.data.name, source)
 
     def init():
-        return init_params(teacher_network(config.model, data), jax.random.key(0))
+        return teacher_network(config.model, data).init(jax.random.key(0))
 
     where = teacher_shardings(config, mesh, jax.eval_shape(init))
     teacher = jax.jit(init, out_shardings=where)()

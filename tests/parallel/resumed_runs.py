@@ -13,12 +13,13 @@ import numpy as np
 from absl import logging
 
 from piflow_jax.config import parse
-from piflow_jax.data import load_source
 from piflow_jax.parallel import device_mesh
 from piflow_jax.stages.systems import teacher_shardings
 from piflow_jax.stages.train import student_stage
+from piflow_jax.systems.datasets import load_source
+from piflow_jax.systems.networks import teacher_network
+from piflow_jax.systems.shapes import DataShape
 from piflow_jax.training.loop import run_stage
-from piflow_jax.training.networks import DataShape, init_params, teacher_network
 from tests import tiny, tiny_text
 
 FIRST, STEPS = 4, 8
@@ -30,7 +31,7 @@ def settings_of(network):
     if network == "dit":
         return tiny.get_config()
     settings = tiny_text.get_config(network)
-    settings.model.lora_rank = 8
+    settings.model.flux.lora_rank = 8
     return settings
 
 
@@ -40,9 +41,9 @@ def run(network, workdir, shape, steps):
     settings.train.optimizer.learning_rate = 1e-4
     config = parse(settings, None)
     mesh = device_mesh(*shape, devices=jax.devices()[: int(np.prod(shape))])
-    source = load_source(config.data.name)
+    source = load_source(config.data)
     data = DataShape.of(config.data.name, source)
-    teacher = jax.jit(lambda: init_params(teacher_network(config.model, data), jax.random.key(0)))
+    teacher = jax.jit(lambda: teacher_network(config.model, data).init(jax.random.key(0)))
     teacher = jax.device_put(teacher(), teacher_shardings(config, mesh, jax.eval_shape(teacher)))
     stage = student_stage(config, source, data, teacher, mesh)
     options = {"log_every": 1, "checkpoint_every": 100, "keep_checkpoints": 1}

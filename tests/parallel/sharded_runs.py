@@ -1,5 +1,6 @@
 """Twenty distillation steps for each job `[precision, name, mesh]`; prints what came of them."""
 
+import dataclasses
 import json
 import re
 import sys
@@ -20,15 +21,11 @@ from piflow_jax.parallel import (
     state_shardings,
 )
 from piflow_jax.parallel.program import parse_program
-from piflow_jax.training.networks import (
-    DataShape,
-    init_params,
-    student_network,
-    teacher_network,
-)
+from piflow_jax.systems.assembly import Systems
+from piflow_jax.systems.shapes import DataShape
 from piflow_jax.training.optimizer import make_optimizer
 from piflow_jax.training.state import TrainState
-from piflow_jax.training.step import distill_step
+from tests.steps import step_of
 
 DATA = DataShape(name="digits", sample_size=8, channels=1, num_classes=10)
 BATCH, STEPS = 16, 20
@@ -37,9 +34,9 @@ MOVES = {"all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective
 
 def settings():
     config = base_config()
-    config.model.hidden = 32
-    config.model.num_heads = 4
-    config.model.depth = 2
+    config.model.dit.hidden = 32
+    config.model.dit.num_heads = 4
+    config.model.dit.depth = 2
     config.policy.num_components = 4
     config.policy.logstd_hidden = 16
     config.train.batch_size = BATCH
@@ -79,12 +76,15 @@ def moves(text):
 def run(shape, dtype, path):
     mesh = device_mesh(*shape, devices=jax.devices()[: int(np.prod(shape))])
     config = settings()
-    teacher = teacher_network(config.model, DATA).clone(dtype=dtype)
-    student = student_network(config.model, config.policy, DATA).clone(dtype=dtype)
+    systems = Systems.of(config, DATA)
+    teacher, student = (
+        dataclasses.replace(network, module=network.module.clone(dtype=dtype))
+        for network in (systems.teacher_network, systems.student_network)
+    )
     optimizer = make_optimizer(config.train.optimizer, STEPS)
 
     def fresh(module, seed):
-        params = init_params(module, jax.random.key(seed))
+        params = module.init(jax.random.key(seed))
         return jax.tree.map(lambda leaf: leaf.astype(dtype), params)
 
     def init_teacher():
@@ -92,7 +92,7 @@ def run(shape, dtype, path):
 
     def init(teacher_params):
         params = fresh(student, 1)
-        params = student_from_teacher(jax.random.key(2), student, params, teacher_params)
+        params = student_from_teacher(jax.random.key(2), student.module, params, teacher_params)
         return TrainState.create(params, optimizer)
 
     where = parameter_shardings(mesh, jax.eval_shape(init_teacher))
@@ -106,15 +106,13 @@ def run(shape, dtype, path):
 
     rng = np.random.default_rng(0)
     batch = {
-        "image": rng.uniform(-1, 1, (BATCH, 8, 8, 1)).astype(dtype),
-        "label": rng.integers(0, 10, BATCH).astype(np.int32),
+        "x": rng.uniform(-1, 1, (BATCH, 8, 8, 1)).astype(dtype),
+        "condition": rng.integers(0, 10, BATCH).astype(np.int32),
     }
     batch = jax.device_put(batch, batch_sharding(mesh))
     root = jax.device_put(jax.random.key(3), replicated(mesh))
     pin = ActivationSharding(mesh)
-    step = distill_step(
-        student.clone(constrain=pin), teacher.clone(constrain=pin), optimizer, config, DATA
-    )
+    step = step_of(config, DATA, optimizer, student.constrained(pin), teacher.constrained(pin))
     compiled = (
         jax.jit(step, donate_argnums=0, out_shardings=(shardings, replicated(mesh)))
         .lower(state, teacher_params, root, batch)

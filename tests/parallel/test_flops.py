@@ -13,18 +13,12 @@ from piflow_jax.config import parse
 from piflow_jax.models import ArcHead, DiT, DXHead, GMHead, VelocityHead
 from piflow_jax.models.layers import attend
 from piflow_jax.parallel.flops import flops
-from piflow_jax.training.networks import (
-    DataShape,
-    abstract_params,
-    student_network,
-    teacher_network,
-    trained_part,
-    with_base,
-)
+from piflow_jax.systems.networks import abstract_variables, student_network, teacher_network
+from piflow_jax.systems.shapes import DataShape
 from piflow_jax.training.optimizer import make_optimizer
 from piflow_jax.training.state import TrainState
-from piflow_jax.training.step import distill_step
 from tests import recorded, tiny
+from tests.steps import step_of
 
 PRODUCT = 2 * 3 * 5 * 5
 
@@ -162,7 +156,8 @@ def test_a_dit_costs_what_its_sizes_say(head, outputs):
     blocks = depth * (tokens * 12 * d * d + 2 * tokens**2 * d + 6 * d * d)
     ends = tokens * d * pixels * (4 + outputs) + 2 * d * d + 256 * d + d * d
     logstd = 8 * (d + 1) if isinstance(head, GMHead) else 0
-    found = flops(module.apply, abstract_params(module), *module.example(batch))
+    params = jax.eval_shape(module.init, jax.random.key(0), *module.example())
+    found = flops(module.apply, params, *module.example(batch))
     assert found.total == found.needed == 2 * batch * (blocks + ends + logstd)
 
 
@@ -170,7 +165,7 @@ def gradient(student, base, trained, *inputs):
     """FLOPs of an evaluation of a student with its gradient."""
 
     def loss(trained, base, *inputs):
-        outputs = student.apply(with_base(student, trained, base), *inputs)
+        outputs = student.module.apply(student.with_base(trained, base), *inputs)
         return sum(jnp.sum(leaf) for leaf in jax.tree.leaves(outputs))
 
     return flops(jax.grad(loss), trained, base, *inputs)
@@ -194,16 +189,16 @@ def test_full_size_networks_cost_what_closed_forms_gave(name, sites, student_flo
         recorded.networks(config, recorded.shape_of_data(config))[key]
         for key in ("student", "teacher")
     )
-    x, t, told, *rest = student.example()
+    x, t, told, *rest = student.module.example()
     x = jax.ShapeDtypeStruct((1, sites, sites, x.shape[-1]), x.dtype)
     if len(told.shape) == 3:
         told = jax.ShapeDtypeStruct((1, 512, told.shape[-1]), told.dtype)
     inputs = (x, t, told, *rest)
     params, base = recorded.variables(student), recorded.variables(teacher)
-    found = gradient(student, base, trained_part(student, params), *inputs)
+    found = gradient(student, base, student.trained(params), *inputs)
     assert found.needed == pytest.approx(student_flops, rel=2e-4)
     assert found.recomputed > 0
-    found = flops(teacher.apply, base, *inputs)
+    found = flops(teacher.module.apply, base, *inputs)
     assert found.total == found.needed == pytest.approx(teacher_flops, rel=2e-4)
 
 
@@ -214,15 +209,15 @@ def test_a_step_evaluates_its_networks_as_often_as_it_must():
     data = DataShape(name="digits", sample_size=8, channels=1, num_classes=10)
     student = student_network(config.model, config.policy, data)
     teacher = teacher_network(config.model, data)
-    params, base = abstract_params(student), abstract_params(teacher)
+    params, base = abstract_variables(student), abstract_variables(teacher)
     optimizer = make_optimizer(config.train.optimizer, config.train.steps)
     state = jax.eval_shape(lambda params: TrainState.create(params, optimizer), params)
-    batch = {"image": jnp.zeros((6, 8, 8, 1)), "label": jnp.zeros(6, jnp.int32)}
-    step = distill_step(student, teacher, optimizer, config, data)
+    batch = {"x": jnp.zeros((6, 8, 8, 1)), "condition": jnp.zeros(6, jnp.int32)}
+    step = step_of(config, data, optimizer, student, teacher)
     found = flops(step, state, base, jax.random.key(0), batch, scopes=("student", "teacher"))
     queries = 2 * config.train.num_states  # with and without the condition
     assert found.by_scope == {
-        "student": gradient(student, base, params, *student.example(6)).total,
-        "teacher": queries * flops(teacher.apply, base, *teacher.example(6)).total,
+        "student": gradient(student, base, params, *student.module.example(6)).total,
+        "teacher": queries * flops(teacher.module.apply, base, *teacher.module.example(6)).total,
         "other": 0,
     }

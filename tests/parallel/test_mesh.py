@@ -57,7 +57,7 @@ def test_a_process_reads_the_rows_that_its_devices_hold(processes, shape, rows):
 
 
 def test_a_batch_of_all_rows_is_put_as_it_is():
-    batch = {"image": np.arange(12.0, dtype=np.float32).reshape(4, 3), "label": np.arange(4)}
+    batch = {"x": np.arange(12.0, dtype=np.float32).reshape(4, 3), "condition": np.arange(4)}
     found = global_batch(batch, device_mesh(devices=jax.devices()[:1]))
     for name, values in batch.items():
         np.testing.assert_array_equal(found[name], values)
@@ -80,7 +80,7 @@ def tpus(slices):
 
 def settings(hidden=384, **sizes):
     config = tiny.get_config()
-    config.model.hidden, config.model.num_heads = hidden, 8
+    config.model.dit.hidden, config.model.dit.num_heads = hidden, 8
     for axis, size in sizes.items():
         config.mesh[axis] = size
     return parse(config, None)

@@ -9,22 +9,22 @@ import time
 import pytest
 
 from piflow_jax.config import ConfigError, parse
-from piflow_jax.data import load_source
+from piflow_jax.data import load_digits_source
 from piflow_jax.parallel import config_mesh
 from piflow_jax.rivals import METHODS, Rival, find_method
 from piflow_jax.rivals.base import changed
 from piflow_jax.stages import compare_rivals, export
 from piflow_jax.stages import rivals as mode
 from piflow_jax.stages.rivals import _comparable, interleaved_seconds
+from piflow_jax.systems.shapes import DataShape
 from piflow_jax.training.checkpoint import CheckpointError
 from piflow_jax.training.loop import _check_config
-from piflow_jax.training.networks import DataShape
 from tests import tiny
 
 
 def toy(*methods):
     config = tiny.get_config()
-    config.model.time_scale = 1.0
+    config.model.dit.time_scale = 1.0
     config.teacher.optimizer.warmup_steps = config.train.optimizer.warmup_steps = 0
     config.rivals.methods = methods
     config.rivals.seeds = (0,)
@@ -45,7 +45,7 @@ def test_unknown_methods_are_refused_with_the_known_ones(method, tmp_path):
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("data.name", "imagenet", "compares on digits, mnist"),
+        ("data.name", "latents", "compares on pixels"),
         ("train.microbatches", 2, "must be 1"),
     ],
 )
@@ -70,7 +70,7 @@ def test_a_rival_goes_on_in_a_comparison_with_other_methods():
 
     def stage(config):
         config = parse(config)
-        source = load_source("digits")
+        source = load_digits_source()
         data = DataShape.of("digits", source)
         given = {"teacher": {}}
         mesh = config_mesh(config)

@@ -12,7 +12,8 @@ from piflow_jax.config import parse
 from piflow_jax.models.dit import DiT
 from piflow_jax.rivals import METHODS, Rival
 from piflow_jax.rivals.base import Pairs, endpoint_pairs, rival_sampler, rival_setting
-from piflow_jax.training.networks import DataShape, init_params, teacher_network
+from piflow_jax.systems.networks import teacher_network
+from piflow_jax.systems.shapes import DataShape
 from tests import tiny
 
 RIVALS = {name: row for name, row in METHODS.items() if isinstance(row, Rival)}
@@ -24,7 +25,7 @@ jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_lev
 @pytest.fixture(scope="module")
 def settings():
     config = tiny.get_config()
-    config.model.time_scale = 1.0
+    config.model.dit.time_scale = 1.0
     config.train.optimizer.warmup_steps = 0
     config.train.optimizer.learning_rate = 1e-2
     config.rivals.fake_updates = 2
@@ -35,13 +36,13 @@ def settings():
 @pytest.fixture(scope="module")
 def batch():
     images = jax.random.uniform(jax.random.key(1), (BATCH, *DATA.shape), minval=-1, maxval=1)
-    return {"image": images, "label": jnp.arange(BATCH, dtype=jnp.int32)}
+    return {"x": images, "condition": jnp.arange(BATCH, dtype=jnp.int32)}
 
 
 @pytest.fixture(scope="module")
 def teacher(settings):
     """A teacher without a zero in it, so that nothing hides behind one."""
-    fresh = jit(lambda: init_params(teacher_network(settings.model, DATA), jax.random.key(0)))()
+    fresh = jit(lambda: teacher_network(settings.model, DATA).init(jax.random.key(0)))()
     leaves, tree = jax.tree.flatten(fresh)
     rng = np.random.default_rng(0)
     return jax.tree.unflatten(
@@ -57,7 +58,7 @@ def largest_change(a, b):
 
 def assert_starts_at(setting, start, teacher, batch):
     """A copy of the teacher; a network of more outputs predicts the teacher's with each of them."""
-    inputs = batch["image"], jnp.linspace(0.1, 1.0, BATCH), batch["label"]
+    inputs = batch["x"], jnp.linspace(0.1, 1.0, BATCH), batch["condition"]
     found = jit(setting.module.apply)(start, *inputs)
     expected = jit(setting.teacher.apply)(teacher, *inputs)
     if found.shape == expected.shape:
@@ -82,7 +83,7 @@ def test_a_step_trains_the_network_and_leaves_the_rest(method, settings, batch, 
     # What starts at its teacher has nothing to learn of it in the first step.
     given = {"teacher": jax.tree.map(lambda a: 1.2 * a, teacher)}
     if rival.given == "pairs":
-        given["pairs"] = Pairs(batch["image"] + 1, batch["image"], batch["label"])
+        given["pairs"] = Pairs(batch["x"] + 1, batch["x"], batch["condition"])
     state = jit(lambda t: rival.init(setting, jax.random.key(2), t))(teacher)
     start = state.ema_params
     if rival.given == "data":

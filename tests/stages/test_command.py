@@ -13,7 +13,7 @@ from piflow_jax.stages.adm import load_inception
 from piflow_jax.stages.autoencoder import load_autoencoder
 from piflow_jax.stages.prepare_prompts import encode_prompts
 from piflow_jax.stages.systems import load_student
-from piflow_jax.training.networks import IMAGENET_LATENTS
+from piflow_jax.systems.networks import NETWORKS
 from tests import tiny, tiny_text
 
 
@@ -102,13 +102,13 @@ def test_weights_that_need_pytorch_are_refused_in_a_sentence(
 @pytest.mark.parametrize(
     ("key", "load"),
     [
-        ("evaluation.weights", lambda config: load_student(config, IMAGENET_LATENTS, "")),
+        ("evaluation.weights", lambda config: load_student(config, NETWORKS["dit"].official, "")),
         ("evaluation.features", load_inception),
         ("data.vae", load_autoencoder),
     ],
 )
 def test_whatever_file_it_is_that_needs_pytorch(needs_pytorch, key, load):
     config = tiny.get_config()
-    config.update_from_flattened_dict({"data.name": "imagenet", key: needs_pytorch})
+    config.update_from_flattened_dict({"data.name": "latents", key: needs_pytorch})
     with pytest.raises(ConfigError, match=rf"config\.{key} = .*: pip install torch"):
         load(parse(config))

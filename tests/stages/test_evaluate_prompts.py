@@ -63,7 +63,7 @@ def config(tmp_path, monkeypatch):
     made = base_config()
     made.data.name = "prompts"
     made.model.network = "flux"
-    made.model.rope_axes = (8, 4, 4)
+    made.model.flux.rope_axes = (8, 4, 4)
     made.data.prompts = str(tmp_path / "list.txt")
     made.evaluation.images = str(tmp_path / "student")
     made.evaluation.teacher_images = str(tmp_path / "teacher")

@@ -28,10 +28,10 @@ from piflow_jax.stages import (
     write_reference,
 )
 from piflow_jax.stages.systems import load_teacher
-from piflow_jax.training.networks import IMAGENET_LATENTS, init_params, teacher_network
+from piflow_jax.systems.networks import NETWORKS, teacher_network
 from tests import tiny
 
-DATA = dataclasses.replace(IMAGENET_LATENTS, num_classes=2)
+DATA = dataclasses.replace(NETWORKS["dit"].official, num_classes=2)
 
 
 @pytest.fixture(scope="module")
@@ -49,17 +49,17 @@ def folder(tmp_path_factory):
     write_safetensors(root / "vae.safetensors", to_torch_state(vae, params))
 
     config = tiny.get_config()
-    config.data.name = "imagenet"
+    config.data.name = "latents"
     config.data.images = str(root / "images")
     config.data.vae = str(root / "vae.safetensors")
     config.data.data_dir = str(root / "latents")
-    config.model.patch_size = 8
+    config.model.dit.patch_size = 8
     config.train.batch_size = 4
     config.train.steps = 3
     config.teacher.weights = str(root / "teacher.safetensors")
     module = teacher_network(parse(config).model, DATA)
-    teacher = jax.jit(lambda: init_params(module, jax.random.key(1)))()
-    write_safetensors(config.teacher.weights, to_torch_state(module, teacher))
+    teacher = jax.jit(lambda: module.init(jax.random.key(1)))()
+    write_safetensors(config.teacher.weights, to_torch_state(module.module, teacher))
     prepare_latents(parse(config), root)
     return root, config, teacher
 
@@ -201,7 +201,7 @@ def test_figures_are_those_of_the_file_however_it_came_about(measurable, tmp_pat
     other.data.data_dir = "nowhere"
     monkeypatch.setattr(adm, "write_samples", write_samples)
     monkeypatch.setattr(adm, "measure_adm", lambda *_: figures)  # the slow part, shown above
-    monkeypatch.setattr(systems, "IMAGENET_LATENTS", DATA)
+    monkeypatch.setattr(systems, "_official", lambda model: DATA)
     evaluate(parse(other), tmp_path)
     with np.load(tmp_path / "samples" / "samples.npz") as archive:
         assert np.abs(archive["arr_0"].astype(int) - images).max() <= 1
@@ -281,7 +281,7 @@ def test_latents_of_another_autoencoder_are_refused(trained, tmp_path):
 def test_what_does_not_fit_is_named(folder, tmp_path):
     root, config, _ = folder
     other = config.copy_and_resolve_references()
-    other.model.depth = 2
+    other.model.dit.depth = 2
     with pytest.raises(ConfigError, match=r"config.teacher.weights = .*depth: given 2"):
         load_teacher(parse(other), DATA, tmp_path)
     other = config.copy_and_resolve_references()

@@ -67,13 +67,13 @@ def test_the_set_holds_the_moments_of_image_and_mirror_image(whole, images, vae)
         image, label, key = images[index]
         crop = center_crop(image, 16)
         found = source[index]
-        assert found["label"] == label and source.key(index) == key
+        assert found["condition"] == label and source.key(index) == key
         for flip, pixels in enumerate((crop, crop[:, ::-1])):
             mean, logvar = encode(pixels[None].astype(np.float32) / 127.5 - 1)
-            np.testing.assert_allclose(found["mean"][flip], mean[0], rtol=2e-3, atol=1e-3)
-            np.testing.assert_allclose(found["std"][flip], np.exp(logvar[0] / 2), rtol=2e-3)
+            np.testing.assert_allclose(found["x"]["mean"][flip], mean[0], rtol=2e-3, atol=1e-3)
+            np.testing.assert_allclose(found["x"]["std"][flip], np.exp(logvar[0] / 2), rtol=2e-3)
         # The two are told apart: the test would see them exchanged or equal.
-        assert np.abs(found["mean"][0] - found["mean"][1]).max() > 0.1
+        assert np.abs(found["x"]["mean"][0] - found["x"]["mean"][1]).max() > 0.1
 
 
 class Killed(Exception):

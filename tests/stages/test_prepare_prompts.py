@@ -13,7 +13,7 @@ from flax import linen as nn
 from PIL import Image
 
 from piflow_jax.config import ConfigError, base_config, parse
-from piflow_jax.data import batches, load_source
+from piflow_jax.data import batches
 from piflow_jax.data.prompt_lists import Prompt
 from piflow_jax.data.prompts import PromptsError, load_prompts_source
 from piflow_jax.data.text_encoders import WordEncoder
@@ -52,14 +52,14 @@ def test_prompts_are_encoded_bucket_by_bucket(whole):
         assert source.prompts[i] == PROMPTS[place].text
         expected = ENCODER([PROMPTS[place].text])[0]
         length = 3 + 1 + place
-        assert source[i]["text_length"] == length == len(expected["text"])
-        found = source[i]["text"][:length]
+        assert source[i]["condition"]["text_length"] == length == len(expected["text"])
+        found = source[i]["condition"]["text"][:length]
         np.testing.assert_array_equal(found, released.rounded(expected["text"]))
         np.testing.assert_array_equal(source[i]["pooled"], released.rounded(expected["pooled"]))
     null = ENCODER([""])[0]
     assert source.null["text_length"] == 1
     np.testing.assert_array_equal(source.null["text"][:1], released.rounded(null["text"]))
-    sizes = {next(batches(source, batch_size=2, seed=i))["canvas"].shape for i in range(12)}
+    sizes = {next(batches(source, batch_size=2, seed=i))["x"].shape for i in range(12)}
     assert sizes <= {(2, 8, 8, 0), (2, 6, 10, 0), (2, 12, 6, 0)} and len(sizes) > 1
 
 
@@ -147,9 +147,9 @@ def test_images_become_latents_of_their_bucket(tmp_path):
     source = load_prompts_source(directory)
     assert source.latent_channels == 2
     for i, place in enumerate([0, 2, 1]):
-        height, width = source[i]["canvas"].shape[:2]
+        height, width = source[i]["x"].shape[:2]
         pixel = np.asarray(Image.open(tmp_path / prompts[place].image))[0, 0]
-        raw = source[i]["latents"].astype(np.float32) / 0.5 + 0.25
+        raw = source[i]["x"].astype(np.float32) / 0.5 + 0.25
         noise = (raw - (pixel[:2] / 127.5 - 1)) / 0.2
         assert raw.shape == (height, width, 2)
         # A sample of the posterior: standard normal noise, another for each image.
@@ -164,7 +164,7 @@ def config(tmp_path, **data):
     made = base_config()
     made.data.name = "prompts"
     made.model.network = "flux"
-    made.model.rope_axes = (8, 4, 4)
+    made.model.flux.rope_axes = (8, 4, 4)
     made.data.prompts = str(tmp_path / "list.jsonl")
     made.data.text_encoder = "words:6:4"
     made.data.data_dir = str(tmp_path / "set")
@@ -177,7 +177,7 @@ def test_the_mode_prepares_and_the_source_is_loaded_by_name(tmp_path):
     entries = [{"prompt": p.text, "aspect": f"{p.aspect}:1"} for p in PROMPTS]
     (tmp_path / "list.jsonl").write_text("\n".join(map(json.dumps, entries)))
     MODES["prepare"](parse(config(tmp_path)), tmp_path)
-    source = load_source("prompts", str(tmp_path / "set"))
+    source = load_prompts_source(tmp_path / "set")
     assert len(source) == 7 and source.manifest["source"].startswith("list.jsonl, SHA-256 ")
 
 

@@ -8,25 +8,26 @@ import numpy as np
 import pytest
 
 from piflow_jax.config import parse
-from piflow_jax.data import load_source
 from piflow_jax.parallel import device_mesh
 from piflow_jax.stages.train import student_stage, teacher_stage
+from piflow_jax.systems.datasets import load_source
+from piflow_jax.systems.networks import abstract_variables, teacher_network
+from piflow_jax.systems.shapes import DataShape
 from piflow_jax.training import loop
 from piflow_jax.training.checkpoint import CheckpointError
-from piflow_jax.training.networks import DataShape, abstract_params, teacher_network
 from tests import tiny, tiny_text
 
 
 def stage_of(network, make=student_stage, fill=0.0, **changes):
     config = tiny.get_config() if network == "dit" else tiny_text.get_config(network)
-    config.update_from_flattened_dict({"train.batch_size": 8, "model.depth": 2})
+    config.update_from_flattened_dict({"train.batch_size": 8, f"model.{network}.depth": 2})
     config.update_from_flattened_dict({k.replace("__", "."): v for k, v in changes.items()})
     config = parse(config)
-    source = load_source(config.data.name)
+    source = load_source(config.data)
     data = DataShape.of(config.data.name, source)
     if make is teacher_stage:
         return teacher_stage(config, source, data, device_mesh())
-    abstract = abstract_params(teacher_network(config.model, data))
+    abstract = abstract_variables(teacher_network(config.model, data))
     params = jax.tree.map(lambda leaf: np.full(leaf.shape, fill, leaf.dtype), abstract)
     return student_stage(config, source, data, params, device_mesh())
 
@@ -94,7 +95,8 @@ def test_what_a_student_learns_may_not(change):
 def test_microbatches_with_dropout_in_adapters_may_not_change(dropout, allowed):
     """Each of them has a key of its own for it."""
     before, after = (
-        stage_of("flux", model__lora_dropout=dropout, train__microbatches=count) for count in (1, 2)
+        stage_of("flux", model__flux__lora_dropout=dropout, train__microbatches=count)
+        for count in (1, 2)
     )
     if allowed:
         resume(before, after)

@@ -22,7 +22,8 @@ from piflow_jax.models.vae import AutoencoderKL
 from piflow_jax.stages import export, sample, train
 from piflow_jax.stages.prepare_prompts import encode_prompts
 from piflow_jax.stages.sample_prompts import find_prompts
-from piflow_jax.training.networks import DataShape, init_params, teacher_network
+from piflow_jax.systems.networks import teacher_network
+from piflow_jax.systems.shapes import DataShape
 from tests import tiny_text
 
 PROMPTS = [
@@ -83,9 +84,9 @@ def test_official_weights_to_pictures_and_adapters(prepared, tmp_path):
     root, config = prepared
     data = DataShape.of("prompts", load_prompts_source(root / "cache"))
     module = teacher_network(parse(config).model, data)
-    teacher = jax.jit(lambda: init_params(module, jax.random.key(0)))()
+    teacher = jax.jit(lambda: module.init(jax.random.key(0)))()
     config.teacher.weights = str(root / "teacher.safetensors")
-    write_safetensors(config.teacher.weights, to_torch_state(module, teacher))
+    write_safetensors(config.teacher.weights, to_torch_state(module.module, teacher))
     vae = AutoencoderKL(channels=(32, 32, 32, 32), layers_per_block=1, latent_channels=16)
     params = jax.jit(vae.init)(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
     write_safetensors(root / "vae.safetensors", to_torch_state(vae, params))

@@ -12,7 +12,7 @@ import numpy as np
 import optax
 import pytest
 
-from piflow_jax.data import batches, load_source
+from piflow_jax.data import batches, load_digits_source
 from piflow_jax.training import loop
 from piflow_jax.training.checkpoint import Checkpointer, CheckpointError, restore_subtree
 from piflow_jax.training.loop import (
@@ -38,7 +38,7 @@ def make_stage(steps=10, *, on_trace=None, poison_at=None, hook=None, **config):
         if on_trace is not None:
             on_trace()
         noise = jax.random.normal(jax.random.fold_in(root, state.step), (3,))
-        pull = jnp.mean(batch["image"]) + noise
+        pull = jnp.mean(batch["x"]) + noise
 
         def loss_fn(params):
             return jnp.sum(jnp.square(params["params"]["w"] - pull))
@@ -50,7 +50,7 @@ def make_stage(steps=10, *, on_trace=None, poison_at=None, hook=None, **config):
             loss = jnp.where(state.step + 1 == poison_at, jnp.nan, loss)
         return TrainState(state.step + 1, params, params, opt_state), {"loss": loss}
 
-    data = batches(load_source("digits"), batch_size=8, seed=3)
+    data = batches(load_digits_source(), batch_size=8, seed=3)
     if hook is not None:
         data = Hooked(data, hook)
     return Stage(

@@ -12,18 +12,19 @@ from piflow_jax.convert import to_torch_state
 from piflow_jax.flow.guidance import guided_velocity
 from piflow_jax.flow.policies import GMFlowPolicy, GMOutput
 from piflow_jax.flow.schedule import TimeWarp
+from piflow_jax.systems.assembly import guided
+from piflow_jax.systems.policies import policy_factory
 from piflow_jax.training.objectives import (
     Draws,
     data_dependent_loss,
     data_free_loss_and_grads,
     flow_matching_loss,
-    guided_teacher,
-    make_policy_factory,
     sample_draws,
     teacher_ratio,
 )
 from tests import golden_files
 from tests.golden_files import sites_last
+from tests.steps import call
 
 # Compiling is most of the time of these tests: programs this small run as fast unoptimised.
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
@@ -63,13 +64,10 @@ class RecordedStep:
         )
         self.labels = jnp.asarray(self.arrays["class_labels"])
         (null_label,) = set(self.arrays["negative_labels"].tolist())
-        self.guided = guided_teacher(
-            functools.partial(teacher.apply, teacher_variables),
-            self.labels,
-            null_label,
-            teacher_config,
+        self.guided = guided(teacher, teacher_config, null_label).bind(
+            teacher_variables, self.labels
         )
-        self.factory = make_policy_factory(PolicyConfig(), self.config)
+        self.factory = policy_factory(PolicyConfig(), self.config)
 
     def random(self, index):
         """The draw of that index, in our layout."""
@@ -128,10 +126,11 @@ def test_data_dependent_step_matches_the_reference(name):
     np.testing.assert_allclose(ratio, step.recorded_ratio, rtol=1e-6)
 
     @jit
-    @jax.value_and_grad
+    @functools.partial(jax.value_and_grad, has_aux=True)
     def loss_fn(variables, x0, tau, noise, draws):
         return data_dependent_loss(
-            functools.partial(step.student.apply, variables),
+            call(functools.partial(step.student.apply, variables)),
+            (),
             step.guided,
             step.factory,
             x0,
@@ -145,7 +144,7 @@ def test_data_dependent_step_matches_the_reference(name):
 
     # The reference turns its uniform around: the raw time is one minus it.
     x0, tau = sites_last(step.arrays["x_0"]), 1 - step.random(0).reshape(-1)
-    loss, grads = loss_fn(step.variables, x0, tau, step.random(1), step.draws(2))
+    (loss, _), grads = loss_fn(step.variables, x0, tau, step.random(1), step.draws(2))
     np.testing.assert_allclose(loss, step.arrays["loss"], rtol=step.loss_rtol)
     step.check_gradients(grads)
 
@@ -158,8 +157,11 @@ def test_data_free_step_matches_the_reference():
     @jit
     def loss_and_grads(variables, noise, draws):
         return data_free_loss_and_grads(
-            step.student.apply,
+            lambda variables, *inputs: call(functools.partial(step.student.apply, variables))(
+                *inputs
+            ),
             variables,
+            (),
             step.guided,
             step.factory,
             step.labels,
@@ -169,7 +171,7 @@ def test_data_free_step_matches_the_reference():
             step.config,
         )
 
-    loss, losses, grads = loss_and_grads(step.variables, step.random(0), draws)
+    loss, losses, grads, _ = loss_and_grads(step.variables, step.random(0), draws)
     recorded = [step.arrays[f"loss_step{i}"] for i in range(nfe)]
     np.testing.assert_allclose(losses, recorded, rtol=step.loss_rtol)
     np.testing.assert_allclose(loss, step.arrays["loss_total"], rtol=step.loss_rtol)
@@ -177,6 +179,13 @@ def test_data_free_step_matches_the_reference():
 
 
 # --- Parts of a pi-ID step ----------------------------------------------------------------------
+
+
+class Plain:
+    """A function as a network without parameters."""
+
+    def __init__(self, function):
+        self.apply = lambda params, *inputs: function(*inputs)
 
 
 def linear_network(x, sigma, labels):
@@ -199,17 +208,17 @@ def test_guided_teacher_combines_both_halves_of_one_call(orthogonal):
     x = jax.random.normal(jax.random.key(0), (4, 3, 2))
     # Below the interval, on both of its ends, above it.
     sigma, labels = jnp.asarray([0.1, 0.2, 0.6, 0.61]), jnp.asarray([1, 2, 3, 4])
-    guided = guided_teacher(teacher, labels, 9, config)(x, sigma)
+    found = guided(Plain(teacher), config, 9).velocity((), x, sigma, labels)
     assert calls == [(8, 3, 2)]
     cond = teacher(x, sigma, labels)
     uncond = teacher(x, sigma, jnp.full((4,), 9))
     expected = guided_velocity(cond, uncond, 2.5, sigma, (0.2, 0.6), orthogonal, x)
-    np.testing.assert_allclose(guided, expected, rtol=1e-6)
-    np.testing.assert_array_equal(guided[jnp.asarray([0, 3])], cond[jnp.asarray([0, 3])])
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    np.testing.assert_array_equal(found[jnp.asarray([0, 3])], cond[jnp.asarray([0, 3])])
     if not orthogonal:
         inside = slice(1, 3)
         by_hand = cond[inside] + 1.5 * (cond[inside] - uncond[inside])
-        np.testing.assert_allclose(guided[inside], by_hand, rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(found[inside], by_hand, rtol=1e-5, atol=1e-5)
 
 
 def test_unguided_teacher_is_asked_without_the_null_label():
@@ -220,7 +229,8 @@ def test_unguided_teacher_is_asked_without_the_null_label():
         return linear_network(x, sigma, labels)
 
     x, sigma, labels = jnp.ones((2, 3)), jnp.asarray([0.3, 0.9]), jnp.asarray([1, 2])
-    velocity = guided_teacher(teacher, labels, 9, TeacherConfig(guidance_scale=1.0))(x, sigma)
+    unguided = guided(Plain(teacher), TeacherConfig(guidance_scale=1.0), 9)
+    velocity = unguided.velocity((), x, sigma, labels)
     np.testing.assert_array_equal(velocity, linear_network(x, sigma, labels))
     assert len(asked) == 1 and asked[0] is labels
 
@@ -245,9 +255,10 @@ def test_a_student_that_equals_the_teacher_has_no_loss():
     @jit
     def loss(shift):
         return data_dependent_loss(
-            student,
+            call(student),
+            (),
             lambda x, sigma: teacher(x, sigma) + shift,
-            make_policy_factory(PolicyConfig(), config),
+            policy_factory(PolicyConfig(), config),
             x0,
             jnp.zeros((16,), jnp.int32),
             tau,
@@ -257,9 +268,9 @@ def test_a_student_that_equals_the_teacher_has_no_loss():
             config,
         )
 
-    assert loss(0.0) < 1e-8
+    assert loss(0.0)[0] < 1e-8
     # Everywhere off by 0.1: scale times half of the square.
-    np.testing.assert_allclose(loss(0.1), 3 * 0.5 * 0.1**2, rtol=1e-3)
+    np.testing.assert_allclose(loss(0.1)[0], 3 * 0.5 * 0.1**2, rtol=1e-3)
 
 
 def test_teacher_ratio_decays_linearly_to_zero():
@@ -287,8 +298,8 @@ def test_draws_have_their_shapes_and_are_independent():
 def test_mixture_policies_clamp_as_the_reference_does():
     output = GMOutput(jnp.zeros((1, 3, 2)), jnp.zeros((1, 3)), jnp.zeros((1,)))
     inputs = (output, jnp.ones((1, 2)), jnp.ones((1,)))
-    training = make_policy_factory(PolicyConfig(), TrainConfig())(*inputs)
-    sampling = make_policy_factory(PolicyConfig(), TrainConfig(), sampling=True)(*inputs)
+    training = policy_factory(PolicyConfig(), TrainConfig())(*inputs)
+    sampling = policy_factory(PolicyConfig(), TrainConfig(), sampling=True)(*inputs)
     assert isinstance(training, GMFlowPolicy)
     assert (training.eps, sampling.eps) == (1e-6, 1e-4)
 
@@ -307,7 +318,7 @@ def test_grid_policies_cover_the_longest_segment(nfe, final, given, expected, sa
     policy = PolicyConfig(kind="dx", mode="polynomial", segment_size=given)
     train = TrainConfig(nfe=nfe, final_step_size_scale=final, shift=3.2)
     sigma = jnp.ones((1,))
-    made = make_policy_factory(policy, train, sampling=sampling)(
+    made = policy_factory(policy, train, sampling=sampling)(
         jnp.zeros((1, 5, 2)), jnp.ones((1, 2)), sigma
     )
     np.testing.assert_allclose(made.tau_src - made.tau_dst, expected, rtol=1e-6)
@@ -326,7 +337,9 @@ def test_flow_matching_loss_is_the_formula():
 
     x0 = jax.random.normal(jax.random.key(0), (batch, 4, 3))
     labels = jnp.arange(batch)
-    loss = flow_matching_loss(spy, jax.random.key(1), x0, labels, 9, 0.0, TimeWarp(shift))
+    loss, _ = flow_matching_loss(
+        call(spy), (), jax.random.key(1), x0, labels, 9, 0.0, TimeWarp(shift)
+    )
     x, sigma, x0 = (np.asarray(v, np.float64) for v in (seen["x"], seen["sigma"], x0))
     # One time in each of as many strata of raw time as there are samples.
     tau = sigma / (shift + (1 - shift) * sigma)
@@ -356,7 +369,7 @@ def test_optimal_velocity_of_gaussian_data_has_the_irreducible_loss():
     @jit
     def loss(key, off):
         network = functools.partial(velocity, off=off)
-        return flow_matching_loss(network, key, x0, labels, 9, 0.1, TimeWarp())
+        return flow_matching_loss(call(network), (), key, x0, labels, 9, 0.1, TimeWarp())[0]
 
     # The square of a normal residual of variance V has variance 2 V^2, and V <= 1 + s^2: the
     # standard error is below sqrt(2 * 1.25^2 / 80000) = 0.0063.
@@ -375,7 +388,7 @@ def test_labels_are_dropped_at_their_rate(rate):
 
     count = 4000
     x0, labels = jnp.zeros((count, 1)), jnp.arange(count) % 9
-    flow_matching_loss(spy, jax.random.key(0), x0, labels, 9, rate, TimeWarp())
+    flow_matching_loss(call(spy), (), jax.random.key(0), x0, labels, 9, rate, TimeWarp())
     ((given, sigma),) = seen
     dropped = np.asarray(given == 9)
     np.testing.assert_array_equal(given[~dropped], labels[~dropped])

@@ -7,16 +7,12 @@ import jax.numpy as jnp
 import pytest
 
 from piflow_jax.config import parse
-from piflow_jax.training.networks import (
-    DataShape,
-    init_params,
-    student_network,
-    teacher_network,
-)
+from piflow_jax.systems.networks import student_network, teacher_network
+from piflow_jax.systems.shapes import DataShape
 from piflow_jax.training.optimizer import make_optimizer
 from piflow_jax.training.state import TrainState
-from piflow_jax.training.step import distill_step
 from tests import tiny
+from tests.steps import step_of
 
 SCOPES = {"student", "teacher", "policy", "optimizer"}
 DATA = DataShape(name="digits", sample_size=8, channels=1, num_classes=10)
@@ -28,14 +24,14 @@ def compiled_names(config):
     teacher = teacher_network(settings.model, DATA)
     student = student_network(settings.model, settings.policy, DATA)
     optimizer = make_optimizer(settings.train.optimizer, settings.train.steps)
-    step = distill_step(student, teacher, optimizer, settings, DATA)
+    step = step_of(settings, DATA, optimizer, student, teacher)
 
     def init():
-        return TrainState.create(init_params(student, jax.random.key(0)), optimizer)
+        return TrainState.create(student.init(jax.random.key(0)), optimizer)
 
-    batch = {"image": jax.ShapeDtypeStruct((8, 8, 8, 1), jnp.float32)}
-    batch["label"] = jax.ShapeDtypeStruct((8,), jnp.int32)
-    weights = jax.eval_shape(lambda: init_params(teacher, jax.random.key(0)))
+    batch = {"x": jax.ShapeDtypeStruct((8, 8, 8, 1), jnp.float32)}
+    batch["condition"] = jax.ShapeDtypeStruct((8,), jnp.int32)
+    weights = jax.eval_shape(lambda: teacher.init(jax.random.key(0)))
     key = jax.eval_shape(lambda: jax.random.key(0))
     lowered = jax.jit(step).lower(jax.eval_shape(init), weights, key, batch)
     # Machine code is of no interest.

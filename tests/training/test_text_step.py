@@ -10,28 +10,19 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from piflow_jax.config import parse
-from piflow_jax.data import batches, load_source
+from piflow_jax.data import batches, load_captioned_digits_source
 from piflow_jax.flow.guidance import guided_velocity
 from piflow_jax.models.lora import DOWN, UP
 from piflow_jax.parallel import device_mesh, parameter_shardings
+from piflow_jax.systems.assembly import guided
+from piflow_jax.systems.networks import abstract_variables, student_network, teacher_network
+from piflow_jax.systems.shapes import DataShape
 from piflow_jax.training.checkpoint import Checkpointer
-from piflow_jax.training.conditions import conditions, null_conditions
 from piflow_jax.training.monitor import step_memory
-from piflow_jax.training.networks import (
-    DataShape,
-    abstract_params,
-    init_params,
-    initial_student,
-    student_network,
-    teacher_network,
-    trained_part,
-    with_base,
-)
-from piflow_jax.training.objectives import guided_teacher
 from piflow_jax.training.optimizer import make_optimizer
 from piflow_jax.training.state import TrainState
-from piflow_jax.training.step import distill_step
 from tests import tiny_text
+from tests.steps import step_of
 
 NETWORKS = ("flux", "qwen_image")
 BATCH = 4
@@ -42,19 +33,17 @@ def system(network, **changes):
     """Settings, source, networks, the teacher's parameters and a student's trained ones."""
     config = tiny_text.get_config(network)
     config.train.batch_size = BATCH
-    for key, value in changes.items():
-        group, _, name = key.partition("__")
-        setattr(getattr(config, group), name, value)
+    config.update_from_flattened_dict({k.replace("__", "."): v for k, v in changes.items()})
     config = parse(config)
-    source = load_source("captioned_digits")
+    source = load_captioned_digits_source()
     data = DataShape.of("captioned_digits", source)
     teacher = teacher_network(config.model, data)
     student = student_network(config.model, config.policy, data)
 
     @jax.jit
     def draw():
-        params = init_params(teacher, jax.random.key(0))
-        trained = initial_student(jax.random.key(1), student, teacher, params)
+        params = teacher.init(jax.random.key(0))
+        trained = student.start(jax.random.key(1), teacher, params)
         # Nothing hidden behind a zero, as fresh heads and adapters are.
         leaves, tree = jax.tree.flatten(trained)
         noise = [0.1 * jax.random.normal(jax.random.key(i), a.shape) for i, a in enumerate(leaves)]
@@ -65,50 +54,47 @@ def system(network, **changes):
 
 @functools.cache
 def batch_of(source, size=BATCH):
-    return {
-        name: jnp.asarray(a) for name, a in next(batches(source, batch_size=size, seed=0)).items()
-    }
+    return jax.tree.map(jnp.asarray, next(batches(source, batch_size=size, seed=0)))
 
 
 def test_qwen_image_is_told_what_is_padding_and_flux_its_guidance():
-    config, source, *_ = system("qwen_image")
-    batch = batch_of(source)
-    told = conditions(config.model, batch)
-    assert set(told) == {"text", "mask"}
-    np.testing.assert_array_equal(told["mask"].sum(axis=1), batch["text_length"])
-    assert told["mask"][:, 0].all() and len(set(np.asarray(batch["text_length"]))) > 1
-    null = null_conditions(config.model, 0, source.null)
-    np.testing.assert_array_equal(null["text"], source.null["text"])
-    assert null["mask"].tolist() == [True] + [False] * (source.text_length - 1)
+    _, source, _, teacher, *_ = system("qwen_image")
+    condition = batch_of(source)["condition"]
+    found = teacher.conditioning(condition)
+    assert set(found) == {"text", "mask"}
+    np.testing.assert_array_equal(found["mask"].sum(axis=1), condition["text_length"])
+    assert found["mask"][:, 0].all() and len(set(np.asarray(condition["text_length"]))) > 1
+    null = teacher.conditioning(jax.tree.map(lambda a: jnp.asarray(a)[None], source.null))
+    np.testing.assert_array_equal(null["text"][0], source.null["text"])
+    assert null["mask"][0].tolist() == [True] + [False] * (source.text_length - 1)
 
-    config, *_ = system("flux")
-    told = conditions(config.model, batch)
-    assert set(told) == {"text", "pooled", "guidance"}
-    np.testing.assert_array_equal(told["guidance"], np.full(BATCH, 3.5))
+    teacher = system("flux")[3]
+    found = teacher.conditioning(condition)
+    assert set(found) == {"text", "pooled", "guidance"}
+    np.testing.assert_array_equal(found["guidance"], np.full(BATCH, 3.5))
 
 
 def test_a_teacher_is_guided_by_the_empty_prompt_whatever_its_padding():
     config, source, data, teacher, _, params, _ = system("qwen_image", teacher__guidance_scale=4.0)
-    batch = batch_of(source)
-    told = conditions(config.model, batch)
+    condition = batch_of(source)["condition"]
     shape = (BATCH, *data.shape)
     x, sigma = jax.random.normal(jax.random.key(0), shape), jnp.linspace(0.2, 1.0, BATCH)
-    apply = jax.jit(lambda x, sigma, told: teacher.apply(params, x, sigma, **told))
-    null = null_conditions(config.model, 0, source.null)
-    guided = guided_teacher(apply, told, null, config.teacher)(x, sigma)
+    apply = jax.jit(functools.partial(teacher.apply, params))
+    null = teacher.conditioning.null(data, source.null)
+    found = guided(teacher, config.teacher, null).velocity(params, x, sigma, condition)
     # By hand: one evaluation with the caption, one with the empty prompt's own single token.
     empty = {
         "text": jnp.tile(jnp.asarray(source.null["text"])[None, :1], (BATCH, 1, 1)),
-        "mask": jnp.ones((BATCH, 1), bool),
+        "text_length": jnp.ones(BATCH, jnp.int32),
     }
-    expected = guided_velocity(apply(x, sigma, told), apply(x, sigma, empty), 4.0, sigma)
-    np.testing.assert_allclose(guided, expected, rtol=2e-4, atol=2e-4)
+    expected = guided_velocity(apply(x, sigma, condition), apply(x, sigma, empty), 4.0, sigma)
+    np.testing.assert_allclose(found, expected, rtol=2e-4, atol=2e-4)
 
 
 def distil(network, optimizer=None, batch=None, **changes):
     config, source, data, teacher, student, params, trained = system(network, **changes)
     optimizer = optimizer or optax.sgd(1.0)
-    step = jax.jit(distill_step(student, teacher, optimizer, config, data, source.null))
+    step = jax.jit(step_of(config, data, optimizer, student, teacher, source.null))
     state = TrainState.create(trained, optimizer)
     batch = batch_of(source) if batch is None else batch
     return step(state, params, jax.random.key(3), batch)
@@ -122,22 +108,23 @@ def test_gradients_are_those_of_the_whole_network_at_the_trained_parameters(netw
     """Against a student that has the base among its own parameters, and trains all of them."""
     _, _, _, _, student, params, trained = system(network)
     state, metrics = distil(network, train__data_free=data_free)
-    whole = with_base(student, trained, params)
+    whole = student.with_base(trained, params)
 
     class Whole:
         """The student as a module without adapters to the step: nothing is merged."""
 
-        lora = None
-        apply = staticmethod(student.apply)
+        adapted = drops = False
+        train = staticmethod(student.train)
+        with_base = staticmethod(lambda trained, carried: trained)
 
     config, source, data, teacher, *_ = system(network, train__data_free=data_free)
-    step = jax.jit(distill_step(Whole(), teacher, optax.sgd(1.0), config, data, source.null))
+    step = jax.jit(step_of(config, data, optax.sgd(1.0), Whole(), teacher, source.null))
     every, expected = step(
         TrainState.create(whole, optax.sgd(1.0)), params, jax.random.key(3), batch_of(source)
     )
     np.testing.assert_allclose(metrics["loss"], expected["loss"], rtol=1e-6)
     moved = jax.tree.map(jnp.subtract, trained, state.params)
-    reference = jax.tree.map(jnp.subtract, trained, trained_part(student, every.params))
+    reference = jax.tree.map(jnp.subtract, trained, student.trained(every.params))
     for (path, a), b in zip(
         jax.tree_util.tree_leaves_with_path(moved), jax.tree.leaves(reference), strict=True
     ):
@@ -151,20 +138,20 @@ def test_gradients_are_those_of_the_whole_network_at_the_trained_parameters(netw
 @pytest.mark.slow
 def test_dropout_of_adapters_differs_by_step_and_leaves_the_teacher_alone():
     kept = distil("flux")[1]["loss"]
-    one = distil("flux", model__lora_dropout=0.5)[1]["loss"]
-    assert one != kept and one == distil("flux", model__lora_dropout=0.5)[1]["loss"]
+    one = distil("flux", model__flux__lora_dropout=0.5)[1]["loss"]
+    assert one != kept and one == distil("flux", model__flux__lora_dropout=0.5)[1]["loss"]
     # All inputs of the adapters dropped: the student of the base and the trained output.
-    none = distil("flux", model__lora_dropout=0.99)[1]["loss"]
+    none = distil("flux", model__flux__lora_dropout=0.99)[1]["loss"]
     assert np.isfinite(none) and none != one
 
 
 @pytest.mark.slow
 def test_prompts_without_images_say_by_an_empty_canvas_what_is_sampled():
     _, source, *_ = system("flux")
-    batch = {name: a for name, a in batch_of(source).items() if name != "latents"}
+    batch = dict(batch_of(source))
     losses = []
     for height, width in ((8, 8), (4, 6)):
-        batch["canvas"] = jnp.zeros((BATCH, height, width, 0))
+        batch["x"] = jnp.zeros((BATCH, height, width, 0))
         losses.append(float(distil("flux", batch=batch)[1]["loss"]))
     # Square ones as in the batch with latents, of which a data-free step sees the size alone.
     np.testing.assert_allclose(losses[0], distil("flux")[1]["loss"], rtol=1e-6)
@@ -173,20 +160,25 @@ def test_prompts_without_images_say_by_an_empty_canvas_what_is_sampled():
 
 def trained_count(config, data):
     """Trained parameters of FLUX.1 by hand: layers of the release's list, head, last modulation."""
-    d, r, p = config.model.hidden, config.model.lora_rank, config.model.patch_size
+    own = config.model.flux
+    d, r, p = own.hidden, own.lora_rank, own.patch_size
     mlp = r * (d + 4 * d) + r * (4 * d + d)
     double, single = 2 * mlp, r * (d + 4 * d) + r * (5 * d + d)
     time = r * (256 + d) + r * (d + d)
     k, hidden = config.policy.num_components, config.policy.logstd_hidden
     rows = k * p * p * (data.channels + 1)
     head = rows * (d + 1) + hidden * (d + 1) + hidden + 1
-    blocks = config.model.depth * double + config.model.single_depth * single
+    blocks = own.depth * double + own.single_depth * single
     return blocks + time + head + 2 * d * (d + 1)
 
 
 def test_state_is_of_the_trained_parameters_only_and_the_step_holds_the_base_once():
     config, source, data, teacher, student, params, trained = system(
-        "flux", model__hidden=64, model__num_heads=4, model__rope_axes=(4, 6, 6), model__depth=3
+        "flux",
+        model__flux__hidden=64,
+        model__flux__num_heads=4,
+        model__flux__rope_axes=(4, 6, 6),
+        model__flux__depth=3,
     )
     count = trained_count(config, data)
     optimizer = make_optimizer(config.train.optimizer, config.train.steps)
@@ -198,17 +190,17 @@ def test_state_is_of_the_trained_parameters_only_and_the_step_holds_the_base_onc
     assert count == sum(leaf.size for leaf in jax.tree.leaves(state.ema_params))
 
     # One example: activations, of which each has nearly a megabyte here, must not hide the base.
-    batch = {name: rows[:1] for name, rows in batch_of(source).items()}
+    batch = jax.tree.map(lambda rows: rows[:1], dict(batch_of(source)))
     base = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
     key = jax.random.key(3)
     step = jax.jit(
-        distill_step(student, teacher, optimizer, config, data, source.null), donate_argnums=0
+        step_of(config, data, optimizer, student, teacher, source.null), donate_argnums=0
     )
     memory = step_memory(step.lower(state, params, key, batch).compile())
-    given = size + base + sum(leaf.nbytes for leaf in batch.values())
+    given = size + base + sum(leaf.nbytes for leaf in jax.tree.leaves(batch))
     # A batch's unused parts and a key of 8 bytes; arrays start at multiples of 64 bytes.
     leaves = len(jax.tree.leaves((state, params, batch)))
-    unused = batch["latents"].nbytes
+    unused = batch["x"].nbytes
     assert given - unused - 4096 <= memory["arguments"] <= given + 64 * leaves
     assert memory["temporary"] < base, "the base is held a second time"
 
@@ -231,13 +223,13 @@ def test_a_checkpoint_is_of_the_trained_parameters_only(tmp_path):
 @pytest.mark.parametrize("network", NETWORKS)
 def test_every_parameter_has_a_place_on_a_mesh(network):
     config = tiny_text.get_config(network)
-    source = load_source("captioned_digits")
+    source = load_captioned_digits_source()
     data = DataShape.of("captioned_digits", source)
     for kind, dropout in (("gm", 0.05), ("dx", 0.0)):
         config.policy.kind, config.train.gm_dropout = kind, dropout
         settings = parse(config)
         student = student_network(settings.model, settings.policy, data)
-        params = abstract_params(student)
+        params = abstract_variables(student)
         mesh = device_mesh(devices=jax.devices()[:1])
         places = parameter_shardings(mesh, params)
         found = {

@@ -1,0 +1,33 @@
+"""A field of the schema: its documentation and the values that it allows."""
+
+import dataclasses
+from typing import Any
+
+
+def config_field(
+    default: Any,
+    doc: str,
+    *,
+    low=None,
+    high=None,
+    above=None,
+    most=None,
+    choices=None,
+    may_be_empty=False,
+):
+    """A config field with its documentation and its allowed values (bounds are inclusive).
+
+    `high` is the end of what has a meaning, `most` of what can be computed.
+    """
+    metadata = dict(
+        doc=doc,
+        low=low,
+        high=high,
+        above=above,
+        most=most,
+        choices=choices,
+        may_be_empty=may_be_empty,
+    )
+    if dataclasses.is_dataclass(default):
+        return dataclasses.field(default_factory=default, metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)

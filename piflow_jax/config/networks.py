@@ -1,0 +1,125 @@
+"""The schema of each network's own settings."""
+
+import dataclasses
+from typing import ClassVar
+
+from piflow_jax.config.fields import config_field as _field
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NetworkConfig:
+    """A network's own settings; those of a network that is not in the table are in its code.
+
+    Attributes:
+      whole: a device holds all of it, and draws samples on its own.
+    """
+
+    whole: ClassVar[bool] = True
+
+    def shared_widths(self) -> dict[str, int]:
+        """Sizes by key that `config.mesh.fsdp` has to divide."""
+        return {}
+
+    def check(self, key: str) -> str | None:
+        """What is wrong with values that are possible alone and not together; `key` is the group's.
+
+        Returns:
+          A sentence, or None.
+        """
+        del key
+        return None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TransformerConfig(NetworkConfig):
+    """Sizes that all our networks have."""
+
+    patch_size: int = _field(2, "side of a patch in sites; divides the image", low=1)
+    hidden: int = _field(64, "width of the tokens; divisible by 4 and by num_heads", low=4)
+    num_heads: int = _field(4, "attention heads", low=1)
+    depth: int = _field(3, "transformer blocks; of FLUX.1 those of two streams", low=1)
+
+    def shared_widths(self) -> dict[str, int]:
+        """See `NetworkConfig`."""
+        return {"hidden": self.hidden}
+
+    def check(self, key: str) -> str | None:
+        """See `NetworkConfig`."""
+        if self.hidden % 4 or self.hidden % self.num_heads:
+            return (
+                f"{key}.hidden must be divisible by 4 and by {key}.num_heads ({self.num_heads}), "
+                f"got {self.hidden}"
+            )
+        return None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DiTConfig(TransformerConfig):
+    """The class-conditional DiT of ImageNet (`model.network = "dit"`)."""
+
+    mlp_ratio: float = _field(4.0, "hidden width of an MLP over `hidden`", above=0, most=1024)
+    time_scale: float = _field(1000.0, "the network sees t times this", above=0)
+
+    def check(self, key: str) -> str | None:
+        """See `NetworkConfig`."""
+        if int(self.hidden * self.mlp_ratio) < 1:
+            return (
+                f"{key}.mlp_ratio times {key}.hidden ({self.hidden}) must be at least 1, got "
+                f"{self.mlp_ratio}"
+            )
+        return super().check(key)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AdaptedConfig(TransformerConfig):
+    """A network that reads text, whose students are low-rank adapters on the teacher's weights."""
+
+    whole: ClassVar[bool] = False
+
+    rope_axes: tuple[int, ...] = _field(
+        (16, 56, 56), "a head's features for frame, row, column", low=2
+    )
+    lora_rank: int = _field(256, "rank of the student's adapters", low=1)
+    lora_dropout: float = _field(
+        0.0, "dropout of the adapters' inputs in training", low=0, high=0.99
+    )
+    base_dtype: str = _field(
+        "float32",
+        "type of the parameters that distillation leaves as they are",
+        choices=("float32", "bfloat16"),
+    )
+    time_dtype: str = _field(
+        "float32",
+        "type to which times are rounded where the network computes in it, as the releases were "
+        "trained",
+        choices=("float32", "bfloat16"),
+    )
+
+    def shared_widths(self) -> dict[str, int]:
+        """See `NetworkConfig`."""
+        return {"hidden": self.hidden, "lora_rank": self.lora_rank}
+
+    def check(self, key: str) -> str | None:
+        """See `NetworkConfig`."""
+        axes = self.rope_axes
+        if len(axes) != 3 or sum(axes) * self.num_heads != self.hidden or any(a % 2 for a in axes):
+            return (
+                f"{key}.rope_axes must be three even numbers that add up to {key}.hidden / "
+                f"{key}.num_heads ({self.hidden} / {self.num_heads}), got {axes}"
+            )
+        return super().check(key)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FluxConfig(AdaptedConfig):
+    """FLUX.1 (`model.network = "flux"`)."""
+
+    single_depth: int = _field(38, "blocks of one stream, behind the others", low=1)
+    distilled_guidance: float = _field(
+        3.5, "guidance scale that the network is given; 0 if it has no such input", low=0
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class QwenImageConfig(AdaptedConfig):
+    """Qwen-Image (`model.network = "qwen_image"`)."""

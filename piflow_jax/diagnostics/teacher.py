@@ -1,0 +1,147 @@
+"""Is a teacher what its description says? Its denoising error against what data promise.
+
+A network that was described with a wrong prediction, sign, direction or clock still gives
+velocities, and a student imitates them. The error of the clean samples that they point at gives it
+away: whatever the network is, it must not be worse than the best linear estimate, whose
+error follows from the variance of the data alone. Denoising errors are those of arXiv 2206.00364.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from piflow_jax.data import Source, as_source, stacked
+from piflow_jax.flow.policies.base import per_sample
+from piflow_jax.flow.teacher import Schedule, Teacher
+
+__all__ = ["TeacherReport", "check_teacher"]
+
+_LEVELS = (0.1, 0.2, 0.35, 0.5, 0.65, 0.8, 0.9)
+# A teacher is in doubt if its error is so many times the linear estimate's, and another reading of
+# the same network is named if it has so small a share of that error.
+_DOUBTFUL, _BETTER = 1.3, 0.5
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TeacherReport:
+    """How well a teacher denoises.
+
+    Attributes:
+      levels: noise levels `t`.
+      error: mean squared error of `x_0 = x_t - t u` at each.
+      linear: that of the best linear estimate per coordinate.
+      problem: what is wrong with the description, in a sentence; None if nothing was found.
+    """
+
+    levels: tuple[float, ...]
+    error: tuple[float, ...]
+    linear: tuple[float, ...]
+    problem: str | None
+
+    @property
+    def ratio(self) -> float:
+        """Error over the linear estimate's, the mean over levels; below 1 for a useful teacher."""
+        return float(np.mean(np.divide(self.error, self.linear)))
+
+    def __str__(self) -> str:
+        """A table, and the problem."""
+        rows = zip(self.levels, self.error, self.linear, strict=True)
+        lines = [f"{t:5.2f}  {error:10.4g}  {linear:10.4g}" for t, error, linear in rows]
+        head = "    t       error      linear"
+        return "\n".join([head, *lines, self.problem or "nothing wrong was found"])
+
+
+def check_teacher(
+    teacher: Teacher, params: Any, source: Source | Any, *, examples: int = 64, seed: int = 0
+) -> TeacherReport:
+    """Compares a teacher's denoising error with what its description promises.
+
+    Args:
+      teacher: the teacher; its guidance is left out.
+      params: its parameters.
+      source: data that it was trained on, see `Source`, or arrays, see `data.as_source`.
+      examples: how many are denoised, at each of seven levels.
+      seed: of the noise.
+
+    Returns:
+      The report. `problem` names another prediction, sign, direction or time scale under which the
+      same network denoises much better, where there is one.
+
+    Raises:
+      ValueError: the network does not take the data, or predicts another shape.
+    """
+    source = as_source(source)
+    count = min(examples, len(source))
+    batch = stacked([source[int(i)] for i in np.linspace(0, len(source) - 1, count)])
+    key = jax.random.key(seed, impl="threefry2x32")
+    x0 = batch["x"]
+    if getattr(source, "draw", None) is not None:
+        x0 = source.draw(jax.random.fold_in(key, 1), x0)
+    x0 = jnp.asarray(x0, jnp.float32)
+    noise = jax.random.normal(key, x0.shape)
+    condition = batch.get("condition")
+    error = _errors(teacher, params, x0, noise, condition)
+    variance = float(np.var(np.asarray(x0), axis=0).mean())
+    linear = [variance * t**2 / ((1 - t) ** 2 * variance + t**2) for t in _LEVELS]
+    ratio = float(np.mean(np.divide(error, linear)))
+    problem = None
+    if not ratio < _DOUBTFUL:
+        found = {
+            reading: float(np.mean(np.divide(_errors(other, params, x0, noise, condition), linear)))
+            for reading, other in _readings(teacher)
+        }
+        reading = min(found, key=lambda name: found[name] if np.isfinite(found[name]) else np.inf)
+        if found[reading] < _BETTER * ratio or not np.isfinite(ratio):
+            problem = (
+                f"the teacher's error is {ratio:.3g} times the best linear estimate's; "
+                f"{reading} it would be {found[reading]:.3g} times that"
+            )
+    return TeacherReport(levels=_LEVELS, error=tuple(error), linear=tuple(linear), problem=problem)
+
+
+def _errors(teacher: Teacher, params, x0, noise, condition) -> list[float]:
+    """Mean squared error of the clean samples at each level."""
+    plain = dataclasses.replace(teacher, guidance_scale=1.0)
+
+    @jax.jit
+    def error(params, x0, noise, condition, t):
+        t = jnp.full(x0.shape[:1], t)
+        level = per_sample(t, x0.ndim)
+        x = (1 - level) * x0 + level * noise
+        velocity = plain.velocity(params, x, t, condition)
+        return jnp.mean(jnp.square(x - level * velocity - x0))
+
+    return [float(error(params, x0, noise, condition, t)) for t in _LEVELS]
+
+
+def _readings(teacher: Teacher) -> Iterator[tuple[str, Teacher]]:
+    """Other descriptions of the same network."""
+    for prediction in ("u", "eps", "x0", "v"):
+        if prediction != teacher.prediction:
+            yield (
+                f"read as prediction={prediction!r}",
+                dataclasses.replace(teacher, prediction=prediction),
+            )
+    yield "with the opposite sign", dataclasses.replace(teacher, predict=_negated(teacher.predict))
+    schedule = teacher.schedule
+    for factor, name in ((1000.0, "1000 times"), (1e-3, "a thousandth of")):
+        scaled = dataclasses.replace(schedule, time_scale=schedule.time_scale * factor)
+        yield (
+            f"asked with {name} its time (time_scale={scaled.time_scale:g})",
+            dataclasses.replace(teacher, schedule=scaled),
+        )
+    for data_at in (0, 1):
+        straight = Schedule.straight(data_at=data_at, time_scale=schedule.time_scale)
+        yield (
+            f"on the straight path with data at {data_at}",
+            dataclasses.replace(teacher, schedule=straight),
+        )
+    yield "on the cosine schedule", dataclasses.replace(teacher, schedule=Schedule.cosine())
+
+
+def _negated(predict: Callable) -> Callable:
+    return lambda *arguments: -predict(*arguments)

@@ -1,0 +1,183 @@
+"""What a network is conditioned on: classes, or text.
+
+A *condition* is what an example of a source has under `condition`: labels `int[B]`, or embedded
+captions, a mapping of `text[B, L, D]`, padded behind its `text_length[B]` tokens, and where the
+encoders make one `pooled[B, P]`. Everything but the network passes it on as it is; a `Conditioning`
+turns it into the keyword arguments of one of our networks.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+
+from piflow_jax.systems.shapes import DataShape
+
+__all__ = ["AnyCondition", "ClassLabels", "Condition", "Conditioning", "Text"]
+
+Condition = Any
+"""Arrays `[B, ...]` in any structure."""
+
+
+class Conditioning(Protocol):
+    """How a network reads a condition.
+
+    Attributes:
+      reads_text: conditions are embedded captions, and samples have no size of their own.
+    """
+
+    reads_text: bool
+
+    def __call__(self, condition: Condition) -> dict[str, jax.Array]:
+        """The network's keyword arguments."""
+        ...
+
+    def null(self, data: DataShape, caption: Condition | None) -> Condition:
+        """The condition that stands for none, of a single example.
+
+        `caption` is the empty one of a set of captions.
+        """
+        ...
+
+    def example(self, data: DataShape, batch: int, length: int) -> Condition:
+        """Shapes of a condition; `length` is the number of tokens of text."""
+        ...
+
+    def checked(self, condition: Condition, data: DataShape) -> Condition:
+        """A caller's condition as arrays on the host; ValueError says what it should be."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class ClassLabels:
+    """Labels in `[0, num_classes)`; label `num_classes` stands for none."""
+
+    reads_text = False
+
+    def __call__(self, condition):
+        """See `Conditioning`."""
+        return {"labels": condition}
+
+    def null(self, data, caption):
+        """See `Conditioning`."""
+        del caption
+        return np.int32(data.num_classes)
+
+    def example(self, data, batch, length):
+        """See `Conditioning`."""
+        del data, length
+        return jax.ShapeDtypeStruct((batch,), jnp.int32)
+
+    def checked(self, condition, data):
+        """See `Conditioning`."""
+        if isinstance(condition, Mapping):
+            raise ValueError("this student is conditioned on classes: pass labels, integers [N]")
+        labels = np.asarray(condition)
+        if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer) or not len(labels):
+            raise ValueError(f"labels must be integers [N], got {labels.dtype}{list(labels.shape)}")
+        if labels.min() < 0 or labels.max() >= data.num_classes:
+            raise ValueError(
+                f"labels must be in [0, {data.num_classes}), got {labels.min()} to {labels.max()}"
+            )
+        return labels.astype(np.int32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Text:
+    """Embedded captions.
+
+    Attributes:
+      pooled: the network takes the pooled embedding too.
+      masked: the network does not see padding; otherwise it sees all of the text.
+      guidance: distilled guidance scale that the network is given; 0 if it has no such input.
+    """
+
+    pooled: bool = False
+    masked: bool = False
+    guidance: float = 0.0
+    reads_text = True
+
+    def __call__(self, condition):
+        """See `Conditioning`."""
+        text = jnp.asarray(condition["text"])
+        arguments = {"text": text}
+        if self.masked:
+            positions = jnp.arange(text.shape[1])[None, :]
+            arguments["mask"] = positions < jnp.asarray(condition["text_length"])[:, None]
+        if self.pooled:
+            arguments["pooled"] = jnp.asarray(condition["pooled"])
+        if self.guidance > 0:
+            arguments["guidance"] = jnp.full(text.shape[:1], self.guidance, jnp.float32)
+        return arguments
+
+    def null(self, data, caption):
+        """See `Conditioning`."""
+        del data
+        return caption
+
+    def example(self, data, batch, length):
+        """See `Conditioning`."""
+        shapes = {
+            "text": jax.ShapeDtypeStruct((batch, length, data.text_features), jnp.bfloat16),
+            "text_length": jax.ShapeDtypeStruct((batch,), jnp.int32),
+        }
+        if data.pooled_features:
+            shapes["pooled"] = jax.ShapeDtypeStruct((batch, data.pooled_features), jnp.float32)
+        return shapes
+
+    def checked(self, condition: Mapping[str, ArrayLike], data: DataShape):
+        """See `Conditioning`."""
+        axes = {"text": 3, "text_length": 1} | ({"pooled": 2} if self.pooled else {})
+        if not isinstance(condition, Mapping) or not axes.keys() <= condition.keys():
+            raise ValueError(
+                "this student reads text: pass embedded prompts, a mapping with "
+                f"{', '.join(axes)}, such as PromptsSource.embedded(prompts)"
+            )
+        arrays = {name: np.asarray(condition[name]) for name in axes}
+        number = len(arrays["text"]) if arrays["text"].ndim else 0
+        fits = all(a.ndim == axes[name] and len(a) == number for name, a in arrays.items())
+        if not number or not fits or arrays["text"].shape[-1] != data.text_features:
+            shapes = {name: list(a.shape) for name, a in arrays.items()}
+            raise ValueError(
+                f"embedded prompts must be text[N, L, {data.text_features}], text_length[N]"
+                + (f", pooled[N, {data.pooled_features}]" if self.pooled else "")
+                + f", got {shapes}"
+            )
+        return arrays
+
+
+@dataclasses.dataclass(frozen=True)
+class AnyCondition:
+    """Conditions of a network that is not ours: labels, arrays in a mapping, or none."""
+
+    reads_text = False
+
+    def __call__(self, condition):
+        """See `Conditioning`."""
+        return {} if condition is None else {"condition": condition}
+
+    def null(self, data, caption):
+        """See `Conditioning`."""
+        del caption
+        return np.int32(data.num_classes) if data.num_classes else None
+
+    def example(self, data, batch, length):
+        """See `Conditioning`."""
+        del length
+        return jax.ShapeDtypeStruct((batch,), jnp.int32) if data.num_classes else None
+
+    def checked(self, condition, data):
+        """See `Conditioning`."""
+        if data.num_classes:
+            return ClassLabels().checked(condition, data)
+        arrays = jax.tree.map(np.asarray, condition)
+        lengths = {len(a) if a.ndim else 0 for a in jax.tree.leaves(arrays)}
+        if len(lengths) != 1 or not min(lengths):
+            raise ValueError(
+                f"conditions must be arrays [N, ...] with one N, at least 1; got {sorted(lengths)}"
+            )
+        return arrays

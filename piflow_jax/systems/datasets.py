@@ -1,0 +1,113 @@
+"""The table of data sets: everything that depends on which one a run is about."""
+
+import dataclasses
+from collections.abc import Callable
+
+from piflow_jax.config import Config, DataConfig
+from piflow_jax.data import (
+    Source,
+    load_captioned_digits_source,
+    load_digits_source,
+    load_images_source,
+    load_latents_source,
+    load_mnist_source,
+    load_prompts_source,
+)
+from piflow_jax.systems.shapes import DataShape
+
+__all__ = ["DATASETS", "Dataset", "dataset", "load_source"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Dataset:
+    """A row of `DATASETS`.
+
+    Attributes:
+      load: opens the source of `config.data`.
+      captions: conditions are embedded captions instead of labels.
+      latents: states are an autoencoder's latents.
+      by_class: samples can be drawn of every class. Of a set without classes, pictures are drawn
+        and measured by a list of prompts, and no teacher is trained on it.
+      bundled: the source is there wherever the package is, or is small enough to be opened for its
+        shape alone.
+      features: the feature space that ships with the package for its images; empty if none does.
+      uses: keys of `config` that this data has a use for and others have not.
+    """
+
+    load: Callable[[DataConfig], Source]
+    captions: bool = False
+    latents: bool = False
+    by_class: bool = True
+    bundled: bool = True
+    features: str = ""
+    uses: frozenset[str] = frozenset()
+
+
+DATASETS: dict[str, Dataset] = {
+    "digits": Dataset(load=lambda data: load_digits_source(), features="digits"),
+    "mnist": Dataset(
+        load=lambda data: load_mnist_source(data.data_dir or None),
+        features="mnist",
+        uses=frozenset({"data.data_dir"}),
+    ),
+    "captioned_digits": Dataset(
+        load=lambda data: load_captioned_digits_source(), captions=True, features="digits"
+    ),
+    "images": Dataset(
+        load=lambda data: load_images_source(data.data_dir, mirror=data.mirror, verify=False),
+        bundled=False,
+        uses=frozenset({"data.data_dir", "data.images", "data.mirror", "evaluation.features"}),
+    ),
+    # Comparing all checksums reads the whole set; a damaged record raises when it is read.
+    "latents": Dataset(
+        load=lambda data: load_latents_source(data.data_dir, verify=False),
+        latents=True,
+        bundled=False,
+        uses=frozenset(
+            {
+                *("data.data_dir", "data.images", "data.vae"),
+                *("evaluation.features", "evaluation.reference"),
+            }
+        ),
+    ),
+    "prompts": Dataset(
+        load=lambda data: load_prompts_source(data.data_dir, verify=False),
+        captions=True,
+        latents=True,
+        by_class=False,
+        bundled=False,
+        uses=frozenset(
+            {
+                *("data.data_dir", "data.vae", "data.prompts", "data.text_encoder"),
+                *("evaluation.features", "evaluation.images", "evaluation.teacher_images"),
+                *("evaluation.clip", "evaluation.diversity_features"),
+            }
+        ),
+    ),
+}
+
+
+def dataset(config: Config) -> Dataset:
+    """The row of a run's data."""
+    return DATASETS[config.data.name]
+
+
+def load_source(data: DataConfig) -> Source:
+    """Opens a run's data.
+
+    Args:
+      data: its settings.
+
+    Returns:
+      The source.
+
+    Raises:
+      FileNotFoundError: the data is not on this machine; the message says how to get it.
+      ShardsError: a prepared set is unfinished or damaged.
+    """
+    return DATASETS[data.name].load(data)
+
+
+def shape_of(config: Config, source: Source) -> DataShape:
+    """What a network has to know of a run's data."""
+    return DataShape.of(config.data.name, source)

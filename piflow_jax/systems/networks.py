@@ -1,0 +1,361 @@
+"""The table of networks: everything that depends on which one teacher and student share.
+
+A `Network` is what the rest of the package knows of one: pure functions of its variables. Ours are
+Flax modules; networks of other making are in `piflow_jax.systems.own`.
+"""
+
+import dataclasses
+import difflib
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from piflow_jax.config import ConfigError, ModelConfig, PolicyConfig
+from piflow_jax.data.latents import SD_VAE_SCALE
+from piflow_jax.models import DiT, VelocityHead, student_from_teacher
+from piflow_jax.models.dit import Constrain
+from piflow_jax.models.flux import FLUX_TARGETS, Flux
+from piflow_jax.models.lora import LoRA, initial_trained, merge, split
+from piflow_jax.models.qwen_image import QWEN_TARGETS, QwenImage
+from piflow_jax.systems.conditioning import ClassLabels, Condition, Conditioning, Text
+from piflow_jax.systems.policies import POLICIES
+from piflow_jax.systems.shapes import DataShape
+
+__all__ = [
+    "NETWORKS",
+    "BuiltIn",
+    "Network",
+    "NetworkKind",
+    "abstract_variables",
+    "network_kind",
+    "student_network",
+    "teacher_network",
+]
+
+Variables = Any
+
+
+class Network(Protocol):
+    """A network as pure functions of its variables.
+
+    Attributes:
+      conditioning: how it reads conditions.
+      adapted: what is trained of a student are adapters on its teacher's variables.
+      drops: it takes a key for dropout in training.
+    """
+
+    conditioning: Conditioning
+    adapted: bool
+    drops: bool
+
+    def init(self, key: jax.Array) -> Variables:
+        """Fresh variables; traceable."""
+        ...
+
+    def apply(self, variables: Variables, x: jax.Array, t: jax.Array, condition: Condition) -> Any:
+        """The output at states `x[B, *sites, C]` of noise levels `t[B]`.
+
+        It is a velocity `u[B, *sites, C]`, or what the policy's row takes.
+        """
+        ...
+
+    def train(
+        self,
+        variables: Variables,
+        x: jax.Array,
+        t: jax.Array,
+        condition: Condition,
+        key: jax.Array | None,
+    ) -> tuple[Any, Any]:
+        """The output in training, with the dropout of `key`, and what is carried to the next call.
+
+        What is carried are variables that no gradient changes: running averages, random state.
+        """
+        ...
+
+    def trained(self, variables: Variables) -> Variables:
+        """What gradients change of variables, or of their shapes."""
+        ...
+
+    def carried(self, variables: Variables) -> Any:
+        """What the first call in training is handed; see `train`."""
+        ...
+
+    def with_base(self, trained: Variables, base: Any) -> Variables:
+        """The inverse of `trained`; copies nothing.
+
+        `base` is the teacher's variables where the network is adapted, otherwise what is carried.
+        """
+        ...
+
+    def start(self, key: jax.Array, teacher: "Network", teacher_variables: Variables) -> Variables:
+        """The trained part of a student that starts at its teacher; traceable."""
+        ...
+
+    def constrained(self, constrain: Constrain) -> "Network":
+        """The same network with its activations pinned to a mesh."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class BuiltIn:
+    """One of our Flax modules, with its output head.
+
+    Attributes:
+      module: a `DiT`, `Flux` or `QwenImage`.
+      conditioning: how it reads conditions.
+    """
+
+    module: nn.Module
+    conditioning: Conditioning
+
+    @property
+    def adapted(self) -> bool:
+        """See `Network`."""
+        return getattr(self.module, "lora", None) is not None
+
+    def init(self, key: jax.Array) -> Variables:
+        """See `Network`."""
+        example = self.module.example()
+        return self.module.init(key, *(jnp.zeros(leaf.shape, leaf.dtype) for leaf in example))
+
+    @property
+    def drops(self) -> bool:
+        """See `Network`."""
+        return self.adapted and self.module.lora.dropout > 0
+
+    def apply(self, variables, x, t, condition):
+        """See `Network`."""
+        return self.module.apply(variables, x, t, **self.conditioning(condition))
+
+    def train(self, variables, x, t, condition, key):
+        """See `Network`; nothing is carried."""
+        rngs = None if key is None else {"dropout": key}
+        return self.module.apply(variables, x, t, **self.conditioning(condition), rngs=rngs), ()
+
+    def carried(self, variables: Variables) -> tuple[()]:
+        """See `Network`."""
+        del variables
+        return ()
+
+    def trained(self, variables: Variables) -> Variables:
+        """See `Network`; of a student with adapters these, the head and the last modulation."""
+        return split(variables)[1] if self.adapted else variables
+
+    def with_base(self, trained: Variables, base: Variables) -> Variables:
+        """See `Network`; the base's own head is left out."""
+        return merge(base, trained) if self.adapted else trained
+
+    def start(self, key: jax.Array, teacher: "BuiltIn", teacher_variables: Variables) -> Variables:
+        """See `Network`."""
+        keys = jax.random.split(key)
+        if self.adapted:
+            return initial_trained(keys[1], self.module, teacher_variables)
+        return student_from_teacher(
+            keys[1], self.module, self.init(keys[0]), teacher_variables, teacher=teacher.module
+        )
+
+    def constrained(self, constrain: Constrain) -> "BuiltIn":
+        """See `Network`."""
+        return dataclasses.replace(self, module=self.module.clone(constrain=constrain))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NetworkKind:
+    """A row of `NETWORKS`.
+
+    Attributes:
+      module: makes the module of settings, data and the fields that all networks share.
+      conditioning: how it reads conditions, of its own settings.
+      spec: keys of its own settings without which a checkpoint's weights mean nothing.
+      data_spec: fields of `DataShape` likewise.
+      official: what official weights are for.
+      formats: official layouts of a teacher's weights, the first by default.
+      targets: layers with adapters in a student; None if all of it is trained.
+      added: keys of `spec` that older checkpoints lack, and what that means.
+      named: whether a spec says which network it is; those of a DiT never did.
+    """
+
+    module: Callable[[ModelConfig, DataShape, Mapping[str, Any]], nn.Module]
+    conditioning: Callable[[Any], Conditioning]
+    spec: tuple[str, ...]
+    data_spec: tuple[str, ...]
+    official: DataShape
+    formats: tuple[str, ...]
+    targets: tuple[str, ...] | None = None
+    added: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    named: bool = True
+
+
+def _dit(model: ModelConfig, data: DataShape, common: Mapping[str, Any]) -> DiT:
+    own = model.dit
+    return DiT(
+        depth=own.depth,
+        mlp_ratio=own.mlp_ratio,
+        num_classes=data.num_classes,
+        sample_size=data.sample_size,
+        time_scale=own.time_scale,
+        **common,
+    )
+
+
+def _flux(model: ModelConfig, data: DataShape, common: Mapping[str, Any]) -> Flux:
+    own = model.flux
+    return Flux(
+        double_depth=own.depth,
+        single_depth=own.single_depth,
+        pooled_features=data.pooled_features,
+        guidance_embed=own.distilled_guidance > 0,
+        **_reading_text(model, data),
+        **common,
+    )
+
+
+def _qwen_image(model: ModelConfig, data: DataShape, common: Mapping[str, Any]) -> QwenImage:
+    return QwenImage(depth=model.qwen_image.depth, **_reading_text(model, data), **common)
+
+
+def _reading_text(model: ModelConfig, data: DataShape) -> dict[str, Any]:
+    own = model.own
+    return {
+        "text_features": data.text_features,
+        "axes_dims_rope": tuple(own.rope_axes),
+        # What is computed in float32 sees the time that it is given.
+        "time_dtype": jnp.promote_types(model.dtype, own.time_dtype),
+        "param_dtype": jnp.dtype(own.base_dtype),
+    }
+
+
+_SIZES = ("patch_size", "hidden", "num_heads", "depth")
+_TEXT_DATA = ("name", "channels", "text_features", "pooled_features")
+
+NETWORKS: dict[str, NetworkKind] = {
+    "dit": NetworkKind(
+        module=_dit,
+        conditioning=lambda own: ClassLabels(),
+        spec=(*_SIZES, "mlp_ratio", "time_scale"),
+        data_spec=(
+            *("name", "sample_size", "channels", "num_classes"),
+            *("latent_scale", "latent_shift", "vae"),
+        ),
+        # 256x256 images under the autoencoder of Stable Diffusion.
+        official=DataShape(
+            name="latents",
+            sample_size=32,
+            channels=4,
+            num_classes=1000,
+            latent_scale=SD_VAE_SCALE,
+        ),
+        formats=("dit", "original_dit", "original_sit"),
+        named=False,
+    ),
+    "flux": NetworkKind(
+        module=_flux,
+        conditioning=lambda own: Text(pooled=True, guidance=own.distilled_guidance),
+        spec=(*_SIZES, "single_depth", "rope_axes", "distilled_guidance", "time_dtype"),
+        added={"time_dtype": "float32"},
+        data_spec=_TEXT_DATA,
+        # 1024x1024 images, captions by T5 and CLIP.
+        official=DataShape(
+            name="prompts",
+            sample_size=128,
+            channels=16,
+            text_features=4096,
+            pooled_features=768,
+        ),
+        formats=("flux",),
+        targets=FLUX_TARGETS,
+    ),
+    "qwen_image": NetworkKind(
+        module=_qwen_image,
+        conditioning=lambda own: Text(masked=True),
+        spec=(*_SIZES, "rope_axes", "time_dtype"),
+        added={"time_dtype": "float32"},
+        data_spec=_TEXT_DATA,
+        # 1024x1024 images, captions by Qwen2.5-VL.
+        official=DataShape(name="prompts", sample_size=128, channels=16, text_features=3584),
+        formats=("qwen_image",),
+        targets=QWEN_TARGETS,
+    ),
+}
+
+
+def network_kind(model: ModelConfig) -> NetworkKind:
+    """The row of a network of ours.
+
+    Args:
+      model: the network's settings.
+
+    Returns:
+      The row.
+
+    Raises:
+      ConfigError: there is none of that name; the nearest is named.
+    """
+    if model.network in NETWORKS:
+        return NETWORKS[model.network]
+    near = difflib.get_close_matches(model.network, NETWORKS, n=1)
+    raise ConfigError(
+        f"config.model.network must be one of {', '.join(NETWORKS)} or a function of yours as "
+        f"package.module:function, got {model.network!r}"
+        + (f"; did you mean {near[0]!r}?" if near else "")
+    )
+
+
+def teacher_network(model: ModelConfig, data: DataShape) -> Network:
+    """The network that predicts velocities.
+
+    Args:
+      model: the network's settings.
+      data: what it has to know of its data.
+
+    Returns:
+      The network.
+
+    Raises:
+      ConfigError: `model.network` is no row of `NETWORKS` and no function.
+    """
+    return _network(model, data, VelocityHead(), adapters=False)
+
+
+def student_network(model: ModelConfig, policy: PolicyConfig, data: DataShape) -> Network:
+    """The network that predicts policies; of some networks, the teacher's with adapters.
+
+    Args:
+      model: the network's settings.
+      policy: the policy's settings.
+      data: what it has to know of its data.
+
+    Returns:
+      The network.
+
+    Raises:
+      ConfigError: see `teacher_network`.
+    """
+    return _network(model, data, POLICIES[policy.kind].head(policy), adapters=True)
+
+
+def _network(model: ModelConfig, data: DataShape, head: nn.Module, *, adapters: bool) -> BuiltIn:
+    kind, own = network_kind(model), model.own
+    common = {
+        "patch_size": own.patch_size,
+        "in_channels": data.channels,
+        "hidden": own.hidden,
+        "num_heads": own.num_heads,
+        "head": head,
+        "dtype": jnp.dtype(model.dtype),
+        "remat": model.remat,
+        "scan_unroll": model.scan_unroll,
+        "attention": None if model.attention == "default" else model.attention,
+    }
+    if kind.targets is not None and adapters:
+        common["lora"] = LoRA(kind.targets, rank=own.lora_rank, dropout=own.lora_dropout)
+    return BuiltIn(kind.module(model, data, common), kind.conditioning(own))
+
+
+def abstract_variables(network: Network) -> Variables:
+    """Shapes and dtypes of a network's variables, without computing any."""
+    return jax.eval_shape(network.init, jax.random.key(0))

@@ -1,0 +1,323 @@
+"""The table of policies: everything that depends on which one a student predicts.
+
+A row says how a network's output becomes a policy, which head of ours makes that output, and how a
+network that is not ours lays it out: per site `outputs(config, C)` numbers, in the order that
+`read` documents. Policies are those of pi-Flow (arXiv 2510.14974, section 3.1) and of ArcFlow
+(arXiv 2602.09014).
+"""
+
+from collections.abc import Callable
+from typing import Any, ClassVar, Protocol
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from piflow_jax.config import Config, ConfigError, PolicyConfig, TrainConfig
+from piflow_jax.flow.policies import (
+    ArcFlowPolicy,
+    ArcOutput,
+    DXPolicy,
+    GMFlowPolicy,
+    GMOutput,
+    Policy,
+)
+from piflow_jax.flow.schedule import Segments
+from piflow_jax.models import ArcHead, DXHead, GMHead
+from piflow_jax.models.heads import TEACHER_MEANS_STD, spread_rates
+
+__all__ = ["POLICIES", "PolicyFactory", "PolicyKind", "policy_factory", "policy_outputs"]
+
+# Of the reference: policies in training, policies in its sampler.
+TRAIN_EPS = 1e-6
+SAMPLE_EPS = 1e-4
+
+PolicyFactory = Callable[[Any, jax.Array, jax.Array], Policy]
+"""`(network output, x_src[B, *sites, C], sigma_src[B]) -> policy`."""
+
+AsVelocity = Callable[[jax.Array], jax.Array]
+"""Turns predictions `[B, *sites, n, C]` of a teacher into velocities of the same shape."""
+
+
+class PolicyKind(Protocol):
+    """A row of `POLICIES`.
+
+    Attributes:
+      spec: keys of `config.policy` without which a checkpoint's weights mean nothing.
+      tempered: the policy has a temperature (see `few_step_sample`).
+      predicts_std: the output has one log standard deviation per sample.
+    """
+
+    spec: ClassVar[tuple[str, ...]]
+    tempered: ClassVar[bool]
+    predicts_std: ClassVar[bool]
+
+    def head(self, config: PolicyConfig) -> nn.Module:
+        """The output layer of our own networks."""
+        ...
+
+    def create(
+        self,
+        config: PolicyConfig,
+        train: TrainConfig,
+        output: Any,
+        x: jax.Array,
+        sigma: jax.Array,
+        eps: float,
+    ) -> Policy:
+        """The policy of an output at `(x, sigma)`; `eps` bounds its divisions from below."""
+        ...
+
+    def droppable(self, config: PolicyConfig) -> int:
+        """Components that dropout may leave out; 0 if there are none."""
+        ...
+
+    def outputs(self, config: PolicyConfig, channels: int) -> int:
+        """Numbers per site that a network of any making has to predict."""
+        ...
+
+    def read(
+        self,
+        config: PolicyConfig,
+        values: jax.Array,
+        logstd: jax.Array | None,
+        x: jax.Array,
+        sigma: jax.Array,
+        as_velocity: AsVelocity,
+    ) -> Any:
+        """The output that `create` takes, of `values[B, *sites, outputs]`."""
+        ...
+
+    def start(self, config: PolicyConfig, rows: jax.Array, noise: jax.Array | None) -> jax.Array:
+        """Last-layer rows `[..., outputs]` of a student that starts at its teacher's `[..., C]`.
+
+        `noise[K, C]` is given for a bias.
+        """
+        ...
+
+    def official(self, config: PolicyConfig, train: TrainConfig) -> dict[str, Any]:
+        """What files of the release say of a student's policy."""
+        ...
+
+    def unnamed(self, config: PolicyConfig) -> str | None:
+        """Why the release has no names for such a student's weights; None if it has."""
+        ...
+
+    def check(self, config: Config) -> None:
+        """Raises ConfigError for settings that contradict the policy."""
+        ...
+
+
+class GaussianMixture:
+    """GMFlow: `K` means `(K, C)`, then `K` logits, and one log standard deviation per sample."""
+
+    spec = ("kind", "num_components", "logstd_hidden")
+    tempered = True
+    predicts_std = True
+
+    def head(self, config):
+        return GMHead(config.num_components, config.logstd_hidden)
+
+    def create(self, config, train, output, x, sigma, eps):
+        return GMFlowPolicy.create(output, x, sigma, eps=eps)
+
+    def droppable(self, config):
+        return config.num_components
+
+    def outputs(self, config, channels):
+        return config.num_components * (channels + 1)
+
+    def read(self, config, values, logstd, x, sigma, as_velocity):
+        means, logits = _mixture(values, config.num_components, x.shape[-1])
+        return GMOutput(as_velocity(means), jax.nn.log_softmax(logits, axis=-1), logstd)
+
+    def start(self, config, rows, noise):
+        means = _means(rows, config.num_components, noise)
+        return _beside(means, jnp.zeros((*rows.shape[:-1], config.num_components), rows.dtype))
+
+    def official(self, config, train):
+        return {"type": "GMFlow"}
+
+    def unnamed(self, config):
+        return None
+
+    def check(self, config):
+        del config
+
+
+class DirectX0:
+    """DX: `N` velocities `(N, C)`, a grid over the segment or coefficients of a polynomial.
+
+    A network that is not ours starts a polynomial at its teacher by the input skip of `DXHead`.
+    """
+
+    spec = ("kind", "num_grid", "mode", "segment_size")
+    tempered = False
+    predicts_std = False
+
+    def head(self, config):
+        # Polynomial coefficients beyond the first start at zero only with the skip.
+        return DXHead(config.num_grid, input_skip=self._skips(config))
+
+    def create(self, config, train, output, x, sigma, eps):
+        del eps  # one bound in training and sampling, as in the reference
+        size = self._segment(config, train)
+        return DXPolicy.create(output, x, sigma, size, train.shift, config.mode, eps=SAMPLE_EPS)
+
+    def droppable(self, config):
+        return 0
+
+    def outputs(self, config, channels):
+        return config.num_grid * channels
+
+    def read(self, config, values, logstd, x, sigma, as_velocity):
+        values = values.reshape(*values.shape[:-1], config.num_grid, x.shape[-1])
+        if not self._skips(config):
+            return as_velocity(values)
+        head = self.head(config)
+        coefficients = head.skipped(values[..., 1:, :], x, sigma)
+        return jnp.concatenate([as_velocity(values[..., :1, :]), coefficients], axis=-2)
+
+    def start(self, config, rows, noise):
+        if not self._skips(config):
+            return jnp.tile(rows, config.num_grid)
+        rest = (config.num_grid - 1) * rows.shape[-1]
+        return _beside(rows, jnp.zeros((*rows.shape[:-1], rest), rows.dtype))
+
+    def official(self, config, train):
+        size = self._segment(config, train)
+        return {"type": "DX", "segment_size": size, "shift": train.shift, "mode": config.mode}
+
+    def unnamed(self, config):
+        if not self._skips(config):
+            return None
+        return (
+            "config.policy.mode = 'polynomial' has no official names to be exported under: the "
+            "head has a skip; piflow_jax.load reads the run's directory"
+        )
+
+    def check(self, config):
+        policy, train = config.policy, config.train
+        if train.gm_dropout > 0:
+            raise ConfigError(
+                "config.train.gm_dropout drops mixture components and must be 0 with "
+                f"config.policy.kind = 'dx', got {train.gm_dropout}"
+            )
+        longest = Segments(train.nfe, train.final_step_size_scale).longest
+        if 0 < policy.segment_size < longest - 1e-9:
+            raise ConfigError(
+                "config.policy.segment_size must be 0 or at least the longest segment, "
+                f"{longest:.6g}, got {policy.segment_size}"
+            )
+        evaluations = config.sampling_nfe
+        sampled = Segments(evaluations, train.final_step_size_scale).longest
+        if sampled > (policy.segment_size or longest) + 1e-9:
+            raise ConfigError(
+                f"config.evaluation.nfe ({evaluations}) makes segments longer than those that a "
+                f"grid trained with config.train.nfe = {train.nfe} covers; raise it"
+            )
+
+    def _skips(self, config: PolicyConfig) -> bool:
+        return config.mode == "polynomial"
+
+    def _segment(self, config: PolicyConfig, train: TrainConfig) -> float:
+        return config.segment_size or Segments(train.nfe, train.final_step_size_scale).longest
+
+
+class ArcFlow:
+    """ArcFlow: `K` means `(K, C)`, then `K` logits, then `K` rates of growth before their bound."""
+
+    spec = ("kind", "num_components")
+    tempered = False
+    predicts_std = False
+
+    def head(self, config):
+        return ArcHead(config.num_components)
+
+    def create(self, config, train, output, x, sigma, eps):
+        return ArcFlowPolicy.create(output, x, sigma)
+
+    def droppable(self, config):
+        return config.num_components
+
+    def outputs(self, config, channels):
+        return config.num_components * (channels + 2)
+
+    def read(self, config, values, logstd, x, sigma, as_velocity):
+        k = config.num_components
+        means, logits = _mixture(values[..., :-k], k, x.shape[-1])
+        rates = self.head(config).bounded(values[..., -k:])
+        return ArcOutput(as_velocity(means), jax.nn.log_softmax(logits, axis=-1), rates)
+
+    def start(self, config, rows, noise):
+        k = config.num_components
+        means = _means(rows, k, noise)
+        zeros = jnp.zeros((*rows.shape[:-1], k), rows.dtype)
+        rates = zeros if noise is None else zeros + spread_rates(k, rows.dtype)
+        return _beside(means, zeros, rates)
+
+    def official(self, config, train):
+        return {"type": "arc"}
+
+    def unnamed(self, config):
+        return (
+            "config.policy.kind = 'arc' has no official names to be exported under; "
+            "piflow_jax.load reads the run's directory"
+        )
+
+    def check(self, config):
+        del config
+
+
+POLICIES: dict[str, PolicyKind] = {
+    "gm": GaussianMixture(),
+    "dx": DirectX0(),
+    "arc": ArcFlow(),
+}
+
+
+def policy_factory(
+    policy: PolicyConfig, train: TrainConfig, *, sampling: bool = False
+) -> PolicyFactory:
+    """How a network's output becomes a policy.
+
+    Args:
+      policy: the policy's settings.
+      train: the distillation's settings; segments and shift stay as trained when sampling.
+      sampling: take the lower bound of the reference's sampler in place of the one of its training.
+
+    Returns:
+      The factory.
+    """
+    kind, eps = POLICIES[policy.kind], SAMPLE_EPS if sampling else TRAIN_EPS
+    return lambda output, x, sigma: kind.create(policy, train, output, x, sigma, eps)
+
+
+def policy_outputs(config: Any, channels: int) -> int:
+    """Outputs per site that a student's network needs for its policy.
+
+    Args:
+      config: a `ConfigDict` of `base_config()`, or a parsed `Config`.
+      channels: `C`, the channels of a sample.
+
+    Returns:
+      The number: of a Gaussian mixture `K` means `(K, C)` and then `K` logits, `K (C + 1)`; of a
+      DX policy `N C`; of ArcFlow `K` rates more than a mixture.
+    """
+    return POLICIES[config.policy.kind].outputs(config.policy, channels)
+
+
+def _mixture(values: jax.Array, components: int, channels: int) -> tuple[jax.Array, jax.Array]:
+    """Means `[..., K, C]` and logits `[..., K]` of the numbers of a site."""
+    means = values[..., : components * channels]
+    return means.reshape(*means.shape[:-1], components, channels), values[..., means.shape[-1] :]
+
+
+def _means(rows: jax.Array, components: int, noise: jax.Array | None) -> jax.Array:
+    """The teacher's rows for each component, set apart by a little noise."""
+    means = jnp.tile(rows, components)
+    return means if noise is None else means + TEACHER_MEANS_STD * noise.reshape(-1)
+
+
+def _beside(*rows: jax.Array) -> jax.Array:
+    return jnp.concatenate(rows, axis=-1)

@@ -1,0 +1,61 @@
+"""Checks of a configuration that depend on what is chosen in it, row by row of the tables."""
+
+from piflow_jax.config import Config, ConfigError
+from piflow_jax.flow.schedule import Segments
+from piflow_jax.systems.datasets import DATASETS, dataset
+from piflow_jax.systems.networks import network_kind
+from piflow_jax.systems.policies import POLICIES
+
+__all__ = ["check_choices"]
+
+
+def check_choices(config: Config) -> None:
+    """Refuses choices that do not belong together, and settings that a choice has no use for.
+
+    Args:
+      config: a parsed configuration.
+
+    Raises:
+      ConfigError: names the key and what is allowed.
+    """
+    model, train, policy = config.model, config.train, config.policy
+    kind, row, data = network_kind(model), POLICIES[policy.kind], dataset(config)
+    if kind.conditioning(model.own).reads_text != data.captions:
+        wanted = "captions" if kind.conditioning(model.own).reads_text else "classes"
+        raise ConfigError(
+            f"config.model.network = {model.network!r} needs a data set with {wanted} as "
+            f"config.data.name, got {config.data.name!r}"
+        )
+    if not row.tempered and config.evaluation.temperature != 1:
+        raise ConfigError(
+            "config.evaluation.temperature belongs to a Gaussian mixture and must be 1 with "
+            f"config.policy.kind = {policy.kind!r}, got {config.evaluation.temperature}"
+        )
+    if not data.by_class and config.evaluation.every:
+        raise ConfigError(
+            f"config.evaluation.every must be 0 with config.data.name = {config.data.name!r}, got "
+            f"{config.evaluation.every}; look at checkpoints with --mode=sample"
+        )
+    for group in ("teacher", "train"):
+        if not model.own.whole and getattr(config, group).optimizer.kind == "muon":
+            raise ConfigError(
+                f"config.{group}.optimizer.kind = 'muon' cannot train the adapters of "
+                f"config.model.network = {model.network!r}; give 'adamw'"
+            )
+    for key in sorted(frozenset().union(*(row.uses for row in DATASETS.values()))):
+        group, _, name = key.partition(".")
+        value = getattr(getattr(config, group), name)
+        if value and key not in data.uses:
+            of = " or ".join(repr(name) for name, row in DATASETS.items() if key in row.uses)
+            raise ConfigError(
+                f"config.{key} is for config.data.name = {of} and must be empty with "
+                f"{config.data.name!r}, got {value!r}"
+            )
+    segments = Segments(train.nfe, train.final_step_size_scale)
+    room = max(round(segments.shortest * train.total_substeps), 1)
+    if train.window_substeps > room:
+        raise ConfigError(
+            f"config.train.window_substeps must be in [0, {room}], the substeps of the shortest "
+            f"segment, got {train.window_substeps}"
+        )
+    row.check(config)

@@ -1,0 +1,220 @@
+"""The spec by which a checkpoint says what it holds.
+
+A spec is a flat dictionary of JSON values in a checkpoint's metadata: everything that changes what
+the weights mean, and nothing that does not (compute dtype, remat, attention). Its keys do not
+follow the configuration when that changes, so that old checkpoints are still read.
+"""
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from piflow_jax.config import (
+    Config,
+    ConfigError,
+    ModelConfig,
+    NetworkConfig,
+    PolicyConfig,
+    TrainConfig,
+    base_config,
+    check_group,
+    parse,
+)
+from piflow_jax.systems.networks import NETWORKS, network_kind
+from piflow_jax.systems.policies import POLICIES
+from piflow_jax.systems.shapes import DataShape
+
+__all__ = [
+    "StudentSettings",
+    "check_policy_config",
+    "model_settings",
+    "spec_of",
+    "student_settings",
+    "student_spec",
+    "teacher_settings",
+    "teacher_spec",
+    "updated",
+    "updated_settings",
+]
+
+_SAMPLING = ("nfe", "final_step_size_scale", "shift", "total_substeps")
+# Values that were called otherwise in older specs, and a key that they lack.
+_RENAMED = {"data.name": {"imagenet": "latents"}}
+_ADDED = {"data.vae": ""}
+
+
+def updated(spec: Mapping[str, Any]) -> dict[str, Any]:
+    """A spec, of any age, under today's names and with what has been added since."""
+    kind = NETWORKS.get(spec.get("model.network", ModelConfig.network))
+    added = {}
+    if kind is not None:
+        added = {key: value for key, value in _ADDED.items() if key[5:] in kind.data_spec}
+        added |= {f"model.{key}": value for key, value in kind.added.items()}
+    return added | {key: _renamed(key, value) for key, value in spec.items()}
+
+
+def _renamed(key: str, value: Any) -> Any:
+    renamed = _RENAMED.get(key, {})
+    return renamed.get(value, value) if isinstance(value, str) else value
+
+
+def model_settings(model: ModelConfig) -> dict[str, Any]:
+    """Settings of the network that is chosen, as nested values: common ones, and its own group."""
+    groups = {field.name for field in dataclasses.fields(model) if field.name in NETWORKS}
+    values = {key: value for key, value in vars(model).items() if key not in groups}
+    return values | ({model.network: vars(model.own)} if model.network in groups else {})
+
+
+def updated_settings(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """A run's settings as a checkpoint recorded them, of any age, under today's keys."""
+    network = saved.get("model.network", ModelConfig.network)
+    own = {field.name for field in dataclasses.fields(own_settings(network))}
+    common = {field.name for field in dataclasses.fields(ModelConfig)}
+    settings = {}
+    for key, value in saved.items():
+        value = _renamed(key, value)
+        group, _, name = key.partition(".")
+        if group == "model" and name not in common and "." not in name:
+            # Once all networks' settings were in one group.
+            if name not in own:
+                continue
+            key = f"model.{network}.{name}"
+        settings[key] = value
+    return settings
+
+
+def own_settings(network: str) -> type:
+    """The class of a network's own settings."""
+    fields = {field.name: field for field in dataclasses.fields(ModelConfig)}
+    return fields[network].default_factory if network in NETWORKS else NetworkConfig
+
+
+def _model_spec(model: ModelConfig, data: DataShape) -> dict[str, Any]:
+    kind, own = network_kind(model), model.own
+    spec = {f"data.{key}": getattr(data, key) for key in kind.data_spec}
+    values = {key: getattr(own, key) for key in kind.spec}
+    if kind.named:
+        values["network"] = model.network
+    return spec | {
+        f"model.{key}": list(value) if isinstance(value, tuple) else value
+        for key, value in values.items()
+    }
+
+
+def teacher_spec(config: Config, data: DataShape) -> dict[str, Any]:
+    """What a teacher's checkpoint says of itself."""
+    return {"kind": "teacher"} | _model_spec(config.model, data)
+
+
+def student_spec(config: Config, data: DataShape) -> dict[str, Any]:
+    """What a student's checkpoint says of itself: network, policy and how it samples."""
+    model, policy = config.model, config.policy
+    adapted = network_kind(model).targets is not None
+    return (
+        {"kind": "student"}
+        | _model_spec(model, data)
+        | ({"model.lora_rank": model.own.lora_rank} if adapted else {})
+        | {f"policy.{key}": getattr(policy, key) for key in POLICIES[policy.kind].spec}
+        | {f"train.{key}": getattr(config.train, key) for key in _SAMPLING}
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StudentSettings:
+    """A student's settings as its checkpoint has them."""
+
+    model: ModelConfig
+    policy: PolicyConfig
+    train: TrainConfig
+    data: DataShape
+
+
+def spec_of(metadata: Mapping[str, str]) -> Mapping[str, Any] | None:
+    """The spec in a weight file's metadata, None without one; ConfigError for a damaged one."""
+    text = metadata.get("piflow_jax")
+    try:
+        return None if text is None else dict(json.loads(text))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ConfigError(f"the settings in its metadata are damaged: {error}") from error
+
+
+def check_policy_config(text: str | None, policy: PolicyConfig, train: TrainConfig) -> None:
+    """Raises ConfigError if a file says something else of its policy than the settings do."""
+    try:
+        found = {} if text is None else dict(json.loads(text))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ConfigError(f"its policy_config is damaged: {error}") from error
+    for key, value in POLICIES[policy.kind].official(policy, train).items():
+        there = found.get(key, value)
+        if there != value and not (
+            isinstance(there, float) and math.isclose(there, value, rel_tol=1e-5)
+        ):
+            raise ConfigError(
+                f"its policy_config has the {key} {there!r}, the settings make it {value!r}"
+            )
+
+
+def student_settings(spec: Mapping[str, Any]) -> StudentSettings:
+    """Reads a student's spec back.
+
+    Args:
+      spec: what `student_spec` made, after a trip through JSON.
+
+    Returns:
+      The settings; what has been added to specs since this one was made has its default.
+
+    Raises:
+      ConfigError: the spec is not a student's, something is missing in it, or it holds what the
+        schema of configurations refuses.
+    """
+    settings = _settings(spec, "student")
+    _check_complete(spec, student_spec(settings, settings.data))
+    return settings
+
+
+def teacher_settings(spec: Mapping[str, Any]) -> tuple[ModelConfig, DataShape]:
+    """Reads a teacher's spec back, see `student_settings`."""
+    settings = _settings(spec, "teacher")
+    _check_complete(spec, teacher_spec(settings, settings.data))
+    return settings.model, settings.data
+
+
+def _settings(spec: Mapping[str, Any], kind: str) -> StudentSettings:
+    """The settings of a spec, checked by the schema as those of a configuration."""
+    if not isinstance(spec, Mapping) or spec.get("kind") != kind:
+        found = spec.get("kind") if isinstance(spec, Mapping) else spec
+        raise ConfigError(f"this holds a {found}, not a {kind}")
+    config = base_config().to_dict()
+    groups: dict[str, dict[str, Any]] = {name: {} for name in ("model", "policy", "train", "data")}
+    for key, value in updated(spec).items():
+        group, _, name = key.partition(".")
+        if group in groups and name:
+            groups[group][name] = value
+        elif key != "kind":
+            raise ConfigError(f"unknown key {key}; this version reads {', '.join(groups)}")
+    data = check_group(DataShape, groups.pop("data"), "data", complete=False)
+    own = groups.pop("model")  # in a spec its own settings are in no group
+    network = own.pop("network", ModelConfig.network)
+    if network not in NETWORKS:
+        raise ConfigError(f"model.network = {network!r} is not one of {', '.join(NETWORKS)}")
+    config["model"]["network"] = network
+    config["model"][network] |= own
+    for group, values in groups.items():
+        config[group] |= values
+    config["train"]["gm_dropout"] = 0.0  # not in a spec
+    parsed = parse(config, None)
+    POLICIES[parsed.policy.kind].check(parsed)
+    if data.sample_size % parsed.model.own.patch_size:
+        raise ConfigError(
+            f"model.patch_size ({parsed.model.own.patch_size}) must divide data.sample_size "
+            f"({data.sample_size})"
+        )
+    return StudentSettings(model=parsed.model, policy=parsed.policy, train=parsed.train, data=data)
+
+
+def _check_complete(spec: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    missing = sorted(set(wanted) - set(updated(spec)))
+    if missing:
+        raise ConfigError(f"the settings lack {', '.join(missing)}")
