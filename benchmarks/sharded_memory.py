@@ -32,6 +32,7 @@ from piflow_jax.parallel import (
 from piflow_jax.systems.networks import (
     NETWORKS,
     abstract_variables,
+    named_variables,
 )
 from piflow_jax.training.monitor import step_memory
 from piflow_jax.training.optimizer import make_optimizer
@@ -67,7 +68,7 @@ def measure(fsdp: int) -> dict[str, int]:
     def init():
         return TrainState.create(student.init(jax.random.key(0)), optimizer)
 
-    shardings = state_shardings(mesh, jax.eval_shape(init))
+    shardings = state_shardings(mesh, jax.eval_shape(init), named_variables(student))
     state = jax.jit(init, out_shardings=shardings)()
     held = {
         "parameters": device_bytes(state.params),
@@ -82,7 +83,7 @@ def measure(fsdp: int) -> dict[str, int]:
     }
     inputs = (
         shardings,
-        parameter_shardings(mesh, teacher_params),
+        parameter_shardings(mesh, named_variables(teacher)),
         replicated(mesh),
         batch_sharding(mesh),
     )

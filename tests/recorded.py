@@ -20,17 +20,20 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import linen as nn
 from flax.traverse_util import flatten_dict
 
 import piflow_jax
 from piflow_jax.config import Config, parse
 from piflow_jax.data import load_captioned_digits_source
+from piflow_jax.parallel import device_mesh, parameter_shardings, state_shardings
 from piflow_jax.rivals import METHODS
 from piflow_jax.rivals.base import rival_spec
 from piflow_jax.systems.datasets import dataset, load_source, shape_of
 from piflow_jax.systems.networks import (
     NETWORKS,
     abstract_variables,
+    named_variables,
     student_network,
     teacher_network,
 )
@@ -119,15 +122,33 @@ def networks(config: Config, data: DataShape) -> dict:
 
 
 @functools.cache
+def named(network):
+    """Shapes of a network's variables, with names."""
+    return named_variables(network)
+
+
+@functools.cache
 def variables(network):
-    """Shapes of a network's variables."""
+    """Shapes of a network's variables, as `init` makes them."""
     return abstract_variables(network)
 
 
-def tree(params) -> dict[str, str]:
-    """Dtype and shape of every leaf by its path."""
-    leaves = flatten_dict(params, sep="/")
-    return {path: f"{leaf.dtype}{list(leaf.shape)}" for path, leaf in sorted(leaves.items())}
+def tree(named) -> dict[str, str]:
+    """Dtype, shape and axes of the mesh of every leaf by its path."""
+    mesh = device_mesh(devices=jax.devices()[:1])
+    shardings = flatten_dict(parameter_shardings(mesh, named), sep="/")
+    leaves = sorted(flatten_dict(nn.unbox(named), sep="/").items())
+    return {path: f"{described(leaf)} {placed(shardings[path])}" for path, leaf in leaves}
+
+
+def described(leaf) -> str:
+    """Dtype and shape."""
+    return f"{leaf.dtype}{list(leaf.shape)}"
+
+
+def placed(sharding) -> str:
+    """The axes of the mesh that split those of an array."""
+    return " ".join(axis or "." for axis in sharding.spec)
 
 
 def digest(lines) -> str:
@@ -148,12 +169,18 @@ def record(name: str) -> dict:
     data = shape_of_data(config)
     specs = {"teacher": teacher_spec(config, data), "student": student_spec(config, data)}
     modules = networks(config, data)
-    trees = {key: tree(variables(module)) for key, module in modules.items()}
+    trees = {key: tree(named(module)) for key, module in modules.items()}
     if "rival" in modules:
         specs["rival"] = rival_spec(config, data, "meanflow")
-    trained = modules["student"].trained(variables(modules["student"]))
-    leaves = jax.tree_util.tree_leaves_with_path(initial_state(config, modules["student"]))
-    state = [f"{jax.tree_util.keystr(p)} {a.dtype}{list(a.shape)}" for p, a in leaves]
+    trained = modules["student"].trained(named(modules["student"]))
+    state = initial_state(config, modules["student"])
+    shardings = state_shardings(device_mesh(devices=jax.devices()[:1]), state, trained)
+    state = [
+        f"{jax.tree_util.keystr(path)} {described(leaf)} {placed(sharding)}"
+        for (path, leaf), sharding in zip(
+            jax.tree_util.tree_leaves_with_path(state), jax.tree.leaves(shardings), strict=True
+        )
+    ]
     return {
         "specs": json.loads(json.dumps(specs)),
         "trees": trees | {"trained": tree(trained)},

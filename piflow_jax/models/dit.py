@@ -5,6 +5,7 @@ of time and class shared by all blocks.
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,9 +15,12 @@ from jax.typing import DTypeLike
 from piflow_jax.flow.policies import ArcOutput, GMOutput
 from piflow_jax.models.heads import VelocityHead
 from piflow_jax.models.layers import (
+    Axes,
     Linear,
+    Network,
     attend,
     layer_norm,
+    named,
     patchify,
     position_table,
     time_features,
@@ -75,33 +79,35 @@ class DiTBlock(nn.Module):
             `[B, T, D]`, and None (what a scan collects).
         """
         width = tokens.shape[-1]
-        modulation = self._linear((6, width), "modulation", nn.initializers.zeros)(conditioning)
+        axes, zeros = ("embed", None, None), nn.initializers.zeros
+        modulation = self._linear((6, width), "modulation", axes, kernel_init=zeros)(conditioning)
         modulation = modulation[:, None]
         shift, scale, gate = (modulation[:, :, i] for i in range(3))
         attended = self._attend(layer_norm(tokens, ATTENTION_NORM_EPS) * (1 + scale) + shift)
         tokens = tokens + gate * attended
         shift, scale, gate = (modulation[:, :, i] for i in range(3, 6))
         hidden = layer_norm(tokens, MLP_NORM_EPS) * (1 + scale) + shift
-        hidden = nn.gelu(self._linear((self.mlp_hidden,), "mlp_in")(hidden), approximate=True)
-        hidden = self.constrain(hidden, ("batch", None, "mlp"))
-        tokens = tokens + gate * self._linear((width,), "mlp_out")(hidden)
+        hidden = self._linear((self.mlp_hidden,), "mlp_in", ("embed", "mlp"))(hidden)
+        hidden = self.constrain(nn.gelu(hidden, approximate=True), ("batch", None, "mlp"))
+        tokens = tokens + gate * self._linear((width,), "mlp_out", ("mlp", "embed"))(hidden)
         tokens = self.constrain(tokens, ("batch", None, "embed"))
         self.sow("intermediates", "tokens", tokens)
         return tokens, None
 
     def _attend(self, tokens: jax.Array) -> jax.Array:
         b, t, width = tokens.shape
-        qkv = self._linear((3, width), "qkv")(tokens)
+        qkv = self._linear((3, width), "qkv", ("embed", None, "heads"))(tokens)
         qkv = self.constrain(qkv, ("batch", None, None, "heads"))
         qkv = qkv.reshape(b, t, 3, self.num_heads, width // self.num_heads)
         q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
         out = attend(q, k, v, self.attention)
-        return self._linear((width,), "attention_out")(out.reshape(b, t, width))
+        out = out.reshape(b, t, width)
+        return self._linear((width,), "attention_out", ("heads", "embed"))(out)
 
-    def _linear(self, features: tuple[int, ...], name: str, kernel_init=None) -> Linear:
-        options = {} if kernel_init is None else {"kernel_init": kernel_init}
+    def _linear(self, features: tuple[int, ...], name: str, axes: Axes, **options: Any) -> Linear:
         return Linear(
             features,
+            axes=axes,
             dtype=self.dtype,
             param_dtype=self.param_dtype,
             name=name,
@@ -110,7 +116,7 @@ class DiTBlock(nn.Module):
         )
 
 
-class DiT(nn.Module):
+class DiT(Network):
     """Class-conditional diffusion transformer.
 
     The defaults are DiT-XL/2 for ImageNet 256x256 latents. Parameters of the blocks are stacked on
@@ -196,13 +202,15 @@ class DiT(nn.Module):
         embedding = time + self._embed_class(labels).astype(time.dtype)
         dtype = jnp.promote_types(x.dtype, embedding.dtype) if self.dtype is None else self.dtype
 
-        def linear(features, name, **options):
-            return Linear(features, dtype=dtype, param_dtype=self.param_dtype, name=name, **options)
+        def linear(features, name, axes, **options):
+            options = {"axes": axes, "param_dtype": self.param_dtype, **options}
+            return Linear(features, dtype=dtype, name=name, **options)
 
         patches = patchify(x, self.patch_size)
         b, h, w, _ = patches.shape
         positions = position_table(self.hidden, h, w, self.sample_size // self.patch_size)
-        tokens = linear((self.hidden,), "patch_embed")(patches.reshape(b, h * w, -1))
+        patches = patches.reshape(b, h * w, -1)
+        tokens = linear((self.hidden,), "patch_embed", (None, "embed"))(patches)
         tokens = tokens + jnp.asarray(positions, dtype).reshape(1, h * w, self.hidden)
         tokens = self.constrain(tokens, ("batch", None, "embed"))
         self.sow("intermediates", "embedded", tokens)
@@ -211,8 +219,9 @@ class DiT(nn.Module):
         conditioning = nn.silu(embedding).astype(dtype)
         tokens, _ = self._blocks(dtype)(tokens, conditioning)
 
-        zeros = nn.initializers.zeros
-        modulation = linear((2, self.hidden), "final_modulation", kernel_init=zeros)(conditioning)
+        axes, zeros = ("embed", None, None), nn.initializers.zeros
+        last = linear((2, self.hidden), "final_modulation", axes, kernel_init=zeros)
+        modulation = last(conditioning)
         shift, scale = modulation[:, None, 0], modulation[:, None, 1]
         tokens = layer_norm(tokens, OUTPUT_NORM_EPS) * (1 + scale) + shift
         return self.head(
@@ -251,19 +260,19 @@ class DiT(nn.Module):
             `[B, D]`.
         """
 
-        def linear(end):
-            return Linear(
-                (self.hidden,), param_dtype=self.param_dtype, name=f"{name}_{end}", parent=self
-            )
+        def linear(end, axes):
+            options = {"param_dtype": self.param_dtype, "name": f"{name}_{end}", "parent": self}
+            return Linear((self.hidden,), axes=axes, **options)
 
         t = t.astype(jnp.promote_types(t.dtype, jnp.float32))
-        return linear("out")(nn.silu(linear("in")(time_features(t * self.time_scale))))
+        hidden = nn.silu(linear("in", (None, "embed"))(time_features(t * self.time_scale)))
+        return linear("out", ("embed", None))(hidden)
 
     def _embed_class(self, labels: jax.Array) -> jax.Array:
         """Embeddings `[B, D]` of the labels."""
         table = self.param(
             "class_embed",
-            nn.initializers.normal(0.02),
+            named(nn.initializers.normal(0.02), (None, "embed")),
             (self.num_classes + 1, self.hidden),
             self.param_dtype,
         )
@@ -283,6 +292,7 @@ class DiT(nn.Module):
             in_axes=nn.broadcast,
             length=self.depth,
             unroll=self.scan_unroll,
+            metadata_params={nn.PARTITION_NAME: "layers"},
         )
         return scanned(
             num_heads=self.num_heads,

@@ -25,7 +25,7 @@ from piflow_jax.models.joint import (
     round_time,
     stacked,
 )
-from piflow_jax.models.layers import attend, patchify, time_features
+from piflow_jax.models.layers import Network, attend, patchify, time_features
 from piflow_jax.models.lora import AdaptedLinear, LoRA
 
 __all__ = ["FLUX_TARGETS", "Flux", "SingleBlock", "flux_angles"]
@@ -84,11 +84,11 @@ class SingleBlock(Layers):
         """
         width = tokens.shape[-1]
         # Shift, scale, gate.
-        modulation = self.linear((3, width), "modulation")(conditioning)
+        modulation = self.linear((3, width), "modulation", ("embed", None, None))(conditioning)
         hidden = modulated(tokens, modulation[:, 0], modulation[:, 1])
         # The hidden layer is kept in pieces of the token's width: with the attention's output as
         # one more piece it is one contraction, which tensor parallelism splits along every piece.
-        mlp = self.linear((MLP_RATIO, width), "mlp_in")(hidden)
+        mlp = self.linear((MLP_RATIO, width), "mlp_in", ("embed", None, "mlp"))(hidden)
         mlp = self.constrain(nn.gelu(mlp, approximate=True), ("batch", None, None, "mlp"))
         q, k, v = self.queries_keys_values(hidden)
         attended = attend(rotate(q, table), rotate(k, table), v, self.attention)
@@ -97,13 +97,15 @@ class SingleBlock(Layers):
         init = nn.initializers.variance_scaling(
             1.0, "fan_avg", "uniform", in_axis=(0, 1), out_axis=-1
         )
-        out = self.linear((width,), "out", in_axes=2, kernel_init=init)(joined)
+        # Heads and hidden units lie alike.
+        axes = (None, "mlp", "embed")
+        out = self.linear((width,), "out", axes, in_axes=2, kernel_init=init)(joined)
         tokens = self.constrain(tokens + modulation[:, None, 2] * out, ("batch", None, "embed"))
         self.sow("intermediates", "tokens", tokens)
         return tokens, None
 
 
-class Flux(nn.Module):
+class Flux(Network):
     """FLUX.1: double blocks of text and image, then single blocks of both together.
 
     The defaults are FLUX.1 [dev], 11 901 408 320 parameters. Blocks of either kind are stacked on a
@@ -186,14 +188,15 @@ class Flux(nn.Module):
         embedding = self._embed_condition(t, pooled, guidance)
         dtype = jnp.promote_types(x.dtype, embedding.dtype) if self.dtype is None else self.dtype
 
-        def linear(features, name, **options):
-            options = {"param_dtype": self.param_dtype, **options}
+        def linear(features, name, axes, **options):
+            options = {"axes": axes, "param_dtype": self.param_dtype, **options}
             return AdaptedLinear(features, dtype=dtype, lora=self.lora, name=name, **options)
 
         patches = patchify(x, self.patch_size)
         b, h, w, _ = patches.shape
-        image = linear((self.hidden,), "patch_embed")(patches.reshape(b, h * w, -1))
-        streams = (linear((self.hidden,), "text_embed")(text), image)
+        into = (None, "embed")
+        image = linear((self.hidden,), "patch_embed", into)(patches.reshape(b, h * w, -1))
+        streams = (linear((self.hidden,), "text_embed", into)(text), image)
         streams = tuple(self.constrain(tokens, ("batch", None, "embed")) for tokens in streams)
         length = text.shape[1]
         table = rotary_table(flux_angles(self.axes_dims_rope, length, h, w))
@@ -209,7 +212,9 @@ class Flux(nn.Module):
 
         # The head and this layer are trained, and not by adapters: never less than float32.
         trained = jnp.promote_types(self.param_dtype, jnp.float32)
-        modulation = linear((2, self.hidden), "final_modulation", param_dtype=trained)(conditioning)
+        axes = ("embed", None, None)
+        last = linear((2, self.hidden), "final_modulation", axes, param_dtype=trained)
+        modulation = last(conditioning)
         # Here the scale comes first.
         tokens = modulated(tokens, modulation[:, 1], modulation[:, 0])
         return self.head(
@@ -247,16 +252,18 @@ class Flux(nn.Module):
         """Embedding `[B, D]` of time, guidance and pooled text, at least float32."""
 
         def mlp(name, features):
-            def linear(suffix):
+            def linear(suffix, axes):
                 return AdaptedLinear(
                     (self.hidden,),
+                    axes=axes,
                     param_dtype=self.param_dtype,
                     lora=self.lora,
                     name=f"{name}_{suffix}",
                     parent=self,
                 )
 
-            return linear("out")(nn.silu(linear("in")(features)))
+            hidden = nn.silu(linear("in", (None, "embed"))(features))
+            return linear("out", ("embed", None))(hidden)
 
         def scaled(value):
             return round_time(round_time(value, self.time_dtype) * TIME_SCALE, self.time_dtype)

@@ -229,8 +229,9 @@ class GMHead(nn.Module):
         def linear(size, name, **options):
             return Linear((size,), param_dtype=param_dtype, name=name, parent=self, **options)
 
-        hidden = nn.silu(linear(self.logstd_hidden, "logstd_in")(nn.silu(embedding)))
-        return linear(1, "logstd_out", kernel_init=nn.initializers.zeros)(hidden)[:, 0]
+        into = linear(self.logstd_hidden, "logstd_in", axes=("embed", None))
+        out = linear(1, "logstd_out", axes=(None, None), kernel_init=nn.initializers.zeros)
+        return out(nn.silu(into(nn.silu(embedding))))[:, 0]
 
     def noise_shape(self, channels: int) -> tuple[int, int]:
         """Shape `(K, C)` of the normal noise that `from_velocity` wants, `C` being `channels`."""
@@ -377,6 +378,7 @@ def _project(
     """Zero-initialised output layer `name` of `head`, pixels put in place."""
     layer = Linear(
         (patch_size * patch_size * math.prod(features),),
+        axes=("embed", None),
         dtype=tokens.dtype,
         output_dtype=embedding.dtype,
         param_dtype=param_dtype,

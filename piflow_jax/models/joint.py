@@ -14,7 +14,7 @@ from flax import linen as nn
 from jax.typing import DTypeLike
 
 from piflow_jax.models.dit import REMAT_POLICIES, Constrain, unconstrained
-from piflow_jax.models.layers import attend, layer_norm
+from piflow_jax.models.layers import Axes, attend, layer_norm, named
 from piflow_jax.models.lora import AdaptedLinear, LoRA
 
 NORM_EPS = 1e-6
@@ -34,7 +34,8 @@ class RMSNorm(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps `x[..., D]` to the same shape and dtype, in float32 at least."""
-        scale = self.param("scale", nn.initializers.ones, x.shape[-1:], self.param_dtype)
+        init = named(nn.initializers.ones, (None,))
+        scale = self.param("scale", init, x.shape[-1:], self.param_dtype)
         wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         wide = wide * jax.lax.rsqrt((wide * wide).mean(-1, keepdims=True) + NORM_EPS)
         return (wide * scale.astype(wide.dtype).reshape((1,) * (x.ndim - 1) + (-1,))).astype(
@@ -94,10 +95,13 @@ class Layers(nn.Module):
     constrain: Constrain = unconstrained
     lora: LoRA | None = None
 
-    def linear(self, features: tuple[int, ...], name: str, **options: Any) -> AdaptedLinear:
+    def linear(
+        self, features: tuple[int, ...], name: str, axes: Axes, **options: Any
+    ) -> AdaptedLinear:
         """A linear layer of this block."""
         return AdaptedLinear(
             features,
+            axes=axes,
             dtype=self.dtype,
             param_dtype=self.param_dtype,
             lora=self.lora,
@@ -111,7 +115,7 @@ class Layers(nn.Module):
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Normalised queries and keys, and values, of `tokens[B, T, D]`: `[B, T, heads, size]`."""
         b, t, width = tokens.shape
-        qkv = self.linear((3, width), f"{prefix}qkv")(tokens)
+        qkv = self.linear((3, width), f"{prefix}qkv", ("embed", None, "heads"))(tokens)
         qkv = self.constrain(qkv, ("batch", None, None, "heads"))
         qkv = qkv.reshape(b, t, 3, self.num_heads, width // self.num_heads)
         query = RMSNorm(self.param_dtype, name=f"{prefix}query_norm", parent=self)(qkv[:, :, 0])
@@ -146,7 +150,8 @@ class JointBlock(Layers):
         for tokens, prefix in zip(streams, names, strict=True):
             width = tokens.shape[-1]
             # Of each half: shift, scale, gate.
-            modulation = self.linear((6, width), f"{prefix}modulation")(conditioning)
+            layer = self.linear((6, width), f"{prefix}modulation", ("embed", None, None))
+            modulation = layer(conditioning)
             hidden = modulated(tokens, modulation[:, 0], modulation[:, 1])
             pieces.append(self.queries_keys_values(hidden, prefix))
             modulations.append(modulation)
@@ -165,12 +170,15 @@ class JointBlock(Layers):
         self, tokens: jax.Array, prefix: str, attended: jax.Array, modulation: jax.Array
     ) -> jax.Array:
         width = tokens.shape[-1]
-        attended = self.linear((width,), f"{prefix}attention_out")(attended)
+        out = self.linear((width,), f"{prefix}attention_out", ("heads", "embed"))
+        attended = out(attended)
         tokens = tokens + modulation[:, None, 2] * attended
         hidden = modulated(tokens, modulation[:, 3], modulation[:, 4])
-        hidden = self.linear((MLP_RATIO * width,), f"{prefix}mlp_in")(hidden)
+        into = self.linear((MLP_RATIO * width,), f"{prefix}mlp_in", ("embed", "mlp"))
+        hidden = into(hidden)
         hidden = self.constrain(nn.gelu(hidden, approximate=True), ("batch", None, "mlp"))
-        tokens = tokens + modulation[:, None, 5] * self.linear((width,), f"{prefix}mlp_out")(hidden)
+        out = self.linear((width,), f"{prefix}mlp_out", ("mlp", "embed"))
+        tokens = tokens + modulation[:, None, 5] * out(hidden)
         return self.constrain(tokens, ("batch", None, "embed"))
 
 
@@ -205,6 +213,7 @@ def stacked(
         in_axes=nn.broadcast,
         length=depth,
         unroll=unroll,
+        metadata_params={nn.PARTITION_NAME: "layers"},
     )
     return scanned(**settings)
 

@@ -1,8 +1,15 @@
-"""Layers shared by the networks: linear, layer norm, time features, patches."""
+"""Layers shared by the networks: linear, layer norm, time features, patches.
+
+Axes of parameters have names, by which `piflow_jax.parallel` splits them over devices: `embed` is
+the width of the tokens, `heads` all attention heads together, `mlp` the hidden layer of an MLP,
+`layers` the blocks of a scan, `rank` the inner size of an adapter where its factor has no `embed`.
+An axis that is named None is never split.
+"""
 
 import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +19,30 @@ from flax import linen as nn
 from jax.typing import ArrayLike, DTypeLike
 
 TIME_FEATURES = 256
+
+Axes = tuple[str | None, ...]
+
+
+def named(init: Callable, axes: Axes | None) -> Callable:
+    """An initializer whose array carries the names of its axes; None leaves it without."""
+    return init if axes is None else nn.with_logical_partitioning(init, axes)
+
+
+class Network(nn.Module):
+    """A module whose fresh variables are plain arrays, although its parameters carry names."""
+
+    @nn.nowrap
+    def init(self, *args: Any, **options: Any) -> Any:
+        """Fresh variables by name, see `flax.linen.Module.init`.
+
+        Args:
+            *args: Random key or keys, and inputs.
+            **options: Those of Flax.
+
+        Returns:
+            The variables, arrays without the names of their axes.
+        """
+        return nn.unbox(super().init(*args, **options))
 
 
 def xavier_uniform(key: jax.Array, shape: tuple[int, ...], dtype: DTypeLike) -> jax.Array:
@@ -47,6 +78,8 @@ class Linear(nn.Module):
         param_dtype: Dtype of fresh parameters.
         kernel_init: Initializer of the kernel.
         bias_init: Initializer of the bias.
+        axes: Names of the kernel's axes. The bias has those of its last ones, but for `embed`: what
+            is added to tokens is whole on every device. None leaves both without names.
     """
 
     features: tuple[int, ...]
@@ -56,13 +89,18 @@ class Linear(nn.Module):
     param_dtype: DTypeLike = jnp.float32
     kernel_init: Callable = xavier_uniform
     bias_init: Callable = nn.initializers.zeros
+    axes: Axes | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps `x[..., in]` to `[..., *features]`."""
         features, ins = tuple(self.features), x.shape[-self.in_axes :]
-        kernel = self.param("kernel", self.kernel_init, (*ins, *features), self.param_dtype)
-        bias = self.param("bias", self.bias_init, features, self.param_dtype)
+        whole = self.axes and tuple(
+            None if axis == "embed" else axis for axis in self.axes[self.in_axes :]
+        )
+        kernel_init, bias_init = named(self.kernel_init, self.axes), named(self.bias_init, whole)
+        kernel = self.param("kernel", kernel_init, (*ins, *features), self.param_dtype)
+        bias = self.param("bias", bias_init, features, self.param_dtype)
         dtype = jnp.result_type(x, kernel) if self.dtype is None else self.dtype
         output_dtype = dtype if self.output_dtype is None else self.output_dtype
         y = contract(x.astype(dtype), kernel.astype(dtype), self.in_axes, output_dtype)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.typing import DTypeLike
 
-from piflow_jax.models.layers import Linear, contract, xavier_uniform
+from piflow_jax.models.layers import Axes, Linear, contract, named, xavier_uniform
 
 __all__ = ["AdaptedLinear", "LoRA", "fuse", "initial_trained", "merge", "split"]
 
@@ -47,7 +47,8 @@ class LoRA:
 class AdaptedLinear(Linear):
     """A linear layer with an adapter if it is a target: `x W + b + scale (x A) B`.
 
-    `A[*ins, r]` starts at `N(0, 1 / r^2)`, `B[r, *features]` at zero, as in the release.
+    `A[*ins, r]` starts at `N(0, 1 / r^2)`, `B[r, *features]` at zero, as in the release. They have
+    the kernel's axes, and the axis `rank` where that leaves them without `embed`.
 
     Attributes:
         lora: The network's adapters; None for none.
@@ -64,14 +65,23 @@ class AdaptedLinear(Linear):
             return y
         down_init = nn.initializers.normal(1 / lora.rank)
         ins = x.shape[-self.in_axes :]
-        down = self.param(DOWN, down_init, (*ins, lora.rank), lora.param_dtype)
+        down_axes, up_axes = self._factor_axes()
+        shape = (*ins, lora.rank)
+        down = self.param(DOWN, named(down_init, down_axes), shape, lora.param_dtype)
         shape = (lora.rank, *self.features)
-        up = self.param(UP, nn.initializers.zeros, shape, lora.param_dtype)
+        up = self.param(UP, named(nn.initializers.zeros, up_axes), shape, lora.param_dtype)
         dtype = y.dtype if self.dtype is None else self.dtype
         if lora.dropout and self.has_rng("dropout"):
             x = nn.Dropout(lora.dropout, deterministic=False)(x)
         inner = contract(x.astype(dtype), down.astype(dtype), self.in_axes)
         return y + (lora.scale * contract(inner, up.astype(dtype))).astype(y.dtype)
+
+    def _factor_axes(self) -> tuple[Axes | None, Axes | None]:
+        if self.axes is None:
+            return None, None
+        ins, outs = self.axes[: self.in_axes], self.axes[self.in_axes :]
+        rank_of = [None if "embed" in axes else "rank" for axes in (ins, outs)]
+        return (*ins, rank_of[0]), (rank_of[1], *outs)
 
 
 def split(params: Mapping) -> tuple[dict, dict]:

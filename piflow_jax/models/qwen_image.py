@@ -23,7 +23,7 @@ from piflow_jax.models.joint import (
     round_time,
     stacked,
 )
-from piflow_jax.models.layers import patchify, time_features
+from piflow_jax.models.layers import Network, patchify, time_features
 from piflow_jax.models.lora import AdaptedLinear, LoRA
 
 __all__ = ["QWEN_TARGETS", "QwenImage", "qwen_angles"]
@@ -74,7 +74,7 @@ def qwen_angles(axes: tuple[int, ...], text_length: int, height: int, width: int
     return np.concatenate(angles, axis=-1)
 
 
-class QwenImage(nn.Module):
+class QwenImage(Network):
     """Qwen-Image: joint blocks of text and image, conditioned on time alone.
 
     The defaults are the released network, 20 430 401 088 parameters. Blocks are stacked on a
@@ -148,15 +148,16 @@ class QwenImage(nn.Module):
         embedding = self._embed_time(t)
         dtype = jnp.promote_types(x.dtype, embedding.dtype) if self.dtype is None else self.dtype
 
-        def linear(features, name, **options):
-            options = {"param_dtype": self.param_dtype, **options}
+        def linear(features, name, axes, **options):
+            options = {"axes": axes, "param_dtype": self.param_dtype, **options}
             return AdaptedLinear(features, dtype=dtype, lora=self.lora, name=name, **options)
 
         patches = patchify(x, self.patch_size)
         b, h, w, _ = patches.shape
-        image = linear((self.hidden,), "patch_embed")(patches.reshape(b, h * w, -1))
+        into = (None, "embed")
+        image = linear((self.hidden,), "patch_embed", into)(patches.reshape(b, h * w, -1))
         text = RMSNorm(self.param_dtype, name="text_norm")(text)
-        streams = (linear((self.hidden,), "text_embed")(text), image)
+        streams = (linear((self.hidden,), "text_embed", into)(text), image)
         streams = tuple(self.constrain(tokens, ("batch", None, "embed")) for tokens in streams)
         table = rotary_table(qwen_angles(self.axes_dims_rope, text.shape[1], h, w))
         conditioning = nn.silu(embedding).astype(dtype)
@@ -168,7 +169,9 @@ class QwenImage(nn.Module):
 
         # The head and this layer are trained, and not by adapters: never less than float32.
         trained = jnp.promote_types(self.param_dtype, jnp.float32)
-        modulation = linear((2, self.hidden), "final_modulation", param_dtype=trained)(conditioning)
+        axes = ("embed", None, None)
+        last = linear((2, self.hidden), "final_modulation", axes, param_dtype=trained)
+        modulation = last(conditioning)
         # Here the scale comes first.
         tokens = modulated(tokens, modulation[:, 1], modulation[:, 0])
         return self.head(
@@ -198,16 +201,18 @@ class QwenImage(nn.Module):
         """Embedding `[B, D]` of time, at least float32, float64 with such parameters."""
         features = time_features(round_time(t, self.time_dtype), scale=TIME_SCALE)
 
-        def linear(name):
+        def linear(name, axes):
             return AdaptedLinear(
                 (self.hidden,),
+                axes=axes,
                 param_dtype=self.param_dtype,
                 lora=self.lora,
                 name=name,
                 parent=self,
             )
 
-        return linear("time_out")(nn.silu(linear("time_in")(features)))
+        hidden = nn.silu(linear("time_in", (None, "embed"))(features))
+        return linear("time_out", ("embed", None))(hidden)
 
     def _blocks(self, dtype: DTypeLike) -> nn.Module:
         settings = {

@@ -1,9 +1,11 @@
-"""Where arrays lie: from logical axis names to the axes of the mesh.
+"""Where arrays lie: from the names of parameters' axes to the axes of the mesh.
 
 Fully sharded data parallelism (`fsdp`) splits every parameter along the width of the tokens, or an
 adapter's factor that lacks it along the rank, and gathers one layer at a time; tensor parallelism
 (`tensor`) splits heads and hidden layers, and the work with them. Batches are split over `data` and
-`fsdp` together.
+`fsdp` together. Parameters get their names from `flax.linen.with_logical_partitioning`, see
+`piflow_jax.models.layers`; one without names is split over `fsdp` along its largest axis that
+divides.
 """
 
 import dataclasses
@@ -11,9 +13,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+from flax import linen as nn
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-
-from piflow_jax.models.axes import parameter_axes
 
 __all__ = ["RULES", "ActivationSharding", "parameter_shardings", "state_shardings"]
 
@@ -27,59 +28,108 @@ RULES: dict[str, str] = {
 }
 
 
-def parameter_shardings(mesh: Mesh, tree: Any, *, split: bool = True) -> Any:
-    """Shardings of a network's parameters, or of anything that holds such trees.
-
-    An array belongs to the parameter that its path names behind `params`, wherever that stands: so
-    averages and the optimiser's moments lie as their parameters do.
+def parameter_shardings(mesh: Mesh, params: Any, *, split: bool = True) -> Any:
+    """Shardings of a network's parameters.
 
     Args:
       mesh: with the axes `data`, `fsdp` and `tensor`.
-      tree: arrays or their shapes.
+      params: any tree of arrays or their shapes, each with the names of its axes (in a box of
+        `flax.linen.Partitioned`) or without.
       split: False keeps all of it whole on every device.
 
     Returns:
-      A tree of `NamedSharding`. Arrays that are not a parameter's (counters) are whole.
+      A tree of `NamedSharding`, without boxes. Of arrays without names, vectors and those that have
+      no axis that `fsdp` divides are whole.
 
     Raises:
-      ValueError: A parameter is not in the table of axes, or an axis of the mesh does not divide
-        one of its axes; the message names both.
+      ValueError: An axis of the mesh does not divide one that is named for it, or a parameter has
+        not as many names as axes; the message names it.
     """
 
     def sharding(path, leaf):
-        names = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]
-        if not split or not leaf.ndim or "params" not in names:
-            return NamedSharding(mesh, PartitionSpec())
-        names = names[names.index("params") + 1 :]
-        axes = parameter_axes(names, leaf.ndim)
-        for size, axis in zip(leaf.shape, axes, strict=True):
-            across = mesh.shape[RULES[axis]] if axis in RULES else 1
-            if size % across:
-                raise ValueError(
-                    f"config.mesh.{RULES[axis]} ({across}) must divide the axis {axis!r} of "
-                    f"{'/'.join(names)}, which has the size {size}"
-                )
-        return NamedSharding(mesh, PartitionSpec(*(RULES.get(axis) for axis in axes)))
+        if not split or not nn.unbox(leaf).shape:
+            axes = []
+        elif _is_box(leaf):
+            axes = _by_name(mesh, _path(path), leaf.value.shape, leaf.names)
+        else:
+            axes = _by_size(mesh, leaf.shape)
+        return NamedSharding(mesh, PartitionSpec(*axes))
 
-    return jax.tree_util.tree_map_with_path(sharding, tree)
+    return jax.tree_util.tree_map_with_path(sharding, params, is_leaf=_is_box)
 
 
-def state_shardings(mesh: Mesh, state: Any, *, split: bool = True, ema: bool = True) -> Any:
+def _is_box(leaf: Any) -> bool:
+    return isinstance(leaf, nn.Partitioned)
+
+
+def _by_name(
+    mesh: Mesh, path: tuple[str, ...], shape: tuple[int, ...], names: Sequence[str | None]
+) -> list[str | None]:
+    parameter = "/".join(path).removeprefix("params/")
+    if len(names) != len(shape):
+        raise ValueError(f"{parameter} has the axes {list(shape)}, but the names {list(names)}")
+    for size, name in zip(shape, names, strict=True):
+        across = mesh.shape[RULES[name]] if name in RULES else 1
+        if size % across:
+            raise ValueError(
+                f"config.mesh.{RULES[name]} ({across}) must divide the axis {name!r} of "
+                f"{parameter}, which has the size {size}"
+            )
+    axes = [RULES.get(name) for name in names]
+    # An axis of the mesh splits one axis of a parameter, the first that is named for it.
+    return [None if axis in axes[:i] else axis for i, axis in enumerate(axes)]
+
+
+def _by_size(mesh: Mesh, shape: tuple[int, ...]) -> list[str | None]:
+    dividing = [axis for axis, size in enumerate(shape) if not size % mesh.shape["fsdp"]]
+    if len(shape) < 2 or not dividing:
+        return []
+    largest = max(dividing, key=lambda axis: shape[axis])
+    return ["fsdp" if axis == largest else None for axis in range(len(shape))]
+
+
+def state_shardings(
+    mesh: Mesh, state: Any, params: Any, *, split: bool = True, ema: bool = True
+) -> Any:
     """Shardings of a train state, its average by a rule of its own.
+
+    An array belongs to the parameter on whose path its own path ends, if it has its shape: so
+    averages and the optimiser's moments lie as their parameters do.
 
     Args:
       mesh: see `parameter_shardings`.
       state: a `TrainState` of arrays or shapes.
+      params: the parameters in it, see `parameter_shardings`.
       split: whether parameters and the optimiser's state are split.
       ema: whether the average is.
 
     Returns:
-      A `TrainState` of `NamedSharding`.
+      A `TrainState` of `NamedSharding`. Arrays that are no parameter's (counters) are whole.
+
+    Raises:
+      ValueError: see `parameter_shardings`.
     """
-    shardings = parameter_shardings(mesh, state, split=split)
-    return dataclasses.replace(
-        shardings, ema_params=parameter_shardings(mesh, state.ema_params, split=ema)
-    )
+    leaves = jax.tree_util.tree_leaves_with_path(nn.unbox(params))
+    parameters = [(_path(path), leaf.shape) for path, leaf in leaves]
+
+    def like_parameters(tree: Any, split: bool) -> Any:
+        shardings = jax.tree.leaves(parameter_shardings(mesh, params, split=split))
+        known = dict(zip(parameters, shardings, strict=True))
+
+        def place(path, leaf):
+            path = _path(path)
+            ends = ((path[start:], leaf.shape) for start in range(len(path) + 1))
+            found = (known[end] for end in ends if end in known)
+            return next(found, NamedSharding(mesh, PartitionSpec()))
+
+        return jax.tree_util.tree_map_with_path(place, tree)
+
+    placed = like_parameters(state, split)
+    return dataclasses.replace(placed, ema_params=like_parameters(state.ema_params, ema))
+
+
+def _path(path: Sequence[Any]) -> tuple[str, ...]:
+    return tuple(jax.tree_util.keystr((key,), simple=True) for key in path)
 
 
 @dataclasses.dataclass(frozen=True)

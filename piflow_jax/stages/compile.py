@@ -32,7 +32,7 @@ from piflow_jax.parallel.topology import CHIPS, Chip, topology_devices
 from piflow_jax.stages.systems import student_sampler, student_shardings, teacher_shardings
 from piflow_jax.systems.assembly import Systems
 from piflow_jax.systems.datasets import dataset, load_source, shape_of
-from piflow_jax.systems.networks import abstract_variables, network_kind
+from piflow_jax.systems.networks import abstract_variables, named_variables, network_kind
 from piflow_jax.systems.shapes import DataShape
 from piflow_jax.training.monitor import step_memory
 from piflow_jax.training.optimizer import make_optimizer
@@ -242,14 +242,14 @@ def _step_program(config: Config, mesh: Mesh) -> _Program:
     state = jax.eval_shape(lambda trained: TrainState.create(trained, optimizer), trained)
     teacher_params = abstract_variables(teacher)
     batch = _batch(config, systems, train.batch_size)
-    of_state = student_shardings(config, mesh, state)
+    of_state = student_shardings(config, mesh, state, student)
     f = train.final_step_size_scale
     return _Program(
         function=distill_step(student, systems.teacher, optimizer, config, systems.data.channels),
         arguments=(state, teacher_params, jax.eval_shape(lambda: jax.random.key(0)), batch),
         shardings=(
             of_state,
-            teacher_shardings(config, mesh, teacher_params),
+            teacher_shardings(config, mesh, teacher),
             replicated(mesh),
             batch_sharding(mesh),
         ),
@@ -271,7 +271,7 @@ def _sampling_program(config: Config, mesh: Mesh) -> _Program:
     return _Program(
         function=student_sampler(config, data, ActivationSharding(mesh)),
         arguments=(params, noise, batch["condition"]),
-        shardings=(parameter_shardings(mesh, params), split, split),
+        shardings=(parameter_shardings(mesh, named_variables(student)), split, split),
         results=split,
         donated=False,
         examples=settings.batch_size,

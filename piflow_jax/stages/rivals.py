@@ -55,7 +55,7 @@ from piflow_jax.stages.train import (
     teacher_stage,
 )
 from piflow_jax.systems.datasets import dataset, load_source, shape_of
-from piflow_jax.systems.networks import abstract_variables, network_kind, teacher_network
+from piflow_jax.systems.networks import network_kind, teacher_network
 from piflow_jax.systems.shapes import DataShape
 from piflow_jax.systems.spec import model_settings, updated_settings
 from piflow_jax.training.loop import Stage, checkpoint_dir
@@ -136,8 +136,8 @@ class _Comparison:
         if not (config.teacher.checkpoint or config.teacher.weights):
             stage = teacher_stage(config, self._source, data, self._mesh)
             run_here(stage, config, self._workdir, self._mesh)
-        abstract = abstract_variables(teacher_network(config.model, data))
-        shardings = teacher_shardings(config, self._mesh, abstract)
+        teacher = teacher_network(config.model, data)
+        shardings = teacher_shardings(config, self._mesh, teacher)
         self._teacher = load_teacher(config, data, self._workdir, shardings)
         times = self._times()
         bench = Bench(config, self._source, data, config_judge(config, self._source, self._workdir))
@@ -367,7 +367,7 @@ def rival_stage(
         updated=updated_settings,
         spec=rival_spec(config, data, rival.name),
         init_arguments=(given["teacher"],),
-        shardings=lambda state: student_shardings(config, mesh, state),
+        shardings=lambda state: student_shardings(config, mesh, state, setting.network),
     )
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from flax import linen as nn
 from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 
@@ -23,6 +24,7 @@ from piflow_jax.systems.datasets import dataset, load_source, shape_of
 from piflow_jax.systems.networks import (
     Network,
     abstract_variables,
+    named_variables,
     network_kind,
     student_network,
     teacher_network,
@@ -63,15 +65,17 @@ __all__ = [
 ]
 
 
-def teacher_shardings(config: Config, mesh: Mesh, params: Any) -> Any:
+def teacher_shardings(config: Config, mesh: Mesh, teacher: Network) -> Any:
     """Where a teacher's parameters lie while it is imitated; see `config.mesh.teacher`."""
-    return parameter_shardings(mesh, params, split=config.mesh.teacher == "split")
+    split = config.mesh.teacher == "split"
+    return parameter_shardings(mesh, named_variables(teacher), split=split)
 
 
-def student_shardings(config: Config, mesh: Mesh, state: Any) -> Any:
+def student_shardings(config: Config, mesh: Mesh, state: Any, student: Network) -> Any:
     """Where a student's state lies; see `config.mesh.student` and `config.mesh.ema`."""
-    rules = config.mesh
-    return state_shardings(mesh, state, split=rules.student == "split", ema=rules.ema == "split")
+    trained, rules = student.trained(named_variables(student)), config.mesh
+    split, ema = rules.student == "split", rules.ema == "split"
+    return state_shardings(mesh, state, trained, split=split, ema=ema)
 
 
 def data_shape(config: Config, workdir: str | os.PathLike) -> DataShape:
@@ -216,7 +220,7 @@ def load_student(
       ConfigError: the official weights contradict the settings, or need PyTorch to be read.
     """
     network = student_network(config.model, config.policy, data)
-    trained = network.trained(abstract_variables(network))
+    trained = network.trained(named_variables(network))
     shardings = None if mesh is None else parameter_shardings(mesh, trained)
     base = _load_teacher_on(mesh, config, data, workdir) if network.adapted else None
     spec = student_spec(config, data)
@@ -230,7 +234,7 @@ def load_student(
             form = f"{config.policy.kind}_{config.model.network}"
             return load_params(network.module, weights, form, place)
 
-        path, like = config.evaluation.weights, _placed(trained, shardings)
+        path, like = config.evaluation.weights, _placed(nn.unbox(trained), shardings)
         trained = _official(path, "config.evaluation.weights", spec, config, read, like)
     return network.with_base(trained, base)
 
@@ -349,8 +353,8 @@ def _load_teacher_on(
     mesh: Mesh | None, config: Config, data: DataShape, workdir: str | os.PathLike
 ):
     """The teacher's parameters, split over a mesh's devices as `load_student` splits its own."""
-    abstract = abstract_variables(teacher_network(config.model, data))
-    shardings = None if mesh is None else parameter_shardings(mesh, abstract)
+    named = named_variables(teacher_network(config.model, data))
+    shardings = None if mesh is None else parameter_shardings(mesh, named)
     return load_teacher(config, data, workdir, shardings)
 
 

@@ -19,7 +19,7 @@ from piflow_jax.stages.systems import load_teacher, student_shardings, teacher_s
 from piflow_jax.systems.assembly import Systems
 from piflow_jax.systems.datasets import dataset, load_source, shape_of
 from piflow_jax.systems.judges import Judge
-from piflow_jax.systems.networks import Network, abstract_variables, teacher_network
+from piflow_jax.systems.networks import Network, teacher_network
 from piflow_jax.systems.shapes import DataShape
 from piflow_jax.systems.spec import (
     model_settings,
@@ -77,8 +77,7 @@ def _train(config: Config, workdir: str | os.PathLike) -> None:
         )
     else:
         run_here(teacher_stage(config, source, data, mesh), config, workdir, mesh)
-    abstract = abstract_variables(teacher_network(config.model, data))
-    shardings = teacher_shardings(config, mesh, abstract)
+    shardings = teacher_shardings(config, mesh, teacher_network(config.model, data))
     teacher_params = load_teacher(config, data, workdir, shardings)
     judge = config_judge(config, source, workdir) if pixels and config.evaluation.every else None
     stage = student_stage(config, source, data, teacher_params, mesh, judge)
@@ -184,7 +183,7 @@ def teacher_stage(config: Config, source, data: DataShape, mesh: Mesh) -> Stage:
         extensible=_extensible("teacher", settings.optimizer.decay),
         updated=updated_settings,
         spec=teacher_spec(config, data),
-        shardings=lambda state: student_shardings(config, mesh, state),
+        shardings=lambda state: student_shardings(config, mesh, state, network),
     )
 
 
@@ -236,7 +235,7 @@ def student_stage(
         updated=updated_settings,
         spec=student_spec(config, data),
         init_arguments=(teacher_params,),
-        shardings=lambda state: student_shardings(config, mesh, state),
+        shardings=lambda state: student_shardings(config, mesh, state, student),
         look=look and look_at,
     )
 

@@ -30,6 +30,7 @@ __all__ = [
     "Network",
     "NetworkKind",
     "abstract_variables",
+    "named_variables",
     "network_kind",
     "student_network",
     "teacher_network",
@@ -53,6 +54,10 @@ class Network(Protocol):
 
     def init(self, key: jax.Array) -> Variables:
         """Fresh variables; traceable."""
+        ...
+
+    def named(self, key: jax.Array) -> Variables:
+        """The same, each parameter in a box (`flax.linen.Partitioned`) if its axes have names."""
         ...
 
     def apply(self, variables: Variables, x: jax.Array, t: jax.Array, condition: Condition) -> Any:
@@ -119,8 +124,12 @@ class BuiltIn:
 
     def init(self, key: jax.Array) -> Variables:
         """See `Network`."""
-        example = self.module.example()
-        return self.module.init(key, *(jnp.zeros(leaf.shape, leaf.dtype) for leaf in example))
+        return nn.unbox(self.named(key))
+
+    def named(self, key: jax.Array) -> Variables:
+        """See `Network`."""
+        zeros = (jnp.zeros(leaf.shape, leaf.dtype) for leaf in self.module.example())
+        return nn.Module.init(self.module, key, *zeros)
 
     @property
     def drops(self) -> bool:
@@ -359,3 +368,8 @@ def _network(model: ModelConfig, data: DataShape, head: nn.Module, *, adapters: 
 def abstract_variables(network: Network) -> Variables:
     """Shapes and dtypes of a network's variables, without computing any."""
     return jax.eval_shape(network.init, jax.random.key(0))
+
+
+def named_variables(network: Network) -> Variables:
+    """The same, in boxes with the names of their axes where they have some."""
+    return jax.eval_shape(network.named, jax.random.key(0))

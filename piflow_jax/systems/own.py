@@ -38,7 +38,7 @@ class Functions:
 
     Attributes:
       init: `key -> {"params": ..., "carried": ...}`; gradients change the first, running averages
-        and random state are in the second.
+        and random state are in the second. Where the network names axes, the arrays are in boxes.
       apply: `(variables, x, t, condition, training) -> (outputs, carried)`.
     """
 
@@ -187,6 +187,10 @@ class OwnNetwork:
 
     def init(self, key: jax.Array) -> Any:
         """See `Network`."""
+        return nn.unbox(self.named(key))
+
+    def named(self, key: jax.Array) -> Any:
+        """See `Network`."""
         keys = jax.random.split(key)
         variables = self.functions.init(keys[0])
         if self._predicts_std:
@@ -277,7 +281,7 @@ class OwnNetwork:
         fresh = self.trained(self.init(keys[0]))
         own = fresh["network"] if self._predicts_std else fresh
         noise = jax.random.normal(keys[1], (self._components, self.data.channels))
-        started = _started(own, initial, self, noise)
+        started = _started(own, nn.unbox(initial), self, noise)
         if not self._predicts_std:
             return started
         logstd = fresh["logstd"]

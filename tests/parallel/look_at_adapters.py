@@ -24,11 +24,9 @@ if __name__ == "__main__":
     source = load_source(config.data)
     data = DataShape.of(config.data.name, source)
 
-    def init():
-        return teacher_network(config.model, data).init(jax.random.key(0))
-
-    where = teacher_shardings(config, mesh, jax.eval_shape(init))
-    teacher = jax.jit(init, out_shardings=where)()
+    network = teacher_network(config.model, data)
+    where = teacher_shardings(config, mesh, network)
+    teacher = jax.jit(network.init, out_shardings=where)(jax.random.key(0))
     stage = student_stage(config, source, data, teacher, mesh)
     params = jax.jit(
         lambda teacher: stage.init(teacher).ema_params, out_shardings=replicated(mesh)

@@ -43,8 +43,9 @@ def run(network, workdir, shape, steps):
     mesh = device_mesh(*shape, devices=jax.devices()[: int(np.prod(shape))])
     source = load_source(config.data)
     data = DataShape.of(config.data.name, source)
-    teacher = jax.jit(lambda: teacher_network(config.model, data).init(jax.random.key(0)))
-    teacher = jax.device_put(teacher(), teacher_shardings(config, mesh, jax.eval_shape(teacher)))
+    network = teacher_network(config.model, data)
+    teacher = jax.jit(network.init)(jax.random.key(0))
+    teacher = jax.device_put(teacher, teacher_shardings(config, mesh, network))
     stage = student_stage(config, source, data, teacher, mesh)
     options = {"log_every": 1, "checkpoint_every": 100, "keep_checkpoints": 1}
     state = run_stage(stage, workdir, mesh=mesh, **options)

@@ -22,6 +22,7 @@ from piflow_jax.parallel import (
 )
 from piflow_jax.parallel.program import parse_program
 from piflow_jax.systems.assembly import Systems
+from piflow_jax.systems.networks import named_variables
 from piflow_jax.systems.shapes import DataShape
 from piflow_jax.training.optimizer import make_optimizer
 from piflow_jax.training.state import TrainState
@@ -95,9 +96,10 @@ def run(shape, dtype, path):
         params = student_from_teacher(jax.random.key(2), student.module, params, teacher_params)
         return TrainState.create(params, optimizer)
 
-    where = parameter_shardings(mesh, jax.eval_shape(init_teacher))
+    where = parameter_shardings(mesh, named_variables(teacher))
     teacher_params = jax.jit(init_teacher, out_shardings=where)()
-    shardings = state_shardings(mesh, jax.eval_shape(init, teacher_params))
+    named = named_variables(student)
+    shardings = state_shardings(mesh, jax.eval_shape(init, teacher_params), named)
     state = jax.jit(init, out_shardings=shardings)(teacher_params)
     shares = {
         name: layer["kernel"].addressable_data(0).size / layer["kernel"].size

@@ -7,27 +7,40 @@ import json
 import os
 import subprocess
 import sys
-import types
 from collections import Counter
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
+from flax import linen as nn
+from flax import nnx
 from flax.traverse_util import flatten_dict
+from jax.sharding import AbstractMesh, AxisType
 from jax.sharding import PartitionSpec as P
 
-from piflow_jax.config import base_config, parse
-from piflow_jax.models.axes import parameter_axes
+from piflow_jax.config import parse
 from piflow_jax.models.flux import FLUX_TARGETS, Flux
 from piflow_jax.models.heads import ArcHead, DXHead, GMHead
 from piflow_jax.models.lora import LoRA
 from piflow_jax.models.qwen_image import QWEN_TARGETS, QwenImage
-from piflow_jax.parallel import device_mesh, parameter_shardings
+from piflow_jax.parallel import device_mesh, parameter_shardings, state_shardings
 from piflow_jax.rivals.flow_map import TwoTimes
 from piflow_jax.stages.systems import student_shardings, teacher_shardings
+from piflow_jax.systems.conditioning import ClassLabels, Text
+from piflow_jax.systems.networks import (
+    BuiltIn,
+    abstract_variables,
+    named_variables,
+    student_network,
+    teacher_network,
+)
+from piflow_jax.systems.own import OwnNetwork, as_functions
+from piflow_jax.systems.shapes import DataShape
 from piflow_jax.training.state import TrainState
+from tests import tiny
 
 HERE = Path(__file__).parent
 MESHES = {
@@ -102,6 +115,15 @@ def assert_same(one, ours, tolerance):
             # Adam makes steps of the full rate.
             difference, values = difference[:, ::2], values[:, ::2]
         assert np.linalg.norm(difference) <= tolerance * np.linalg.norm(values), name
+
+
+def test_a_network_without_names_is_split_and_learns_the_same():
+    runs = on_eight_devices("unnamed_runs.py")
+    assert runs["8"]["losses"] == pytest.approx(runs["1"]["losses"], rel=1e-9)
+    assert runs["1"]["losses"][-1] < runs["1"]["losses"][0]
+    shares = runs["8"]["shares"]
+    # Parameters, average and two moments of four kernels; that of one input and 16 outputs too.
+    assert len(shares) == 16 and set(shares.values()) == {1 / 8}
 
 
 @pytest.mark.slow
@@ -201,70 +223,187 @@ def test_state_and_collectives_are_as_every_mesh_asks_for(all_runs, check):
         check(run, MESHES[name.split()[1]])
 
 
-def test_a_mesh_that_does_not_divide_is_named():
-    shapes = {"params": {"blocks": {"mlp_in": {"kernel": jax.ShapeDtypeStruct((2, 12, 6), "f4")}}}}
+def named(*shape, axes=None, path=("params", "blocks", "mlp_in", "kernel")):
+    """A tree of one parameter, with the names of its axes or without."""
+    tree = jax.ShapeDtypeStruct(shape, "f4")
+    tree = tree if axes is None else nn.LogicallyPartitioned(tree, axes)
+    for name in reversed(path):
+        tree = {name: tree}
+    return tree
 
-    mesh = types.SimpleNamespace(shape={"data": 1, "fsdp": 8, "tensor": 1})
+
+def mesh_of(data=1, fsdp=1, tensor=1):
+    """A mesh of devices that need not be there."""
+    names = ("data", "fsdp", "tensor")
+    return AbstractMesh((data, fsdp, tensor), names, axis_types=(AxisType.Auto,) * 3)
+
+
+MLP_IN = ("layers", "embed", "mlp")
+
+
+def test_a_mesh_that_does_not_divide_is_named():
     message = r"config.mesh.fsdp \(8\) must divide the axis 'embed' of blocks/mlp_in/kernel, .* 12"
     with pytest.raises(ValueError, match=message):
-        parameter_shardings(mesh, shapes)
+        parameter_shardings(mesh_of(fsdp=8), named(2, 12, 6, axes=MLP_IN))
     with pytest.raises(ValueError, match="does not fit 1 devices"):
         device_mesh(2, devices=jax.devices()[:1])
-    with pytest.raises(ValueError, match="blocks/new/kernel with 3 axes is not in the table"):
-        parameter_axes(("blocks", "new", "kernel"), 3)
+    message = (
+        r"blocks/mlp_in/kernel has the axes \[2, 12\], but the names \['layers', 'embed', 'mlp'\]"
+    )
+    with pytest.raises(ValueError, match=message):
+        parameter_shardings(mesh_of(), named(2, 12, axes=MLP_IN))
+
+
+@pytest.mark.parametrize(
+    ("shape", "axes", "fsdp", "expected"),
+    [
+        ((2, 12, 24), MLP_IN, 4, P(None, "fsdp", "tensor")),
+        ((2, 12, 24), (None, None, None), 4, P(None, None, None)),
+        ((2, 12, 24), ("mine", None, "mlp"), 4, P(None, None, "tensor")),
+        ((12, 24), ("embed", "embed"), 4, P("fsdp", None)),
+        # Without names along the largest axis that divides, the first of equal ones.
+        ((3, 3, 16, 32), None, 8, P(None, None, None, "fsdp")),
+        ((3, 3, 16, 30), None, 8, P(None, None, "fsdp", None)),
+        ((16, 16), None, 8, P("fsdp", None)),
+        # Vectors are whole, and what has no axis that divides.
+        ((64,), None, 8, P()),
+        ((9, 15), None, 8, P()),
+        ((), None, 8, P()),
+    ],
+)
+def test_a_parameter_lies_by_the_names_of_its_axes_or_by_their_sizes(shape, axes, fsdp, expected):
+    tree = named(*shape, axes=axes)
+    (found,) = jax.tree.leaves(parameter_shardings(mesh_of(fsdp=fsdp, tensor=2), tree))
+    assert found.spec == expected
+    (whole,) = jax.tree.leaves(parameter_shardings(mesh_of(fsdp=fsdp), tree, split=False))
+    assert whole.spec == P()
+
+
+class Plain(nn.Module):
+    """A convolutional network that knows nothing of meshes."""
+
+    @nn.compact
+    def __call__(self, x, t):
+        x = nn.silu(nn.Conv(16, (3, 3))(x) + nn.Dense(16)(t[:, None])[:, None, None])
+        return nn.Conv(4, (3, 3))(x)
+
+
+class PlainNNX(nnx.Module):
+    def __init__(self, rngs):
+        self.dense = nnx.Linear(8, 32, rngs=rngs)
+        self.out = nnx.Linear(32, 8, rngs=rngs)
+
+
+def plain_trees():
+    """Parameters of modules that name no axes: of Linen, of NNX, and of a pair of functions."""
+    x, t = jnp.zeros((1, 8, 8, 4)), jnp.zeros(1)
+    yield jax.eval_shape(Plain().init, jax.random.key(0), x, t)
+    yield nnx.state(nnx.eval_shape(lambda: PlainNNX(nnx.Rngs(0))), nnx.Param)
+    yield [jax.ShapeDtypeStruct((8, 32), "f4"), (jax.ShapeDtypeStruct((32,), "f4"),)]
+
+
+@pytest.mark.parametrize("params", list(plain_trees()), ids=["linen", "nnx", "functions"])
+def test_a_state_of_any_tree_is_split_with_its_moments(params):
+    state = jax.eval_shape(lambda p: TrainState.create(p, optax.adamw(1e-3)), params)
+    shardings = state_shardings(mesh_of(fsdp=4), state, params)
+    assert jax.tree.structure(shardings) == jax.tree.structure(state)
+
+    def specs(tree):
+        return [sharding.spec for sharding in jax.tree.leaves(tree)]
+
+    expected = specs(parameter_shardings(mesh_of(fsdp=4), params))
+    assert any("fsdp" in spec for spec in expected)
+    moments = shardings.opt_state[0]
+    for tree in (shardings.params, shardings.ema_params, moments.mu, moments.nu):
+        assert specs(tree) == expected
+    assert shardings.step.spec == moments.count.spec == P()
 
 
 def test_counters_and_whole_parameters_are_on_every_device():
-    mesh = device_mesh(devices=jax.devices()[:1])
-    kernel = jax.ShapeDtypeStruct((2, 12, 24), "f4")
-    tree = {
-        "count": jax.ShapeDtypeStruct((), "i4"),
-        "mu": {"params": {"blocks": {"mlp_in": {"kernel": kernel}}}},
-    }
-    found = jax.tree.leaves(parameter_shardings(mesh, tree))
-    assert [sharding.spec for sharding in found] == [P(), P(None, "fsdp", "tensor")]
-    found = jax.tree.leaves(parameter_shardings(mesh, tree, split=False))
-    assert [sharding.spec for sharding in found] == [P(), P()]
+    params = named(2, 12, 24, axes=MLP_IN)
+    plain = nn.unbox(params)
+    state = TrainState(
+        step=jax.ShapeDtypeStruct((), "i4"),
+        params={"student": plain, "fake": plain},
+        ema_params=plain,
+        opt_state={"count": jax.ShapeDtypeStruct((), "i4"), "mu": {"student": plain}},
+    )
+    split = P(None, "fsdp", "tensor")
+
+    def specs(**options):
+        found = state_shardings(mesh_of(), state, params, **options)
+        return [sharding.spec for sharding in jax.tree.leaves(found)]
+
+    assert specs() == [P(), split, split, split, P(), split]
+    assert specs(split=False) == [P(), P(), P(), split, P(), P()]
+    assert specs(ema=False) == [P(), split, split, P(), P(), split]
 
 
 @pytest.mark.parametrize("place", ["student", "ema", "teacher"])
 def test_each_part_of_the_state_has_a_rule_of_its_own(place):
     mesh = device_mesh(devices=jax.devices()[:1])
-    params = {"params": {"blocks": {"mlp_in": {"kernel": jax.ShapeDtypeStruct((2, 12, 24), "f4")}}}}
+    settings = tiny.get_config()
+    settings.mesh[place] = "whole"
+    config = parse(settings)
+    data = DataShape(name="digits", sample_size=8, channels=1, num_classes=10)
+    student = student_network(config.model, config.policy, data)
+    teacher = teacher_network(config.model, data)
+    params = abstract_variables(student)
     state = TrainState(
         step=jax.ShapeDtypeStruct((), "i4"), params=params, ema_params=params, opt_state=params
     )
-    settings = base_config()
-    settings.mesh[place] = "whole"
-    config = parse(settings)
-    found = student_shardings(config, mesh, state)
+    found = student_shardings(config, mesh, state, student)
     parts = {
         "student": (found.params, found.opt_state),
         "ema": (found.ema_params,),
-        "teacher": (teacher_shardings(config, mesh, params),),
+        "teacher": (teacher_shardings(config, mesh, teacher),),
     }
     for name, trees in parts.items():
         expected = P() if name == place else P(None, "fsdp", "tensor")
-        assert [sharding.spec for sharding in jax.tree.leaves(trees)] == [expected] * len(trees)
+        specs = [tree["params"]["blocks"]["mlp_in"]["kernel"].spec for tree in trees]
+        assert specs == [expected] * len(trees)
 
 
-def test_every_parameter_of_a_rival_has_its_axes():
+def test_fresh_parameters_are_plain_and_their_names_are_asked_for():
     module = TwoTimes(head=ArcHead(16), hidden=64, num_heads=4, depth=2)
-    t = jnp.zeros(1)
-    inputs = jnp.zeros((1, 32, 32, 4)), t, jnp.zeros(1, jnp.int32), t
-    shapes = jax.eval_shape(module.init, jax.random.key(0), *inputs)["params"]
-    axes = {path: parameter_axes(path, a.ndim) for path, a in flatten_dict(shapes).items()}
+    boxes = flatten_dict(named_variables(BuiltIn(module, ClassLabels()))["params"])
+    assert {type(leaf) for leaf in boxes.values()} == {nn.LogicallyPartitioned}
+    plain = jax.eval_shape(module.init, jax.random.key(0), *module.example())
+    plain = flatten_dict(plain["params"])
+    assert {path: leaf.shape for path, leaf in plain.items()} == {
+        path: box.value.shape for path, box in boxes.items()
+    }
+    axes = {path: box.names for path, box in boxes.items()}
     assert axes["second_time_in", "kernel"] == axes["time_in", "kernel"] == (None, "embed")
     assert axes["head", "rates", "kernel"] == axes["head", "means", "kernel"] == ("embed", None)
+    assert axes["blocks", "mlp_in", "kernel"] == ("layers", "embed", "mlp")
+    assert axes["blocks", "mlp_in", "bias"] == ("layers", "mlp")
+    assert axes["blocks", "mlp_out", "bias"] == ("layers", None)
+
+
+def test_names_that_a_network_of_other_making_has_are_heeded():
+    class Named(nn.Module):
+        @nn.compact
+        def __call__(self, x, t, labels):
+            init = nn.with_logical_partitioning(nn.initializers.lecun_normal(), (None, "mlp"))
+            return nn.Dense(8)(nn.Dense(16, kernel_init=init)(x))
+
+    data = DataShape(name="mine", sample_size=4, channels=8)
+    network = OwnNetwork(as_functions(Named(), data, jnp.int32(0)), data, ClassLabels())
+    plain = network.trained(network.init(jax.random.key(0)))
+    assert {type(leaf).__name__ for leaf in jax.tree.leaves(plain)} == {"ArrayImpl"}
+    named = network.trained(named_variables(network))
+    found = parameter_shardings(mesh_of(fsdp=4, tensor=2), named)
+    kernels = [found[name]["kernel"].spec for name in ("Dense_0", "Dense_1")]
+    assert kernels == [P(None, "tensor"), P("fsdp", None)]
 
 
 def test_every_parameter_of_the_text_to_image_networks_has_its_axes():
     flux = Flux(lora=LoRA(FLUX_TARGETS), head=GMHead(8, logstd_hidden=1024))
     qwen = QwenImage(lora=LoRA(QWEN_TARGETS), head=DXHead(10))
     for module in (flux, qwen):
-        shapes = jax.eval_shape(module.init, jax.random.key(0), *module.example())["params"]
-        for path, leaf in flatten_dict(shapes).items():
-            axes = parameter_axes(path, leaf.ndim)
+        for path, box in flatten_dict(named_variables(BuiltIn(module, Text()))["params"]).items():
+            leaf, axes = box.value, box.names
             # What is large is split by `fsdp`, along the tokens' width or an adapter's rank; but
             # what is added to tokens, or multiplies them, is whole.
             if leaf.size > 1_000_000 and path[-1] not in ("scale", "bias"):

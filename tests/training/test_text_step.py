@@ -15,7 +15,12 @@ from piflow_jax.flow.guidance import guided_velocity
 from piflow_jax.models.lora import DOWN, UP
 from piflow_jax.parallel import device_mesh, parameter_shardings
 from piflow_jax.systems.assembly import guided
-from piflow_jax.systems.networks import abstract_variables, student_network, teacher_network
+from piflow_jax.systems.networks import (
+    abstract_variables,
+    named_variables,
+    student_network,
+    teacher_network,
+)
 from piflow_jax.systems.shapes import DataShape
 from piflow_jax.training.checkpoint import Checkpointer
 from piflow_jax.training.monitor import step_memory
@@ -231,7 +236,7 @@ def test_every_parameter_has_a_place_on_a_mesh(network):
         student = student_network(settings.model, settings.policy, data)
         params = abstract_variables(student)
         mesh = device_mesh(devices=jax.devices()[:1])
-        places = parameter_shardings(mesh, params)
+        places = parameter_shardings(mesh, named_variables(student))
         found = {
             tuple(k.key for k in path)[1:]: s.spec
             for path, s in jax.tree_util.tree_leaves_with_path(places)
