@@ -36,6 +36,7 @@ from piflow_jax.models.layers import time_features
 from piflow_jax.models.lora import LoRA, split
 from piflow_jax.models.qwen_image import QWEN_TARGETS, QwenImage
 from piflow_jax.stages import run
+from piflow_jax.stages.systems import load_student
 from piflow_jax.systems import networks
 from piflow_jax.systems import spec as specs
 from piflow_jax.systems.shapes import DataShape
@@ -747,6 +748,32 @@ def test_the_command_line_names_key_file_and_cause(
     status = run("sample", digits(**settings | {"evaluation.weights": given}), tmp_path / "run")
     said = capsys.readouterr().err
     assert status == 2 and f"error: config.evaluation.weights = {given!r}: " in said, said
+    assert words in said
+
+
+def test_the_command_line_takes_the_folder(tmp_path):
+    config, data, spec, _ = student()
+    written(tmp_path / "x.safetensors", spec)
+    config = parse(digits(**{"evaluation.weights": str(tmp_path)}))
+    module = networks.student_network(config.model, config.policy, data)
+    same(load_student(config, data, tmp_path / "run"), drawn(module))
+
+
+TEACHERS = [
+    (lambda arrays: arrays | {"proj_out_2.bias": arrays["proj_out_2.bias"] * np.nan}, "not finite"),
+    (lambda arrays: student()[3], "weights of a gm_dit, a student that predicts a mixture"),
+]
+
+
+@pytest.mark.parametrize(("change", "words"), TEACHERS)
+def test_a_teacher_is_checked_before_anything_is_compiled(tmp_path, capsys, change, words):
+    config, data = student()[:2]
+    module = networks.teacher_network(config.model, data)
+    path = tmp_path / "x.safetensors"
+    write_safetensors(path, change(to_torch_state(module, teacher_params("dit"))))
+    status = run("train", digits(**{"teacher.weights": str(path)}), tmp_path / "run")
+    said = capsys.readouterr().err
+    assert status == 2 and f"error: config.teacher.weights = '{path}': " in said, said
     assert words in said
 
 

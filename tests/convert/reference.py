@@ -1,0 +1,138 @@
+"""Draws latents by the pipelines of the pi-Flow release, in a process of its own.
+
+    python reference.py CHECKOUT JOB.json
+
+The release is built on mmcv and a dozen packages that its pipelines do not use; what is not
+installed of them is replaced by modules of nothing, and packages that import all of their contents
+are entered without doing so.
+"""
+
+import importlib.abc
+import importlib.machinery
+import json
+import sys
+import types
+from pathlib import Path
+
+import numpy as np
+
+UNUSED = ("mmcv", "mmgen", "imageio", "boto3", "botocore", "lpips", "bs4", "zstandard", "cv2")
+ENTERED = ("", "models", "models.architectures", "models.architectures.gmflow", "pipelines")
+ENTERED += ("models.architectures.asymflow", "models.architectures.diffusers", "runner")
+
+
+class _Nothing(type):
+    """Classes whose instances, attributes and results decorate whatever comes."""
+
+    def __getattr__(cls, name):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return lambda *args, **kwargs: lambda decorated: decorated
+
+
+class _Empty(types.ModuleType):
+    __path__ = ()
+
+    def __getattr__(self, name):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        accept = {
+            "__init__": lambda self, *args, **kwargs: None,
+            "__call__": lambda self, decorated: decorated,
+            "__getattr__": lambda self, name: getattr(type(self), name),
+        }
+        return _Nothing(name, (), accept)
+
+
+class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in UNUSED:
+            return importlib.machinery.ModuleSpec(name, self, is_package=True)
+        return None
+
+    def create_module(self, spec):
+        return _Empty(spec.name)
+
+    def exec_module(self, module):
+        pass
+
+
+def pipelines(checkout: Path) -> dict:
+    """The release's pipelines by network, and its scheduler."""
+    sys.meta_path.append(_Finder())
+    sys.path.insert(0, str(checkout))
+    for name in ENTERED:
+        full = f"lakonlab.{name}".rstrip(".")
+        module = types.ModuleType(full)
+        module.__path__ = [str(checkout / full.replace(".", "/"))]
+        sys.modules[full] = module
+    sys.modules["lakonlab.utils.collect_env"] = _Empty("lakonlab.utils.collect_env")
+    from lakonlab.models.diffusions.schedulers.flow_map_sde import FlowMapSDEScheduler
+    from lakonlab.pipelines.pipeline_piflux import PiFluxPipeline
+    from lakonlab.pipelines.pipeline_piqwen import PiQwenImagePipeline
+
+    return {
+        "flux": PiFluxPipeline,
+        "qwen_image": PiQwenImagePipeline,
+        "scheduler": FlowMapSDEScheduler,
+    }
+
+
+def draw(checkout: Path, job: dict) -> None:
+    """Makes the latents of a job and writes them."""
+    import diffusers
+    import torch
+    from safetensors import safe_open
+
+    found = pipelines(checkout)
+    arrays = {name: torch.from_numpy(a) for name, a in np.load(job["inputs"]).items()}
+    network = {
+        "flux": diffusers.FluxTransformer2DModel,
+        "qwen_image": diffusers.QwenImageTransformer2DModel,
+    }[job["network"]]
+    transformer = network.from_pretrained(job["base"], torch_dtype=getattr(torch, job["dtype"]))
+    scheduler = found["scheduler"](
+        shift=job["shift"], final_step_size_scale=job["final_step_size_scale"]
+    )
+    # What the policies of its later versions read, and the pipelines' scheduler lacks.
+    scheduler.num_timesteps = scheduler.config.num_train_timesteps
+    empty = ["vae", "text_encoder", "tokenizer"]
+    empty += ["text_encoder_2", "tokenizer_2"] if job["network"] == "flux" else []
+    with safe_open(f"{job['adapter']}/diffusion_pytorch_model.safetensors", "pt") as file:
+        policy = json.loads((file.metadata() or {}).get("policy_config", '{"type": "GMFlow"}'))
+    pipeline = found[job["network"]](
+        scheduler=scheduler,
+        transformer=transformer,
+        policy_type=policy.pop("type"),
+        policy_kwargs=policy,
+        **dict.fromkeys(empty),
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.load_piflow_adapter(job["adapter"], target_module_name="transformer")
+    noise = arrays["noise"].permute(0, 3, 1, 2)
+    positions, drawn = torch.arange(arrays["text"].shape[1])[None], []
+    for i in range(len(noise)):  # a batch of several is more than the release's pipelines take
+        part = slice(i, i + 1)
+        text = {"prompt_embeds": arrays["text"][part].to(transformer.dtype)}
+        if job["network"] == "flux":
+            text["pooled_prompt_embeds"] = arrays["pooled"][part].to(transformer.dtype)
+        else:
+            text["prompt_embeds_mask"] = (positions < arrays["text_length"][part, None]).long()
+        _, channels, height, width = noise.shape
+        tokens = pipeline(
+            latents=pipeline._pack_latents(noise[part], 1, channels, height, width),
+            height=8 * height,
+            width=8 * width,
+            num_inference_steps=job["nfe"],
+            total_substeps=job["substeps"],
+            temperature=job["temperature"],
+            output_type="latent",
+            return_dict=False,
+            **text,
+        )[0]
+        drawn.append(pipeline._unpack_latents(tokens, 8 * height, 8 * width, 8))
+    np.savez(job["outputs"], x=torch.cat(drawn).float().permute(0, 2, 3, 1).numpy())
+
+
+if __name__ == "__main__":
+    draw(Path(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text()))
