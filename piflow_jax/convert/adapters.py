@@ -132,10 +132,10 @@ def load_adapter(
     found = _renamed(state)
     rules = adapter_rules(module)
     _check_kind(module, found)
-    scale = _scales(state)
+    scale = _scales(state, module.lora.rank)
     for name, array in found.items():
         if name.endswith(_UP):
-            factor = scale(name.removesuffix(_UP), array.shape[-1])
+            factor = scale(name.removesuffix(_UP))
             found[name] = array if factor == 1 else _times(factor, array)
     like = next((a.dtype for n, a in found.items() if n.endswith(_DOWN)), np.float32)
     for name, shape in _unused(module).items():
@@ -168,7 +168,7 @@ def _renamed(state: Mapping[str, Any]) -> dict[str, Any]:
 
 def _check_kind(module: Flux | QwenImage, found: Mapping[str, Any]) -> None:
     """Names the cause where nearly every name or shape would be refused."""
-    ranks = sorted({array.shape[0] for n, array in found.items() if n.endswith(_DOWN)})
+    ranks = {a.shape[0] for n, a in found.items() if n.endswith(_DOWN) and a.ndim}
     mixture, means = isinstance(module.head, GMHead), "proj_out_means.weight" in found
     if not means and "proj_out.weight" not in found:
         raise ValueError(
@@ -178,13 +178,13 @@ def _check_kind(module: Flux | QwenImage, found: Mapping[str, Any]) -> None:
     if mixture != means:
         kinds = ("a mixture" if means else "a grid"), ("gm" if mixture else "dx")
         raise ValueError("the student predicts {}, and config.policy.kind is {!r}".format(*kinds))
-    if ranks != [module.lora.rank]:
-        ranks = " and ".join(map(str, ranks))
+    if ranks and module.lora.rank not in ranks:
+        ranks = " and ".join(map(str, sorted(ranks)))
         raise ValueError(f"the rank is {ranks}, and the settings' lora_rank is {module.lora.rank}")
 
 
-def _scales(state: Mapping[str, Any]) -> Callable[[str, int], float]:
-    """Scale by name and rank of a layer, as the adapter's own settings have it; 1 without any."""
+def _scales(state: Mapping[str, Any], rank: int) -> Callable[[str], float]:
+    """Scale by name of a layer, as the adapter's own settings have it; 1 without any."""
     text, where = getattr(state, "metadata", {}).get(_METADATA), _METADATA
     path = getattr(state, "path", None)
     if text is None and path is not None and path.with_name(_BESIDE).is_file():
@@ -198,12 +198,19 @@ def _scales(state: Mapping[str, Any]) -> Callable[[str, int], float]:
         alphas = dict(settings.get("alpha_pattern") or {}) | {".*": settings.get("lora_alpha")}
         alphas = {re.compile(rf"(.*\.)?({key})$"): value for key, value in alphas.items()}
         wrong = [v for v in alphas.values() if v is not None and not 0 < float(v) < math.inf]
-    except (ValueError, TypeError, AttributeError, RecursionError, re.error) as error:
+    except (
+        ArithmeticError,
+        AttributeError,
+        RecursionError,
+        TypeError,
+        ValueError,
+        re.error,
+    ) as error:
         raise ValueError(f"{where} holds no settings of an adapter: {error!r}") from error
     if wrong:
         raise ValueError(f"{where}: lora_alpha must be finite and above 0, got {wrong[0]}")
 
-    def scale(layer: str, rank: int) -> float:
+    def scale(layer: str) -> float:
         alpha = next(value for pattern, value in alphas.items() if pattern.match(layer))
         return 1.0 if alpha is None else float(alpha) / root(rank)
 

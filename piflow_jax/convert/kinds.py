@@ -30,7 +30,7 @@ _FOREIGN = {
     "text_model.encoder.layers.0.self_attn.q_proj.weight": "the text encoder CLIP",
     "layers.0.self_attn.q_proj.weight": "a language model",
 }
-LORA_MATRIX = re.compile(r"(?:^|[._])lora(?:_|\.)(?:A|B|down|up)\b")
+_LORA_MATRIX = re.compile(r"(?:^|[._])lora(?:_|\.)(?:A|B|down|up)\b")
 _SHARD = re.compile(r"-\d+-of-0*(?:[2-9]|1\d)\d*\.safetensors$")
 
 
@@ -94,7 +94,7 @@ def _refuse_others(state: Mapping[str, Any], model: str) -> None:
 
 def adapter_of(state: Mapping[str, Any]) -> str | None:
     """Whose matrices of adapters a state holds, None without any."""
-    names = [name for name in state if LORA_MATRIX.search(name)]
+    names = [name for name in state if _LORA_MATRIX.search(name)]
     if not names:
         return None
     for pattern, whose in (

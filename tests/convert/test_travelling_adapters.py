@@ -4,6 +4,7 @@ They run where `PIFLOW_REFERENCE` names a checkout of github.com/Lakonik/LakonLa
 diffusers (0.37 for all of them), peft and accelerate installed; mmcv need not be.
 """
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -22,7 +23,10 @@ from piflow_jax.config import parse
 from piflow_jax.convert import adapter_config, export_adapter, to_torch_state, write_safetensors
 from piflow_jax.models.heads import DXHead
 from piflow_jax.models.lora import split
-from piflow_jax.training import networks
+from piflow_jax.systems import networks
+from piflow_jax.systems.policies import POLICIES
+from piflow_jax.systems.shapes import DataShape
+from piflow_jax.systems.spec import student_spec
 
 CASES = Path(__file__).parents[1] / "cases"
 CHECKOUT = os.environ.get("PIFLOW_REFERENCE", "")
@@ -46,12 +50,11 @@ CONFIGS = {"flux": flux_config, "qwen_image": qwen_config}
 def settings(kind, variant="gm_4nfe"):
     """Released settings, of a network of 48 features; and what its data look like."""
     config = CONFIGS[kind].get_config(variant)
-    config.model.update({"hidden": 48, "num_heads": 3, "rope_axes": (4, 6, 6), "lora_rank": 4})
-    config.model.depth = 2 if kind == "flux" else 3
-    config.model.single_depth = 2
-    config.model.base_dtype = "float32"
+    sizes = {"hidden": 48, "num_heads": 3, "rope_axes": (4, 6, 6), "lora_rank": 4}
+    depth = {"depth": 2, "single_depth": 2} if kind == "flux" else {"depth": 3}
+    config.model[kind].update(sizes | depth | {"base_dtype": "float32"})
     config.policy.logstd_hidden = 24
-    data = networks.DataShape(
+    data = DataShape(
         name="prompts",
         channels=16,
         sample_size=128,
@@ -78,10 +81,10 @@ def ours(folder, kind, variant):
     """A teacher and a student of ours, as `--mode=export` writes them."""
     config, data = settings(kind, variant)
     config = parse(config)
-    teacher = networks.teacher_network(config.model, data)
-    student = networks.student_network(config.model, config.policy, data)
-    spec = networks.student_spec(config, data)
-    policy = networks.policy_config(config.policy, config.train)
+    teacher = networks.teacher_network(config.model, data).module
+    student = networks.student_network(config.model, config.policy, data).module
+    spec = student_spec(config, data)
+    policy = POLICIES[config.policy.kind].official(config.policy, config.train)
     metadata = {"piflow_jax": json.dumps(spec), "policy_config": json.dumps(policy)}
     # The configuration of a plain network is that of a grid of one point.
     base_config = adapter_config(teacher.clone(head=DXHead(1)))
@@ -151,10 +154,11 @@ def test_ours_in_the_release(tmp_path, kind, variant, temperature):
 def test_the_releases_in_ours(tmp_path, monkeypatch, kind, case):
     base, adapter = CASES / case / "base", CASES / case / "adapter"
     config, data = settings(kind)
-    monkeypatch.setitem(networks.TEXT_LATENTS, kind, data)
+    row = dataclasses.replace(networks.NETWORKS[kind], official=data)
+    monkeypatch.setitem(networks.NETWORKS, kind, row)
     arrays = inputs(kind)
     for dtype, bound in (("float32", 1e-4), ("bfloat16", 0.1)):
         theirs = reference(tmp_path, kind, base, adapter, arrays, 0.3, dtype)
-        config.model.base_dtype = dtype
+        config.model[kind].base_dtype = dtype
         x = sampled(piflow_jax.load(adapter, config, dtype, base), arrays, 0.3)
         assert np.sqrt(np.mean((x - theirs) ** 2)) < bound * theirs.std(), dtype

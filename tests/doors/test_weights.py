@@ -755,7 +755,7 @@ def test_the_command_line_takes_the_folder(tmp_path):
     config, data, spec, _ = student()
     written(tmp_path / "x.safetensors", spec)
     config = parse(digits(**{"evaluation.weights": str(tmp_path)}))
-    module = networks.student_network(config.model, config.policy, data)
+    module = networks.student_network(config.model, config.policy, data).module
     same(load_student(config, data, tmp_path / "run"), drawn(module))
 
 
@@ -768,7 +768,7 @@ TEACHERS = [
 @pytest.mark.parametrize(("change", "words"), TEACHERS)
 def test_a_teacher_is_checked_before_anything_is_compiled(tmp_path, capsys, change, words):
     config, data = student()[:2]
-    module = networks.teacher_network(config.model, data)
+    module = networks.teacher_network(config.model, data).module
     path = tmp_path / "x.safetensors"
     write_safetensors(path, change(to_torch_state(module, teacher_params("dit"))))
     status = run("train", digits(**{"teacher.weights": str(path)}), tmp_path / "run")
