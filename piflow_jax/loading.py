@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict
 
-from piflow_jax.config import ModelConfig, parse
+from piflow_jax.config import ModelConfig, PolicyConfig, parse
 from piflow_jax.flow.teacher import Teacher
 from piflow_jax.student import Student
 from piflow_jax.systems.networks import (
@@ -26,6 +26,8 @@ from piflow_jax.systems.networks import (
     student_network,
     teacher_network,
 )
+from piflow_jax.systems.own import own_network
+from piflow_jax.systems.shapes import DataShape
 from piflow_jax.systems.spec import (
     StudentSettings,
     check_policy_config,
@@ -37,12 +39,16 @@ from piflow_jax.systems.spec import (
 
 __all__ = ["load", "load_teacher"]
 
+Make = Callable[[int, tuple[int, ...], int], Any]
+"""`(outputs, shape, num_classes) -> flax.linen.Module`, see `config.model.network`."""
+
 
 def load(
     path: str | os.PathLike,
     config: Any = None,
     dtype: str = "float32",
     teacher: str | os.PathLike | None = None,
+    network: Make | None = None,
 ) -> Student:
     """Loads a student.
 
@@ -57,6 +63,8 @@ def load(
       teacher: of a student with adapters, whose checkpoints and adapter files hold no more than
         those: official weights of its teacher, or the work directory of the run that trained it. By
         default the teacher is that of the run at `path`.
+      network: of a network of your own the function that makes it, `config.model.network` of its
+        run; a function that a file names is never imported.
 
     Returns:
       The student, on the default device.
@@ -74,7 +82,11 @@ def load(
         return _from_file(path, config, dtype, teacher)
     directory, step, spec, saved = _checkpoint(path, "student")
     with _about(directory):
-        settings, network = _network(student_settings(spec), dtype)
+        settings = student_settings(spec)
+        if network is not None or _is_own(settings.model):
+            network = _own(settings.model, network, settings.data, settings.policy)
+        else:
+            settings, network = _network(settings, dtype)
     trained = _averaged(directory, step, network)
     if not network.adapted:
         return Student(network, trained, settings)
@@ -86,6 +98,7 @@ def load_teacher(
     *,
     guidance_scale: float | None = None,
     guidance_interval: tuple[float, float] | None = None,
+    network: Make | None = None,
 ) -> tuple[Teacher, Any]:
     """Loads the teacher of a run.
 
@@ -94,6 +107,7 @@ def load_teacher(
       guidance_scale: classifier-free guidance, 1 is none. By default as the run's student was
         taught, or none where there is no student that knows.
       guidance_interval: noise levels at which to guide, both ends included; by default likewise.
+      network: see `load`.
 
     Returns:
       The teacher, whose conditions are labels `[B]`, and its averaged weights, on the default
@@ -110,7 +124,8 @@ def load_teacher(
     directory, step, spec, _ = _checkpoint(path, "teacher")
     with _about(directory):
         model, data = teacher_settings(spec)
-    network = teacher_network(model, data)
+        own = network is not None or _is_own(model)
+        network = _own(model, network, data) if own else teacher_network(model, data)
     if network.conditioning.reads_text:
         raise ValueError(
             f"this is a {model.network}, which reads text; sample it by --mode=sample and "
@@ -125,6 +140,21 @@ def load_teacher(
         null_cond=network.conditioning.null(data, None),
     )
     return teacher, _averaged(directory, step, network)
+
+
+def _is_own(model: ModelConfig) -> bool:
+    return network_kind(model).official is None
+
+
+def _own(
+    model: ModelConfig, make: Make | None, data: DataShape, policy: PolicyConfig | None = None
+) -> Network:
+    """The network of a caller's function."""
+    if not _is_own(model):
+        raise ValueError(f"network= is for a network of your own, this holds a {model.network}")
+    if make is None:
+        raise ValueError(f"its network is made by {model.network}: pass network=, that function")
+    return own_network(model.network, make, data, policy)
 
 
 def _guidance(path: Path) -> dict[str, Any]:

@@ -318,7 +318,7 @@ def test_the_ends_of_ranges_are_accepted(values):
         ),
         (
             TEXT | {"model__qwen_image__rope_axes": (4, 6, 6), "train__optimizer__kind": "muon"},
-            "config.train.optimizer.kind = 'muon' cannot train the adapters of "
+            "config.train.optimizer.kind = 'muon' is for the matrices of a DiT's blocks, not for "
             "config.model.network = 'qwen_image'; give 'adamw'",
         ),
         (

@@ -12,9 +12,11 @@ class NetworkConfig:
 
     Attributes:
       whole: a device holds all of it, and draws samples on its own.
+      blocks: its own parameters are trained, and those of `blocks` are matrices for Muon.
     """
 
     whole: ClassVar[bool] = True
+    blocks: ClassVar[bool] = False
 
     def shared_widths(self) -> dict[str, int]:
         """Sizes by key that `config.mesh.fsdp` has to divide."""
@@ -56,6 +58,8 @@ class TransformerConfig(NetworkConfig):
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DiTConfig(TransformerConfig):
     """The class-conditional DiT of ImageNet (`model.network = "dit"`)."""
+
+    blocks = True
 
     mlp_ratio: float = _field(4.0, "hidden width of an MLP over `hidden`", above=0, most=1024)
     time_scale: float = _field(1000.0, "the network sees t times this", above=0)

@@ -33,6 +33,7 @@ from piflow_jax.stages.systems import student_sampler, student_shardings, teache
 from piflow_jax.systems.assembly import Systems
 from piflow_jax.systems.datasets import dataset, load_source, shape_of
 from piflow_jax.systems.networks import abstract_variables, named_variables, network_kind
+from piflow_jax.systems.settings import check_ours
 from piflow_jax.systems.shapes import DataShape
 from piflow_jax.training.monitor import step_memory
 from piflow_jax.training.optimizer import make_optimizer
@@ -207,6 +208,7 @@ def _data(config: Config) -> DataShape:
     """The shape of the data, of prepared sets that of official weights."""
     if dataset(config).bundled:
         return shape_of(config, load_source(config.data))
+    check_ours(config, f"--mode=compile of config.data.name = {config.data.name!r}")
     official = network_kind(config.model).official
     if dataset(config).by_class:
         return official

@@ -20,6 +20,7 @@ from piflow_jax.parallel import config_mesh
 from piflow_jax.stages.systems import data_shape, load_student, load_teacher
 from piflow_jax.systems.networks import student_network, teacher_network
 from piflow_jax.systems.policies import POLICIES
+from piflow_jax.systems.settings import check_ours
 from piflow_jax.systems.shapes import DataShape
 from piflow_jax.systems.spec import student_spec, teacher_spec
 from piflow_jax.training.loop import checkpoint_dir
@@ -54,6 +55,7 @@ def export(config: Config, workdir: str | os.PathLike) -> list[Path]:
     refusal = row.unnamed(config.policy)
     if refusal is not None:
         raise ConfigError(refusal)
+    check_ours(config, "--mode=export")
     if jax.process_count() > 1:
         raise ConfigError(
             "--mode=export runs in one process, which writes whole weights: start it on one host, "

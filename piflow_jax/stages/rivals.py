@@ -56,6 +56,7 @@ from piflow_jax.stages.train import (
 )
 from piflow_jax.systems.datasets import dataset, load_source, shape_of
 from piflow_jax.systems.networks import network_kind, teacher_network
+from piflow_jax.systems.settings import check_ours
 from piflow_jax.systems.shapes import DataShape
 from piflow_jax.systems.spec import model_settings, updated_settings
 from piflow_jax.training.loop import Stage, checkpoint_dir
@@ -102,6 +103,7 @@ def compare_rivals(config: Config, workdir: str | os.PathLike) -> dict[str, Any]
             "--mode=rivals compares class-conditional networks, not config.model.network = "
             f"{config.model.network!r}"
         )
+    check_ours(config, "--mode=rivals")
     if jax.process_count() > 1:
         raise ConfigError("--mode=rivals runs in one process, whose devices share the work")
     settings = config.evaluation

@@ -61,6 +61,9 @@ def _train(config: Config, workdir: str | os.PathLike) -> None:
     mesh = config_mesh(config)
     row, source = dataset(config), load_source(config.data)
     data, pixels = shape_of(config, source), not row.latents
+    networks = Systems.of(config, data, getattr(source, "null", None))
+    networks.teacher_network.check()
+    networks.student_network.check(networks.teacher_network)
     if row.by_class and row.latents:
         _check_evaluation(config, data)
     if not (config.train.data_free or has_states(source)):

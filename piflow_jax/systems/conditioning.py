@@ -17,7 +17,7 @@ from jax.typing import ArrayLike
 
 from piflow_jax.systems.shapes import DataShape
 
-__all__ = ["AnyCondition", "ClassLabels", "Condition", "Conditioning", "Text"]
+__all__ = ["ClassLabels", "Condition", "Conditioning", "Text"]
 
 Condition = Any
 """Arrays `[B, ...]` in any structure."""
@@ -146,38 +146,5 @@ class Text:
                 f"embedded prompts must be text[N, L, {data.text_features}], text_length[N]"
                 + (f", pooled[N, {data.pooled_features}]" if self.pooled else "")
                 + f", got {shapes}"
-            )
-        return arrays
-
-
-@dataclasses.dataclass(frozen=True)
-class AnyCondition:
-    """Conditions of a network that is not ours: labels, arrays in a mapping, or none."""
-
-    reads_text = False
-
-    def __call__(self, condition):
-        """See `Conditioning`."""
-        return {} if condition is None else {"condition": condition}
-
-    def null(self, data, caption):
-        """See `Conditioning`."""
-        del caption
-        return np.int32(data.num_classes) if data.num_classes else None
-
-    def example(self, data, batch, length):
-        """See `Conditioning`."""
-        del length
-        return jax.ShapeDtypeStruct((batch,), jnp.int32) if data.num_classes else None
-
-    def checked(self, condition, data):
-        """See `Conditioning`."""
-        if data.num_classes:
-            return ClassLabels().checked(condition, data)
-        arrays = jax.tree.map(np.asarray, condition)
-        lengths = {len(a) if a.ndim else 0 for a in jax.tree.leaves(arrays)}
-        if len(lengths) != 1 or not min(lengths):
-            raise ValueError(
-                f"conditions must be arrays [N, ...] with one N, at least 1; got {sorted(lengths)}"
             )
         return arrays

@@ -21,6 +21,7 @@ from piflow_jax.models.flux import FLUX_TARGETS, Flux
 from piflow_jax.models.lora import LoRA, initial_trained, merge, split
 from piflow_jax.models.qwen_image import QWEN_TARGETS, QwenImage
 from piflow_jax.systems.conditioning import ClassLabels, Condition, Conditioning, Text
+from piflow_jax.systems.own import network_of_function
 from piflow_jax.systems.policies import POLICIES
 from piflow_jax.systems.shapes import DataShape
 
@@ -104,6 +105,13 @@ class Network(Protocol):
         """The same network with its activations pinned to a mesh."""
         ...
 
+    def check(self, teacher: "Network | None" = None) -> None:
+        """Refuses, before anything is trained, what only a call can tell; computes little.
+
+        `teacher` is the network at which a student starts.
+        """
+        ...
+
 
 @dataclasses.dataclass(frozen=True)
 class BuiltIn:
@@ -171,32 +179,61 @@ class BuiltIn:
         """See `Network`."""
         return dataclasses.replace(self, module=self.module.clone(constrain=constrain))
 
+    def check(self, teacher: Network | None = None) -> None:
+        """See `Network`; the schema has seen to ours."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NetworkKind:
     """A row of `NETWORKS`.
 
     Attributes:
-      module: makes the module of settings, data and the fields that all networks share.
+      network: makes the network of settings, data and what a student predicts; None for a teacher.
       conditioning: how it reads conditions, of its own settings.
       spec: keys of its own settings without which a checkpoint's weights mean nothing.
       data_spec: fields of `DataShape` likewise.
-      official: what official weights are for.
+      official: what official weights are for; None where there are none.
       formats: official layouts of a teacher's weights, the first by default.
       targets: layers with adapters in a student; None if all of it is trained.
       added: keys of `spec` that older checkpoints lack, and what that means.
       named: whether a spec says which network it is; those of a DiT never did.
     """
 
-    module: Callable[[ModelConfig, DataShape, Mapping[str, Any]], nn.Module]
+    network: Callable[[ModelConfig, DataShape, PolicyConfig | None], Network]
     conditioning: Callable[[Any], Conditioning]
     spec: tuple[str, ...]
     data_spec: tuple[str, ...]
-    official: DataShape
-    formats: tuple[str, ...]
+    official: DataShape | None = None
+    formats: tuple[str, ...] = ()
     targets: tuple[str, ...] | None = None
     added: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     named: bool = True
+
+
+Module = Callable[[ModelConfig, DataShape, Mapping[str, Any]], nn.Module]
+
+
+def _built_in(module: Module) -> Callable[..., BuiltIn]:
+    """Networks of a module of ours, of settings, data and the fields that all of them share."""
+
+    def network(model: ModelConfig, data: DataShape, policy: PolicyConfig | None) -> BuiltIn:
+        kind, own = NETWORKS[model.network], model.own
+        common = {
+            "patch_size": own.patch_size,
+            "in_channels": data.channels,
+            "hidden": own.hidden,
+            "num_heads": own.num_heads,
+            "head": VelocityHead() if policy is None else POLICIES[policy.kind].head(policy),
+            "dtype": jnp.dtype(model.dtype),
+            "remat": model.remat,
+            "scan_unroll": model.scan_unroll,
+            "attention": None if model.attention == "default" else model.attention,
+        }
+        if kind.targets is not None and policy is not None:
+            common["lora"] = LoRA(kind.targets, rank=own.lora_rank, dropout=own.lora_dropout)
+        return BuiltIn(module(model, data, common), kind.conditioning(own))
+
+    return network
 
 
 def _dit(model: ModelConfig, data: DataShape, common: Mapping[str, Any]) -> DiT:
@@ -243,7 +280,7 @@ _TEXT_DATA = ("name", "channels", "text_features", "pooled_features")
 
 NETWORKS: dict[str, NetworkKind] = {
     "dit": NetworkKind(
-        module=_dit,
+        network=_built_in(_dit),
         conditioning=lambda own: ClassLabels(),
         spec=(*_SIZES, "mlp_ratio", "time_scale"),
         data_spec=(
@@ -262,7 +299,7 @@ NETWORKS: dict[str, NetworkKind] = {
         named=False,
     ),
     "flux": NetworkKind(
-        module=_flux,
+        network=_built_in(_flux),
         conditioning=lambda own: Text(pooled=True, guidance=own.distilled_guidance),
         spec=(*_SIZES, "single_depth", "rope_axes", "distilled_guidance", "time_dtype"),
         added={"time_dtype": "float32"},
@@ -279,7 +316,7 @@ NETWORKS: dict[str, NetworkKind] = {
         targets=FLUX_TARGETS,
     ),
     "qwen_image": NetworkKind(
-        module=_qwen_image,
+        network=_built_in(_qwen_image),
         conditioning=lambda own: Text(masked=True),
         spec=(*_SIZES, "rope_axes", "time_dtype"),
         added={"time_dtype": "float32"},
@@ -291,9 +328,17 @@ NETWORKS: dict[str, NetworkKind] = {
     ),
 }
 
+# The spec of such a network is its name and its data; its own settings are in its code.
+_OF_FUNCTIONS = NetworkKind(
+    network=lambda model, data, policy: network_of_function(model.network, data, policy),
+    conditioning=lambda own: ClassLabels(),
+    spec=(),
+    data_spec=NETWORKS["dit"].data_spec,
+)
+
 
 def network_kind(model: ModelConfig) -> NetworkKind:
-    """The row of a network of ours.
+    """The row of a network of ours, or the one of all that a function makes.
 
     Args:
       model: the network's settings.
@@ -306,6 +351,8 @@ def network_kind(model: ModelConfig) -> NetworkKind:
     """
     if model.network in NETWORKS:
         return NETWORKS[model.network]
+    if ":" in model.network:
+        return _OF_FUNCTIONS
     near = difflib.get_close_matches(model.network, NETWORKS, n=1)
     raise ConfigError(
         f"config.model.network must be one of {', '.join(NETWORKS)} or a function of yours as "
@@ -327,7 +374,7 @@ def teacher_network(model: ModelConfig, data: DataShape) -> Network:
     Raises:
       ConfigError: `model.network` is no row of `NETWORKS` and no function.
     """
-    return _network(model, data, VelocityHead(), adapters=False)
+    return network_kind(model).network(model, data, None)
 
 
 def student_network(model: ModelConfig, policy: PolicyConfig, data: DataShape) -> Network:
@@ -344,25 +391,7 @@ def student_network(model: ModelConfig, policy: PolicyConfig, data: DataShape) -
     Raises:
       ConfigError: see `teacher_network`.
     """
-    return _network(model, data, POLICIES[policy.kind].head(policy), adapters=True)
-
-
-def _network(model: ModelConfig, data: DataShape, head: nn.Module, *, adapters: bool) -> BuiltIn:
-    kind, own = network_kind(model), model.own
-    common = {
-        "patch_size": own.patch_size,
-        "in_channels": data.channels,
-        "hidden": own.hidden,
-        "num_heads": own.num_heads,
-        "head": head,
-        "dtype": jnp.dtype(model.dtype),
-        "remat": model.remat,
-        "scan_unroll": model.scan_unroll,
-        "attention": None if model.attention == "default" else model.attention,
-    }
-    if kind.targets is not None and adapters:
-        common["lora"] = LoRA(kind.targets, rank=own.lora_rank, dropout=own.lora_dropout)
-    return BuiltIn(kind.module(model, data, common), kind.conditioning(own))
+    return network_kind(model).network(model, data, policy)
 
 
 def abstract_variables(network: Network) -> Variables:

@@ -253,7 +253,7 @@ class ArcFlow:
         k = config.num_components
         means = _means(rows, k, noise)
         zeros = jnp.zeros((*rows.shape[:-1], k), rows.dtype)
-        rates = zeros if noise is None else zeros + spread_rates(k, rows.dtype)
+        rates = zeros if noise is None else jnp.broadcast_to(spread_rates(k, rows.dtype), zeros.shape)
         return _beside(means, zeros, rates)
 
     def official(self, config, train):
@@ -316,7 +316,9 @@ def _mixture(values: jax.Array, components: int, channels: int) -> tuple[jax.Arr
 def _means(rows: jax.Array, components: int, noise: jax.Array | None) -> jax.Array:
     """The teacher's rows for each component, set apart by a little noise."""
     means = jnp.tile(rows, components)
-    return means if noise is None else means + TEACHER_MEANS_STD * noise.reshape(-1)
+    if noise is None:
+        return means
+    return means + TEACHER_MEANS_STD * noise.reshape(*(1,) * (means.ndim - 1), -1)
 
 
 def _beside(*rows: jax.Array) -> jax.Array:

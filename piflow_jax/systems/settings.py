@@ -6,7 +6,7 @@ from piflow_jax.systems.datasets import DATASETS, dataset
 from piflow_jax.systems.networks import network_kind
 from piflow_jax.systems.policies import POLICIES
 
-__all__ = ["check_choices"]
+__all__ = ["check_choices", "check_ours"]
 
 
 def check_choices(config: Config) -> None:
@@ -36,11 +36,18 @@ def check_choices(config: Config) -> None:
             f"config.evaluation.every must be 0 with config.data.name = {config.data.name!r}, got "
             f"{config.evaluation.every}; look at checkpoints with --mode=sample"
         )
+    if kind.official is None:
+        for group in ("teacher", "evaluation"):
+            if getattr(config, group).weights:
+                raise ConfigError(
+                    f"config.{group}.weights are official weights, which there are none of for "
+                    f"config.model.network = {model.network!r}"
+                )
     for group in ("teacher", "train"):
-        if not model.own.whole and getattr(config, group).optimizer.kind == "muon":
+        if not model.own.blocks and getattr(config, group).optimizer.kind == "muon":
             raise ConfigError(
-                f"config.{group}.optimizer.kind = 'muon' cannot train the adapters of "
-                f"config.model.network = {model.network!r}; give 'adamw'"
+                f"config.{group}.optimizer.kind = 'muon' is for the matrices of a DiT's blocks, "
+                f"not for config.model.network = {model.network!r}; give 'adamw'"
             )
     for key in sorted(frozenset().union(*(row.uses for row in DATASETS.values()))):
         group, _, name = key.partition(".")
@@ -59,3 +66,20 @@ def check_choices(config: Config) -> None:
             f"segment, got {train.window_substeps}"
         )
     row.check(config)
+
+
+def check_ours(config: Config, mode: str) -> None:
+    """Refuses a network of the user's own in a mode that knows networks of this package alone.
+
+    Args:
+      config: the run's settings.
+      mode: what is refused.
+
+    Raises:
+      ConfigError: the network is of a function.
+    """
+    if network_kind(config.model).official is None:
+        raise ConfigError(
+            f"{mode} is for networks of this package, not for config.model.network = "
+            f"{config.model.network!r}"
+        )

@@ -197,19 +197,20 @@ def _settings(spec: Mapping[str, Any], kind: str) -> StudentSettings:
     data = check_group(DataShape, groups.pop("data"), "data", complete=False)
     own = groups.pop("model")  # in a spec its own settings are in no group
     network = own.pop("network", ModelConfig.network)
-    if network not in NETWORKS:
-        raise ConfigError(f"model.network = {network!r} is not one of {', '.join(NETWORKS)}")
     config["model"]["network"] = network
-    config["model"][network] |= own
+    if network in NETWORKS:
+        config["model"][network] |= own
+    elif ":" not in network or own:
+        raise ConfigError(f"model.network = {network!r} is not one of {', '.join(NETWORKS)}")
     for group, values in groups.items():
         config[group] |= values
     config["train"]["gm_dropout"] = 0.0  # not in a spec
     parsed = parse(config, None)
     POLICIES[parsed.policy.kind].check(parsed)
-    if data.sample_size % parsed.model.own.patch_size:
+    patch = getattr(parsed.model.own, "patch_size", 1)
+    if data.sample_size % patch:
         raise ConfigError(
-            f"model.patch_size ({parsed.model.own.patch_size}) must divide data.sample_size "
-            f"({data.sample_size})"
+            f"model.patch_size ({patch}) must divide data.sample_size ({data.sample_size})"
         )
     return StudentSettings(model=parsed.model, policy=parsed.policy, train=parsed.train, data=data)
 
