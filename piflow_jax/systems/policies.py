@@ -253,7 +253,9 @@ class ArcFlow:
         k = config.num_components
         means = _means(rows, k, noise)
         zeros = jnp.zeros((*rows.shape[:-1], k), rows.dtype)
-        rates = zeros if noise is None else jnp.broadcast_to(spread_rates(k, rows.dtype), zeros.shape)
+        rates = (
+            zeros if noise is None else jnp.broadcast_to(spread_rates(k, rows.dtype), zeros.shape)
+        )
         return _beside(means, zeros, rates)
 
     def official(self, config, train):
