@@ -48,9 +48,11 @@ run() {
   fi
 }
 
-# A count, so that arithmetic never sees anything else.
+# A count in the variable $2, so that arithmetic never sees anything else; without leading zeros, which
+# would make it octal.
 check_number() {
-  [[ $2 =~ ^[0-9]{1,9}$ ]] || refuse "$1 must be a whole number, got '$2'"
+  [[ ${!2} =~ ^[0-9]{1,9}$ ]] || refuse "$1 must be a whole number, got '${!2}'"
+  printf -v "$2" %d "$((10#${!2}))"
 }
 
 # Sets `workdir`. Mistakes that can be seen here should not cost a machine first.

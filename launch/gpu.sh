@@ -54,15 +54,15 @@ done
 shift
 job=("$@")
 check_job "${job[@]}"
-check_number --nodes "$nodes"
-check_number --gpus-per-node "$gpus"
-check_number --grace "$grace"
-check_number --max-restarts "$max_restarts"
+check_number --nodes nodes
+check_number --gpus-per-node gpus
+check_number --grace grace
+check_number --max-restarts max_restarts
 ((nodes > 0 && gpus > 0)) || refuse "--nodes and --gpus-per-node must be at least 1"
 [[ $job_name =~ ^[A-Za-z0-9._-]+$ ]] || refuse "--job-name may have letters, digits, '.', '_' and '-'"
 step=(srun --kill-on-bad-exit=1 --label)
 if [[ $cpus ]]; then
-  check_number --cpus-per-task "$cpus"
+  check_number --cpus-per-task cpus
   flags+=("--cpus-per-task=$cpus")
   step+=("--cpus-per-task=$cpus") # since Slurm 22.05 srun does not take it over from sbatch
 fi

@@ -77,9 +77,9 @@ done
 [[ $name =~ ^[a-z]([a-z0-9-]*[a-z0-9])?$ ]] ||
   refuse "the name must be lower-case letters, digits and '-', got '$name'"
 [[ $zone ]] || refuse "no --zone"
-check_number --worker "$worker"
-check_number --max-restarts "$max_restarts"
-check_number --poll "$poll"
+check_number --worker worker
+check_number --max-restarts max_restarts
+check_number --poll poll
 ((poll > 0)) || refuse "--poll must be at least 1"
 place=("--zone=$zone" "${place[@]}")
 if [[ $command == run ]]; then

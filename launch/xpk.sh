@@ -65,9 +65,9 @@ done
 [[ $name =~ ^[a-z]([a-z0-9-]*[a-z0-9])?$ ]] ||
   refuse "the name must be lower-case letters, digits and '-', got '$name'"
 [[ $cluster ]] || refuse "no --cluster"
-check_number --num-slices "$slices"
-check_number --max-restarts "$max_restarts"
-check_number --grace "$grace"
+check_number --num-slices slices
+check_number --max-restarts max_restarts
+check_number --grace grace
 
 if [[ $command != run ]]; then
   (($# == 0)) || refuse "$command takes no arguments of a run"

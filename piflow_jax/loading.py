@@ -8,12 +8,12 @@ import dataclasses
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 from flax.traverse_util import flatten_dict
 
 from piflow_jax.config import ModelConfig, PolicyConfig, parse
@@ -36,6 +36,7 @@ from piflow_jax.systems.spec import (
     teacher_settings,
     updated_settings,
 )
+from piflow_jax.training.workdir import user_path
 
 __all__ = ["load", "load_teacher"]
 
@@ -53,8 +54,9 @@ def load(
     """Loads a student.
 
     Args:
-      path: a run's work directory, a directory of checkpoints, or a `.safetensors` file or its
-        folder: what `--mode=export` wrote, or an official one, for which `config` is needed.
+      path: a run's work directory, a directory of checkpoints, one of their steps, or a
+        `.safetensors` file or its folder: what `--mode=export` wrote, or an official one, for which
+        `config` is needed.
       config: the `ConfigDict` of an official file, such as `configs.imagenet.get_config()`; other
         files know their settings.
       dtype: compute dtype of the network, `float32` or `bfloat16`; policies stay in float32, and
@@ -75,7 +77,7 @@ def load(
       ValueError: the file is not a student's, `config` is missing or does not fit, or the teacher
         is missing or another one.
     """
-    path = Path(path)
+    path = user_path(path)
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such checkpoint or file")
     if _is_weights(path):
@@ -103,7 +105,7 @@ def load_teacher(
     """Loads the teacher of a run.
 
     Args:
-      path: a run's work directory, or a directory of checkpoints.
+      path: a run's work directory, a directory of checkpoints, or one of their steps.
       guidance_scale: classifier-free guidance, 1 is none. By default as the run's student was
         taught, or none where there is no student that knows.
       guidance_interval: noise levels at which to guide, both ends included; by default likewise.
@@ -118,7 +120,7 @@ def load_teacher(
       CheckpointError: the checkpoint is unusable.
       ValueError: the checkpoint is not a teacher's of classes.
     """
-    path = Path(path)
+    path = user_path(path)
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such checkpoint")
     directory, step, spec, _ = _checkpoint(path, "teacher")
@@ -157,7 +159,7 @@ def _own(
     return own_network(model.network, make, data, policy)
 
 
-def _guidance(path: Path) -> dict[str, Any]:
+def _guidance(path: epath.Path) -> dict[str, Any]:
     """How the teacher of a run was guided when its student was taught; empty if that is not known.
 
     The teacher's own checkpoints do not know: it was trained without.
@@ -183,7 +185,7 @@ def _guidance(path: Path) -> dict[str, Any]:
     }
 
 
-def _is_weights(path: Path) -> bool:
+def _is_weights(path: epath.Path) -> bool:
     """Whether a path is a weight file, or a folder of weights and of no run."""
     from piflow_jax.convert import holds_weights
 
@@ -191,7 +193,9 @@ def _is_weights(path: Path) -> bool:
     return not run and holds_weights(path)
 
 
-def _checkpoint(path: Path, stage: str) -> tuple[Path, int, dict[str, Any], dict[str, Any]]:
+def _checkpoint(
+    path: epath.Path, stage: str
+) -> tuple[epath.Path, int, dict[str, Any], dict[str, Any]]:
     """Directory, step, spec and settings of the latest checkpoint of a run, or of a directory."""
     # Orbax takes a second to load, which a notebook without checkpoints need not wait for.
     from piflow_jax.training.checkpoint import read_spec
@@ -203,7 +207,7 @@ def _checkpoint(path: Path, stage: str) -> tuple[Path, int, dict[str, Any], dict
     return directory, *read_spec(directory)
 
 
-def _averaged(directory: Path, step: int, network: Network) -> Any:
+def _averaged(directory: epath.Path, step: int, network: Network) -> Any:
     from piflow_jax.training.checkpoint import restore_subtree
 
     sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
@@ -241,12 +245,14 @@ def _on_base(
     settings: StudentSettings, trained: Any, teacher: str | os.PathLike, base_dtype: str | None
 ) -> Student:
     """A student with adapters on its teacher's variables, of `base_dtype` where that is known."""
-    base, base_dtype = _base(settings, Path(teacher), base_dtype)
+    base, base_dtype = _base(settings, user_path(teacher), base_dtype)
     settings, network = _network(settings, settings.model.dtype, base_dtype)
     return Student(network, network.with_base(trained, base), settings)
 
 
-def _base(settings: StudentSettings, teacher: Path, base_dtype: str | None) -> tuple[Any, str]:
+def _base(
+    settings: StudentSettings, teacher: epath.Path, base_dtype: str | None
+) -> tuple[Any, str]:
     """Variables of the teacher on which a student's adapters are put, and their type.
 
     Weights of a file take the type that the student was trained with, or else keep their own.
@@ -289,7 +295,9 @@ def _placed_like(network: Network) -> Callable[[tuple[str, ...], np.ndarray], ja
     return lambda name, leaf: jnp.asarray(leaf, like[name].dtype if name in like else None)
 
 
-def _from_file(path: Path, config: Any, dtype: str, teacher: str | os.PathLike | None) -> Student:
+def _from_file(
+    path: epath.Path, config: Any, dtype: str, teacher: str | os.PathLike | None
+) -> Student:
     from piflow_jax.convert import is_adapter, load_adapter, load_params, open_weights
 
     weights = open_weights(path)

@@ -7,7 +7,6 @@ import traceback
 import jax
 import ml_collections
 from absl import logging
-from etils import epath
 
 from piflow_jax.config import Config, ConfigError, check_devices, parse
 from piflow_jax.data.shards import ShardsError
@@ -26,6 +25,7 @@ from piflow_jax.systems.datasets import dataset
 from piflow_jax.systems.settings import check_choices
 from piflow_jax.training.checkpoint import CheckpointError
 from piflow_jax.training.loop import Interrupted, NonFiniteLossError
+from piflow_jax.training.workdir import check_writable, user_path
 
 __all__ = ["MODES", "run"]
 
@@ -60,6 +60,8 @@ _BATCHES = {
     "prepare": (),
     "statistics": (),
 }
+# What these make is shared between runs, and lies where the settings say.
+_WRITES_ELSEWHERE = ("prepare", "statistics")
 
 
 def run(mode: str, config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> int:
@@ -77,6 +79,7 @@ def run(mode: str, config: ml_collections.ConfigDict, workdir: str | os.PathLike
       The exit status: 0; 2 for settings or data; 1 for the run; 130 after SIGINT.
     """
     try:
+        workdir = user_path(workdir, "--workdir")
         parsed = parse(config, None)
         check_choices(parsed)
         _start(parsed, mode, workdir)
@@ -98,7 +101,7 @@ def run(mode: str, config: ml_collections.ConfigDict, workdir: str | os.PathLike
 
 def _start(config: Config, mode: str, workdir: str | os.PathLike) -> None:
     if config.compilation_cache:
-        cache = epath.Path(config.compilation_cache).expanduser()
+        cache = user_path(config.compilation_cache, "config.compilation_cache")
         try:
             cache.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -122,10 +125,9 @@ def _start(config: Config, mode: str, workdir: str | os.PathLike) -> None:
             groups = {"train": ("train",), "evaluate": ()}.get(mode, groups)
         here = jax.device_count(), jax.process_count(), slice_count()
         check_devices(config, *here, groups=groups)
-    try:
-        epath.Path(workdir).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OSError(f"cannot make {workdir} ({error}); pass another --workdir") from error
+    if mode not in _WRITES_ELSEWHERE:
+        check_writable(workdir)
+        user_path(workdir).mkdir(parents=True, exist_ok=True)
 
 
 def _refuse(message: str, code: int) -> int:

@@ -28,11 +28,12 @@ from piflow_jax.systems.spec import (
     updated_settings,
 )
 from piflow_jax.training.fingerprints import tree_fingerprint
-from piflow_jax.training.loop import Stage, run_stage
+from piflow_jax.training.loop import Stage, checkpoint_dir, run_stage
 from piflow_jax.training.optimizer import make_optimizer
 from piflow_jax.training.run_lock import RunLock
 from piflow_jax.training.state import TrainState
 from piflow_jax.training.step import distill_step, teacher_step
+from piflow_jax.training.workdir import check_writable
 
 # Streams of randomness, folded into the seed, so that no two uses share numbers.
 TEACHER_INIT, TEACHER_STEPS, STUDENT_INIT, STUDENT_STEPS, STUDENT_DATA, PAIRS = range(6)
@@ -54,6 +55,8 @@ def train(config: Config, workdir: str | os.PathLike) -> None:
       Interrupted: a signal came; the state is saved.
     """
     with RunLock(workdir):
+        steps = [checkpoint_dir(workdir, stage) for stage in ("teacher", "student", "student/best")]
+        check_writable(*steps, *(directory.parent for directory in steps))
         _train(config, workdir)
 
 
@@ -149,6 +152,14 @@ _TEACHER_MADE_BY = tuple(
 )
 
 
+# Settings of an optimiser that may change while a stage goes on.
+_TUNABLE = ("learning_rate", "warmup_steps", "grad_clip")
+
+
+def _tunable(stage: str) -> tuple[str, ...]:
+    return tuple(f"{stage}.optimizer.{key}" for key in _TUNABLE)
+
+
 def _extensible(stage: str, decay: str) -> tuple[str, ...]:
     """A run may be made longer, unless its learning rate depends on its length."""
     return _COMPUTED_BY + ((f"{stage}.steps",) if decay == "constant" else ())
@@ -184,6 +195,7 @@ def teacher_stage(config: Config, source, data: DataShape, mesh: Mesh) -> Stage:
             }
         ),
         extensible=_extensible("teacher", settings.optimizer.decay),
+        tunable=_tunable("teacher"),
         updated=updated_settings,
         spec=teacher_spec(config, data),
         shardings=lambda state: student_shardings(config, mesh, state, network),
@@ -234,6 +246,7 @@ def student_stage(
         batch_size=settings.batch_size,
         config=flat | {_TEACHER: f"fingerprint {tree_fingerprint(teacher_params)}"},
         extensible=extensible,
+        tunable=_tunable("train"),
         identified={_TEACHER: made_by},
         updated=updated_settings,
         spec=student_spec(config, data),

@@ -3,13 +3,13 @@
 import json
 import os
 from collections.abc import Callable
-from pathlib import Path
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
 from piflow_jax.training.checkpoint import Checkpointer, CheckpointError
+from piflow_jax.training.workdir import user_path
 
 __all__ = ["BestCheckpoint"]
 
@@ -29,8 +29,8 @@ class BestCheckpoint:
     """
 
     def __init__(self, directory: str | os.PathLike):
-        self._checkpointer = Checkpointer(Path(directory), keep=1, rewind=True)
-        self._record = Path(directory).parent / "best.json"
+        self._checkpointer = Checkpointer(directory, keep=1, rewind=True)
+        self._record = user_path(directory).parent / "best.json"
         self._distance = float("inf")
         # A record alone, of a run killed between removing a best and saving a better one, is of
         # something that is gone.
@@ -38,7 +38,7 @@ class BestCheckpoint:
             try:
                 record = json.loads(self._record.read_text(encoding="utf-8"))
                 self._distance = float(record["distance"])
-            except (ValueError, KeyError, TypeError) as error:
+            except (OSError, ValueError, KeyError, TypeError) as error:
                 raise CheckpointError(
                     f"{self._record} is damaged ({error!r}); remove it to start the comparison anew"
                 ) from error

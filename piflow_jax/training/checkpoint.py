@@ -10,8 +10,10 @@ flipped bytes of array data as if they were right; the fingerprints catch those.
 import json
 import logging as std_logging
 import os
+import sys
+import warnings
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -21,16 +23,23 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from piflow_jax.training.fingerprints import leaf_table
+from piflow_jax.training.steps import (
+    CheckpointError,
+    bad_step,
+    cannot,
+    cause,
+    complete_steps,
+    latest_step,
+    listed,
+    missing_parts,
+    recorded_step,
+    write_record,
+)
+from piflow_jax.training.workdir import checkpoint_path
 
 Path = str | os.PathLike
 
 _FORMAT = 1
-_TMP = ".orbax-checkpoint-tmp"
-_STEPS = ocp.path.step.standard_name_format()
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint is corrupt, partial, incompatible or cannot be written."""
 
 
 class Restored(NamedTuple):
@@ -54,6 +63,8 @@ class Checkpointer:
       directory: where the steps lie; made absolute, created unless `read_only`.
       keep: how many of the latest steps to keep.
       read_only: refuse to save, and leave the directory as it is.
+      record: note the last complete step in `saved.json` beside the directory. Every reader then
+        notices that this step was removed or renamed.
       rewind: a save removes the steps from its own on, where they hold anything else, instead of
         being refused: what a continued run finds there is of the run before it was killed.
       fingerprints: compute and verify the fingerprints of the leaves. They cost a pass over host
@@ -61,6 +72,7 @@ class Checkpointer:
 
     Raises:
       CheckpointError: the directory cannot be created, read or written, or holds only other things.
+      ConfigError: see `checkpoint_path`.
     """
 
     def __init__(
@@ -69,31 +81,39 @@ class Checkpointer:
         *,
         keep: int = 2,
         read_only: bool = False,
+        record: bool = False,
         rewind: bool = False,
         fingerprints: bool = True,
     ):
         if keep < 1:
             raise ValueError(f"keep must be at least 1, got {keep}")
-        logging.get_absl_logger().addFilter(_no_orbax_chatter)
-        self.directory = _absolute(directory)
+        _quiet()
+        self.directory = checkpoint_path(directory)
         self._read_only = read_only
         self._rewind = rewind
+        self._saving: int | None = None
         self._fingerprints = fingerprints
         # A scan before Orbax tidies up: reports unfinished saves, refuses foreign directories.
-        _steps(self.directory, report=True)
+        complete_steps(self.directory, report=True, writing=not read_only)
         if read_only:
             options = {"read_only": True, "save_interval_steps": 0, "create": False}
         else:
             options = {"max_to_keep": keep, "cleanup_tmp_directories": True}
+        if record:
+            options["async_options"] = ocp.AsyncOptions(
+                post_finalization_callback=lambda: write_record(self.directory, self._saving)
+            )
         try:
             options = ocp.CheckpointManagerOptions(**options)
             self._manager = ocp.CheckpointManager(self.directory, options=options)
         except OSError as error:
-            raise _cannot("open", self.directory, error) from error
+            raise cannot("open", self.directory, error) from error
         local = "://" not in str(self.directory)
         if local and not read_only and not os.access(self.directory, os.W_OK | os.X_OK):
             error = PermissionError("the directory is read-only for this user")
-            raise _cannot("write checkpoints to", self.directory, error)
+            raise cannot("write checkpoints to", self.directory, error)
+        if record and jax.process_index() == 0:
+            self._note_latest()
 
     def __enter__(self) -> "Checkpointer":
         """Returns itself."""
@@ -116,11 +136,11 @@ class Checkpointer:
           contents are not read: `restore` does that, and raises rather than take another one.
 
         Raises:
-          CheckpointError: the directory holds only foreign files, cannot be read, or a save failed.
+          CheckpointError: the directory holds only foreign files, lacks the last step that was
+            saved there, cannot be read, or a save failed.
         """
         self.wait()
-        steps = _steps(self.directory)
-        return steps[-1] if steps else None
+        return latest_step(self.directory)
 
     def save(
         self, step: int, state: Any, *, data_state: Mapping, config: Mapping, spec: Mapping
@@ -146,6 +166,7 @@ class Checkpointer:
             raise CheckpointError(f"{self.directory} was opened read-only; refusing to save {step}")
         meta = {
             "format": _FORMAT,
+            "step": step,
             "data_state": _as_json(data_state, "data_state"),
             "config": _as_json(config, "config"),
             "spec": _as_json(spec, "spec"),
@@ -154,7 +175,7 @@ class Checkpointer:
         self.wait()
         last = self._manager.latest_step()
         if last is not None and step <= last:
-            saved = _read_meta(self.directory, last)["leaves"] if step == last else None
+            saved = _read_meta(self.directory / str(last))["leaves"] if step == last else None
             if self._fingerprints and saved == meta["leaves"]:
                 return False
             if not self._rewind:
@@ -168,11 +189,21 @@ class Checkpointer:
             state=ocp.args.StandardSave(state),
             meta=ocp.args.JsonSave({"meta": meta, "crc32": _crc(meta)}),
         )
+        self._saving = step
         try:
             self._manager.save(step, args=args, force=True)
         except Exception as error:
-            raise _cannot(f"save step {step} to", self.directory, error) from error
+            raise cannot(f"save step {step} to", self.directory, error) from error
         return True
+
+    def _note_latest(self) -> None:
+        """Makes the record of a run without one, or of one killed before it could write it."""
+        latest = latest_step(self.directory)
+        if latest is not None and latest != recorded_step(self.directory):
+            try:
+                write_record(self.directory, latest)
+            except OSError as error:
+                raise cannot("write to", self.directory.parent, error) from error
 
     def _remove_from(self, step: int) -> None:
         multihost_utils.sync_global_devices("rewind")  # another process may be reading there
@@ -180,7 +211,7 @@ class Checkpointer:
             for later in [saved for saved in self._manager.all_steps() if saved >= step]:
                 self._manager.delete(later)
         except Exception as error:
-            raise _cannot(f"remove steps from {step} on from", self.directory, error) from error
+            raise cannot(f"remove steps from {step} on from", self.directory, error) from error
 
     def restore(self, state_like: Any, step: int | None = None) -> Restored:
         """Restores a step exactly: same dtypes, shapes and bits.
@@ -220,7 +251,7 @@ class Checkpointer:
             self._manager.wait_until_finished()
             self._manager.check_for_errors()
         except Exception as error:
-            raise _cannot("save to", self.directory, error) from error
+            raise cannot("save to", self.directory, error) from error
 
     def close(self) -> None:
         """Waits for the save in flight and lets the directory go.
@@ -231,14 +262,14 @@ class Checkpointer:
         try:
             self._manager.close()
         except Exception as error:
-            raise _cannot("save to", self.directory, error) from error
+            raise cannot("save to", self.directory, error) from error
 
 
 def read_spec(directory: Path, step: int | None = None) -> tuple[int, dict, dict]:
     """Reads what a checkpoint is, without its arrays.
 
     Args:
-      directory: a directory that a `Checkpointer` wrote.
+      directory: a directory that a `Checkpointer` wrote, or the folder of one of its steps.
       step: which step, by default the latest.
 
     Returns:
@@ -247,7 +278,7 @@ def read_spec(directory: Path, step: int | None = None) -> tuple[int, dict, dict
     Raises:
       CheckpointError: there is no such step, or it is corrupt or partial.
     """
-    step, _, meta = _open(_absolute(directory), step)
+    step, _, meta = _open(checkpoint_path(directory), step)
     return step, meta["spec"], meta["config"]
 
 
@@ -255,7 +286,7 @@ def restore_subtree(directory: Path, key: str, like: Any, step: int | None = Non
     """Restores one part of the saved state, reading nothing else: the EMA weights, say.
 
     Args:
-      directory: a directory that a `Checkpointer` wrote.
+      directory: a directory that a `Checkpointer` wrote, or the folder of one of its steps.
       key: the part's place in the state, such as `"ema_params"`, nested with `/`.
       like: a tree of that part's structure; see `Checkpointer.restore`.
       step: which step, by default the latest.
@@ -266,8 +297,7 @@ def restore_subtree(directory: Path, key: str, like: Any, step: int | None = Non
     Raises:
       CheckpointError: there is no such step or part, or it is corrupt, partial or unlike `like`.
     """
-    directory = _absolute(directory)
-    step, path, meta = _open(directory, step)
+    step, path, meta = _open(checkpoint_path(directory), step)
     abstract = jax.tree.map(_abstract, like)
     prefix = f"{key}/"
     saved = {k: v for k, v in meta["leaves"].items() if k == key or k.startswith(prefix)}
@@ -343,64 +373,45 @@ def _check_values(saved: Mapping, tree: Any, path: epath.Path) -> None:
     found = leaf_table(tree, fingerprints=True)
     wrong = [name for name, entry in found.items() if entry != saved[name]]
     if wrong:
-        raise _bad(path, f"corrupt: the values of {_listed(wrong)} are not those that were saved")
+        raise bad_step(
+            path, f"corrupt: the values of {listed(wrong)} are not those that were saved"
+        )
 
 
 def _open(directory: epath.Path, step: int | None) -> tuple[int, epath.Path, dict]:
     """The step to read, its path and its JSON document."""
-    logging.get_absl_logger().addFilter(_no_orbax_chatter)  # adding it again does nothing
-    steps = _steps(directory, report=True)
+    _quiet()
+    if len(missing_parts(directory)) < 2:  # a step's own folder, perhaps away from all others
+        meta = _read_meta(directory)
+        found = int(directory.name) if directory.name.isdigit() else meta.get("step", 0)
+        if step not in (None, found):
+            raise CheckpointError(f"{directory} is step {found}, not {step}")
+        return found, directory, meta
+    latest = latest_step(directory, report=True) if step is None else step
+    steps = complete_steps(directory)
     if not steps:
         raise CheckpointError(f"there is no checkpoint in {directory}")
-    step = steps[-1] if step is None else step
-    if step not in steps:
-        raise CheckpointError(f"there is no step {step} in {directory}; it has {_listed(steps)}")
-    return step, directory / str(step), _read_meta(directory, step)
+    if latest not in steps:
+        raise CheckpointError(f"there is no step {step} in {directory}; it has {listed(steps)}")
+    path = directory / str(latest)
+    return latest, path, _read_meta(path)
 
 
-def _steps(directory: epath.Path, *, report: bool = False) -> list[int]:
-    """The complete steps, ascending; raises for a directory that holds only foreign things."""
-    try:
-        if not directory.exists():
-            return []
-        if not directory.is_dir():
-            raise CheckpointError(f"{directory} is a file; checkpoints need a directory")
-        names = sorted(p.name for p in directory.iterdir())
-        steps = sorted(found.step for found in _STEPS.find_all(directory))
-    except OSError as error:
-        raise _cannot("read", directory, error) from error
-    # On object stores, which cannot rename, an unfinished step is a step without its commit file.
-    unfinished = [n for n in names if _TMP in n or (n.isdigit() and int(n) not in steps)]
-    unfinished = [n for n in unfinished if not (directory / n).is_file()]  # it may just be gone
-    known = {*map(str, steps), *unfinished, "metadata"}
-    foreign = [n for n in names if n not in known and not n.startswith(".")]
-    if foreign and not steps:
-        raise CheckpointError(
-            f"{directory} holds no checkpoint but other things: {_listed(foreign)}. Move them away"
-            " or pass another --workdir."
-        )
-    if unfinished and report:
-        last = f"the last complete step is {steps[-1]}" if steps else "no step is complete"
-        text = "%s: ignoring %s (unfinished, by a killed run or one still at it); %s"
-        logging.warning(text, directory, _listed(unfinished), last)
-    return steps
-
-
-def _read_meta(directory: epath.Path, step: int) -> dict:
+def _read_meta(path: epath.Path) -> dict:
     """A step's JSON document, verified; raises for a step that lacks one of its parts."""
-    path = directory / str(step)
     try:
-        missing = " and ".join(name for name in ("state", "meta") if not (path / name).is_dir())
-        if missing:
-            raise _bad(path, f"partial: it lacks {missing}")
+        if missing := " and ".join(missing_parts(path)):
+            raise bad_step(path, f"partial: it lacks {missing}")
         sealed = ocp.JsonCheckpointHandler().restore(path / "meta")
     except (OSError, ValueError) as error:
         raise _unreadable(path, error) from error
     if not isinstance(sealed, dict) or sealed.get("crc32") != _crc(sealed.get("meta")):
-        raise _bad(path, f"corrupt: {path / 'meta'} was changed after it was written")
+        raise bad_step(path, f"corrupt: {path / 'meta'} was changed after it was written")
     meta = sealed["meta"]
     if meta["format"] != _FORMAT:
-        raise _bad(path, f"of format {meta['format']}, and this version reads only {_FORMAT}")
+        raise bad_step(path, f"of format {meta['format']}, and this version reads only {_FORMAT}")
+    if path.name.isdigit() and meta.get("step", int(path.name)) != int(path.name):
+        raise bad_step(path, f"that of step {meta['step']}; if it was only renamed, rename it back")
     return meta
 
 
@@ -415,46 +426,38 @@ def _as_json(mapping: Mapping, what: str) -> dict:
         raise TypeError(f"the checkpoint's {what} is not JSON: {error}") from error
 
 
-def _absolute(directory: Path) -> epath.Path:
-    text = os.fspath(directory)
-    return epath.Path(text if "://" in text else os.path.abspath(os.path.expanduser(text)))
-
-
-def _listed(names: Sequence) -> str:
-    return ", ".join(map(str, names[:8])) + (
-        f" and {len(names) - 8} more" if len(names) > 8 else ""
-    )
-
-
-def _bad(path: epath.Path, what: str) -> CheckpointError:
-    earlier = [step for step in _steps(path.parent) if step < int(path.name)]
-    fall_back = f"fall back to step {earlier[-1]}" if earlier else "start from the beginning"
-    return CheckpointError(
-        f"the checkpoint {path} is {what}. Delete this directory to {fall_back}, or pass another"
-        " --workdir."
-    )
-
-
-def _cause(error: BaseException) -> str:
-    while error.__cause__ is not None:  # Orbax wraps what TensorStore says
-        error = error.__cause__
-    text = " ".join(str(error).split()).split(" [tensorstore_spec")[0]
-    return f"{type(error).__name__}: {text[:300]}{' ...' if len(text) > 300 else ''}"
-
-
 def _unreadable(path: epath.Path, error: Exception) -> Exception:
     if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
-        return MemoryError(f"not enough memory to restore {path}: {_cause(error)}")
-    return _bad(path, f"corrupt or incomplete and cannot be read ({_cause(error)})")
+        return MemoryError(f"not enough memory to restore {path}: {cause(error)}")
+    return bad_step(path, f"corrupt or incomplete and cannot be read ({cause(error)})")
 
 
-def _cannot(action: str, directory: epath.Path, error: Exception) -> CheckpointError:
-    return CheckpointError(
-        f"cannot {action} {directory} ({_cause(error)}). Check that the path exists, is writable"
-        " and has free space, or pass another --workdir."
-    )
+def _quiet() -> None:
+    """Keeps the noise of Orbax and TensorStore from burying a run's own lines; once is enough."""
+    logging.get_absl_logger().addFilter(_no_orbax_noise)
+    std_logging.getLogger("asyncio").addFilter(_no_lost_errors)
+    warnings.filterwarnings("ignore", "coroutine 'async_serialize", RuntimeWarning)
+    if sys.unraisablehook is not _no_late_reads:
+        global _unraisable
+        _unraisable, sys.unraisablehook = sys.unraisablehook, _no_late_reads
 
 
-def _no_orbax_chatter(record: std_logging.LogRecord) -> bool:
-    """Drops what Orbax logs below the level of an error: it buries a run's own lines."""
-    return record.levelno >= std_logging.ERROR or "/orbax/" not in record.pathname
+def _no_orbax_noise(record: std_logging.LogRecord) -> bool:
+    """Drops what Orbax logs below the level of an error, and the tracebacks of what it raises."""
+    error = record.levelno >= std_logging.ERROR and not record.exc_info
+    return error or "/orbax/" not in record.pathname
+
+
+def _no_lost_errors(record: std_logging.LogRecord) -> bool:
+    """Drops what asyncio says of reads and writes that failed after the first, which is raised."""
+    text = std_logging.Formatter().format(record)  # with the traceback
+    return "never retrieved" not in text or not ("orbax" in text or "tensorstore" in text)
+
+
+_unraisable = sys.unraisablehook
+
+
+def _no_late_reads(unraisable) -> None:
+    """Drops what reads say that end when another one has failed: Orbax has closed their loop."""
+    if str(unraisable.exc_value) != "Event loop is closed":
+        _unraisable(unraisable)

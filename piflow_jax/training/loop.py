@@ -5,13 +5,13 @@ import dataclasses
 import os
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
+from etils import epath
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
@@ -20,11 +20,14 @@ from piflow_jax.parallel import device_mesh, gathered, global_batch, replicated
 from piflow_jax.parallel.flops import flops
 from piflow_jax.parallel.processes import over_devices
 from piflow_jax.training.best import BestCheckpoint
+from piflow_jax.training.changes import CHANGES, changed_settings
 from piflow_jax.training.checkpoint import Checkpointer, CheckpointError
 from piflow_jax.training.metrics import MetricWriter
 from piflow_jax.training.monitor import Monitor, step_memory
 from piflow_jax.training.signals import GracefulExit
 from piflow_jax.training.state import TrainState
+from piflow_jax.training.steps import falling_back
+from piflow_jax.training.workdir import user_path
 
 __all__ = ["Interrupted", "Look", "NonFiniteLossError", "Stage", "checkpoint_dir", "run_stage"]
 
@@ -49,7 +52,7 @@ class Interrupted(RuntimeError):
 
 
 class NonFiniteLossError(RuntimeError):
-    """The loss became NaN or infinite."""
+    """The loss, or what is to be saved, became NaN or infinite."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -82,6 +85,8 @@ class Stage:
       batch_size: examples per step, for the throughput.
       config: settings that decide what the stage computes; a resumed run must have the same.
       extensible: keys of `config` that a resumed run may change.
+      tunable: keys of `config` that may change while steps are left: what was done stays, and what
+        follows is done with the new ones. The change is logged, and recorded in the checkpoints.
       identified: more such keys, by the key of `config` that has the identity of what they made. A
         checkpoint that does not have that key yet is bound to them instead.
       updated: brings settings that an older version recorded to today's keys.
@@ -100,6 +105,7 @@ class Stage:
     batch_size: int
     config: Mapping[str, Any]
     extensible: tuple[str, ...] = ()
+    tunable: tuple[str, ...] = ()
     identified: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     updated: Callable[[Mapping[str, Any]], Mapping[str, Any]] = dict
     spec: Mapping[str, Any]
@@ -108,9 +114,9 @@ class Stage:
     look: Callable[[Any], Look] | None = None
 
 
-def checkpoint_dir(workdir: str | os.PathLike, stage: str) -> Path:
+def checkpoint_dir(workdir: str | os.PathLike, stage: str) -> epath.Path:
     """Where a stage's checkpoints lie."""
-    return Path(workdir).absolute() / stage / "checkpoints"
+    return user_path(workdir) / stage / "checkpoints"
 
 
 def run_stage(
@@ -129,8 +135,8 @@ def run_stage(
 
     The step is compiled ahead of the loop, and again for batches of another shape when the first
     of them comes: prompts come in several aspect ratios. Metrics are fetched one step late, so the
-    host never waits for the device; a checkpoint is saved only after its step's loss has been seen
-    to be finite.
+    host never waits for the device; a checkpoint is saved only after its step's loss and the state
+    itself have been seen to be finite.
 
     Args:
       stage: what to run.
@@ -147,21 +153,24 @@ def run_stage(
       The state after the last step.
 
     Raises:
-      CheckpointError: the checkpoint cannot be used, or one cannot be written.
-      NonFiniteLossError: the loss is not finite; names the step and the last good checkpoint.
+      CheckpointError: the checkpoint cannot be used or is beyond the stage's end, or one cannot be
+        written.
+      NonFiniteLossError: the loss or the state is not finite; names the step and the last good
+        checkpoint.
       Interrupted: SIGTERM or SIGINT came; the state is saved.
     """
     mesh = mesh or device_mesh()
     directory = checkpoint_dir(workdir, stage.name)
     # The signals' own effects come back last: what comes while the end is saved, or a finished
     # stage is read, counts too, or the program would go on with the next stage.
-    with GracefulExit() as leaving, Checkpointer(directory, keep=keep_checkpoints) as checkpointer:
+    options = {"keep": keep_checkpoints, "record": True}
+    with GracefulExit() as leaving, Checkpointer(directory, **options) as checkpointer:
         abstract = jax.eval_shape(stage.init, *stage.init_arguments)
         if stage.shardings is None:
             shardings = jax.tree.map(lambda _: replicated(mesh), abstract)
         else:
             shardings = stage.shardings(abstract)
-        state, step = _first_state(stage, checkpointer, abstract, shardings)
+        state, step, changes = _first_state(stage, checkpointer, abstract, shardings)
         if step < stage.steps:
             monitor = Monitor(
                 stage.name,
@@ -182,6 +191,7 @@ def run_stage(
                     mesh,
                     shardings,
                     checkpointer,
+                    changes,
                     writer,
                     monitor,
                     leaving,
@@ -207,49 +217,27 @@ def _agreed(requested: str | None) -> str | None:
 
 def _first_state(
     stage: Stage, checkpointer: Checkpointer, abstract: TrainState, shardings
-) -> tuple[TrainState, int]:
+) -> tuple[TrainState, int, list[dict[str, Any]]]:
+    """The state to start with, its step, and the changes of settings on the way to it."""
     last = checkpointer.latest_step()
     if last is None:
-        return jax.jit(stage.init, out_shardings=shardings)(*stage.init_arguments), 0
+        return jax.jit(stage.init, out_shardings=shardings)(*stage.init_arguments), 0, []
     abstract = jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         abstract,
         shardings,
     )
     restored = checkpointer.restore(abstract)
-    _check_config(restored.config, stage, checkpointer.directory)
+    changed = changed_settings(restored.config, stage, checkpointer.directory, last)
     try:
         stage.data.set_state(restored.data_state)
     except ValueError as error:
         raise CheckpointError(f"{checkpointer.directory}: {error}") from error
     logging.info("%s: continuing from step %d (%s)", stage.name, last, checkpointer.directory)
-    return restored.state, last
-
-
-def _check_config(saved: Mapping[str, Any], stage: Stage, path) -> None:
-    saved, wanted = stage.updated(saved), dict(stage.config)
-    free = set(stage.extensible)
-    for identity, keys in stage.identified.items():
-        free.update(keys if identity in saved else [identity])
-    different = [
-        f"  config.{key}: the checkpoint has {saved.get(key)!r}, asked for {wanted.get(key)!r}"
-        for key in sorted(saved.keys() | wanted.keys())
-        if key not in free and _jsonable(wanted.get(key)) != saved.get(key)
-    ]
-    if different:
-        raise CheckpointError(
-            "\n".join(
-                [
-                    f"the checkpoint {path} was made with other settings:",
-                    *different,
-                    "Take these settings back, or pass another --workdir.",
-                ]
-            )
-        )
-
-
-def _jsonable(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
+    for change in changed:
+        text = "%s: from step %d on, config.%s is %r instead of %r"
+        logging.info(text, stage.name, last, change["key"], change["to"], change["was"])
+    return restored.state, last, [*restored.config.get(CHANGES, ()), *changed]
 
 
 class _Loop:
@@ -261,6 +249,7 @@ class _Loop:
         mesh,
         shardings,
         checkpointer,
+        changes,
         writer,
         monitor,
         leaving,
@@ -271,12 +260,13 @@ class _Loop:
         self._mesh = mesh
         self._shardings = shardings
         self._checkpointer = checkpointer
+        self._config = dict(stage.config) | ({CHANGES: changes} if changes else {})
         self._writer = writer
         self._monitor = monitor
         self._leaving = leaving
         self._log_every = log_every
         self._checkpoint_every = checkpoint_every
-        self._last_good: int | None = checkpointer.latest_step()
+        self._last_saved: int | None = checkpointer.latest_step()
         self._several = jax.process_count() > 1
         self._programs: dict[Any, tuple[Callable, int]] = {}
 
@@ -291,6 +281,7 @@ class _Loop:
         stage = self._stage
         batch = self._next_batch()
         self._program(state, batch)
+        self._all_finite = self._compile_check(state)
         metrics = pending = None
         self._monitor.start(start)
         for step in range(start + 1, stage.steps + 1):
@@ -374,6 +365,15 @@ class _Loop:
         )
         return compiled, counted.needed - counted.by_scope["optimizer"]
 
+    def _compile_check(self, state) -> Callable:
+        """Whether a state has no NaN and no infinity, compiled ahead like the step."""
+
+        def all_finite(state):
+            leaves = [x for x in jax.tree.leaves(state) if jnp.issubdtype(x.dtype, jnp.inexact)]
+            return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in leaves]))
+
+        return jax.jit(all_finite, out_shardings=replicated(self._mesh)).lower(state).compile()
+
     def _look(self, step: int, state: TrainState, best: BestCheckpoint) -> dict[str, float]:
         """Figures and pictures of the averaged parameters; keeps the state if it is the best."""
         with self._monitor.aside():
@@ -408,24 +408,40 @@ class _Loop:
             name: float(np.asarray(value)) for name, value in metrics.items() if name != _LEAVE
         }
         if not np.isfinite(values["loss"]):
-            good = (
-                f"the last good checkpoint is step {self._last_good} in "
-                f"{self._checkpointer.directory}"
-                if self._last_good is not None
-                else f"there is no checkpoint yet in {self._checkpointer.directory}"
-            )
-            raise NonFiniteLossError(
-                f"the loss of {self._stage.name} is {values['loss']} at step {step}; {good}. "
-                "Lower the learning rate or raise its warm-up, and run again."
-            )
+            what = f"the loss of {self._stage.name} is {values['loss']} at step {step}"
+            raise self._diverged(what, step - 1)
         return values
+
+    def _diverged(self, what: str, bad: int) -> NonFiniteLossError:
+        """The error that says which checkpoint is good, and what to do.
+
+        Args:
+          what: what was seen.
+          bad: the step whose parameters it was seen of.
+        """
+        directory, saved = self._checkpointer.directory, self._last_saved
+        good = f"the last good checkpoint is step {saved} in {directory}."
+        if saved is None:
+            good = f"there is no checkpoint yet in {directory}."
+        elif saved == bad:
+            path = directory / str(saved)
+            good = f"the checkpoint {path} gives it. Delete {falling_back(path)}."
+        remedy = "Lower the learning rate or raise its warm-up, and run again"
+        if tunable := ", ".join(f"config.{key}" for key in self._stage.tunable):
+            remedy += f"; a run may go on with other {tunable}."
+        else:
+            remedy += " in another --workdir."
+        return NonFiniteLossError(f"{what}; {good} {remedy}")
 
     def _save(self, step: int, state: TrainState) -> None:
         self._save_to(self._checkpointer, step, state)
-        self._last_good = step
+        self._last_saved = step
 
     def _save_to(self, checkpointer: Checkpointer, step: int, state: TrainState) -> None:
         stage = self._stage
+        # The loss that was seen is that of the parameters before this step's update.
+        if not np.asarray(self._all_finite(state)):
+            raise self._diverged(f"the state of {stage.name} is not finite after step {step}", step)
         checkpointer.save(
-            step, state, data_state=stage.data.get_state(), config=stage.config, spec=stage.spec
+            step, state, data_state=stage.data.get_state(), config=self._config, spec=stage.spec
         )

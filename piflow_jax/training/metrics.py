@@ -5,19 +5,23 @@ on the writer's own thread, while the training step compiles, and so does the wr
 error there is raised by the next call. Make a writer after your own imports, not between them.
 """
 
+import contextlib
 import importlib.util
 import json
 import math
 import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 
 import jax
 import numpy as np
 from absl import logging
+from etils import epath
+
+from piflow_jax.training.steps import cause
+from piflow_jax.training.workdir import user_path
 
 _RESERVED = ("step", "stage", "time")
 _REMEDY = "Install them with: pip install -e . (or: pip install clu tensorflow-cpu tensorboard)"
@@ -37,14 +41,14 @@ class MetricWriter:
       workdir: the run's directory.
       stage: the stage's name, such as `"teacher"`; also the name of its directory.
       total_steps: the step at which the stage ends.
-      first_step: how many steps were done before, 0 for a new stage. Lines of `metrics.jsonl` for
-        later steps, written by a run that was killed after its last checkpoint, are removed.
+      first_step: how many steps were done before, 0 for a new stage. What lines and event files
+        have of later steps, written by a run that was killed after its last checkpoint, is removed.
       print_every: steps between log lines where there is no terminal.
       show: names of the scalars that the console shows, in this order, where they are given.
 
     Raises:
       ImportError: clu, TensorFlow or TensorBoard is missing; the message names the remedy.
-      OSError: the directory cannot be written.
+      OSError: the directory cannot be written; names it and the remedy.
     """
 
     def __init__(
@@ -67,21 +71,23 @@ class MetricWriter:
         self._total = total_steps
         self._print_every = print_every
         self._show = tuple(show)
-        if "://" in os.fspath(workdir):
-            directory = f"{workdir}/{stage}"
-            logging.warning("%s is remote: no metrics.jsonl there, only event files", directory)
+        self._directory = user_path(workdir) / stage
+        if "://" in str(self._directory):
+            text = "%s is remote: no metrics.jsonl there, only event files"
+            logging.warning(text, self._directory)
             self._lines = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
         else:
-            directory = Path(workdir).expanduser().absolute() / stage
-            directory.mkdir(parents=True, exist_ok=True)
-            self._lines = _open_lines(directory / "metrics.jsonl", first_step)
+            with self._writing():
+                self._directory.mkdir(parents=True, exist_ok=True)
+                self._lines = _open_lines(self._directory / "metrics.jsonl", first_step)
         self._bar = _progress_bar(stage, first_step, total_steps) if sys.stderr.isatty() else None
         self._printed = first_step
         self._rate = _Rate()
         # One worker: events stay in order, and behind the opening of their file.
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="metrics")
-        self._events = self._worker.submit(_open_events, str(directory))
-        self._pending: list[Future] = [self._events]
+        forgetting = self._worker.submit(_forget_events, self._directory, first_step)
+        self._events = self._worker.submit(_open_events, str(self._directory))
+        self._pending: list[Future] = [forgetting, self._events]
 
     def __enter__(self) -> "MetricWriter":
         """Returns itself."""
@@ -105,7 +111,7 @@ class MetricWriter:
 
         Raises:
           ValueError: a scalar is called step, stage or time.
-          RuntimeError: an earlier event could not be written.
+          OSError: the line, or an earlier event, could not be written.
         """
         if not self._active:
             return
@@ -115,7 +121,8 @@ class MetricWriter:
         scalars = {name: float(value) for name, value in scalars.items()}
         head = {"step": int(step), "stage": self._stage, "time": round(time.time(), 3)}
         line = head | {name: _as_json(value) for name, value in scalars.items()}
-        self._lines.write(json.dumps(line, allow_nan=False) + "\n")
+        with self._writing():
+            self._lines.write(json.dumps(line, allow_nan=False) + "\n")
         self._enqueue("write_scalars", int(step), scalars)
         self._progress(int(step), scalars)
 
@@ -128,7 +135,7 @@ class MetricWriter:
             in [0, 1].
 
         Raises:
-          RuntimeError: an earlier event could not be written.
+          OSError: the line, or an earlier event, could not be written.
         """
         if self._active:
             arrays = {name: np.asarray(image) for name, image in images.items()}
@@ -151,19 +158,34 @@ class MetricWriter:
         """Writes what is pending and closes the files.
 
         Raises:
-          RuntimeError: an event could not be written.
+          OSError: an event could not be written.
         """
         if not self._active:
             return
         self._active = False
         if self._bar is not None:
             self._bar.close()
-        self._lines.close()
         try:
+            with self._writing():
+                self._lines.close()
             self._check(wait=True)
-            self._worker.submit(lambda: self._events.result().close()).result()
+            with self._writing():
+                self._worker.submit(lambda: self._events.result().close()).result()
         finally:
             self._worker.shutdown(wait=True)
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Around what writes to the directory; its errors name the directory and the remedy."""
+        try:
+            yield
+        except ImportError:
+            raise
+        except Exception as error:  # TensorFlow's are of many kinds
+            raise OSError(
+                f"cannot write metrics to {self._directory} ({cause(error)}). Check that it is "
+                "writable and has free space, or pass another --workdir."
+            ) from error
 
     def _enqueue(self, method: str, step: int, values: Mapping) -> None:
         self._check()
@@ -177,12 +199,8 @@ class MetricWriter:
             if not wait and not future.done():
                 self._pending.append(future)
                 continue
-            try:
+            with self._writing():
                 future.result()
-            except ImportError:
-                raise
-            except Exception as error:
-                raise RuntimeError(f"cannot write TensorBoard events: {error}") from error
 
     def _progress(self, step: int, scalars: Mapping[str, float]) -> None:
         self._rate.update(step)
@@ -261,20 +279,66 @@ def _progress_bar(stage: str, first_step: int, total_steps: int):
     )
 
 
-def _open_lines(path: Path, first_step: int):
+def _open_lines(path: epath.Path, first_step: int):
     """Opens a JSON-lines file for appending, without the lines of steps that will be done again."""
     if path.exists():
-        kept = []
-        for line in path.read_text(encoding="utf-8").splitlines() if first_step > 0 else ():
+        kept, again = [], False
+        # What is no text, in an edited file, is no line either.
+        for line in path.read_bytes().decode(errors="replace").splitlines():
             try:
-                if json.loads(line)["step"] <= first_step:
+                if first_step > 0 and json.loads(line)["step"] <= first_step:
                     kept.append(line + "\n")
+                else:
+                    again = True
             except (ValueError, KeyError, TypeError):
                 logging.warning("%s: dropping a line cut short by a killed run", path)
+        if again:
+            text = "%s: dropping the lines of steps after %d, which are done again"
+            logging.info(text, path, first_step)
         rewritten = path.with_suffix(".tmp")
         rewritten.write_text("".join(kept), encoding="utf-8")
         rewritten.replace(path)
-    return path.open("a", encoding="utf-8", buffering=1)  # a line at a time, so that tail -f works
+    # A line at a time, so that tail -f works.
+    return open(path, "a", encoding="utf-8", buffering=1)
+
+
+def _forget_events(directory: epath.Path, first_step: int) -> None:
+    """Removes the events of steps that will be done again, as `_open_lines` removes their lines.
+
+    Of the readers of event files some drop what a restart repeats, and some do not.
+    """
+    for path in directory.iterdir() if directory.exists() else ():
+        if not path.name.startswith("events.out.tfevents."):
+            continue
+        if first_step == 0:
+            path.unlink()
+        elif any(step > first_step for step, _ in _records(path)):
+            rewritten = path.with_name("events.tmp")  # no name of an event file, to TensorBoard
+            with rewritten.open("wb") as file:
+                file.writelines(record for step, record in _records(path) if step <= first_step)
+            rewritten.replace(path)
+
+
+def _records(path: epath.Path) -> Iterator[tuple[int, bytes]]:
+    """The records of an event file with their steps, to the first that is damaged or cut short.
+
+    A record is the length of an event (8 bytes), its checksum (4), the event, its checksum (4).
+    """
+    from google.protobuf.message import DecodeError
+    from tensorboard.compat.proto.event_pb2 import Event
+
+    left = path.stat().length
+    with path.open("rb") as file:
+        while len(head := file.read(12)) == 12:
+            size = int.from_bytes(head[:8], "little") + 4
+            left -= 12 + size
+            if left < 0:
+                return
+            body = file.read(size)
+            try:
+                yield Event.FromString(body[:-4]).step, head + body
+            except DecodeError:
+                return
 
 
 def _as_json(value: float) -> float | str:

@@ -63,7 +63,7 @@ def clip_after(max_norm: float, start: int) -> optax.GradientTransformation:
     would change their direction relative to each other in Adam's moments.
 
     Args:
-      max_norm: largest global norm.
+      max_norm: largest global norm; 0 does not clip, with a state of the same structure.
       start: steps that are left alone.
 
     Returns:
@@ -76,9 +76,10 @@ def clip_after(max_norm: float, start: int) -> optax.GradientTransformation:
 
     def update(updates, state, params=None):
         del params
-        norm = optax.global_norm(updates)
-        scale = jnp.where(state.count >= start, max_norm / jnp.maximum(norm, max_norm), 1.0)
-        updates = jax.tree.map(lambda g: (g * scale).astype(g.dtype), updates)
+        if max_norm:
+            norm = optax.global_norm(updates)
+            scale = jnp.where(state.count >= start, max_norm / jnp.maximum(norm, max_norm), 1.0)
+            updates = jax.tree.map(lambda g: (g * scale).astype(g.dtype), updates)
         return updates, ClipState(state.count + 1)
 
     return optax.GradientTransformation(init, update)
@@ -148,8 +149,6 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
             weight_decay=config.weight_decay,
             mu_dtype=moment_dtype,
         )
-    if config.grad_clip == 0:
-        return rule
     return optax.chain(clip_after(config.grad_clip, config.warmup_steps), rule)
 
 

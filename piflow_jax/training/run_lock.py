@@ -5,15 +5,31 @@ import fcntl
 import json
 import os
 import socket
+import stat
 import time
-from pathlib import Path
 
 import jax
 from absl import logging
+from etils import epath
+
+from piflow_jax.training.workdir import checkpoint_path
 
 __all__ = ["RunLock"]
 
 _NAME = "run.lock"
+
+
+def _own_file(path: str, flags: int) -> int:
+    """Opens a file without truncating it: until it is ours, it says whose it is.
+
+    A link would lead to a file of somebody else, which the holder's name would replace; a pipe
+    would block.
+    """
+    file = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+    if not stat.S_ISREG(os.fstat(file).st_mode):
+        os.close(file)
+        raise OSError(errno.EINVAL, "it is not a regular file")
+    return file
 
 
 class RunLock:
@@ -30,17 +46,24 @@ class RunLock:
 
     Raises:
       BlockingIOError: another run holds it; names its process, machine and start.
+      ConfigError: checkpoints cannot lie in the directory, see `checkpoint_path`.
+      OSError: the file cannot be written, or is no file of a run.
     """
 
     def __init__(self, workdir: str | os.PathLike, *, patience: float = 120.0):
         self._file = None
-        text = os.fspath(workdir)
-        if jax.process_index() or "://" in text:
+        path = checkpoint_path(workdir) / _NAME
+        if jax.process_index() or "://" in str(path):
             return
-        path = Path(text).expanduser() / _NAME
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # Not truncated: until it is ours, it says whose it is.
-        self._file = open(path, "a+", encoding="utf-8")  # noqa: SIM115
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = open(path, "a+", encoding="utf-8", opener=_own_file)  # noqa: SIM115
+        except OSError as error:
+            reason = "it is a link" if os.path.islink(path) else error.strerror
+            raise OSError(
+                f"cannot write {path} ({reason}), which keeps other runs out; remove it, or pass "
+                "another --workdir"
+            ) from error
         try:
             self._acquire(path, time.monotonic() + patience)
         except BaseException:
@@ -65,7 +88,7 @@ class RunLock:
             self._file.close()
             self._file = None
 
-    def _acquire(self, path: Path, deadline: float) -> None:
+    def _acquire(self, path: epath.Path, deadline: float) -> None:
         said = False
         while True:
             try:

@@ -13,7 +13,7 @@ from piflow_jax.stages.train import student_stage, teacher_stage
 from piflow_jax.systems.datasets import load_source
 from piflow_jax.systems.networks import abstract_variables, teacher_network
 from piflow_jax.systems.shapes import DataShape
-from piflow_jax.training import loop
+from piflow_jax.training.changes import changed_settings
 from piflow_jax.training.checkpoint import CheckpointError
 from tests import tiny, tiny_text
 
@@ -32,12 +32,12 @@ def stage_of(network, make=student_stage, fill=0.0, **changes):
     return student_stage(config, source, data, params, device_mesh())
 
 
-def resume(before, after, forget=()):
+def resume(before, after, forget=(), step=1):
     """Continues from a checkpoint of the one stage with the other one's settings."""
     saved = json.loads(json.dumps(dict(before.config)))
     for key in forget:
         del saved[key]
-    loop._check_config(saved, after, "runs/x")
+    return changed_settings(saved, after, "runs/x", step)
 
 
 @pytest.mark.parametrize("make", [teacher_stage, student_stage])

@@ -1,0 +1,178 @@
+"""What lies in a directory of checkpoints: its steps, and the record of the last one."""
+
+import json
+from collections.abc import Sequence
+
+import orbax.checkpoint as ocp
+from absl import logging
+from etils import epath
+
+__all__ = [
+    "CheckpointError",
+    "bad_step",
+    "cannot",
+    "cause",
+    "complete_steps",
+    "falling_back",
+    "latest_step",
+    "listed",
+    "missing_parts",
+    "recorded_step",
+    "write_record",
+]
+
+# Beside a directory of steps: the last one that was saved there.
+_RECORD = "saved.json"
+_TMP = ".orbax-checkpoint-tmp"
+_STEPS = ocp.path.step.standard_name_format()
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint is corrupt, partial, incompatible or cannot be written."""
+
+
+def latest_step(directory: epath.Path, *, report: bool = False) -> int | None:
+    """The last complete step, or None; raises if a later one was saved and is gone.
+
+    Args:
+      directory: the directory of steps.
+      report: see `complete_steps`.
+
+    Returns:
+      The step.
+
+    Raises:
+      CheckpointError: the last step that was saved is not there; or see `complete_steps`.
+    """
+    saved = recorded_step(directory)  # before the steps, to which a run may be adding
+    steps = complete_steps(directory, report=report)
+    if saved is not None and (not steps or steps[-1] < saved):
+        rest = f"go on from step {steps[-1]}" if steps else "start from the beginning"
+        record = directory.parent / _RECORD
+        raise CheckpointError(
+            f"{directory} lacks step {saved}, the last one that was saved there ({record}). Put it "
+            f"back, or delete {record} to {rest}."
+        )
+    return steps[-1] if steps else None
+
+
+def recorded_step(directory: epath.Path) -> int | None:
+    """The last step that was saved in a directory, if that was recorded beside it."""
+    record = directory.parent / _RECORD
+    try:
+        return int(json.loads(record.read_text())["step"]) if record.exists() else None
+    except OSError as error:
+        raise cannot("read", record, error) from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{record} is damaged ({error!r}); delete it to go on from the last step in {directory}"
+        ) from error
+
+
+def write_record(directory: epath.Path, step: int) -> None:
+    """Records beside a directory the last step that was saved there."""
+    temporary = directory.parent / f"{_RECORD}.tmp"
+    temporary.write_text(json.dumps({"step": step}) + "\n")
+    temporary.replace(directory.parent / _RECORD)
+
+
+def complete_steps(
+    directory: epath.Path, *, report: bool = False, writing: bool = False
+) -> list[int]:
+    """The complete steps, ascending.
+
+    Args:
+      directory: the directory of steps; there are none where it does not exist.
+      report: warn of unfinished ones.
+      writing: steps are to be saved there, which decides the advice.
+
+    Returns:
+      Their numbers.
+
+    Raises:
+      CheckpointError: the directory is a file, holds only foreign things, or cannot be read.
+    """
+    try:
+        if not directory.exists():
+            return []
+        if not directory.is_dir():
+            raise CheckpointError(f"{directory} is a file; checkpoints need a directory")
+        names = sorted(p.name for p in directory.iterdir())
+        steps = sorted(found.step for found in _STEPS.find_all(directory))
+    except OSError as error:
+        raise cannot("read", directory, error) from error
+    # On object stores, which cannot rename, an unfinished step is a step without its commit file.
+    unfinished = [n for n in names if _TMP in n or (n.isdigit() and int(n) not in steps)]
+    unfinished = [n for n in unfinished if not (directory / n).is_file()]  # it may just be gone
+    known = {*map(str, steps), *unfinished, "metadata"}
+    foreign = [n for n in names if n not in known and not n.startswith(".")]
+    if foreign and not steps and writing:
+        raise CheckpointError(
+            f"{directory} holds no checkpoint but other things: {listed(foreign)}. Move them away "
+            "or pass another --workdir."
+        )
+    if foreign and not steps:
+        raise CheckpointError(
+            f"{directory} holds no checkpoint but other things: {listed(foreign)}. Name a run's "
+            "work directory, its checkpoints or one of their steps."
+        )
+    if unfinished and report:
+        last = f"the last complete step is {steps[-1]}" if steps else "no step is complete"
+        text = "%s: ignoring %s (unfinished, by a killed run or one still at it); %s"
+        logging.warning(text, directory, listed(unfinished), last)
+    return steps
+
+
+def missing_parts(path: epath.Path) -> list[str]:
+    """What of a step's parts is not in a folder."""
+    return [name for name in ("state", "meta") if not (path / name).is_dir()]
+
+
+def falling_back(path: epath.Path) -> str:
+    """How to do without a step.
+
+    Args:
+      path: the step's folder.
+
+    Returns:
+      Words that may follow "Delete": what, and to which step the run then falls back.
+    """
+    if not path.name.isdigit():
+        return f"{path} to do without it"
+    earlier = [step for step in complete_steps(path.parent) if step < int(path.name)]
+    record = path.parent.parent / _RECORD
+    recorded = f" and {record}" if record.exists() else ""
+    rest = f"fall back to step {earlier[-1]}" if earlier else "start from the beginning"
+    return f"this directory{recorded} to {rest}"
+
+
+def bad_step(path: epath.Path, what: str) -> CheckpointError:
+    """The error that a step is something that cannot be used."""
+    return CheckpointError(
+        f"the checkpoint {path} is {what}. Delete {falling_back(path)}, or pass another --workdir."
+    )
+
+
+def listed(names: Sequence) -> str:
+    """The first few of many, for messages."""
+    return ", ".join(map(str, names[:8])) + (
+        f" and {len(names) - 8} more" if len(names) > 8 else ""
+    )
+
+
+def cause(error: BaseException) -> str:
+    """What an error goes back to, on one line."""
+    while error.__cause__ is not None:  # Orbax wraps what TensorStore says
+        error = error.__cause__
+    text = " ".join(str(error).split()).split(" [tensorstore_spec")[0]
+    if len(text) > 300:  # the cause of a cause is said last
+        text = f"{text[:150]} ... {text[-150:]}"
+    return f"{type(error).__name__}: {text}"
+
+
+def cannot(action: str, directory: epath.Path, error: Exception) -> CheckpointError:
+    """The error that the disk, or whatever holds the directory, refused."""
+    return CheckpointError(
+        f"cannot {action} {directory} ({cause(error)}). Check that the path exists, is writable"
+        " and has free space, or pass another --workdir."
+    )

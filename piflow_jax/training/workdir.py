@@ -1,0 +1,99 @@
+"""Paths as users name them, and whether a run can use its work directory."""
+
+import glob
+import os
+import re
+import tempfile
+from collections.abc import Iterator
+
+from etils import epath
+
+from piflow_jax.config import ConfigError
+
+__all__ = ["check_writable", "checkpoint_path", "user_path"]
+
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+
+
+def user_path(path: str | os.PathLike, what: str = "the path") -> epath.Path:
+    """The path that a user named, the same from every directory and for every reader.
+
+    Args:
+      path: a local path, in which `~` is the home directory, or a remote one such as `gs://...`.
+      what: what the path is, for messages.
+
+    Returns:
+      The path, absolute. It may not exist.
+
+    Raises:
+      ConfigError: the path is empty, of an unknown scheme, or relative to a directory that is gone.
+    """
+    text = os.fsdecode(path)
+    if not text:
+        raise ConfigError(f"{what} is empty; name a directory, or . for the current one")
+    scheme = _SCHEME.match(text)
+    try:
+        if scheme:
+            return epath.Path(text)
+        return epath.Path(os.path.abspath(os.path.expanduser(text)))
+    except KeyError:
+        raise ConfigError(
+            f"{what} {text} has the unknown scheme {scheme[0]}; name a local path, or gs://..."
+        ) from None
+    except FileNotFoundError:
+        raise ConfigError(
+            f"{what} {text} is relative, and the current directory no longer exists"
+        ) from None
+
+
+class _LiteralPath(type(epath.Path("/"))):
+    """A path whose own characters are no pattern: Orbax globs below it to merge what it wrote."""
+
+    def glob(self, pattern: str) -> Iterator[epath.Path]:
+        """Paths below this one that match."""
+        for found in glob.iglob(os.path.join(glob.escape(os.fspath(self)), pattern)):
+            yield self._new(found)
+
+
+def checkpoint_path(path: str | os.PathLike) -> epath.Path:
+    """A directory of checkpoints, or one above it, as Orbax and TensorStore can take it.
+
+    Args:
+      path: see `user_path`.
+
+    Returns:
+      The path, absolute.
+
+    Raises:
+      ConfigError: see `user_path`; or TensorStore would read a backslash as a slash, and save to
+        another directory than the one that is read.
+    """
+    path = user_path(path)
+    if "\\" in str(path):
+        raise ConfigError(f"{path} has a backslash, which checkpoints cannot have in their path")
+    return path if "://" in str(path) else _LiteralPath(path)
+
+
+def check_writable(*directories: str | os.PathLike) -> None:
+    """Finds out before any work whether directories can be written.
+
+    Args:
+      directories: see `user_path`; of one that does not exist, the nearest one above it counts.
+        Object stores (`gs://`) have no directories: there, nothing is checked.
+
+    Raises:
+      OSError: one is a file or cannot be written; names it and the remedy.
+    """
+    for path in map(user_path, directories):
+        if "://" in str(path):
+            continue
+        while not os.path.lexists(path):
+            path = path.parent
+        try:
+            with tempfile.TemporaryFile(dir=path):
+                pass
+        except OSError as error:
+            raise OSError(
+                f"cannot write to {path} ({error.strerror}); make it a directory with free space "
+                "that this user may write, or pass another --workdir"
+            ) from error

@@ -1,0 +1,441 @@
+"""The work directory: one tiny run is made once; each row edits a copy of it and starts again.
+
+A row is what was done to the folder, the settings of the next start, its exit status and the words
+that it must say. Nothing may end in a traceback, start again in silence, or blame the wrong thing.
+"""
+
+import contextlib
+import dataclasses
+import json
+import logging
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from piflow_jax.config import ConfigError
+from piflow_jax.loading import load
+from piflow_jax.stages import command
+from piflow_jax.training.best import BestCheckpoint
+from piflow_jax.training.checkpoint import Checkpointer, CheckpointError, read_spec
+from piflow_jax.training.loop import NonFiniteLossError, run_stage
+from piflow_jax.training.metrics import MetricWriter
+from piflow_jax.training.run_lock import RunLock
+from piflow_jax.training.workdir import check_writable, user_path
+from tests import tiny
+from tests.training.test_loop import OPTIONS, make_stage
+
+LAUNCH = Path(__file__).parents[2] / "launch"
+
+
+def start(workdir, **changes):
+    """What a start ends with: the exit status, and all that it says."""
+    config = tiny.get_config()
+    config.update_from_flattened_dict({k.replace("__", "."): v for k, v in changes.items()})
+    said = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(command.processes, "start", lambda settings: None)
+        patch.setattr(command, "_refuse", lambda text, code: said.append(f"error: {text}") or code)
+        patch.setattr(sys.modules["piflow_jax.stages.train"], "evaluate", lambda *_: None)
+        try:
+            return command.run("train", config, workdir), "\n".join(said)
+        finally:
+            logger.removeHandler(handler)
+            logger.setLevel(level)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """The work directory of a run that has ended: steps 4 and 6 of teacher and student."""
+    workdir = tmp_path_factory.mktemp("made") / "run"
+    assert start(workdir)[0] == 0
+    return workdir
+
+
+@pytest.fixture
+def run(made, tmp_path):
+    return Path(shutil.copytree(made, tmp_path / "run"))
+
+
+# --- Edits of a path below the run's folder ---------------------------------------------------
+
+
+def nothing(path):
+    del path
+
+
+def remove(path):
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def empty(path):
+    for entry in path.iterdir():
+        remove(entry)
+
+
+def foreign(path):
+    empty(path)
+    (path / "notes.txt").touch()
+
+
+def linked(path):
+    target = path.with_name("precious")
+    target.write_text("keep")
+    remove(path)
+    path.symlink_to(target)
+
+
+def renamed(name):
+    return lambda path: path.rename(path.with_name(name))
+
+
+def holding(text):
+    return lambda path: path.write_bytes(text)
+
+
+def replaced(make):
+    return lambda path: remove(path) or make(path)
+
+
+def copied(name):
+    return replaced(lambda path: shutil.copytree(path.with_name(name), path))
+
+
+def with_record(edit):
+    def both(path):
+        edit(path)
+        remove(next(p for p in path.parents if p.name == "student") / "saved.json")
+
+    return both
+
+
+STEPS, NEWEST, META = ("student/checkpoints" + end for end in ("", "/6", "/6/meta/metadata"))
+RECORD, LINES = "student/saved.json", "student/metrics.jsonl"
+LOST = rf"error: .*/{STEPS} lacks step 6, the last .* saved there.* delete .*/{RECORD} to "
+OF_6, OF_4 = (rf"is that of step {step}; .* rename it back.* fall back" for step in (6, 4))
+MORE = {"train__steps": 8}
+LESS, LESS_TEACHER = {"train__steps": 4}, {"teacher__steps": 4}
+RATE = {"train__optimizer__learning_rate": 1e-4}
+
+REFUSED = [
+    # What was saved is gone, or is not what it is called.
+    (STEPS, empty, {}, 1, LOST + "start from the beginning"),
+    (STEPS, remove, {}, 1, LOST + "start from the beginning"),
+    ("teacher/checkpoints", remove, {}, 1, "error: .*/teacher/checkpoints lacks step 6"),
+    (NEWEST, remove, {}, 1, LOST + "go on from step 4"),
+    (NEWEST, renamed("6.bak"), {}, 1, LOST + "go on from step 4"),
+    (NEWEST, renamed("5"), {}, 1, LOST + "go on from step 5"),
+    (NEWEST, renamed("99999999"), {}, 1, f"/99999999 {OF_6}"),
+    (NEWEST, copied("4"), {}, 1, f"/{NEWEST} {OF_4}"),
+    (NEWEST, replaced(Path.mkdir), {}, 1, f"/{NEWEST} is partial: it lacks state and meta"),
+    (NEWEST, replaced(Path.touch), {}, 1, LOST + "go on from step 4"),
+    (META, holding(b"\xff\xfe"), {}, 1, f"/{NEWEST} is corrupt.* Delete .* and .*{RECORD}"),
+    (RECORD, holding(b"{"), {}, 1, f"{RECORD} is damaged .* delete it to go on"),
+    (RECORD, holding(b"\xff\xfe"), {}, 1, f"{RECORD} is damaged"),
+    (RECORD, replaced(Path.mkdir), {}, 1, f"cannot read .*{RECORD}"),
+    (STEPS, with_record(foreign), {}, 1, "other things: notes.txt. Move them away"),
+    # Settings that ask for less than there is, or for other steps than those that were done.
+    (".", nothing, LESS_TEACHER, 1, "at step 6, beyond the 4 .* Raise config.teacher.steps to 6"),
+    (".", nothing, LESS, 1, "at step 6, beyond the 4 .* Raise config.train.steps to 6"),
+    (".", nothing, RATE, 1, "config.train.optimizer.learning_rate: the checkpoint has 0.001"),
+    # Other things where files and folders of a run belong.
+    ("student", replaced(Path.touch), {}, 1, r"cannot write to .*/student \(Not a directory\)"),
+    (STEPS, replaced(Path.touch), {}, 1, rf"cannot write to .*/{STEPS} \(Not a directory\)"),
+    (LINES, replaced(Path.mkdir), MORE, 1, r"cannot write metrics to .*/student \(IsADirectory"),
+    ("run.lock", linked, {}, 1, r"cannot write .*/run.lock \(it is a link\).* remove it"),
+    ("run.lock", replaced(Path.mkdir), {}, 1, r"cannot write .*/run.lock \(Is a directory\)"),
+    ("run.lock", replaced(os.mkfifo), {}, 1, r"run.lock \(it is not a regular file\)"),
+]
+
+
+@pytest.mark.parametrize(("name", "edit", "changes", "status", "says"), REFUSED)
+def test_an_edited_run_is_refused_in_a_sentence(run, name, edit, changes, status, says):
+    edit(run / name)
+    ended, said = start(run, **changes)
+    assert ended == status and re.search(says, said), said
+    assert "\n" not in said.split("error: ")[1] or changes == RATE  # which lists settings
+    if edit is linked:
+        assert (run / "precious").read_text() == "keep"
+
+
+OTHER = MORE | RATE | {"train__optimizer__grad_clip": 0.0, "train__optimizer__warmup_steps": 7}
+NO_LINES = holding(b'\xff\xfe{}\n\x00[1]\n{"step": null}\n')
+AGAIN = rf"student: continuing from step 4.*\n.*{LINES}: dropping the lines of steps after 4"
+
+GOES_ON = [
+    (NEWEST, with_record(remove), {}, 4, AGAIN),
+    ("student", remove, {}, None, "student  6/6"),
+    (LINES, NO_LINES, OTHER, 6, "step 6 on, config.train.optimizer.learning_rate is 0.0001"),
+    ("run.lock", holding(b"\xff\x00"), {}, 6, "student: already trained"),
+]
+
+
+@pytest.mark.parametrize(("name", "edit", "changes", "step", "says"), GOES_ON)
+def test_an_edited_run_goes_on_and_says_from_where(run, name, edit, changes, step, says):
+    edit(run / name)
+    ended, said = start(run, **changes)
+    assert ended == 0 and re.search(says, said), said
+    assert (f"student: continuing from step {step}" in said) == (step is not None)
+    last = changes.get("train__steps", 6)
+    assert json.loads((run / RECORD).read_text()) == {"step": last}
+    steps = [json.loads(line)["step"] for line in (run / LINES).read_text().splitlines()]
+    assert steps == sorted(set(steps)) and steps[-1] == last
+
+
+# --- Where a run lies -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("path", "says"),
+    [
+        ("", "error: --workdir is empty; name a directory"),
+        ("file:///tmp/run", "error: --workdir file:///tmp/run has the unknown scheme file://"),
+        ("a\\b", "a\\b has a backslash"),
+    ],
+)
+def test_a_work_directory_that_cannot_be_is_refused(tmp_path, monkeypatch, path, says):
+    monkeypatch.chdir(tmp_path)
+    ended, said = start(path)
+    assert ended == 2 and says in said
+    assert not [entry for entry in tmp_path.rglob("*") if entry.is_file()]
+
+
+def test_the_home_directory_is_the_same_for_all_of_a_run(tmp_path, monkeypatch):
+    """Lock, metrics and checkpoints; and it is found again from elsewhere, by every reader."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    with RunLock("~/run"):
+        run_stage(make_stage(4), "~/run", **OPTIONS)
+        with BestCheckpoint("~/run/toy/best/checkpoints"):
+            pass
+    assert sorted(os.listdir(tmp_path)) == ["home"]
+    assert sorted(os.listdir(tmp_path / "home" / "run")) == ["run.lock", "toy"]
+    monkeypatch.chdir("/")
+    assert read_spec("~/run/toy/checkpoints")[0] == 4
+    assert user_path("~/run") == user_path(tmp_path / "home" / "run")
+
+
+def test_a_current_directory_that_is_gone_is_said(tmp_path, monkeypatch):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    with pytest.raises(ConfigError, match="relative, and the current directory no longer exists"):
+        user_path("run")
+    assert str(user_path(tmp_path)) == str(tmp_path)
+
+
+NAMES = ["lr[3e-3]", "s[!a]", "a*b", "a?b", "{a,b}", "a b", "%41", "#x", "a:b", "ä", "~x", "-x"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_is_saved_under_an_odd_name_is_restored(tmp_path, name):
+    """Orbax globs below a directory of checkpoints; a neighbour must not match either."""
+    state = {"a": jnp.arange(4.0)}
+    for directory in (tmp_path / "aXb" / "checkpoints", tmp_path / name / "checkpoints"):
+        with Checkpointer(directory) as checkpointer:
+            checkpointer.save(1, state, data_state={}, config={}, spec={})
+    with Checkpointer(directory) as checkpointer:
+        np.testing.assert_array_equal(checkpointer.restore(state).state["a"], state["a"])
+
+
+@contextlib.contextmanager
+def another_user(directory):
+    """Root may write everywhere."""
+    if os.geteuid():
+        yield
+        return
+    for parent in (directory, *directory.parents[:2]):
+        parent.chmod(0o755)
+    os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+
+
+def test_a_directory_that_cannot_be_written_is_found_before_any_work(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys.modules["piflow_jax.stages.train"], "load_source", pytest.fail)
+    (tmp_path / "there").mkdir(mode=0o555)
+    with another_user(tmp_path):
+        ended, said = start(tmp_path / "there" / "run")
+    assert ended == 1
+    assert f"error: cannot write to {tmp_path}/there (Permission denied); make it" in said
+    check_writable(tmp_path / "new" / "run", "gs://bucket/run")
+    assert sorted(os.listdir(tmp_path)) == ["there"]
+
+
+# --- load -------------------------------------------------------------------------------------
+
+
+def same(a, b):
+    jax.tree.map(np.testing.assert_array_equal, a.params, b.params)
+
+
+def test_the_folder_of_a_step_is_loaded(made, tmp_path):
+    student = load(made)
+    elsewhere = shutil.copytree(made / NEWEST, tmp_path / "the best one")
+    for path in (made / STEPS, made / NEWEST, elsewhere):
+        same(load(path), student)
+    with pytest.raises(AssertionError):
+        same(load(made / STEPS / "4"), student)
+
+
+@pytest.mark.parametrize(
+    ("path", "error", "says"),
+    [
+        ("", ConfigError, "the path is empty"),
+        (".", CheckpointError, r"holds no checkpoint but other things: mine\.txt\. Name a run's"),
+    ],
+)
+def test_the_users_own_files_are_left_alone(tmp_path, monkeypatch, path, error, says):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.txt").touch()
+    with pytest.raises(error, match=says) as caught:
+        load(path)
+    assert "Move" not in str(caught.value)
+
+
+def test_what_is_read_of_an_edited_run_is_not_another_step(run):
+    remove(run / NEWEST)
+    with pytest.raises(CheckpointError, match="lacks step 6"):
+        load(run)
+
+
+# --- Which checkpoints are good, and what may change on continuing ----------------------------
+
+
+def bursting(at, factor):
+    """A stage whose update of one step multiplies the parameters; the loss sees it a step later."""
+    stage = make_stage()
+
+    def step(state, root, batch):
+        state, metrics = stage.step(state, root, batch)
+        burst = jnp.where(state.step == at, jnp.float32(factor), 1.0)
+        params = jax.tree.map(lambda leaf: leaf * burst, state.params)
+        return state.replace(params=params, ema_params=params), metrics
+
+    return dataclasses.replace(stage, step=step, tunable=("rate",))
+
+
+@pytest.mark.parametrize(
+    ("at", "factor", "steps", "says"),
+    [
+        # Not finite itself: not saved.
+        (8, np.inf, [4], "the state of toy is not finite after step 8; the last good .* step 4"),
+        (4, np.nan, [], "the state of toy is not finite after step 4; there is no checkpoint yet"),
+        # Finite, but its own loss is not: no checkpoint to go on from.
+        (8, 1e30, [4, 8], r"inf at step 9; .*/8 gives it\. Delete .* to fall back to step 4"),
+        (4, 1e30, [4], r"inf at step 5; .*/4 gives it\. Delete .* to start from the beginning"),
+    ],
+)
+def test_a_checkpoint_is_good_if_its_parameters_are(tmp_path, at, factor, steps, says):
+    with pytest.raises(NonFiniteLossError, match=says) as caught:
+        run_stage(bursting(at, factor), tmp_path, **OPTIONS)
+    assert "a run may go on with other config.rate" in str(caught.value)
+    assert sorted(map(int, os.listdir(tmp_path / "toy" / "checkpoints"))) == steps
+
+
+def test_the_advice_after_a_bad_loss_can_be_followed(tmp_path):
+    """What the message says to delete, and another rate: the run goes on, and keeps the change."""
+    with pytest.raises(NonFiniteLossError) as caught:
+        run_stage(bursting(8, 1e30), tmp_path, **OPTIONS)
+    directory, record = tmp_path / "toy" / "checkpoints", tmp_path / "toy" / "saved.json"
+    assert f"{directory / '8'} gives it. Delete this directory and {record}" in str(caught.value)
+    remove(directory / "8")
+    remove(record)
+
+    def at_rate(rate, steps):
+        stage = dataclasses.replace(make_stage(steps, rate=rate), tunable=("rate",))
+        return run_stage(stage, tmp_path, **OPTIONS)
+
+    def changes():
+        return read_spec(directory)[2]["changes"]
+
+    at_rate(0.05, 6)
+    change = {"step": 4, "key": "rate", "was": 0.1, "to": 0.05}
+    assert change in changes()
+    at_rate(0.05, 8)
+    assert {"step": 6, "key": "steps", "was": 6, "to": 8} in changes()
+    assert [entry for entry in changes() if entry["key"] == "rate"] == [change]
+    # What was done to the end was done at that rate.
+    with pytest.raises(CheckpointError, match=r"config\.rate: the checkpoint has 0\.05, asked"):
+        at_rate(0.01, 8)
+
+
+# --- Event files ------------------------------------------------------------------------------
+
+
+def events(directory):
+    from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
+    from tensorboard.compat.proto.event_pb2 import Event
+
+    files = sorted(Path(directory).glob("events.out.tfevents.*"))
+    raw = [record for file in files for record in RawEventFileLoader(str(file)).Load()]
+    return [(e.step, value.tag) for e in map(Event.FromString, raw) for value in e.summary.value]
+
+
+@pytest.mark.parametrize("damage", [b"", b"\x01", bytes(range(256))])
+def test_event_files_hold_a_step_once(tmp_path, damage):
+    def write(*steps, first_step=0):
+        with MetricWriter(tmp_path, "student", 10, first_step=first_step) as writer:
+            for step in steps:
+                writer.write(step, {"loss": float(step)})
+
+    write(2, 4, 6)
+    (file,) = (tmp_path / "student").glob("events.*")
+    file.write_bytes(file.read_bytes() + damage)  # cut short by a kill, or edited
+    write(6, 8, first_step=4)
+    lines = [json.loads(line) for line in (tmp_path / LINES).read_text().splitlines()]
+    assert [line["step"] for line in lines] == [2, 4, 6, 8]
+    assert events(tmp_path / "student") == [(step, "loss") for step in (2, 4, 6, 8)]
+    write(2)
+    assert events(tmp_path / "student") == [(2, "loss")]
+
+
+# --- A full disk ------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_a_full_disk_is_said_with_the_directory(tmp_path):
+    writer = MetricWriter(tmp_path, "student", 10)
+    writer._lines.close()
+    writer._lines = open("/dev/full", "w", buffering=1)  # noqa: SIM115
+    with pytest.raises(OSError, match=rf"metrics to {tmp_path}/student \(.*No space left.* free"):
+        writer.write(1, {"loss": 1.0})
+    writer._lines = open(os.devnull, "w")  # noqa: SIM115
+    writer.close()
+
+
+# --- Launching --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("flag", "says"),
+    [
+        ("--nodes=08", "--nodes=8 "),
+        ("--nodes=010", "--nodes=10 "),
+        ("--max-restarts=09", ">= 9)"),
+        ("--grace=0180", "TERM@180 "),
+        ("--nodes=00", "must be at least 1"),
+        ("--nodes=0x8", "must be a whole number, got '0x8'"),
+    ],
+)
+def test_counts_are_decimal(flag, says):
+    arguments = [flag, "--dry-run", "--", "--config=c.py", "--workdir=/w"]
+    done = subprocess.run(
+        ["bash", LAUNCH / "gpu.sh", *arguments], capture_output=True, text=True, timeout=60
+    )
+    assert says in done.stdout + done.stderr
