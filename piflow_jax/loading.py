@@ -164,16 +164,12 @@ def _guidance(path: epath.Path) -> dict[str, Any]:
 
     The teacher's own checkpoints do not know: it was trained without.
     """
-    from piflow_jax.training.checkpoint import Checkpointer, read_spec
+    from piflow_jax.training.checkpoint import latest_step, read_spec
 
     directory = path / "student" / "checkpoints"
-    if not directory.is_dir():
+    if latest_step(directory) is None:
         return {}
-    with Checkpointer(directory, read_only=True) as checkpointer:
-        step = checkpointer.latest_step()
-    if step is None:
-        return {}
-    _, _, saved = read_spec(directory, step)
+    _, _, saved = read_spec(directory)
     found = {
         name: saved.get(f"teacher.{name}")
         for name in ("guidance_scale", "guidance_interval", "orthogonal_guidance")
@@ -210,11 +206,7 @@ def _checkpoint(
 def _averaged(directory: epath.Path, step: int, network: Network) -> Any:
     from piflow_jax.training.checkpoint import restore_subtree
 
-    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    like = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        network.trained(abstract_variables(network)),
-    )
+    like = network.trained(abstract_variables(network))
     return restore_subtree(directory, "ema_params", like, step)
 
 

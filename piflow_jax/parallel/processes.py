@@ -12,9 +12,12 @@ Without any of these there is one process, and nothing is started.
 """
 
 import contextlib
+import ctypes
 import dataclasses
 import logging as std_logging
 import os
+import re
+import signal
 import sys
 import threading
 from collections.abc import Iterator, Mapping
@@ -29,7 +32,7 @@ from jax.sharding import PartitionSpec
 from piflow_jax.config import ProcessesConfig
 from piflow_jax.parallel.mesh import AXES, device_mesh
 
-__all__ = ["Place", "ProcessError", "end", "find", "over_devices", "start"]
+__all__ = ["Place", "ProcessError", "end", "find", "lost", "over_devices", "start"]
 
 _ADDRESS, _COUNT, _INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
 # Variables of MPI launchers: size and rank.
@@ -42,6 +45,9 @@ _MPI_LOCAL = (
 )
 _DEVICES = "JAX_LOCAL_DEVICE_IDS"
 _ORTE = "OMPI_MCA_orte_hnp_uri"  # Open MPI up to 4: JAX reads the address off it
+# What carries data and news between processes, as it calls itself in its errors.
+_CARRIERS = re.compile("gloo|nccl|coordination ?service|barrier|distributed service", re.IGNORECASE)
+_AGAIN = "The output of the others says why; the same command goes on from the last checkpoint"
 # That process 0 alone still writes a report is no failure; that it died, heartbeats tell.
 _SHUTDOWN_SECONDS = 7 * 24 * 3600
 
@@ -82,10 +88,11 @@ def find(environ: Mapping[str, str], *, tpu: bool = False) -> Place | None:
     Raises:
       ProcessError: the variables contradict each other, or some are missing; names them.
     """
-    if _COUNT in environ or _INDEX in environ:
-        missing = [name for name in (_ADDRESS, _COUNT, _INDEX) if not environ.get(name)]
+    given = [name for name in (_ADDRESS, _COUNT, _INDEX) if environ.get(name)]
+    if _COUNT in given or _INDEX in given:
+        missing = [name for name in (_ADDRESS, _COUNT, _INDEX) if name not in given]
         if missing:
-            raise ProcessError(f"{' and '.join(missing)} must be set too, or none of the three")
+            raise ProcessError(_incomplete(given, missing))
         return _place(
             "environment", environ[_ADDRESS], (_COUNT, environ[_COUNT]), (_INDEX, environ[_INDEX])
         )

@@ -265,6 +265,12 @@ class Checkpointer:
             raise cannot("save to", self.directory, error) from error
 
 
+def latest_step(directory: Path) -> int | None:
+    """The last complete step of a directory that a `Checkpointer` wrote; see its `latest_step`."""
+    steps = _steps(_absolute(directory))
+    return steps[-1] if steps else None
+
+
 def read_spec(directory: Path, step: int | None = None) -> tuple[int, dict, dict]:
     """Reads what a checkpoint is, without its arrays.
 
@@ -284,6 +290,8 @@ def read_spec(directory: Path, step: int | None = None) -> tuple[int, dict, dict
 
 def restore_subtree(directory: Path, key: str, like: Any, step: int | None = None) -> Any:
     """Restores one part of the saved state, reading nothing else: the EMA weights, say.
+
+    A process that asks for it on its own devices needs no other process for it.
 
     Args:
       directory: a directory that a `Checkpointer` wrote, or the folder of one of its steps.
@@ -313,7 +321,11 @@ def restore_subtree(directory: Path, key: str, like: Any, step: int | None = Non
         partial_restore=True,
     )
     try:
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        alone = ocp.options.MultiprocessingOptions(
+            primary_host=None, active_processes={jax.process_index()}
+        )
+        handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=alone)
+        with ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer:
             restored = checkpointer.restore(path / "state", args=args)
     except Exception as error:
         raise _unreadable(path, error) from error

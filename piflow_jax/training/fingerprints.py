@@ -42,7 +42,8 @@ def leaf_table(tree: Any, *, fingerprints: bool = False) -> dict[str, dict]:
 
     Args:
       tree: arrays of the host or of all processes' devices, or shapes.
-      fingerprints: fingerprints of the values too; every process must call it then.
+      fingerprints: fingerprints of the values too; if an array lies on devices of several processes,
+        all of these must call it then.
 
     Returns:
       By path, `type`, such as `float32[2, 3]`, and `fingerprint`, 16 hexadecimal digits.
@@ -51,8 +52,8 @@ def leaf_table(tree: Any, *, fingerprints: bool = False) -> dict[str, dict]:
       TypeError: a leaf is no array, or one of typed keys.
       ValueError: two leaves have the same path.
     """
-    table, shares = {}, []
-    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+    table, leaves = {}, jax.tree_util.tree_flatten_with_path(tree)[0]
+    for path, leaf in leaves:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         if not isinstance(leaf, jax.Array | np.ndarray | jax.ShapeDtypeStruct):
             raise TypeError(f"the state's leaf {name} is a {type(leaf).__name__}, not an array")
@@ -61,10 +62,10 @@ def leaf_table(tree: Any, *, fingerprints: bool = False) -> dict[str, dict]:
         if name in table:
             raise ValueError(f"two leaves of the state are called {name}")
         table[name] = {"type": f"{np.dtype(leaf.dtype)}{list(leaf.shape)}"}
-        if fingerprints:
-            shares.append(_local_fingerprint(leaf))
     if fingerprints:
-        for entry, total in zip(table.values(), _over_processes(shares), strict=True):
+        arrays = [leaf for _, leaf in leaves]
+        shares = [_local_fingerprint(leaf) for leaf in arrays]
+        for entry, total in zip(table.values(), _over_processes(arrays, shares), strict=True):
             entry["fingerprint"] = f"{total:016x}"
     return table
 
@@ -72,7 +73,8 @@ def leaf_table(tree: Any, *, fingerprints: bool = False) -> dict[str, dict]:
 def tree_fingerprint(tree: Any) -> str:
     """One fingerprint of all of a tree's arrays and their paths, wherever they lie.
 
-    It takes about a second per GB; every process must call it.
+    It takes about a second per GB. If an array lies on devices of several processes, all of these
+    must call it.
 
     Args:
       tree: arrays.
@@ -81,7 +83,9 @@ def tree_fingerprint(tree: Any) -> str:
       16 hexadecimal digits.
     """
     leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-    totals = _over_processes([_local_fingerprint(leaf, keep=False) for _, leaf in leaves])
+    arrays = [leaf for _, leaf in leaves]
+    shares = [_local_fingerprint(leaf, keep=False) for leaf in arrays]
+    totals = _over_processes(arrays, shares)
     digest = hashlib.sha256()
     for (path, leaf), total in zip(leaves, totals, strict=True):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
@@ -95,9 +99,8 @@ def _local_fingerprint(leaf: jax.Array | np.ndarray, keep: bool = True) -> int:
     An array keeps on the host what was fetched of it. With `keep=False` a copy on the device is
     fetched instead, for arrays that stay.
     """
-    host = isinstance(leaf, np.ndarray)
-    if host or (jax.process_index() and leaf.is_fully_addressable):  # every process has it whole
-        return 0 if jax.process_index() else fingerprint(leaf)
+    if isinstance(leaf, np.ndarray):
+        return fingerprint(leaf)
     total = 0
     for shard in (s for s in leaf.addressable_shards if s.replica_id == 0):
         start = tuple(s.indices(n)[0] for s, n in zip(shard.index, leaf.shape, strict=True))
@@ -106,10 +109,15 @@ def _local_fingerprint(leaf: jax.Array | np.ndarray, keep: bool = True) -> int:
     return total % 2**64
 
 
-def _over_processes(shares: list[int]) -> list[int]:
-    """Adds up the processes' shares, sent as 32-bit halves: JAX may have no 64-bit types."""
-    if jax.process_count() == 1 or not shares:
+def _over_processes(leaves: list[jax.Array | np.ndarray], shares: list[int]) -> list[int]:
+    """The leaves' fingerprints: sums of shares, or the share where every process has the whole leaf.
+
+    Shares are sent as 32-bit halves, since JAX may have no 64-bit types, and only if a leaf needs
+    it: a process may load for itself what the others do not.
+    """
+    spread = np.array([isinstance(x, jax.Array) and not x.is_fully_addressable for x in leaves])
+    if not spread.any():
         return shares
     halves = np.asarray(shares, np.uint64).view(np.uint32)
     gathered = np.ascontiguousarray(multihost_utils.process_allgather(halves)).view(np.uint64)
-    return [int(total) for total in gathered.sum(axis=0)]
+    return [int(total) for total in np.where(spread, gathered.sum(axis=0), gathered[0])]
