@@ -14,13 +14,14 @@ Without any of these there is one process, and nothing is started.
 import contextlib
 import ctypes
 import dataclasses
+import functools
 import logging as std_logging
 import os
 import re
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -29,7 +30,7 @@ import numpy as np
 from absl import logging
 from jax.sharding import PartitionSpec
 
-from piflow_jax.config import ProcessesConfig
+from piflow_jax.config import ConfigError, ProcessesConfig
 from piflow_jax.parallel.mesh import AXES, device_mesh
 
 __all__ = ["Place", "ProcessError", "end", "find", "lost", "over_devices", "start"]
@@ -45,9 +46,8 @@ _MPI_LOCAL = (
 )
 _DEVICES = "JAX_LOCAL_DEVICE_IDS"
 _ORTE = "OMPI_MCA_orte_hnp_uri"  # Open MPI up to 4: JAX reads the address off it
-# What carries data and news between processes, as it calls itself in its errors.
-_CARRIERS = re.compile("gloo|nccl|coordination ?service|barrier|distributed service", re.IGNORECASE)
-_AGAIN = "The output of the others says why; the same command goes on from the last checkpoint"
+# What carries data and news between processes, as its errors call it.
+_CARRIERS = re.compile(r"\bGloo |\bNCCL\b|[Cc]oordination ?[Ss]ervice|\bBarrier\b")
 # That process 0 alone still writes a report is no failure; that it died, heartbeats tell.
 _SHUTDOWN_SECONDS = 7 * 24 * 3600
 
@@ -86,16 +86,16 @@ def find(environ: Mapping[str, str], *, tpu: bool = False) -> Place | None:
       The place, or None if there is one process only.
 
     Raises:
-      ProcessError: the variables contradict each other, or some are missing; names them.
+      ConfigError: the variables contradict each other, or some are missing; names them.
     """
     given = [name for name in (_ADDRESS, _COUNT, _INDEX) if environ.get(name)]
     if _COUNT in given or _INDEX in given:
-        missing = [name for name in (_ADDRESS, _COUNT, _INDEX) if name not in given]
-        if missing:
-            raise ProcessError(_incomplete(given, missing))
+        if len(given) < 3:
+            raise _incomplete(given)
         return _place(
             "environment", environ[_ADDRESS], (_COUNT, environ[_COUNT]), (_INDEX, environ[_INDEX])
         )
+    alone = False  # a launcher says that it started one process
     # SLURM_NTASKS would be there in a batch script too, which is one process and no step.
     if "SLURM_STEP_NODELIST" in environ and "SLURM_PROCID" in environ:
         size = environ.get("SLURM_STEP_NUM_TASKS") or environ.get("SLURM_NTASKS", "1")
@@ -104,19 +104,33 @@ def find(environ: Mapping[str, str], *, tpu: bool = False) -> Place | None:
         )
         if place is not None:
             return place
+        alone = True
     for size, rank in _MPI:
         if size in environ and rank in environ:
             address = environ.get(_ADDRESS)
             place = _place("mpi", address, (size, environ[size]), (rank, environ[rank]))
             if place is None:
+                alone = True
                 continue
             if not address and _ORTE not in environ:
-                raise ProcessError(
+                raise ConfigError(
                     f"{size}={environ[size]} says that there are several processes, but not where "
                     f"the first one is; set {_ADDRESS}=HOST:PORT to the host of rank 0"
                 )
             return place if tpu else dataclasses.replace(place, gpu=_mpi_gpu(environ))
-    return Place(source="tpu") if tpu else None
+    if tpu:
+        return Place(source="tpu")
+    if given and not alone:
+        raise _incomplete(given)
+    return None
+
+
+def _incomplete(given: Sequence[str]) -> ConfigError:
+    missing = [name for name in (_ADDRESS, _COUNT, _INDEX) if name not in given]
+    return ConfigError(
+        f"{' and '.join(missing)} must be set too, or none of the three: only "
+        f"{' and '.join(given)} is there"
+    )
 
 
 def _mpi_gpu(environ: Mapping[str, str]) -> int | None:
@@ -134,7 +148,7 @@ def _integer(name: str, text: str) -> int:
     try:
         return int(text)
     except ValueError:
-        raise ProcessError(f"{name} must be an integer, got {text!r}") from None
+        raise ConfigError(f"{name} must be an integer, got {text!r}") from None
 
 
 def _place(
@@ -142,9 +156,9 @@ def _place(
 ) -> Place | None:
     numbers = [_integer(*count), _integer(*index)]
     if not 0 <= numbers[1] < numbers[0]:
-        raise ProcessError(f"{index[0]} must be in [0, {count[0]} = {numbers[0]}), got {index[1]}")
+        raise ConfigError(f"{index[0]} must be in [0, {count[0]} = {numbers[0]}), got {index[1]}")
     if address and not address.rpartition(":")[2].isdigit():
-        raise ProcessError(f"{_ADDRESS} must be HOST:PORT, got {address!r}")
+        raise ConfigError(f"{_ADDRESS} must be HOST:PORT, got {address!r}")
     if numbers[0] == 1:
         return None
     return Place(source=source, address=address, count=numbers[0], index=numbers[1])
@@ -164,6 +178,7 @@ def start(settings: ProcessesConfig, environ: Mapping[str, str] | None = None) -
     1: what waits for them cannot be interrupted, and JAX's own limit is an abort without words.
 
     Raises:
+      ConfigError: this process's environment does not say where it stands, see `find`.
       ProcessError: connecting or the sum failed at once.
     """
     environ = os.environ if environ is None else environ
@@ -199,6 +214,7 @@ def start(settings: ProcessesConfig, environ: Mapping[str, str] | None = None) -
     except (RuntimeError, ValueError, OSError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ProcessError(f"{unconnected} ({reason})") from error
+    ctypes.pythonapi.PyOS_setsig(signal.SIGABRT, _on_abort(_name(place)))
     _preflight(place, settings)
     count, devices = jax.process_count(), jax.device_count()
     logging.info("%d processes (%s), %d devices", count, place.source, devices)
@@ -232,6 +248,53 @@ def _unconnected(place: Place, environ: Mapping[str, str]) -> str:
 
 def _name(place: Place) -> str:
     return "?" if place.index is None else f"{place.index} of {place.count}"
+
+
+def lost(error: BaseException) -> str | None:
+    """What to say of an error that only tells that another process is gone.
+
+    Whatever failed when it went, such as a save, is not to blame.
+
+    Args:
+      error: what was raised, with its causes.
+
+    Returns:
+      A sentence, or None if there is one process only or the error is another one.
+    """
+    if not jax.distributed.is_initialized():
+        return None
+    found, link = None, error
+    while link is not None:
+        text = " ".join(str(link).split())
+        # Both of these quote paths, which may have any name.
+        files = isinstance(link, OSError) or "tensorstore" in text
+        if not files and _CARRIERS.search(text):
+            found = text  # the last is the first cause
+        link = link.__cause__ or link.__context__
+    if found is None:
+        return None
+    here = f"{jax.process_index()} of {jax.process_count()}"
+    return _gone(here, f"lost another one, or got no answer from it ({found[:200]})")
+
+
+def _gone(process: str, what: str) -> str:
+    return (
+        f"process {process} {what}. The output of the others says why; the same command goes on "
+        "from the last checkpoint"
+    )
+
+
+@functools.cache  # keeps what C calls
+def _on_abort(process: str):
+    """A handler of SIGABRT: by it JAX ends who loses process 0, without asking Python first."""
+    text = _gone(process, "was ended by JAX, see above; most likely it lost another one")
+
+    @ctypes.CFUNCTYPE(None, ctypes.c_int)
+    def handler(_):
+        os.write(2, f"error: {text}\n".encode())
+        os._exit(1)
+
+    return handler
 
 
 def over_devices(values: np.ndarray, mesh=None) -> jax.Array:
@@ -291,4 +354,5 @@ def end(code: int) -> int:
         sys.stderr.flush()
         os._exit(code)
     jax.distributed.shutdown()
+    signal.signal(signal.SIGABRT, signal.SIG_DFL)
     return code

@@ -62,6 +62,8 @@ _BATCHES = {
 }
 # What these make is shared between runs, and lies where the settings say.
 _WRITES_ELSEWHERE = ("prepare", "statistics")
+# What a user can mend, or start again after; the rest are ours, and have a traceback.
+_OF_THE_RUN = (CheckpointError, NonFiniteLossError, OSError, processes.ProcessError)
 
 
 def run(mode: str, config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> int:
@@ -89,13 +91,14 @@ def run(mode: str, config: ml_collections.ConfigDict, workdir: str | os.PathLike
         return processes.end(0 if stop.signal == "SIGTERM" else 130)
     except (ConfigError, FileNotFoundError, ShardsError) as error:
         return _refuse(str(error), 2)
-    except (CheckpointError, NonFiniteLossError, OSError, processes.ProcessError) as error:
-        return _refuse(str(error), 1)
-    except Exception:
+    except Exception as error:
+        lost = processes.lost(error)
+        if lost or isinstance(error, _OF_THE_RUN):
+            return _refuse(lost or str(error), 1)
         if jax.process_count() == 1:
             raise
         traceback.print_exc()
-        return _refuse(f"process {jax.process_index()} failed, or lost another one", 1)
+        return _refuse(f"process {jax.process_index()} of {jax.process_count()} failed", 1)
     return processes.end(0)
 
 

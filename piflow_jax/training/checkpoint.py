@@ -10,6 +10,7 @@ flipped bytes of array data as if they were right; the fingerprints catch those.
 import json
 import logging as std_logging
 import os
+import re
 import sys
 import warnings
 import zlib
@@ -22,6 +23,7 @@ from absl import logging
 from etils import epath
 from jax.experimental import multihost_utils
 
+from piflow_jax.parallel import processes
 from piflow_jax.training.fingerprints import leaf_table
 from piflow_jax.training.steps import (
     CheckpointError,
@@ -29,6 +31,7 @@ from piflow_jax.training.steps import (
     cannot,
     cause,
     complete_steps,
+    first_cause,
     latest_step,
     listed,
     missing_parts,
@@ -438,10 +441,28 @@ def _as_json(mapping: Mapping, what: str) -> dict:
         raise TypeError(f"the checkpoint's {what} is not JSON: {error}") from error
 
 
+# What is said of files that are missing, cut or altered: by TensorStore, with or without a code in
+# front, and by Python of JSON. Anything else that fails in reading tells nothing about the files.
+_DAMAGE = re.compile(
+    "(?:(?:DATA_LOSS|FAILED_PRECONDITION|INVALID_ARGUMENT|NOT_FOUND|OUT_OF_RANGE): )?"
+    "(?:Error (?:decoding|opening|reading) |Metadata at )"
+)
+_NO_FILE = (FileNotFoundError, IsADirectoryError, NotADirectoryError)
+
+
 def _unreadable(path: epath.Path, error: Exception) -> Exception:
     if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
         return MemoryError(f"not enough memory to restore {path}: {cause(error)}")
-    return bad_step(path, f"corrupt or incomplete and cannot be read ({cause(error)})")
+    first = first_cause(error)
+    damaged = isinstance(first, (*_NO_FILE, json.JSONDecodeError, UnicodeDecodeError))
+    if damaged or _DAMAGE.match(str(first)):
+        return bad_step(path, f"corrupt or incomplete and cannot be read ({cause(error)})")
+    if lost := processes.lost(error):
+        return CheckpointError(f"cannot restore the checkpoint {path}: {lost}")
+    return CheckpointError(
+        f"cannot restore the checkpoint {path} ({cause(error)}). That need not be damage: keep the"
+        " files until the cause is known."
+    )
 
 
 def _quiet() -> None:

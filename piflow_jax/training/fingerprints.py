@@ -42,8 +42,8 @@ def leaf_table(tree: Any, *, fingerprints: bool = False) -> dict[str, dict]:
 
     Args:
       tree: arrays of the host or of all processes' devices, or shapes.
-      fingerprints: fingerprints of the values too; if an array lies on devices of several processes,
-        all of these must call it then.
+      fingerprints: fingerprints of the values too; if an array lies on devices of several
+        processes, all of these must call it then.
 
     Returns:
       By path, `type`, such as `float32[2, 3]`, and `fingerprint`, 16 hexadecimal digits.
@@ -110,7 +110,7 @@ def _local_fingerprint(leaf: jax.Array | np.ndarray, keep: bool = True) -> int:
 
 
 def _over_processes(leaves: list[jax.Array | np.ndarray], shares: list[int]) -> list[int]:
-    """The leaves' fingerprints: sums of shares, or the share where every process has the whole leaf.
+    """The leaves' fingerprints: sums of shares, or the share where each process has all of a leaf.
 
     Shares are sent as 32-bit halves, since JAX may have no 64-bit types, and only if a leaf needs
     it: a process may load for itself what the others do not.

@@ -7,6 +7,8 @@ import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
 
+from piflow_jax.parallel import processes
+
 __all__ = [
     "CheckpointError",
     "bad_step",
@@ -14,6 +16,7 @@ __all__ = [
     "cause",
     "complete_steps",
     "falling_back",
+    "first_cause",
     "latest_step",
     "listed",
     "missing_parts",
@@ -160,10 +163,16 @@ def listed(names: Sequence) -> str:
     )
 
 
+def first_cause(error: BaseException) -> BaseException:
+    """What an error goes back to: Orbax wraps what TensorStore says."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
 def cause(error: BaseException) -> str:
     """What an error goes back to, on one line."""
-    while error.__cause__ is not None:  # Orbax wraps what TensorStore says
-        error = error.__cause__
+    error = first_cause(error)
     text = " ".join(str(error).split()).split(" [tensorstore_spec")[0]
     if len(text) > 300:  # the cause of a cause is said last
         text = f"{text[:150]} ... {text[-150:]}"
@@ -171,7 +180,9 @@ def cause(error: BaseException) -> str:
 
 
 def cannot(action: str, directory: epath.Path, error: Exception) -> CheckpointError:
-    """The error that the disk, or whatever holds the directory, refused."""
+    """The error that the disk, or whatever holds the directory, refused; or a lost process."""
+    if lost := processes.lost(error):
+        return CheckpointError(f"cannot {action} {directory}: {lost}")
     return CheckpointError(
         f"cannot {action} {directory} ({cause(error)}). Check that the path exists, is writable"
         " and has free space, or pass another --workdir."
