@@ -18,38 +18,16 @@ from piflow_jax.demo import Drawer, main, make_page
 from piflow_jax.evaluation import draw_grid
 from piflow_jax.models.vae import AutoencoderKL
 from piflow_jax.stages.systems import teacher_sampler
-from piflow_jax.stages.train import flat_settings
-from piflow_jax.systems.networks import student_network, teacher_network
 from piflow_jax.systems.shapes import DataShape
-from piflow_jax.systems.spec import student_spec, teacher_spec
 from tests import tiny, tiny_text
-from tests.runs import save_stage
+from tests.runs import save_run
 
 DATA = DataShape(name="digits", sample_size=8, channels=1, num_classes=10)
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    return saved(parse(tiny.get_config()), DATA, tmp_path_factory.mktemp("run"))
-
-
-def saved(settings, data, workdir):
-    """A work directory with a teacher and a student."""
-    networks = {
-        "teacher": (teacher_network(settings.model, data), teacher_spec(settings, data)),
-        "student": (
-            student_network(settings.model, settings.policy, data),
-            student_spec(settings, data),
-        ),
-    }
-    for stage, (module, spec) in networks.items():
-        params = jax.jit(lambda module=module: module.init(jax.random.key(0)))()
-        params = module.trained(jax.tree.map(lambda leaf: leaf + 0.05, params))
-        # As `stages/train.py` keeps them: a teacher's do not know how it will be guided.
-        kept = {name: getattr(settings, name) for name in ("model", "teacher", "train")}
-        kept = flat_settings(kept if stage == "student" else {"model": settings.model})
-        save_stage(workdir, stage, params, spec, kept)
-    return workdir
+    return save_run(parse(tiny.get_config()), DATA, tmp_path_factory.mktemp("run"))
 
 
 def test_the_picture_is_of_both_on_the_same_noise(run):
@@ -77,7 +55,7 @@ def test_the_teacher_is_guided_as_the_student_was_taught(tmp_path):
     config.teacher.guidance_scale, config.teacher.guidance_interval = 40.0, (0.0, 0.6)
     config.teacher.orthogonal_guidance = 0.5
     settings = parse(config)
-    drawer = Drawer.load(saved(settings, DATA, tmp_path))
+    drawer = Drawer.load(save_run(settings, DATA, tmp_path))
     # Fresh networks hardly know their labels.
     params = jax.tree.map(
         lambda leaf: leaf + 0.2 * jnp.sin(jnp.arange(leaf.size)).reshape(leaf.shape),
@@ -114,7 +92,7 @@ def test_a_student_without_a_teacher_is_shown_alone(run):
 def test_a_student_that_reads_text_draws_prompts(tmp_path):
     source = load_captioned_digits_source()
     settings = parse(tiny_text.get_config("flux"))
-    saved(settings, DataShape.of("captioned_digits", source), tmp_path)
+    save_run(settings, DataShape.of("captioned_digits", source), tmp_path)
     drawer = Drawer.load(tmp_path)
     picture, times = drawer.draw(7, 5, 2, 8, 1.0, 4, count=3)
     example = source[7]
@@ -130,7 +108,7 @@ def of_latents(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("latents")
     latents = {"latent_scale": 0.5, "latent_shift": 0.1}
     data = DataShape(name="latents", sample_size=8, channels=4, num_classes=10, **latents)
-    saved(parse(tiny.get_config()), data, workdir)
+    save_run(parse(tiny.get_config()), data, workdir)
     vae = AutoencoderKL(channels=(32, 32), layers_per_block=1)
     params = jax.jit(vae.init)(jax.random.key(0), jnp.zeros((1, 16, 16, 3)))
     write_safetensors(workdir / "vae.safetensors", to_torch_state(vae, params))
@@ -187,7 +165,7 @@ def test_the_autoencoder_belongs_to_the_latents(run, of_latents):
 
 def test_what_a_student_that_reads_text_needs_is_named(of_latents, tmp_path):
     data = DataShape(name="prompts", channels=16, text_features=12, pooled_features=10)
-    saved(parse(tiny_text.get_config("flux")), data, tmp_path)
+    save_run(parse(tiny_text.get_config("flux")), data, tmp_path)
     with pytest.raises(ValueError, match=r"latents of 16 channels: pass --vae"):
         Drawer.load(tmp_path)
     with pytest.raises(ValueError, match=r"--vae is of latents with 4 channels, .* have 16"):

@@ -1,0 +1,80 @@
+"""What each of two processes does for `test_processes.py`; prints what came of it as JSON.
+
+Arguments are a work directory and a folder for what is computed.
+"""
+
+import dataclasses
+import json
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+
+import piflow_jax
+from piflow_jax.config import ProcessesConfig, parse
+from piflow_jax.data import load_source
+from piflow_jax.parallel import device_mesh, gathered, global_batch, processes, replicated
+from piflow_jax.stages.train import student_stage
+from piflow_jax.training.networks import DataShape, init_params, teacher_network
+from tests import tiny
+
+STEPS = 3
+
+
+def loaded(workdir):
+    """Sums of a student's samples and of its teacher's velocities."""
+    labels = np.arange(4)
+    teacher, params = piflow_jax.load_teacher(workdir)
+    x = np.ones((4, *teacher.shape), np.float32)
+    velocity = teacher.velocity(params, x, np.full(4, 0.5, np.float32), labels)
+    samples = piflow_jax.load(workdir).sample(0, labels, substeps=8)
+    return [float(abs(values).sum()) for values in (samples, velocity)]
+
+
+def trained(mesh):
+    """The state after some steps in float64, in which orders of sums hardly show."""
+    config = parse(tiny.get_config())
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, dtype="float64"))
+    source = load_source(config.data.name)
+    data = DataShape.of(config.data.name, source)
+
+    def double(tree):
+        is_float = lambda x: np.issubdtype(x.dtype, np.floating)  # noqa: E731
+        return jax.tree.map(lambda x: x.astype(np.float64) if is_float(x) else x, tree)
+
+    network = teacher_network(config.model, data)
+    whole = replicated(mesh)
+    teacher = jax.jit(lambda: double(init_params(network, jax.random.key(0))), out_shardings=whole)
+    stage = student_stage(config, source, data, teacher(), mesh)
+    init = jax.jit(lambda *given: double(stage.init(*given)), out_shardings=whole)
+    state = init(*stage.init_arguments)
+    step = jax.jit(stage.step, out_shardings=whole)
+    for _ in range(STEPS):
+        with jax.set_mesh(mesh):
+            state, _ = step(state, *stage.constants, global_batch(next(stage.data), mesh))
+    leaves = jax.tree_util.tree_leaves_with_path(gathered(state, mesh))
+    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
+
+
+if __name__ == "__main__":
+    processes.start(ProcessesConfig(start_seconds=100))
+    workdir, folder = map(Path, sys.argv[1:])
+    here = jax.process_index()
+    # The second one first, and without the other; then each at its own pace.
+    if here == 0:
+        deadline = time.monotonic() + 100
+        while not (folder / "loaded").exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+    found = loaded(workdir)
+    (folder / "loaded").touch()
+    jax.config.update("jax_enable_x64", True)
+    # Two devices of two processes; then two of the first process, and one.
+    meshes = {"processes": [jax.local_devices(process_index=index)[0] for index in range(2)]}
+    if here == 0:
+        meshes |= {"devices": jax.local_devices(), "device": jax.local_devices()[:1]}
+    for name, devices in meshes.items():
+        np.savez(folder / f"{name}_{here}", **trained(device_mesh(devices=devices)))
+    print(json.dumps(found))
+    sys.exit(processes.end(0))
