@@ -8,8 +8,11 @@ Students and their samplers are those of arXiv 2510.14974. Needs `pip install -e
 
 import argparse
 import dataclasses
+import math
+import re
+import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +30,17 @@ from piflow_jax.models.vae import picture_decoder
 from piflow_jax.systems.datasets import DATASETS
 from piflow_jax.training.checkpoint import CheckpointError
 
-__all__ = ["Drawer", "main", "make_page"]
+__all__ = ["Drawer", "main", "make_page", "serve"]
 
 # Of a prepared set, in the list to choose from.
 _MOST_PROMPTS = 200
+_PROGRAMS = 16  # numbers of the teacher's steps whose programs are kept; a student keeps its own
+_WAITING = 8  # calls that may wait for their turn
+_LARGEST_SEED = 2**31 - 1
+_LARGEST_CALL = 2**16  # bytes
+_KEPT_SECONDS = 3600  # how long a picture can be fetched
+# What a page calls that takes no files.
+_CALLS = re.compile(r"/gradio_api/(queue/join|(call|call/v2|run|api)/draw|reset|cancel)/?")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -152,19 +162,24 @@ class Drawer:
         return np.asarray(draw_grid(rows)), "\n".join(times)
 
     def _teach(self, seed: int, labels: np.ndarray, steps: int) -> jax.Array:
-        if (len(labels), steps) not in self._programs:
+        name = (len(labels), steps)
+        # Used last, at the end; the one in front goes.
+        self._programs[name] = self._programs.pop(name, None) or self._compiled(steps)
+        if len(self._programs) > _PROGRAMS:
+            del self._programs[next(iter(self._programs))]
+        return self._programs[name](self.teacher_params, seed, labels)
 
-            def sample(params, seed, labels):
-                keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(
-                    jnp.arange(len(labels), dtype=jnp.uint32)
-                )
-                noise = jax.vmap(lambda key: jax.random.normal(key, self.teacher.shape))(keys)
-                warp = piflow_jax.TimeWarp(self.student.settings.train.shift)
-                velocity = self.teacher.bind(params, labels)
-                return piflow_jax.ode_sample(velocity, noise, steps, warp)
+    def _compiled(self, steps: int) -> Callable[..., jax.Array]:
+        def sample(params, seed, labels):
+            keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(
+                jnp.arange(len(labels), dtype=jnp.uint32)
+            )
+            noise = jax.vmap(lambda key: jax.random.normal(key, self.teacher.shape))(keys)
+            warp = piflow_jax.TimeWarp(self.student.settings.train.shift)
+            velocity = self.teacher.bind(params, labels)
+            return piflow_jax.ode_sample(velocity, noise, steps, warp)
 
-            self._programs[len(labels), steps] = jax.jit(sample)
-        return self._programs[len(labels), steps](self.teacher_params, seed, labels)
+        return jax.jit(sample)
 
 
 def _decoder(data: Any, vae: str | Path | None) -> Callable[[jax.Array], jax.Array] | None:
@@ -189,51 +204,179 @@ def _decoder(data: Any, vae: str | Path | None) -> Callable[[jax.Array], jax.Arr
     return picture_decoder(module, params)
 
 
+@dataclasses.dataclass(frozen=True)
+class _Control:
+    """A control of the page, and what of the values that a call may send it takes.
+
+    Attributes:
+      name: its label.
+      low: the smallest value.
+      high: the largest.
+      value: where it stands at first.
+      step: between values; a slider's value is the nearest, other controls take no value between.
+      choices: names of the values, of a list.
+    """
+
+    name: str
+    low: float
+    high: float
+    value: float
+    step: float = 1
+    choices: tuple[str, ...] = ()
+    slider: bool = True
+
+    def component(self) -> Any:
+        """The control on the page."""
+        import gradio
+
+        if self.choices:
+            choices = [(name, i) for i, name in enumerate(self.choices)]
+            return gradio.Dropdown(choices, value=self.value, label=self.name)
+        if not self.slider:
+            return gradio.Number(
+                self.value, precision=0, minimum=self.low, maximum=self.high, label=self.name
+            )
+        return gradio.Slider(self.low, self.high, self.value, step=self.step, label=self.name)
+
+    def read(self, sent: Any) -> float:
+        """A value of the control for what a call sent.
+
+        Raises:
+          ValueError: there is none; names the control.
+        """
+        number = isinstance(sent, int | float) and not isinstance(sent, bool)
+        if not number or not math.isfinite(sent):
+            raise ValueError(f"{self.name} must be a number, got {str(sent)[:40]!r}")
+        if not self.slider and not (self.low <= sent <= self.high and sent == int(sent)):
+            raise ValueError(
+                f"{self.name} must be a whole number from {self.low} to {self.high}, got {sent}"
+            )
+        steps = round((min(max(sent, self.low), self.high) - self.low) / self.step)
+        return round(self.low + steps * self.step, 6)
+
+
+def _controls(drawer: Drawer) -> tuple[_Control, ...]:
+    """The page's controls, in the order of `Drawer.draw`."""
+    data, nfe = drawer.student.settings.data, drawer.student.settings.train.nfe
+    if drawer.prompts is None:
+        name, choices = "class", tuple(map(str, range(data.num_classes)))
+    else:
+        name, choices = "prompt", tuple(drawer.prompts.prompts[:_MOST_PROMPTS])
+    last = len(choices) - 1
+    return (
+        _Control(name, 0, last, 3 % len(choices), choices=choices, slider=False),
+        _Control("seed", 0, _LARGEST_SEED, 0, slider=False),
+        _Control("student's NFE", 1, max(8, nfe), nfe),
+        _Control("substeps", 8, 512, 128, step=8),
+        _Control("policy temperature", 0.1, 1.0, 1.0, step=0.1),
+        _Control("teacher's NFE", 0, 128, 32),
+    )
+
+
 def make_page(drawer: Drawer) -> Any:
     """The page, a `gradio.Blocks` with one function, `/draw`.
+
+    Values that its controls do not have are put to the nearest that they have, or refused. Calls
+    are drawn one after the other; a few may wait, and more are told that the queue is full.
 
     Args:
       drawer: what draws.
 
     Returns:
-      The page, for `.launch()`.
+      The page, for `serve`, or `.launch()` where it is one's own machine's.
 
     Raises:
       ImportError: Gradio is not there; `pip install -e ".[demo]"`.
     """
     import gradio
 
-    settings = drawer.student.settings
-    if drawer.prompts is None:
-        name, choices = "class", [(str(i), i) for i in range(settings.data.num_classes)]
-    else:
-        texts = drawer.prompts.prompts
-        name, choices = "prompt", [(texts[i], i) for i in range(min(len(texts), _MOST_PROMPTS))]
-    with gradio.Blocks(title="pi-Flow") as page:
-        gradio.Markdown(f"# pi-Flow: a student of {settings.data.name}")
+    controls = _controls(drawer)
+    with gradio.Blocks(
+        title="pi-Flow",
+        analytics_enabled=False,
+        delete_cache=(_KEPT_SECONDS, _KEPT_SECONDS),
+    ) as page:
+        gradio.Markdown(f"# pi-Flow: a student of {drawer.student.settings.data.name}")
         with gradio.Row():
             with gradio.Column(scale=1):
-                label = gradio.Dropdown(choices, value=3 % len(choices), label=name)
-                seed = gradio.Number(0, precision=0, minimum=0, label="seed")
-                nfe = gradio.Slider(1, 8, settings.train.nfe, step=1, label="student's NFE")
-                substeps = gradio.Slider(8, 512, 128, step=8, label="substeps")
-                temperature = gradio.Slider(0.1, 1.0, 1.0, step=0.1, label="policy temperature")
-                teacher_nfe = gradio.Slider(0, 128, 32, step=1, label="teacher's NFE")
+                inputs = [control.component() for control in controls]
                 button = gradio.Button("Draw", variant="primary")
             with gradio.Column(scale=2):
                 picture = gradio.Image(label="samples", format="png", buttons=[])
                 times = gradio.Textbox(label="times", lines=2)
-        inputs = [label, seed, nfe, substeps, temperature, teacher_nfe]
 
-        def draw(*values):
+        def draw(*sent):
             try:
+                values = [control.read(one) for control, one in zip(controls, sent, strict=True)]
                 return drawer.draw(*values)
             except ValueError as error:
                 raise gradio.Error(str(error)) from error
 
-        button.click(draw, inputs, [picture, times], api_name="draw")
-        page.load(draw, inputs, [picture, times], api_name=False)
-    return page
+        # The controls' own checks know no steps, and end in tracebacks for what is no number.
+        outputs, unread = [picture, times], {"preprocess": False}
+        button.click(draw, inputs, outputs, api_name="draw", **unread)
+        page.load(draw, inputs, outputs, api_name=False, **unread)
+    return page.queue(max_size=_WAITING)
+
+
+class _Guard:
+    """ASGI middleware: lets through what the page needs, from where it may come.
+
+    Pages of other origins cannot start anything here, nor is a file taken, since no control of the
+    page has one.
+
+    Args:
+      app: what is guarded.
+      origins: other origins whose calls are let in, such as `https://example.org`; `*` is any.
+    """
+
+    def __init__(self, app: Callable, origins: Sequence[str] = ()):
+        self._app = app
+        self._origins = origins
+
+    async def __call__(self, scope: dict, receive: Callable, send: Callable) -> None:
+        """An ASGI call."""
+        answer = self._refusal(scope) if scope["type"] == "http" else None
+        if answer is None:
+            return await self._app(scope, receive, send)
+        status, words = answer
+        kind = (b"content-type", b"text/plain; charset=utf-8")
+        await send({"type": "http.response.start", "status": status, "headers": [kind]})
+        await send({"type": "http.response.body", "body": words.encode()})
+
+    def _refusal(self, scope: dict) -> tuple[int, str] | None:
+        if scope["method"] in ("GET", "HEAD", "OPTIONS"):
+            return None
+        if not _CALLS.fullmatch(scope["path"]):
+            return 404, "this page takes no files"
+        headers = {name.decode("latin-1"): v.decode("latin-1") for name, v in scope["headers"]}
+        length = headers.get("content-length", "")
+        if not length.isdecimal() or int(length) > _LARGEST_CALL:
+            return 413, f"a call must say its length, of at most {_LARGEST_CALL} bytes"
+        origin, host = headers.get("origin"), headers.get("host")
+        own = None, f"http://{host}", f"https://{host}"
+        if origin not in (*own, *self._origins) and "*" not in self._origins:
+            return 403, f"calls from {origin[:200]} are let in by --origin alone"
+        return None
+
+
+def serve(page: Any, host: str, port: int, *, origins: Sequence[str] = (), **options: Any) -> Any:
+    """Serves a page so that it can be exposed: it takes its own calls and nothing else.
+
+    Args:
+      page: from `make_page`.
+      host: address to listen at; 0.0.0.0 is all of the machine's.
+      port: port to listen at.
+      origins: other origins whose calls are let in, such as `https://example.org`; `*` is any.
+      options: for `gradio.Blocks.launch`.
+
+    Returns:
+      What `launch` returns.
+    """
+    guard = (_Guard, (), {"origins": tuple(origins)})
+    return page.launch(
+        server_name=host, server_port=port, app_kwargs={"middleware": [guard]}, **options
+    )
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -246,6 +389,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--checkpoint", required=True, help="what piflow_jax.load takes")
     parser.add_argument("--port", type=int, default=7860)
     parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 serves other machines too")
+    parser.add_argument(
+        "--origin",
+        action="append",
+        default=[],
+        help="whose pages may call this one too, such as https://example.org; * is any",
+    )
     parser.add_argument("--prompts", help="prepared prompts, for a student that reads text")
     parser.add_argument("--teacher", help="weights of its teacher, or the run that has them")
     parser.add_argument("--vae", help="the autoencoder of its latents")
@@ -256,12 +405,18 @@ def main(arguments: list[str] | None = None) -> None:
         help="the network's compute dtype",
     )
     flags = parser.parse_args(arguments)
+    try:  # before what may take minutes
+        with socket.socket(socket.AF_INET6 if ":" in flags.host else socket.AF_INET) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind((flags.host, flags.port))
+    except (OSError, OverflowError) as error:
+        parser.error(f"cannot listen at {flags.host}, port {flags.port} ({error}): pass another")
     given = {name: getattr(flags, name) for name in ("teacher", "prompts", "vae", "dtype")}
     try:
         page = make_page(Drawer.load(flags.checkpoint, **given))
     except (CheckpointError, FileNotFoundError, ValueError) as error:
         parser.error(str(error))
-    page.launch(server_name=flags.host, server_port=flags.port)
+    serve(page, flags.host, flags.port, origins=flags.origin)
 
 
 if __name__ == "__main__":

@@ -15,9 +15,9 @@ import pytest
 
 from piflow_jax.config import ConfigError, parse
 from piflow_jax.parallel.processes import Place, find
+from piflow_jax.systems.shapes import DataShape
 from piflow_jax.training import checkpoint
 from piflow_jax.training.checkpoint import CheckpointError
-from piflow_jax.training.networks import DataShape
 from tests import tiny
 from tests.doors import two_processes
 from tests.parallel.launched import by_hand, by_mpi, by_slurm, finish, started
@@ -137,35 +137,36 @@ def test_one_that_loses_another_says_that_and_nothing_else(tmp_path, victim, mom
         assert blamed not in said[left]
 
 
-@pytest.fixture(scope="module")
-def two(tmp_path_factory):
-    """What `two_processes.py` computes: the folder, a run's work directory and both outputs."""
-    workdir, folder = tmp_path_factory.mktemp("run"), tmp_path_factory.mktemp("two")
-    data = DataShape(name="digits", sample_size=8, channels=1, num_classes=10)
-    save_run(parse(tiny.get_config()), data, workdir)
+def two(task, folder):
+    """What two processes say of a task of `two_processes.py`."""
 
     def two_devices(*place):
-        return by_hand(*place) | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+        # Compiling takes most of the time, and the speed of the programs is no matter.
+        flags = "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0"
+        return by_hand(*place) | {"XLA_FLAGS": flags}
 
-    command = [sys.executable, two_processes.__file__, str(workdir), str(folder)]
-    with started(workdir, folder, 2, command=command, launcher=two_devices) as running:
-        codes, said = finish(running, folder, timeout=200)
+    command = [sys.executable, two_processes.__file__, task, str(folder)]
+    with started(folder, folder, 2, command=command, launcher=two_devices) as running:
+        codes, said = finish(running, folder, timeout=250)
     assert codes == [0, 0], "\n".join(said)
-    return folder, workdir, said
+    return said
 
 
-def test_each_process_loads_for_itself(two):
-    """Case 18 of November 2026; the second before the first has asked for it."""
-    _, workdir, said = two
-    expected = pytest.approx(two_processes.loaded(workdir), rel=1e-5)
+def test_each_process_loads_for_itself(tmp_path):
+    """Case 18 of November 2026."""
+    data = DataShape(name="digits", sample_size=8, channels=1, num_classes=10)
+    save_run(parse(tiny.get_config()), data, tmp_path)
+    said = two("load", tmp_path)
+    expected = pytest.approx(two_processes.loaded(tmp_path), rel=1e-5)
     assert [json.loads(log.splitlines()[-1]) for log in said] == [expected] * 2
 
 
-def test_processes_differ_from_one_by_orders_of_sums_alone(two):
+@pytest.mark.slow
+def test_processes_differ_from_one_by_orders_of_sums_alone(tmp_path):
     """In float64, by nothing that another example, another draw or a lost one could be."""
-    folder, *_ = two
+    two("train", tmp_path)
     names = "processes_0", "processes_1", "devices_0", "device_0"
-    first, second, devices, device = (dict(np.load(folder / f"{name}.npz")) for name in names)
+    first, second, devices, device = (dict(np.load(tmp_path / f"{name}.npz")) for name in names)
     assert first.keys() == second.keys() == devices.keys() == device.keys()
     for name, values in first.items():
         np.testing.assert_array_equal(values, second[name], err_msg=name)

@@ -1,6 +1,7 @@
-"""What each of two processes does for `test_processes.py`; prints what came of it as JSON.
+"""What each of two processes does for `test_processes.py`.
 
-Arguments are a work directory and a folder for what is computed.
+Arguments are what to do, `load` or `train`, and a folder: for `load` a work directory, whose student
+and teacher come to the sums that are printed; for `train` the place of the states.
 """
 
 import dataclasses
@@ -14,10 +15,11 @@ import numpy as np
 
 import piflow_jax
 from piflow_jax.config import ProcessesConfig, parse
-from piflow_jax.data import load_source
 from piflow_jax.parallel import device_mesh, gathered, global_batch, processes, replicated
 from piflow_jax.stages.train import student_stage
-from piflow_jax.training.networks import DataShape, init_params, teacher_network
+from piflow_jax.systems.datasets import load_source
+from piflow_jax.systems.networks import teacher_network
+from piflow_jax.systems.shapes import DataShape
 from tests import tiny
 
 STEPS = 3
@@ -28,16 +30,18 @@ def loaded(workdir):
     labels = np.arange(4)
     teacher, params = piflow_jax.load_teacher(workdir)
     x = np.ones((4, *teacher.shape), np.float32)
-    velocity = teacher.velocity(params, x, np.full(4, 0.5, np.float32), labels)
+    velocity = jax.jit(teacher.velocity)(params, x, np.full(4, 0.5, np.float32), labels)
     samples = piflow_jax.load(workdir).sample(0, labels, substeps=8)
     return [float(abs(values).sum()) for values in (samples, velocity)]
 
 
 def trained(mesh):
     """The state after some steps in float64, in which orders of sums hardly show."""
-    config = parse(tiny.get_config())
+    settings = tiny.get_config()
+    settings.train.num_states = 1
+    config = parse(settings)
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, dtype="float64"))
-    source = load_source(config.data.name)
+    source = load_source(config.data)
     data = DataShape.of(config.data.name, source)
 
     def double(tree):
@@ -46,7 +50,7 @@ def trained(mesh):
 
     network = teacher_network(config.model, data)
     whole = replicated(mesh)
-    teacher = jax.jit(lambda: double(init_params(network, jax.random.key(0))), out_shardings=whole)
+    teacher = jax.jit(lambda: double(network.init(jax.random.key(0))), out_shardings=whole)
     stage = student_stage(config, source, data, teacher(), mesh)
     init = jax.jit(lambda *given: double(stage.init(*given)), out_shardings=whole)
     state = init(*stage.init_arguments)
@@ -58,23 +62,29 @@ def trained(mesh):
     return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
 
 
-if __name__ == "__main__":
-    processes.start(ProcessesConfig(start_seconds=100))
-    workdir, folder = map(Path, sys.argv[1:])
-    here = jax.process_index()
-    # The second one first, and without the other; then each at its own pace.
-    if here == 0:
-        deadline = time.monotonic() + 100
-        while not (folder / "loaded").exists() and time.monotonic() < deadline:
-            time.sleep(0.05)
+def load(workdir):
+    """The second process loads without the first, then the first without the second."""
+    done = workdir / "loaded"
+    deadline = time.monotonic() + 100
+    while jax.process_index() == 0 and not done.exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
     found = loaded(workdir)
-    (folder / "loaded").touch()
+    done.touch()
+    print(json.dumps(found))
+
+
+def train(folder):
+    """On two devices of two processes; then on two of the first process, and on one."""
     jax.config.update("jax_enable_x64", True)
-    # Two devices of two processes; then two of the first process, and one.
+    here = jax.process_index()
     meshes = {"processes": [jax.local_devices(process_index=index)[0] for index in range(2)]}
     if here == 0:
         meshes |= {"devices": jax.local_devices(), "device": jax.local_devices()[:1]}
     for name, devices in meshes.items():
         np.savez(folder / f"{name}_{here}", **trained(device_mesh(devices=devices)))
-    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    processes.start(ProcessesConfig(start_seconds=100))
+    {"load": load, "train": train}[sys.argv[1]](Path(sys.argv[2]))
     sys.exit(processes.end(0))
