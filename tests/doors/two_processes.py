@@ -1,7 +1,7 @@
 """What each of two processes does for `test_processes.py`.
 
-Arguments are what to do, `load` or `train`, and a folder: for `load` a work directory, whose student
-and teacher come to the sums that are printed; for `train` the place of the states.
+Arguments are what to do, `load` or `train`, and a folder: of `load` a work directory, whose student
+and teacher come to the sums that are printed; of `train` the place for the states.
 """
 
 import dataclasses
