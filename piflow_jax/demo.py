@@ -26,6 +26,7 @@ from piflow_jax.convert import open_autoencoder
 from piflow_jax.data import stacked
 from piflow_jax.evaluation import draw_grid
 from piflow_jax.flow.teacher import Teacher
+from piflow_jax.keys import index_keys, index_noise, seed_key
 from piflow_jax.models.vae import picture_decoder
 from piflow_jax.systems.datasets import DATASETS
 from piflow_jax.training.checkpoint import CheckpointError
@@ -167,14 +168,12 @@ class Drawer:
         self._programs[name] = self._programs.pop(name, None) or self._compiled(steps)
         if len(self._programs) > _PROGRAMS:
             del self._programs[next(iter(self._programs))]
-        return self._programs[name](self.teacher_params, seed, labels)
+        return self._programs[name](self.teacher_params, seed_key(seed), labels)
 
     def _compiled(self, steps: int) -> Callable[..., jax.Array]:
-        def sample(params, seed, labels):
-            keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(
-                jnp.arange(len(labels), dtype=jnp.uint32)
-            )
-            noise = jax.vmap(lambda key: jax.random.normal(key, self.teacher.shape))(keys)
+        def sample(params, key, labels):
+            keys = index_keys(key, jnp.arange(len(labels), dtype=jnp.uint32))
+            noise = index_noise(keys, self.teacher.shape)
             warp = piflow_jax.TimeWarp(self.student.settings.train.shift)
             velocity = self.teacher.bind(params, labels)
             return piflow_jax.ode_sample(velocity, noise, steps, warp)

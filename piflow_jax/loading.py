@@ -16,6 +16,7 @@ import numpy as np
 from etils import epath
 from flax.traverse_util import flatten_dict
 
+from piflow_jax.arguments import check_choice
 from piflow_jax.config import ModelConfig, PolicyConfig, parse
 from piflow_jax.flow.teacher import Teacher
 from piflow_jax.student import Student
@@ -74,10 +75,10 @@ def load(
     Raises:
       FileNotFoundError: there is nothing at the path.
       CheckpointError: the checkpoint is unusable, or not a student's.
-      ValueError: the file is not a student's, `config` is missing or does not fit, or the teacher
-        is missing or another one.
+      ValueError: the file is not a student's, `config` is missing or does not fit, `dtype` is none
+        of the two, or the teacher is missing or another one.
     """
-    path = user_path(path)
+    dtype, path = _compute_dtype(dtype), user_path(path)
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such checkpoint or file")
     if _is_weights(path):
@@ -93,6 +94,14 @@ def load(
     if not network.adapted:
         return Student(network, trained, settings)
     return _on_base(settings, trained, teacher or path, _base_dtype(saved))
+
+
+def _compute_dtype(dtype: Any) -> str:
+    """The name of a type to compute in."""
+    with contextlib.suppress(TypeError):
+        dtype = jnp.dtype(dtype).name
+    check_choice("dtype", dtype, ("float32", "bfloat16"))
+    return dtype
 
 
 def load_teacher(

@@ -3,7 +3,6 @@
 Students are those of pi-Flow, arXiv 2510.14974; sampling is its Alg. 1.
 """
 
-import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
@@ -16,17 +15,21 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 
+from piflow_jax.arguments import check_between, whole
+from piflow_jax.config import PolicyConfig, TrainConfig
 from piflow_jax.flow.policies import Policy
-from piflow_jax.flow.sampling import few_step_sample
-from piflow_jax.flow.schedule import TimeWarp
-from piflow_jax.flow.substeps import Solver
+from piflow_jax.flow.schedule import TimeWarp, sampling_times
+from piflow_jax.flow.substeps import Solver, check_substeps
+from piflow_jax.keys import as_key, index_keys, index_noise
 from piflow_jax.systems.networks import Network
-from piflow_jax.systems.policies import policy_factory
+from piflow_jax.systems.policies import POLICIES
+from piflow_jax.systems.sampling import student_policy, student_sampler
 from piflow_jax.systems.spec import StudentSettings
 
 __all__ = ["Student"]
 
 _LARGEST = 256  # samples a device draws at a time
+_PROGRAMS = 16  # choices of options whose programs are kept
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -44,7 +47,6 @@ class Student:
     params: Any
     settings: StudentSettings
     devices: tuple[jax.Device, ...] | None = None
-    _samplers: dict = dataclasses.field(default_factory=dict, repr=False)
 
     def on(self, devices: Sequence[jax.Device]) -> "Student":
         """The same student with a copy of its weights on each device.
@@ -64,7 +66,7 @@ class Student:
         if not devices:
             raise ValueError("devices must name at least one device")
         params = jax.device_put(self.params, NamedSharding(_mesh(devices), PartitionSpec()))
-        return dataclasses.replace(self, params=params, devices=devices, _samplers={})
+        return dataclasses.replace(self, params=params, devices=devices)
 
     def policy(
         self,
@@ -78,18 +80,19 @@ class Student:
         Args:
           x: `[B, H, W, C]`, states at `t`.
           t: `[B]`, noise levels in (0, 1].
-          labels: `[B]`, integers; or embedded prompts, see `sample`.
+          labels: `[B]`, integers in `[0, num_classes]`, of which the last is the null label; or
+            embedded prompts, see `sample`. Where they are traced, others give NaN.
           params: weights in place of the student's own, to differentiate by them for instance.
 
         Returns:
           The policy, for `piflow_jax.rollout(policy, x, ...)` from `t` down.
 
         Raises:
-          ValueError: shapes do not belong together.
+          ValueError: shapes do not belong together, or known labels are out of range.
         """
         params = self.params if params is None else params
-        factory = policy_factory(self.settings.policy, self.settings.train, sampling=True)
-        return factory(self.network.apply(params, x, t, labels), x, t)
+        predict = student_policy(self.network, self.settings.policy, self.settings.train)
+        return predict(params, x, t, labels)
 
     def sample(
         self,
@@ -111,18 +114,22 @@ class Student:
         Sample `i` depends on the key, on `i` and on its label or prompt alone: not on how many
         others there are, nor on how many devices. Numbers of samples are rounded up to powers of
         two, at most 256 at a time on each device, so that at most nine programs are compiled for a
-        choice of options and a size, however many samples are asked for. Arrays that are passed are
-        left as they are.
+        choice of `nfe`, `substeps`, `solver` and a size, however many samples are asked for and
+        whatever the other numbers are. Of the last 16 choices programs are kept. Arrays that are
+        passed are left as they are. A mesh that is set has no influence.
 
         Args:
-          key: a seed, or one PRNG key, typed or legacy.
+          key: a seed, or one PRNG key, typed or legacy. Whatever JAX's default implementation is,
+            the generator is Threefry; of an `rbg` key it takes the words of the same seed.
           labels: `[N]`, integers in `[0, num_classes)`. Of a student that reads text, embedded
             prompts: `text[N, L, D]`, padded behind its `text_length[N]` tokens, and for FLUX.1
-            `pooled[N, P]`. `PromptsSource.embedded` has them of a cached set.
+            `pooled[N, P]`. `PromptsSource.embedded` has them of a cached set. With `guidance`, a
+            number or `[N]`, FLUX.1 takes another distilled guidance than it was trained with.
           size: `(H, W)` in sites of latents, of a student that reads text: (128, 128) are 1024x1024
             pixels. Students of classes have one size.
           nfe: network evaluations, at least 1; by default as trained.
-          substeps: policy substeps per unit of raw time.
+          substeps: policy substeps per unit of raw time. A segment's number of them is rounded up,
+            as in the pi-Flow release: with `solver="euler"` and 128 samples are the release's.
           h: stochasticity between segments, see `few_step_sample`.
           temperature: of the mixture, in all segments but the last; in (0, 1], 1 leaves it.
           start: noise level at which to start, with `x`.
@@ -138,10 +145,18 @@ class Student:
           the host. They are split over `devices` if these divide their number.
 
         Raises:
-          ValueError: the key, labels, `x` or `noise` are not what they should be, or a number is
-            out of range: `nfe` below 1, `temperature` outside (0, 1].
+          ValueError: the key, labels, `x` or `noise` are not what they should be, a number is out
+            of range (`nfe` below 1, `temperature` outside (0, 1]), or the call is traced.
         """
-        train = self.settings.train
+        traced = any(
+            isinstance(a, jax.core.Tracer) for a in jax.tree.leaves((key, labels, x, noise))
+        )
+        key = None if traced else as_key(key)
+        if traced or isinstance(key, jax.core.Tracer):
+            raise ValueError(
+                "sample compiles programs of its own and cannot be traced: under jit, vmap or grad "
+                "call few_step_sample with the student's policy"
+            )
         condition = self.network.conditioning.checked(labels, self.settings.data)
         size = self._size(size)
         number = len(jax.tree.leaves(condition)[0])
@@ -150,27 +165,46 @@ class Student:
         shape = (number, *size, self.settings.data.channels)
         given = {name: _checked(name, a, shape) for name, a in (("x", x), ("noise", noise))}
         given = {name: a for name, a in given.items() if a is not None}
-        nfe = train.nfe if nfe is None else nfe
-        options = (nfe, substeps, float(h), float(temperature), float(start), solver)
-        program = (*options, size, *given)
-        if program not in self._samplers:
-            self._samplers[program] = jax.jit(self._sampler(*options, shape=shape[1:]))
-        parts, key = [], _typed(key)
+        program, numbers = self._choice(shape[1:], nfe, substeps, solver, h, temperature, start)
+        parts = []
         mesh = None if self.devices is None else _mesh(self.devices)
         count = 1 if mesh is None else mesh.size
-        for first in range(0, number, _LARGEST * count):
-            part = slice(first, first + _LARGEST * count)
-            length = len(range(number)[part])
-            padding = count * (1 << (-(-length // count) - 1).bit_length()) - length
-            rows = functools.partial(_rows, part=part, padding=padding)
-            batch = jax.tree.map(rows, {"condition": condition, **given})
-            if mesh is not None:
-                batch = jax.device_put(batch, NamedSharding(mesh, PartitionSpec("data")))
-            # Kernels split their batch over the mesh that is set.
-            with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
-                samples = self._samplers[program](self.params, key, np.uint32(first), batch)
-            parts.append((samples, length))
-        return _joined(parts)
+        # Kernels split their batch over the mesh that is set, which is not the caller's.
+        with jax.set_mesh(mesh):
+            for first in range(0, number, _LARGEST * count):
+                part = slice(first, first + _LARGEST * count)
+                length = len(range(number)[part])
+                padding = count * (1 << (-(-length // count) - 1).bit_length()) - length
+                rows = functools.partial(_rows, part=part, padding=padding)
+                batch = jax.tree.map(rows, {"condition": condition, **given})
+                batch = jax.device_put(batch, mesh and NamedSharding(mesh, PartitionSpec("data")))
+                others = jax.device_put((np.uint32(first), *numbers))
+                parts.append((program(self.params, key, batch, *others), length))
+            return _joined(parts)
+
+    def _choice(
+        self,
+        shape: tuple[int, ...],
+        nfe: int | None,
+        substeps: int,
+        solver: Solver,
+        h: float,
+        temperature: float,
+        start: float,
+    ) -> tuple[Callable[..., jax.Array], tuple[Any, ...]]:
+        """The program of a choice of options, and the numbers that are its arguments."""
+        policy, train = self.settings.policy, self.settings.train
+        nfe = whole("nfe", train.nfe if nfe is None else nfe, 1)
+        substeps = check_substeps(substeps, solver)
+        times = sampling_times(nfe, TimeWarp(train.shift), train.final_step_size_scale, h, start)
+        check_between("temperature", temperature, 0, 1, open_low=True)
+        sharpened = np.float32(temperature)
+        if not POLICIES[policy.kind].tempered:
+            if temperature != 1:
+                raise ValueError(f"this student's policy ({policy.kind}) has no temperature")
+            sharpened = None
+        program = _program(self.network, policy, train, shape, nfe, substeps, solver)
+        return program, (times, sharpened, np.float32(start))
 
     def _size(self, size: tuple[int, int] | None) -> tuple[int, int]:
         if self.network.conditioning.reads_text:
@@ -185,47 +219,44 @@ class Student:
             raise ValueError(f"size must be {tuple(sites)}, got {tuple(size)}")
         return tuple(sites)
 
-    def _sampler(
-        self,
-        nfe: int,
-        substeps: int,
-        h: float,
-        temperature: float,
-        start: float,
-        solver: Solver,
-        *,
-        shape: tuple[int, int, int],
-    ) -> Callable[..., jax.Array]:
-        train = self.settings.train
+    def __getstate__(self) -> dict[str, Any]:
+        """For pickling: weights on the host. Devices do not travel."""
+        return vars(self) | {"params": jax.device_get(self.params), "devices": None}
 
-        def sample(params, key, first, batch):
-            condition = batch["condition"]
-            number = len(jax.tree.leaves(condition)[0])
-            keys = jax.vmap(lambda i: jax.random.fold_in(key, first + i))(
-                jnp.arange(number, dtype=jnp.uint32)
-            )
-            if "noise" in batch:
-                noise = batch["noise"]
-            else:
-                # The stream of `index_noise`: a seed gives the samples that a report has measured.
-                noise = jax.vmap(lambda one: jax.random.normal(one, shape, jnp.float32))(keys)
-            if "x" in batch:
-                noise = (1 - start) * batch["x"] + start * noise
-            return few_step_sample(
-                lambda x, sigma: self.policy(x, sigma, condition, params),
-                noise,
-                nfe,
-                TimeWarp(train.shift),
-                total_substeps=substeps,
-                final_step_size_scale=train.final_step_size_scale,
-                h=h,
-                temperature=temperature,
-                key=keys,
-                start=start,
-                solver=solver,
-            )
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """The student on the default device."""
+        vars(self).update(state | {"params": jax.device_put(state["params"])})
 
-        return sample
+
+@functools.lru_cache(maxsize=_PROGRAMS)
+def _program(
+    network: Network,
+    policy: PolicyConfig,
+    train: TrainConfig,
+    shape: tuple[int, ...],
+    nfe: int,
+    substeps: int,
+    solver: Solver,
+) -> Callable[..., jax.Array]:
+    """The jitted sampler of a choice, for any weights and numbers.
+
+    All that it depends on is in its arguments. Programs that were not used for long are let go,
+    which is why `nfe`, of which the times have as many, is among these.
+    """
+    del nfe
+    sampler = student_sampler(network, policy, train, substeps=substeps, solver=solver)
+
+    def sample(params, key, batch, first, times, temperature, start):
+        condition = batch["condition"]
+        number = len(jax.tree.leaves(condition)[0])
+        keys = index_keys(key, first + jnp.arange(number, dtype=jnp.uint32))
+        noise = batch["noise"] if "noise" in batch else index_noise(keys, shape)
+        if "x" in batch:
+            noise = (1 - start) * batch["x"] + start * noise
+        temperature = 1.0 if temperature is None else temperature
+        return sampler(params, noise, condition, times, temperature, keys)
+
+    return jax.jit(sample)
 
 
 def _rows(array: np.ndarray, part: slice, padding: int) -> np.ndarray:
@@ -245,7 +276,7 @@ def _joined(parts: list[tuple[jax.Array, int]]) -> jax.Array:
     if samples.is_fully_addressable:
         for array, _ in parts:
             array.copy_to_host_async()
-        on_host = np.asarray
+        on_host = jax.device_get
     else:
         on_host = functools.partial(multihost_utils.process_allgather, tiled=True)
     whole = np.concatenate([on_host(array)[:length] for array, length in parts])
@@ -267,20 +298,5 @@ def _checked(name: str, values: ArrayLike | None, shape: tuple[int, ...]) -> np.
     values = np.asarray(values)
     if values.shape != shape:
         raise ValueError(f"{name} must be {list(shape)}, got {list(values.shape)}")
+    check_between(name, values)
     return values.astype(np.float32)
-
-
-def _typed(key: int | jax.Array) -> jax.Array:
-    """A typed key of a seed, a legacy key or a typed key."""
-    if isinstance(key, int):
-        return jax.random.key(key)
-    array = jnp.asarray(key)
-    if jnp.issubdtype(array.dtype, jax.dtypes.prng_key) and not array.ndim:
-        return array
-    if jnp.issubdtype(array.dtype, jnp.integer) and not array.ndim:
-        return jax.random.key(array)
-    if array.dtype == jnp.uint32 and array.ndim == 1:
-        return jax.random.wrap_key_data(array)
-    raise ValueError(
-        f"key must be a seed or one PRNG key, got an array {array.dtype}{list(array.shape)}"
-    )

@@ -114,7 +114,12 @@ def test_a_policy_that_is_too_small_is_blamed():
 
 def test_errors_of_rollouts_are_those_of_samples():
     def ends(count):
-        options = {"total_substeps": count, "final_step_size_scale": 0.5, "solver": "multistep"}
+        options = {
+            "total_substeps": count,
+            "final_step_size_scale": 0.5,
+            "solver": "multistep",
+            "rounding": "ceil",
+        }
         return few_step_sample(exact, NOISE, 2, WARP, **options)
 
     reference = jnp.zeros_like(NOISE)

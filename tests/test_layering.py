@@ -1,8 +1,8 @@
 """Who may import whom. Reads the source with `ast`; the checker is itself tested on planted faults.
 
-Rooms from the ground up: kernels, flow, models, config; then data, convert, parallel and evaluation
-beside each other; then training, rivals, stages, main. A room imports lower rooms only, and of
-these only the ones listed here.
+Rooms from the ground up: arguments and keys, on which all others stand; kernels, flow, models,
+config; then data, convert, parallel and evaluation beside each other; then systems, training,
+rivals, stages, main. A room imports lower rooms only, and of these only the ones listed here.
 """
 
 import ast
@@ -16,9 +16,12 @@ PACKAGE = Path(__file__).parents[1] / "piflow_jax"
 NAME = "piflow_jax"
 MAX_LINES = 500
 
+GROUND = {"arguments", "keys"}
 MATHEMATICS = {"flow", "kernels"}
 ROOMS = {
     "__init__": set(),
+    "arguments": set(),
+    "keys": {"arguments"},
     "kernels": set(),
     "flow": {"kernels"},
     "models": MATHEMATICS,
@@ -30,7 +33,7 @@ ROOMS = {
     "systems": MATHEMATICS | {"models", "config", "data", "evaluation"},
     "training": MATHEMATICS | {"config", "data", "parallel", "systems"},
 }
-ROOMS["student"] = MATHEMATICS | {"systems"}
+ROOMS["student"] = MATHEMATICS | {"config", "systems"}
 ROOMS["loading"] = ROOMS["student"] | {"student", "config", "convert", "training"}
 ROOMS["rivals"] = MATHEMATICS | {"models", "config", "systems", "training"}
 ROOMS["stages"] = set(ROOMS) - {"__init__", "student", "loading"}
@@ -38,6 +41,8 @@ ROOMS["diagnostics"] = MATHEMATICS | {"data"}
 ROOMS["demo"] = MATHEMATICS | {"__init__", "models", "config", "convert", "data", "evaluation"}
 ROOMS["demo"] |= {"systems", "training"}
 ROOMS["main"] = set(ROOMS) - {"__init__", "student", "loading", "diagnostics", "demo"}
+for room in set(ROOMS) - GROUND:
+    ROOMS[room] |= GROUND
 
 # All that models know of the policies is the types of their own outputs.
 MODELS_TAKE_FROM_FLOW = {

@@ -303,23 +303,27 @@ for count in (3, 8):
 
 mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
 split = jax.NamedSharding(mesh, P("data"))
-((program, sampler),) = spread._samplers.items()
-calls, on_tpus = [], []
+choose, calls, on_tpus = piflow_jax.student._program, [], []
 
-def record(*args):
-    calls.append(args)
-    # What this call would be on eight TPUs.
-    on_tpus.append(sampler.trace(*args).lower(lowering_platforms=("tpu",)).as_text())
-    return sampler(*args)
+def recorded(*choice):
+    sampler = choose(*choice)
 
-spread._samplers[program] = record
+    def record(*args):
+        calls.append((sampler, args))
+        # What this call would be on eight TPUs.
+        on_tpus.append(sampler.trace(*args).lower(lowering_platforms=("tpu",)).as_text())
+        return sampler(*args)
+
+    return record
+
+piflow_jax.student._program = recorded
 spread.sample(0, np.zeros(32, np.int32), substeps=16, h=1.0)
 for count, places in ((24, 8), (23, 1)):
     assert len(spread.sample(0, labels[:1].repeat(count), substeps=16, h=1.0).devices()) == places
-batch = calls[0][-1]
+sampler, args = calls[0]
 assert "tpu_custom_call" in on_tpus[0], "the rollout's kernel, split over the devices"
-assert batch["condition"].sharding.is_equivalent_to(split, 1)
-text = sampler.lower(spread.params, jax.random.key(0), np.uint32(0), batch).compile().as_text()
+assert args[2]["condition"].sharding.is_equivalent_to(split, 1)
+text = sampler.lower(*args).compile().as_text()
 assert "f32[4,8,8,1]" in text and "f32[32,8,8,1]" not in text, "each device draws its own"
 x = jax.random.normal(jax.random.key(1), (8, 8, 8, 1))
 

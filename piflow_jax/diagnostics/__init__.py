@@ -22,6 +22,7 @@ from piflow_jax.flow.rollout import rollout
 from piflow_jax.flow.sampling import few_step_sample, ode_sample
 from piflow_jax.flow.schedule import TimeWarp, sampling_times
 from piflow_jax.flow.substeps import Solver
+from piflow_jax.keys import as_key
 
 __all__ = [
     "Capacity",
@@ -248,7 +249,7 @@ def policy_capacity(
             updates, state = optimizer.update(grads, state)
             return (optax.apply_updates(output, updates), state), loss
 
-        keys = jax.random.split(jax.random.key(seed), steps)
+        keys = jax.random.split(as_key(seed), steps)
         (output, _), losses = jax.lax.scan(step, (output, optimizer.init(output)), keys)
         end, _ = rollout(make_policy(output, noise, one), noise, one, 0 * one, warp, total_substeps)
         return losses, jnp.mean((end - reference) ** 2)
@@ -294,7 +295,8 @@ def rollout_error(
       substeps: per unit of raw time, rising; the last is the one in use.
       finest: substeps that stand for infinitely many.
       final_step_size_scale: relative length of the last segment.
-      solver: of the rollouts, as `Student.sample` has it unless it is told another.
+      solver: of the rollouts, as `Student.sample` has it unless it is told another. Substeps are
+        rounded up, as there.
 
     Returns:
       The errors.
@@ -314,6 +316,7 @@ def rollout_error(
                 total_substeps=count,
                 final_step_size_scale=final_step_size_scale,
                 solver=solver,
+                rounding="ceil",
             )
         )(noise)
 

@@ -17,6 +17,7 @@ import numpy as np
 from piflow_jax.data import Source, as_source, stacked
 from piflow_jax.flow.policies.base import per_sample
 from piflow_jax.flow.teacher import Schedule, Teacher
+from piflow_jax.keys import as_key
 
 __all__ = ["TeacherReport", "check_teacher"]
 
@@ -77,7 +78,7 @@ def check_teacher(
     source = as_source(source)
     count = min(examples, len(source))
     batch = stacked([source[int(i)] for i in np.linspace(0, len(source) - 1, count)])
-    key = jax.random.key(seed, impl="threefry2x32")
+    key = as_key(seed)
     x0 = batch["x"]
     if getattr(source, "draw", None) is not None:
         x0 = source.draw(jax.random.fold_in(key, 1), x0)

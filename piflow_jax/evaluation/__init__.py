@@ -1,13 +1,7 @@
 """Figures for generated images in a fixed feature space, and pictures of them."""
 
 from piflow_jax.evaluation.diversity import class_diversity
-from piflow_jax.evaluation.evaluator import (
-    Figures,
-    IndexSampler,
-    index_labels,
-    index_noise,
-    measure,
-)
+from piflow_jax.evaluation.evaluator import Figures, IndexSampler, index_labels, measure
 from piflow_jax.evaluation.features import FeatureNetwork, load_features, read_features
 from piflow_jax.evaluation.floor import Floor, half_split_floor
 from piflow_jax.evaluation.frechet import (
@@ -37,7 +31,6 @@ __all__ = [
     "gaussian_statistics",
     "half_split_floor",
     "index_labels",
-    "index_noise",
     "load_features",
     "measure",
     "precision_recall",

@@ -15,8 +15,9 @@ from piflow_jax.evaluation.diversity import class_diversity
 from piflow_jax.evaluation.features import FeatureNetwork
 from piflow_jax.evaluation.frechet import frechet_distance
 from piflow_jax.evaluation.precision_recall import precision_recall
+from piflow_jax.keys import index_keys, index_noise, seed_key
 
-__all__ = ["Figures", "IndexSampler", "Sampler", "index_labels", "index_noise", "measure"]
+__all__ = ["Figures", "IndexSampler", "Sampler", "index_labels", "measure"]
 
 Sampler = Callable[..., jax.Array]
 """`(params, noise[B, *sites, C], condition) -> x_0[B, *sites, C]`."""
@@ -52,23 +53,6 @@ def index_labels(num_samples: int, num_classes: int) -> np.ndarray:
     return np.arange(num_samples, dtype=np.int32) % num_classes
 
 
-def index_noise(seed: int, indices: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Standard normal noise that depends on seed and index alone.
-
-    Not on the batch size, nor on the number of devices or processes.
-
-    Args:
-      seed: Any integer that `jax.random.key` takes.
-      indices: `uint32[B]`, numbers of samples.
-      shape: Shape of one sample's noise, `(H, W, C)`.
-
-    Returns:
-      `float32[B, *shape]`.
-    """
-    key = jax.random.key(seed)
-    return jax.vmap(lambda index: jax.random.normal(jax.random.fold_in(key, index), shape))(indices)
-
-
 class IndexSampler:
     """Samples by index: noise and condition depend on the index alone, in one compiled shape.
 
@@ -101,7 +85,8 @@ class IndexSampler:
 
         def run(params, indices):
             turn = jax.tree.map(lambda a: jnp.asarray(a)[indices % len(a)], conditions)
-            return sampler(params, index_noise(seed, indices, shape), turn)
+            noise = index_noise(index_keys(seed_key(seed), indices), shape)
+            return sampler(params, noise, turn)
 
         self._run = jax.jit(run)
 

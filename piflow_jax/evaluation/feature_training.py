@@ -22,6 +22,7 @@ import optax
 
 from piflow_jax.data import Source, batches
 from piflow_jax.evaluation.features import penultimate
+from piflow_jax.keys import seed_key
 
 __all__ = ["Recipe", "forward", "logits", "recipe_for", "stored_arrays", "train_network"]
 
@@ -159,7 +160,7 @@ def train_network(
     Returns:
       The parameters, see `penultimate`; `class_*` and `image_*` are the heads.
     """
-    root = jax.random.key(seed)
+    root = seed_key(seed)
     parameters = _initial_parameters(root, source.shape, recipe, source.num_classes)
     rate = optax.warmup_cosine_decay_schedule(0.0, PEAK_RATE, recipe.steps // 20, recipe.steps)
     optimizer = optax.chain(

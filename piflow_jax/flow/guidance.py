@@ -3,9 +3,30 @@
 import jax
 import jax.numpy as jnp
 
+from piflow_jax.arguments import check_between, check_shape, known
 from piflow_jax.flow.policies.base import per_sample
 
 __all__ = ["guided_velocity"]
+
+
+def check_guidance(
+    scale: float | jax.Array, interval: tuple[float, float], orthogonal: float
+) -> None:
+    """Refuses guidance that is none.
+
+    Args:
+      scale: see `guided_velocity`.
+      interval: see `guided_velocity`.
+      orthogonal: see `guided_velocity`.
+
+    Raises:
+      ValueError: a known number is not finite or out of range, or the interval is empty.
+    """
+    check_between("the guidance's scale", scale)
+    check_between("the guidance's orthogonal share", orthogonal, 0, 1)
+    low, high = (known(end) for end in interval)
+    if low is not None and high is not None and not low <= high:
+        raise ValueError(f"the guidance's interval must be (low, high), got {tuple(interval)}")
 
 
 def guided_velocity(
@@ -26,7 +47,7 @@ def guided_velocity(
     Args:
       u_cond: `[B, *sites, C]`.
       u_uncond: `[B, *sites, C]`.
-      scale: `w`, a scalar or `[B]`; 1 is no guidance.
+      scale: `w`, a scalar or `[B]`; 1 is no guidance. A traced NaN gives NaN.
       sigma: `[B]`, noise levels.
       interval: noise levels at which to guide, both ends included; outside it the scale is 1.
       orthogonal: share of the parallel component to remove, in [0, 1].
@@ -36,8 +57,11 @@ def guided_velocity(
       `u[B, *sites, C]`.
 
     Raises:
-      ValueError: if `orthogonal` is used without `x`.
+      ValueError: if `orthogonal` is used without `x`, shapes do not belong together, or a known
+        number is out of range.
     """
+    check_guidance(scale, interval, orthogonal)
+    check_shape("u_uncond", u_uncond, u_cond.shape, "u_cond")
     inside = (sigma >= interval[0]) & (sigma <= interval[1])
     gain = jnp.where(inside, jnp.asarray(scale, sigma.dtype) - 1, 0)
     bias = per_sample(gain, u_cond.ndim).astype(u_cond.dtype) * (u_cond - u_uncond)

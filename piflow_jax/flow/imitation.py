@@ -10,11 +10,13 @@ from collections.abc import Callable
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from piflow_jax.flow.policies.base import Policy, per_sample, promote
+from piflow_jax.arguments import ROUNDING, check_between, check_shape, known, whole
+from piflow_jax.flow.policies.base import Policy, per_batch, per_sample, promote
 from piflow_jax.flow.rollout import average_velocity, rollout
 from piflow_jax.flow.schedule import TimeWarp
-from piflow_jax.flow.substeps import num_substeps
+from piflow_jax.flow.substeps import check_substeps, num_substeps
 
 __all__ = [
     "ImitationAux",
@@ -77,8 +79,15 @@ def window_size(
       total_substeps: policy substeps per unit of raw time.
 
     Returns:
-      The length, of the shape of `segment_size`.
+      The length, of the shape of `segment_size`. Where lengths are traced, a negative one gives a
+      negative window.
+
+    Raises:
+      ValueError: a number is out of range.
     """
+    check_between("segment_size", segment_size, 0, 1, slack=ROUNDING)
+    window_substeps = whole("window_substeps", window_substeps, 0)
+    total_substeps = check_substeps(total_substeps)
     substep = segment_size / num_substeps(segment_size, total_substeps)
     return jnp.minimum(window_substeps * substep, segment_size)
 
@@ -101,11 +110,16 @@ def intervals_from_uniforms(
         off-policy, 0 fully on-policy. A Python 0 is recognised and saves the teacher's part.
 
     Returns:
-      The intervals; student and teacher together cover at most `segment_size - window`.
+      The intervals; student and teacher together cover at most `segment_size - window`. A traced
+      window longer than its segment makes them negative.
 
     Raises:
-      ValueError: if the shapes do not belong together.
+      ValueError: if the shapes do not belong together, or known values are out of range.
     """
+    check_between("student_u", student_u, 0, 1)
+    check_between("teacher_u", teacher_u, 0, 1)
+    check_between("teacher_ratio", teacher_ratio, 0, 1)
+    _check_segment(segment_size, window)
     if teacher_u.shape != (student_u.shape[0], student_u.shape[1] - 1):
         raise ValueError(
             f"teacher_u has shape {teacher_u.shape}; student_u of shape {student_u.shape} asks for "
@@ -121,6 +135,25 @@ def intervals_from_uniforms(
         teacher=teacher * (teacher_ratio * room),
         mixed=not (isinstance(teacher_ratio, int | float) and teacher_ratio == 0),
     )
+
+
+def _check_segment(segment_size: jax.Array, window: jax.Array) -> None:
+    check_between("segment_size", segment_size, 0, 1, slack=ROUNDING)
+    check_between("window", window, 0, slack=ROUNDING)
+    size, length = known(segment_size), known(window)
+    if size is not None and length is not None and (length > size + ROUNDING).any():
+        raise ValueError("window must not be longer than segment_size")
+
+
+def _check_intervals(intervals: Intervals, segment_size: jax.Array) -> None:
+    check_between("segment_size", segment_size, 0, 1, slack=ROUNDING)
+    for name in ("student", "teacher"):
+        check_between(f"intervals.{name}", getattr(intervals, name), 0, slack=ROUNDING)
+    values = [known(a) for a in (intervals.student, intervals.teacher, segment_size)]
+    if not any(value is None for value in values):
+        student, teacher, size = values
+        if (np.sum(student + teacher, axis=-1) > size + ROUNDING).any():
+            raise ValueError("intervals must not be longer than their segment together")
 
 
 def sample_intervals(
@@ -143,10 +176,10 @@ def sample_intervals(
       The intervals.
 
     Raises:
-      ValueError: if `num_states` is below 1.
+      ValueError: if `num_states` is below 1, or known values are out of range.
     """
-    if num_states < 1:
-        raise ValueError(f"num_states must be at least 1, got {num_states}")
+    num_states = whole("num_states", num_states, 1)
+    segment_size, window = promote(segment_size, window)
     student_key, teacher_key = jax.random.split(key)
     batch, dtype = segment_size.shape[0], segment_size.dtype
     return intervals_from_uniforms(
@@ -204,12 +237,31 @@ def imitation_loss(
 
     Returns:
       `(loss[], aux)`, `loss = loss_scale * mean((prediction - target)^2) / 2`, weighted if asked.
+      Where times are traced, states that intervals lead beyond the segment's end are not brought
+      back, and NaN gives NaN.
 
     Raises:
-      ValueError: if `total_substeps` is below 1.
+      ValueError: shapes do not belong together, the teacher's included, a number is out of range,
+        or known intervals are negative or longer than their segment.
     """
+    check_between("loss_scale", loss_scale)
+    check_between("adaptive_power", adaptive_power)
+    check_between("time_power", time_power)
+    check_between("longest_segment", longest_segment, 0, open_low=True)
+    check_between("eps", eps, 0, open_low=True)
+    check_between("tau_src", tau_src, 0, 1, slack=ROUNDING)
+    _check_intervals(intervals, segment_size)
     detached = jax.lax.stop_gradient(policy if detached is None else detached)
     x_src, tau_src, segment_size = promote(x_src, tau_src, segment_size)
+    tau_src = per_batch("tau_src", tau_src, x_src)
+    segment_size = per_batch("segment_size", segment_size, x_src)
+    for name in ("student", "teacher"):
+        found = getattr(intervals, name).shape
+        if len(found) != 2 or found[0] != len(x_src):
+            raise ValueError(
+                f"intervals.{name} has shape {found}; x_src of shape {x_src.shape} asks for "
+                f"[{len(x_src)}, M]"
+            )
     window = window_size(segment_size, window_substeps, total_substeps)
     # Without mixing the mean velocity spans the window alone.
     longest = max(math.ceil(longest_segment * total_substeps), 1)
@@ -222,6 +274,7 @@ def imitation_loss(
         x_a, sigma_a = rollout(detached, x, tau, tau_a, warp, total_substeps, bound="traced")
         x_a = jax.lax.stop_gradient(x_a)
         target = jax.lax.stop_gradient(teacher(x_a, sigma_a)).astype(x_a.dtype)
+        check_shape("the teacher's velocity", target, x_a.shape, "its state")
         tau_b = jnp.maximum(tau_a - teacher_interval, 0)
         prediction = average_velocity(
             policy, x_a, tau_a, tau_b - window, warp, total_substeps, eps, bound=bound

@@ -1,17 +1,27 @@
 """Rollouts: Euler integration of a policy over substeps uniform in raw time (paper, Alg. 1)."""
 
-from typing import Literal
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from piflow_jax.arguments import ROUNDING, check_between, check_choice, known, whole
 from piflow_jax.flow.fused import fused_rollout
-from piflow_jax.flow.policies.base import Policy, per_sample, promote
+from piflow_jax.flow.policies.base import Policy, per_batch, per_sample, promote
 from piflow_jax.flow.policies.gmflow import GMFlowPolicy
 from piflow_jax.flow.schedule import TimeWarp
-from piflow_jax.flow.substeps import Solver, Substeps, check_solver, step_weights
+from piflow_jax.flow.substeps import (
+    Rounding,
+    Solver,
+    Substeps,
+    check_substeps,
+    step_weights,
+)
 
 __all__ = ["average_velocity", "rollout"]
+
+Implementation = Literal["auto", "scan", "fused"]
 
 
 def rollout(
@@ -24,7 +34,8 @@ def rollout(
     *,
     bound: int | Literal["traced"] | None = None,
     solver: Solver = "euler",
-    implementation: Literal["auto", "scan", "fused"] = "auto",
+    rounding: Rounding = "round",
+    implementation: Implementation = "auto",
 ) -> tuple[jax.Array, jax.Array]:
     """Integrates a policy from `tau_start` down to `tau_end`, per sample.
 
@@ -33,19 +44,24 @@ def rollout(
     time and stepped in the noise level. Substep counts differ within a batch: the loop runs to a
     common bound, and a sample that has arrived takes steps of length zero.
 
+    Times are checked where their values are known. Where they are traced, a sample whose `tau_end`
+    is above its `tau_start` takes one step up to it, and NaN gives NaN.
+
     Args:
       policy: the velocity field.
-      x: `[B, *sites, C]`, states at `tau_start`.
+      x: `[B, *sites, C]`, states at `tau_start`; at least one.
       tau_start: `[B]`, raw times in [0, 1].
       tau_end: `[B]`, raw times not above `tau_start`; steps stop at 0.
       warp: raw time to noise level.
-      total_substeps: substeps per unit of raw time.
+      total_substeps: substeps per unit of raw time, at most 2^24.
       bound: trip count of the loop. None is `total_substeps`, enough for any interval within
         [0, 1], and differentiable. An integer is a tighter static bound: a sample that would need
         more substeps takes that many longer ones. `"traced"` runs to the largest count in the
         batch, the fastest where no reverse-mode gradient is needed.
       solver: `euler`, or `multistep`, of second order: two-step Adams-Bashforth, which reuses the
         velocity of the substep before.
+      rounding: how `n` becomes a whole number: `round`, half to even, as in training, or `ceil`, as
+        pi-Flow's sampler has it since its version 0.2.0.
       implementation: `scan` is the reference, a loop over substeps of the whole batch. `fused`
         takes a block of sites through all its substeps at once (`piflow_jax.kernels`); it is there
         for Gaussian mixtures in float32, and derivatives are the reference's. `auto` is `fused`
@@ -55,19 +71,15 @@ def rollout(
       `(x_end[B, *sites, C], sigma_end[B])`.
 
     Raises:
-      ValueError: if `total_substeps` or `bound` is below 1, the solver or the implementation is
-        unknown, or `fused` is asked for where there is none.
+      ValueError: if `total_substeps` or `bound` is out of range, the solver, the rounding or the
+        implementation is unknown, `fused` is asked for where there is none, shapes do not belong
+        together, the batch is empty, or known times are out of range.
     """
-    if total_substeps < 1:
-        raise ValueError(f"total_substeps must be at least 1, got {total_substeps}")
-    if bound not in ("traced", None) and bound < 1:
-        raise ValueError(f"bound must be at least 1, got {bound}")
-    check_solver(solver)
-    if implementation not in ("auto", "scan", "fused"):
-        raise ValueError(
-            f"unknown implementation {implementation!r}; it is 'auto', 'scan' or 'fused'"
-        )
-    x, tau_start, tau_end = promote(x, tau_start, tau_end)
+    total_substeps = check_substeps(total_substeps, solver, rounding)
+    if bound not in ("traced", None):
+        bound = whole("bound", bound, 1)
+    check_choice("implementation", implementation, get_args(Implementation))
+    x, tau_start, tau_end = _interval(x, tau_start, tau_end)
     if hasattr(policy, "displacement"):
         sigma_end = warp.warp(jnp.maximum(tau_end, 0))
         return x + policy.displacement(x, warp.warp(tau_start), sigma_end), sigma_end
@@ -78,7 +90,7 @@ def rollout(
             f"{type(policy).__name__} with states in {x.dtype}; 'auto' takes the scan there"
         )
     trips = total_substeps if bound in ("traced", None) else bound
-    substeps = Substeps.between(tau_start, tau_end, total_substeps, trips)
+    substeps = Substeps.between(tau_start, tau_end, total_substeps, trips, rounding)
 
     def reference(policy, x, substeps):
         return _scan(policy, x, substeps, warp, solver, trips, bound == "traced")
@@ -91,6 +103,22 @@ def rollout(
         fused.defjvp(lambda primals, tangents: jax.jvp(reference, primals, tangents))
         x_end = fused(policy, x, substeps)
     return x_end, warp.warp(substeps.time_after(substeps.count))
+
+
+def _interval(
+    x: jax.Array, tau_start: jax.Array, tau_end: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """States and the times `[B]` between which they are followed, checked."""
+    if not np.size(x):
+        raise ValueError(f"x must hold at least one state, got shape {np.shape(x)}")
+    check_between("tau_start", tau_start, 0, 1, slack=ROUNDING)
+    check_between("tau_end", tau_end, high=1, slack=ROUNDING)
+    begin, end = known(tau_start), known(tau_end)
+    x, tau_start, tau_end = promote(x, tau_start, tau_end)
+    tau_start, tau_end = per_batch("tau_start", tau_start, x), per_batch("tau_end", tau_end, x)
+    if begin is not None and end is not None and (end > begin + ROUNDING).any():
+        raise ValueError("tau_end must not be above tau_start: policies are followed towards 0")
+    return x, tau_start, tau_end
 
 
 def _scan(
@@ -145,7 +173,7 @@ def average_velocity(
     Args:
       policy: the velocity field; gradients flow into it.
       x: `[B, *sites, C]`, states at `tau_start`.
-      tau_start: `[B]`.
+      tau_start: `[B]`, see `rollout`.
       tau_end: `[B]`.
       warp: raw time to noise level.
       total_substeps: substeps per unit of raw time.
@@ -157,9 +185,9 @@ def average_velocity(
       `u[B, *sites, C]`.
 
     Raises:
-      ValueError: if `total_substeps` is below 1 and a rollout is needed.
+      ValueError: see `rollout`.
     """
-    x, tau_start, tau_end = promote(x, tau_start, tau_end)
+    x, tau_start, tau_end = _interval(x, tau_start, tau_end)
     sigma_start = warp.warp(tau_start)
     local = policy.velocity(x, sigma_start)
     if bound is not None and bound < 2:

@@ -1,18 +1,22 @@
 """Samplers: few-step students by policy rollouts, teachers by their flow ODE."""
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from piflow_jax.arguments import check_between, check_choice, whole
 from piflow_jax.flow.policies.base import Policy, promote
 from piflow_jax.flow.rollout import rollout
-from piflow_jax.flow.schedule import TimeWarp, sampling_times
-from piflow_jax.flow.substeps import Solver
+from piflow_jax.flow.schedule import FlowMapTimes, TimeWarp, sampling_times
+from piflow_jax.flow.substeps import Rounding, Solver, check_substeps, num_substeps
+from piflow_jax.keys import folded_noise
 
-__all__ = ["few_step_sample", "ode_sample"]
+__all__ = ["few_step_sample", "ode_sample", "sample_segments", "segment_substeps"]
+
+OdeSolver = Literal["euler", "heun"]
 
 
 def few_step_sample(
@@ -24,12 +28,16 @@ def few_step_sample(
     total_substeps: int = 128,
     final_step_size_scale: float = 1.0,
     h: float = 0.0,
-    temperature: float = 1.0,
+    temperature: float | jax.Array = 1.0,
     key: jax.Array | None = None,
     start: float = 1.0,
     solver: Solver = "euler",
+    rounding: Rounding = "round",
 ) -> jax.Array:
     """Samples from a pi-Flow student (paper, Alg. 1; flow-map SDE of its Sec. 4).
+
+    A program is compiled for the given `h` and `start`. `sample_segments` is the same with times
+    that are arguments of the program.
 
     Args:
       policy_fn: `(x[B, *sites, C], sigma[B]) -> policy`, one network evaluation; traced once.
@@ -39,61 +47,138 @@ def few_step_sample(
       total_substeps: policy substeps per unit of raw time.
       final_step_size_scale: relative length of the last segment.
       h: stochasticity between segments; 0 is deterministic, `inf` renews all noise.
-      temperature: mixture temperature of all evaluations but the last, in (0, 1]; needs a policy
-        with `with_temperature` when it is not 1.
+      temperature: a scalar, the mixture temperature of all evaluations but the last, in (0, 1];
+        needs a policy with `with_temperature` when it is not 1. Traced, others are clipped.
       key: PRNG key of the noise between segments, needed only when `h > 0`; one for all, or typed
         keys `[B]`, with which a sample's noise does not depend on the others.
       start: noise level of `noise`; below 1 for image to image.
       solver: of the rollouts, `euler` or `multistep`; see `rollout`.
+      rounding: of the rollouts' substeps, `round` or `ceil`; see `rollout`. pi-Flow's own sampler
+        has `ceil` since its version 0.2.0.
 
     Returns:
       `x_0[B, *sites, C]` in float32 or float64.
 
     Raises:
-      ValueError: if `h > 0` without a key, if a policy has no temperature or it is out of range,
-        `nfe < 1`, or the solver is unknown.
+      ValueError: if `h > 0` without a key, if a policy has no temperature, a number is out of
+        range, `h` or `start` is traced, or the solver or the rounding is unknown.
     """
     times = sampling_times(nfe, warp, final_step_size_scale, h, start)
-    if not 0 < temperature <= 1:
-        raise ValueError(f"temperature must be in (0, 1], got {temperature}")
-    if h > 0 and key is None:
+    return sample_segments(
+        policy_fn,
+        noise,
+        times,
+        warp,
+        total_substeps=total_substeps,
+        temperature=temperature,
+        key=key,
+        solver=solver,
+        rounding=rounding,
+    )
+
+
+def sample_segments(
+    policy_fn: Callable[[jax.Array, jax.Array], Policy],
+    noise: jax.Array,
+    times: FlowMapTimes,
+    warp: TimeWarp,
+    *,
+    total_substeps: int = 128,
+    temperature: float | jax.Array = 1.0,
+    key: jax.Array | None = None,
+    solver: Solver = "euler",
+    rounding: Rounding = "round",
+) -> jax.Array:
+    """Samples from a pi-Flow student at given times (paper, Alg. 1); see `few_step_sample`.
+
+    Traced times and temperatures are arguments of the program, which then serves all values of `h`,
+    `start` and `temperature`. Its rollouts are as long as the times say, so it has no reverse-mode
+    gradient; with known times it has one.
+
+    Args:
+      policy_fn: see `few_step_sample`.
+      noise: `[B, *sites, C]`, states at `times.src[0]`.
+      times: of `sampling_times`.
+      warp: raw time to noise level, that of the times.
+      total_substeps: policy substeps per unit of raw time.
+      temperature: a scalar, see `few_step_sample`.
+      key: one PRNG key or `[B]`, see `few_step_sample`; needed if noise is drawn, which known times
+        say. With traced times noise is drawn where `m` is below 1 and a key is given.
+      solver: see `few_step_sample`.
+      rounding: see `few_step_sample`.
+
+    Returns:
+      `x_0[B, *sites, C]` in float32 or float64.
+
+    Raises:
+      ValueError: see `few_step_sample`.
+    """
+    total_substeps = check_substeps(total_substeps, solver, rounding)
+    check_between("temperature", temperature, 0, 1, open_low=True)
+    traced = any(isinstance(value, jax.core.Tracer) for value in times)
+    if not traced:
+        times = FlowMapTimes(*(np.asarray(value, np.float64) for value in times))
+    noisy = key is not None if traced else bool((times.m < 1).any())
+    if noisy and key is None:
         raise ValueError("h > 0 draws noise between segments and needs key")
     (x,) = promote(noise)
-    batch, dtype = x.shape[0], x.dtype
-    # The longest segment bounds every rollout; a compile-time number, as the times are.
-    lengths = warp.unwarp(times.src) - warp.unwarp(times.dst)
-    bound = max(int(np.max(np.round(lengths * total_substeps))), 1)
+    nfe, batch, dtype = times.src.shape[0], x.shape[0], x.dtype
+    tau_src, tau_dst = warp.unwarp(times.src), warp.unwarp(times.dst)
+    bound = "traced"
+    if not traced:
+        # The longest segment bounds every rollout; a compile-time number, as the times are.
+        bound = int(segment_substeps(times, warp, total_substeps, rounding).max())
+    sharpened = isinstance(temperature, jax.core.Tracer) or temperature != 1
 
     def segment(x, inputs):
-        src, dst, to, m, index = inputs
-        sigma = jnp.full((batch,), src, dtype)
-        policy = policy_fn(x, sigma)
-        if temperature != 1:
-            if not hasattr(policy, "with_temperature"):
-                raise ValueError(f"{type(policy).__name__} has no temperature")
+        src, start, end, to, m, index = inputs
+        policy = policy_fn(x, jnp.full((batch,), src))
+        if sharpened and not hasattr(policy, "with_temperature"):
+            raise ValueError(f"{type(policy).__name__} has no temperature")
+        if sharpened and nfe > 1:
             policy = policy.with_temperature(jnp.where(index < nfe - 1, temperature, 1.0))
-        tau_dst = jnp.full((batch,), warp.unwarp(dst), dtype)
-        tau_src = warp.unwarp(sigma)
         x, _ = rollout(
-            policy, x, tau_src, tau_dst, warp, total_substeps, bound=bound, solver=solver
+            policy,
+            x,
+            jnp.full((batch,), start),
+            jnp.full((batch,), end),
+            warp,
+            total_substeps,
+            bound=bound,
+            solver=solver,
+            rounding=rounding,
         )
-        if h > 0:
-            fresh = _fresh_noise(key, index, x.shape, dtype)
-            x = (1 - to + to * m) * x + to * jnp.sqrt(1 - jnp.square(m)) * fresh
+
+        def renewed(x):
+            fresh = folded_noise(key, index, x.shape, dtype)
+            return (1 - to + to * m) * x + to * jnp.sqrt(1 - jnp.square(m)) * fresh
+
+        if noisy:
+            x = jax.lax.cond(m < 1, renewed, lambda x: x, x) if traced else renewed(x)
         return x.astype(dtype), None
 
-    inputs = (*(jnp.asarray(value, dtype) for value in times), jnp.arange(nfe))
+    values = (times.src, tau_src, tau_dst, times.to, times.m)
+    inputs = (*(jnp.asarray(value, dtype) for value in values), jnp.arange(nfe))
     x, _ = jax.lax.scan(segment, x, inputs)
     return x
 
 
-def _fresh_noise(key: jax.Array, index: jax.Array, shape: tuple[int, ...], dtype) -> jax.Array:
-    def draw(key, shape):
-        return jax.random.normal(jax.random.fold_in(key, index), shape, dtype)
+def segment_substeps(
+    times: FlowMapTimes, warp: TimeWarp, total_substeps: int, rounding: Rounding
+) -> np.ndarray:
+    """Substeps of a sampler's segments (paper, Alg. 1).
 
-    if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) and key.ndim == 1:
-        return jax.vmap(lambda one: draw(one, shape[1:]))(key)
-    return draw(key, shape)
+    Args:
+      times: of `sampling_times`.
+      warp: raw time to noise level.
+      total_substeps: policy substeps per unit of raw time.
+      rounding: how their number becomes a whole one.
+
+    Returns:
+      Whole numbers `[nfe]`.
+    """
+    lengths = warp.unwarp(times.src) - warp.unwarp(times.dst)
+    return num_substeps(lengths, total_substeps, rounding).astype(int)
 
 
 def ode_sample(
@@ -101,7 +186,7 @@ def ode_sample(
     noise: jax.Array,
     steps: int,
     warp: TimeWarp,
-    solver: Literal["euler", "heun"] = "euler",
+    solver: OdeSolver = "euler",
 ) -> jax.Array:
     """Samples from a flow-matching teacher by integrating its ODE from noise to data.
 
@@ -121,10 +206,8 @@ def ode_sample(
     Raises:
       ValueError: if `steps < 1` or the solver is unknown.
     """
-    if steps < 1:
-        raise ValueError(f"steps must be at least 1, got {steps}")
-    if solver not in ("euler", "heun"):
-        raise ValueError(f"unknown solver {solver!r}; it is 'euler' or 'heun'")
+    steps = whole("steps", steps, 1)
+    check_choice("solver", solver, get_args(OdeSolver))
     (x,) = promote(noise)
     batch, dtype = x.shape[0], x.dtype
     sigmas = jnp.asarray(warp.warp(np.linspace(1, 0, steps + 1)), dtype)

@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from piflow_jax.arguments import ROUNDING, check_between, whole
+
 __all__ = ["FlowMapTimes", "Segments", "TimeWarp", "sampling_times", "segment_start"]
 
 
@@ -21,10 +23,17 @@ class TimeWarp:
 
     Attributes:
       shift: 1 is the identity; larger values spend more raw time at high noise (1.0 on ImageNet,
-        3.2 on FLUX and Qwen-Image). A static number.
+        3.2 on FLUX and Qwen-Image). A static number, finite and above 0.
+
+    Raises:
+      ValueError: the shift is another number.
     """
 
     shift: float = flax.struct.field(pytree_node=False, default=1.0)
+
+    def __post_init__(self) -> None:
+        """Refuses a shift that is no map from [0, 1] to itself."""
+        check_between("shift", self.shift, 0, open_low=True)
 
     def warp(self, tau: jax.Array) -> jax.Array:
         """Noise level in [0, 1] of a raw time `tau` in [0, 1]; of any shape."""
@@ -101,7 +110,8 @@ def segment_start(
     The segment that ends at 0 has length `f * base`, the others `base = 1 / (nfe - 1 + f)`.
 
     Args:
-      tau: `[B]`, raw times in (0, 1]; smaller ones are clamped to `eps`.
+      tau: `[B]`, raw times in (0, 1]; smaller ones are clamped to `eps`, and larger ones to 1 where
+        they are traced.
       nfe: number of segments, at least 1.
       final_step_size_scale: `f`, relative length of the last segment; clamped to at least `eps`.
       eps: smallest raw time.
@@ -110,8 +120,9 @@ def segment_start(
       `(tau_src[B], segment_size[B])`.
 
     Raises:
-      ValueError: if `nfe` is below 1 or `f` negative.
+      ValueError: if `nfe` is below 1, `f` negative, or a time above 1 or NaN.
     """
+    check_between("tau", tau, high=1, slack=ROUNDING)
     f = max(_checked_scale(nfe, final_step_size_scale), eps)
     base = 1 / (nfe - 1 + f)
     tau = jnp.maximum(jnp.asarray(tau), eps)
@@ -140,14 +151,20 @@ def sampling_times(
       The times, `[nfe]` each, float64 NumPy: constants of the compiled sampler.
 
     Raises:
-      ValueError: if `nfe` is below 1, `h` or the scale negative, or `start` not in (0, 1].
+      ValueError: if `nfe` is below 1, `h` or the scale negative, `start` not in (0, 1], or one of
+        them is traced.
     """
-    if not 0 < start <= 1:
-        raise ValueError(f"start must be in (0, 1], got {start}")
-    f = _checked_scale(nfe, final_step_size_scale)
+    if any(isinstance(value, jax.core.Tracer) for value in (h, start)):
+        raise ValueError(
+            "sampling_times is computed before the program: call it outside of jit and pass its "
+            "times to `sample_segments`, for one program for all `h` and `start`"
+        )
+    check_between("start", start, 0, 1, open_low=True)
+    f, h, start = _checked_scale(nfe, final_step_size_scale), float(h), float(start)
     if not h >= 0:
         raise ValueError(f"h must be at least 0 (0 is deterministic, inf is allowed), got {h}")
-    tau = np.maximum(np.linspace(1, (f - 1) / (nfe - 1 + f), nfe, endpoint=False), 0)
+    end = (f - 1) / (nfe - 1 + f) if nfe > 1 else 0.0
+    tau = np.maximum(np.linspace(1, end, nfe, endpoint=False), 0)
     tau = tau * warp.unwarp(start)
     sigma = np.append(warp.warp(tau), 0.0)
     src, to = sigma[:-1], sigma[1:]
@@ -162,8 +179,6 @@ def sampling_times(
 
 
 def _checked_scale(nfe: int, final_step_size_scale: float) -> float:
-    if nfe < 1:
-        raise ValueError(f"nfe must be at least 1, got {nfe}")
-    if not final_step_size_scale >= 0:
-        raise ValueError(f"final_step_size_scale must be at least 0, got {final_step_size_scale}")
+    whole("nfe", nfe, 1)
+    check_between("final_step_size_scale", final_step_size_scale, 0)
     return float(final_step_size_scale)

@@ -5,40 +5,69 @@ from typing import Literal, get_args
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from piflow_jax.arguments import check_choice, whole
 from piflow_jax.flow.policies.base import per_sample
 from piflow_jax.flow.schedule import TimeWarp
 
-__all__ = ["Substeps", "num_substeps", "step_weights"]
+__all__ = ["Rounding", "Solver", "Substeps", "num_substeps", "step_weights"]
 
 Solver = Literal["euler", "multistep"]
 """First order, or second order by the velocity of the substep before."""
 
+Rounding = Literal["round", "ceil"]
+"""How an interval's substeps become a whole number: half to even, or up.
 
-def check_solver(solver: str) -> None:
-    """Refuses a solver that there is not.
+The reference rounds in training, and in its sampler too before version 0.2.0, which rounds up.
+"""
+
+_MOST = 2**24  # float32 counts no further
+# Raw time by which rounding errors may make an interval longer without another substep.
+_CEIL_SLACK = 1e-6
+
+
+def check_substeps(
+    total_substeps: int, solver: Solver = "euler", rounding: Rounding = "round"
+) -> int:
+    """Refuses substeps that cannot be taken.
 
     Args:
-      solver: its name.
+      total_substeps: substeps per unit of raw time.
+      solver: how they are taken.
+      rounding: how their number becomes a whole one.
+
+    Returns:
+      `total_substeps` as an integer.
 
     Raises:
-      ValueError: it is not a `Solver`.
+      ValueError: the number is not a whole one from 1 to 2^24, or a name is unknown.
     """
-    if solver not in get_args(Solver):
-        raise ValueError(f"unknown solver {solver!r}; it is 'euler' or 'multistep'")
+    check_choice("solver", solver, get_args(Solver))
+    check_choice("rounding", rounding, get_args(Rounding))
+    return whole("total_substeps", total_substeps, 1, _MOST)
 
 
-def num_substeps(delta_tau: jax.Array, total_substeps: int) -> jax.Array:
-    """Substeps of an interval of raw time: rounded half to even, at least one.
+def num_substeps(
+    delta_tau: jax.Array | np.ndarray, total_substeps: int, rounding: Rounding = "round"
+) -> jax.Array | np.ndarray:
+    """Substeps of an interval of raw time, at least one.
 
     Args:
       delta_tau: length of the interval in raw time, of any shape.
       total_substeps: substeps per unit of raw time.
+      rounding: `round` or `ceil`, see `Rounding`. A millionth of raw time does not count in
+        `ceil`: an interval of 32.00002 substeps has 32.
 
     Returns:
-      Whole numbers of the shape and the type of `delta_tau`.
+      Whole numbers of the shape and the type of `delta_tau`, in NumPy if it is there.
     """
-    return jnp.maximum(jnp.round(delta_tau * total_substeps), 1)
+    xp = np if isinstance(delta_tau, np.ndarray) else jnp
+    if rounding == "ceil":
+        count = xp.ceil((delta_tau - _CEIL_SLACK) * total_substeps)
+    else:
+        count = xp.round(delta_tau * total_substeps)
+    return xp.maximum(count, 1)
 
 
 @flax.struct.dataclass
@@ -57,7 +86,12 @@ class Substeps:
 
     @classmethod
     def between(
-        cls, tau_start: jax.Array, tau_end: jax.Array, total_substeps: int, most: int
+        cls,
+        tau_start: jax.Array,
+        tau_end: jax.Array,
+        total_substeps: int,
+        most: int,
+        rounding: Rounding = "round",
     ) -> "Substeps":
         """The substeps of intervals of raw time.
 
@@ -66,12 +100,13 @@ class Substeps:
           tau_end: `[B]`, raw times at which they end.
           total_substeps: substeps per unit of raw time.
           most: substeps that a sample takes at most; more would be longer ones.
+          rounding: how their number becomes a whole one.
 
         Returns:
           The substeps.
         """
         delta = tau_start - tau_end
-        count = jnp.minimum(num_substeps(delta, total_substeps), most)
+        count = jnp.minimum(num_substeps(delta, total_substeps, rounding), most)
         return cls(tau_start=tau_start, length=delta / count, count=count)
 
     def time_after(self, steps: jax.Array) -> jax.Array:
@@ -100,7 +135,8 @@ class Substeps:
         Returns:
           `(begin, end)`, `[B]` or `[B, N]`.
         """
-        count = per_sample(self.count, max(jnp.ndim(index), 1))
+        index = jnp.asarray(index, self.count.dtype)
+        count = per_sample(self.count, max(index.ndim, 1))
         begin = warp.warp(self.time_after(jnp.minimum(index, count - 1)))
         return begin, jnp.where(index < count, warp.warp(self.time_after(index + 1)), begin)
 

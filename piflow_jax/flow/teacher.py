@@ -14,8 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from piflow_jax.flow.guidance import guided_velocity
-from piflow_jax.flow.policies.base import per_sample, promote
+from piflow_jax.arguments import ROUNDING, check_between, known
+from piflow_jax.flow.guidance import check_guidance, guided_velocity
+from piflow_jax.flow.policies.base import per_batch, per_sample, promote
 
 __all__ = ["Schedule", "Teacher"]
 
@@ -154,13 +155,15 @@ class Teacher:
       prediction: what it predicts. `u` is `dz/ds`, so that it points at data where `s = 1` is data;
         `eps` the noise; `x0` the data; `v` is `a eps - b x_0` (arXiv 2202.00512).
       schedule: the diffusion it was trained on.
-      guidance_scale: classifier-free guidance of the velocity, 1 is none.
+      guidance_scale: classifier-free guidance of the velocity, 1 is none. It may be traced, as may
+        the interval: one program then serves all of them.
       guidance_interval: noise levels `t` at which to guide, both ends included.
       orthogonal_guidance: share of the guidance parallel to `x_0` that is removed, in [0, 1].
       null_cond: what stands for no condition: `cond` of a single sample, without the axis `B`.
 
     Raises:
-      ValueError: `prediction` is none of the four, or there is guidance and no `null_cond`.
+      ValueError: `prediction` is none of the four, a known number is out of range, or there is
+        guidance and no `null_cond`.
     """
 
     predict: Callable[[Any, jax.Array, jax.Array, Any], jax.Array]
@@ -176,8 +179,14 @@ class Teacher:
         """Refuses what is no teacher."""
         if self.prediction not in ("u", "eps", "x0", "v"):
             raise ValueError(f"prediction must be u, eps, x0 or v, got {self.prediction!r}")
-        if self.guidance_scale != 1 and self.null_cond is None:
+        check_guidance(self.guidance_scale, self.guidance_interval, self.orthogonal_guidance)
+        if self._is_guided and self.null_cond is None:
             raise ValueError("guidance needs null_cond, what stands for no condition")
+
+    @property
+    def _is_guided(self) -> bool:
+        scale = known(self.guidance_scale)
+        return scale is None or bool((scale != 1).any())
 
     def velocity(self, params: Any, x: jax.Array, t: jax.Array, cond: Any = None) -> jax.Array:
         """The guided velocity `dx/dt` of our convention: `t = 1` is noise, `t = 0` data.
@@ -192,17 +201,25 @@ class Teacher:
           `u[B, *sites, C]`, float32 or float64.
 
         Raises:
-          ValueError: states or predictions are not of the teacher's shape.
+          ValueError: states, predictions or conditions are not of the teacher's shape, known noise
+            levels are out of range, or there is guidance and no `cond`.
         """
+        check_between("t", t, 0, 1, slack=ROUNDING)
+        x, t = promote(x, t)
         if self.shape is not None and x.shape[1:] != tuple(self.shape):
             raise ValueError(f"x has shape {x.shape}, the teacher's samples are {self.shape}")
-        x, t = promote(x, t)
+        t = per_batch("t", t, x)
         with jax.named_scope("teacher"):
             return self._guided(params, x, t, cond)
 
     def _guided(self, params, x, t, cond):
-        if self.guidance_scale == 1:
+        if not self._is_guided:
             return self._velocity(params, x, t, cond)
+        if cond is None:
+            raise ValueError("guidance needs cond, the conditions of the batch")
+        for a in jax.tree.leaves(cond):
+            if jnp.shape(a)[:1] != x.shape[:1]:
+                raise ValueError(f"cond must be [{len(x)}, ...], got an array {jnp.shape(a)}")
 
         def pair(a, b):
             # Side by side and not one after the other: a batch that is split over devices stays so.

@@ -84,7 +84,8 @@ def _partitioned(local):
 
     def partition(mesh, arguments, result):
         del result
-        (batch, *_) = arguments[0].sharding.spec or (None,)
+        # An array that nothing has placed on the mesh that is set has no spec: it is everywhere.
+        (batch, *_) = getattr(arguments[0].sharding, "spec", None) or (None,)
         shardings = tuple(
             NamedSharding(mesh, PartitionSpec(batch, *[None] * (len(argument.shape) - 1)))
             for argument in arguments

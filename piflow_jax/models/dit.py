@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.typing import DTypeLike
 
+from piflow_jax.arguments import check_between
 from piflow_jax.flow.policies import ArcOutput, GMOutput
 from piflow_jax.models.heads import VelocityHead
 from piflow_jax.models.layers import (
@@ -170,14 +171,14 @@ class DiT(Network):
             x: `[B, H, W, C]` states; `H` and `W` are multiples of `patch_size` and may differ from
                 `sample_size` and from each other.
             t: `[B]` times in [0, 1], 1 is noise.
-            labels: `[B]` integers in `[0, num_classes]`. Others give NaN.
+            labels: `[B]` integers in `[0, num_classes]`. Where they are traced, others give NaN.
 
         Returns:
             What the head makes: `u[B, H, W, C]`, a `GMOutput`, an `ArcOutput`, or
             `[B, H, W, N, C]`. Float32, or float64 with float64 parameters.
 
         Raises:
-            ValueError: A shape, a size or the name of a remat policy does not fit.
+            ValueError: A shape, a size, a known label or the name of a remat policy does not fit.
         """
         return self.predict(x, t, labels, self.embed_time(t))
 
@@ -276,6 +277,8 @@ class DiT(Network):
             (self.num_classes + 1, self.hidden),
             self.param_dtype,
         )
+        # JAX counts negative indices from the end.
+        labels = jnp.where(labels < 0, self.num_classes + 1, labels)
         return jnp.take(table, labels, axis=0, mode="fill")
 
     def _blocks(self, dtype: DTypeLike) -> nn.Module:
@@ -320,6 +323,9 @@ class DiT(Network):
             raise ValueError(
                 f"t {t.shape} and labels {labels.shape} must be [B] with B = {x.shape[0]}"
             )
+        if not jnp.issubdtype(labels.dtype, jnp.integer):
+            raise ValueError(f"labels must be integers, got {labels.dtype}")
+        check_between("labels", labels, 0, self.num_classes)
 
 
 def student_from_teacher(

@@ -18,6 +18,7 @@ from piflow_jax.config import Config, ModelConfig
 from piflow_jax.flow.policies.base import per_sample
 from piflow_jax.flow.sampling import ode_sample
 from piflow_jax.flow.schedule import TimeWarp, sampling_times
+from piflow_jax.keys import folded_noise, seed_key
 from piflow_jax.models import student_from_teacher
 from piflow_jax.models.dit import Constrain, unconstrained
 from piflow_jax.systems.assembly import guided
@@ -359,11 +360,8 @@ def renoised_sample(
     keys = _own_keys(noise) if key is None else key
 
     def step(x, t, r, index):
-        def draw(one):
-            return jax.random.normal(jax.random.fold_in(one, index), x.shape[1:], x.dtype)
-
         x0 = x - t * velocity(x, jnp.full(x.shape[:1], t))
-        return (1 - r) * x0 + r * jax.vmap(draw)(keys)
+        return (1 - r) * x0 + r * folded_noise(keys, index, x.shape, x.dtype)
 
     return descend(step, noise, nfe, warp)
 
@@ -371,5 +369,5 @@ def renoised_sample(
 def _own_keys(noise: jax.Array) -> jax.Array:
     numbers = noise.reshape(noise.shape[0], -1)[:, :2].astype(jnp.float32)
     bits = jax.lax.bitcast_convert_type(numbers, jnp.uint32)
-    root = jax.random.key(0)
+    root = seed_key(0)
     return jax.vmap(lambda b: jax.random.fold_in(jax.random.fold_in(root, b[0]), b[1]))(bits)

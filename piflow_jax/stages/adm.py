@@ -43,6 +43,7 @@ from piflow_jax.stages.autoencoder import (
 from piflow_jax.stages.systems import data_shape, load_student, student_sampler
 from piflow_jax.systems.datasets import dataset
 from piflow_jax.systems.judges import Judge, open_judge
+from piflow_jax.systems.sampling import ROUNDING, student_substeps
 from piflow_jax.systems.shapes import DataShape
 
 __all__ = ["evaluate_latents", "load_inception", "load_reference", "protocol", "write_reference"]
@@ -204,6 +205,14 @@ def _samples(
         "student": tree_digest(params),
         "decoder": autoencoder.identity,
     }
+    # Folders from before it was `ceil` do not know it: their samples are the same where all numbers
+    # of substeps are.
+    counts = [
+        student_substeps(config.train, config.sampling_nfe, settings.substeps, rounding)
+        for rounding in ("round", ROUNDING)
+    ]
+    if (counts[0] != counts[1]).any():
+        plan["rounding"] = ROUNDING
     _check_plan(folder, plan)
     whole = folder / "samples.npz"
     shards = [folder / f"{i:05d}.npy" for i in range(-(-settings.num_samples // _SHARD))]

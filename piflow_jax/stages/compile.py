@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 
 from piflow_jax.config import Config, ConfigError
 from piflow_jax.flow.schedule import Segments
+from piflow_jax.keys import seed_key
 from piflow_jax.parallel import (
     ActivationSharding,
     batch_sharding,
@@ -33,6 +34,7 @@ from piflow_jax.stages.systems import student_sampler, student_shardings, teache
 from piflow_jax.systems.assembly import Systems
 from piflow_jax.systems.datasets import dataset, load_source, shape_of
 from piflow_jax.systems.networks import abstract_variables, named_variables, network_kind
+from piflow_jax.systems.sampling import student_substeps
 from piflow_jax.systems.settings import check_ours
 from piflow_jax.systems.shapes import DataShape
 from piflow_jax.training.monitor import step_memory
@@ -248,7 +250,7 @@ def _step_program(config: Config, mesh: Mesh) -> _Program:
     f = train.final_step_size_scale
     return _Program(
         function=distill_step(student, systems.teacher, optimizer, config, systems.data.channels),
-        arguments=(state, teacher_params, jax.eval_shape(lambda: jax.random.key(0)), batch),
+        arguments=(state, teacher_params, jax.eval_shape(lambda: seed_key(0)), batch),
         shardings=(
             of_state,
             teacher_shardings(config, mesh, teacher),
@@ -268,7 +270,7 @@ def _sampling_program(config: Config, mesh: Mesh) -> _Program:
     params = abstract_variables(student)
     batch = _batch(config, systems, settings.batch_size)
     noise = jax.ShapeDtypeStruct((settings.batch_size, *data.shape), jnp.float32)
-    nfe, f = config.sampling_nfe, config.train.final_step_size_scale
+    nfe = config.sampling_nfe
     split = batch_sharding(mesh)
     return _Program(
         function=student_sampler(config, data, ActivationSharding(mesh)),
@@ -277,7 +279,7 @@ def _sampling_program(config: Config, mesh: Mesh) -> _Program:
         results=split,
         donated=False,
         examples=settings.batch_size,
-        substeps=max(round(Segments(nfe, f).longest * settings.substeps), 1),
+        substeps=int(student_substeps(config.train, nfe, settings.substeps).max()),
     )
 
 

@@ -18,6 +18,7 @@ from piflow_jax.evaluation import (
 from piflow_jax.parallel import batch_sharding, local_mesh
 from piflow_jax.stages.systems import conditions_in_turn
 from piflow_jax.systems.judges import Judge, real_samples
+from piflow_jax.systems.sampling import ROUNDING
 from piflow_jax.systems.shapes import DataShape
 
 __all__ = ["Bench"]
@@ -97,6 +98,7 @@ class Bench:
             "guidance": [config.teacher.guidance_scale, *config.teacher.guidance_interval],
             "substeps": settings.substeps,
             "solver": settings.solver,
+            "rounding": ROUNDING,
             "temperature": settings.temperature,
             "checkpoint": settings.checkpoint,
             "dtype": config.model.dtype,

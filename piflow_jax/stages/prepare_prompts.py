@@ -30,6 +30,7 @@ from piflow_jax.data.prompts import (
     write_prompt_shard,
 )
 from piflow_jax.data.text_encoders import TextEncoder, load_text_encoder
+from piflow_jax.keys import seed_key
 from piflow_jax.models.vae import sample_posterior
 from piflow_jax.stages.autoencoder import Autoencoder, load_autoencoder
 
@@ -242,7 +243,7 @@ def _latents_encoder(
     def encode(params, pixels, index):
         image = pixels[None].astype(jnp.float32) / 127.5 - 1
         mean, logvar = module.apply(params, image, method="encode")
-        key = jax.random.fold_in(jax.random.key(0), index)
+        key = jax.random.fold_in(seed_key(0), index)
         return module.scaled(sample_posterior(key, mean, jnp.exp(logvar / 2)))[0]
 
     def of_file(image, size, index):

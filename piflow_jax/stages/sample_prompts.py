@@ -15,13 +15,14 @@ from piflow_jax.config import Config, ConfigError
 from piflow_jax.data import stacked
 from piflow_jax.data.prompt_lists import DOWNSAMPLING, Prompt, bucket_size
 from piflow_jax.data.prompts import PromptsSource, load_prompts_source
-from piflow_jax.evaluation import index_noise
 from piflow_jax.evaluation.adm import to_uint8
+from piflow_jax.keys import index_keys, index_noise, seed_key
 from piflow_jax.models.vae import picture_decoder
 from piflow_jax.parallel import ActivationSharding, batch_sharding, config_mesh
 from piflow_jax.stages.autoencoder import check_autoencoder, load_autoencoder
 from piflow_jax.stages.prepare_prompts import listed_prompts
 from piflow_jax.stages.systems import load_system, system_sampler
+from piflow_jax.systems.sampling import ROUNDING
 from piflow_jax.systems.shapes import DataShape
 from piflow_jax.systems.spec import student_spec, teacher_spec
 
@@ -146,7 +147,7 @@ def _sampler(config: Config, data: DataShape, mesh: jax.sharding.Mesh, null: dic
 
     def sample(params, places, batch):
         shape = (*batch["x"].shape[1:-1], data.channels)
-        noise = index_noise(config.evaluation.seed, places, shape)
+        noise = index_noise(index_keys(seed_key(config.evaluation.seed), places), shape)
         return sampler(params, noise, batch["condition"])
 
     return sample
@@ -215,6 +216,7 @@ def _settings(config: Config, data: DataShape, place: int) -> dict[str, Any]:
             "evaluation.temperature": settings.temperature,
             "evaluation.substeps": settings.substeps,
             "evaluation.solver": settings.solver,
+            "rounding": ROUNDING,
             "evaluation.weights": settings.weights,
             "evaluation.checkpoint": settings.checkpoint,
         }

@@ -14,10 +14,11 @@ from piflow_jax.config import Config, ConfigError
 from piflow_jax.convert import load_adapter, load_params, open_weights
 from piflow_jax.data import Source, stacked
 from piflow_jax.evaluation.evaluator import Sampler
-from piflow_jax.flow.sampling import few_step_sample, ode_sample
-from piflow_jax.flow.schedule import TimeWarp
+from piflow_jax.flow.sampling import ode_sample
+from piflow_jax.flow.schedule import TimeWarp, sampling_times
 from piflow_jax.models.dit import Constrain
 from piflow_jax.parallel import local_mesh, parameter_shardings, replicated, state_shardings
+from piflow_jax.systems import sampling
 from piflow_jax.systems.assembly import Systems
 from piflow_jax.systems.conditioning import Condition
 from piflow_jax.systems.datasets import dataset, load_source, shape_of
@@ -29,7 +30,6 @@ from piflow_jax.systems.networks import (
     student_network,
     teacher_network,
 )
-from piflow_jax.systems.policies import policy_factory
 from piflow_jax.systems.shapes import DataShape
 from piflow_jax.systems.spec import (
     check_policy_config,
@@ -302,30 +302,15 @@ def student_sampler(config: Config, data: DataShape, constrain: Constrain | None
       `(params, noise, condition) -> x_0`, see `teacher_sampler`.
     """
     network = Systems.of(config, data, constrain=constrain).student_network
-    factory = policy_factory(config.policy, config.train, sampling=True)
     train, settings = config.train, config.evaluation
-
-    def sample(params, noise, condition):
-        def policy(x, sigma):
-            with jax.named_scope("student"):
-                output = network.apply(params, x, sigma, condition)
-            with jax.named_scope("policy"):
-                return factory(output, x, sigma)
-
-        # What runs between the network's evaluations is the policy's.
-        with jax.named_scope("policy"):
-            return few_step_sample(
-                policy,
-                noise,
-                config.sampling_nfe,
-                TimeWarp(train.shift),
-                total_substeps=settings.substeps,
-                final_step_size_scale=train.final_step_size_scale,
-                temperature=settings.temperature,
-                solver=settings.solver,
-            )
-
-    return sample
+    sample = sampling.student_sampler(
+        network, config.policy, train, substeps=settings.substeps, solver=settings.solver
+    )
+    warp = TimeWarp(train.shift)
+    times = sampling_times(config.sampling_nfe, warp, train.final_step_size_scale)
+    return lambda params, noise, condition: sample(
+        params, noise, condition, times, settings.temperature
+    )
 
 
 def load_system(config: Config, data: DataShape, workdir: str | os.PathLike, mesh: Mesh | None):

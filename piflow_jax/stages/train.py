@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 
 from piflow_jax.config import Config, ConfigError
 from piflow_jax.data import Source, batches
+from piflow_jax.keys import seed_key
 from piflow_jax.parallel import ActivationSharding, config_mesh, gathered, local_rows
 from piflow_jax.stages.adm import config_judge, load_inception, load_reference
 from piflow_jax.stages.autoencoder import check_autoencoder, load_autoencoder
@@ -126,7 +127,7 @@ def run_here(stage: Stage, config: Config, workdir: str | os.PathLike, mesh: Mes
 
 def stream_key(config: Config, stream: int) -> jax.Array:
     """The key of one of the streams of randomness of a run's seed."""
-    return jax.random.fold_in(jax.random.key(config.seed), stream)
+    return jax.random.fold_in(seed_key(config.seed), stream)
 
 
 def flat_settings(groups: dict[str, Any]) -> dict[str, Any]:

@@ -2,7 +2,8 @@
 
 A *condition* is what an example of a source has under `condition`: labels `int[B]`, or embedded
 captions, a mapping of `text[B, L, D]`, padded behind its `text_length[B]` tokens, and where the
-encoders make one `pooled[B, P]`. Everything but the network passes it on as it is; a `Conditioning`
+encoders make one `pooled[B, P]`; of FLUX.1 also `guidance[B]`, by default its network's own.
+Everything but the network passes it on as it is; a `Conditioning`
 turns it into the keyword arguments of one of our networks.
 """
 
@@ -15,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
+from piflow_jax.arguments import check_between
 from piflow_jax.systems.shapes import DataShape
 
 __all__ = ["ClassLabels", "Condition", "Conditioning", "Text"]
@@ -111,7 +113,9 @@ class Text:
         if self.pooled:
             arguments["pooled"] = jnp.asarray(condition["pooled"])
         if self.guidance > 0:
-            arguments["guidance"] = jnp.full(text.shape[:1], self.guidance, jnp.float32)
+            # A student's sampler has it among its arguments; others have one for all.
+            own = jnp.full(text.shape[:1], self.guidance, jnp.float32)
+            arguments["guidance"] = jnp.asarray(condition.get("guidance", own))
         return arguments
 
     def null(self, data, caption):
@@ -147,4 +151,8 @@ class Text:
                 + (f", pooled[N, {data.pooled_features}]" if self.pooled else "")
                 + f", got {shapes}"
             )
+        if self.guidance > 0:
+            guidance = condition.get("guidance", self.guidance)
+            check_between("guidance", guidance, 0)
+            arrays["guidance"] = np.broadcast_to(np.float32(guidance), (number,))
         return arrays

@@ -15,6 +15,7 @@ from flax import linen as nn
 
 from piflow_jax.config import ConfigError, ModelConfig, PolicyConfig
 from piflow_jax.data.latents import SD_VAE_SCALE
+from piflow_jax.keys import seed_key
 from piflow_jax.models import DiT, VelocityHead, student_from_teacher
 from piflow_jax.models.dit import Constrain
 from piflow_jax.models.flux import FLUX_TARGETS, Flux
@@ -396,9 +397,9 @@ def student_network(model: ModelConfig, policy: PolicyConfig, data: DataShape) -
 
 def abstract_variables(network: Network) -> Variables:
     """Shapes and dtypes of a network's variables, without computing any."""
-    return jax.eval_shape(network.init, jax.random.key(0))
+    return jax.eval_shape(network.init, seed_key(0))
 
 
 def named_variables(network: Network) -> Variables:
     """The same, in boxes with the names of their axes where they have some."""
-    return jax.eval_shape(network.named, jax.random.key(0))
+    return jax.eval_shape(network.named, seed_key(0))

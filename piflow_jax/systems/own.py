@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from piflow_jax.config import ConfigError, PolicyConfig
+from piflow_jax.keys import seed_key
 from piflow_jax.models.heads import TEACHER_LOGSTD
 from piflow_jax.models.layers import time_features
 from piflow_jax.systems.conditioning import ClassLabels
@@ -137,7 +138,7 @@ class OwnNetwork:
 
     def check(self, teacher: "OwnNetwork | None" = None) -> None:
         """See `Network`: parameters, outputs, a null label that is embedded, and the start."""
-        key = jax.random.key(0)
+        key = seed_key(0)
         variables = jax.jit(self.init)(key)
         x, t = jnp.zeros((1, *self.data.shape), jnp.float32), jnp.ones(1, jnp.float32)
         null = jnp.asarray(self.conditioning.null(self.data, None))[None]

@@ -10,6 +10,7 @@ import optax
 from piflow_jax.config import Config, OptimizerConfig
 from piflow_jax.flow.schedule import TimeWarp
 from piflow_jax.flow.teacher import Teacher
+from piflow_jax.keys import seed_key
 from piflow_jax.systems.networks import Network
 from piflow_jax.systems.policies import POLICIES, policy_factory
 from piflow_jax.training.objectives import (
@@ -184,7 +185,7 @@ def distill_step(
 
     def step(state: TrainState, teacher_params, root: jax.Array, batch):
         keys = jax.random.split(jax.random.fold_in(root, state.step), 3)
-        like = jax.eval_shape(lambda x: states_of(x, jax.random.key(0), draw), batch["x"])
+        like = jax.eval_shape(lambda x: states_of(x, seed_key(0), draw), batch["x"])
         size, shape = like.shape[0], (*like.shape[:-1], channels)
         ratio = teacher_ratio(state.step, train.mixing_steps)
         noise = jax.random.normal(keys[0], shape, like.dtype)

@@ -8,7 +8,7 @@ from typing import Protocol
 import jax
 import jax.numpy as jnp
 
-__all__ = ["Policy", "per_sample", "promote"]
+__all__ = ["Policy", "per_batch", "per_sample", "promote"]
 
 
 class Policy(Protocol):
@@ -37,6 +37,25 @@ class Policy(Protocol):
 def per_sample(value: jax.Array, ndim: int) -> jax.Array:
     """Reshapes per-sample scalars `[B]` to `[B, 1, ..., 1]` of rank `ndim`."""
     return jnp.reshape(value, value.shape + (1,) * (ndim - value.ndim))
+
+
+def per_batch(name: str, value: jax.Array, x: jax.Array) -> jax.Array:
+    """Per-sample scalars of states; one number is that of all samples.
+
+    Args:
+      name: of the scalars.
+      value: a scalar, `[1]` or `[B]`.
+      x: `[B, *sites, C]`.
+
+    Returns:
+      `[B]`.
+
+    Raises:
+      ValueError: there is another number of them.
+    """
+    if value.shape not in ((), (1,), x.shape[:1]):
+        raise ValueError(f"{name} has shape {value.shape}; x of shape {x.shape} asks for [B]")
+    return jnp.broadcast_to(value, x.shape[:1])
 
 
 def promote(*values: jax.Array) -> tuple[jax.Array, ...]:

@@ -1,0 +1,134 @@
+"""Checks of arguments whose values are known only outside of `jit`.
+
+A traced value has no number to check, so these checks pass it and add nothing to the program.
+Docstrings say what wrong values do there.
+"""
+
+import math
+import operator
+from collections.abc import Collection
+from typing import Any
+
+import jax
+import numpy as np
+
+__all__ = ["ROUNDING", "check_between", "check_choice", "check_shape", "known", "whole"]
+
+ROUNDING = 1e-5
+"""What sums of times in float32 may be off by: less than a hundredth of a substep of 1,000."""
+
+
+def known(value: Any) -> np.ndarray | None:
+    """The values of an argument, on the host.
+
+    Args:
+      value: a number, or an array of NumPy or JAX.
+
+    Returns:
+      The values; None of a traced array, and of one that is partly in other processes.
+    """
+    if isinstance(value, jax.core.Tracer):
+        return None
+    if isinstance(value, jax.Array) and not value.is_fully_addressable:
+        return None
+    return np.asarray(value)
+
+
+def check_between(
+    name: str,
+    value: Any,
+    low: float = -math.inf,
+    high: float = math.inf,
+    *,
+    open_low: bool = False,
+    slack: float = 0.0,
+) -> None:
+    """Refuses known values outside of an interval, and those that are not finite.
+
+    Args:
+      name: the argument's name.
+      value: a number or an array of any shape.
+      low: least value.
+      high: largest value.
+      open_low: whether `low` itself is out, too.
+      slack: what rounding may add to either end.
+
+    Raises:
+      ValueError: a known value is outside.
+    """
+    values = known(value)
+    if values is None:
+        return
+    numbers = values.astype(np.float64)
+    inside = np.isfinite(numbers) & (numbers <= high + slack)
+    inside &= (numbers > low) if open_low else (numbers >= low - slack)
+    if not inside.all():
+        found = values[~inside][0]
+        raise ValueError(f"{name} must be {_interval(low, high, open_low)}, got {found}")
+
+
+def _interval(low: float, high: float, open_low: bool) -> str:
+    if math.isinf(low) and math.isinf(high):
+        return "finite"
+    if math.isinf(high):
+        return f"finite and {'above' if open_low else 'at least'} {low:g}"
+    return f"in {'(' if open_low else '['}{low:g}, {high:g}]"
+
+
+def check_shape(name: str, value: Any, shape: tuple[int, ...], of: str) -> None:
+    """Refuses an array of another shape.
+
+    Args:
+      name: the argument's name.
+      value: the array; shapes are known under `jit`, too.
+      shape: the shape that it must have.
+      of: what asks for this shape.
+
+    Raises:
+      ValueError: the shape is another one.
+    """
+    if np.shape(value) != tuple(shape):
+        raise ValueError(f"{name} has shape {np.shape(value)}; {of} asks for {tuple(shape)}")
+
+
+def check_choice(name: str, value: Any, choices: Collection[str]) -> None:
+    """Refuses a name that is not among the choices.
+
+    Args:
+      name: what is chosen.
+      value: the choice.
+      choices: all that there are.
+
+    Raises:
+      ValueError: it is another one.
+    """
+    if value not in choices:
+        raise ValueError(f"unknown {name} {value!r}; it is {' or '.join(map(repr, choices))}")
+
+
+def whole(name: str, value: Any, low: int, high: int | None = None) -> int:
+    """A whole number within limits.
+
+    Args:
+      name: the argument's name.
+      value: an integer, or another number that is whole.
+      low: least value.
+      high: largest value; None for no limit.
+
+    Returns:
+      The number.
+
+    Raises:
+      ValueError: it is traced, not a whole number, or outside of the limits.
+    """
+    if isinstance(value, jax.core.Tracer):
+        raise ValueError(f"{name} decides the program's size and cannot be traced")
+    try:
+        number = operator.index(int(value) if value == int(value) else value)
+    except (TypeError, ValueError, OverflowError):
+        raise ValueError(f"{name} must be a whole number, got {value!r}") from None
+    if number < low:
+        raise ValueError(f"{name} must be at least {low}, got {number}")
+    if high is not None and number > high:
+        raise ValueError(f"{name} must be at most {high}, got {number}")
+    return number

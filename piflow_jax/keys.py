@@ -1,0 +1,117 @@
+"""Random keys, and the noise of samples by their index.
+
+`JAX_DEFAULT_PRNG_IMPL` decides what a key of `jax.random.key(seed)` draws. Under `rbg`, which many
+set on TPUs, the draws of a batch of keys depend on the whole batch and on the devices that share
+it. All keys of this package are made here and name their implementation, so that a seed gives the
+same numbers everywhere.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from piflow_jax.arguments import known
+
+__all__ = ["as_key", "folded_noise", "index_keys", "index_noise", "seed_key"]
+
+_IMPLEMENTATION = "threefry2x32"
+
+
+def seed_key(seed: int) -> jax.Array:
+    """The key of a seed.
+
+    Args:
+      seed: an integer of at most 64 bits.
+
+    Returns:
+      What `jax.random.key(seed)` is where JAX's defaults are not changed.
+
+    Raises:
+      ValueError: the seed has more bits.
+    """
+    if not -(2**63) <= seed < 2**64:
+        raise ValueError(f"a seed has at most 64 bits, got {seed}")
+    # As in JAX with 32-bit types, where the upper word of a negative seed is 0.
+    words = np.array([max(seed, 0) >> 32, seed & 0xFFFFFFFF], np.uint32)
+    return jax.random.wrap_key_data(jax.device_put(words), impl=_IMPLEMENTATION)
+
+
+def as_key(key: Any) -> jax.Array:
+    """The key of a seed, of a typed key or of a legacy key.
+
+    Args:
+      key: an integer, a key of `jax.random.key`, or the words of `jax.random.PRNGKey`. Of another
+        implementation's key the first two words are taken: those of `rbg` are the key that the
+        same seed has here.
+
+    Returns:
+      The typed key.
+
+    Raises:
+      ValueError: it is none of these, or several.
+    """
+    if isinstance(key, int):
+        return seed_key(key)
+    array = key if isinstance(key, jax.Array) else np.asarray(key)
+    found = f"{array.dtype}{list(array.shape)}"
+    if jnp.issubdtype(array.dtype, jax.dtypes.prng_key) and not array.ndim:
+        array = jax.random.key_data(array)
+    if jnp.issubdtype(array.dtype, jnp.integer) and not array.ndim:
+        seed = known(array)
+        return jax.random.key(array, impl=_IMPLEMENTATION) if seed is None else seed_key(int(seed))
+    if array.dtype == jnp.uint32 and array.ndim == 1 and len(array) >= 2:
+        return jax.random.wrap_key_data(array[:2], impl=_IMPLEMENTATION)
+    raise ValueError(f"key must be a seed or one PRNG key, got an array {found}")
+
+
+def index_keys(key: jax.Array, indices: jax.Array) -> jax.Array:
+    """The keys of samples, each of its index alone.
+
+    Args:
+      key: of `seed_key` or `as_key`.
+      indices: `uint32[B]`, numbers of samples.
+
+    Returns:
+      Typed keys `[B]`.
+    """
+    return jax.vmap(lambda index: jax.random.fold_in(key, index))(indices)
+
+
+def index_noise(keys: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Standard normal noise of samples: the one stream that a seed stands for in this package.
+
+    It depends on seed and index alone, not on the size of the batch, nor on the number of devices
+    or processes.
+
+    Args:
+      keys: of `index_keys`, `[B]`.
+      shape: of one sample, `(*sites, C)`.
+
+    Returns:
+      `float32[B, *shape]`.
+    """
+    return jax.vmap(lambda key: jax.random.normal(key, shape, jnp.float32))(keys)
+
+
+def folded_noise(keys: jax.Array, number: jax.Array, shape: tuple[int, ...], dtype) -> jax.Array:
+    """Standard normal noise of a number within a stream, such as that of a segment.
+
+    Args:
+      keys: one key for the batch, or typed keys `[B]`, with which a sample's noise does not depend
+        on the others.
+      number: of the draw.
+      shape: `[B, *sites, C]`.
+      dtype: of the noise.
+
+    Returns:
+      The noise.
+    """
+
+    def draw(key, shape):
+        return jax.random.normal(jax.random.fold_in(key, number), shape, dtype)
+
+    if jnp.issubdtype(keys.dtype, jax.dtypes.prng_key) and keys.ndim == 1:
+        return jax.vmap(lambda key: draw(key, shape[1:]))(jax.vmap(as_key)(keys))
+    return draw(keys, shape)
