@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 from piflow_jax.flow.schedule import (
+    Segments,
     TimeWarp,
-    longest_segment,
     sampling_times,
     segment_start,
 )
@@ -106,9 +106,9 @@ def test_sampling_times_take_resolution_dependent_shifts():
 @pytest.mark.parametrize(("nfe", "scale"), [(1, 1.0), (1, 0.5), (2, 3.0), (4, 0.5), (8, 1.0)])
 def test_the_longest_segment_is_the_longest_that_a_time_can_be_in(nfe, scale):
     _, sizes = segment_start(jnp.linspace(1e-3, 1, 500), nfe, scale)
-    np.testing.assert_allclose(longest_segment(nfe, scale), jnp.max(sizes), rtol=1e-6)
+    np.testing.assert_allclose(Segments(nfe, scale).longest, jnp.max(sizes), rtol=1e-6)
 
 
 def test_what_has_no_longest_segment_is_refused():
     with pytest.raises(ValueError, match="nfe must be at least 1"):
-        longest_segment(0)
+        Segments(0)
