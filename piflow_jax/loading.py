@@ -173,7 +173,8 @@ def _guidance(path: epath.Path) -> dict[str, Any]:
 
     The teacher's own checkpoints do not know: it was trained without.
     """
-    from piflow_jax.training.checkpoint import latest_step, read_spec
+    from piflow_jax.training.checkpoint import read_spec
+    from piflow_jax.training.steps import latest_step
 
     directory = path / "student" / "checkpoints"
     if latest_step(directory) is None:

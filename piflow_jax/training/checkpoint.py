@@ -268,12 +268,6 @@ class Checkpointer:
             raise cannot("save to", self.directory, error) from error
 
 
-def latest_step(directory: Path) -> int | None:
-    """The last complete step of a directory that a `Checkpointer` wrote; see its `latest_step`."""
-    steps = _steps(_absolute(directory))
-    return steps[-1] if steps else None
-
-
 def read_spec(directory: Path, step: int | None = None) -> tuple[int, dict, dict]:
     """Reads what a checkpoint is, without its arrays.
 
