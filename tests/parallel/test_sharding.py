@@ -37,7 +37,7 @@ from piflow_jax.systems.networks import (
     student_network,
     teacher_network,
 )
-from piflow_jax.systems.own import OwnNetwork, as_functions
+from piflow_jax.systems.own import OwnNetwork
 from piflow_jax.systems.shapes import DataShape
 from piflow_jax.training.state import TrainState
 from tests import tiny
@@ -386,15 +386,14 @@ def test_names_that_a_network_of_other_making_has_are_heeded():
         @nn.compact
         def __call__(self, x, t, labels):
             init = nn.with_logical_partitioning(nn.initializers.lecun_normal(), (None, "mlp"))
-            return nn.Dense(8)(nn.Dense(16, kernel_init=init)(x))
+            return nn.Dense(8, name="out")(nn.Dense(16, kernel_init=init, name="into")(x))
 
     data = DataShape(name="mine", sample_size=4, channels=8)
-    network = OwnNetwork(as_functions(Named(), data, jnp.int32(0)), data, ClassLabels())
-    plain = network.trained(network.init(jax.random.key(0)))
+    network = OwnNetwork("mine", Named(), data)
+    plain = network.init(jax.random.key(0))
     assert {type(leaf).__name__ for leaf in jax.tree.leaves(plain)} == {"ArrayImpl"}
-    named = network.trained(named_variables(network))
-    found = parameter_shardings(mesh_of(fsdp=4, tensor=2), named)
-    kernels = [found[name]["kernel"].spec for name in ("Dense_0", "Dense_1")]
+    found = parameter_shardings(mesh_of(fsdp=4, tensor=2), named_variables(network))["params"]
+    kernels = [found[name]["kernel"].spec for name in ("into", "out")]
     assert kernels == [P(None, "tensor"), P("fsdp", None)]
 
 
