@@ -40,14 +40,7 @@ _PROMPTS = flags.DEFINE_string(
 
 
 def main(argv: list[str]) -> int:
-    """Runs the mode; what flags have left of the command line overrides keys of the config.
-
-    Args:
-      argv: the program's name, and the words that are no flags of `absl`.
-
-    Returns:
-      The exit status.
-    """
+    """Runs the mode; words that are no flags override keys. Returns the exit status."""
     logging.set_verbosity(logging.INFO)
     std_logging.getLogger("jax._src.xla_bridge").setLevel(std_logging.WARNING)  # absent backends
     logging.get_absl_handler().setFormatter(std_logging.Formatter("%(message)s"))

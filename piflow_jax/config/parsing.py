@@ -43,7 +43,9 @@ def _as_config_dict(node: Any) -> ml_collections.ConfigDict:
     return ml_collections.ConfigDict(values)
 
 
-def parse(config: ml_collections.ConfigDict, num_devices: int | None = 1) -> Config:
+def parse(
+    config: ml_collections.ConfigDict | Mapping[str, Any], num_devices: int | None = 1
+) -> Config:
     """Checks a configuration and freezes it.
 
     Args:

@@ -113,7 +113,8 @@ class ModelConfig:
     @property
     def own(self) -> NetworkConfig:
         """The settings of the network that is chosen."""
-        return getattr(self, self.network, None) or NetworkConfig()
+        own = getattr(self, self.network, None)
+        return own if isinstance(own, NetworkConfig) else NetworkConfig()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

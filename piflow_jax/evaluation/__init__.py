@@ -1,7 +1,14 @@
 """Figures for generated images in a fixed feature space, and pictures of them."""
 
 from piflow_jax.evaluation.diversity import class_diversity
-from piflow_jax.evaluation.evaluator import Figures, IndexSampler, index_labels, measure
+from piflow_jax.evaluation.evaluator import (
+    Figures,
+    IndexSampler,
+    index_labels,
+    least_real_samples,
+    least_samples,
+    measure,
+)
 from piflow_jax.evaluation.features import FeatureNetwork, load_features, read_features
 from piflow_jax.evaluation.floor import Floor, half_split_floor
 from piflow_jax.evaluation.frechet import (
@@ -31,6 +38,8 @@ __all__ = [
     "gaussian_statistics",
     "half_split_floor",
     "index_labels",
+    "least_real_samples",
+    "least_samples",
     "load_features",
     "measure",
     "precision_recall",

@@ -17,7 +17,18 @@ from piflow_jax.evaluation.frechet import frechet_distance
 from piflow_jax.evaluation.precision_recall import precision_recall
 from piflow_jax.keys import index_keys, index_noise, seed_key
 
-__all__ = ["Figures", "IndexSampler", "Sampler", "index_labels", "measure"]
+__all__ = [
+    "Figures",
+    "IndexSampler",
+    "Sampler",
+    "index_labels",
+    "least_real_samples",
+    "least_samples",
+    "measure",
+]
+
+# Which neighbour sets the radii of precision and recall.
+_NEIGHBOUR = 3
 
 Sampler = Callable[..., jax.Array]
 """`(params, noise[B, *sites, C], condition) -> x_0[B, *sites, C]`."""
@@ -64,6 +75,8 @@ class IndexSampler:
       conditions: conditions in turn, arrays `[n, ...]` in any structure, such as labels; sample `i`
         has row `i % n`. None for none.
       batch_size: samples per call of the system; the last call of a range is padded.
+      num_samples: the most samples that are asked for in a range, of which a batch then need not
+        have more; by default not known.
       seed: seed of the noise.
       sharding: how a batch lies on the devices; by default it is on one.
     """
@@ -75,9 +88,13 @@ class IndexSampler:
         shape: tuple[int, ...],
         conditions: Any,
         batch_size: int,
+        num_samples: int | None = None,
         seed: int = 0,
         sharding: jax.sharding.Sharding | None = None,
     ):
+        if num_samples is not None:
+            devices = 1 if sharding is None else sharding.num_devices
+            batch_size = min(batch_size, -(-num_samples // devices) * devices)
         self.batch_size = batch_size
         self.seconds = 0.0
         self._sharding = sharding
@@ -144,6 +161,23 @@ class IndexSampler:
         return multihost_utils.process_allgather(samples, tiled=True)[:num_samples]
 
 
+def least_samples(num_classes: int) -> int:
+    """The fewest samples, by `index_labels`, that `measure` takes.
+
+    Args:
+      num_classes: Number of classes.
+
+    Returns:
+      How many have two of a class, for the diversity, and `k` neighbours each, for the recall.
+    """
+    return max(num_classes, _NEIGHBOUR) + 1
+
+
+def least_real_samples() -> int:
+    """Returns the fewest real samples whose halves can be compared, see `half_split_floor`."""
+    return 2 * least_samples(0)
+
+
 def measure(
     samples: np.ndarray, labels: np.ndarray, real_features: np.ndarray, network: FeatureNetwork
 ) -> Figures:
@@ -162,7 +196,7 @@ def measure(
       ValueError: if the samples are not finite or of another shape.
     """
     features = network.extract(samples)
-    coverage = precision_recall(real_features, features)
+    coverage = precision_recall(real_features, features, k=_NEIGHBOUR)
     return Figures(
         frechet=frechet_distance(features, real_features),
         precision=coverage.precision,

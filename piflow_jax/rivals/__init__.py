@@ -45,6 +45,6 @@ def find_method(name: str) -> Method:
             return dataclasses.replace(row, credit=name != alone)
     known = [*METHODS, *(f"{key}_{end}" for key, row in METHODS.items() for end in row.endings)]
     raise ValueError(
-        f"there is no {name!r};{nearest(alone, known)} there are {', '.join(known)} and the like, "
+        f"there is no {name!r}{nearest(alone, known)}; there are {', '.join(known)} and the like, "
         f"each with {CREDIT!r} behind it or not"
     )

@@ -40,7 +40,9 @@ from piflow_jax.stages.autoencoder import (
     pixel_sampler,
     tree_digest,
 )
+from piflow_jax.stages.sizes import Sizes
 from piflow_jax.stages.systems import data_shape, load_student, student_sampler
+from piflow_jax.systems.assembly import Systems
 from piflow_jax.systems.datasets import dataset
 from piflow_jax.systems.judges import Judge, open_judge
 from piflow_jax.systems.sampling import ROUNDING, student_substeps
@@ -165,6 +167,7 @@ def evaluate_latents(config: Config, workdir: str | os.PathLike) -> AdmFigures |
     autoencoder = load_autoencoder(config)
     data = data_shape(config, workdir)
     check_autoencoder(autoencoder, data)
+    Sizes(Systems.of(config, data)).check_evaluation()
     samples = _samples(config, data, autoencoder, Path(workdir))
     if samples is None:
         return None
@@ -225,6 +228,7 @@ def _samples(
             shape=data.shape,
             conditions=np.arange(data.num_classes, dtype=np.int32),
             batch_size=settings.batch_size,
+            num_samples=min(_SHARD, settings.num_samples),
             seed=settings.seed,
             sharding=batch_sharding(local_mesh()),
         )

@@ -64,6 +64,11 @@ _BATCHES = {
 _WRITES_ELSEWHERE = ("prepare", "statistics")
 # What a user can mend, or start again after; the rest are ours, and have a traceback.
 _OF_THE_RUN = (CheckpointError, NonFiniteLossError, OSError, processes.ProcessError)
+# What neither the settings' sizes nor the compiler foresaw.
+_NO_MEMORY = (
+    "not enough memory ({error}); lower the batch sizes of config.train, config.teacher or "
+    "config.evaluation, raise config.train.microbatches, or set config.model.remat"
+)
 
 
 def run(mode: str, config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> int:
@@ -95,6 +100,8 @@ def run(mode: str, config: ml_collections.ConfigDict, workdir: str | os.PathLike
         lost = processes.lost(error)
         if lost or isinstance(error, _OF_THE_RUN):
             return _refuse(lost or str(error), 1)
+        if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+            return _refuse(_NO_MEMORY.format(error=str(error).partition("\n")[0]), 1)
         if jax.process_count() == 1:
             raise
         traceback.print_exc()

@@ -30,6 +30,7 @@ from piflow_jax.parallel.collectives import collective_bytes
 from piflow_jax.parallel.cycles import estimated_cycles
 from piflow_jax.parallel.flops import flops
 from piflow_jax.parallel.topology import CHIPS, Chip, topology_devices
+from piflow_jax.stages.sizes import Machine, Sizes
 from piflow_jax.stages.systems import student_sampler, student_shardings, teacher_shardings
 from piflow_jax.systems.assembly import Systems
 from piflow_jax.systems.datasets import dataset, load_source, shape_of
@@ -238,9 +239,14 @@ def _systems(config: Config, mesh: Mesh) -> Systems:
     return dataclasses.replace(systems, null=systems.teacher_network.conditioning.null(data, one))
 
 
+def _sizes(config: Config, mesh: Mesh, systems: Systems) -> Sizes:
+    return Sizes(systems, machine=Machine.of_chips(_chip(config), mesh.size))
+
+
 def _step_program(config: Config, mesh: Mesh) -> _Program:
     systems, train = _systems(config, mesh), config.train
     student, teacher = systems.student_network, systems.teacher_network
+    _sizes(config, mesh, systems).check_student_training()
     optimizer = make_optimizer(train.optimizer, train.steps)
     trained = student.trained(abstract_variables(student))
     state = jax.eval_shape(lambda trained: TrainState.create(trained, optimizer), trained)
@@ -267,6 +273,7 @@ def _step_program(config: Config, mesh: Mesh) -> _Program:
 def _sampling_program(config: Config, mesh: Mesh) -> _Program:
     systems, settings = _systems(config, mesh), config.evaluation
     data, student = systems.data, systems.student_network
+    _sizes(config, mesh, systems).check_sampling(settings.batch_size)
     params = abstract_variables(student)
     batch = _batch(config, systems, settings.batch_size)
     noise = jax.ShapeDtypeStruct((settings.batch_size, *data.shape), jnp.float32)

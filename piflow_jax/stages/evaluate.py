@@ -6,17 +6,19 @@ from pathlib import Path
 import jax
 from absl import logging
 
-from piflow_jax.config import Config, ConfigError
+from piflow_jax.config import Config
 from piflow_jax.evaluation import Report, as_pictures, save_grid
 from piflow_jax.evaluation.adm import AdmFigures
 from piflow_jax.stages.adm import config_judge, evaluate_latents
 from piflow_jax.stages.measuring import Bench
+from piflow_jax.stages.sizes import Sizes
 from piflow_jax.stages.systems import (
     load_student,
     load_teacher,
     student_sampler,
     teacher_sampler,
 )
+from piflow_jax.systems.assembly import Systems
 from piflow_jax.systems.datasets import dataset, load_source, shape_of
 
 
@@ -39,11 +41,10 @@ def evaluate(config: Config, workdir: str | os.PathLike) -> Report | AdmFigures 
     row = dataset(config)
     if row.latents:
         return evaluate_latents(config, workdir)
-    if config.evaluation.weights:
-        raise ConfigError("config.evaluation.weights are for data sets of latents")
     settings, workdir = config.evaluation, Path(workdir)
     source = load_source(config.data)
     data, caption = shape_of(config, source), getattr(source, "null", None)
+    Sizes(Systems.of(config, data, caption), source).check_evaluation()
     bench = Bench(config, source, data, config_judge(config, source, workdir))
     logging.info("evaluation: %d samples per system", settings.num_samples)
 

@@ -55,18 +55,20 @@ def student_look(
         sampler = pixel_sampler(sampler, autoencoder.module, data)
         decoder = (jax.device_put(autoencoder.params, replicated(local_mesh())),)
 
-    def index_sampler(conditions):
+    def index_sampler(conditions, number):
         return IndexSampler(
             sampler,
             shape=data.shape,
             conditions=conditions,
             batch_size=settings.batch_size,
+            num_samples=number,
             seed=settings.seed,
             sharding=batch_sharding(local_mesh()),
         )
 
     conditions, labels = conditions_in_turn(source, data)
-    grid_sampler, all_sampler = index_sampler(shown), index_sampler(conditions)
+    grid_sampler = index_sampler(shown, _COLUMNS * len(names))
+    all_sampler = index_sampler(conditions, settings.every_samples)
     labels = labels[np.arange(settings.every_samples) % len(labels)]
     if not latents:
         network = judge

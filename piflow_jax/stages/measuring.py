@@ -50,6 +50,7 @@ class Bench:
             shape=self._data.shape,
             conditions=self._conditions,
             batch_size=settings.batch_size,
+            num_samples=settings.num_samples,
             seed=settings.seed,
             sharding=batch_sharding(local_mesh()),
         )

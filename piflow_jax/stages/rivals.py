@@ -14,7 +14,7 @@ import numpy as np
 from absl import logging
 from jax.sharding import Mesh
 
-from piflow_jax.config import Config, ConfigError
+from piflow_jax.config import Config, ConfigError, parse
 from piflow_jax.data import stacked
 from piflow_jax.parallel import (
     ActivationSharding,
@@ -33,6 +33,7 @@ from piflow_jax.rivals.base import (
 )
 from piflow_jax.stages.adm import config_judge
 from piflow_jax.stages.measuring import Bench
+from piflow_jax.stages.sizes import Sizes
 from piflow_jax.stages.systems import (
     load_average,
     load_student,
@@ -54,9 +55,10 @@ from piflow_jax.stages.train import (
     student_stage,
     teacher_stage,
 )
+from piflow_jax.systems.assembly import Systems
 from piflow_jax.systems.datasets import dataset, load_source, shape_of
 from piflow_jax.systems.networks import network_kind, teacher_network
-from piflow_jax.systems.settings import check_ours
+from piflow_jax.systems.settings import check_choices, check_ours
 from piflow_jax.systems.shapes import DataShape
 from piflow_jax.systems.spec import model_settings, updated_settings
 from piflow_jax.training.loop import Stage, checkpoint_dir
@@ -116,6 +118,8 @@ def compare_rivals(config: Config, workdir: str | os.PathLike) -> dict[str, Any]
         raise ConfigError("config.train.microbatches must be 1 with --mode=rivals")
     try:
         methods = {name: find_method(name) for name in config.rivals.methods}
+        for method in methods.values():
+            check_choices(parse(dataclasses.asdict(changed(config, method.settings)), None))
     except ValueError as error:
         raise ConfigError(f"config.rivals.methods: {error}") from error
     workdir = Path(workdir).absolute()
@@ -134,6 +138,9 @@ class _Comparison:
 
     def run(self) -> dict[str, Any]:
         config, data = self._config, self._data
+        sizes = Sizes(Systems.of(config, data, getattr(self._source, "null", None)), self._source)
+        sizes.check_run()
+        sizes.check_pairs()
         self._check_settings()
         if not (config.teacher.checkpoint or config.teacher.weights):
             stage = teacher_stage(config, self._source, data, self._mesh)

@@ -13,12 +13,14 @@ from piflow_jax.evaluation import IndexSampler, as_pictures, save_grid
 from piflow_jax.parallel import batch_sharding, local_mesh
 from piflow_jax.stages.autoencoder import check_autoencoder, load_autoencoder, pixel_sampler
 from piflow_jax.stages.sample_prompts import sample_prompts
+from piflow_jax.stages.sizes import Sizes
 from piflow_jax.stages.systems import (
     conditions_in_turn,
     data_shape,
     load_system,
     system_sampler,
 )
+from piflow_jax.systems.assembly import Systems
 from piflow_jax.systems.conditioning import Condition
 from piflow_jax.systems.datasets import dataset, load_source
 from piflow_jax.systems.shapes import DataShape
@@ -50,7 +52,9 @@ def sample(config: Config, workdir: str | os.PathLike) -> Path | list[Path]:
     # Captions are those of the set; labels need no set to be there.
     source = load_source(config.data) if row.captions else None
     names, conditions = grid_rows(config, source, data)
-    sampler = system_sampler(config, data, getattr(source, "null", None))
+    number, caption = settings.grid_samples * len(names), getattr(source, "null", None)
+    Sizes(Systems.of(config, data, caption), source).check_sampling(number)
+    sampler = system_sampler(config, data, caption)
     if row.latents:
         autoencoder = load_autoencoder(config)
         check_autoencoder(autoencoder, data)
@@ -63,10 +67,11 @@ def sample(config: Config, workdir: str | os.PathLike) -> Path | list[Path]:
         shape=data.shape,
         conditions=conditions,
         batch_size=settings.batch_size,
+        num_samples=number,
         seed=settings.seed,
         sharding=batch_sharding(local_mesh()),
     )
-    images = as_pictures(run(params, settings.grid_samples * len(names)))
+    images = as_pictures(run(params, number))
     path = Path(workdir) / f"{settings.system}.png"
     if jax.process_index() == 0:
         save_grid(path, [(name, images[i :: len(names)]) for i, name in enumerate(names)])

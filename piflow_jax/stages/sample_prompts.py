@@ -21,7 +21,9 @@ from piflow_jax.models.vae import picture_decoder
 from piflow_jax.parallel import ActivationSharding, batch_sharding, config_mesh
 from piflow_jax.stages.autoencoder import check_autoencoder, load_autoencoder
 from piflow_jax.stages.prepare_prompts import listed_prompts
+from piflow_jax.stages.sizes import Sizes
 from piflow_jax.stages.systems import load_system, system_sampler
+from piflow_jax.systems.assembly import Systems
 from piflow_jax.systems.sampling import ROUNDING
 from piflow_jax.systems.shapes import DataShape
 from piflow_jax.systems.spec import student_spec, teacher_spec
@@ -117,6 +119,7 @@ def sample_prompts(config: Config, workdir: str | os.PathLike) -> list[Path]:
     autoencoder = load_autoencoder(config) if config.data.vae else None
     if autoencoder is not None:
         check_autoencoder(autoencoder, data)
+    Sizes(Systems.of(config, data, source.null), source).check_sampling(len(indices))
     mesh = config_mesh(config, groups=("evaluation",))
     params = load_system(config, data, workdir, mesh)
     sampler = jax.jit(_sampler(config, data, mesh, source.null), out_shardings=batch_sharding(mesh))

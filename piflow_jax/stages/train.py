@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 from absl import logging
+from etils import epath
 from jax.sharding import Mesh
 
 from piflow_jax.config import Config, ConfigError
@@ -16,7 +17,14 @@ from piflow_jax.stages.adm import config_judge, load_inception, load_reference
 from piflow_jax.stages.autoencoder import check_autoencoder, load_autoencoder
 from piflow_jax.stages.evaluate import evaluate
 from piflow_jax.stages.look import student_look
-from piflow_jax.stages.systems import load_teacher, student_shardings, teacher_shardings
+from piflow_jax.stages.sample import grid_rows
+from piflow_jax.stages.sizes import Sizes
+from piflow_jax.stages.systems import (
+    load_teacher,
+    student_dir,
+    student_shardings,
+    teacher_shardings,
+)
 from piflow_jax.systems.assembly import Systems
 from piflow_jax.systems.datasets import dataset, load_source, shape_of
 from piflow_jax.systems.judges import Judge
@@ -65,16 +73,17 @@ def _train(config: Config, workdir: str | os.PathLike) -> None:
     mesh = config_mesh(config)
     row, source = dataset(config), load_source(config.data)
     data, pixels = shape_of(config, source), not row.latents
-    networks = Systems.of(config, data, getattr(source, "null", None))
-    networks.teacher_network.check()
-    networks.student_network.check(networks.teacher_network)
-    if row.by_class and row.latents:
-        _check_evaluation(config, data)
+    systems = Systems.of(config, data, getattr(source, "null", None))
+    systems.teacher_network.check()
+    systems.student_network.check(systems.teacher_network)
+    if row.by_class:
+        _check_evaluation(config, source, data, workdir)
     if not (config.train.data_free or has_states(source)):
         raise ConfigError(
             f"{config.data.data_dir} has prompts without latents: set config.train.data_free (the "
             "variant datafree), or prepare the set from a list with images and config.data.vae"
         )
+    Sizes(systems, source).check_run()
     given = config.teacher.checkpoint or config.teacher.weights
     if given:
         logging.info("teacher: given, %s", given)
@@ -100,9 +109,20 @@ def _train(config: Config, workdir: str | os.PathLike) -> None:
         )
 
 
-def _check_evaluation(config: Config, data: DataShape) -> None:
+def _check_evaluation(
+    config: Config, source: Source, data: DataShape, workdir: str | os.PathLike
+) -> None:
     """Opens what looks and the evaluation will need, before days are spent on training."""
     settings = config.evaluation
+    if settings.every:
+        grid_rows(config, source, data)
+    elif settings.checkpoint == "best" and not epath.Path(student_dir(config, workdir)).exists():
+        raise ConfigError(
+            "config.evaluation.checkpoint = 'best' needs looks at the student while it trains; set "
+            "config.evaluation.every"
+        )
+    if not dataset(config).latents:
+        return
     measured = settings.features or settings.reference
     if config.data.vae or measured or settings.every:
         check_autoencoder(load_autoencoder(config), data)

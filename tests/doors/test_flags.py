@@ -4,13 +4,24 @@ A case is one line: what is written, and words of the answer, whose exit status 
 this process, and none of them trains; what only a process shows stands at the end.
 """
 
+import contextlib
+import math
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
 from absl import flags
 
 from piflow_jax import main, stages
+from piflow_jax.config import Config, ConfigError, parse
+from piflow_jax.config.parsing import key_types
+from piflow_jax.stages import sizes
+from tests import tiny
 
 ROOT = Path(__file__).parents[2]
 TINY = ROOT / "tests" / "tiny.py"
@@ -209,3 +220,131 @@ def test_a_config_file_is_read_anew_and_may_have_a_colon_in_its_path(settings):
         assert settings("--config=a:b.py").seed == seed
         assert settings("--config=a:b.py:7").seed == 7
     assert settings(f"--config={ROOT}/configs/digits.py:dx").policy.kind == "dx"
+
+
+# --- Values -------------------------------------------------------------------------------------
+
+MEMORY = r"takes at least [\d,.]+ GiB of memory, there are [\d,.]+; lower config\.{key} \({value}\)"
+REFUSED_VALUES = [
+    ("seed", 2**63, "must be at most 9,223,372,036,854,775,807"),
+    ("seed", -1, "must be at least 0"),
+    ("train.steps", 10**20, "must be at most 2,147,483,647"),
+    ("train.shift", 1e300, "must be a number of float32"),
+    ("train.shift", 1e30, "must be at most 1,000"),
+    ("train.shift", 1e-9, "must be at least 0.001"),
+    ("train.optimizer.ema_gamma", 1e300, "must be a number of float32"),
+    ("train.optimizer.learning_rate", 1e-300, "must be a number of float32"),
+    ("train.total_substeps", 10**9, "must be at most 65,536"),
+    ("evaluation.substeps", 10**9, "must be at most 65,536"),
+    ("train.nfe", 10**6, "must be at most 1,024"),
+    ("evaluation.nfe", 10**6, "must be at most 1,024"),
+    ("train.num_states", 10**8, "must be at most 1,024"),
+    ("evaluation.teacher_steps", "(1,100000)", "must be at most 10,000"),
+    (
+        "model.dit.mlp_ratio",
+        1e-9,
+        r"times .*hidden \(16\) must be at least 1, got 1e-09",
+    ),
+    # Found when the data is known.
+    ("model.dit.patch_size", 3, "must divide the 8 sites of a side of 'digits', got 3"),
+    ("model.dit.patch_size", 16, "must divide the 8 sites of a side of 'digits', got 16"),
+    ("evaluation.num_samples", 10, "must be at least 11 for all figures"),
+    ("evaluation.weights", "a.safetensors", "are for data sets of latents"),
+    ("evaluation.checkpoint", "best", "= 'best' needs looks .*; set config.evaluation.every"),
+    ("evaluation.grid_classes", "(3,10) --config.evaluation.every=1", "must be below 10, got 10"),
+    ("evaluation.every_samples", "10 --config.evaluation.every=1", "must be at least 11 for all"),
+    # Found by an estimate, before anything is compiled.
+    ("model.dit.hidden", 2**20, MEMORY),
+    ("model.dit.depth", 10**9, MEMORY),
+    ("policy.num_components", 10**8, MEMORY),
+    ("policy.logstd_hidden", 10**9, MEMORY),
+    ("train.batch_size", 10**9, MEMORY),
+    ("teacher.batch_size", 10**9, MEMORY),
+    ("evaluation.num_samples", 10**9, MEMORY),
+    ("policy.num_grid", "100000000 --config.policy.kind=dx --config.train.gm_dropout=0", MEMORY),
+]
+
+
+@pytest.mark.parametrize(("key", "value", "words"), REFUSED_VALUES)
+def test_values_that_are_refused(refused, key, value, words):
+    value, *others = str(value).split()
+    words = words.format(key=re.escape(key), value=value) if words is MEMORY else f"{key} {words}"
+    refused(words, f"--config={TINY}", "--workdir=run", f"--config.{key}={value}", *others)
+    assert not list(Path("run").glob("*/checkpoints"))
+
+
+def test_a_week_of_operations_is_refused(refused, monkeypatch):
+    monkeypatch.setattr(sizes.Machine, "here", lambda: sizes.Machine(memory=2**60, flops=1.0))
+    words = r"step of the teacher's training takes at least .* operations, [\d,]+ days at 1.0e\+00"
+    refused(words, f"--config={TINY}", "--workdir=run")
+
+
+def test_what_no_estimate_foresaw_is_one_sentence(run, monkeypatch):
+    def allocate(*arguments):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.")
+
+    monkeypatch.setitem(stages.MODES, "sample", allocate)
+    status, said = run(f"--config={TINY}", "--workdir=run", "--mode=sample")
+    assert status == 1
+    assert said.startswith("error: not enough memory (RESOURCE_EXHAUSTED") and "batch sizes" in said
+
+
+WRONG = [
+    *(0, 1, -1, 3, 2**31, 2**63, 2**64, 10**400, 0.5, -0.5, 1e-300, 1e300, math.nan, math.inf),
+    *("", "x", "a\0b", True, False, None, (), (0,), (-1, 2, 3), ("x",), (None,), [1], {}, {"x": 1}),
+    *(b"x", 1j, np.float32(1), np.int64(3), np.zeros(2), object()),
+]
+
+
+@pytest.mark.parametrize("key", key_types(Config, "config"))
+def test_any_value_of_any_key_is_accepted_or_refused_by_name(key):
+    """No other exception, whatever is written."""
+    for value in WRONG:
+        config = node = tiny.get_config().to_dict()
+        *groups, name = key.split(".")[1:]
+        for group in groups:
+            node = node[group]
+        node[name] = value
+        with contextlib.suppress(ConfigError):
+            parse(config)
+
+
+# --- Modes --------------------------------------------------------------------------------------
+
+REFUSED_MODES = [
+    (
+        "rivals --config.rivals.methods=gm_9999nfe",
+        "methods: config.train.nfe must be at most 1,024",
+    ),
+    ("rivals --config.rivals.methods=meanfow", "there is no 'meanfow'; did you mean meanflow?"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "words"), REFUSED_MODES)
+def test_modes_that_are_refused(refused, arguments, words):
+    mode, *others = arguments.split()
+    refused(words, f"--config={TINY}", "--workdir=run", f"--mode={mode}", *others)
+
+
+# --- Processes ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--config=nowhere.py"], "--config must name a config file"),
+        ([f"--config={TINY}", "--config.train.stepz=3"], "did you mean config.train.steps?"),
+        ([f"--config={TINY}", "--config.train.steps=many"], "must be of type int, got 'many'"),
+    ],
+)
+def test_a_process_ends_with_one_line(tmp_path, arguments, words):
+    done = subprocess.run(
+        [sys.executable, "-m", "piflow_jax.main", f"--workdir={tmp_path / 'run'}", *arguments],
+        env=os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
+    assert words in done.stderr
