@@ -198,9 +198,7 @@ def _decoder(data: Any, vae: str | Path | None) -> Callable[[jax.Array], jax.Arr
             f"--vae is of latents with {module.latent_channels} channels, the student's samples "
             f"have {data.channels}"
         )
-    if data.num_classes:  # prepared latents know their own scale; those of prompts go by the file
-        module = module.clone(latent_scale=data.latent_scale, latent_shift=data.latent_shift)
-    return picture_decoder(module, params)
+    return picture_decoder(data.decoder(module), params)
 
 
 @dataclasses.dataclass(frozen=True)

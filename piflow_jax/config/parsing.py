@@ -159,6 +159,10 @@ def _has_no_default(field: dataclasses.Field) -> bool:
 
 
 def _parse_value(value: Any, hint: Any, allowed: types.MappingProxyType, key: str) -> Any:
+    if isinstance(hint, types.UnionType):  # one value, or several
+        several = isinstance(value, tuple | list)
+        arms = {typing.get_origin(arm) is tuple: arm for arm in typing.get_args(hint)}
+        hint = arms[several]
     if typing.get_origin(hint) is tuple:
         items = typing.get_args(hint)
         if not isinstance(value, tuple | list):

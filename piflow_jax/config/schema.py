@@ -32,6 +32,9 @@ class DataConfig:
         "",
         "what --mode=prepare reads: a folder of class folders, a .tar, or tfds[:DATA_DIR]",
     )
+    skip_refused: bool = _field(
+        False, "--mode=prepare leaves out pictures that cannot be read; they are listed in any case"
+    )
     vae: str = _field("", "weights of the autoencoder: a .safetensors file or its folder")
     prompts: str = _field(
         "",

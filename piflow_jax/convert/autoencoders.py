@@ -4,8 +4,11 @@ Source: the `vae` folders of Stable Diffusion, FLUX.1 and Qwen-Image in the form
 """
 
 import json
+import math
 import os
 import re
+import reprlib
+from pathlib import Path
 from typing import Any
 
 from piflow_jax.convert.files import open_weights
@@ -23,6 +26,8 @@ _VAE = {
     "shift_factor": "latent_shift",
 }
 _QWEN_VAE = {"latents_mean": "latents_mean", "latents_std": "latents_std"}
+_SIGNED = ("shift_factor", "latents_mean")
+_WHOLE = ("norm_num_groups",)
 
 
 def open_autoencoder(
@@ -52,6 +57,24 @@ def open_autoencoder(
         try:
             written = json.loads(beside.read_text(encoding="utf-8"))
             settings = {keys[key]: written[key] for key in keys if written.get(key) is not None}
-        except (ValueError, AttributeError) as error:
+        except (AttributeError, RecursionError, ValueError) as error:
             raise ValueError(f"{beside} is damaged: {error}") from error
+        for key, argument in keys.items():
+            _check(settings.get(argument, 1), key, beside)
     return load(weights, "qwen_vae" if qwen else "vae", **settings, place=place)
+
+
+def _check(setting: Any, key: str, path: Path) -> None:
+    """Raises ValueError if a setting, or that of a channel, is not the number that it must be."""
+    by_channel = key in _QWEN_VAE and isinstance(setting, list)
+    for value in setting if by_channel else [setting]:
+        try:
+            number = not isinstance(value, bool) and math.isfinite(value)
+            fits = (
+                number and (value > 0 or key in _SIGNED) and (value % 1 == 0 or key not in _WHOLE)
+            )
+        except (OverflowError, TypeError):
+            fits = False
+        if not fits:
+            kind = "a number" if key in _SIGNED else "a positive number"
+            raise ValueError(f"{path}: {key} must be {kind}, got {reprlib.repr(setting)}")

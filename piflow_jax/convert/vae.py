@@ -138,6 +138,11 @@ def load_vae(
             "the state does not fit an autoencoder: it needs encoder.down_blocks.0 and on, "
             f"{' and '.join(needed)}"
         )
+    undivided = [width for width in widths.values() if width % norm_groups]
+    if undivided:
+        raise ValueError(
+            f"{norm_groups} groups of normalisation do not divide {undivided[0]} channels"
+        )
     quant_convs = any(name.startswith(("quant_conv.", "post_quant_conv.")) for name in state)
     scale, shift = _STABLE_DIFFUSION if quant_convs else _FLUX
     module = AutoencoderKL(

@@ -1,18 +1,19 @@
 """ImageNet's training images by index, from a folder, the official tar file or TFDS; ADM's crop.
 
-Each source gives `RawImage(image, label, key)`: the decoded image as stored, uint8[H, W, 3], the
-position of its class among the sorted WordNet ids, and `<wnid>/<file name>`. Folder and tar file
-sort by that key, so both give the same images in the same order. All are safe to read in threads.
+Each source gives `RawImage(image, label, key)`: the image as `read_picture` reads it, the position
+of its class among the sorted WordNet ids, and `<wnid>/<file name>`. Folder and tar file sort by
+that key, so both give the same images in the same order. All are safe to read in threads.
 """
 
 import hashlib
-import io
 import os
 import tarfile
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import numpy as np
+
+from piflow_jax.data.pictures import PicturesError, is_picture, read_picture
 
 __all__ = [
     "FolderImages",
@@ -24,8 +25,8 @@ __all__ = [
     "open_imagenet",
 ]
 
-_SUFFIXES = {".jpeg", ".jpg", ".png"}
 _TFDS_NAME = "imagenet2012"
+_LONGEST = 1000  # times the short side
 
 
 class RawImage(NamedTuple):
@@ -77,7 +78,10 @@ def center_crop(image: np.ndarray, size: int) -> np.ndarray:
     """
     from PIL import Image
 
-    picture = Image.fromarray(image)
+    # Of a narrow strip the ends, which are cut off in any case, would take gigabytes on the way.
+    longest = _LONGEST * min(image.shape[:2])
+    top, left = (max(side - longest, 0) // 2 for side in image.shape[:2])
+    picture = Image.fromarray(image[top : top + longest, left : left + longest])
     while min(picture.size) >= 2 * size:
         half = (picture.width // 2, picture.height // 2)
         picture = picture.resize(half, resample=Image.Resampling.BOX)
@@ -96,20 +100,28 @@ class FolderImages:
 
     Raises:
       FileNotFoundError: If it does not exist.
-      ValueError: If it has no folders, or one without images.
+      PicturesError: If it is no folder, has no folders, or one without images.
     """
 
     def __init__(self, directory: str | os.PathLike):
         self._root = Path(directory)
-        classes = sorted(entry.name for entry in os.scandir(self._root) if entry.is_dir())
+        if not self._root.exists():
+            raise FileNotFoundError(f"{directory}: there is no such folder of images")
+        if not self._root.is_dir():
+            raise PicturesError(f"{directory} is neither a folder of class folders nor a .tar file")
+        entries = sorted(os.scandir(self._root), key=lambda entry: entry.name)
+        for entry in entries:  # a class that is left out would change the labels of others
+            if entry.is_symlink() and not os.path.exists(entry.path):
+                raise PicturesError(f"{entry.path} is a link to nothing")
+        classes = [entry.name for entry in entries if entry.is_dir()]
         if not classes:
-            raise ValueError(f"{directory} has no folders, one for each class")
+            raise PicturesError(f"{directory} has no folders, one for each class")
         self.num_classes = len(classes)
         self._keys, self._labels = [], []
         for label, name in enumerate(classes):
-            files = sorted(filter(_is_image, os.listdir(self._root / name)))
+            files = sorted(filter(is_picture, os.listdir(self._root / name)))
             if not files:
-                raise ValueError(f"no images in {self._root / name}")
+                raise PicturesError(f"no images in {self._root / name}")
             self._keys += [f"{name}/{file}" for file in files]
             self._labels += [label] * len(files)
         self.description = _describe(self._keys)
@@ -121,7 +133,7 @@ class FolderImages:
     def __getitem__(self, index: int) -> RawImage:
         """Reads and decodes one image."""
         key = self._keys[index]
-        return RawImage(_decode((self._root / key).read_bytes(), key), self._labels[index], key)
+        return RawImage(read_picture(self._root / key), self._labels[index], key)
 
 
 class TarImages:
@@ -134,24 +146,27 @@ class TarImages:
 
     Raises:
       FileNotFoundError: If it does not exist.
-      ValueError: If it is damaged, has no tars in it, or one without images.
+      PicturesError: If it is damaged, has no tars in it, or one without images.
     """
 
     def __init__(self, path: str | os.PathLike):
+        self._path = os.fspath(path)
         self._file = open(path, "rb")  # noqa: SIM115  # for as long as the source lives
         entries = []
         try:
             with tarfile.open(fileobj=self._file, mode="r:") as outer:
-                tars = {Path(m.name).stem: m for m in outer if m.name.endswith(".tar")}
+                tars = {
+                    Path(m.name).stem: m for m in outer if m.isfile() and m.name.endswith(".tar")
+                }
                 for label, name in enumerate(sorted(tars)):
                     images = _images_within(outer, tars[name])
                     if not images:
-                        raise ValueError(f"no images in {tars[name].name} in {path}")
+                        raise PicturesError(f"no images in {tars[name].name} in {path}")
                     entries += [(f"{name}/{file}", label, *place) for file, *place in images]
         except tarfile.TarError as error:
-            raise ValueError(f"{path} is damaged: {error}") from error
+            raise PicturesError(f"{path} is damaged: {error}") from error
         if not tars:
-            raise ValueError(f"{path} has no tar files in it, one for each class")
+            raise PicturesError(f"{path} has no tar files in it, one for each class")
         self._entries = entries
         self.num_classes = len(tars)
         self.description = _describe([key for key, *_ in entries])
@@ -163,7 +178,8 @@ class TarImages:
     def __getitem__(self, index: int) -> RawImage:
         """Reads and decodes one image."""
         key, label, offset, size = self._entries[index]
-        return RawImage(_decode(os.pread(self._file.fileno(), size, offset), key), label, key)
+        data = os.pread(self._file.fileno(), size, offset)
+        return RawImage(read_picture(data, f"{self._path}: {key}"), label, key)
 
 
 def _images_within(outer: tarfile.TarFile, member: tarfile.TarInfo) -> list[tuple[str, int, int]]:
@@ -172,7 +188,7 @@ def _images_within(outer: tarfile.TarFile, member: tarfile.TarInfo) -> list[tupl
         return sorted(
             (Path(entry.name).name, member.offset_data + entry.offset_data, entry.size)
             for entry in inner
-            if entry.isfile() and _is_image(entry.name)
+            if entry.isfile() and is_picture(entry.name)
         )
 
 
@@ -188,7 +204,7 @@ class TfdsImages:
 
     Raises:
       FileNotFoundError: If it is not prepared there.
-      ValueError: If it is prepared in a format without random access.
+      PicturesError: If it is prepared in a format without random access.
     """
 
     def __init__(self, data_dir: str | os.PathLike | None = None, split: str = "train"):
@@ -202,12 +218,13 @@ class TfdsImages:
         directory = max(found, key=lambda path: tfds.core.Version(path.name))
         builder = tfds.builder_from_directory(directory)
         if builder.info.file_format != tfds.core.FileFormat.ARRAY_RECORD:
-            raise ValueError(
+            raise PicturesError(
                 f"{directory} is not in ArrayRecord; convert it with `python -m "
                 f"tensorflow_datasets.scripts.convert_format --dataset_dir={directory} "
                 "--out_file_format=array_record --out_dir=<new directory>`"
             )
         decoders = {"image": tfds.decode.SkipDecoding()}
+        self._directory = directory
         self._examples = builder.as_data_source(split=split, decoders=decoders)
         label = builder.info.features["label"]
         self._names = label.names
@@ -225,7 +242,7 @@ class TfdsImages:
         example = self._examples[index]
         label = int(example["label"])
         key = f"{self._names[label]}/{_text(example['file_name'])}"
-        return RawImage(_decode(example["image"], key), label, key)
+        return RawImage(read_picture(example["image"], f"{self._directory}: {key}"), label, key)
 
 
 def open_imagenet(location: str) -> ImageSource:
@@ -239,36 +256,22 @@ def open_imagenet(location: str) -> ImageSource:
 
     Raises:
       FileNotFoundError: If there is nothing.
-      ValueError: If what is there is none of the three.
+      PicturesError: If what is there is none of the three.
     """
     kind, _, data_dir = location.partition(":")
     if kind == "tfds":
         return TfdsImages(data_dir or None)
-    if location.endswith(".tar"):
+    if location.endswith(".tar") and not os.path.isdir(location):
         return TarImages(location)
     return FolderImages(location)
 
 
 def _describe(keys: list[str]) -> str:
     """The same for a folder and a tar file of the same images."""
-    digest = hashlib.sha256("\n".join(keys).encode()).hexdigest()
+    names = "\n".join(keys).encode(errors="surrogateescape")  # as the file system has them
+    digest = hashlib.sha256(names).hexdigest()
     return f"{len(keys)} images, sha256 of their names {digest}"
 
 
-def _is_image(name: str) -> bool:
-    return Path(name).suffix.lower() in _SUFFIXES
-
-
 def _text(value: bytes | str) -> str:
-    return value.decode() if isinstance(value, bytes) else value
-
-
-def _decode(data: bytes, key: str) -> np.ndarray:
-    """Pixels uint8[H, W, 3] of an encoded image."""
-    from PIL import Image
-
-    try:
-        with Image.open(io.BytesIO(data)) as picture:
-            return np.asarray(picture.convert("RGB"))
-    except OSError as error:  # what PIL raises for anything that it cannot read
-        raise ValueError(f"{key} is not a readable image: {error}") from error
+    return value.decode(errors="surrogateescape") if isinstance(value, bytes) else value

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, SupportsIndex
 
 import numpy as np
 
+from piflow_jax.data.pictures import PictureError
 from piflow_jax.data.shards import Plan, ShardedSet, ShardsError
 
 if TYPE_CHECKING:
@@ -61,7 +62,7 @@ class LatentsPlan(Plan):
       image_size: Side of the square crops.
       latent_shape: `(H, W, C)` of the latents.
       dtype: Type of the stored moments, `float16` or `float32`.
-      scale: Latents are `(sample - shift) * scale`.
+      scale: Latents are `(sample - shift) * scale`, a number or one for each channel.
       shift: See `scale`.
 
     Raises:
@@ -77,12 +78,14 @@ class LatentsPlan(Plan):
     image_size: int
     latent_shape: tuple[int, int, int]
     dtype: str = "float16"
-    scale: float = SD_VAE_SCALE
-    shift: float = 0.0
+    scale: float | tuple[float, ...] = SD_VAE_SCALE
+    shift: float | tuple[float, ...] = 0.0
 
     def __post_init__(self):  # noqa: D105
         super().__post_init__()
-        object.__setattr__(self, "latent_shape", tuple(self.latent_shape))
+        for name in ("latent_shape", "scale", "shift"):
+            if isinstance(getattr(self, name), list):  # from JSON
+                object.__setattr__(self, name, tuple(getattr(self, name)))
         self.check_positive("num_classes", "image_size")
         if self.dtype not in _DTYPES:
             raise ValueError(f"dtype must be one of {_DTYPES}, got {self.dtype!r}")
@@ -126,7 +129,9 @@ def write_shard(
     directory: str | os.PathLike,
     plan: LatentsPlan,
     shard: int,
-    examples: Iterable[dict[str, Any]],
+    examples: Iterable[dict[str, Any] | PictureError],
+    *,
+    skip_refused: bool = False,
 ) -> None:
     """Writes one shard, which appears under its name only when it is complete.
 
@@ -135,12 +140,14 @@ def write_shard(
       plan: What it holds.
       shard: Index of the shard.
       examples: In order, `mean`, `std`: `[2, *plan.latent_shape]` of `plan.dtype`, the image's and
-        its mirror image's; `label: int`; `key: str`.
+        its mirror image's; `label: int`; `key: str`. Or why an image cannot be read.
+      skip_refused: Leave out images that cannot be read.
 
     Raises:
       LatentsError: If there are not as many as the shard has images, or one is not finite.
+      RefusedError: If images cannot be read and are not left out; after all examples.
     """
-    _SET.write(directory, plan, shard, _serialized(plan, examples))
+    _SET.write(directory, plan, shard, _serialized(plan, examples), skip_refused=skip_refused)
 
 
 def finalize_latents(directory: str | os.PathLike) -> dict[str, Any]:
@@ -172,7 +179,8 @@ class LatentsSource:
       name: `imagenet_latents`.
       shape: `(H, W, C)` of one latent.
       num_classes: Number of classes.
-      latent_scale: Networks see `(latent - latent_shift) * latent_scale`.
+      latent_scale: Networks see `(latent - latent_shift) * latent_scale`, a number or one for each
+        channel.
       latent_shift: See `latent_scale`.
       vae: Identity of the autoencoder.
       manifest: All that is known of the set, `latents.json`.
@@ -184,7 +192,10 @@ class LatentsSource:
         self.name = NAME
         self.shape = tuple(manifest["latent_shape"])
         self.num_classes = manifest["num_classes"]
-        self.latent_scale, self.latent_shift = manifest["scale"], manifest["shift"]
+        self.latent_scale, self.latent_shift = (
+            tuple(value) if isinstance(value, list) else value
+            for value in (manifest["scale"], manifest["shift"])
+        )
         self.vae = manifest["vae"]
         self.manifest = manifest
         builder = tfds.builder_from_directory(directory)
@@ -224,15 +235,15 @@ class LatentsSource:
         Returns:
           The name, `<wnid>/<file name>` for ImageNet.
         """
-        return self._examples[index]["key"].decode()
+        return self._examples[index]["key"].decode(errors="surrogateescape")
 
 
 def load_latents_source(
     directory: str | os.PathLike,
     *,
     expect_vae: str | None = None,
-    expect_scale: float | None = None,
-    expect_shift: float | None = None,
+    expect_scale: float | tuple[float, ...] | None = None,
+    expect_shift: float | tuple[float, ...] | None = None,
     verify: bool = True,
 ) -> LatentsSource:
     """Opens a finished set.
@@ -256,6 +267,7 @@ def load_latents_source(
     manifest = _SET.open(directory)
     expected = {"vae": expect_vae, "scale": expect_scale, "shift": expect_shift}
     for name, value in expected.items():
+        value = list(value) if isinstance(value, tuple) else value  # as JSON has them
         if value is not None and manifest[name] != value:
             raise LatentsError(
                 f"{directory} was made with {name} {manifest[name]!r}, but {value!r} was asked for"
@@ -271,8 +283,8 @@ def draw_latents(
     key: "jax.Array",
     mean: "jax.Array",
     std: "jax.Array",
-    scale: float = SD_VAE_SCALE,
-    shift: float = 0.0,
+    scale: float | tuple[float, ...] = SD_VAE_SCALE,
+    shift: float | tuple[float, ...] = 0.0,
 ) -> "jax.Array":
     """Chooses image or mirror image with equal chances and samples its posterior; jittable.
 
@@ -282,7 +294,7 @@ def draw_latents(
       key: Random key.
       mean: `[B, 2, *sites, C]`, as batches of a `LatentsSource` have it.
       std: Standard deviation of the same shape.
-      scale: Latents are `(sample - shift) * scale`.
+      scale: Latents are `(sample - shift) * scale`, a number or one for each channel.
       shift: See `scale`.
 
     Returns:
@@ -296,6 +308,10 @@ def draw_latents(
     mirror = mirror.reshape(-1, *[1] * (mean.ndim - 2))
     mean, std = (
         jnp.where(mirror, moment[:, 1], moment[:, 0]).astype(jnp.float32) for moment in (mean, std)
+    )
+    scale, shift = (
+        jnp.asarray(value, jnp.float32).reshape((1,) * (mean.ndim - 1) + (-1,))
+        for value in (scale, shift)
     )
     return (mean + std * jax.random.normal(noise_key, mean.shape) - shift) * scale
 
@@ -318,12 +334,18 @@ def _features(plan: LatentsPlan):
     )
 
 
-def _serialized(plan: LatentsPlan, examples: Iterable[dict[str, Any]]) -> Iterator[bytes]:
+def _serialized(
+    plan: LatentsPlan, examples: Iterable[dict[str, Any] | PictureError]
+) -> Iterator[bytes | PictureError]:
     features = _features(plan)
     for example in examples:
+        if isinstance(example, PictureError):
+            yield example
+            continue
         if not all(np.isfinite(example[name]).all() for name in ("mean", "std")):
             raise LatentsError(f"latents of {example['key']} are not finite in {plan.dtype}")
-        yield features.serialize_example(example)
+        key = example["key"].encode(errors="surrogateescape")  # as the file system has it
+        yield features.serialize_example(example | {"key": key})
 
 
 def _write_tfds_files(directory: Path, plan: LatentsPlan, shards: list[dict[str, Any]]) -> None:

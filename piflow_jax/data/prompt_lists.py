@@ -9,9 +9,13 @@ import hashlib
 import json
 import math
 import os
+import reprlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+from piflow_jax.data.parquet_rows import EmbeddedPicture, ParquetRows
+from piflow_jax.data.pictures import PictureFile
 
 __all__ = [
     "ASPECTS",
@@ -41,12 +45,20 @@ class Prompt:
     Attributes:
       text: The prompt.
       aspect: Width over height of its image.
-      image: File of the image that it describes, as the list has it; empty if there is none.
+      image: File of the image that it describes, as the list has it, or the image itself; empty if
+        there is none.
     """
 
     text: str
     aspect: float = 1.0
-    image: str = ""
+    image: str | EmbeddedPicture = ""
+
+    def picture(self, folder: str | os.PathLike) -> tuple[PictureFile, str]:
+        """The image for `read_picture`, and its name; `folder` is what files are relative to."""
+        if isinstance(self.image, EmbeddedPicture):
+            return self.image.read(folder), f"{self.image}"
+        path = os.path.join(folder, self.image)
+        return path, path
 
 
 def read_prompts(path: str | os.PathLike) -> list[Prompt]:
@@ -55,8 +67,9 @@ def read_prompts(path: str | os.PathLike) -> list[Prompt]:
     Args:
       path: A `.txt` file with a prompt on each line (empty ones are passed over); a `.jsonl` file
         of objects, or a `.parquet` file of rows, with `prompt` and perhaps `aspect` (such as
-        "16:9", width first), or `height` and `width`, and `image`, a file relative to the list's
-        folder.
+        "16:9", width first), or `height` and `width`, and `image`: a file relative to the list's
+        folder or, in Parquet, `{bytes, path}` as on the Hugging Face Hub. Text is UTF-8; lines end
+        at a line feed, a carriage return or both, and at nothing else.
 
     Returns:
       The prompts, in order.
@@ -64,19 +77,22 @@ def read_prompts(path: str | os.PathLike) -> list[Prompt]:
     Raises:
       FileNotFoundError: There is no such file.
       ImportError: A Parquet file, and pyarrow is not installed.
-      ValueError: The file is of another kind, has no prompts, or an entry is not one; the message
-        says which.
+      ValueError: The file is of another kind, damaged, has no prompts, or an entry is not one; the
+        message says which.
     """
     path = Path(path)
-    if path.suffix not in _FORMATS:
+    suffix = path.suffix.lower()
+    if suffix not in _FORMATS:
         raise ValueError(
             f"{path} is no list of prompts: its name must end in one of {_FORMATS}; a "
             ".txt file has a prompt on each line"
         )
     if not path.exists():
         raise FileNotFoundError(f"{path}: there is no such list of prompts")
-    entries = {".txt": _lines, ".jsonl": _json_lines, ".parquet": _rows}[path.suffix](path)
-    prompts = [_prompt(path, number, entry) for number, entry in entries]
+    if not path.is_file():
+        raise ValueError(f"{path} is no file")
+    entries = {".txt": _plain_lines, ".jsonl": _json_lines, ".parquet": _rows}[suffix](path)
+    prompts = [_prompt(where, entry) for where, entry in entries]
     if not prompts:
         raise ValueError(f"{path} has no prompts")
     return prompts
@@ -110,65 +126,83 @@ def list_digest(prompts: Sequence[Prompt]) -> str:
     """
     digest = hashlib.sha256()
     for prompt in prompts:
-        digest.update(json.dumps(dataclasses.astuple(prompt)).encode() + b"\n")
+        image = prompt.image
+        name = image if isinstance(image, str) else f"row {image.row} {image.path}"
+        digest.update(json.dumps((prompt.text, prompt.aspect, name)).encode() + b"\n")
     return digest.hexdigest()
 
 
-def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        if line.strip():
-            yield number, {"prompt": line.strip()}
+def _lines(path: Path) -> Iterator[tuple[str, str]]:
+    """Lines that are not empty, each with what messages call it."""
+    # Unlike those of str, lines of bytes end at \n, \r\n and \r only.
+    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+        where = f"{path}, line {number}"
+        try:
+            text = line.decode().removeprefix("\ufeff")
+        except UnicodeDecodeError as error:
+            raise ValueError(
+                f"{where} is not UTF-8 (byte {line[error.start]:#04x}); save the list as UTF-8"
+            ) from error
+        if text.strip():
+            yield where, text
 
 
-def _json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
-        if line.strip():
-            try:
-                entry = json.loads(line)
-            except ValueError as error:
-                raise ValueError(f"{path}, line {number}: {error}") from error
-            yield number, entry
+def _plain_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    for where, line in _lines(path):
+        yield where, {"prompt": line.strip()}
 
 
-def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    try:
-        from pyarrow import parquet
-    except ImportError as error:
-        raise ImportError(
-            f"{path}: reading Parquet needs pyarrow, pip install 'piflow_jax[text]'"
-        ) from error
-    file = parquet.ParquetFile(path)
-    columns = [name for name in _KEYS if name in file.schema_arrow.names]
-    number = 0
-    for batch in file.iter_batches(columns=columns):
-        for row in batch.to_pylist():
-            number += 1
-            yield number, {key: value for key, value in row.items() if value is not None}
+def _json_lines(path: Path) -> Iterator[tuple[str, Any]]:
+    for where, line in _lines(path):
+        try:
+            yield where, json.loads(line)
+        except RecursionError as error:
+            raise ValueError(f"{where}: it is nested too deeply") from error
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
 
 
-def _prompt(path: Path, number: int, entry: Any) -> Prompt:
-    where = f"{path}, entry {number}"
+def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    return iter(ParquetRows(path, _KEYS, picture="image"))
+
+
+def _prompt(where: str, entry: Any) -> Prompt:
+    if isinstance(entry, dict):
+        entry = {key: value for key, value in entry.items() if value is not None}
     if not isinstance(entry, dict) or not isinstance(entry.get("prompt"), str):
         raise ValueError(f"{where} has no text under 'prompt'")
-    image = entry.get("image", "")
-    if not isinstance(image, str):
-        raise ValueError(f"{where}: 'image' must name a file, got {image!r}")
+    text, image = entry["prompt"], entry.get("image", "")
+    if not text.strip():
+        raise ValueError(f"{where}: the prompt is empty")
+    if "\0" in text:
+        raise ValueError(f"{where}: the prompt has a NUL character; it may be UTF-16, not UTF-8")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{where}: the prompt has half of a surrogate pair, {text[error.start]!a}"
+        ) from error
+    if not isinstance(image, str | EmbeddedPicture):
+        raise ValueError(f"{where}: 'image' must name a file, got {reprlib.repr(image)}")
     try:
         aspect = _aspect(entry)
-    except (AttributeError, TypeError, ValueError) as error:
+    except (AttributeError, OverflowError, TypeError, ValueError) as error:
         raise ValueError(
             f"{where}: 'aspect' must be like '16:9', or 'height' and 'width' positive numbers"
         ) from error
-    return Prompt(entry["prompt"], aspect, image)
+    return Prompt(text, aspect, image)
 
 
 def _aspect(entry: dict[str, Any]) -> float:
     if "aspect" in entry:
         width, height = (float(part) for part in entry["aspect"].split(":"))
     elif "height" in entry or "width" in entry:
-        width, height = float(entry.get("width", 0)), float(entry.get("height", 0))
+        sides = entry.get("width", 0), entry.get("height", 0)
+        if any(isinstance(side, bool) for side in sides):
+            raise TypeError(f"{sides}")
+        width, height = map(float, sides)
     else:
         return 1.0
-    if not (0 < width < math.inf and 0 < height < math.inf):
+    if not (0 < width < math.inf and 0 < height < math.inf and 0 < width / height < math.inf):
         raise ValueError(f"{width}:{height}")
     return width / height

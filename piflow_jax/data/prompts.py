@@ -13,16 +13,18 @@ Source: the caches of pi-Flow (arXiv 2510.14974, section 5.2), made once before 
 """
 
 import bisect
+import collections
 import dataclasses
 import itertools
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, SupportsIndex
 
 import ml_dtypes
 import numpy as np
 
+from piflow_jax.data.pictures import PictureError
 from piflow_jax.data.shards import Plan, ShardedSet, ShardsError
 
 __all__ = [
@@ -76,6 +78,8 @@ class PromptsPlan(Plan):
       max_length: Tokens beyond which a prompt was cut off.
       latent_channels: Channels of the images' latents; 0 if the list names no images.
       latents: Identity of the autoencoder of the images' latents; empty if there are none.
+      tokenizer: Identity of what takes prompts apart; empty in older sets.
+      cut_off: Number of prompts that are longer than `max_length`; 0 in older sets.
 
     Raises:
       ValueError: If a number is out of range or the buckets do not add up.
@@ -93,6 +97,8 @@ class PromptsPlan(Plan):
     max_length: int
     latent_channels: int = 0
     latents: str = ""
+    tokenizer: str = ""
+    cut_off: int = 0
 
     def __post_init__(self):  # noqa: D105
         super().__post_init__()
@@ -107,6 +113,18 @@ class PromptsPlan(Plan):
                 f"{self.num_examples} examples"
             )
 
+    def without(self, indices: Collection[int]) -> "PromptsPlan":
+        """The plan of a set that lacks some prompts, by their `indices` in this one."""
+        ends = list(itertools.accumulate(self.bucket_sizes))
+        lost = collections.Counter(bisect.bisect_right(ends, index) for index in indices)
+        sizes = [size - lost[bucket] for bucket, size in enumerate(self.bucket_sizes)]
+        return dataclasses.replace(
+            self,
+            num_examples=self.num_examples - len(indices),
+            buckets=tuple(b for b, size in zip(self.buckets, sizes, strict=True) if size),
+            bucket_sizes=tuple(size for size in sizes if size),
+        )
+
 
 _SET = ShardedSet(
     manifest=MANIFEST,
@@ -115,6 +133,7 @@ _SET = ShardedSet(
     error=PromptsError,
     contents="prompts",
     notes=("text_length",),
+    added=("tokenizer", "cut_off"),
 )
 
 
@@ -151,7 +170,9 @@ def write_prompt_shard(
     directory: str | os.PathLike,
     plan: PromptsPlan,
     shard: int,
-    examples: Iterable[dict[str, Any]],
+    examples: Iterable[dict[str, Any] | PictureError],
+    *,
+    skip_refused: bool = False,
 ) -> None:
     """Writes one shard, which appears under its name only when it is complete.
 
@@ -162,14 +183,18 @@ def write_prompt_shard(
       examples: In the set's order: `prompt: str`; `index: int`, its place in the list; `text`:
         `[L, text_features]` with the prompt's own length `1 <= L <= max_length`; `pooled`:
         `[pooled_features]`, where the plan has it; `latents`: `[H, W, latent_channels]` of the
-        prompt's bucket, where the plan has them (the empty prompt has none).
+        prompt's bucket, where the plan has them (the empty prompt has none). Or why a prompt's
+        image cannot be read.
+      skip_refused: Leave out prompts whose image cannot be read.
 
     Raises:
       PromptsError: If there are not as many as the shard has, or one has other shapes or is not
         finite.
+      RefusedError: If images cannot be read and are not left out; after all examples.
     """
     notes = {"text_length": 0}
-    _SET.write(directory, plan, shard, _serialized(plan, shard, examples, notes), notes)
+    records = _serialized(plan, shard, examples, notes)
+    _SET.write(directory, plan, shard, records, notes, skip_refused=skip_refused)
 
 
 def finalize_prompts(directory: str | os.PathLike) -> dict[str, Any]:
@@ -373,12 +398,18 @@ def load_prompts_source(
 
 
 def _serialized(
-    plan: PromptsPlan, shard: int, examples: Iterable[dict[str, Any]], notes: dict[str, int]
-) -> Iterator[bytes]:
+    plan: PromptsPlan,
+    shard: int,
+    examples: Iterable[dict[str, Any] | PictureError],
+    notes: dict[str, int],
+) -> Iterator[bytes | PictureError]:
     from safetensors.numpy import save
 
     ends = list(itertools.accumulate(plan.bucket_sizes))
     for position, example in enumerate(examples, start=plan.shard_range(shard).start):
+        if isinstance(example, PictureError):
+            yield example
+            continue
         bucket = bisect.bisect_right(ends, position)
         size = plan.buckets[bucket] if bucket < len(plan.buckets) else None
         arrays = _checked(plan, example, size)

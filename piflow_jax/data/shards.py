@@ -9,6 +9,9 @@ one that is in its place is whole, and a preparation that was killed goes on wit
 writer has files of its own under construction: two preparations at once (a job started again while
 the old one still runs) share or repeat work, and do not harm each other. The directory must be
 local or mounted.
+
+An example whose picture cannot be read stands as a `PictureError` among the examples of its shard.
+Such a shard is not written, or, if that is wanted, is written without it and says so.
 """
 
 import concurrent.futures
@@ -17,21 +20,51 @@ import hashlib
 import json
 import os
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-__all__ = ["Plan", "ShardedSet", "ShardsError", "num_records", "read_json", "write_json"]
+from piflow_jax.data.pictures import PictureError
+
+__all__ = [
+    "Plan",
+    "RefusedError",
+    "ShardedSet",
+    "ShardsError",
+    "left_out",
+    "num_records",
+    "read_json",
+    "write_all",
+    "write_json",
+]
 
 _WORK = "preparation"
 _PLAN = "plan.json"
 # One record for each read. Half-precision noise hardly compresses: 6%, and reads take twice as long
 _WRITER_OPTIONS = "group_size:1,uncompressed"
 _HASH_THREADS = 8
+# Refused pictures that are named; of more there is likely one reason.
+_LISTED = 200
 
 
 class ShardsError(ValueError):
     """A cached set is unfinished, damaged, or not the one that was asked for."""
+
+
+class RefusedError(ShardsError):
+    """Pictures cannot be read, and the shards that need them were not written.
+
+    Args:
+      refused: What is wrong with each; an attribute too.
+    """
+
+    def __init__(self, refused: Sequence[PictureError]):
+        super().__init__(refused)
+        self.refused = refused
+
+    def __str__(self) -> str:  # noqa: D105
+        advice = "mend or remove them, or leave them out by config.data.skip_refused"
+        return f"{_listed(self.refused)}\n{len(self.refused)} pictures were refused: {advice}"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -75,6 +108,10 @@ class Plan:
         start = shard * self.shard_size
         return range(start, min(start + self.shard_size, self.num_examples))
 
+    def without(self, indices: Collection[int]) -> "Plan":
+        """The plan of a set that lacks some examples, by their `indices` in this one."""
+        return dataclasses.replace(self, num_examples=self.num_examples - len(indices))
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ShardedSet:
@@ -87,6 +124,7 @@ class ShardedSet:
       error: What to raise, a `ShardsError`.
       contents: What the set holds, for messages.
       notes: Numbers that each shard's entry of the manifest has besides its length and checksum.
+      added: Fields of plans that sets of earlier versions lack; these have the defaults.
     """
 
     manifest: str
@@ -95,6 +133,7 @@ class ShardedSet:
     error: type[ShardsError]
     contents: str
     notes: tuple[str, ...] = ()
+    added: tuple[str, ...] = ()
 
     def start(self, directory: str | os.PathLike, plan: Plan) -> None:
         """Records what a directory is going to hold, or checks that it is what it was.
@@ -111,12 +150,14 @@ class ShardedSet:
         if not (work / _PLAN).exists():
             write_json(work / _PLAN, dataclasses.asdict(plan))
         known = self._read_plan(directory)  # perhaps another process's, which came first
-        if known != plan:
-            differences = [
-                f"{field.name} was {getattr(known, field.name)!r}, is {getattr(plan, field.name)!r}"
-                for field in dataclasses.fields(plan)
-                if getattr(known, field.name) != getattr(plan, field.name)
-            ]
+        recorded = read_json(work / _PLAN, self.error)
+        differences = [
+            f"{field.name} was {getattr(known, field.name)!r}, is {getattr(plan, field.name)!r}"
+            for field in dataclasses.fields(plan)
+            if getattr(known, field.name) != getattr(plan, field.name)
+            and (field.name in recorded or field.name not in self.added)
+        ]
+        if differences:
             raise self.error(f"{directory} was begun differently: {'; '.join(differences)}")
 
     def missing(self, directory: str | os.PathLike, plan: Plan) -> list[int]:
@@ -145,8 +186,10 @@ class ShardedSet:
         directory: str | os.PathLike,
         plan: Plan,
         shard: int,
-        records: Iterable[bytes],
+        records: Iterable[bytes | PictureError],
         notes: dict[str, int] | None = None,
+        *,
+        skip_refused: bool = False,
     ) -> None:
         """Writes one shard, which appears under its name only when it is complete.
 
@@ -157,11 +200,13 @@ class ShardedSet:
           directory: The set's directory, after `start`.
           plan: What it holds.
           shard: Index of the shard.
-          records: Its examples in order, serialised.
+          records: Its examples in order, serialised, or why one's picture cannot be read.
           notes: Numbers named in `self.notes`; read after the last record, so that whoever makes
             the records may fill it.
+          skip_refused: Leave out examples whose picture cannot be read.
 
         Raises:
+          RefusedError: If there are such examples and they are not left out; after all records.
           ShardsError: If there are not as many as the shard has examples.
         """
         from array_record.python.array_record_module import ArrayRecordWriter
@@ -172,23 +217,35 @@ class ShardedSet:
         under_way = Path(directory) / _WORK / f"{name}.{uuid.uuid4().hex}"
         try:
             writer = ArrayRecordWriter(os.fspath(under_way), _WRITER_OPTIONS)
-            count = 0
+            indices, count, refused = plan.shard_range(shard), 0, {}
             try:
-                for record in records:
-                    writer.write(record)
-                    count += 1
+                for index, record in enumerate(records, start=indices.start):
+                    if isinstance(record, PictureError):
+                        refused[index] = record
+                    else:
+                        writer.write(record)
+                        count += 1
+            except self.error as error:
+                raise self.error(f"{directory}: {error}") from error
             finally:
                 writer.close()
-            if count != len(plan.shard_range(shard)):
+            if count + len(refused) != len(indices):
                 raise self.error(
-                    f"shard {shard} has {len(plan.shard_range(shard))} {self.contents}, got {count}"
+                    f"{directory}: shard {shard} has {len(indices)} {self.contents}, got {count}"
                 )
+            if refused and not skip_refused:
+                raise RefusedError(list(refused.values()))
             if self._is_there(directory, plan, shard):
                 return
             with open(under_way, "rb+") as file:
                 os.fsync(file.fileno())
             entry = {"examples": count, "bytes": under_way.stat().st_size}
             entry |= {"sha256": _digest(under_way)} | {note: notes[note] for note in self.notes}
+            if refused:
+                entry["refused"] = [
+                    {"index": index, "picture": error.name, "reason": error.reason}
+                    for index, error in refused.items()
+                ]
             write_json(_record_path(directory, shard), entry)
             os.replace(under_way, Path(directory) / plan.shard_name(shard))
             # What killed preparations left of this shard; one that still runs does without.
@@ -233,6 +290,10 @@ class ShardedSet:
                     f"{directory / entry['file']} has {count} examples, "
                     f"expected {entry['examples']}"
                 )
+        try:
+            plan = plan.without([entry["index"] for entry in _refused(shards)])
+        except ValueError as error:
+            raise self.error(f"{directory} would be empty: all pictures were refused") from error
         if describe is not None:
             describe(directory, plan, shards)
         manifest = {"format": self.format, **dataclasses.asdict(plan), "shards": shards}
@@ -262,11 +323,13 @@ class ShardedSet:
             raise self.error(
                 f"{path} has format {manifest.get('format')!r}, expected {self.format}"
             )
-        fields = {field.name for field in dataclasses.fields(self.plan)} | {"format", "shards"}
+        defaults = {field.name: field.default for field in dataclasses.fields(self.plan)}
+        manifest = {name: defaults[name] for name in self.added} | manifest
+        fields = set(defaults) | {"format", "shards"}
         if set(manifest) != fields:
             raise self.error(f"{path} lacks or adds {sorted(fields ^ set(manifest))}")
         for shard in manifest["shards"]:
-            if set(shard) != {"file", "examples", "bytes", "sha256", *self.notes}:
+            if set(shard) - {"refused"} != {"file", "examples", "bytes", "sha256", *self.notes}:
                 raise self.error(f"{path} does not have all of {shard.get('file')}")
         total = sum(shard["examples"] for shard in manifest["shards"])
         if total != manifest["num_examples"]:
@@ -319,6 +382,46 @@ class ShardedSet:
             raise self.error(f"{path} is not a plan: {error}") from error
 
 
+def write_all(
+    write: Callable[[int], None],
+    shards: Sequence[int],
+    on_progress: Callable[[int, int], None] | None = None,
+) -> None:
+    """Writes shards one after the other; one with refused pictures does not hold up the others.
+
+    Args:
+      write: Writes one shard.
+      shards: Their indices.
+      on_progress: Called after each with the number of shards done and of all.
+
+    Raises:
+      RefusedError: If pictures were refused; at the end, with those of all shards.
+    """
+    refused = []
+    for done, shard in enumerate(shards, start=1):
+        try:
+            write(shard)
+        except RefusedError as error:
+            refused += error.refused
+        if on_progress is not None:
+            on_progress(done, len(shards))
+    if refused:
+        raise RefusedError(refused)
+
+
+def left_out(manifest: dict[str, Any]) -> str:
+    """The pictures that a finished set lacks.
+
+    Args:
+      manifest: The set's manifest.
+
+    Returns:
+      A line for each, with the reason; usually empty.
+    """
+    refused = _refused(manifest["shards"])
+    return _listed([PictureError(entry["picture"], entry["reason"]) for entry in refused])
+
+
 def num_records(path: str | os.PathLike) -> int:
     """Number of records of the ArrayRecord file at `path`."""
     from array_record.python.array_record_module import ArrayRecordReader
@@ -346,6 +449,15 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(under_way, path)
+
+
+def _refused(shards: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [entry for shard in shards for entry in shard.get("refused", ())]
+
+
+def _listed(refused: Sequence[PictureError]) -> str:
+    lines = [f"{error}" for error in refused[:_LISTED]]
+    return "\n".join(lines + [f"and {len(refused) - _LISTED} more"] * (len(refused) > _LISTED))
 
 
 def _digest(path: Path) -> str:

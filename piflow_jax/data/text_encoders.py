@@ -36,6 +36,18 @@ _QWEN_TEMPLATE = (
     "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
 )
 _QWEN_DROPPED = 34
+# Text that tokenizers of one release, but of other versions or with ftfy, take apart differently.
+_PROBES = (
+    *(
+        "a red fox",
+        "Caf\u00e9  CAFE\u0301",
+        "\u4e00\u53ea\u72d0\u72f8",
+        "a\u200bb",
+        "a\ufeffb",
+        "a\u2028b\x07",
+    ),
+    *("\ufb01", "\u0130", "caf\u00c3\u00a9", "&amp; don't", "\U0001f98a", "1234567"),
+)
 
 
 class TextEncoder(Protocol):
@@ -43,6 +55,8 @@ class TextEncoder(Protocol):
 
     Attributes:
       identity: Hash of its weights and of how it is used.
+      tokenizer: What takes prompts apart: its kind, and a hash of what it makes of difficult ones,
+        which depends on the version of its library too.
       compute: How it is evaluated, for the record.
       text_features: Width `D` of the text embeddings.
       pooled_features: Width `P` of the pooled embedding; 0 if there is none.
@@ -50,10 +64,15 @@ class TextEncoder(Protocol):
     """
 
     identity: str
+    tokenizer: str
     compute: str
     text_features: int
     pooled_features: int
     max_length: int
+
+    def tokens(self, prompts: Sequence[str]) -> list[tuple[list, int]]:
+        """Returns what is read of each of `prompts`, and how many tokens beyond it are cut off."""
+        ...
 
     def __call__(self, prompts: Sequence[str]) -> list[dict[str, np.ndarray]]:
         """Returns `text: float32[L, D]` and perhaps `pooled: float32[P]` of each of `prompts`."""
@@ -77,14 +96,20 @@ class WordEncoder:
         self.pooled_features = pooled_features
         self.max_length = max_length
         self.identity = f"{_WORDS}:{text_features}:{pooled_features}, {max_length} words"
+        self.tokenizer = _WORDS
         self.compute = "float32"
+
+    def tokens(self, prompts: Sequence[str]) -> list[tuple[list, int]]:
+        """Returns the words of each of `prompts`, and the number of those beyond the limit."""
+        # The empty prompt has a token too.
+        words = (["", *prompt.lower().split()] for prompt in prompts)
+        return [(w[: self.max_length], max(len(w) - self.max_length, 0)) for w in words]
 
     def __call__(self, prompts: Sequence[str]) -> list[dict[str, np.ndarray]]:
         """Returns `text: float32[L, D]` and `pooled: float32[P]` of each of `prompts`."""
-        return [self._encode(prompt) for prompt in prompts]
+        return [self._encode(words) for words, _ in self.tokens(prompts)]
 
-    def _encode(self, prompt: str) -> dict[str, np.ndarray]:
-        words = ["", *prompt.lower().split()][: self.max_length]  # the empty prompt has a token too
+    def _encode(self, words: list[str]) -> dict[str, np.ndarray]:
         places = [f"{i}" for i in range(len(words))]
         text = _vectors(words, "text", self.text_features)
         text += _vectors(places, "place", self.text_features) / 2
@@ -120,21 +145,33 @@ class FluxEncoder:
 
         folder = Path(folder)
         parts = ("tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2")
-        load = {"dtype": getattr(torch, dtype), "local_files_only": True}
         self._torch, self._device = torch, device
-        self._clip_tokens, self._t5_tokens = (
-            transformers.AutoTokenizer.from_pretrained(folder / name, local_files_only=True)
-            for name in parts[::2]
-        )
-        self._clip = transformers.CLIPTextModel.from_pretrained(folder / parts[1], **load)
-        self._t5 = transformers.T5EncoderModel.from_pretrained(folder / parts[3], **load)
-        for network in (self._clip, self._t5):
-            network.eval().to(device)
+        # Of CLIP the pipelines have the one called so; under transformers 4 others differ from it.
+        self._clip_tokens = _loaded(transformers.CLIPTokenizer, folder / parts[0])
+        self._t5_tokens = _loaded(transformers.AutoTokenizer, folder / parts[2])
+        self._clip = _network(transformers.CLIPTextModel, folder / parts[1], dtype, device)
+        self._t5 = _network(transformers.T5EncoderModel, folder / parts[3], dtype, device)
         self.max_length = max_length
         self.text_features = self._t5.config.d_model
         self.pooled_features = self._clip.config.hidden_size
         self.identity = f"flux {max_length} {_files_digest(folder, parts)}"
+        self.tokenizer = _tokenizer_identity(self, self._clip_tokens, self._t5_tokens)
         self.compute = _compute(dtype, device)
+
+    def tokens(self, prompts: Sequence[str]) -> list[tuple[list, int]]:
+        """Returns the tokens of each of `prompts` for both encoders, and how many T5 lacks."""
+        clip, t5 = (
+            tokenizer(list(prompts), verbose=False).input_ids
+            for tokenizer in (self._clip_tokens, self._t5_tokens)
+        )
+        return [
+            (
+                _cut(first, self._clip.config.max_position_embeddings)
+                + _cut(second, self.max_length),
+                max(len(second) - self.max_length, 0),
+            )
+            for first, second in zip(clip, t5, strict=True)
+        ]
 
     def __call__(self, prompts: Sequence[str]) -> list[dict[str, np.ndarray]]:
         """Returns `text: float32[max_length, D]`, `pooled: float32[P]` of each of `prompts`."""
@@ -179,19 +216,23 @@ class QwenEncoder:
 
         folder = Path(folder)
         self._torch, self._device = torch, device
-        self._tokens = transformers.AutoTokenizer.from_pretrained(
-            folder / "tokenizer", local_files_only=True
-        )
-        network = transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained(
-            folder / "text_encoder", dtype=getattr(torch, dtype), local_files_only=True
-        )
-        self._network = network.model.eval().to(device)  # without the logits of each word
+        self._tokens = _loaded(transformers.AutoTokenizer, folder / "tokenizer")
+        kind = transformers.Qwen2_5_VLForConditionalGeneration
+        network = _network(kind, folder / "text_encoder", dtype, device)
+        self._network = network.model  # without the logits of each word
         self.max_length = max_length
         self.text_features = network.config.get_text_config().hidden_size
         self.pooled_features = 0
         parts = ("tokenizer", "text_encoder")
         self.identity = f"qwen_image {max_length} {_files_digest(folder, parts)}"
+        self.tokenizer = _tokenizer_identity(self, self._tokens)
         self.compute = _compute(dtype, device)
+
+    def tokens(self, prompts: Sequence[str]) -> list[tuple[list, int]]:
+        """Returns the tokens of each of `prompts` behind the template, and how many are cut off."""
+        templates = [_QWEN_TEMPLATE.format(prompt) for prompt in prompts]
+        rows = [ids[_QWEN_DROPPED:] for ids in self._tokens(templates, verbose=False).input_ids]
+        return [(ids[: self.max_length], max(len(ids) - self.max_length, 0)) for ids in rows]
 
     def __call__(self, prompts: Sequence[str]) -> list[dict[str, np.ndarray]]:
         """Returns `text: float32[L, D]` of each of `prompts`, with its own number of tokens."""
@@ -268,7 +309,10 @@ def _kind(folder: Path) -> tuple[type, int]:
             f"{folder} is not of a release of FLUX.1 or Qwen-Image: it has no "
             "text_encoder/config.json"
         )
-    kind = json.loads(config.read_text(encoding="utf-8")).get("model_type")
+    try:
+        kind = json.loads(config.read_text(encoding="utf-8"))["model_type"]
+    except (KeyError, OSError, TypeError, ValueError) as error:
+        raise ValueError(f"{config} does not say what model_type it is of: {error!r}") from error
     if kind == "qwen2_5_vl":
         return QwenEncoder, 1024
     if kind == "clip_text_model" and (folder / "text_encoder_2").is_dir():
@@ -277,6 +321,39 @@ def _kind(folder: Path) -> tuple[type, int]:
         f"{folder}: FLUX.1 has a clip_text_model and a text_encoder_2, Qwen-Image a qwen2_5_vl, "
         f"not {kind!r}"
     )
+
+
+def _loaded(kind: Any, folder: Path, **options: Any) -> Any:
+    """A part of a release, by the class of transformers that it is of."""
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: there is no such folder, which belongs to the release")
+    try:
+        return kind.from_pretrained(folder, local_files_only=True, **options)
+    # Of files that are missing or damaged the libraries of all their formats raise what they like.
+    except Exception as error:
+        reason = " ".join(f"{error}".split()) or type(error).__name__
+        raise ValueError(f"{folder} cannot be loaded as {kind.__name__}: {reason}") from error
+
+
+def _network(kind: Any, folder: Path, dtype: str, device: str) -> Any:
+    import torch
+
+    network, found = _loaded(kind, folder, dtype=getattr(torch, dtype), output_loading_info=True)
+    absent = sorted(found["missing_keys"])
+    if absent:  # transformers draws them at random
+        raise ValueError(f"{folder} lacks {len(absent)} weights, the first is {absent[0]}")
+    return network.eval().to(device)
+
+
+def _cut(ids: list[int], length: int) -> list[int]:
+    """Tokens as they are cut off: the last one, which ends the prompt, stays."""
+    return ids if len(ids) <= length else [*ids[: length - 1], ids[-1]]
+
+
+def _tokenizer_identity(encoder: TextEncoder, *tokenizers: Any) -> str:
+    kinds = " and ".join(type(tokenizer).__name__ for tokenizer in tokenizers)
+    made = json.dumps(encoder.tokens(_PROBES))
+    return f"{kinds}, SHA-256 of probes {hashlib.sha256(made.encode()).hexdigest()}"
 
 
 def _floats(tensor: Any) -> np.ndarray:

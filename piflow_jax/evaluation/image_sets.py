@@ -16,13 +16,17 @@ from pathlib import Path
 
 import numpy as np
 
+from piflow_jax.data.pictures import PictureError, read_picture
+
 __all__ = ["ImageSet", "cached_features", "centre_patch", "open_images", "resized"]
 
 # Side of what Inception sees.
 PATCH = 299
 
-_NAME = re.compile(r"(\d+)(?:-(\d+))?\.png")
+_NAME = re.compile(r"(\d{1,18})(?:-(\d{1,18}))?\.png")  # numbers of 64 bits
 _CHUNK = 64
+# Features of pictures that were read in another way are of other pictures.
+_READING = "upright, 8 bits, on white"
 
 
 class ImageSet:
@@ -54,8 +58,8 @@ class ImageSet:
 
     def digest(self, numbers: range) -> str:
         """Hash of which files the pictures `numbers` are: their names, lengths and times."""
-        parts = [self._fingerprint(self._order[number]) for number in numbers]
-        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+        parts = [_READING, *(self._fingerprint(self._order[number]) for number in numbers)]
+        return hashlib.sha256("\n".join(parts).encode(errors="surrogateescape")).hexdigest()
 
 
 def open_images(path: str | os.PathLike) -> ImageSet:
@@ -71,7 +75,8 @@ def open_images(path: str | os.PathLike) -> ImageSet:
     Raises:
       FileNotFoundError: There is no such file or folder.
       ValueError: It has no pictures, a file's name is not like `12-0.png`, or arrays have other
-        shapes or types; or two pictures have the same place and seed.
+        shapes or types; or two pictures have the same place and seed. Pictures that cannot be
+        read raise a `PictureError` when they are.
     """
     path = Path(path)
     if not path.exists():
@@ -86,8 +91,6 @@ def open_images(path: str | os.PathLike) -> ImageSet:
 
 
 def _open_folder(path: Path) -> ImageSet:
-    from PIL import Image
-
     files = sorted(path.glob("*.png"))
     matches = [_NAME.fullmatch(file.name) for file in files]
     for file, match in zip(files, matches, strict=True):
@@ -95,11 +98,13 @@ def _open_folder(path: Path) -> ImageSet:
             raise ValueError(f"{file} is not named <place>-<seed>.png or <place>.png")
 
     def read(i):
-        with Image.open(files[i]) as image:
-            return np.asarray(image.convert("RGB"))
+        return read_picture(files[i])
 
     def fingerprint(i):
-        status = files[i].stat()
+        try:
+            status = files[i].stat()
+        except OSError as error:  # a link to nothing
+            raise PictureError(f"{files[i]}", error.strerror) from error
         return f"{files[i].name} {status.st_size} {status.st_mtime_ns}"
 
     places = np.array([int(match[1]) for match in matches], int)
@@ -114,13 +119,16 @@ def _open_archive(path: Path) -> ImageSet:
     except (AttributeError, OSError, TypeError, ValueError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path} is no folder of PNG files and no .npz file: {error}") from error
     images = arrays.get("images")
-    if images is None or images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
+    fits = images is not None and images.dtype == np.uint8 and images.ndim == 4
+    if not fits or images.shape[-1] != 3 or 0 in images.shape[1:]:
         raise ValueError(f"{path} needs `images`: uint8[N, H, W, 3]")
     places = arrays.get("place", np.arange(len(images)))
     seeds = arrays.get("seed", np.zeros(len(images), int))
     for name, numbers in (("place", places), ("seed", seeds)):
         if numbers.shape != (len(images),) or not np.issubdtype(numbers.dtype, np.integer):
             raise ValueError(f"{path}: `{name}` must be {len(images)} integers")
+        if numbers.min(initial=0) < 0:
+            raise ValueError(f"{path}: `{name}` must not be negative")
     status = path.stat()
     fingerprint = f"{path.name} {status.st_size} {status.st_mtime_ns}"
     return ImageSet(places, seeds, images.__getitem__, lambda i: f"{fingerprint} {i}")

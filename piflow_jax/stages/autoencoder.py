@@ -100,17 +100,16 @@ def pixel_sampler(sampler: Sampler, module: AutoencoderKL, data: DataShape) -> S
     Args:
       sampler: makes latents as networks see them.
       module: the autoencoder.
-      data: has the latents' scale and shift.
+      data: has the scale and shift of prepared latents.
 
     Returns:
       `((params, vae_params), noise[B, h, w, C], condition) -> images[B, H, W, 3]`, about [-1, 1].
     """
+    module = data.decoder(module)
 
     def sample(params, noise, condition):
         params, vae_params = params
-        latents = sampler(params, noise, condition) / data.latent_scale + data.latent_shift
-        return decode_in_chunks(
-            module, vae_params, latents.astype(jnp.float32), CHUNK * jax.local_device_count()
-        )
+        latents = module.raw(sampler(params, noise, condition).astype(jnp.float32))
+        return decode_in_chunks(module, vae_params, latents, CHUNK * jax.local_device_count())
 
     return sample

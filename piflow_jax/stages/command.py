@@ -9,6 +9,7 @@ import ml_collections
 from absl import logging
 
 from piflow_jax.config import Config, ConfigError, check_devices, parse
+from piflow_jax.data.pictures import PicturesError
 from piflow_jax.data.shards import ShardsError
 from piflow_jax.parallel import processes, slice_count
 from piflow_jax.stages.adm import write_reference
@@ -94,7 +95,7 @@ def run(mode: str, config: ml_collections.ConfigDict, workdir: str | os.PathLike
     except Interrupted as stop:
         logging.info("%s", stop)
         return processes.end(0 if stop.signal == "SIGTERM" else 130)
-    except (ConfigError, FileNotFoundError, ShardsError) as error:
+    except (ConfigError, FileNotFoundError, PicturesError, ShardsError) as error:
         return _refuse(str(error), 2)
     except Exception as error:
         lost = processes.lost(error)

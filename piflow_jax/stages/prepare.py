@@ -13,13 +13,14 @@ from absl import logging
 from piflow_jax.config import Config, ConfigError
 from piflow_jax.data.imagenet import ImageSource, center_crop, open_imagenet
 from piflow_jax.data.latents import (
-    SD_VAE_SCALE,
     LatentsPlan,
     finalize_latents,
     missing_shards,
     start_latents,
     write_shard,
 )
+from piflow_jax.data.pictures import PictureError
+from piflow_jax.data.shards import left_out, write_all
 from piflow_jax.models.vae import AutoencoderKL
 from piflow_jax.parallel import batch_sharding, local_mesh, replicated
 from piflow_jax.stages.autoencoder import load_autoencoder, tree_digest
@@ -41,11 +42,10 @@ def prepare(
     process_index: int = 0,
     process_count: int = 1,
     on_progress: Callable[[int, int], None] | None = None,
-    scale: float = SD_VAE_SCALE,
-    shift: float = 0.0,
     dtype: str = "float16",
     precision: str = "high",
     read_threads: int = 16,
+    skip_refused: bool = False,
 ) -> dict[str, Any] | None:
     """Encodes all images and their mirror images, in the order of the source.
 
@@ -70,11 +70,10 @@ def prepare(
       process_count: Number of processes.
       on_progress: Called after each shard with the number of shards that this call has written and
         has to write.
-      scale: Scale of latents, recorded for who reads them.
-      shift: Shift of latents, recorded likewise.
       dtype: Type of the stored moments.
       precision: JAX's precision of products; `high` is TensorFloat-32 or three bfloat16 passes.
       read_threads: Threads that read, decode and crop images.
+      skip_refused: Leave out images that cannot be read; the manifest names them.
 
     Returns:
       The manifest if all shards are there, None if other processes still have some to write.
@@ -83,6 +82,8 @@ def prepare(
       ValueError: If the batch size is not divisible, or the process does not exist.
       LatentsError: If another preparation was begun in the directory, latents are not finite, or
         shards are damaged.
+      RefusedError: If images cannot be read and are not left out; when all shards without such
+        images are written.
     """
     if not 0 <= process_index < process_count:
         raise ValueError(f"process_index must lie in [0, {process_count}), got {process_index}")
@@ -108,19 +109,20 @@ def prepare(
         latent_shape=moments.shape[1:],
         shard_size=shard_size,
         dtype=dtype,
-        scale=scale,
-        shift=shift,
+        scale=vae_module.latent_scale,
+        shift=vae_module.latent_shift,
     )
     start_latents(directory, plan)
     todo = [s for s in missing_shards(directory, plan) if s % process_count == process_index]
     logging.info("prepare: %d of %d shards to write in %s", len(todo), plan.num_shards, directory)
     encode = _encoder(vae_module, vae_params, dtype, precision)
     with concurrent.futures.ThreadPoolExecutor(read_threads) as pool:
-        for done, shard in enumerate(todo, start=1):
+
+        def write(shard):
             examples = _encoded(source, plan.shard_range(shard), encode, batch_size, plan, pool)
-            write_shard(directory, plan, shard, examples)
-            if on_progress is not None:
-                on_progress(done, len(todo))
+            write_shard(directory, plan, shard, examples, skip_refused=skip_refused)
+
+        write_all(write, todo, on_progress)
     if missing_shards(directory, plan):
         return None
     return finalize(directory)
@@ -137,6 +139,8 @@ def prepare_latents(config: Config, workdir: str | os.PathLike) -> None:
       ConfigError: one of the three is not given, or the autoencoder's file is not one.
       FileNotFoundError: one of them is not there.
       LatentsError: another preparation was begun in the directory, or shards are damaged.
+      PicturesError: `config.data.images` is not what it should be.
+      RefusedError: images cannot be read, and `config.data.skip_refused` is not set.
     """
     del workdir
     settings = config.data
@@ -153,9 +157,12 @@ def prepare_latents(config: Config, workdir: str | os.PathLike) -> None:
         process_index=jax.process_index(),
         process_count=jax.process_count(),
         on_progress=lambda done, todo: logging.info("prepare: %d/%d shards", done, todo),
+        skip_refused=settings.skip_refused,
     )
     if manifest is not None:
         logging.info("prepare: %d images in %s", manifest["num_examples"], settings.data_dir)
+        if left_out(manifest):
+            logging.warning("prepare: left out\n%s", left_out(manifest))
 
 
 def _encoder(module: AutoencoderKL, params: Any, dtype: str, precision: str) -> Callable:
@@ -187,30 +194,37 @@ def _encoded(
     batch_size: int,
     plan: LatentsPlan,
     pool: concurrent.futures.Executor,
-) -> Iterator[dict[str, Any]]:
+) -> Iterator[dict[str, Any] | PictureError]:
     """Examples of one shard. Batches do not cross shards, so a shard is always made alike."""
 
     def read(index):
-        image, label, key = source[index]
+        try:
+            image, label, key = source[index]
+        except PictureError as error:
+            return error
         return center_crop(image, plan.image_size), label, key
 
     under_way = None  # on the devices, while the next images are read
     for start in range(0, len(indices), batch_size):
-        images, labels, keys = zip(
-            *pool.map(read, indices[start : start + batch_size]), strict=True
-        )
-        pixels = np.zeros((batch_size, *images[0].shape), np.uint8)
-        pixels[: len(images)] = images
-        current = (encode(pixels), labels, keys)
+        rows = list(pool.map(read, indices[start : start + batch_size]))
+        images = [row[0] for row in rows if not isinstance(row, PictureError)]
+        pixels = np.zeros((batch_size, plan.image_size, plan.image_size, 3), np.uint8)
+        for place, image in enumerate(images):
+            pixels[place] = image
+        current = (encode(pixels), rows)
         if under_way is not None:
             yield from _rows(*under_way)
         under_way = current
     yield from _rows(*under_way)
 
 
-def _rows(moments: tuple[jax.Array, jax.Array], labels, keys) -> Iterator[dict[str, Any]]:
-    means, stds = jax.device_get(moments)
-    for mean, std, label, key in zip(
-        means, stds, labels, keys, strict=False
-    ):  # the rest is padding
-        yield {"mean": mean, "std": std, "label": label, "key": key}
+def _rows(
+    moments: tuple[jax.Array, jax.Array], rows: list[tuple | PictureError]
+) -> Iterator[dict[str, Any] | PictureError]:
+    pairs = zip(*jax.device_get(moments), strict=True)  # behind the images there is padding
+    for row in rows:
+        if isinstance(row, PictureError):
+            yield row
+        else:
+            (mean, std), (_, label, key) = next(pairs), row
+            yield {"mean": mean, "std": std, "label": label, "key": key}

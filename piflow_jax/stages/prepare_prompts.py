@@ -3,9 +3,13 @@
 The text encoders are PyTorch's and run here alone; see `piflow_jax.data.text_encoders`.
 """
 
+import concurrent.futures
+import hashlib
+import json
+import math
 import os
+import reprlib
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -14,6 +18,7 @@ import numpy as np
 from absl import logging
 
 from piflow_jax.config import Config, ConfigError
+from piflow_jax.data.pictures import PictureError, PictureFile, picture_sizes, read_picture
 from piflow_jax.data.prompt_lists import (
     ASPECTS,
     DOWNSAMPLING,
@@ -29,12 +34,18 @@ from piflow_jax.data.prompts import (
     start_prompts,
     write_prompt_shard,
 )
+from piflow_jax.data.shards import left_out, write_all
 from piflow_jax.data.text_encoders import TextEncoder, load_text_encoder
 from piflow_jax.keys import seed_key
 from piflow_jax.models.vae import sample_posterior
 from piflow_jax.stages.autoencoder import Autoencoder, load_autoencoder
 
 __all__ = ["encode_prompts", "listed_prompts", "prepare_prompts"]
+
+_READ_THREADS = 16
+_TOKENIZED = 1024  # prompts at once
+# Logarithms of aspect ratios that differ less are of the same shape: sizes are whole numbers.
+_SAME_ASPECT = 0.01
 
 
 def encode_prompts(
@@ -51,6 +62,7 @@ def encode_prompts(
     autoencoder: Autoencoder | None = None,
     image_folder: str | os.PathLike = "",
     on_progress: Callable[[int, int], None] | None = None,
+    skip_refused: bool = False,
 ) -> dict[str, Any] | None:
     """Encodes all prompts and the empty one, aspect ratio by aspect ratio.
 
@@ -60,7 +72,7 @@ def encode_prompts(
 
     Images are scaled to cover their bucket's size and cut at its centre; latents are one sample of
     the autoencoder's posterior, as pi-Flow trains on, with noise that depends on the prompt's place
-    alone.
+    alone. A listed shape that is a picture's before its EXIF orientation is turned with it.
 
     Args:
       prompts: The list.
@@ -76,6 +88,7 @@ def encode_prompts(
       image_folder: What names of images are relative to.
       on_progress: Called after each shard with the number of shards that this call has written and
         has to write.
+      skip_refused: Leave out prompts whose image cannot be read; the manifest names them.
 
     Returns:
       The manifest if all shards are there, None if other processes still have some to write.
@@ -83,16 +96,22 @@ def encode_prompts(
     Raises:
       ValueError: If some prompts have an image and others none, or the process does not exist.
       PromptsError: If another preparation was begun in the directory, or shards are damaged.
+      RefusedError: If images cannot be read and are not left out; when all shards without such
+        images are written.
     """
     if not 0 <= process_index < process_count:
         raise ValueError(f"process_index must lie in [0, {process_count}), got {process_index}")
-    sizes = [bucket_size(prompt.aspect, image_size) for prompt in prompts]
-    known = dict.fromkeys(bucket_size(width / height, image_size) for width, height in ASPECTS)
-    buckets = [size for size in known if size in sizes]
-    order = sorted(range(len(prompts)), key=lambda i: buckets.index(sizes[i]))
     if autoencoder is not None and not all(prompt.image for prompt in prompts):
         bare = next(i for i, prompt in enumerate(prompts) if not prompt.image)
         raise ValueError(f"latents need an image of every prompt, number {bare} has none")
+    aspects = [prompt.aspect for prompt in prompts]
+    if autoencoder is not None:
+        with concurrent.futures.ThreadPoolExecutor(_READ_THREADS) as pool:
+            aspects = list(pool.map(lambda prompt: _seen_aspect(prompt, image_folder), prompts))
+    sizes = [bucket_size(aspect, image_size) for aspect in aspects]
+    known = dict.fromkeys(bucket_size(width / height, image_size) for width, height in ASPECTS)
+    buckets = [size for size in known if size in sizes]
+    order = sorted(range(len(prompts)), key=lambda i: buckets.index(sizes[i]))
     plan = PromptsPlan(
         encoder=encoder.identity,
         compute=encoder.compute,
@@ -106,6 +125,8 @@ def encode_prompts(
         max_length=encoder.max_length,
         latent_channels=0 if autoencoder is None else autoencoder.module.latent_channels,
         latents="" if autoencoder is None else autoencoder.identity,
+        tokenizer=encoder.tokenizer,
+        cut_off=_count_cut_off(prompts, encoder),
     )
     start_prompts(directory, plan)
     missing = missing_prompt_shards(directory, plan)
@@ -113,12 +134,13 @@ def encode_prompts(
     logging.info("prepare: %d of %d shards to write in %s", len(todo), plan.num_shards, directory)
     to_latents = None if autoencoder is None else _latents_encoder(autoencoder, image_folder)
     listed = [(i, prompts[i], sizes[i]) for i in order] + [(len(prompts), Prompt(""), None)]
-    for done, shard in enumerate(todo, start=1):
+
+    def write(shard):
         part = [listed[i] for i in plan.shard_range(shard)]
         examples = _encoded(part, encoder, batch_size, to_latents)
-        write_prompt_shard(directory, plan, shard, examples)
-        if on_progress is not None:
-            on_progress(done, len(todo))
+        write_prompt_shard(directory, plan, shard, examples, skip_refused=skip_refused)
+
+    write_all(write, todo, on_progress)
     if missing_prompt_shards(directory, plan):
         return None
     return finalize_prompts(directory)
@@ -155,6 +177,7 @@ def prepare_prompts(config: Config, workdir: str | os.PathLike) -> None:
       ConfigError: one of the three is not given, or not what it should be.
       FileNotFoundError: one of them is not there.
       PromptsError: another preparation was begun in the directory, or shards are damaged.
+      RefusedError: images cannot be read, and `config.data.skip_refused` is not set.
     """
     del workdir
     settings = config.data
@@ -187,6 +210,7 @@ def prepare_prompts(config: Config, workdir: str | os.PathLike) -> None:
         autoencoder=autoencoder,
         image_folder=os.path.dirname(settings.prompts),
         on_progress=lambda done, todo: logging.info("prepare: %d/%d shards", done, todo),
+        skip_refused=settings.skip_refused,
     )
     if manifest is not None:
         logging.info(
@@ -195,6 +219,8 @@ def prepare_prompts(config: Config, workdir: str | os.PathLike) -> None:
             len(manifest["buckets"]),
             settings.data_dir,
         )
+        if left_out(manifest):
+            logging.warning("prepare: left out\n%s", left_out(manifest))
 
 
 def _own_gpu() -> int:
@@ -203,36 +229,73 @@ def _own_gpu() -> int:
     return first.local_hardware_id if first.platform == "gpu" else 0
 
 
+def _count_cut_off(prompts: Sequence[Prompt], encoder: TextEncoder) -> int:
+    """The number of prompts longer than the encoder reads; warns of them."""
+    first: dict[bytes, tuple[str, bool]] = {}
+    cut, alike = [], 0
+    for start in range(0, len(prompts), _TOKENIZED):
+        texts = [prompt.text for prompt in prompts[start : start + _TOKENIZED]]
+        for text, (tokens, lost) in zip(texts, encoder.tokens(texts), strict=True):
+            key = hashlib.sha256(json.dumps(tokens).encode()).digest()
+            other, other_lost = first.setdefault(key, (text, lost > 0))
+            alike += text != other and (lost > 0 or other_lost)
+            if lost:
+                cut.append(text)
+    if cut:
+        logging.warning(
+            "%d of %d prompts have more tokens than the %d that the text encoder reads and are cut "
+            "off there, the first is %r; of these %d have the same embedding as another prompt",
+            *(len(cut), len(prompts), encoder.max_length, reprlib.repr(cut[0]), alike),
+        )
+    return len(cut)
+
+
 def _encoded(
     part: Sequence[tuple[int, Prompt, tuple[int, int] | None]],
     encoder: TextEncoder,
     batch_size: int,
     to_latents: Callable | None,
-) -> Iterator[dict[str, Any]]:
+) -> Iterator[dict[str, Any] | PictureError]:
     for start in range(0, len(part), batch_size):
         batch = part[start : start + batch_size]
         embeddings = encoder([prompt.text for _, prompt, _ in batch])
         for (index, prompt, size), embedding in zip(batch, embeddings, strict=True):
             example = {"prompt": prompt.text, "index": index, **embedding}
             if to_latents is not None and size is not None:
-                example["latents"] = to_latents(prompt.image, size, index)
+                try:
+                    example["latents"] = to_latents(prompt, size, index)
+                except PictureError as error:
+                    yield error
+                    continue
             yield example
 
 
-def _fitted(path: Path, size: tuple[int, int]) -> np.ndarray:
-    """An image as uint8[height, width, 3], scaled to cover this size and cut at its centre."""
+def _seen_aspect(prompt: Prompt, folder: str | os.PathLike) -> float:
+    """A prompt's aspect ratio; one that was read off a picture lying on its side is turned."""
+    if prompt.aspect == 1:
+        return 1.0
+    try:
+        (stored_height, stored_width), (height, width) = picture_sizes(*prompt.picture(folder))
+    except PictureError:  # refused when its turn comes
+        return prompt.aspect
+    listed_as_stored = abs(math.log(prompt.aspect * stored_height / stored_width)) < _SAME_ASPECT
+    turned = (stored_height, stored_width) != (height, width)
+    return width / height if turned and listed_as_stored else prompt.aspect
+
+
+def _fitted(picture: PictureFile, size: tuple[int, int], name: str = "") -> np.ndarray:
+    """A picture as uint8[height, width, 3], scaled to cover this size and cut at its centre."""
     from PIL import Image, ImageOps
 
-    with Image.open(path) as image:
-        upright = ImageOps.exif_transpose(image).convert("RGB")
-        # Pillow's sizes have the width first.
-        return np.asarray(ImageOps.fit(upright, size[::-1], Image.Resampling.LANCZOS))
+    image = Image.fromarray(read_picture(picture, name))
+    # Pillow's sizes have the width first.
+    return np.asarray(ImageOps.fit(image, size[::-1], Image.Resampling.LANCZOS))
 
 
 def _latents_encoder(
     autoencoder: Autoencoder, folder: str | os.PathLike
-) -> Callable[[str, tuple[int, int], int], np.ndarray]:
-    """Latents of an image's file, at a size, with the noise of an index."""
+) -> Callable[[Prompt, tuple[int, int], int], np.ndarray]:
+    """Latents of a prompt's image, at a size, with the noise of an index."""
     module = autoencoder.module
     if module.downsampling != DOWNSAMPLING:
         raise ConfigError(
@@ -246,7 +309,8 @@ def _latents_encoder(
         key = jax.random.fold_in(seed_key(0), index)
         return module.scaled(sample_posterior(key, mean, jnp.exp(logvar / 2)))[0]
 
-    def of_file(image, size, index):
-        return np.asarray(encode(autoencoder.params, _fitted(Path(folder) / image, size), index))
+    def of_prompt(prompt, size, index):
+        picture, name = prompt.picture(folder)
+        return np.asarray(encode(autoencoder.params, _fitted(picture, size, name), index))
 
-    return of_file
+    return of_prompt

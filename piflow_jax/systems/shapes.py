@@ -3,6 +3,8 @@
 import dataclasses
 from typing import Any
 
+from piflow_jax.models.vae import AutoencoderKL
+
 __all__ = ["DataShape"]
 
 
@@ -21,7 +23,8 @@ class DataShape:
       sample_size: side of square images, in sites; of captions the longest side of any shape.
       sites: site axes of samples that are not square images; None for `(sample_size,) * 2`.
       num_classes: label `num_classes` is the null label.
-      latent_scale: networks see `(latent - latent_shift) * latent_scale`; 1 for images.
+      latent_scale: networks see `(latent - latent_shift) * latent_scale`, a number or one for each
+        channel; 1 for images.
       latent_shift: see `latent_scale`; 0 for images.
       vae: identity of the autoencoder that made the latents; empty for images, or if not known.
       text_features: width of the embeddings of captions' tokens; 0 for data with classes.
@@ -33,8 +36,8 @@ class DataShape:
     sample_size: int = _number(0, low=0)
     sites: tuple[int, ...] | None = None
     num_classes: int = _number(0, low=0)
-    latent_scale: float = _number(1.0, above=0)
-    latent_shift: float = 0.0
+    latent_scale: float | tuple[float, ...] = _number(1.0, above=0)
+    latent_shift: float | tuple[float, ...] = 0.0
     vae: str = ""
     text_features: int = _number(0, low=0)
     pooled_features: int = _number(0, low=0)
@@ -44,6 +47,21 @@ class DataShape:
         """Shape `(*sites, C)` of a sample."""
         sites = (self.sample_size, self.sample_size) if self.sites is None else self.sites
         return (*sites, self.channels)
+
+    def decoder(self, autoencoder: AutoencoderKL) -> AutoencoderKL:
+        """The autoencoder as it decodes samples of these latents.
+
+        Args:
+          autoencoder: with the scale and shift of its own settings.
+
+        Returns:
+          It with those of the prepared set, where the latents are known to come from one. Official
+          weights go by the autoencoder's own, and so do latents of prompts, which the set has
+          already scaled.
+        """
+        if not self.vae or self.text_features:
+            return autoencoder
+        return autoencoder.clone(latent_scale=self.latent_scale, latent_shift=self.latent_shift)
 
     @classmethod
     def of(cls, name: str, source: Any) -> "DataShape":

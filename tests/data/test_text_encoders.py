@@ -1,5 +1,7 @@
 """Text encoders against the pipelines of `diffusers`, with tiny networks in official formats."""
 
+import shutil
+
 import numpy as np
 import pytest
 
@@ -93,6 +95,96 @@ def test_identity_is_of_weights_tokenizer_and_length(flux):
     assert identity() != first
     path.write_text(before)
     assert identity() == first
+
+
+@pytest.mark.parametrize("kind", ["flux", "qwen", "words"])
+def test_tokens_are_those_that_are_encoded(kind, request):
+    """A prompt's tokens say what its embedding is, and what of it is lost."""
+    folder = kind if kind == "words" else str(request.getfixturevalue(kind))
+    encoder = load_text_encoder(folder, max_length=8, dtype="float32")
+    whole = "a red fox in the snow with two tails"
+    prompts = [whole, f"{whole} {whole}", "fox", ""]
+    found = encoder.tokens(prompts)
+    assert found[0][1] > 0 and found[1][1] > found[0][1]
+    if kind != "qwen":  # its letters are tokens, and the template's end belongs to the prompt
+        assert [lost for _, lost in found[2:]] == [0, 0]
+    embeddings = encoder(prompts)
+    for i, j in ((0, 1), (0, 2), (2, 3)):
+        same_tokens = found[i][0] == found[j][0]
+        first, second = (embeddings[place] for place in (i, j))
+        same = all(
+            first[name].shape == second[name].shape
+            and np.allclose(first[name], second[name], atol=1e-5)
+            for name in first
+        )
+        assert same_tokens == same
+
+
+def test_the_tokenizer_is_recorded_by_what_it_does(flux, monkeypatch):
+    first = load_text_encoder(str(flux), max_length=32, dtype="float32")
+    assert "CLIPTokenizer" in first.tokenizer
+    # Another version's, which puts Chinese characters apart as transformers 4 did.
+    import transformers
+
+    tokenize = transformers.CLIPTokenizer.__call__
+
+    def apart(self, texts, **options):
+        texts = ["".join(f" {c} " if c >= "\u4e00" else c for c in text) for text in texts]
+        return tokenize(self, texts, **options)
+
+    monkeypatch.setattr(transformers.CLIPTokenizer, "__call__", apart)
+    second = load_text_encoder(str(flux), max_length=32, dtype="float32")
+    assert first.identity == second.identity and first.tokenizer != second.tokenizer
+
+
+def drop_a_weight(folder):
+    from safetensors.numpy import load_file, save_file
+
+    path = folder / "text_encoder_2" / "model.safetensors"
+    weights = load_file(path)
+    del weights["encoder.block.0.layer.0.SelfAttention.k.weight"]
+    save_file(weights, path, {"format": "pt"})
+
+
+# What is done to a release, and what is said of it: its folder, and what is wrong.
+SPOILT = {
+    "a weight is missing": (drop_a_weight, "text_encoder_2 lacks 1 weights, the first is encoder"),
+    "weights are damaged": (
+        lambda folder: (folder / "text_encoder_2" / "model.safetensors").write_bytes(b"x" * 99),
+        "text_encoder_2 cannot be loaded as T5EncoderModel",
+    ),
+    "weights are missing": (
+        lambda folder: (folder / "text_encoder" / "model.safetensors").unlink(),
+        "text_encoder cannot be loaded as CLIPTextModel",
+    ),
+    "a tokenizer is missing": (
+        lambda folder: shutil.rmtree(folder / "tokenizer"),
+        "tokenizer: there is no such folder",
+    ),
+    "a tokenizer is damaged": (
+        lambda folder: (folder / "tokenizer_2" / "tokenizer.json").write_text("{"),
+        "tokenizer_2 cannot be loaded as AutoTokenizer",
+    ),
+    "settings are cut short": (
+        lambda folder: (folder / "text_encoder" / "config.json").write_text("{"),
+        r"config\.json does not say what model_type",
+    ),
+    "settings are a list": (
+        lambda folder: (folder / "text_encoder" / "config.json").write_text("[]"),
+        r"config\.json does not say what model_type",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", SPOILT)
+def test_a_spoilt_release_is_named(tmp_path, flux, case):
+    spoil, message = SPOILT[case]
+    folder = tmp_path / "release"
+    shutil.copytree(flux, folder)
+    spoil(folder)
+    with pytest.raises(ValueError, match=message) as raised:
+        load_text_encoder(str(folder), dtype="float32")
+    assert str(folder) in str(raised.value) and "\n" not in str(raised.value)
 
 
 def test_what_is_no_release_is_refused(tmp_path, flux):

@@ -218,4 +218,4 @@ def test_an_error_is_a_sentence_on_the_command_line(tmp_path, capsys, monkeypatc
     monkeypatch.setattr("piflow_jax.stages.command._start", lambda *_: None)
     (tmp_path / "list.jsonl").write_text('{"prompt": "x"}\n{"text": "x"}')
     assert run("prepare", config(tmp_path), tmp_path) == 2
-    assert "entry 2 has no text under 'prompt'" in capsys.readouterr().err
+    assert "line 2 has no text under 'prompt'" in capsys.readouterr().err
