@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, SupportsIndex
 import numpy as np
 
 from piflow_jax.data.pictures import PictureError
+from piflow_jax.data.records import Records
 from piflow_jax.data.shards import Plan, ShardedSet, ShardsError
 
 if TYPE_CHECKING:
@@ -87,6 +88,8 @@ class LatentsPlan(Plan):
             if isinstance(getattr(self, name), list):  # from JSON
                 object.__setattr__(self, name, tuple(getattr(self, name)))
         self.check_positive("num_classes", "image_size")
+        if min(self.latent_shape) < 1 or np.min(self.scale) <= 0:
+            raise ValueError(f"latents of {self.latent_shape} have the scale {self.scale}")
         if self.dtype not in _DTYPES:
             raise ValueError(f"dtype must be one of {_DTYPES}, got {self.dtype!r}")
 
@@ -198,11 +201,23 @@ class LatentsSource:
         )
         self.vae = manifest["vae"]
         self.manifest = manifest
-        builder = tfds.builder_from_directory(directory)
         lengths = [shard["examples"] for shard in manifest["shards"]]
-        if list(builder.info.splits[_SPLIT].shard_lengths) != lengths:
+        try:
+            builder = tfds.builder_from_directory(directory)
+            known = list(builder.info.splits[_SPLIT].shard_lengths)
+        except Exception as error:  # of two parsers, TFDS's and that of protocol buffers
+            reason = " ".join(f"{error}".split())
+            raise LatentsError(
+                f"{directory} has a damaged {_TFDS_FILES[0]} or {_TFDS_FILES[1]} ({reason}); "
+                "--mode=prepare writes them anew"
+            ) from error
+        if known != lengths:
             raise LatentsError(f"{directory / _TFDS_FILES[0]} contradicts {MANIFEST}")
-        self._examples = builder.as_data_source(split=_SPLIT)
+        # Not as TFDS's files say, which others may read, but as the manifest does.
+        features = _features(self.shape, manifest["dtype"], self.num_classes)
+        self._examples = Records(
+            directory, manifest["shards"], features.deserialize_example_np, LatentsError
+        )
 
     def __len__(self) -> int:
         """Returns the number of images."""
@@ -316,19 +331,20 @@ def draw_latents(
     return (mean + std * jax.random.normal(noise_key, mean.shape) - shift) * scale
 
 
-def _features(plan: LatentsPlan):
+def _features(latent_shape: tuple[int, ...], dtype: str, num_classes: int) -> Any:
+    """What TFDS calls the types of an example's entries."""
     import tensorflow_datasets as tfds
 
     moments = tfds.features.Tensor(
-        shape=(2, *plan.latent_shape),
-        dtype=np.dtype(plan.dtype).type,
+        shape=(2, *latent_shape),
+        dtype=np.dtype(dtype).type,
         encoding=tfds.features.Encoding.BYTES,
     )
     return tfds.features.FeaturesDict(
         {
             "mean": moments,
             "std": moments,
-            "label": tfds.features.ClassLabel(num_classes=plan.num_classes),
+            "label": tfds.features.ClassLabel(num_classes=num_classes),
             "key": tfds.features.Text(),
         }
     )
@@ -337,7 +353,7 @@ def _features(plan: LatentsPlan):
 def _serialized(
     plan: LatentsPlan, examples: Iterable[dict[str, Any] | PictureError]
 ) -> Iterator[bytes | PictureError]:
-    features = _features(plan)
+    features = _features(plan.latent_shape, plan.dtype, plan.num_classes)
     for example in examples:
         if isinstance(example, PictureError):
             yield example
@@ -362,7 +378,7 @@ def _write_tfds_files(directory: Path, plan: LatentsPlan, shards: list[dict[str,
     )
     tfds.folder_dataset.write_metadata(
         data_dir=directory,
-        features=_features(plan),
+        features=_features(plan.latent_shape, plan.dtype, plan.num_classes),
         split_infos=[split],
         version=_VERSION,
         filename_template=template.template,

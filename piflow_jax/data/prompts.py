@@ -25,6 +25,7 @@ import ml_dtypes
 import numpy as np
 
 from piflow_jax.data.pictures import PictureError
+from piflow_jax.data.records import Records
 from piflow_jax.data.shards import Plan, ShardedSet, ShardsError
 
 __all__ = [
@@ -105,6 +106,8 @@ class PromptsPlan(Plan):
         object.__setattr__(self, "buckets", tuple(tuple(size) for size in self.buckets))
         object.__setattr__(self, "bucket_sizes", tuple(self.bucket_sizes))
         self.check_positive("text_features", "max_length")
+        if min((side for size in self.buckets for side in size), default=1) < 1:
+            raise ValueError(f"buckets must be positive, got {self.buckets}")
         if len(self.buckets) != len(self.bucket_sizes) or min(self.bucket_sizes, default=0) < 1:
             raise ValueError(f"buckets {self.buckets} have sizes {self.bucket_sizes}")
         if sum(self.bucket_sizes) + 1 != self.num_examples:
@@ -218,11 +221,11 @@ class PromptTexts(Sequence[str]):
     """The prompts themselves by index, each read from its record when it is asked for.
 
     Args:
-      records: The set's records.
+      records: The set's records, arrays by name.
       length: Number of prompts.
     """
 
-    def __init__(self, records: Sequence[bytes], length: int):
+    def __init__(self, records: Sequence[dict[str, np.ndarray]], length: int):
         self._records = records
         self._length = length
 
@@ -235,7 +238,7 @@ class PromptTexts(Sequence[str]):
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(self._length))]
         index = range(self._length)[index]  # negative ones, and IndexError
-        return _arrays(self._records[index])["prompt"].tobytes().decode()
+        return self._records[index]["prompt"].tobytes().decode()
 
 
 class PromptsSource:
@@ -262,8 +265,6 @@ class PromptsSource:
     """
 
     def __init__(self, directory: Path, manifest: dict[str, Any]):
-        from array_record.python.array_record_data_source import ArrayRecordDataSource
-
         self.name = NAME
         self.manifest = manifest
         self.text_length = max(shard["text_length"] for shard in manifest["shards"])
@@ -274,10 +275,9 @@ class PromptsSource:
         self.buckets = tuple(tuple(size) for size in manifest["buckets"])
         self.bucket_sizes = tuple(manifest["bucket_sizes"])
         self._ends = list(itertools.accumulate(self.bucket_sizes))
-        paths = [os.fspath(directory / shard["file"]) for shard in manifest["shards"]]
-        self._records = ArrayRecordDataSource(paths)
+        self._records = Records(directory, manifest["shards"], self._parsed, PromptsError)
         self.prompts = PromptTexts(self._records, len(self))
-        self.null = self._embedding(_arrays(self._records[len(self)]))
+        self.null = self._embedding(self._records[len(self)])
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -296,7 +296,7 @@ class PromptsSource:
         """Returns one example, `0 <= index < len(self)`."""
         if not 0 <= index < len(self):
             raise IndexError(f"there are {len(self)} prompts, no number {index}")
-        arrays = _arrays(self._records[index])
+        arrays = self._records[index]
         height, width = self.buckets[self.bucket(index)]
         x = arrays["latents"] if self.latent_channels else np.zeros((height, width, 0), np.float32)
         return {"x": x, "condition": self._embedding(arrays), "index": arrays["index"]}
@@ -355,8 +355,15 @@ class PromptsSource:
         for prompt, index in zip(prompts, found, strict=True):
             if index is None:
                 raise PromptsError(f"the set has no embeddings of {prompt!r}")
-        rows = [self._embedding(_arrays(self._records[index])) for index in found]
+        rows = [self._embedding(self._records[index]) for index in found]
         return {name: np.stack([row[name] for row in rows]) for name in rows[0]} if rows else {}
+
+    def _parsed(self, record: bytes) -> dict[str, np.ndarray]:
+        arrays = _arrays(record)
+        length, width = arrays["text"].shape
+        if not 1 <= length <= self.text_length or width != self.text_features:
+            raise ValueError(f"its text has shape {(length, width)}")
+        return arrays
 
     def _embedding(self, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         length = len(arrays["text"])

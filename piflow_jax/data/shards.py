@@ -17,13 +17,13 @@ Such a shard is not written, or, if that is wanted, is written without it and sa
 import concurrent.futures
 import dataclasses
 import hashlib
-import json
 import os
 import uuid
 from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
+from piflow_jax.data.manifests import check_entries, read_json, read_record, write_json
 from piflow_jax.data.pictures import PictureError
 
 __all__ = [
@@ -33,9 +33,7 @@ __all__ = [
     "ShardsError",
     "left_out",
     "num_records",
-    "read_json",
     "write_all",
-    "write_json",
 ]
 
 _WORK = "preparation"
@@ -43,6 +41,9 @@ _PLAN = "plan.json"
 # One record for each read. Half-precision noise hardly compresses: 6%, and reads take twice as long
 _WRITER_OPTIONS = "group_size:1,uncompressed"
 _HASH_THREADS = 8
+# Entries of a shard, and of what it refused.
+_ENTRY = {"examples": int, "bytes": int, "sha256": str}
+_REFUSED = {"index": int, "picture": str, "reason": str}
 # Refused pictures that are named; of more there is likely one reason.
 _LISTED = 200
 
@@ -179,7 +180,7 @@ class ShardedSet:
         path = Path(directory) / plan.shard_name(shard)
         record = _record_path(directory, shard)
         whole = path.exists() and record.exists()
-        return whole and path.stat().st_size == read_json(record, self.error)["bytes"]
+        return whole and path.stat().st_size == self._entry(record)["bytes"]
 
     def write(
         self,
@@ -281,7 +282,7 @@ class ShardedSet:
             record = _record_path(directory, shard)
             if not record.exists():
                 raise self.error(f"{directory / plan.shard_name(shard)} was not written")
-            shards.append({"file": plan.shard_name(shard), **read_json(record, self.error)})
+            shards.append({"file": plan.shard_name(shard), **self._entry(record)})
         self.verify(directory, shards, checksums=True)
         for entry in shards:
             count = num_records(directory / entry["file"])
@@ -328,9 +329,17 @@ class ShardedSet:
         fields = set(defaults) | {"format", "shards"}
         if set(manifest) != fields:
             raise self.error(f"{path} lacks or adds {sorted(fields ^ set(manifest))}")
+        read_record(self.plan, manifest, path, self.error)
+        check_entries(manifest, {"shards": list}, path, self.error)
         for shard in manifest["shards"]:
-            if set(shard) - {"refused"} != {"file", "examples", "bytes", "sha256", *self.notes}:
-                raise self.error(f"{path} does not have all of {shard.get('file')}")
+            check_entries(shard, {"file": str}, path, self.error)
+            if set(shard) - {"refused"} != {"file", *_ENTRY, *self.notes}:
+                raise self.error(f"{path} does not have all of {shard['file']}")
+            self._check_entry(shard, path)
+            if Path(shard["file"]).name != shard["file"]:
+                raise self.error(
+                    f"{path} names a shard outside of its directory, {shard['file']!r}"
+                )
         total = sum(shard["examples"] for shard in manifest["shards"])
         if total != manifest["num_examples"]:
             raise self.error(
@@ -376,10 +385,19 @@ class ShardedSet:
         path = Path(directory) / _WORK / _PLAN
         if not path.exists():
             raise self.error(f"no preparation was begun in {directory}: {path} is missing")
-        try:
-            return self.plan(**read_json(path, self.error))
-        except TypeError as error:
-            raise self.error(f"{path} is not a plan: {error}") from error
+        return read_record(self.plan, read_json(path, self.error), path, self.error)
+
+    def _entry(self, record: Path) -> dict[str, Any]:
+        """What the small record of a shard says of it."""
+        entry = read_json(record, self.error)
+        self._check_entry(entry, record)
+        return entry
+
+    def _check_entry(self, entry: dict[str, Any], path: Path) -> None:
+        check_entries(entry, _ENTRY | dict.fromkeys(self.notes, int), path, self.error)
+        check_entries({"refused": [], **entry}, {"refused": list}, path, self.error)
+        for refused in entry.get("refused", ()):
+            check_entries(refused, _REFUSED, path, self.error)
 
 
 def write_all(
@@ -431,24 +449,6 @@ def num_records(path: str | os.PathLike) -> int:
         return reader.num_records()
     finally:
         reader.close()
-
-
-def read_json(path: Path, error: type[ShardsError]) -> dict[str, Any]:
-    """Reads the JSON file at `path`; one that is none raises `error`, a `ShardsError`."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as reason:
-        raise error(f"{path} is damaged: {reason}") from reason
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Writes `content` as JSON to `path`, where it is as a whole or not at all."""
-    under_way = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    with open(under_way, "w", encoding="utf-8") as file:
-        file.write(json.dumps(content, indent=2) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(under_way, path)
 
 
 def _refused(shards: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -64,7 +64,11 @@ def of_classes(tmp_path, vae, **data):
 
 def of_prompts(tmp_path, entries, **data):
     config = base_config()
-    config.data.name, config.model.network, config.model.flux.rope_axes = "prompts", "flux", (8, 4, 4)
+    config.data.name, config.model.network, config.model.flux.rope_axes = (
+        "prompts",
+        "flux",
+        (8, 4, 4),
+    )
     (tmp_path / "list.jsonl").write_text("\n".join(map(json.dumps, entries)))
     config.data.prompts = str(tmp_path / "list.jsonl")
     config.data.text_encoder = "words:6:4"
@@ -252,7 +256,7 @@ def test_a_broken_picture_of_a_prompt_is_named_and_can_be_left_out(tmp_path, wei
     assert list(source.prompts) == ["a", "c"] and source.buckets == ((8, 8),)
     assert [int(source[i]["index"]) for i in range(2)] == [0, 2] and source.bucket_sizes == (2,)
     assert source.null["text_length"] == 1
-    assert not np.array_equal(source[0]["latents"], source[1]["latents"])
+    assert not np.array_equal(source[0]["x"], source[1]["x"])
 
 
 TAGS = Image.Exif()

@@ -126,7 +126,11 @@ WRONG = {
 def refused(path, message):
     """What `--mode=prepare` says of a list is one sentence with the key, the file and the place."""
     config = base_config()
-    config.data.name, config.model.network, config.model.flux.rope_axes = "prompts", "flux", (8, 4, 4)
+    config.data.name, config.model.network, config.model.flux.rope_axes = (
+        "prompts",
+        "flux",
+        (8, 4, 4),
+    )
     config.data.prompts = str(path)
     with pytest.raises(ConfigError, match=message) as raised:
         listed_prompts(parse(config))

@@ -1,0 +1,113 @@
+"""JSON files of cached sets: written whole, and read back as what they must be."""
+
+import dataclasses
+import json
+import math
+import os
+import reprlib
+import types
+import typing
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+__all__ = ["check_entries", "read_json", "read_record", "write_json"]
+
+
+def read_json(path: Path, error: type[ValueError]) -> dict[str, Any]:
+    """Reads a JSON file.
+
+    Args:
+      path: The file.
+      error: What to raise.
+
+    Returns:
+      Its object.
+
+    Raises:
+      error: It is damaged, or has no object in it; the message has its path.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, RecursionError, ValueError) as reason:
+        raise error(f"{path} is damaged: {reason}") from reason
+    if not isinstance(content, dict):
+        raise error(f"{path} is damaged: it has no object in it, {reprlib.repr(content)}")
+    return content
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Writes `content` as JSON to `path`, where it is as a whole or not at all."""
+    under_way = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    with open(under_way, "w", encoding="utf-8") as file:
+        file.write(json.dumps(content, indent=2) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(under_way, path)
+
+
+def read_record(cls: type, values: Mapping[str, Any], path: Path, error: type[ValueError]) -> Any:
+    """The instance of a dataclass that values from a JSON file make.
+
+    Args:
+      cls: The dataclass.
+      values: Its fields by name, as JSON has them; what it has no field of is passed over.
+      path: The file, for messages.
+      error: What to raise.
+
+    Returns:
+      The instance, with tuples for lists.
+
+    Raises:
+      error: A field is missing, or is of another type or out of range; the message has the path.
+    """
+    hints = typing.get_type_hints(cls)
+    fields = {field.name: hints[field.name] for field in dataclasses.fields(cls)}
+    known = {name: values[name] for name in fields if name in values}
+    check_entries(known, {name: fields[name] for name in known}, path, error)
+    try:
+        return cls(**{name: _tuples(value) for name, value in known.items()})
+    except (TypeError, ValueError) as reason:
+        raise error(f"{path} is damaged: {reason}") from reason
+
+
+def check_entries(
+    values: Any, hints: Mapping[str, Any], path: Path, error: type[ValueError]
+) -> None:
+    """Checks an object of a JSON file.
+
+    Args:
+      values: The object.
+      hints: Type of each of its entries; tuples stand for lists.
+      path: The file, for messages.
+      error: What to raise.
+
+    Raises:
+      error: It is no object, or an entry is missing or of another type; the message has the path.
+    """
+    if not isinstance(values, dict):
+        raise error(f"{path} is damaged: {reprlib.repr(values)} is no object")
+    for name, hint in hints.items():
+        if not _fits(values.get(name), hint):
+            raise error(f"{path} is damaged: {name} cannot be {reprlib.repr(values.get(name))}")
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    arguments = typing.get_args(hint)
+    if isinstance(hint, types.UnionType):
+        return any(_fits(value, arm) for arm in arguments)
+    if typing.get_origin(hint) is tuple:
+        if not isinstance(value, list):
+            return False
+        inner = arguments[:1] * len(value) if arguments[-1] is ... else arguments
+        return len(value) == len(inner) and all(map(_fits, value, inner))
+    if isinstance(value, bool) or hint is bool:
+        return isinstance(value, bool) and hint is bool
+    if hint is float:
+        return isinstance(value, int | float) and abs(value) < math.inf
+    return isinstance(value, hint)
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
