@@ -18,6 +18,9 @@ class Records(Sequence[Any]):
       shards: Their entries of the manifest.
       parse: What a record means.
       error: What to raise of a damaged record; the message has the path of its shard.
+
+    Raises:
+      error: If a shard cannot be opened.
     """
 
     def __init__(
@@ -42,7 +45,7 @@ class Records(Sequence[Any]):
         return self._ends[-1] if self._ends else 0
 
     def __getitem__(self, index: SupportsIndex) -> Any:
-        """Returns what one record means, `0 <= index < len(self)`."""
+        """Returns what one record means; raises `error` if it is damaged."""
         index = range(len(self))[index]
         try:
             return self._parse(self._records[index])
