@@ -437,7 +437,9 @@ def left_out(manifest: dict[str, Any]) -> str:
       A line for each, with the reason; usually empty.
     """
     refused = _refused(manifest["shards"])
-    return _listed([PictureError(entry["picture"], entry["reason"]) for entry in refused])
+    listed = _listed([PictureError(entry["picture"], entry["reason"]) for entry in refused])
+    # A name that is not UTF-8 cannot be written to every log.
+    return listed.encode(errors="backslashreplace").decode()
 
 
 def num_records(path: str | os.PathLike) -> int:
