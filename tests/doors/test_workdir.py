@@ -23,6 +23,7 @@ import pytest
 from piflow_jax.config import ConfigError
 from piflow_jax.loading import load
 from piflow_jax.stages import command
+from piflow_jax.training import metrics
 from piflow_jax.training.best import BestCheckpoint
 from piflow_jax.training.checkpoint import Checkpointer, CheckpointError, read_spec
 from piflow_jax.training.loop import NonFiniteLossError, run_stage
@@ -409,14 +410,11 @@ def test_event_files_hold_a_step_once(tmp_path, damage):
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
-def test_a_full_disk_is_said_with_the_directory(tmp_path):
-    writer = MetricWriter(tmp_path, "student", 10)
-    writer._lines.close()
-    writer._lines = open("/dev/full", "w", buffering=1)  # noqa: SIM115
+def test_a_full_disk_is_said_with_the_directory(tmp_path, monkeypatch):
+    full = open("/dev/full", "w", buffering=1)  # noqa: SIM115
+    monkeypatch.setattr(metrics, "_open_lines", lambda *_: full)
     with pytest.raises(OSError, match=rf"metrics to {tmp_path}/student \(.*No space left.* free"):
-        writer.write(1, {"loss": 1.0})
-    writer._lines = open(os.devnull, "w")  # noqa: SIM115
-    writer.close()
+        run_stage(dataclasses.replace(make_stage(4), name="student"), tmp_path, **OPTIONS)
 
 
 # --- Launching --------------------------------------------------------------------------------
