@@ -1,0 +1,64 @@
+"""`check_teacher` on a normal distribution, whose best denoiser is known in closed form."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from piflow_jax import Schedule, Teacher
+from piflow_jax.diagnostics.teacher import check_teacher
+
+DEVIATION = 0.3
+DATA = np.random.default_rng(0).normal(0, DEVIATION, (256, 6, 2)).astype(np.float32)
+
+
+def teacher(prediction, schedule):
+    """The exact denoiser of `N(0, DEVIATION^2)` on a schedule, as a prediction of it."""
+
+    def predict(params, z, s, cond):
+        s = s[:, None, None] / schedule.time_scale
+        a, b = schedule.signal(s), schedule.noise(s)
+        x0 = DEVIATION**2 * a / (a**2 * DEVIATION**2 + b**2) * z
+        eps = (z - a * x0) / jnp.maximum(b, 1e-6)
+        return {"x0": x0, "eps": eps, "v": a * eps - b * x0, "u": eps - x0}[prediction]
+
+    return Teacher(predict=predict, shape=(6, 2), prediction=prediction, schedule=schedule)
+
+
+RIGHT = [
+    ("u", Schedule.straight(time_scale=1000.0)),
+    ("eps", Schedule.cosine()),
+    ("x0", Schedule.cosine(time_scale=10.0)),
+    ("v", Schedule.cosine()),
+]
+
+
+@pytest.mark.parametrize(("prediction", "schedule"), RIGHT, ids=[name for name, _ in RIGHT])
+def test_nothing_is_said_of_the_exact_denoiser(prediction, schedule):
+    report = check_teacher(teacher(prediction, schedule), {}, DATA)
+    assert report.problem is None and "nothing wrong" in str(report)
+    # The best estimate of a normal distribution is linear: the errors are its own.
+    np.testing.assert_allclose(report.error, report.linear, rtol=0.2)
+    variance = DEVIATION**2
+    t = np.array(report.levels)
+    expected = variance * t**2 / ((1 - t) ** 2 * variance + t**2)
+    np.testing.assert_allclose(report.linear, expected, rtol=0.1)
+
+
+@pytest.mark.parametrize(
+    ("prediction", "change", "words"),
+    [
+        ("v", {"prediction": "eps"}, "read as prediction='v'"),
+        ("v", {"prediction": "x0"}, "read as prediction='v'"),
+        ("v", {"predict": None}, "with the opposite sign"),
+        ("x0", {"schedule": Schedule.cosine(time_scale=1e-3)}, "asked with 1000 times its time"),
+    ],
+    ids=["eps", "x0", "sign", "clock"],
+)
+def test_a_wrong_description_is_named(prediction, change, words):
+    right = teacher(prediction, Schedule.cosine())
+    if "predict" in change:
+        change = {"predict": lambda *arguments: -right.predict(*arguments)}
+    report = check_teacher(dataclasses.replace(right, **change), {}, DATA)
+    assert report.problem is not None and words in report.problem, report
