@@ -17,6 +17,7 @@ _HOMES = {
     "Teacher": "piflow_jax.flow.teacher",
     "TimeWarp": "piflow_jax.flow.schedule",
     "Student": "piflow_jax.student",
+    "check_teacher": "piflow_jax.diagnostics.teacher",
     "few_step_sample": "piflow_jax.flow.sampling",
     "imitation_loss": "piflow_jax.flow.imitation",
     "load": "piflow_jax.loading",

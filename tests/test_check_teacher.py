@@ -6,8 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from piflow_jax import Schedule, Teacher
-from piflow_jax.diagnostics.teacher import check_teacher
+from piflow_jax import Schedule, Teacher, check_teacher
 
 DEVIATION = 0.3
 DATA = np.random.default_rng(0).normal(0, DEVIATION, (256, 6, 2)).astype(np.float32)
