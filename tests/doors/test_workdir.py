@@ -258,7 +258,9 @@ def another_user(directory):
     if os.geteuid():
         yield
         return
-    for parent in (directory, *directory.parents[:2]):
+    for parent in (directory, *directory.parents):  # of pytest's; beyond are others'
+        if "pytest" not in parent.as_posix():
+            break
         parent.chmod(0o755)
     os.seteuid(65534)
     try:

@@ -17,8 +17,8 @@ from piflow_jax.stages import compare_rivals, export
 from piflow_jax.stages import rivals as mode
 from piflow_jax.stages.rivals import _comparable, interleaved_seconds
 from piflow_jax.systems.shapes import DataShape
+from piflow_jax.training.changes import changed_settings
 from piflow_jax.training.checkpoint import CheckpointError
-from piflow_jax.training.loop import _check_config
 from tests import tiny
 
 
@@ -79,10 +79,13 @@ def test_a_rival_goes_on_in_a_comparison_with_other_methods():
     kept = stage(toy("gm", "dmd")).config
     other = toy("dmd")
     other.rivals.seeds, other.rivals.rounds = (3, 4), 7
-    _check_config(kept, stage(other), "place")
+    changed = changed_settings(kept, stage(other), "place", 0)
+    assert [change["key"] for change in changed] == [
+        f"rivals.{key}" for key in ("methods", "rounds", "seeds")
+    ]
     other.rivals.seconds = 0.3
     with pytest.raises(CheckpointError, match=r"config\.rivals\.seconds: .* 0\.2, asked for 0\.3"):
-        _check_config(kept, stage(other), "place")
+        changed_settings(kept, stage(other), "place", 0)
 
 
 def test_an_arc_student_has_no_official_names(tmp_path):
