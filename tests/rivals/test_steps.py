@@ -59,7 +59,7 @@ def largest_change(a, b):
 def assert_starts_at(setting, start, teacher, batch):
     """A copy of the teacher; a network of more outputs predicts the teacher's with each of them."""
     inputs = batch["x"], jnp.linspace(0.1, 1.0, BATCH), batch["condition"]
-    found = jit(setting.module.apply)(start, *inputs)
+    found = jit(setting.network.apply)(start, *inputs)
     expected = jit(setting.teacher.apply)(teacher, *inputs)
     if found.shape == expected.shape:
         assert largest_change(start, teacher) == 0
