@@ -22,8 +22,8 @@ import numpy as np
 from benchmarks import harness
 from piflow_jax.convert import load_torch_state
 from piflow_jax.models.vae import AutoencoderKL, decode_in_chunks
+from piflow_jax.modes.autoencoder import CHUNK
 from piflow_jax.parallel.flops import flops
-from piflow_jax.stages.autoencoder import CHUNK
 
 
 def decoders(device: str | None):

@@ -27,9 +27,9 @@ import jax
 
 from configs import imagenet
 from piflow_jax.config import parse
+from piflow_jax.modes.compile import compile_step
 from piflow_jax.parallel.collectives import BETWEEN_SLICES
 from piflow_jax.parallel.topology import CHIPS, topology_devices
-from piflow_jax.stages.compile import compile_step
 
 RESULT = Path(__file__).parent / "results" / "scaling.json"
 # Examples on a chip, and parts that they go through the network in.

@@ -9,7 +9,7 @@ from pathlib import Path
 from absl import logging
 
 from piflow_jax.config import base_config, parse
-from piflow_jax.stages.train import train
+from piflow_jax.modes.train import train
 
 
 def quick_run(workdir: str = "runs/notebook") -> str:

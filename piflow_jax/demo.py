@@ -28,8 +28,8 @@ from piflow_jax.evaluation import draw_grid
 from piflow_jax.flow.teacher import Teacher
 from piflow_jax.keys import index_keys, index_noise, seed_key
 from piflow_jax.models.vae import picture_decoder
+from piflow_jax.runs.checkpoint import CheckpointError
 from piflow_jax.systems.datasets import DATASETS
-from piflow_jax.training.checkpoint import CheckpointError
 
 __all__ = ["Drawer", "main", "make_page", "serve"]
 

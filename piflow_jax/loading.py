@@ -19,6 +19,7 @@ from flax.traverse_util import flatten_dict
 from piflow_jax.arguments import check_choice
 from piflow_jax.config import ModelConfig, PolicyConfig, parse
 from piflow_jax.flow.teacher import Teacher
+from piflow_jax.runs.workdir import user_path
 from piflow_jax.student import Student
 from piflow_jax.systems.networks import (
     Network,
@@ -37,7 +38,6 @@ from piflow_jax.systems.spec import (
     teacher_settings,
     updated_settings,
 )
-from piflow_jax.training.workdir import user_path
 
 __all__ = ["load", "load_teacher"]
 
@@ -173,8 +173,8 @@ def _guidance(path: epath.Path) -> dict[str, Any]:
 
     The teacher's own checkpoints do not know: it was trained without.
     """
-    from piflow_jax.training.checkpoint import read_spec
-    from piflow_jax.training.steps import latest_step
+    from piflow_jax.runs.checkpoint import read_spec
+    from piflow_jax.runs.steps import latest_step
 
     directory = path / "student" / "checkpoints"
     if latest_step(directory) is None:
@@ -204,7 +204,7 @@ def _checkpoint(
 ) -> tuple[epath.Path, int, dict[str, Any], dict[str, Any]]:
     """Directory, step, spec and settings of the latest checkpoint of a run, or of a directory."""
     # Orbax takes a second to load, which a notebook without checkpoints need not wait for.
-    from piflow_jax.training.checkpoint import read_spec
+    from piflow_jax.runs.checkpoint import read_spec
 
     # A run's directory is one before this stage has begun, too; read_spec says what it lacks.
     run = any((path / folder).is_dir() for folder in ("teacher", "student"))
@@ -214,7 +214,7 @@ def _checkpoint(
 
 
 def _averaged(directory: epath.Path, step: int, network: Network) -> Any:
-    from piflow_jax.training.checkpoint import restore_subtree
+    from piflow_jax.runs.checkpoint import restore_subtree
 
     like = network.trained(abstract_variables(network))
     return restore_subtree(directory, "ema_params", like, step)

@@ -10,7 +10,7 @@ os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 
 from absl import app, flags, logging
 
-from piflow_jax import stages
+from piflow_jax import modes
 from piflow_jax.config import ConfigError
 from piflow_jax.config.command_line import load_config, override
 
@@ -27,7 +27,7 @@ _WORKDIR = flags.DEFINE_string(
 _MODE = flags.DEFINE_enum(
     "mode",
     "train",
-    list(stages.MODES),
+    list(modes.MODES),
     "train: teacher if none is given, student, report. evaluate: the report again. "
     "sample: a grid of the student's samples, or a picture of each prompt. export: weights under "
     "official names. prepare: cached latents or prompts. statistics: a reference for FID. "
@@ -52,7 +52,7 @@ def main(argv: list[str]) -> int:
         override(config, words, known_flags=flags.FLAGS)
     except ConfigError as error:
         return _refuse(error)
-    return stages.run(_MODE.value, config, _WORKDIR.value)
+    return modes.run(_MODE.value, config, _WORKDIR.value)
 
 
 def parse_flags(argv: list[str]) -> list[str]:

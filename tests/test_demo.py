@@ -17,10 +17,10 @@ from piflow_jax.data import load_captioned_digits_source, stacked
 from piflow_jax.demo import Drawer, main, make_page
 from piflow_jax.evaluation import draw_grid
 from piflow_jax.models.vae import AutoencoderKL
-from piflow_jax.stages.systems import teacher_sampler
+from piflow_jax.modes.systems import teacher_sampler
 from piflow_jax.systems.shapes import DataShape
 from tests import tiny, tiny_text
-from tests.runs import save_run
+from tests.saved_runs import save_run
 
 DATA = DataShape(name="digits", sample_size=8, channels=1, num_classes=10)
 

@@ -16,12 +16,12 @@ from PIL import Image
 
 from piflow_jax.config import base_config, parse
 from piflow_jax.rivals.base import rival_sampler, rival_setting
+from piflow_jax.runs.checkpoint import Checkpointer
+from piflow_jax.runs.loop import checkpoint_dir
 from piflow_jax.systems.datasets import load_source, shape_of
 from piflow_jax.systems.networks import student_network
 from piflow_jax.systems.shapes import DataShape
 from piflow_jax.systems.spec import student_spec
-from piflow_jax.training.checkpoint import Checkpointer
-from piflow_jax.training.loop import checkpoint_dir
 from tests import gaussian, tiny
 
 ROOT = Path(__file__).parents[1]

@@ -2,7 +2,7 @@
 
 Rooms from the ground up: arguments and keys, on which all others stand; kernels, flow, models,
 config; then data, convert, parallel and evaluation beside each other; then systems, training,
-rivals, stages, main. A room imports lower rooms only, and of these only the ones listed here.
+runs, rivals, modes, main. A room imports lower rooms only, and of these only the ones listed here.
 """
 
 import ast
@@ -34,12 +34,13 @@ ROOMS = {
     "training": MATHEMATICS | {"config", "data", "parallel", "systems"},
 }
 ROOMS["student"] = MATHEMATICS | {"config", "systems"}
-ROOMS["loading"] = ROOMS["student"] | {"student", "config", "convert", "training"}
+ROOMS["runs"] = {"config", "data", "parallel", "training"}
+ROOMS["loading"] = ROOMS["student"] | {"student", "config", "convert", "runs"}
 ROOMS["rivals"] = MATHEMATICS | {"models", "config", "systems", "training"}
-ROOMS["stages"] = set(ROOMS) - {"__init__", "student", "loading"}
+ROOMS["modes"] = set(ROOMS) - {"__init__", "student", "loading"}
 ROOMS["diagnostics"] = MATHEMATICS | {"data"}
 ROOMS["demo"] = MATHEMATICS | {"__init__", "models", "config", "convert", "data", "evaluation"}
-ROOMS["demo"] |= {"systems", "training"}
+ROOMS["demo"] |= {"systems", "runs"}
 ROOMS["main"] = set(ROOMS) - {"__init__", "student", "loading", "diagnostics", "demo"}
 for room in set(ROOMS) - GROUND:
     ROOMS[room] |= GROUND
@@ -148,18 +149,18 @@ def test_no_room_imports_a_higher_one():
         ("models/x.py", "from piflow_jax.flow.policies import GMFlowPolicy", "only outputs"),
         ("models/x.py", "import piflow_jax.flow.policies", "only outputs"),
         ("models/x.py", "from piflow_jax.config import Config", "models may not import"),
-        ("config.py", "from piflow_jax.training import loop", "config may not import"),
+        ("config.py", "from piflow_jax.runs import loop", "config may not import"),
         ("data/x.py", "from piflow_jax.flow.schedule import TimeWarp", "data may not import"),
-        ("evaluation/x.py", "from piflow_jax.training import loop", "evaluation may not import"),
-        ("evaluation/x.py", "import piflow_jax.training.loop", "evaluation may not import"),
+        ("evaluation/x.py", "from piflow_jax.runs import loop", "evaluation may not import"),
+        ("evaluation/x.py", "import piflow_jax.runs.loop", "evaluation may not import"),
         ("convert/x.py", "from piflow_jax.parallel import device_mesh", "convert may not import"),
         ("parallel/x.py", "from piflow_jax.training import state", "parallel may not import"),
         ("training/x.py", "from piflow_jax.convert import rules", "training may not import"),
         ("training/x.py", "from piflow_jax import evaluation", "training may not import"),
-        ("training/x.py", "if True:\n    import piflow_jax.stages", "training may not import"),
+        ("training/x.py", "if True:\n    import piflow_jax.modes", "training may not import"),
         ("training/x.py", "from piflow_jax.rivals import METHODS", "training may not import"),
-        ("rivals/x.py", "from piflow_jax.stages import train", "rivals may not import"),
-        ("stages/x.py", "from piflow_jax.main import main", "stages may not import"),
+        ("rivals/x.py", "from piflow_jax.modes import train", "rivals may not import"),
+        ("modes/x.py", "from piflow_jax.main import main", "modes may not import"),
         ("data/x.py", "import tensorflow_datasets as tfds", "at top level"),
         (
             "main.py",
@@ -186,7 +187,7 @@ def test_planted_faults_are_found(tmp_path, file, code, fault):
         ("models/x.py", "from flax import linen\nfrom piflow_jax.flow.policies import GMOutput"),
         ("data/x.py", "def f():\n    import tensorflow_datasets as tfds"),
         ("training/x.py", "from piflow_jax import __version__\nimport tensorflow_free"),
-        ("main.py", "from piflow_jax import stages\nimport piflow_jax.convert"),
+        ("main.py", "from piflow_jax import modes\nimport piflow_jax.convert"),
         ("main.py", "\n" * 500),
     ],
 )

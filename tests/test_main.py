@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import piflow_jax.training.checkpoint as checkpoint
+import piflow_jax.runs.checkpoint as checkpoint
 
 ROOT = Path(__file__).parents[1]
 CONFIG = Path(__file__).parent / "tiny.py"

@@ -7,9 +7,9 @@ import jax
 import numpy as np
 import pytest
 
+from piflow_jax.runs.checkpoint import Checkpointer
 from piflow_jax.systems.networks import student_network
 from piflow_jax.systems.spec import student_settings
-from piflow_jax.training.checkpoint import Checkpointer
 from tests import recorded
 
 

@@ -19,14 +19,14 @@ from piflow_jax.convert import to_torch_state, write_safetensors
 from piflow_jax.evaluation import IndexSampler
 from piflow_jax.flow.rollout import rollout
 from piflow_jax.flow.schedule import TimeWarp
-from piflow_jax.stages.systems import student_sampler
+from piflow_jax.modes.systems import student_sampler
+from piflow_jax.runs.checkpoint import Checkpointer
 from piflow_jax.systems.networks import student_network, teacher_network
 from piflow_jax.systems.shapes import DataShape
 from piflow_jax.systems.spec import student_spec, teacher_spec
-from piflow_jax.training.checkpoint import Checkpointer
 from piflow_jax.training.state import TrainState
 from tests import tiny
-from tests.runs import save_stage
+from tests.saved_runs import save_stage
 
 DATA = DataShape(name="digits", sample_size=8, channels=1, num_classes=10)
 LABELS = np.arange(23) % 10

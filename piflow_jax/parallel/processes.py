@@ -189,7 +189,7 @@ def start(settings: ProcessesConfig, environ: Mapping[str, str] | None = None) -
         logging.set_verbosity(logging.WARNING)
     std_logging.getLogger("jax._src.distributed").setLevel(std_logging.ERROR)  # it says proxies
     # Its handler of SIGTERM would swallow the signal outside of training as well; the loop agrees
-    # on a step by itself (`training.loop`).
+    # on a step by itself (`runs.loop`).
     jax.config.update("jax_enable_preemption_service", False)
     method = {"slurm": "slurm", "mpi": "ompi", "tpu": None, "environment": "deactivate"}
     detect = "deactivate" if place.address else method[place.source]

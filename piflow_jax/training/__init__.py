@@ -1,1 +1,1 @@
-"""Training: state, optimiser, steps, the loop, checkpoints and metrics."""
+"""Training: state, optimiser, losses and steps."""

@@ -17,7 +17,7 @@ from piflow_jax.data.prompt_lists import Prompt
 from piflow_jax.data.prompts import load_prompts_source
 from piflow_jax.data.shards import ShardsError
 from piflow_jax.data.text_encoders import WordEncoder
-from piflow_jax.stages.prepare_prompts import encode_prompts
+from piflow_jax.modes.prepare_prompts import encode_prompts
 from piflow_jax.systems.shapes import DataShape
 
 PLAN = LatentsPlan(

@@ -17,10 +17,10 @@ import numpy as np
 import pytest
 from absl import flags
 
-from piflow_jax import main, stages
+from piflow_jax import main, modes
 from piflow_jax.config import Config, ConfigError, parse
 from piflow_jax.config.parsing import key_types
-from piflow_jax.stages import sizes
+from piflow_jax.modes import sizes
 from tests import tiny
 
 ROOT = Path(__file__).parents[2]
@@ -63,7 +63,7 @@ def settings(run, monkeypatch):
 
     def settings(*arguments):
         made = []
-        monkeypatch.setattr(stages, "run", lambda mode, config, workdir: made.append(config) or 0)
+        monkeypatch.setattr(modes, "run", lambda mode, config, workdir: made.append(config) or 0)
         status, said = run(*arguments, "--workdir=unused")
         assert status == 0, said
         return made[0]
@@ -283,7 +283,7 @@ def test_what_no_estimate_foresaw_is_one_sentence(run, monkeypatch):
     def allocate(*arguments):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.")
 
-    monkeypatch.setitem(stages.MODES, "sample", allocate)
+    monkeypatch.setitem(modes.MODES, "sample", allocate)
     status, said = run(f"--config={TINY}", "--workdir=run", "--mode=sample")
     assert status == 1
     assert said.startswith("error: not enough memory (RESOURCE_EXHAUSTED") and "batch sizes" in said

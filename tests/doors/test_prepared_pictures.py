@@ -15,9 +15,9 @@ from piflow_jax.convert.vae import export_vae
 from piflow_jax.data.latents import load_latents_source
 from piflow_jax.data.prompts import load_prompts_source
 from piflow_jax.models.vae import AutoencoderKL
-from piflow_jax.stages import run
-from piflow_jax.stages.autoencoder import pixel_sampler
-from piflow_jax.stages.prepare import prepare
+from piflow_jax.modes import run
+from piflow_jax.modes.autoencoder import pixel_sampler
+from piflow_jax.modes.prepare import prepare
 from piflow_jax.systems.networks import NETWORKS
 from piflow_jax.systems.shapes import DataShape
 
@@ -26,7 +26,7 @@ SMALL = {"layers_per_block": 1, "norm_groups": 4}
 
 @pytest.fixture(autouse=True)
 def one_process(monkeypatch):
-    monkeypatch.setattr("piflow_jax.stages.command._start", lambda *_: None)
+    monkeypatch.setattr("piflow_jax.modes.command._start", lambda *_: None)
 
 
 @pytest.fixture(scope="module")

@@ -15,13 +15,13 @@ import pytest
 
 from piflow_jax.config import ConfigError, parse
 from piflow_jax.parallel.processes import Place, find
+from piflow_jax.runs import checkpoint
+from piflow_jax.runs.checkpoint import CheckpointError
 from piflow_jax.systems.shapes import DataShape
-from piflow_jax.training import checkpoint
-from piflow_jax.training.checkpoint import CheckpointError
 from tests import tiny
 from tests.doors import two_processes
 from tests.parallel.launched import by_hand, by_mpi, by_slurm, finish, started
-from tests.runs import save_run
+from tests.saved_runs import save_run
 
 ADDRESS = {"JAX_COORDINATOR_ADDRESS": "a:1"}
 MPICH = {"PMI_SIZE": "4", "PMI_RANK": "2"} | ADDRESS
@@ -85,8 +85,8 @@ DYING = """
 import os, signal, sys, time
 import jax, jax.numpy as jnp, numpy as np
 from piflow_jax.parallel.processes import over_devices
-from piflow_jax.stages import command
-from piflow_jax.training.checkpoint import Checkpointer
+from piflow_jax.modes import command
+from piflow_jax.runs.checkpoint import Checkpointer
 from tests import tiny
 
 victim, moment, workdir = int(sys.argv[1]), *sys.argv[2:]

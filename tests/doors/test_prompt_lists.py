@@ -14,7 +14,7 @@ from piflow_jax.data.pictures import PictureError, read_picture
 from piflow_jax.data.prompt_lists import Prompt, list_digest, read_prompts
 from piflow_jax.data.prompts import load_prompts_source
 from piflow_jax.data.text_encoders import WordEncoder
-from piflow_jax.stages.prepare_prompts import encode_prompts, listed_prompts
+from piflow_jax.modes.prepare_prompts import encode_prompts, listed_prompts
 
 CASES = Path(__file__).parents[1] / "cases"
 SIGN = "a sign that reads\u2028HELLO"

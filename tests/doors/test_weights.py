@@ -35,8 +35,8 @@ from piflow_jax.models.heads import DXHead, GMHead, VelocityHead
 from piflow_jax.models.layers import time_features
 from piflow_jax.models.lora import LoRA, split
 from piflow_jax.models.qwen_image import QWEN_TARGETS, QwenImage
-from piflow_jax.stages import run
-from piflow_jax.stages.systems import load_student
+from piflow_jax.modes import run
+from piflow_jax.modes.systems import load_student
 from piflow_jax.systems import networks
 from piflow_jax.systems import spec as specs
 from piflow_jax.systems.shapes import DataShape

@@ -22,16 +22,16 @@ import pytest
 
 from piflow_jax.config import ConfigError
 from piflow_jax.loading import load
-from piflow_jax.stages import command
-from piflow_jax.training import metrics
-from piflow_jax.training.best import BestCheckpoint
-from piflow_jax.training.checkpoint import Checkpointer, CheckpointError, read_spec
-from piflow_jax.training.loop import NonFiniteLossError, run_stage
-from piflow_jax.training.metrics import MetricWriter
-from piflow_jax.training.run_lock import RunLock
-from piflow_jax.training.workdir import check_writable, user_path
+from piflow_jax.modes import command
+from piflow_jax.runs import metrics
+from piflow_jax.runs.best import BestCheckpoint
+from piflow_jax.runs.checkpoint import Checkpointer, CheckpointError, read_spec
+from piflow_jax.runs.loop import NonFiniteLossError, run_stage
+from piflow_jax.runs.metrics import MetricWriter
+from piflow_jax.runs.run_lock import RunLock
+from piflow_jax.runs.workdir import check_writable, user_path
 from tests import tiny
-from tests.training.test_loop import OPTIONS, make_stage
+from tests.runs.test_loop import OPTIONS, make_stage
 
 LAUNCH = Path(__file__).parents[2] / "launch"
 
@@ -50,7 +50,7 @@ def start(workdir, **changes):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(command.processes, "start", lambda settings: None)
         patch.setattr(command, "_refuse", lambda text, code: said.append(f"error: {text}") or code)
-        patch.setattr(sys.modules["piflow_jax.stages.train"], "evaluate", lambda *_: None)
+        patch.setattr(sys.modules["piflow_jax.modes.train"], "evaluate", lambda *_: None)
         try:
             return command.run("train", config, workdir), "\n".join(said)
         finally:
@@ -270,7 +270,7 @@ def another_user(directory):
 
 
 def test_a_directory_that_cannot_be_written_is_found_before_any_work(tmp_path, monkeypatch):
-    monkeypatch.setattr(sys.modules["piflow_jax.stages.train"], "load_source", pytest.fail)
+    monkeypatch.setattr(sys.modules["piflow_jax.modes.train"], "load_source", pytest.fail)
     (tmp_path / "there").mkdir(mode=0o555)
     with another_user(tmp_path):
         ended, said = start(tmp_path / "there" / "run")

@@ -15,8 +15,8 @@ import numpy as np
 
 import piflow_jax
 from piflow_jax.config import ProcessesConfig, parse
+from piflow_jax.modes.train import student_stage
 from piflow_jax.parallel import device_mesh, gathered, global_batch, processes, replicated
-from piflow_jax.stages.train import student_stage
 from piflow_jax.systems.datasets import load_source
 from piflow_jax.systems.networks import teacher_network
 from piflow_jax.systems.shapes import DataShape

@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from piflow_jax.config import parse
 from piflow_jax.flow.policies import GMOutput
-from piflow_jax.stages import command
+from piflow_jax.modes import command
 from tests import tiny
 from tests.kernels.split_rollouts import run
 

@@ -26,9 +26,9 @@ from piflow_jax.models.flux import FLUX_TARGETS, Flux
 from piflow_jax.models.heads import ArcHead, DXHead, GMHead
 from piflow_jax.models.lora import LoRA
 from piflow_jax.models.qwen_image import QWEN_TARGETS, QwenImage
+from piflow_jax.modes.systems import student_shardings, teacher_shardings
 from piflow_jax.parallel import device_mesh, parameter_shardings, state_shardings
 from piflow_jax.rivals.flow_map import TwoTimes
-from piflow_jax.stages.systems import student_shardings, teacher_shardings
 from piflow_jax.systems.conditioning import ClassLabels, Text
 from piflow_jax.systems.networks import (
     BuiltIn,

@@ -1,4 +1,4 @@
-"""Slices that are not here; compiling for one is in `tests/stages/test_compile.py`."""
+"""Slices that are not here; compiling for one is in `tests/modes/test_compile.py`."""
 
 import pytest
 

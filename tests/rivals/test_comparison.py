@@ -10,15 +10,15 @@ import pytest
 
 from piflow_jax.config import ConfigError, parse
 from piflow_jax.data import load_digits_source
+from piflow_jax.modes import compare_rivals, export
+from piflow_jax.modes import rivals as mode
+from piflow_jax.modes.rivals import _comparable, interleaved_seconds
 from piflow_jax.parallel import config_mesh
 from piflow_jax.rivals import METHODS, Rival, find_method
 from piflow_jax.rivals.base import changed
-from piflow_jax.stages import compare_rivals, export
-from piflow_jax.stages import rivals as mode
-from piflow_jax.stages.rivals import _comparable, interleaved_seconds
+from piflow_jax.runs.changes import changed_settings
+from piflow_jax.runs.checkpoint import CheckpointError
 from piflow_jax.systems.shapes import DataShape
-from piflow_jax.training.changes import changed_settings
-from piflow_jax.training.checkpoint import CheckpointError
 from tests import tiny
 
 

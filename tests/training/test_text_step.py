@@ -14,6 +14,8 @@ from piflow_jax.data import batches, load_captioned_digits_source
 from piflow_jax.flow.guidance import guided_velocity
 from piflow_jax.models.lora import DOWN, UP
 from piflow_jax.parallel import device_mesh, parameter_shardings
+from piflow_jax.runs.checkpoint import Checkpointer
+from piflow_jax.runs.monitor import step_memory
 from piflow_jax.systems.assembly import guided
 from piflow_jax.systems.networks import (
     abstract_variables,
@@ -22,8 +24,6 @@ from piflow_jax.systems.networks import (
     teacher_network,
 )
 from piflow_jax.systems.shapes import DataShape
-from piflow_jax.training.checkpoint import Checkpointer
-from piflow_jax.training.monitor import step_memory
 from piflow_jax.training.optimizer import make_optimizer
 from piflow_jax.training.state import TrainState
 from tests import tiny_text

@@ -1,0 +1,323 @@
+"""`--mode=evaluate` of latents: ADM's figures of 50,000 decoded samples; `--mode=statistics`."""
+
+import dataclasses
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import numpy as np
+from absl import logging
+from jax.experimental import multihost_utils
+
+from piflow_jax.config import Config, ConfigError
+from piflow_jax.convert import load_torch_state
+from piflow_jax.convert.inception import INCEPTION_FILE, INCEPTION_URL, read_inception
+from piflow_jax.data import Source
+from piflow_jax.data.imagenet import center_crop, open_imagenet
+from piflow_jax.evaluation import IndexSampler, index_labels
+from piflow_jax.evaluation.adm import (
+    AdmFigures,
+    InceptionNetwork,
+    Moments,
+    Protocol,
+    Reference,
+    image_batches,
+    measure_adm,
+    read_reference,
+    to_uint8,
+    write_samples,
+    write_statistics,
+)
+from piflow_jax.evaluation.adm_files import REFERENCE_URL, SPATIAL_FEATURES
+from piflow_jax.models.inception import POOL_FEATURES
+from piflow_jax.modes.autoencoder import (
+    Autoencoder,
+    check_autoencoder,
+    load_autoencoder,
+    pixel_sampler,
+    tree_digest,
+)
+from piflow_jax.modes.sizes import Sizes
+from piflow_jax.modes.systems import data_shape, load_student, student_sampler
+from piflow_jax.parallel import batch_sharding, local_mesh, replicated
+from piflow_jax.systems.assembly import Systems
+from piflow_jax.systems.datasets import dataset
+from piflow_jax.systems.judges import Judge, open_judge
+from piflow_jax.systems.sampling import ROUNDING, student_substeps
+from piflow_jax.systems.shapes import DataShape
+
+__all__ = ["evaluate_latents", "load_inception", "load_reference", "protocol", "write_reference"]
+
+# Samples of a file under way: what a kill loses at most, and what processes share.
+_SHARD = 512
+_IMAGE_SIZE = 256
+_IMAGES_PER_DEVICE = 64
+
+
+def load_inception(config: Config) -> InceptionNetwork:
+    """The feature network of `config.evaluation.features` on every device of this process.
+
+    Raises:
+      ConfigError: none is given, or the file is not one.
+      FileNotFoundError: it is not there; says what to put there.
+    """
+    path = config.evaluation.features
+    if not path:
+        raise ConfigError(
+            f"config.evaluation.features must name {INCEPTION_FILE}, the Inception weights of FID, "
+            f"from {INCEPTION_URL}"
+        )
+    try:
+        state, digest = read_inception(path)
+        _, params = load_torch_state(state, "inception")
+    except (ImportError, ValueError) as error:
+        raise ConfigError(f"config.evaluation.features = {path!r}: {error}") from error
+    mesh = local_mesh()
+    return InceptionNetwork(
+        params=jax.device_put(params, replicated(mesh)),
+        digest=digest,
+        batch_size=_IMAGES_PER_DEVICE * mesh.size,
+        sharding=batch_sharding(mesh),
+    )
+
+
+def config_judge(config: Config, source: Source, workdir: str | os.PathLike) -> Judge:
+    """The feature space of a run of pixels; see `open_judge`.
+
+    Raises:
+      ConfigError: `config.evaluation.features` is given and is no file of Inception weights.
+      FileNotFoundError: it is not there; says what to put there.
+    """
+    inception = load_inception(config) if config.evaluation.features else None
+    return open_judge(source, workdir, shipped=dataset(config).features, inception=inception)
+
+
+def load_reference(config: Config, network: InceptionNetwork) -> Reference:
+    """The reference of `config.evaluation.reference`, if it is of the network's features.
+
+    Raises:
+      ConfigError: none is given, it is malformed or of another network.
+      FileNotFoundError: it is not there; says what to put there.
+    """
+    path = config.evaluation.reference
+    if not path:
+        raise ConfigError(
+            "config.evaluation.reference must name ADM's reference statistics, from "
+            f"{REFERENCE_URL}, or a file of --mode=statistics"
+        )
+    try:
+        reference = read_reference(path)
+        reference.check(network.digest)
+    except ValueError as error:
+        raise ConfigError(f"config.evaluation.reference = {path!r}: {error}") from error
+    return reference
+
+
+def protocol(
+    config: Config,
+    data: DataShape,
+    autoencoder: Autoencoder,
+    network: InceptionNetwork,
+    reference: Reference,
+    samples: int,
+) -> Protocol:
+    """What figures of the student depend on."""
+    return Protocol(
+        samples=samples,
+        label_rule=f"index modulo {data.num_classes}",
+        seed=config.evaluation.seed,
+        nfe=config.sampling_nfe,
+        substeps=config.evaluation.substeps,
+        solver=config.evaluation.solver,
+        temperature=config.evaluation.temperature,
+        guidance=1.0,  # the teacher's guidance is distilled into the student
+        decoder=autoencoder.identity,
+        dtype=f"{config.model.dtype} network, float32 decoder",
+        feature_network=network.digest,
+        reference=reference.path.name,
+        reference_digest=reference.digest,
+    )
+
+
+def evaluate_latents(config: Config, workdir: str | os.PathLike) -> AdmFigures | None:
+    """Samples, decodes and measures as ADM does, and writes what its own evaluator reads.
+
+    Samples go to `<workdir>/samples/` a shard at a time, shared by all processes; an evaluation
+    that was killed goes on at the first one missing. `samples/samples.npz` has all of them with
+    labels, `adm.json` the figures with their protocol.
+
+    Args:
+      config: the run's settings.
+      workdir: the run's directory; it needs to hold nothing for official student weights.
+
+    Returns:
+      The figures, which are also printed; None on processes other than the first.
+
+    Raises:
+      CheckpointError: the student is missing, unusable or contradicts the settings.
+      ConfigError: a file is not given or not what it should be; or samples of other settings lie in
+        the directory.
+      FileNotFoundError: a file is not there; says what to put there.
+    """
+    # What is missing is said before hours are spent on samples.
+    network = load_inception(config)
+    reference = load_reference(config, network)
+    autoencoder = load_autoencoder(config)
+    data = data_shape(config, workdir)
+    check_autoencoder(autoencoder, data)
+    Sizes(Systems.of(config, data)).check_evaluation()
+    samples = _samples(config, data, autoencoder, Path(workdir))
+    if samples is None:
+        return None
+    number = config.evaluation.num_samples
+    logging.info("evaluation: features of %d samples", number)
+    figures = measure_adm(
+        image_batches(samples),
+        network,
+        reference,
+        protocol(config, data, autoencoder, network, reference, number),
+    )
+    path = Path(workdir) / "adm.json"
+    content = {"names": figures.names, **dataclasses.asdict(figures)}
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    logging.info("%s", figures)
+    logging.info("wrote %s and %s", path, samples)
+    return figures
+
+
+def _samples(
+    config: Config, data: DataShape, autoencoder: Autoencoder, workdir: Path
+) -> Path | None:
+    """The file of all samples, on the first process, which puts the shards together."""
+    settings, folder = config.evaluation, workdir / "samples"
+    params = load_student(config, data, workdir)
+    plan = {
+        "samples": settings.num_samples,
+        "shard": _SHARD,
+        "seed": settings.seed,
+        "classes": data.num_classes,
+        "nfe": config.sampling_nfe,
+        "final_step_size_scale": config.train.final_step_size_scale,
+        "shift": config.train.shift,
+        "substeps": settings.substeps,
+        "solver": settings.solver,
+        "temperature": settings.temperature,
+        "dtype": config.model.dtype,
+        "student": tree_digest(params),
+        "decoder": autoencoder.identity,
+    }
+    # Folders from before it was `ceil` do not know it: their samples are the same where all numbers
+    # of substeps are.
+    counts = [
+        student_substeps(config.train, config.sampling_nfe, settings.substeps, rounding)
+        for rounding in ("round", ROUNDING)
+    ]
+    if (counts[0] != counts[1]).any():
+        plan["rounding"] = ROUNDING
+    _check_plan(folder, plan)
+    whole = folder / "samples.npz"
+    shards = [folder / f"{i:05d}.npy" for i in range(-(-settings.num_samples // _SHARD))]
+    mine = shards[jax.process_index() :: jax.process_count()]
+    todo = [] if whole.exists() else [path for path in mine if not path.exists()]
+    if todo:
+        logging.info("evaluation: %d of %d shards of samples to make", len(todo), len(shards))
+        run = IndexSampler(
+            pixel_sampler(student_sampler(config, data), autoencoder.module, data),
+            shape=data.shape,
+            conditions=np.arange(data.num_classes, dtype=np.int32),
+            batch_size=settings.batch_size,
+            num_samples=min(_SHARD, settings.num_samples),
+            seed=settings.seed,
+            sharding=batch_sharding(local_mesh()),
+        )
+        everything = jax.device_put((params, autoencoder.params), replicated(local_mesh()))
+        for number, path in enumerate(todo, start=1):
+            start = int(path.stem) * _SHARD
+            indices = range(start, min(start + _SHARD, settings.num_samples))
+            images = np.concatenate([to_uint8(b) for b in run.batches(everything, indices)])
+            _save(path, images)
+            logging.info("evaluation: %d/%d shards of samples", number, len(todo))
+    multihost_utils.sync_global_devices("samples")
+    if jax.process_index() != 0:
+        return None
+    if not whole.exists():
+        labels = index_labels(settings.num_samples, data.num_classes)
+        write_samples(whole, (np.load(path) for path in shards), labels)
+        for path in shards:
+            path.unlink()
+    return whole
+
+
+def _check_plan(folder: Path, plan: dict) -> None:
+    """Records whose samples a folder has, or refuses to mix them with others."""
+    path = folder / "plan.json"
+    if jax.process_index() == 0 and not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(plan, indent=1) + "\n", encoding="utf-8")
+        temporary.replace(path)
+    multihost_utils.sync_global_devices("plan of samples")
+    known = json.loads(path.read_text(encoding="utf-8"))
+    different = [
+        f"{key} was {known.get(key)!r}, is {plan.get(key)!r}"
+        for key in sorted(known.keys() | plan.keys())
+        if known.get(key) != plan.get(key)
+    ]
+    if different:
+        raise ConfigError(
+            f"{folder} has samples of other settings ({'; '.join(different)}); remove it, or pass "
+            "another --workdir"
+        )
+
+
+def _save(path: Path, images: np.ndarray) -> None:
+    temporary = path.with_suffix(".tmp")
+    with temporary.open("wb") as file:
+        np.save(file, images)
+    os.replace(temporary, path)
+
+
+def write_reference(config: Config, workdir: str | os.PathLike) -> Path:
+    """`--mode=statistics`: `config.evaluation.reference` from the images in `config.data.images`.
+
+    Args:
+      config: the run's settings.
+      workdir: not used.
+
+    Returns:
+      The file, in ADM's format; without images, so without precision and recall.
+
+    Raises:
+      ConfigError: a key is not given, or the reference exists.
+      FileNotFoundError: images or feature weights are not there.
+    """
+    del workdir
+    path = config.evaluation.reference
+    for key, value in (("data.images", config.data.images), ("evaluation.reference", path)):
+        if not value:
+            raise ConfigError(f"--mode=statistics needs config.{key}")
+    if Path(path).exists():
+        raise ConfigError(f"config.evaluation.reference = {path!r} exists; remove it first")
+    network = load_inception(config)
+    images = open_imagenet(config.data.images)
+    pool, spatial = Moments.empty(POOL_FEATURES), Moments.empty(SPATIAL_FEATURES)
+    for batch in _crops(images, network.batch_size):
+        activations = network.activations(batch)
+        pool, spatial = pool.add(activations.pool), spatial.add(activations.spatial)
+    write_statistics(
+        path,
+        pool.statistics(),
+        spatial.statistics(),
+        count=len(images),
+        feature_network=network.digest,
+    )
+    logging.info("wrote %s: statistics of %d images", path, len(images))
+    return Path(path)
+
+
+def _crops(images, size: int) -> Iterator[np.ndarray]:
+    for start in range(0, len(images), size):
+        indices = range(start, min(start + size, len(images)))
+        yield np.stack([center_crop(images[i][0], _IMAGE_SIZE) for i in indices])

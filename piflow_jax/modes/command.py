@@ -1,0 +1,146 @@
+"""A mode from settings to exit status: what is common to all of them."""
+
+import os
+import sys
+import traceback
+
+import jax
+import ml_collections
+from absl import logging
+
+from piflow_jax.config import Config, ConfigError, check_devices, parse
+from piflow_jax.data.pictures import PicturesError
+from piflow_jax.data.shards import ShardsError
+from piflow_jax.modes.adm import write_reference
+from piflow_jax.modes.compile import compile_sampling, compile_step
+from piflow_jax.modes.evaluate import evaluate
+from piflow_jax.modes.evaluate_prompts import evaluate_images
+from piflow_jax.modes.export import export
+from piflow_jax.modes.prepare import prepare_latents
+from piflow_jax.modes.prepare_prompts import prepare_prompts
+from piflow_jax.modes.rivals import compare_rivals
+from piflow_jax.modes.sample import sample
+from piflow_jax.modes.train import train
+from piflow_jax.parallel import processes, slice_count
+from piflow_jax.runs.checkpoint import CheckpointError
+from piflow_jax.runs.loop import Interrupted, NonFiniteLossError
+from piflow_jax.runs.workdir import check_writable, user_path
+from piflow_jax.systems.datasets import dataset
+from piflow_jax.systems.settings import check_choices
+
+__all__ = ["MODES", "run"]
+
+
+def _prepare(config: Config, workdir: str | os.PathLike) -> None:
+    of_data = prepare_latents if dataset(config).by_class else prepare_prompts
+    of_data(config, workdir)
+
+
+def _evaluate(config: Config, workdir: str | os.PathLike) -> None:
+    of_data = evaluate if dataset(config).by_class else evaluate_images
+    of_data(config, workdir)
+
+
+MODES = {
+    "train": train,
+    "evaluate": _evaluate,
+    "sample": sample,
+    "export": export,
+    "prepare": _prepare,
+    "statistics": write_reference,
+    "compile": compile_step,
+    "compile_sampling": compile_sampling,
+    "rivals": compare_rivals,
+}
+# The settings whose batches a mode makes, where they are not those of training. The modes that
+# compile look at their slice themselves.
+_BATCHES = {
+    "evaluate": ("evaluation",),
+    "sample": ("evaluation",),
+    "export": (),
+    "prepare": (),
+    "statistics": (),
+}
+# What these make is shared between runs, and lies where the settings say.
+_WRITES_ELSEWHERE = ("prepare", "statistics")
+# What a user can mend, or start again after; the rest are ours, and have a traceback.
+_OF_THE_RUN = (CheckpointError, NonFiniteLossError, OSError, processes.ProcessError)
+# What neither the settings' sizes nor the compiler foresaw.
+_NO_MEMORY = (
+    "not enough memory ({error}); lower the batch sizes of config.train, config.teacher or "
+    "config.evaluation, raise config.train.microbatches, or set config.model.remat"
+)
+
+
+def run(mode: str, config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> int:
+    """Runs a mode; errors that a user can mend are one paragraph, not a traceback.
+
+    Starts the processes of a cluster first. After an error that only some of them have, it does not
+    return, see `processes.end`.
+
+    Args:
+      mode: a key of `MODES`.
+      config: what a config file made and flags changed.
+      workdir: the run's directory; made if need be.
+
+    Returns:
+      The exit status: 0; 2 for settings or data; 1 for the run; 130 after SIGINT.
+    """
+    try:
+        workdir = user_path(workdir, "--workdir")
+        parsed = parse(config, None)
+        check_choices(parsed)
+        _start(parsed, mode, workdir)
+        MODES[mode](parsed, workdir)
+    except Interrupted as stop:
+        logging.info("%s", stop)
+        return processes.end(0 if stop.signal == "SIGTERM" else 130)
+    except (ConfigError, FileNotFoundError, PicturesError, ShardsError) as error:
+        return _refuse(str(error), 2)
+    except Exception as error:
+        lost = processes.lost(error)
+        if lost or isinstance(error, _OF_THE_RUN):
+            return _refuse(lost or str(error), 1)
+        if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+            return _refuse(_NO_MEMORY.format(error=str(error).partition("\n")[0]), 1)
+        if jax.process_count() == 1:
+            raise
+        traceback.print_exc()
+        return _refuse(f"process {jax.process_index()} of {jax.process_count()} failed", 1)
+    return processes.end(0)
+
+
+def _start(config: Config, mode: str, workdir: str | os.PathLike) -> None:
+    if config.compilation_cache:
+        cache = user_path(config.compilation_cache, "config.compilation_cache")
+        try:
+            cache.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(
+                f"config.compilation_cache must be a directory, {cache} is none: {error}"
+            ) from error
+        jax.config.update("jax_compilation_cache_dir", os.fspath(cache))
+        # On several devices a fused rollout, and cuDNN's attention, are named in the program by an
+        # address in this process: no other process would find it. What they do follows from the
+        # rest of the program: the rollout's version is in its name, attention's settings are in the
+        # shapes of its arguments.
+        setting = "jax_remove_custom_partitioning_ptr_from_cache_key"
+        if hasattr(jax.config, setting):  # not every JAX has it
+            jax.config.update(setting, True)
+    if not mode.startswith("compile"):  # a slice to compile for has other devices than this machine
+        processes.start(config.processes)
+        groups = _BATCHES.get(mode)
+        if not dataset(config).by_class:
+            # No teacher is trained on prompts, nothing is sampled while a student is, and
+            # --mode=evaluate measures finished pictures.
+            groups = {"train": ("train",), "evaluate": ()}.get(mode, groups)
+        here = jax.device_count(), jax.process_count(), slice_count()
+        check_devices(config, *here, groups=groups)
+    if mode not in _WRITES_ELSEWHERE:
+        check_writable(workdir)
+        user_path(workdir).mkdir(parents=True, exist_ok=True)
+
+
+def _refuse(message: str, code: int) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return processes.end(code)

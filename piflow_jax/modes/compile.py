@@ -1,0 +1,339 @@
+"""`--mode=compile` and `--mode=compile_sampling`: for a TPU slice that need not be attached."""
+
+import dataclasses
+import importlib.metadata
+import json
+import os
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+from jax.sharding import Mesh
+
+from piflow_jax.config import Config, ConfigError
+from piflow_jax.flow.schedule import Segments
+from piflow_jax.keys import seed_key
+from piflow_jax.modes.sizes import Machine, Sizes
+from piflow_jax.modes.systems import student_sampler, student_shardings, teacher_shardings
+from piflow_jax.parallel import (
+    ActivationSharding,
+    batch_sharding,
+    config_mesh,
+    parameter_shardings,
+    replicated,
+)
+from piflow_jax.parallel.collectives import collective_bytes
+from piflow_jax.parallel.cycles import estimated_cycles
+from piflow_jax.parallel.flops import flops
+from piflow_jax.parallel.topology import CHIPS, Chip, topology_devices
+from piflow_jax.runs.monitor import step_memory
+from piflow_jax.systems.assembly import Systems
+from piflow_jax.systems.datasets import dataset, load_source, shape_of
+from piflow_jax.systems.networks import abstract_variables, named_variables, network_kind
+from piflow_jax.systems.sampling import student_substeps
+from piflow_jax.systems.settings import check_ours
+from piflow_jax.systems.shapes import DataShape
+from piflow_jax.training.optimizer import make_optimizer
+from piflow_jax.training.state import TrainState
+from piflow_jax.training.step import distill_step
+
+GIB = 2**30
+# Pixels of an image along a side of a latent, of the autoencoders of FLUX.1 and Qwen-Image.
+_LATENT_STRIDE = 8
+# Tokens of a caption in the recipes of both.
+_TEXT_LENGTH = 512
+# Named scopes of the step whose shares of the estimated cycles are reported.
+SCOPES = ("teacher", "student", "policy", "optimizer")
+
+
+def compile_step(config: Config, workdir: str | os.PathLike) -> dict[str, Any]:
+    """Compiles the distillation step of a configuration and says what it takes.
+
+    State, teacher and batch lie on the slice as `config.mesh` says. No weights and, for ImageNet
+    and prompts, no data are needed.
+
+    Args:
+      config: the run's settings; `config.topology` names the slice.
+      workdir: `compile_<topology>.json` is written there.
+
+    Returns:
+      What is written: memory by device in bytes, FLOPs of a step, the compiler's estimate of cycles
+      by device and step with each part's share, seconds. Rollouts that are loops end when the
+      farthest sample of the batch has arrived; each is counted at the substeps of the longest
+      segment, the most that there can be. Of rollouts that are kernels the compiler has no
+      estimate: they are counted, and left out of the cycles.
+
+    Raises:
+      ConfigError: `config.topology` is unknown, the batch does not divide, or the step does not
+        fit the devices' memory.
+    """
+    mesh = _mesh(config, "train")
+    train = config.train
+    program = _step_program(config, mesh)
+    remedy = (
+        f"the step does not fit {config.topology}; raise config.train.microbatches, set "
+        "config.model.remat or split the state over config.mesh.fsdp"
+    )
+    settings = {
+        "batch_size": train.batch_size,
+        "batch_per_device": train.batch_size / mesh.size,
+        "microbatches": train.microbatches,
+        "remat": config.model.remat,
+        "moment_dtype": train.optimizer.moment_dtype,
+    }
+    return _report(config, mesh, program, remedy, settings, Path(workdir), "compile")
+
+
+def compile_sampling(config: Config, workdir: str | os.PathLike) -> dict[str, Any]:
+    """Compiles the student's sampler, without a decoder, as `compile_step` does the step.
+
+    `config.evaluation.batch_size` samples are made at a time, by parameters that are split as
+    `config.mesh` says.
+
+    Args:
+      config: the run's settings; `config.topology` names the slice.
+      workdir: `compile_sampling_<topology>.json` is written there.
+
+    Returns:
+      What is written, see `compile_step`.
+
+    Raises:
+      ConfigError: see `compile_step`.
+    """
+    mesh = _mesh(config, "evaluation")
+    program = _sampling_program(config, mesh)
+    batch_size = config.evaluation.batch_size
+    settings = {
+        "batch_size": batch_size,
+        "batch_per_device": batch_size / mesh.size,
+        "nfe": config.sampling_nfe,
+    }
+    remedy = (
+        f"the sampler does not fit {config.topology}; lower config.evaluation.batch_size or split "
+        "the parameters over config.mesh.fsdp"
+    )
+    return _report(config, mesh, program, remedy, settings, Path(workdir), "compile_sampling")
+
+
+def _mesh(config: Config, group: str) -> Mesh:
+    """The slice's devices, if they can share the batches of this group of settings."""
+    try:
+        devices = topology_devices(config.topology)
+    except ValueError as error:
+        raise ConfigError(f"config.topology: {error}") from error
+    return config_mesh(config, devices, groups=(group,))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Program:
+    """A program, what it takes and where that lies.
+
+    Attributes:
+      function: what is compiled.
+      arguments: shapes of its arguments.
+      shardings: of the arguments.
+      results: shardings of its results.
+      donated: whether the first argument is.
+      examples: samples that come of one run.
+      substeps: of the longest rollout of a policy.
+    """
+
+    function: Callable
+    arguments: tuple[Any, ...]
+    shardings: tuple[Any, ...]
+    results: Any
+    donated: bool
+    examples: int
+    substeps: int
+
+    def compile(self, mesh: Mesh, remedy: str) -> jax.stages.Compiled:
+        jitted = jax.jit(
+            self.function,
+            donate_argnums=(0,) if self.donated else (),
+            in_shardings=self.shardings,
+            out_shardings=self.results,
+        )
+        with jax.set_mesh(mesh):  # as in training
+            lowered = jitted.lower(*self.arguments)
+        try:
+            return lowered.compile()
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            reason = str(error).splitlines()[0]
+            raise ConfigError(f"{remedy} ({reason})") from error
+
+
+def _report(
+    config: Config,
+    mesh: Mesh,
+    program: _Program,
+    remedy: str,
+    settings: dict[str, Any],
+    workdir: Path,
+    name: str,
+) -> dict[str, Any]:
+    logging.info("compiling for %s, %d devices", config.topology, mesh.size)
+    start = time.perf_counter()
+    compiled = program.compile(mesh, remedy)
+    seconds = time.perf_counter() - start
+    text = compiled.as_text()
+    substeps = {"policy": program.substeps}
+    report = {
+        "topology": config.topology,
+        "devices": mesh.size,
+        "mesh": {axis: size for axis, size in mesh.shape.items() if size > 1},
+        **settings,
+        "dtype": config.model.dtype,
+        "memory_bytes": dict(step_memory(compiled)) | {"chip": _chip(config).memory},
+        "flops": _flops(program),
+        "cycles": _cycles(text, program.substeps),
+        "collective_bytes": collective_bytes(text, SCOPES, substeps),
+        "compile_seconds": seconds,
+        "jax": jax.__version__,
+        "libtpu": importlib.metadata.version("libtpu"),
+        "libtpu_flags": os.environ.get("LIBTPU_INIT_ARGS", ""),
+    }
+    path = workdir / f"{name}_{re.sub(r'[^A-Za-z0-9_]', '_', config.topology)}.json"
+    path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    logging.info("%s", _summary(report))
+    logging.info("wrote %s", path)
+    return report
+
+
+def _data(config: Config) -> DataShape:
+    """The shape of the data, of prepared sets that of official weights."""
+    if dataset(config).bundled:
+        return shape_of(config, load_source(config.data))
+    check_ours(config, f"--mode=compile of config.data.name = {config.data.name!r}")
+    official = network_kind(config.model).official
+    if dataset(config).by_class:
+        return official
+    return dataclasses.replace(official, sample_size=config.data.image_size // _LATENT_STRIDE)
+
+
+def _batch(config: Config, systems: Systems, batch_size: int) -> dict[str, Any]:
+    """Shapes of a batch of training; without data, captions have the size of samples alone."""
+    data, conditioning = systems.data, systems.teacher_network.conditioning
+    channels = 0 if conditioning.reads_text and config.train.data_free else data.channels
+    length = config.data.text_length or _TEXT_LENGTH
+    return {
+        "x": jax.ShapeDtypeStruct((batch_size, *data.shape[:-1], channels), jnp.float32),
+        "condition": conditioning.example(data, batch_size, length),
+    }
+
+
+def _systems(config: Config, mesh: Mesh) -> Systems:
+    data = _data(config)
+    systems = Systems.of(config, data, constrain=ActivationSharding(mesh))
+    # Of the example of an empty caption, the shapes alone matter here.
+    one = jax.tree.map(
+        lambda leaf: np.zeros(leaf.shape[1:], leaf.dtype), _batch(config, systems, 1)["condition"]
+    )
+    return dataclasses.replace(systems, null=systems.teacher_network.conditioning.null(data, one))
+
+
+def _sizes(config: Config, mesh: Mesh, systems: Systems) -> Sizes:
+    return Sizes(systems, machine=Machine.of_chips(_chip(config), mesh.size))
+
+
+def _step_program(config: Config, mesh: Mesh) -> _Program:
+    systems, train = _systems(config, mesh), config.train
+    student, teacher = systems.student_network, systems.teacher_network
+    _sizes(config, mesh, systems).check_student_training()
+    optimizer = make_optimizer(train.optimizer, train.steps)
+    trained = student.trained(abstract_variables(student))
+    state = jax.eval_shape(lambda trained: TrainState.create(trained, optimizer), trained)
+    teacher_params = abstract_variables(teacher)
+    batch = _batch(config, systems, train.batch_size)
+    of_state = student_shardings(config, mesh, state, student)
+    f = train.final_step_size_scale
+    return _Program(
+        function=distill_step(student, systems.teacher, optimizer, config, systems.data.channels),
+        arguments=(state, teacher_params, jax.eval_shape(lambda: seed_key(0)), batch),
+        shardings=(
+            of_state,
+            teacher_shardings(config, mesh, teacher),
+            replicated(mesh),
+            batch_sharding(mesh),
+        ),
+        results=(of_state, replicated(mesh)),
+        donated=True,
+        examples=train.batch_size,
+        substeps=max(round(Segments(train.nfe, f).longest * train.total_substeps), 1),
+    )
+
+
+def _sampling_program(config: Config, mesh: Mesh) -> _Program:
+    systems, settings = _systems(config, mesh), config.evaluation
+    data, student = systems.data, systems.student_network
+    _sizes(config, mesh, systems).check_sampling(settings.batch_size)
+    params = abstract_variables(student)
+    batch = _batch(config, systems, settings.batch_size)
+    noise = jax.ShapeDtypeStruct((settings.batch_size, *data.shape), jnp.float32)
+    nfe = config.sampling_nfe
+    split = batch_sharding(mesh)
+    return _Program(
+        function=student_sampler(config, data, ActivationSharding(mesh)),
+        arguments=(params, noise, batch["condition"]),
+        shardings=(parameter_shardings(mesh, named_variables(student)), split, split),
+        results=split,
+        donated=False,
+        examples=settings.batch_size,
+        substeps=int(student_substeps(config.train, nfe, settings.substeps).max()),
+    )
+
+
+def _chip(config: Config) -> Chip:
+    return CHIPS[config.topology.split(":")[0]]
+
+
+def _flops(program: _Program) -> dict[str, Any]:
+    """FLOPs of a run on all devices, and those of the networks without what is recomputed."""
+    counted = flops(program.function, *program.arguments, scopes=SCOPES)
+    networks = {scope: counted.by_scope[scope] for scope in ("teacher", "student")}
+    minimum = sum(networks.values())
+    return {
+        "counted": counted.total,
+        "minimum": minimum,
+        "ratio": counted.total / minimum,
+        "teacher_share": networks["teacher"] / minimum,
+        "per_example": counted.total / program.examples,
+    }
+
+
+def _cycles(text: str, substeps: int) -> dict[str, Any]:
+    """The compiler's estimate for a run on one device, and what each part of it takes."""
+    cycles = estimated_cycles(text, SCOPES, {"policy": substeps})
+    return {
+        "total": cycles.total,
+        "shares": cycles.shares,
+        "rollouts": len(cycles.traced),
+        "kernels": text.count('custom_call_target="tpu_custom_call"'),
+        "substeps": substeps,
+    }
+
+
+def _summary(report: dict[str, Any]) -> str:
+    memory, flops, cycles = report["memory_bytes"], report["flops"], report["cycles"]
+    shares = ", ".join(f"{scope} {share:.1%}" for scope, share in cycles["shares"].items())
+    fits = "fits" if memory["peak"] <= memory["chip"] else "does NOT fit"
+    parts = f" in {report['microbatches']} microbatches" if "microbatches" in report else ""
+    return (
+        f"{report['topology']}: {report['batch_per_device']:g} examples per device{parts}\n"
+        f"memory per device: {memory['peak'] / GIB:.2f} GiB of {memory['chip'] / GIB:.0f}, {fits} "
+        f"(state and inputs {memory['arguments'] / GIB:.2f}, temporary "
+        f"{memory['temporary'] / GIB:.2f})\n"
+        f"FLOPs of a run: {flops['counted']:.3e}, {flops['ratio']:.3f} times the minimum; "
+        f"the teacher's share of the minimum is {flops['teacher_share']:.0%}\n"
+        f"estimated cycles by device: {cycles['total']:.3e}, rollouts at "
+        f"{cycles['substeps']} substeps, {cycles['kernels']} rollouts in kernels, of which the "
+        f"compiler has no estimate; {shares}\n"
+        f"compiled in {report['compile_seconds']:.0f} s"
+    )

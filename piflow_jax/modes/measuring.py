@@ -1,0 +1,109 @@
+"""Systems side by side: the same noise, labels and features for all of them."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from piflow_jax.config import Config
+from piflow_jax.data import Source
+from piflow_jax.evaluation import (
+    IndexSampler,
+    Row,
+    class_diversity,
+    half_split_floor,
+    measure,
+)
+from piflow_jax.modes.systems import conditions_in_turn
+from piflow_jax.parallel import batch_sharding, local_mesh
+from piflow_jax.systems.judges import Judge, real_samples
+from piflow_jax.systems.sampling import ROUNDING
+from piflow_jax.systems.shapes import DataShape
+
+__all__ = ["Bench"]
+
+
+class Bench:
+    """Samples systems on the same noise and conditions, and measures them in one feature space.
+
+    Args:
+      config: the run's settings.
+      source: real data.
+      data: what networks know of it.
+      judge: the feature space.
+    """
+
+    def __init__(self, config: Config, source: Source, data: DataShape, judge: Judge):
+        self._config, self._source, self._data, self._judge = config, source, data, judge
+        self._conditions, labels = conditions_in_turn(source, data)
+        real, real_labels = real_samples(source)
+        self._real = judge.extract(real)
+        self._real_labels = np.zeros(len(real), np.int32) if real_labels is None else real_labels
+        self._labels = labels[np.arange(config.evaluation.num_samples) % len(labels)]
+
+    def sample(self, sampler: Callable, params) -> tuple[np.ndarray, float]:
+        """A system's samples `[N, *sites, C]` and the seconds that they took."""
+        settings = self._config.evaluation
+        by_index = IndexSampler(
+            sampler,
+            shape=self._data.shape,
+            conditions=self._conditions,
+            batch_size=settings.batch_size,
+            num_samples=settings.num_samples,
+            seed=settings.seed,
+            sharding=batch_sharding(local_mesh()),
+        )
+        return by_index(params, settings.num_samples), by_index.seconds
+
+    def row(
+        self,
+        system: str,
+        nfe: int,
+        samples: np.ndarray,
+        seconds: float,
+        reference: np.ndarray | None,
+    ) -> Row:
+        """Figures of samples; `reference` are the endpoints to compare with, if any."""
+        mse = None if reference is None else float(np.mean(np.square(samples - reference)))
+        return Row(
+            system=system,
+            nfe=nfe,
+            figures=measure(samples, self._labels, self._real, self._judge),
+            endpoint_mse=mse,
+            seconds=seconds,
+        )
+
+    def of_data(self) -> dict[str, Any]:
+        """The real data's own diversity, and their half against half."""
+        return {
+            "data_diversity": class_diversity(self._real, self._real_labels),
+            "floor": half_split_floor(self._real),
+        }
+
+    def protocol(self) -> dict[str, Any]:
+        """Everything that the figures depend on."""
+        config, settings = self._config, self._config.evaluation
+        return {
+            "data": self._source.name,
+            "network": config.model.network,
+            "real_images": len(self._real),
+            "samples": settings.num_samples,
+            "noise_seed": settings.seed,
+            "labels": "index modulo classes",
+            "features": self._judge.name,
+            "features_sha256": self._judge.digest,
+            "clipping": "samples clipped to [-1, 1] for features, not for endpoints",
+            "weights": "EMA",
+            "teacher_solver": "euler",
+            "guidance": [config.teacher.guidance_scale, *config.teacher.guidance_interval],
+            "substeps": settings.substeps,
+            "solver": settings.solver,
+            "rounding": ROUNDING,
+            "temperature": settings.temperature,
+            "checkpoint": settings.checkpoint,
+            "dtype": config.model.dtype,
+            "device": jax.devices()[0].device_kind,
+            "jax": jax.__version__,
+            "seed": config.seed,
+        }

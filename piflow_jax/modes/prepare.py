@@ -1,0 +1,230 @@
+"""`--mode=prepare`: images to cached latents, once, before training on them."""
+
+import concurrent.futures
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+
+from piflow_jax.config import Config, ConfigError
+from piflow_jax.data.imagenet import ImageSource, center_crop, open_imagenet
+from piflow_jax.data.latents import (
+    LatentsPlan,
+    finalize_latents,
+    missing_shards,
+    start_latents,
+    write_shard,
+)
+from piflow_jax.data.pictures import PictureError
+from piflow_jax.data.shards import left_out, write_all
+from piflow_jax.models.vae import AutoencoderKL
+from piflow_jax.modes.autoencoder import load_autoencoder, tree_digest
+from piflow_jax.parallel import batch_sharding, local_mesh, replicated
+
+__all__ = ["finalize", "prepare", "prepare_latents"]
+
+finalize = finalize_latents
+
+
+def prepare(
+    source: ImageSource,
+    vae_module: AutoencoderKL,
+    vae_params: Any,
+    directory: str | os.PathLike,
+    *,
+    image_size: int = 256,
+    shard_size: int = 8192,
+    batch_size: int = 64,
+    process_index: int = 0,
+    process_count: int = 1,
+    on_progress: Callable[[int, int], None] | None = None,
+    dtype: str = "float16",
+    precision: str = "high",
+    read_threads: int = 16,
+    skip_refused: bool = False,
+) -> dict[str, Any] | None:
+    """Encodes all images and their mirror images, in the order of the source.
+
+    Goes on with the first shard that is missing, so a preparation that was killed is just started
+    again. Process `p` of `P` writes the shards `i` with `i % P == p`; processes need not know of
+    each other but share the directory. Whichever finds all shards in place finalises the set.
+
+    Images go by `center_crop` and to [-1, 1]. One step of all local devices encodes `batch_size`
+    images and as many mirror images, while the next images are decoded by threads.
+
+    Args:
+      source: Images by index.
+      vae_module: The autoencoder.
+      vae_params: Its variables.
+      directory: Where the set goes, local or mounted. TFDS finds it by name, besides by path, if it
+        ends in `imagenet_latents/1.0.0`.
+      image_size: Side of the crops.
+      shard_size: Images in each shard.
+      batch_size: Images in each step, divisible by the number of local devices; fewer if no shard
+        has as many.
+      process_index: This process.
+      process_count: Number of processes.
+      on_progress: Called after each shard with the number of shards that this call has written and
+        has to write.
+      dtype: Type of the stored moments.
+      precision: JAX's precision of products; `high` is TensorFloat-32 or three bfloat16 passes.
+      read_threads: Threads that read, decode and crop images.
+      skip_refused: Leave out images that cannot be read; the manifest names them.
+
+    Returns:
+      The manifest if all shards are there, None if other processes still have some to write.
+
+    Raises:
+      ValueError: If the batch size is not divisible, or the process does not exist.
+      LatentsError: If another preparation was begun in the directory, latents are not finite, or
+        shards are damaged.
+      RefusedError: If images cannot be read and are not left out; when all shards without such
+        images are written.
+    """
+    if not 0 <= process_index < process_count:
+        raise ValueError(f"process_index must lie in [0, {process_count}), got {process_index}")
+    devices = jax.local_device_count()
+    if batch_size < 1 or batch_size % devices:
+        raise ValueError(
+            f"batch_size ({batch_size}) must be divisible by the number of local devices "
+            f"({devices})"
+        )
+    largest = min(shard_size, len(source))
+    batch_size = min(batch_size, -(-largest // devices) * devices)
+    image = jax.ShapeDtypeStruct((1, image_size, image_size, 3), jnp.float32)
+    moments, _ = jax.eval_shape(
+        lambda params, x: vae_module.apply(params, x, method="encode"), vae_params, image
+    )
+    plan = LatentsPlan(
+        vae=tree_digest(vae_params),
+        compute=f"{moments.dtype.name}, precision {precision}, {image_size} by centre crop",
+        source=source.description,
+        num_examples=len(source),
+        num_classes=source.num_classes,
+        image_size=image_size,
+        latent_shape=moments.shape[1:],
+        shard_size=shard_size,
+        dtype=dtype,
+        scale=vae_module.latent_scale,
+        shift=vae_module.latent_shift,
+    )
+    start_latents(directory, plan)
+    todo = [s for s in missing_shards(directory, plan) if s % process_count == process_index]
+    logging.info("prepare: %d of %d shards to write in %s", len(todo), plan.num_shards, directory)
+    encode = _encoder(vae_module, vae_params, dtype, precision)
+    with concurrent.futures.ThreadPoolExecutor(read_threads) as pool:
+
+        def write(shard):
+            examples = _encoded(source, plan.shard_range(shard), encode, batch_size, plan, pool)
+            write_shard(directory, plan, shard, examples, skip_refused=skip_refused)
+
+        write_all(write, todo, on_progress)
+    if missing_shards(directory, plan):
+        return None
+    return finalize(directory)
+
+
+def prepare_latents(config: Config, workdir: str | os.PathLike) -> None:
+    """`--mode=prepare`: the latents of `config.data.images` into `config.data.data_dir`.
+
+    Args:
+      config: the run's settings; `config.data` names images, autoencoder and directory.
+      workdir: not used; the latents are shared between runs.
+
+    Raises:
+      ConfigError: one of the three is not given, or the autoencoder's file is not one.
+      FileNotFoundError: one of them is not there.
+      LatentsError: another preparation was begun in the directory, or shards are damaged.
+      PicturesError: `config.data.images` is not what it should be.
+      RefusedError: images cannot be read, and `config.data.skip_refused` is not set.
+    """
+    del workdir
+    settings = config.data
+    for key in ("images", "vae", "data_dir"):
+        if not getattr(settings, key):
+            raise ConfigError(f"--mode=prepare needs config.data.{key}")
+    source = open_imagenet(settings.images)
+    autoencoder = load_autoencoder(config)
+    manifest = prepare(
+        source,
+        autoencoder.module,
+        autoencoder.params,
+        settings.data_dir,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+        on_progress=lambda done, todo: logging.info("prepare: %d/%d shards", done, todo),
+        skip_refused=settings.skip_refused,
+    )
+    if manifest is not None:
+        logging.info("prepare: %d images in %s", manifest["num_examples"], settings.data_dir)
+        if left_out(manifest):
+            logging.warning("prepare: left out\n%s", left_out(manifest))
+
+
+def _encoder(module: AutoencoderKL, params: Any, dtype: str, precision: str) -> Callable:
+    """The jitted `uint8[B, H, W, 3] -> mean, std [B, 2, h, w, C]` on all local devices."""
+    whole, split = replicated(local_mesh()), batch_sharding(local_mesh())
+    params = jax.device_put(params, whole)
+
+    def encode(params, pixels):
+        x = pixels.astype(jnp.float32) / 127.5 - 1.0
+        # Rows stay with their devices: image and mirror image side by side, not one after another.
+        both = jnp.stack([x, x[:, :, ::-1]], axis=1).reshape(-1, *x.shape[1:])
+        mean, logvar = module.apply(params, both, method="encode")
+        moments = (mean, jnp.exp(logvar.astype(jnp.float32) / 2))
+        return tuple(m.astype(dtype).reshape(-1, 2, *m.shape[1:]) for m in moments)
+
+    jitted = jax.jit(encode, in_shardings=(whole, split), out_shardings=split)
+
+    def run(pixels):
+        with jax.default_matmul_precision(precision):
+            return jitted(params, pixels)
+
+    return run
+
+
+def _encoded(
+    source: ImageSource,
+    indices: range,
+    encode: Callable,
+    batch_size: int,
+    plan: LatentsPlan,
+    pool: concurrent.futures.Executor,
+) -> Iterator[dict[str, Any] | PictureError]:
+    """Examples of one shard. Batches do not cross shards, so a shard is always made alike."""
+
+    def read(index):
+        try:
+            image, label, key = source[index]
+        except PictureError as error:
+            return error
+        return center_crop(image, plan.image_size), label, key
+
+    under_way = None  # on the devices, while the next images are read
+    for start in range(0, len(indices), batch_size):
+        rows = list(pool.map(read, indices[start : start + batch_size]))
+        images = [row[0] for row in rows if not isinstance(row, PictureError)]
+        pixels = np.zeros((batch_size, plan.image_size, plan.image_size, 3), np.uint8)
+        for place, image in enumerate(images):
+            pixels[place] = image
+        current = (encode(pixels), rows)
+        if under_way is not None:
+            yield from _rows(*under_way)
+        under_way = current
+    yield from _rows(*under_way)
+
+
+def _rows(
+    moments: tuple[jax.Array, jax.Array], rows: list[tuple | PictureError]
+) -> Iterator[dict[str, Any] | PictureError]:
+    pairs = zip(*jax.device_get(moments), strict=True)  # behind the images there is padding
+    for row in rows:
+        if isinstance(row, PictureError):
+            yield row
+        else:
+            (mean, std), (_, label, key) = next(pairs), row
+            yield {"mean": mean, "std": std, "label": label, "key": key}

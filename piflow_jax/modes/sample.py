@@ -1,0 +1,111 @@
+"""`--mode=sample`: a grid of the student's samples, or of the teacher's."""
+
+import os
+from pathlib import Path
+
+import jax
+import numpy as np
+from absl import logging
+
+from piflow_jax.config import Config, ConfigError
+from piflow_jax.data import Source
+from piflow_jax.evaluation import IndexSampler, as_pictures, save_grid
+from piflow_jax.modes.autoencoder import check_autoencoder, load_autoencoder, pixel_sampler
+from piflow_jax.modes.sample_prompts import sample_prompts
+from piflow_jax.modes.sizes import Sizes
+from piflow_jax.modes.systems import (
+    conditions_in_turn,
+    data_shape,
+    load_system,
+    system_sampler,
+)
+from piflow_jax.parallel import batch_sharding, local_mesh
+from piflow_jax.systems.assembly import Systems
+from piflow_jax.systems.conditioning import Condition
+from piflow_jax.systems.datasets import dataset, load_source
+from piflow_jax.systems.shapes import DataShape
+
+__all__ = ["grid_rows", "sample"]
+
+
+def sample(config: Config, workdir: str | os.PathLike) -> Path | list[Path]:
+    """Writes `<workdir>/student.png`, one row per class; of prompts see `sample_prompts`.
+
+    With `config.evaluation.system` it is `teacher.png`.
+
+    Args:
+      config: the run's settings; `config.evaluation.seed` chooses the noise, `grid_classes` the
+        rows and `grid_samples` the columns. Latents are decoded by `config.data.vae`.
+      workdir: the run's directory.
+
+    Returns:
+      The picture's path, or those of the prompts' pictures.
+
+    Raises:
+      CheckpointError: there is no student, or it contradicts the settings.
+      ConfigError: a class does not exist, or the autoencoder is missing or another one.
+    """
+    row, settings = dataset(config), config.evaluation
+    if not row.by_class:
+        return sample_prompts(config, workdir)
+    data = data_shape(config, workdir)
+    # Captions are those of the set; labels need no set to be there.
+    source = load_source(config.data) if row.captions else None
+    names, conditions = grid_rows(config, source, data)
+    number, caption = settings.grid_samples * len(names), getattr(source, "null", None)
+    Sizes(Systems.of(config, data, caption), source).check_sampling(number)
+    sampler = system_sampler(config, data, caption)
+    if row.latents:
+        autoencoder = load_autoencoder(config)
+        check_autoencoder(autoencoder, data)
+        sampler = pixel_sampler(sampler, autoencoder.module, data)
+        params = (load_system(config, data, workdir, None), autoencoder.params)
+    else:
+        params = load_system(config, data, workdir, None)
+    run = IndexSampler(
+        sampler,
+        shape=data.shape,
+        conditions=conditions,
+        batch_size=settings.batch_size,
+        num_samples=number,
+        seed=settings.seed,
+        sharding=batch_sharding(local_mesh()),
+    )
+    images = as_pictures(run(params, number))
+    path = Path(workdir) / f"{settings.system}.png"
+    if jax.process_index() == 0:
+        save_grid(path, [(name, images[i :: len(names)]) for i, name in enumerate(names)])
+        logging.info("wrote %s: %d samples in %.2f s", path, len(images), run.seconds)
+    return path
+
+
+def grid_rows(
+    config: Config, source: Source | None, data: DataShape
+) -> tuple[list[str], Condition]:
+    """The rows of a grid, sample `i` being in row `i` modulo their number.
+
+    Args:
+      config: the run's settings; `config.evaluation.grid_classes` are the classes that are shown.
+      source: the data; needed where conditions are no labels.
+      data: what networks know of it.
+
+    Returns:
+      Names of the rows and their conditions, for `IndexSampler`. Without classes it is one row.
+
+    Raises:
+      ConfigError: a class does not exist.
+    """
+    if not data.num_classes:
+        conditions = None if source is None else conditions_in_turn(source, data)[0]
+        return ["samples"], conditions
+    classes = config.evaluation.grid_classes or tuple(range(data.num_classes))
+    if max(classes) >= data.num_classes:
+        raise ConfigError(
+            f"config.evaluation.grid_classes must be below {data.num_classes}, got {max(classes)}"
+        )
+    table = np.arange(data.num_classes, dtype=np.int32)
+    if source is not None:
+        table, _ = conditions_in_turn(source, data)
+    names = getattr(source, "class_names", None) or [f"class {i}" for i in range(data.num_classes)]
+    conditions = jax.tree.map(lambda a: np.asarray(a)[np.asarray(classes)], table)
+    return [names[label] for label in classes], conditions

@@ -1,0 +1,239 @@
+"""`--mode=sample` of prompts: one PNG each, with the settings that made it."""
+
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
+from jax.experimental import multihost_utils
+
+from piflow_jax.config import Config, ConfigError
+from piflow_jax.data import stacked
+from piflow_jax.data.prompt_lists import DOWNSAMPLING, Prompt, bucket_size
+from piflow_jax.data.prompts import PromptsSource, load_prompts_source
+from piflow_jax.evaluation.adm import to_uint8
+from piflow_jax.keys import index_keys, index_noise, seed_key
+from piflow_jax.models.vae import picture_decoder
+from piflow_jax.modes.autoencoder import check_autoencoder, load_autoencoder
+from piflow_jax.modes.prepare_prompts import listed_prompts
+from piflow_jax.modes.sizes import Sizes
+from piflow_jax.modes.systems import load_system, system_sampler
+from piflow_jax.parallel import ActivationSharding, batch_sharding, config_mesh
+from piflow_jax.systems.assembly import Systems
+from piflow_jax.systems.sampling import ROUNDING
+from piflow_jax.systems.shapes import DataShape
+from piflow_jax.systems.spec import student_spec, teacher_spec
+
+__all__ = ["find_prompts", "sample_prompts"]
+
+_FOLDERS = {"student": "samples", "teacher": "teacher_samples"}
+
+
+def find_prompts(
+    source: PromptsSource, wanted: Sequence[Prompt], image_size: int, where: str
+) -> list[int]:
+    """Where prompts stand in a cached set, which is read from its beginning until all are found.
+
+    A prompt that the set has in several shapes is taken in the list's; one that it has in other
+    shapes only, in the set's first, with a warning.
+
+    Args:
+      source: the set.
+      wanted: the prompts.
+      image_size: side of a square image, in pixels, that the list's shapes go by.
+      where: the set's directory, for messages.
+
+    Returns:
+      An index for each.
+
+    Raises:
+      ConfigError: some are not there; names the first.
+    """
+    shapes = [
+        tuple(side // DOWNSAMPLING for side in bucket_size(prompt.aspect, image_size))
+        for prompt in wanted
+    ]
+    texts = [prompt.text for prompt in wanted]
+    found = source.find(texts, shapes)
+    absent = [text for text, index in zip(texts, found, strict=True) if index is None]
+    if absent:
+        raise ConfigError(
+            f"{where} has no embeddings of {len(set(absent))} of the prompts, the first is "
+            f"{absent[0]!r}; prepare the list with --mode=prepare into a directory of its own, and "
+            "give that as config.data.data_dir"
+        )
+    others = dict.fromkeys(
+        (text, shape)
+        for text, shape, index in zip(texts, shapes, found, strict=True)
+        if source.buckets[source.bucket(index)] != shape
+    )
+    if others:
+        logging.warning(
+            "%d prompts, the first is %r, have other shapes in %s than in the list, and get those",
+            len(others),
+            next(iter(others))[0],
+            where,
+        )
+    return found
+
+
+def sample_prompts(config: Config, workdir: str | os.PathLike) -> list[Path]:
+    """Writes `<workdir>/samples/<number>-<seed>.png` for each prompt of a list.
+
+    The teacher's, with `config.evaluation.system`, go to `<workdir>/teacher_samples/`, by the same
+    noise. Embeddings and shapes of images are those of the cached set `config.data.data_dir`; the
+    noise of a prompt depends on `config.evaluation.seed` and its place in the list alone. Without
+    an autoencoder (`config.data.vae`) latents are written, as `.npy`.
+
+    Args:
+      config: the run's settings; `config.data.prompts` is the list, without one all prompts of the
+        set are sampled.
+      workdir: the run's directory.
+
+    Returns:
+      The files. A PNG has the prompt as `prompt`, and as `piflow_jax` the settings in JSON.
+
+    Raises:
+      CheckpointError: there is no student, or it contradicts the settings.
+      ConfigError: the list is none, embeddings are missing, the autoencoder is another one, or the
+        devices do not divide a batch.
+      PromptsError: the set is unfinished or damaged.
+    """
+    where = config.data.data_dir
+    if not where:
+        raise ConfigError(
+            "config.data.data_dir must name a set that --mode=prepare made of prompts"
+        )
+    source = load_prompts_source(where, verify=False)
+    if config.data.prompts:
+        wanted = listed_prompts(config)
+        indices = find_prompts(source, wanted, config.data.image_size, where)
+    else:
+        # By place in the list that the set was made of, not by bucket.
+        indices = sorted(range(len(source)), key=lambda index: int(source[index]["index"]))
+    data = DataShape.of(config.data.name, source)
+    autoencoder = load_autoencoder(config) if config.data.vae else None
+    if autoencoder is not None:
+        check_autoencoder(autoencoder, data)
+    Sizes(Systems.of(config, data, source.null), source).check_sampling(len(indices))
+    mesh = config_mesh(config, groups=("evaluation",))
+    params = load_system(config, data, workdir, mesh)
+    sampler = jax.jit(_sampler(config, data, mesh, source.null), out_shardings=batch_sharding(mesh))
+    decode = None
+    if autoencoder is not None:
+        decode = picture_decoder(autoencoder.module, autoencoder.params, jax.local_devices())
+    directory = Path(workdir) / _FOLDERS[config.evaluation.system]
+    directory.mkdir(exist_ok=True)
+    suffix = ".png" if decode is not None or data.channels in (1, 3) else ".npy"
+    paths = []
+    for places, batch in _batches(config, source, indices, mesh):
+        noise_indices = np.asarray(places, np.uint32)
+        with jax.set_mesh(mesh):  # kernels split their batch over it
+            latents = sampler(params, *jax.device_put((noise_indices, batch), batch_sharding(mesh)))
+        made = dict(zip(places, _here(latents), strict=True))  # what fills up a batch is one again
+        files = {p: directory / f"{p:05d}-{config.evaluation.seed}{suffix}" for p in made}
+        mine = list(made)[jax.process_index() :: jax.process_count()]
+        for place, image in zip(mine, _pictures(decode, [made[p] for p in mine]), strict=True):
+            prompt = source.prompts[indices[place]]
+            _write(files[place], image, prompt, _settings(config, data, place))
+        paths += files.values()
+    logging.info("wrote %d files to %s", len(paths), directory)
+    return sorted(paths)
+
+
+def _sampler(config: Config, data: DataShape, mesh: jax.sharding.Mesh, null: dict[str, Any]):
+    sampler = system_sampler(config, data, null, ActivationSharding(mesh))
+
+    def sample(params, places, batch):
+        shape = (*batch["x"].shape[1:-1], data.channels)
+        noise = index_noise(index_keys(seed_key(config.evaluation.seed), places), shape)
+        return sampler(params, noise, batch["condition"])
+
+    return sample
+
+
+def _batches(
+    config: Config, source: PromptsSource, indices: Sequence[int], mesh: jax.sharding.Mesh
+) -> Iterator[tuple[list[int], dict[str, np.ndarray]]]:
+    """Places in the list and their examples, of one shape each; the last place fills a batch."""
+    by_bucket: dict[int, list[int]] = {}
+    for place, index in enumerate(indices):
+        by_bucket.setdefault(source.bucket(index), []).append(place)
+    parts = mesh.shape["data"] * mesh.shape["fsdp"]
+    for places in by_bucket.values():
+        most = min(config.evaluation.batch_size, -(-len(places) // parts) * parts)
+        for start in range(0, len(places), most):
+            part = places[start : start + most]
+            part += part[-1:] * (most - len(part))
+            examples = [source[indices[place]] for place in part]
+            # Of the states the shape alone matters.
+            examples = [e | {"x": np.zeros((*e["x"].shape[:-1], 0), np.float32)} for e in examples]
+            yield part, stacked(examples)
+
+
+def _here(samples: jax.Array) -> np.ndarray:
+    """Samples of all processes on this host."""
+    if jax.process_count() > 1:
+        samples = multihost_utils.process_allgather(samples, tiled=True)
+    return np.asarray(samples, np.float32)
+
+
+def _pictures(decode: Callable | None, samples: Sequence[np.ndarray]) -> Iterator[np.ndarray]:
+    """Decoded samples, as many at a time as this process has devices; as they are without."""
+    if decode is None:
+        yield from samples
+        return
+    count = jax.local_device_count()
+    for start in range(0, len(samples), count):
+        yield from np.asarray(decode(np.stack(samples[start : start + count])))
+
+
+def _settings(config: Config, data: DataShape, place: int) -> dict[str, Any]:
+    """What made a picture, beside its prompt and the weights themselves."""
+    settings, teacher = config.evaluation, config.teacher
+    made = {
+        "evaluation.seed": settings.seed,
+        "teacher.weights": teacher.weights,
+        "model.dtype": config.model.dtype,
+        "place": place,
+    }
+    if settings.system == "teacher":
+        return (
+            teacher_spec(config, data)
+            | made
+            | {
+                "evaluation.teacher_steps": settings.teacher_steps[-1],
+                "teacher.guidance_scale": teacher.guidance_scale,
+                "train.shift": config.train.shift,
+            }
+        )
+    return (
+        student_spec(config, data)
+        | made
+        | {
+            "evaluation.nfe": config.sampling_nfe,
+            "evaluation.temperature": settings.temperature,
+            "evaluation.substeps": settings.substeps,
+            "evaluation.solver": settings.solver,
+            "rounding": ROUNDING,
+            "evaluation.weights": settings.weights,
+            "evaluation.checkpoint": settings.checkpoint,
+        }
+    )
+
+
+def _write(path: Path, sample: np.ndarray, prompt: str, made: dict[str, Any]) -> None:
+    from PIL import Image, PngImagePlugin
+
+    if path.suffix == ".npy":
+        np.save(path, sample)
+        return
+    text = PngImagePlugin.PngInfo()
+    text.add_itxt("prompt", prompt)
+    text.add_itxt("piflow_jax", json.dumps(made))
+    pixels = to_uint8(sample)
+    Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).save(path, pnginfo=text)

@@ -1,0 +1,76 @@
+"""The best checkpoint so far, beside the latest ones."""
+
+import json
+import os
+from collections.abc import Callable
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from piflow_jax.runs.checkpoint import Checkpointer, CheckpointError
+from piflow_jax.runs.workdir import user_path
+
+__all__ = ["BestCheckpoint"]
+
+
+class BestCheckpoint:
+    """Keeps the checkpoint with the smallest distance; use it as a context manager.
+
+    The distance is remembered in `best.json` beside the checkpoints, so that a continued run
+    compares with what it had. A run that was killed passes steps again: where one of them is better
+    than a best of the same step or a later one, that one goes.
+
+    Args:
+      directory: where the checkpoints go.
+
+    Raises:
+      CheckpointError: `best.json` is damaged, or checkpoints cannot be written.
+    """
+
+    def __init__(self, directory: str | os.PathLike):
+        self._checkpointer = Checkpointer(directory, keep=1, rewind=True)
+        self._record = user_path(directory).parent / "best.json"
+        self._distance = float("inf")
+        # A record alone, of a run killed between removing a best and saving a better one, is of
+        # something that is gone.
+        if self._checkpointer.latest_step() is not None and self._record.exists():
+            try:
+                record = json.loads(self._record.read_text(encoding="utf-8"))
+                self._distance = float(record["distance"])
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                raise CheckpointError(
+                    f"{self._record} is damaged ({error!r}); remove it to start the comparison anew"
+                ) from error
+
+    def __enter__(self) -> "BestCheckpoint":
+        """Returns itself."""
+        return self
+
+    def __exit__(self, kind, value, traceback) -> None:
+        """Closes."""
+        self._checkpointer.__exit__(kind, value, traceback)
+
+    def offer(self, step: int, distance: float, save: Callable[[Checkpointer], object]) -> bool:
+        """Keeps a state if it is better than what is there.
+
+        Args:
+          step: its step.
+          distance: smaller is better.
+          save: saves it to the checkpointer that it is given.
+
+        Returns:
+          Whether it was kept.
+        """
+        # Processes may have measured a little differently; the first one decides.
+        better = distance < self._distance
+        if not multihost_utils.broadcast_one_to_all(np.asarray(better)):
+            return False
+        save(self._checkpointer)
+        self._checkpointer.wait()
+        self._distance = distance
+        if jax.process_index() == 0:
+            temporary = self._record.with_suffix(".tmp")
+            temporary.write_text(json.dumps({"step": step, "distance": distance}) + "\n")
+            temporary.replace(self._record)
+        return True

@@ -1,0 +1,490 @@
+"""Checkpoints: the one module behind which Orbax sits, where nothing is silently "not found".
+
+A step is a directory `<directory>/<step>/` with two Orbax items: `state`, the arrays, and `meta`,
+one JSON document: data position, configuration, what sampling needs (the *spec*), and dtype, shape
+and fingerprint of every leaf. Orbax renames a finished save into place: a killed process leaves a
+temporary directory, never half a step. TensorStore notices missing and truncated files but returns
+flipped bytes of array data as if they were right; the fingerprints catch those.
+"""
+
+import json
+import logging as std_logging
+import os
+import re
+import sys
+import warnings
+import zlib
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import orbax.checkpoint as ocp
+from absl import logging
+from etils import epath
+from jax.experimental import multihost_utils
+
+from piflow_jax.parallel import processes
+from piflow_jax.runs.fingerprints import leaf_table
+from piflow_jax.runs.steps import (
+    CheckpointError,
+    bad_step,
+    cannot,
+    cause,
+    complete_steps,
+    first_cause,
+    latest_step,
+    listed,
+    missing_parts,
+    recorded_step,
+    write_record,
+)
+from piflow_jax.runs.workdir import checkpoint_path
+
+Path = str | os.PathLike
+
+_FORMAT = 1
+
+
+class Restored(NamedTuple):
+    """What `Checkpointer.restore` returns."""
+
+    step: int
+    state: Any
+    data_state: dict
+    config: dict
+    spec: dict
+
+
+class Checkpointer:
+    """Saves and restores training runs in one directory; use it as a context manager.
+
+    Saving is asynchronous: `save` returns once the arrays are copied to the host, so the caller may
+    donate them. An error of the background write is raised by the next `save`, `wait` or `close`.
+    With several processes every method is called by all of them.
+
+    Args:
+      directory: where the steps lie; made absolute, created unless `read_only`.
+      keep: how many of the latest steps to keep.
+      read_only: refuse to save, and leave the directory as it is.
+      record: note the last complete step in `saved.json` beside the directory. Every reader then
+        notices that this step was removed or renamed.
+      rewind: a save removes the steps from its own on, where they hold anything else, instead of
+        being refused: what a continued run finds there is of the run before it was killed.
+      fingerprints: compute and verify the fingerprints of the leaves. They cost a pass over host
+        copies of the state, about a second per GB, at every save and restore.
+
+    Raises:
+      CheckpointError: the directory cannot be created, read or written, or holds only other things.
+      ConfigError: see `checkpoint_path`.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        keep: int = 2,
+        read_only: bool = False,
+        record: bool = False,
+        rewind: bool = False,
+        fingerprints: bool = True,
+    ):
+        if keep < 1:
+            raise ValueError(f"keep must be at least 1, got {keep}")
+        _quiet()
+        self.directory = checkpoint_path(directory)
+        self._read_only = read_only
+        self._rewind = rewind
+        self._saving: int | None = None
+        self._fingerprints = fingerprints
+        # A scan before Orbax tidies up: reports unfinished saves, refuses foreign directories.
+        complete_steps(self.directory, report=True, writing=not read_only)
+        if read_only:
+            options = {"read_only": True, "save_interval_steps": 0, "create": False}
+        else:
+            options = {"max_to_keep": keep, "cleanup_tmp_directories": True}
+        if record:
+            options["async_options"] = ocp.AsyncOptions(
+                post_finalization_callback=lambda: write_record(self.directory, self._saving)
+            )
+        try:
+            options = ocp.CheckpointManagerOptions(**options)
+            self._manager = ocp.CheckpointManager(self.directory, options=options)
+        except OSError as error:
+            raise cannot("open", self.directory, error) from error
+        local = "://" not in str(self.directory)
+        if local and not read_only and not os.access(self.directory, os.W_OK | os.X_OK):
+            error = PermissionError("the directory is read-only for this user")
+            raise cannot("write checkpoints to", self.directory, error)
+        if record and jax.process_index() == 0:
+            self._note_latest()
+
+    def __enter__(self) -> "Checkpointer":
+        """Returns itself."""
+        return self
+
+    def __exit__(self, kind, value, traceback) -> None:
+        """Closes; an exception already on its way out is not replaced by a failed save's."""
+        try:
+            self.close()
+        except CheckpointError as error:
+            if value is None:
+                raise
+            logging.error("while leaving after %s: %s", kind.__name__, error)
+
+    def latest_step(self) -> int | None:
+        """The last complete step, after any save in flight has ended.
+
+        Returns:
+          The step, or None when the directory is absent or truly holds no checkpoint. The step's
+          contents are not read: `restore` does that, and raises rather than take another one.
+
+        Raises:
+          CheckpointError: the directory holds only foreign files, lacks the last step that was
+            saved there, cannot be read, or a save failed.
+        """
+        self.wait()
+        return latest_step(self.directory)
+
+    def save(
+        self, step: int, state: Any, *, data_state: Mapping, config: Mapping, spec: Mapping
+    ) -> bool:
+        """Starts saving a step; returns when the arrays may be changed or donated.
+
+        Args:
+          step: the number of optimiser steps done.
+          state: a pytree of `jax.Array` and `np.ndarray` leaves (no typed PRNG keys, no scalars).
+          data_state: the input pipeline's position; like the next two, JSON (tuples become lists).
+          config: the run's configuration.
+          spec: what sampling needs to know.
+
+        Returns:
+          True, or False when exactly this state is already saved as this step.
+
+        Raises:
+          CheckpointError: an earlier save failed, the directory has a later step or a different
+            state for this step (unless it may `rewind`), or cannot be written.
+          TypeError: a leaf is not an array, or a mapping is not JSON.
+        """
+        if self._read_only:
+            raise CheckpointError(f"{self.directory} was opened read-only; refusing to save {step}")
+        meta = {
+            "format": _FORMAT,
+            "step": step,
+            "data_state": _as_json(data_state, "data_state"),
+            "config": _as_json(config, "config"),
+            "spec": _as_json(spec, "spec"),
+            "leaves": leaf_table(state, fingerprints=self._fingerprints),
+        }
+        self.wait()
+        last = self._manager.latest_step()
+        if last is not None and step <= last:
+            saved = _read_meta(self.directory / str(last))["leaves"] if step == last else None
+            if self._fingerprints and saved == meta["leaves"]:
+                return False
+            if not self._rewind:
+                raise CheckpointError(
+                    f"refusing to save step {step} to {self.directory}: it already holds step "
+                    f"{last}{' with a different state' if step == last else ''}. Resume from that "
+                    "step, or pass another --workdir."
+                )
+            self._remove_from(step)
+        args = ocp.args.Composite(
+            state=ocp.args.StandardSave(state),
+            meta=ocp.args.JsonSave({"meta": meta, "crc32": _crc(meta)}),
+        )
+        self._saving = step
+        try:
+            self._manager.save(step, args=args, force=True)
+        except Exception as error:
+            raise cannot(f"save step {step} to", self.directory, error) from error
+        return True
+
+    def _note_latest(self) -> None:
+        """Makes the record of a run without one, or of one killed before it could write it."""
+        latest = latest_step(self.directory)
+        if latest is not None and latest != recorded_step(self.directory):
+            try:
+                write_record(self.directory, latest)
+            except OSError as error:
+                raise cannot("write to", self.directory.parent, error) from error
+
+    def _remove_from(self, step: int) -> None:
+        multihost_utils.sync_global_devices("rewind")  # another process may be reading there
+        try:
+            for later in [saved for saved in self._manager.all_steps() if saved >= step]:
+                self._manager.delete(later)
+        except Exception as error:
+            raise cannot(f"remove steps from {step} on from", self.directory, error) from error
+
+    def restore(self, state_like: Any, step: int | None = None) -> Restored:
+        """Restores a step exactly: same dtypes, shapes and bits.
+
+        Args:
+          state_like: a tree of the state's structure with `jax.ShapeDtypeStruct` or array leaves. A
+            leaf's sharding says where the values go (the first local device when a ShapeDtypeStruct
+            has none); an `np.ndarray` leaf is restored as one.
+          step: which step, by default the latest.
+
+        Returns:
+          The step with its state and its JSON parts.
+
+        Raises:
+          CheckpointError: there is no such step, or it is corrupt, partial or unlike `state_like`.
+        """
+        self.wait()
+        step, path, meta = _open(self.directory, step)
+        abstract = jax.tree.map(_abstract, state_like)
+        _check_leaves(meta["leaves"], leaf_table(abstract), path)
+        args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
+        try:
+            state = self._manager.restore(step, args=args)["state"]
+        except Exception as error:
+            raise _unreadable(path, error) from error
+        if self._fingerprints:
+            _check_values(meta["leaves"], state, path)
+        return Restored(step, state, meta["data_state"], meta["config"], meta["spec"])
+
+    def wait(self) -> None:
+        """Waits for the save in flight.
+
+        Raises:
+          CheckpointError: the save failed.
+        """
+        try:
+            self._manager.wait_until_finished()
+            self._manager.check_for_errors()
+        except Exception as error:
+            raise cannot("save to", self.directory, error) from error
+
+    def close(self) -> None:
+        """Waits for the save in flight and lets the directory go.
+
+        Raises:
+          CheckpointError: the save failed.
+        """
+        try:
+            self._manager.close()
+        except Exception as error:
+            raise cannot("save to", self.directory, error) from error
+
+
+def read_spec(directory: Path, step: int | None = None) -> tuple[int, dict, dict]:
+    """Reads what a checkpoint is, without its arrays.
+
+    Args:
+      directory: a directory that a `Checkpointer` wrote, or the folder of one of its steps.
+      step: which step, by default the latest.
+
+    Returns:
+      The step, its spec and its configuration.
+
+    Raises:
+      CheckpointError: there is no such step, or it is corrupt or partial.
+    """
+    step, _, meta = _open(checkpoint_path(directory), step)
+    return step, meta["spec"], meta["config"]
+
+
+def restore_subtree(directory: Path, key: str, like: Any, step: int | None = None) -> Any:
+    """Restores one part of the saved state, reading nothing else: the EMA weights, say.
+
+    A process that asks for it on its own devices needs no other process for it.
+
+    Args:
+      directory: a directory that a `Checkpointer` wrote, or the folder of one of its steps.
+      key: the part's place in the state, such as `"ema_params"`, nested with `/`.
+      like: a tree of that part's structure; see `Checkpointer.restore`.
+      step: which step, by default the latest.
+
+    Returns:
+      The part, of the structure of `like`.
+
+    Raises:
+      CheckpointError: there is no such step or part, or it is corrupt, partial or unlike `like`.
+    """
+    step, path, meta = _open(checkpoint_path(directory), step)
+    abstract = jax.tree.map(_abstract, like)
+    prefix = f"{key}/"
+    saved = {k: v for k, v in meta["leaves"].items() if k == key or k.startswith(prefix)}
+    if not saved:
+        parts = sorted({name.split("/")[0] for name in meta["leaves"]})
+        raise CheckpointError(f"{path} has no {key!r}; its state has {', '.join(parts)}")
+    for part in reversed(key.split("/")):
+        abstract = {part: abstract}
+    _check_leaves(saved, leaf_table(abstract), path)
+    args = ocp.args.PyTreeRestore(
+        item=abstract,
+        restore_args=ocp.checkpoint_utils.construct_restore_args(abstract),
+        partial_restore=True,
+    )
+    try:
+        alone = ocp.options.MultiprocessingOptions(
+            primary_host=None, active_processes={jax.process_index()}
+        )
+        handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=alone)
+        with ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer:
+            restored = checkpointer.restore(path / "state", args=args)
+    except Exception as error:
+        raise _unreadable(path, error) from error
+    _check_values(saved, restored, path)
+    for part in key.split("/"):
+        restored = restored[part]
+    return restored
+
+
+def check_spec(saved: Mapping, wanted: Mapping, path: Path) -> None:
+    """Refuses settings that contradict what a checkpoint was trained with.
+
+    Args:
+      saved: the checkpoint's spec.
+      wanted: the settings asked for; only its keys are compared, as JSON values.
+      path: the checkpoint, for the message.
+
+    Raises:
+      CheckpointError: some values differ; the message lists every key with both values.
+    """
+    different = []
+    for key, value in sorted(_as_json(wanted, "wanted").items()):
+        if key not in saved or saved[key] != value:
+            there = f"has {saved[key]!r}" if key in saved else "does not have it"
+            different.append(f"  {key}: the checkpoint {there}, asked for {value!r}")
+    if different:
+        remedy = "Drop these settings to use the checkpoint's own, or pass another checkpoint."
+        head = f"the checkpoint {path} contradicts the settings:"
+        raise CheckpointError("\n".join([head, *different, remedy]))
+
+
+def _abstract(leaf: Any) -> Any:
+    """The leaf as asked of Orbax; a 64-bit dtype that JAX would silently halve is named as such."""
+    if not isinstance(leaf, jax.Array | jax.ShapeDtypeStruct):
+        return leaf
+    sharding = leaf.sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    dtype = jax.dtypes.canonicalize_dtype(leaf.dtype)
+    return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=sharding)
+
+
+def _check_leaves(saved: Mapping, wanted: Mapping, path: epath.Path) -> None:
+    nothing, lines = {"type": "nothing"}, []
+    for name in sorted(saved.keys() | wanted.keys()):
+        there, here = (table.get(name, nothing)["type"] for table in (saved, wanted))
+        if there != here:
+            lines.append(f"  {name}: {there} in the checkpoint, {here} here")
+    if lines:
+        lines[20:] = [f"  and {len(lines) - 20} more"] if len(lines) > 20 else []
+        remedy = "Use the configuration it was saved with, or pass another --workdir."
+        head = f"the checkpoint {path} does not fit this configuration:"
+        raise CheckpointError("\n".join([head, *lines, remedy]))
+
+
+def _check_values(saved: Mapping, tree: Any, path: epath.Path) -> None:
+    if not all("fingerprint" in entry for entry in saved.values()):
+        return  # written with fingerprints=False
+    found = leaf_table(tree, fingerprints=True)
+    wrong = [name for name, entry in found.items() if entry != saved[name]]
+    if wrong:
+        raise bad_step(
+            path, f"corrupt: the values of {listed(wrong)} are not those that were saved"
+        )
+
+
+def _open(directory: epath.Path, step: int | None) -> tuple[int, epath.Path, dict]:
+    """The step to read, its path and its JSON document."""
+    _quiet()
+    if len(missing_parts(directory)) < 2:  # a step's own folder, perhaps away from all others
+        meta = _read_meta(directory)
+        found = int(directory.name) if directory.name.isdigit() else meta.get("step", 0)
+        if step not in (None, found):
+            raise CheckpointError(f"{directory} is step {found}, not {step}")
+        return found, directory, meta
+    latest = latest_step(directory, report=True) if step is None else step
+    steps = complete_steps(directory)
+    if not steps:
+        raise CheckpointError(f"there is no checkpoint in {directory}")
+    if latest not in steps:
+        raise CheckpointError(f"there is no step {step} in {directory}; it has {listed(steps)}")
+    path = directory / str(latest)
+    return latest, path, _read_meta(path)
+
+
+def _read_meta(path: epath.Path) -> dict:
+    """A step's JSON document, verified; raises for a step that lacks one of its parts."""
+    try:
+        if missing := " and ".join(missing_parts(path)):
+            raise bad_step(path, f"partial: it lacks {missing}")
+        sealed = ocp.JsonCheckpointHandler().restore(path / "meta")
+    except (OSError, ValueError) as error:
+        raise _unreadable(path, error) from error
+    if not isinstance(sealed, dict) or sealed.get("crc32") != _crc(sealed.get("meta")):
+        raise bad_step(path, f"corrupt: {path / 'meta'} was changed after it was written")
+    meta = sealed["meta"]
+    if meta["format"] != _FORMAT:
+        raise bad_step(path, f"of format {meta['format']}, and this version reads only {_FORMAT}")
+    if path.name.isdigit() and meta.get("step", int(path.name)) != int(path.name):
+        raise bad_step(path, f"that of step {meta['step']}; if it was only renamed, rename it back")
+    return meta
+
+
+def _crc(document: Any) -> int:
+    return zlib.crc32(json.dumps(document, sort_keys=True).encode())
+
+
+def _as_json(mapping: Mapping, what: str) -> dict:
+    try:
+        return json.loads(json.dumps(dict(mapping)))
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"the checkpoint's {what} is not JSON: {error}") from error
+
+
+# What is said of files that are missing, cut or altered: by TensorStore, with or without a code in
+# front, and by Python of JSON. Anything else that fails in reading tells nothing about the files.
+_DAMAGE = re.compile(
+    "(?:(?:DATA_LOSS|FAILED_PRECONDITION|INVALID_ARGUMENT|NOT_FOUND|OUT_OF_RANGE): )?"
+    "(?:Error (?:decoding|opening|reading) |Metadata at )"
+)
+_NO_FILE = (FileNotFoundError, IsADirectoryError, NotADirectoryError)
+
+
+def _unreadable(path: epath.Path, error: Exception) -> Exception:
+    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+        return MemoryError(f"not enough memory to restore {path}: {cause(error)}")
+    first = first_cause(error)
+    damaged = isinstance(first, (*_NO_FILE, json.JSONDecodeError, UnicodeDecodeError))
+    if damaged or _DAMAGE.match(str(first)):
+        return bad_step(path, f"corrupt or incomplete and cannot be read ({cause(error)})")
+    if lost := processes.lost(error):
+        return CheckpointError(f"cannot restore the checkpoint {path}: {lost}")
+    return CheckpointError(
+        f"cannot restore the checkpoint {path} ({cause(error)}). That need not be damage: keep the"
+        " files until the cause is known."
+    )
+
+
+def _quiet() -> None:
+    """Keeps the noise of Orbax and TensorStore from burying a run's own lines; once is enough."""
+    logging.get_absl_logger().addFilter(_no_orbax_noise)
+    std_logging.getLogger("asyncio").addFilter(_no_lost_errors)
+    warnings.filterwarnings("ignore", "coroutine 'async_serialize", RuntimeWarning)
+    if sys.unraisablehook is not _no_late_reads:
+        global _unraisable
+        _unraisable, sys.unraisablehook = sys.unraisablehook, _no_late_reads
+
+
+def _no_orbax_noise(record: std_logging.LogRecord) -> bool:
+    """Drops what Orbax logs below the level of an error, and the tracebacks of what it raises."""
+    error = record.levelno >= std_logging.ERROR and not record.exc_info
+    return error or "/orbax/" not in record.pathname
+
+
+def _no_lost_errors(record: std_logging.LogRecord) -> bool:
+    """Drops what asyncio says of reads and writes that failed after the first, which is raised."""
+    text = std_logging.Formatter().format(record)  # with the traceback
+    return "never retrieved" not in text or not ("orbax" in text or "tensorstore" in text)
+
+
+_unraisable = sys.unraisablehook
+
+
+def _no_late_reads(unraisable) -> None:
+    """Drops what reads say that end when another one has failed: Orbax has closed their loop."""
+    if str(unraisable.exc_value) != "Event loop is closed":
+        _unraisable(unraisable)

@@ -1,0 +1,447 @@
+"""The training loop: one stage from its last checkpoint to its last step."""
+
+import contextlib
+import dataclasses
+import os
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+from etils import epath
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+
+from piflow_jax.data import BatchIterator
+from piflow_jax.parallel import device_mesh, gathered, global_batch, replicated
+from piflow_jax.parallel.flops import flops
+from piflow_jax.parallel.processes import over_devices
+from piflow_jax.runs.best import BestCheckpoint
+from piflow_jax.runs.changes import CHANGES, changed_settings
+from piflow_jax.runs.checkpoint import Checkpointer, CheckpointError
+from piflow_jax.runs.metrics import MetricWriter
+from piflow_jax.runs.monitor import Monitor, step_memory
+from piflow_jax.runs.signals import GracefulExit
+from piflow_jax.training.state import TrainState
+from piflow_jax.runs.steps import falling_back
+from piflow_jax.runs.workdir import user_path
+
+__all__ = ["Interrupted", "Look", "NonFiniteLossError", "Stage", "checkpoint_dir", "run_stage"]
+
+
+# Where the processes tell each other of a signal: its place in the list, the largest counts.
+_LEAVE = "leave"
+_SIGNALS = (None, "SIGTERM", "SIGINT")
+
+
+class Interrupted(RuntimeError):
+    """A signal ended the run after a checkpoint was saved.
+
+    Attributes:
+      signal: its name, such as `SIGTERM`.
+    """
+
+    def __init__(self, signal: str, stage: str, step: int):
+        super().__init__(
+            f"{signal}: saved {stage} at step {step}; the same command continues from there"
+        )
+        self.signal = signal
+
+
+class NonFiniteLossError(RuntimeError):
+    """The loss, or what is to be saved, became NaN or infinite."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Look:
+    """What was seen of a network while it trains.
+
+    Attributes:
+      figures: by name; written as `eval_<name>`.
+      images: pictures `uint8[H, W, 3]` by name.
+      distance: what makes a checkpoint the best, smaller is better; None if there is no measure.
+    """
+
+    figures: Mapping[str, float]
+    images: Mapping[str, np.ndarray]
+    distance: float | None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Stage:
+    """A stage of training and everything that it needs.
+
+    Attributes:
+      name: `teacher` or `student`; also its directory in the work directory.
+      init: makes the first state of `init_arguments`; called under jit, its result is made where
+        it belongs.
+      step: pure step `(state, *constants, batch) -> (state, metrics)`; metrics have `loss`.
+      constants: arguments of the step that it neither changes nor donates.
+      data: endless batches with a position.
+      steps: where the stage ends.
+      batch_size: examples per step, for the throughput.
+      config: settings that decide what the stage computes; a resumed run must have the same.
+      extensible: keys of `config` that a resumed run may change.
+      tunable: keys of `config` that may change while steps are left: what was done stays, and what
+        follows is done with the new ones. The change is logged, and recorded in the checkpoints.
+      identified: more such keys, by the key of `config` that has the identity of what they made. A
+        checkpoint that does not have that key yet is bound to them instead.
+      updated: brings settings that an older version recorded to today's keys.
+      spec: what the checkpoint says of itself.
+      init_arguments: see `init`.
+      shardings: where a state lies, `state -> shardings`; by default all of it on every device.
+      look: looks at averaged parameters, with one copy of them on this process's devices.
+    """
+
+    name: str
+    init: Callable[..., TrainState]
+    step: Callable[..., tuple[TrainState, dict[str, jax.Array]]]
+    constants: tuple[Any, ...]
+    data: BatchIterator
+    steps: int
+    batch_size: int
+    config: Mapping[str, Any]
+    extensible: tuple[str, ...] = ()
+    tunable: tuple[str, ...] = ()
+    identified: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    updated: Callable[[Mapping[str, Any]], Mapping[str, Any]] = dict
+    spec: Mapping[str, Any]
+    init_arguments: tuple[Any, ...] = ()
+    shardings: Callable[[TrainState], Any] | None = None
+    look: Callable[[Any], Look] | None = None
+
+
+def checkpoint_dir(workdir: str | os.PathLike, stage: str) -> epath.Path:
+    """Where a stage's checkpoints lie."""
+    return user_path(workdir) / stage / "checkpoints"
+
+
+def run_stage(
+    stage: Stage,
+    workdir: str | os.PathLike,
+    *,
+    log_every: int,
+    checkpoint_every: int,
+    keep_checkpoints: int,
+    look_every: int = 0,
+    mesh: Mesh | None = None,
+    profile: tuple[int, ...] = (),
+    peak_flops: float = 0.0,
+) -> TrainState:
+    """Runs a stage to its end, from its latest checkpoint if it has one.
+
+    The step is compiled ahead of the loop, and again for batches of another shape when the first
+    of them comes: prompts come in several aspect ratios. Metrics are fetched one step late, so the
+    host never waits for the device; a checkpoint is saved only after its step's loss and the state
+    itself have been seen to be finite.
+
+    Args:
+      stage: what to run.
+      workdir: the run's directory.
+      log_every: steps between metrics.
+      checkpoint_every: steps between checkpoints; the last step always has one.
+      keep_checkpoints: checkpoints kept.
+      look_every: steps between looks, which also keep the best checkpoint in `<stage>/best`.
+      mesh: devices that share the batch; by default all of them.
+      profile: first and last step to profile, into the stage's directory; empty for none.
+      peak_flops: see `Monitor`.
+
+    Returns:
+      The state after the last step.
+
+    Raises:
+      CheckpointError: the checkpoint cannot be used or is beyond the stage's end, or one cannot be
+        written.
+      NonFiniteLossError: the loss or the state is not finite; names the step and the last good
+        checkpoint.
+      Interrupted: SIGTERM or SIGINT came; the state is saved.
+    """
+    mesh = mesh or device_mesh()
+    directory = checkpoint_dir(workdir, stage.name)
+    # The signals' own effects come back last: what comes while the end is saved, or a finished
+    # stage is read, counts too, or the program would go on with the next stage.
+    options = {"keep": keep_checkpoints, "record": True}
+    with GracefulExit() as leaving, Checkpointer(directory, **options) as checkpointer:
+        abstract = jax.eval_shape(stage.init, *stage.init_arguments)
+        if stage.shardings is None:
+            shardings = jax.tree.map(lambda _: replicated(mesh), abstract)
+        else:
+            shardings = stage.shardings(abstract)
+        state, step, changes = _first_state(stage, checkpointer, abstract, shardings)
+        if step < stage.steps:
+            monitor = Monitor(
+                stage.name,
+                f"{os.fspath(workdir)}/{stage.name}" if jax.process_index() == 0 else None,
+                batch_size=stage.batch_size,
+                peak=peak_flops,
+                profile=profile,
+            )
+            looks = contextlib.nullcontext()
+            if stage.look is not None and look_every:
+                looks = BestCheckpoint(checkpoint_dir(workdir, f"{stage.name}/best"))
+            writer = MetricWriter(
+                workdir, stage.name, stage.steps, first_step=step, print_every=10 * log_every
+            )
+            with writer, monitor, looks as best:
+                loop = _Loop(
+                    stage,
+                    mesh,
+                    shardings,
+                    checkpointer,
+                    changes,
+                    writer,
+                    monitor,
+                    leaving,
+                    log_every,
+                    checkpoint_every,
+                )
+                state, step = loop.run(state, step, look_every, best)
+        else:
+            logging.info("%s: already trained to step %d (%s)", stage.name, step, directory)
+    leave = _agreed(leaving.requested)
+    if leave is not None:
+        raise Interrupted(leave, stage.name, step)
+    return state
+
+
+def _agreed(requested: str | None) -> str | None:
+    """The signal by which to leave, of those that the processes got."""
+    if jax.process_count() == 1:
+        return requested
+    asked = np.int32(_SIGNALS.index(requested))
+    return _SIGNALS[int(multihost_utils.process_allgather(asked).max())]
+
+
+def _first_state(
+    stage: Stage, checkpointer: Checkpointer, abstract: TrainState, shardings
+) -> tuple[TrainState, int, list[dict[str, Any]]]:
+    """The state to start with, its step, and the changes of settings on the way to it."""
+    last = checkpointer.latest_step()
+    if last is None:
+        return jax.jit(stage.init, out_shardings=shardings)(*stage.init_arguments), 0, []
+    abstract = jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        abstract,
+        shardings,
+    )
+    restored = checkpointer.restore(abstract)
+    changed = changed_settings(restored.config, stage, checkpointer.directory, last)
+    try:
+        stage.data.set_state(restored.data_state)
+    except ValueError as error:
+        raise CheckpointError(f"{checkpointer.directory}: {error}") from error
+    logging.info("%s: continuing from step %d (%s)", stage.name, last, checkpointer.directory)
+    for change in changed:
+        text = "%s: from step %d on, config.%s is %r instead of %r"
+        logging.info(text, stage.name, last, change["key"], change["to"], change["was"])
+    return restored.state, last, [*restored.config.get(CHANGES, ()), *changed]
+
+
+class _Loop:
+    """The loop proper; a class for the handful of things that every part of it needs."""
+
+    def __init__(
+        self,
+        stage,
+        mesh,
+        shardings,
+        checkpointer,
+        changes,
+        writer,
+        monitor,
+        leaving,
+        log_every,
+        checkpoint_every,
+    ):
+        self._stage = stage
+        self._mesh = mesh
+        self._shardings = shardings
+        self._checkpointer = checkpointer
+        self._config = dict(stage.config) | ({CHANGES: changes} if changes else {})
+        self._writer = writer
+        self._monitor = monitor
+        self._leaving = leaving
+        self._log_every = log_every
+        self._checkpoint_every = checkpoint_every
+        self._last_saved: int | None = checkpointer.latest_step()
+        self._several = jax.process_count() > 1
+        self._programs: dict[Any, tuple[Callable, int]] = {}
+
+    def run(
+        self,
+        state: TrainState,
+        start: int,
+        look_every: int = 0,
+        best: BestCheckpoint | None = None,
+    ) -> tuple[TrainState, int]:
+        """Trains to the stage's end, or to the step after which a signal ends it; saves that."""
+        stage = self._stage
+        batch = self._next_batch()
+        self._program(state, batch)
+        self._all_finite = self._compile_check(state)
+        metrics = pending = None
+        self._monitor.start(start)
+        for step in range(start + 1, stage.steps + 1):
+            program, count = self._program(state, batch)
+            self._monitor.before(step, metrics, count)
+            seen = metrics
+            state, metrics = program(state, *stage.constants, batch)
+            if pending is not None:
+                self._report(*pending)
+            end = step == stage.steps
+            last = end or self._asked_to_leave(seen)
+            pending = (step, metrics)
+            if best is not None and step % look_every == 0:
+                self._finite(*pending)
+                self._report(*pending, looked=self._look(step, state, best))
+                pending = None
+            if last or step % self._checkpoint_every == 0:
+                if pending is not None:
+                    self._report(*pending)
+                pending = None
+                with self._monitor.compiling():
+                    self._save(step, state)
+            if last:
+                break
+            batch = self._next_batch()
+        self._checkpointer.wait()
+        return state, step
+
+    def _next_batch(self):
+        with self._monitor.waiting():
+            batch = next(self._stage.data)
+        batch = global_batch(batch, self._mesh)
+        if self._several:
+            # Whether this process was asked to leave travels with its share of the batch.
+            asked = _SIGNALS.index(self._leaving.requested)
+            here = np.full(len(self._mesh.local_devices), asked, np.int32)
+            batch[_LEAVE] = over_devices(here, self._mesh)
+        return batch
+
+    def _asked_to_leave(self, seen: Mapping[str, jax.Array] | None) -> bool:
+        """Whether a signal ends the run after this step.
+
+        Several processes go by what all of them see in the metrics of the step before, which are
+        on the host by now: whichever got the signal, all leave after the same step.
+        """
+        if not self._several:
+            return self._leaving.requested is not None
+        return seen is not None and int(np.asarray(seen[_LEAVE])) > 0
+
+    def _program(self, state, batch) -> tuple[Callable, int]:
+        """The step, compiled for batches of this shape, and the FLOPs of its networks."""
+        shapes = tuple(leaf.shape for leaf in jax.tree.leaves(batch))
+        if shapes not in self._programs:
+            with self._monitor.aside() if self._programs else contextlib.nullcontext():
+                self._programs[shapes] = self._compile(state, batch)
+        return self._programs[shapes]
+
+    def _compile(self, state, batch):
+        began = time.perf_counter()
+
+        def with_leave(state, *arguments):
+            *constants, batch = arguments
+            asked = batch.pop(_LEAVE)
+            state, metrics = self._stage.step(state, *constants, batch)
+            return state, metrics | {_LEAVE: jnp.max(asked)}
+
+        step = jax.jit(
+            with_leave if self._several else self._stage.step,
+            donate_argnums=0,
+            out_shardings=(self._shardings, replicated(self._mesh)),
+        )
+        with jax.set_mesh(self._mesh):  # kernels split their batch over it
+            lowered = step.lower(state, *self._stage.constants, batch)
+            counted = flops(step, state, *self._stage.constants, batch, scopes=("optimizer",))
+        compiled = lowered.compile()
+        seconds = time.perf_counter() - began
+        memory = step_memory(compiled)
+        self._writer.say(
+            f"{self._stage.name}  step compiled in {seconds:.1f} s, "
+            f"{memory['peak'] / 2**20:,.0f} MiB per device"
+        )
+        return compiled, counted.needed - counted.by_scope["optimizer"]
+
+    def _compile_check(self, state) -> Callable:
+        """Whether a state has no NaN and no infinity, compiled ahead like the step."""
+
+        def all_finite(state):
+            leaves = [x for x in jax.tree.leaves(state) if jnp.issubdtype(x.dtype, jnp.inexact)]
+            return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in leaves]))
+
+        return jax.jit(all_finite, out_shardings=replicated(self._mesh)).lower(state).compile()
+
+    def _look(self, step: int, state: TrainState, best: BestCheckpoint) -> dict[str, float]:
+        """Figures and pictures of the averaged parameters; keeps the state if it is the best."""
+        with self._monitor.aside():
+            return self._looked(step, state, best)
+
+    def _looked(self, step: int, state: TrainState, best: BestCheckpoint) -> dict[str, float]:
+        began = time.perf_counter()
+        look = self._stage.look(gathered(state.ema_params, self._mesh))
+        self._writer.images(step, look.images)
+        text = "  ".join(f"{name} {value:.4g}" for name, value in look.figures.items())
+        if look.distance is not None and best.offer(
+            step, look.distance, lambda checkpointer: self._save_to(checkpointer, step, state)
+        ):
+            text += "  (best so far)"
+        seconds = time.perf_counter() - began
+        self._writer.say(f"{self._stage.name}  look at step {step:,} in {seconds:.1f} s  {text}")
+        return {f"eval_{name}": value for name, value in look.figures.items()}
+
+    def _report(
+        self, step: int, metrics: Mapping[str, jax.Array], looked: Mapping[str, float] | None = None
+    ) -> None:
+        values = self._finite(step, metrics)
+        if step % self._log_every and step != self._stage.steps and not looked:
+            return
+        values |= looked or {}
+        values |= self._monitor.figures(step)
+        self._writer.write(step, values)
+
+    def _finite(self, step: int, metrics: Mapping[str, jax.Array]) -> dict[str, float]:
+        """A step's metrics on the host, if its loss is finite."""
+        values = {
+            name: float(np.asarray(value)) for name, value in metrics.items() if name != _LEAVE
+        }
+        if not np.isfinite(values["loss"]):
+            what = f"the loss of {self._stage.name} is {values['loss']} at step {step}"
+            raise self._diverged(what, step - 1)
+        return values
+
+    def _diverged(self, what: str, bad: int) -> NonFiniteLossError:
+        """The error that says which checkpoint is good, and what to do.
+
+        Args:
+          what: what was seen.
+          bad: the step whose parameters it was seen of.
+        """
+        directory, saved = self._checkpointer.directory, self._last_saved
+        good = f"the last good checkpoint is step {saved} in {directory}."
+        if saved is None:
+            good = f"there is no checkpoint yet in {directory}."
+        elif saved == bad:
+            path = directory / str(saved)
+            good = f"the checkpoint {path} gives it. Delete {falling_back(path)}."
+        remedy = "Lower the learning rate or raise its warm-up, and run again"
+        if tunable := ", ".join(f"config.{key}" for key in self._stage.tunable):
+            remedy += f"; a run may go on with other {tunable}."
+        else:
+            remedy += " in another --workdir."
+        return NonFiniteLossError(f"{what}; {good} {remedy}")
+
+    def _save(self, step: int, state: TrainState) -> None:
+        self._save_to(self._checkpointer, step, state)
+        self._last_saved = step
+
+    def _save_to(self, checkpointer: Checkpointer, step: int, state: TrainState) -> None:
+        stage = self._stage
+        # The loss that was seen is that of the parameters before this step's update.
+        if not np.asarray(self._all_finite(state)):
+            raise self._diverged(f"the state of {stage.name} is not finite after step {step}", step)
+        checkpointer.save(
+            step, state, data_state=stage.data.get_state(), config=self._config, spec=stage.spec
+        )

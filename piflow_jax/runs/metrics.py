@@ -1,0 +1,369 @@
+"""Where a run's numbers go: TensorBoard event files, a JSON-lines file, and the console.
+
+`clu.metric_writers` needs TensorFlow, whose import takes 7 seconds and 600 MB. It therefore happens
+on the writer's own thread, while the training step compiles, and so does the writing of events; an
+error there is raised by the next call. Make a writer after your own imports, not between them.
+"""
+
+import contextlib
+import importlib.util
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import jax
+import numpy as np
+from absl import logging
+from etils import epath
+
+from piflow_jax.runs.steps import cause
+from piflow_jax.runs.workdir import user_path
+
+_RESERVED = ("step", "stage", "time")
+_REMEDY = "Install them with: pip install -e . (or: pip install clu tensorflow-cpu tensorboard)"
+
+
+class MetricWriter:
+    """Writes the scalars and images of one stage of a run; use it as a context manager.
+
+    Files appear in `<workdir>/<stage>/`: `events.out.tfevents.*` and `metrics.jsonl`, one object a
+    line with `step`, `stage`, `time` (seconds since the epoch) and the scalars; values that JSON
+    lacks are the strings "NaN", "Infinity" and "-Infinity", which `float` understands. (A remote
+    `workdir` such as `gs://...` gets the events only.) On a terminal one live line shows the
+    progress; elsewhere a log line every `print_every` steps does. Only process 0 writes; elsewhere
+    every method does nothing.
+
+    Args:
+      workdir: the run's directory.
+      stage: the stage's name, such as `"teacher"`; also the name of its directory.
+      total_steps: the step at which the stage ends.
+      first_step: how many steps were done before, 0 for a new stage. What lines and event files
+        have of later steps, written by a run that was killed after its last checkpoint, is removed.
+      print_every: steps between log lines where there is no terminal.
+      show: names of the scalars that the console shows, in this order, where they are given.
+
+    Raises:
+      ImportError: clu, TensorFlow or TensorBoard is missing; the message names the remedy.
+      OSError: the directory cannot be written; names it and the remedy.
+    """
+
+    def __init__(
+        self,
+        workdir: str | os.PathLike,
+        stage: str,
+        total_steps: int,
+        *,
+        first_step: int = 0,
+        print_every: int = 100,
+        show: Sequence[str] = ("loss", "grad_norm"),
+    ):
+        if print_every < 1:
+            raise ValueError(f"print_every must be at least 1, got {print_every}")
+        self._active = jax.process_index() == 0
+        if not self._active:
+            return
+        _require("clu", "tensorflow", "tensorboard")
+        self._stage = stage
+        self._total = total_steps
+        self._print_every = print_every
+        self._show = tuple(show)
+        self._directory = user_path(workdir) / stage
+        if "://" in str(self._directory):
+            text = "%s is remote: no metrics.jsonl there, only event files"
+            logging.warning(text, self._directory)
+            self._lines = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+        else:
+            with self._writing():
+                self._directory.mkdir(parents=True, exist_ok=True)
+                self._lines = _open_lines(self._directory / "metrics.jsonl", first_step)
+        self._bar = _progress_bar(stage, first_step, total_steps) if sys.stderr.isatty() else None
+        self._printed = first_step
+        self._rate = _Rate()
+        # One worker: events stay in order, and behind the opening of their file.
+        self._worker = ThreadPoolExecutor(1, thread_name_prefix="metrics")
+        forgetting = self._worker.submit(_forget_events, self._directory, first_step)
+        self._events = self._worker.submit(_open_events, str(self._directory))
+        self._pending: list[Future] = [forgetting, self._events]
+
+    def __enter__(self) -> "MetricWriter":
+        """Returns itself."""
+        return self
+
+    def __exit__(self, kind, value, traceback) -> None:
+        """Closes; an exception already on its way out is not replaced by one of the writer's."""
+        try:
+            self.close()
+        except Exception as error:
+            if value is None:
+                raise
+            logging.error("while leaving after %s: metrics not written: %s", kind.__name__, error)
+
+    def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Writes scalars of one step, and shows them.
+
+        Args:
+          step: the number of optimiser steps done.
+          scalars: values on the host, by name. `examples_per_second`, where given, is shown.
+
+        Raises:
+          ValueError: a scalar is called step, stage or time.
+          OSError: the line, or an earlier event, could not be written.
+        """
+        if not self._active:
+            return
+        taken = [name for name in _RESERVED if name in scalars]
+        if taken:
+            raise ValueError(f"a scalar cannot be called {', '.join(taken)}")
+        scalars = {name: float(value) for name, value in scalars.items()}
+        head = {"step": int(step), "stage": self._stage, "time": round(time.time(), 3)}
+        line = head | {name: _as_json(value) for name, value in scalars.items()}
+        with self._writing():
+            self._lines.write(json.dumps(line, allow_nan=False) + "\n")
+        self._enqueue("write_scalars", int(step), scalars)
+        self._progress(int(step), scalars)
+
+    def images(self, step: int, images: Mapping[str, np.ndarray]) -> None:
+        """Writes images to the event file.
+
+        Args:
+          step: the number of optimiser steps done.
+          images: arrays `[H, W, C]` or `[N, H, W, C]` with 1 or 3 channels, of uint8, or of floats
+            in [0, 1].
+
+        Raises:
+          OSError: the line, or an earlier event, could not be written.
+        """
+        if self._active:
+            arrays = {name: np.asarray(image) for name, image in images.items()}
+            self._enqueue("write_images", int(step), arrays)
+
+    def say(self, text: str) -> None:
+        """Prints a line for the reader without breaking the live one.
+
+        Args:
+          text: the line.
+        """
+        if not self._active:
+            return
+        if self._bar is not None:
+            self._bar.write(text, file=sys.stderr)
+        else:
+            logging.info("%s", text)
+
+    def close(self) -> None:
+        """Writes what is pending and closes the files.
+
+        Raises:
+          OSError: an event could not be written.
+        """
+        if not self._active:
+            return
+        self._active = False
+        if self._bar is not None:
+            self._bar.close()
+        try:
+            with self._writing():
+                self._lines.close()
+            self._check(wait=True)
+            with self._writing():
+                self._worker.submit(lambda: self._events.result().close()).result()
+        finally:
+            self._worker.shutdown(wait=True)
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Around what writes to the directory; its errors name the directory and the remedy."""
+        try:
+            yield
+        except ImportError:
+            raise
+        except Exception as error:  # TensorFlow's are of many kinds
+            raise OSError(
+                f"cannot write metrics to {self._directory} ({cause(error)}). Check that it is "
+                "writable and has free space, or pass another --workdir."
+            ) from error
+
+    def _enqueue(self, method: str, step: int, values: Mapping) -> None:
+        self._check()
+        call = lambda: getattr(self._events.result(), method)(step, values)  # noqa: E731
+        self._pending.append(self._worker.submit(call))
+
+    def _check(self, *, wait: bool = False) -> None:
+        """Raises the first error of the finished writes."""
+        pending, self._pending = self._pending, []
+        for future in pending:
+            if not wait and not future.done():
+                self._pending.append(future)
+                continue
+            with self._writing():
+                future.result()
+
+    def _progress(self, step: int, scalars: Mapping[str, float]) -> None:
+        self._rate.update(step)
+        shown = [name for name in self._show if name in scalars]
+        if not shown:
+            return
+        parts = [f"{_LABELS.get(name, name)} {scalars[name]:.4g}" for name in shown]
+        seconds = self._rate.seconds_per_step
+        if seconds is not None:
+            parts.append(_step_time(seconds))
+        if "examples_per_second" in scalars:
+            parts.append(f"{scalars['examples_per_second']:,.0f} ex/s")
+        if seconds is not None and step < self._total:
+            parts.append(f"ETA {clock(seconds * (self._total - step))}")
+        if self._bar is not None:
+            self._bar.set_postfix_str("  ".join(parts), refresh=False)
+            self._bar.update(step - self._bar.n)
+        elif step - self._printed >= self._print_every or step >= self._total:
+            self._printed = step
+            width = len(str(self._total))
+            head = f"{self._stage}  {step:>{width}}/{self._total}"
+            logging.info("%s", "  ".join([head, *parts]))
+
+
+_LABELS = {"grad_norm": "grad"}
+
+
+class _Rate:
+    """Seconds per step between the last few writes; compiling happens before the first one."""
+
+    def __init__(self, window: int = 20):
+        self._points: list[tuple[int, float]] = []
+        self._window = window
+
+    def update(self, step: int) -> None:
+        if not self._points or step > self._points[-1][0]:
+            self._points = [*self._points, (step, time.monotonic())][-self._window :]
+
+    @property
+    def seconds_per_step(self) -> float | None:
+        if len(self._points) < 2:
+            return None
+        (step, start), (last_step, end) = self._points[0], self._points[-1]
+        return (end - start) / (last_step - step)
+
+
+def clock(seconds: float) -> str:
+    """A duration as people write it.
+
+    Args:
+      seconds: the duration.
+
+    Returns:
+      Such as `0:38`, `12:05` or `1:02:03`.
+    """
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+def _step_time(seconds: float) -> str:
+    return f"{seconds * 1e3:.3g} ms/step" if seconds < 1 else f"{seconds:.3g} s/step"
+
+
+def _progress_bar(stage: str, first_step: int, total_steps: int):
+    from tqdm import tqdm
+
+    return tqdm(
+        desc=stage,
+        initial=first_step,
+        total=total_steps,
+        dynamic_ncols=True,
+        mininterval=0.2,
+        bar_format="{desc}  {n_fmt}/{total_fmt} |{bar:20}| {postfix}",
+        file=sys.stderr,
+    )
+
+
+def _open_lines(path: epath.Path, first_step: int):
+    """Opens a JSON-lines file for appending, without the lines of steps that will be done again."""
+    if path.exists():
+        kept, again = [], False
+        # What is no text, in an edited file, is no line either.
+        for line in path.read_bytes().decode(errors="replace").splitlines():
+            try:
+                if first_step > 0 and json.loads(line)["step"] <= first_step:
+                    kept.append(line + "\n")
+                else:
+                    again = True
+            except (ValueError, KeyError, TypeError):
+                logging.warning("%s: dropping a line cut short by a killed run", path)
+        if again:
+            text = "%s: dropping the lines of steps after %d, which are done again"
+            logging.info(text, path, first_step)
+        rewritten = path.with_suffix(".tmp")
+        rewritten.write_text("".join(kept), encoding="utf-8")
+        rewritten.replace(path)
+    # A line at a time, so that tail -f works.
+    return open(path, "a", encoding="utf-8", buffering=1)
+
+
+def _forget_events(directory: epath.Path, first_step: int) -> None:
+    """Removes the events of steps that will be done again, as `_open_lines` removes their lines.
+
+    Of the readers of event files some drop what a restart repeats, and some do not.
+    """
+    for path in directory.iterdir() if directory.exists() else ():
+        if not path.name.startswith("events.out.tfevents."):
+            continue
+        if first_step == 0:
+            path.unlink()
+        elif any(step > first_step for step, _ in _records(path)):
+            rewritten = path.with_name("events.tmp")  # no name of an event file, to TensorBoard
+            with rewritten.open("wb") as file:
+                file.writelines(record for step, record in _records(path) if step <= first_step)
+            rewritten.replace(path)
+
+
+def _records(path: epath.Path) -> Iterator[tuple[int, bytes]]:
+    """The records of an event file with their steps, to the first that is damaged or cut short.
+
+    A record is the length of an event (8 bytes), its checksum (4), the event, its checksum (4).
+    """
+    from google.protobuf.message import DecodeError
+    from tensorboard.compat.proto.event_pb2 import Event
+
+    left = path.stat().length
+    with path.open("rb") as file:
+        while len(head := file.read(12)) == 12:
+            size = int.from_bytes(head[:8], "little") + 4
+            left -= 12 + size
+            if left < 0:
+                return
+            body = file.read(size)
+            try:
+                yield Event.FromString(body[:-4]).step, head + body
+            except DecodeError:
+                return
+
+
+def _as_json(value: float) -> float | str:
+    if math.isfinite(value):
+        return value
+    return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+
+
+def _require(*packages: str) -> None:
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ImportError(f"metrics need {', '.join(missing)}, not installed here. {_REMEDY}")
+
+
+def _open_events(directory: str):
+    """Imports TensorFlow, quietly and away from the accelerators, and opens an event file."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # else a notice at every start
+    try:
+        import tensorflow as tf
+        from clu import metric_writers
+    except ImportError as error:
+        raise ImportError(f"metrics need clu.metric_writers: {error}. {_REMEDY}") from error
+    try:
+        tf.config.set_visible_devices([], "GPU")  # they are JAX's
+    except RuntimeError as error:
+        logging.warning("TensorFlow already holds the GPUs of this process: %s", error)
+    return metric_writers.SummaryWriter(directory)

@@ -1,0 +1,118 @@
+"""One run in a work directory at a time."""
+
+import errno
+import fcntl
+import json
+import os
+import socket
+import stat
+import time
+
+import jax
+from absl import logging
+from etils import epath
+
+from piflow_jax.runs.workdir import checkpoint_path
+
+__all__ = ["RunLock"]
+
+_NAME = "run.lock"
+
+
+def _own_file(path: str, flags: int) -> int:
+    """Opens a file without truncating it: until it is ours, it says whose it is.
+
+    A link would lead to a file of somebody else, which the holder's name would replace; a pipe
+    would block.
+    """
+    file = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+    if not stat.S_ISREG(os.fstat(file).st_mode):
+        os.close(file)
+        raise OSError(errno.EINVAL, "it is not a regular file")
+    return file
+
+
+class RunLock:
+    """Keeps other runs out of a work directory; use it as a context manager.
+
+    The operating system holds the lock (`flock`) and lets it go with the process, however that
+    ends. The file, `run.lock`, says who holds it, and stays. Process 0 locks for all. Object stores
+    (`gs://`) have no locks: there, nothing is checked.
+
+    Args:
+      workdir: the run's directory; made if need be.
+      patience: seconds to wait for a holder on another machine: a network file system notices with
+        delay that a machine went away.
+
+    Raises:
+      BlockingIOError: another run holds it; names its process, machine and start.
+      ConfigError: checkpoints cannot lie in the directory, see `checkpoint_path`.
+      OSError: the file cannot be written, or is no file of a run.
+    """
+
+    def __init__(self, workdir: str | os.PathLike, *, patience: float = 120.0):
+        self._file = None
+        path = checkpoint_path(workdir) / _NAME
+        if jax.process_index() or "://" in str(path):
+            return
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = open(path, "a+", encoding="utf-8", opener=_own_file)  # noqa: SIM115
+        except OSError as error:
+            reason = "it is a link" if os.path.islink(path) else error.strerror
+            raise OSError(
+                f"cannot write {path} ({reason}), which keeps other runs out; remove it, or pass "
+                "another --workdir"
+            ) from error
+        try:
+            self._acquire(path, time.monotonic() + patience)
+        except BaseException:
+            self._file.close()
+            raise
+        self._file.truncate(0)
+        holder = {
+            "pid": os.getpid(),
+            "host": socket.gethostname(),
+            "since": time.strftime("%Y-%m-%d %H:%M:%S"),
+        }
+        self._file.write(json.dumps(holder) + "\n")
+        self._file.flush()
+
+    def __enter__(self) -> "RunLock":
+        """Returns itself."""
+        return self
+
+    def __exit__(self, kind, value, traceback) -> None:
+        """Lets the next one in."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def _acquire(self, path: epath.Path, deadline: float) -> None:
+        said = False
+        while True:
+            try:
+                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except OSError as error:
+                if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+                    logging.warning("%s cannot be locked (%s); start no second run", path, error)
+                    return
+                holder = self._holder()
+                if holder.get("host") == socket.gethostname() or time.monotonic() >= deadline:
+                    raise BlockingIOError(
+                        f"{path.parent} is in use by process {holder.get('pid', '?')} on "
+                        f"{holder.get('host', '?')}, since {holder.get('since', '?')}. Stop that "
+                        "run or wait for its end, or pass another --workdir."
+                    ) from None
+            if not said:
+                logging.info("waiting for %s, held on %s", path, holder.get("host", "?"))
+                said = True
+            time.sleep(1.0)
+
+    def _holder(self) -> dict:
+        self._file.seek(0)
+        try:
+            return json.loads(self._file.read())
+        except ValueError:  # it is just being written
+            return {}

@@ -1,0 +1,123 @@
+"""The step compiled for TPU slices that are not here; in a process of its own, for libtpu."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+
+from piflow_jax.config import ConfigError, parse
+from piflow_jax.modes import compile as stages_compile
+from piflow_jax.modes import compile_sampling, compile_step
+from tests import tiny, tiny_text, tpu_compiler
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_an_unknown_slice_is_refused_before_anything_else(tmp_path):
+    with pytest.raises(ConfigError, match=r"config.topology: unknown topology ''; it is a chip"):
+        compile_step(parse(tiny.get_config()), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("mode", "group"), [(compile_step, "train"), (compile_sampling, "evaluation")]
+)
+@pytest.mark.parametrize("data", ["digits", "captioned_digits", "prompts"])
+def test_a_batch_that_the_slice_cannot_share_is_refused(tmp_path, monkeypatch, mode, group, data):
+    chips = [types.SimpleNamespace(platform="tpu", slice_index=0)] * 4
+    monkeypatch.setattr(stages_compile, "topology_devices", lambda topology: chips)
+    config = tiny.get_config() if data == "digits" else tiny_text.get_config()
+    config.data.name, config.topology = data, "v5e:2x2"
+    config[group].batch_size = 6
+    with pytest.raises(ConfigError, match=rf"config\.{group}\.batch_size must be .* 4 devices"):
+        mode(parse(config, None), tmp_path)
+
+
+def run(workdir, *flags, mode="compile", settings="tiny"):
+    arguments = (
+        f"--config={ROOT / 'tests' / settings}.py",
+        f"--workdir={workdir}",
+        f"--mode={mode}",
+        "--config.topology=v5e:2x2",
+        *(("--config.train.microbatches=2",) if mode == "compile" else ()),
+    )
+    return subprocess.run(
+        [sys.executable, "-m", "piflow_jax.main", *arguments, *flags],
+        cwd=ROOT,
+        env=tpu_compiler.environment(),
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
+def test_a_small_step_compiles_for_a_slice(tmp_path):
+    done = run(tmp_path)
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "compile_v5e_2x2.json").read_text())
+    assert (report["devices"], report["batch_per_device"]) == (4, 2)
+    assert 1 <= report["flops"]["ratio"] < 1.15
+    assert 0 < report["memory_bytes"]["peak"] < report["memory_bytes"]["chip"]
+    assert "fits" in done.stderr
+
+    cycles = report["cycles"]
+    # The batch is split by jit over four chips, and yet each has the kernel.
+    assert (cycles["rollouts"], cycles["kernels"], cycles["substeps"]) == (0, 1, 8)
+    assert set(cycles["shares"]) == {"teacher", "student", "policy", "optimizer", "other"}
+    assert sum(cycles["shares"].values()) == pytest.approx(1)
+    assert min(cycles["shares"].values()) > 0 and cycles["shares"]["other"] < 0.1
+    shares = ", ".join(f"{name} {share:.1%}" for name, share in cycles["shares"].items())
+    assert shares in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
+def test_a_small_sampler_compiles_for_a_slice_that_could_not_train(tmp_path):
+    """Of a network that reads text; no batch of training is made."""
+    flags = ("--config.evaluation.batch_size=8", "--config.train.batch_size=6")
+    done = run(tmp_path, *flags, mode="compile_sampling", settings="tiny_text")
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "compile_sampling_v5e_2x2.json").read_text())
+    assert (report["devices"], report["batch_per_device"], report["nfe"]) == (4, 2, 2)
+    assert 0.99 < report["flops"]["ratio"] < 1.15
+    assert report["flops"]["teacher_share"] == 0
+    assert 0 < report["memory_bytes"]["peak"] < report["memory_bytes"]["chip"]
+    assert set(report["cycles"]["shares"]) == {"teacher", "student", "policy", "optimizer", "other"}
+    assert report["cycles"]["shares"]["student"] > 0.5
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
+def test_loops_are_counted_as_often_as_they_run(tmp_path):
+    """A grid's rollout has no kernel: four times the substeps are about four times its cycles."""
+    found = []
+    for substeps in (8, 32):
+        grid = ("--config.policy.kind=dx", "--config.train.gm_dropout=0.0")
+        done = run(tmp_path, *grid, f"--config.train.total_substeps={substeps}")
+        assert done.returncode == 0, done.stderr
+        found.append(json.loads((tmp_path / "compile_v5e_2x2.json").read_text())["cycles"])
+    cycles, long = found
+    # One loop, which the compiler keeps, has a length that follows from the batch.
+    assert (cycles["rollouts"], cycles["kernels"], cycles["substeps"]) == (1, 0, 8)
+
+    def of(cycles, *scopes):
+        return sum(cycles["total"] * cycles["shares"][scope] for scope in scopes)
+
+    assert of(long, "teacher", "student") == pytest.approx(of(cycles, "teacher", "student"))
+    assert 1.5 < of(long, "policy") / of(cycles, "policy") < 4
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
+def test_what_does_not_fit_is_refused_with_what_helps(tmp_path):
+    refused = run(tmp_path, "--config.train.microbatches=8")
+    assert refused.returncode == 2
+    assert "config.train.microbatches times the 4 devices that share a batch" in refused.stderr
+    refused = run(tmp_path, f"--config.train.batch_size={2**25}")
+    assert refused.returncode == 2
+    assert "the step does not fit v5e:2x2; raise config.train.microbatches" in refused.stderr

@@ -1,0 +1,248 @@
+"""The metric writer: one test with TensorFlow, the others with a stand-in for its event file."""
+
+import io
+import json
+import logging
+import math
+import subprocess
+import sys
+import threading
+
+import jax
+import numpy as np
+import pytest
+
+from piflow_jax.runs import metrics
+from piflow_jax.runs.metrics import MetricWriter, clock
+
+
+class FakeEvents:
+    def __init__(self, directory):
+        self.directory, self.calls, self.closed = directory, [], False
+
+    def write_scalars(self, step, scalars):
+        if "broken" in scalars:
+            raise OSError(28, "No space left on device")
+        self.calls.append((step, dict(scalars)))
+
+    def write_images(self, step, images):
+        self.calls.append((step, {name: image.shape for name, image in images.items()}))
+
+    def close(self):
+        self.closed = True
+
+
+@pytest.fixture
+def events(monkeypatch):
+    made = []
+
+    def open_events(directory):
+        made.append(FakeEvents(directory))
+        return made[-1]
+
+    monkeypatch.setattr(metrics, "_open_events", open_events)
+    return made
+
+
+def read(workdir, stage="teacher"):
+    lines = (workdir / stage / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line, parse_constant=pytest.fail) for line in lines]
+
+
+def test_events_and_lines_through_clu(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.util.tensor_util import make_ndarray
+
+    with MetricWriter(tmp_path, "teacher", 20) as writer:
+        for step in (10, 20):
+            writer.write(step, {"loss": 1 / step, "grad_norm": np.float32(0.5)})
+        writer.images(20, {"samples": np.zeros((8, 8, 1), np.uint8)})
+    recorded = EventAccumulator(str(tmp_path / "teacher"), size_guidance={"tensors": 0}).Reload()
+    loss = recorded.Tensors("loss")
+    assert [event.step for event in loss] == [10, 20]
+    np.testing.assert_allclose([make_ndarray(e.tensor_proto) for e in loss], [0.1, 0.05], 1e-6)
+    assert "samples" in recorded.Tags()["tensors"]
+    assert [(line["step"], line["loss"], line["stage"]) for line in read(tmp_path)] == [
+        (10, 0.1, "teacher"),
+        (20, 0.05, "teacher"),
+    ]
+
+
+def test_importing_the_package_and_this_module_does_not_import_tensorflow():
+    code = (
+        "import sys, piflow_jax, piflow_jax.runs.metrics\n"
+        "assert not {'tensorflow', 'tensorboard', 'clu.metric_writers'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_order_of_events_and_close(tmp_path, events):
+    with MetricWriter(tmp_path, "teacher", 100) as writer:
+        for step in range(50):
+            writer.write(step, {"loss": step})
+        writer.images(50, {"samples": np.zeros((2, 8, 8, 1))})
+    assert [step for step, _ in events[0].calls] == list(range(51))
+    assert events[0].closed and events[0].directory == str(tmp_path / "teacher")
+    writer.close()  # again
+
+
+def test_non_finite_values_are_valid_json(tmp_path, events):
+    values = {"a": math.nan, "b": math.inf, "c": -math.inf, "d": 1.5}
+    with MetricWriter(tmp_path, "teacher", 100) as writer:
+        writer.write(1, values)
+    (line,) = read(tmp_path)
+    assert (line["a"], line["b"], line["c"], line["d"]) == ("NaN", "Infinity", "-Infinity", 1.5)
+    assert all(repr(float(line[name])) == repr(value) for name, value in values.items())
+
+
+def test_lines_are_on_disk_at_once(tmp_path, events):
+    with MetricWriter(tmp_path, "teacher", 100) as writer:
+        writer.write(1, {"loss": 1.0})
+        assert len(read(tmp_path)) == 1
+
+
+def test_resuming_repeats_no_line(tmp_path, events):
+    with MetricWriter(tmp_path, "teacher", 100) as writer:
+        for step in (0, 10, 20, 30, 40):
+            writer.write(step, {"loss": 1.0})
+    path = tmp_path / "teacher" / "metrics.jsonl"
+    path.write_text(path.read_text() + '{"step": 15, "lo')  # killed while writing
+    with MetricWriter(tmp_path, "teacher", 100, first_step=20) as writer:
+        for step in (30, 40):
+            writer.write(step, {"loss": 2.0})
+    assert [(line["step"], line["loss"]) for line in read(tmp_path)] == [
+        (0, 1.0),
+        (10, 1.0),
+        (20, 1.0),
+        (30, 2.0),
+        (40, 2.0),
+    ]
+    with MetricWriter(tmp_path, "teacher", 100) as writer:  # a new run
+        writer.write(10, {"loss": 3.0})
+    assert [line["loss"] for line in read(tmp_path)] == [3.0]
+
+
+def test_reserved_names(tmp_path, events):
+    with (
+        MetricWriter(tmp_path, "teacher", 100) as writer,
+        pytest.raises(ValueError, match="cannot be called step"),
+    ):
+        writer.write(1, {"step": 1.0})
+
+
+def test_a_failed_event_surfaces(tmp_path, events):
+    writer = MetricWriter(tmp_path, "teacher", 100)
+    writer.write(1, {"broken": 1.0})
+    with pytest.raises(OSError, match=r"metrics to .*/teacher \(.*No space left on device.* free"):
+        writer.close()
+    with pytest.raises(ZeroDivisionError), MetricWriter(tmp_path, "teacher", 100) as writer:
+        writer.write(1, {"broken": 1.0})
+        raise ZeroDivisionError
+
+
+def test_writing_does_not_wait_for_tensorflow(tmp_path, monkeypatch):
+    ready = threading.Event()
+    made = []
+
+    def slow(directory):
+        assert ready.wait(20)
+        made.append(FakeEvents(directory))
+        return made[-1]
+
+    monkeypatch.setattr(metrics, "_open_events", slow)
+    with MetricWriter(tmp_path, "teacher", 100) as writer:
+        writer.write(1, {"loss": 1.0})
+        writer.write(2, {"loss": 1.0})
+        assert not made
+        ready.set()
+    assert [step for step, _ in made[0].calls] == [1, 2]
+
+
+def test_missing_tensorflow_names_the_remedy(tmp_path, monkeypatch):
+    find = metrics.importlib.util.find_spec
+    monkeypatch.setattr(
+        metrics.importlib.util, "find_spec", lambda n: None if n == "tensorflow" else find(n)
+    )
+    with pytest.raises(ImportError, match=r"need tensorflow, not installed.*pip install"):
+        MetricWriter(tmp_path, "teacher", 100)
+
+
+def test_a_broken_tensorflow_names_the_remedy(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorflow", None)  # its import raises
+    monkeypatch.setattr(metrics, "_require", lambda *packages: None)
+    writer = MetricWriter(tmp_path, "teacher", 100)
+    with pytest.raises(ImportError, match="pip install"):
+        writer.close()
+
+
+def test_other_processes_write_nothing(tmp_path, events, monkeypatch):
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    with MetricWriter(tmp_path, "teacher", 100) as writer:
+        writer.write(1, {"loss": 1.0})
+        writer.images(1, {"x": np.zeros((8, 8, 1))})
+        writer.say("hello")
+    assert not events and not list(tmp_path.iterdir())
+
+
+def advance(monkeypatch, seconds):
+    """A clock on which every write comes `seconds` after the one before."""
+    now = [0.0]
+
+    def monotonic():
+        now[0] += seconds
+        return now[0]
+
+    monkeypatch.setattr(metrics.time, "monotonic", monotonic)
+
+
+def test_log_lines_elsewhere_than_on_a_terminal(tmp_path, events, monkeypatch, caplog):
+    advance(monkeypatch, 0.213)
+    caplog.set_level(logging.INFO)
+    absl = logging.getLogger("absl")
+    level = absl.level
+    absl.setLevel(logging.INFO)
+    absl.addHandler(caplog.handler)
+    scalars = {"loss": 0.0123, "grad_norm": 0.41, "examples_per_second": 5980.4, "other": 3.0}
+    try:
+        with MetricWriter(tmp_path, "distil", 3000, print_every=100) as writer:
+            for step in range(10, 310, 10):
+                writer.write(step, scalars)
+            writer.write(300, {"frechet": 1.0})  # nothing to show: no line
+            writer.write(3000, scalars)
+            writer.say("saved")
+    finally:
+        absl.removeHandler(caplog.handler)
+        absl.setLevel(level)
+    lines = list(dict.fromkeys(record.message for record in caplog.records))
+    assert lines[:3] == [
+        "distil   100/3000  loss 0.0123  grad 0.41  21.3 ms/step  5,980 ex/s  ETA 1:02",
+        "distil   200/3000  loss 0.0123  grad 0.41  21.3 ms/step  5,980 ex/s  ETA 1:00",
+        "distil   300/3000  loss 0.0123  grad 0.41  21.3 ms/step  5,980 ex/s  ETA 0:58",
+    ]
+    assert lines[3].startswith("distil  3000/3000  loss 0.0123") and "ETA" not in lines[3]
+    assert lines[4:] == ["saved"]
+
+
+def test_one_live_line_on_a_terminal(tmp_path, events, monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    advance(monkeypatch, 0.1)
+    with MetricWriter(tmp_path, "distil", 100, first_step=40) as writer:
+        for step in (50, 60, 100):
+            writer.write(step, {"loss": 0.5})
+        writer.say("saved")
+    shown = terminal.getvalue()
+    assert "40/100" in shown and "saved\n" in shown
+    last = [part for part in shown.split("\r") if "100/100" in part][-1]
+    assert "distil" in last and "loss 0.5" in last
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0, "0:00"), (37.6, "0:38"), (725, "12:05"), (3723, "1:02:03")]
+)
+def test_clock(seconds, text):
+    assert clock(seconds) == text
