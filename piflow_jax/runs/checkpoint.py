@@ -7,6 +7,7 @@ temporary directory, never half a step. TensorStore notices missing and truncate
 flipped bytes of array data as if they were right; the fingerprints catch those.
 """
 
+import functools
 import json
 import logging as std_logging
 import os
@@ -14,7 +15,7 @@ import re
 import sys
 import warnings
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -32,6 +33,7 @@ from piflow_jax.runs.steps import (
     cause,
     complete_steps,
     first_cause,
+    is_step,
     latest_step,
     listed,
     missing_parts,
@@ -66,8 +68,8 @@ class Checkpointer:
       directory: where the steps lie; made absolute, created unless `read_only`.
       keep: how many of the latest steps to keep.
       read_only: refuse to save, and leave the directory as it is.
-      record: note the last complete step in `saved.json` beside the directory. Every reader then
-        notices that this step was removed or renamed.
+      record: note the last complete step beside the directory, in `<directory>.json`. Every reader
+        then notices that this step was removed or renamed.
       rewind: a save removes the steps from its own on, where they hold anything else, instead of
         being refused: what a continued run finds there is of the run before it was killed.
       fingerprints: compute and verify the fingerprints of the leaves. They cost a pass over host
@@ -390,7 +392,7 @@ def _check_values(saved: Mapping, tree: Any, path: epath.Path) -> None:
 def _open(directory: epath.Path, step: int | None) -> tuple[int, epath.Path, dict]:
     """The step to read, its path and its JSON document."""
     _quiet()
-    if len(missing_parts(directory)) < 2:  # a step's own folder, perhaps away from all others
+    if is_step(directory):  # and perhaps away from all others
         meta = _read_meta(directory)
         found = int(directory.name) if directory.name.isdigit() else meta.get("step", 0)
         if step not in (None, found):
@@ -459,14 +461,13 @@ def _unreadable(path: epath.Path, error: Exception) -> Exception:
     )
 
 
+@functools.cache
 def _quiet() -> None:
-    """Keeps the noise of Orbax and TensorStore from burying a run's own lines; once is enough."""
+    """Keeps the noise of Orbax and TensorStore from burying a run's own lines."""
     logging.get_absl_logger().addFilter(_no_orbax_noise)
     std_logging.getLogger("asyncio").addFilter(_no_lost_errors)
     warnings.filterwarnings("ignore", "coroutine 'async_serialize", RuntimeWarning)
-    if sys.unraisablehook is not _no_late_reads:
-        global _unraisable
-        _unraisable, sys.unraisablehook = sys.unraisablehook, _no_late_reads
+    sys.unraisablehook = functools.partial(_no_late_reads, sys.unraisablehook)
 
 
 def _no_orbax_noise(record: std_logging.LogRecord) -> bool:
@@ -481,10 +482,7 @@ def _no_lost_errors(record: std_logging.LogRecord) -> bool:
     return "never retrieved" not in text or not ("orbax" in text or "tensorstore" in text)
 
 
-_unraisable = sys.unraisablehook
-
-
-def _no_late_reads(unraisable) -> None:
+def _no_late_reads(otherwise: Callable[[Any], object], unraisable: Any) -> None:
     """Drops what reads say that end when another one has failed: Orbax has closed their loop."""
     if str(unraisable.exc_value) != "Event loop is closed":
-        _unraisable(unraisable)
+        otherwise(unraisable)

@@ -161,9 +161,9 @@ def run_stage(
     """
     mesh = mesh or device_mesh()
     directory = checkpoint_dir(workdir, stage.name)
+    options = {"keep": keep_checkpoints, "record": True}
     # The signals' own effects come back last: what comes while the end is saved, or a finished
     # stage is read, counts too, or the program would go on with the next stage.
-    options = {"keep": keep_checkpoints, "record": True}
     with GracefulExit() as leaving, Checkpointer(directory, **options) as checkpointer:
         abstract = jax.eval_shape(stage.init, *stage.init_arguments)
         if stage.shardings is None:
@@ -174,7 +174,7 @@ def run_stage(
         if step < stage.steps:
             monitor = Monitor(
                 stage.name,
-                f"{os.fspath(workdir)}/{stage.name}" if jax.process_index() == 0 else None,
+                directory.parent if jax.process_index() == 0 else None,
                 batch_size=stage.batch_size,
                 peak=peak_flops,
                 profile=profile,
@@ -420,6 +420,8 @@ class _Loop:
           bad: the step whose parameters it was seen of.
         """
         directory, saved = self._checkpointer.directory, self._last_saved
+        with contextlib.suppress(CheckpointError):  # what is being saved counts too
+            self._checkpointer.wait()
         good = f"the last good checkpoint is step {saved} in {directory}."
         if saved is None:
             good = f"there is no checkpoint yet in {directory}."

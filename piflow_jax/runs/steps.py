@@ -17,6 +17,7 @@ __all__ = [
     "complete_steps",
     "falling_back",
     "first_cause",
+    "is_step",
     "latest_step",
     "listed",
     "missing_parts",
@@ -24,8 +25,6 @@ __all__ = [
     "write_record",
 ]
 
-# Beside a directory of steps: the last one that was saved there.
-_RECORD = "saved.json"
 _TMP = ".orbax-checkpoint-tmp"
 _STEPS = ocp.path.step.standard_name_format()
 
@@ -51,7 +50,7 @@ def latest_step(directory: epath.Path, *, report: bool = False) -> int | None:
     steps = complete_steps(directory, report=report)
     if saved is not None and (not steps or steps[-1] < saved):
         rest = f"go on from step {steps[-1]}" if steps else "start from the beginning"
-        record = directory.parent / _RECORD
+        record = _record(directory)
         raise CheckpointError(
             f"{directory} lacks step {saved}, the last one that was saved there ({record}). Put it "
             f"back, or delete {record} to {rest}."
@@ -61,7 +60,7 @@ def latest_step(directory: epath.Path, *, report: bool = False) -> int | None:
 
 def recorded_step(directory: epath.Path) -> int | None:
     """The last step that was saved in a directory, if that was recorded beside it."""
-    record = directory.parent / _RECORD
+    record = _record(directory)
     try:
         return int(json.loads(record.read_text())["step"]) if record.exists() else None
     except OSError as error:
@@ -74,9 +73,14 @@ def recorded_step(directory: epath.Path) -> int | None:
 
 def write_record(directory: epath.Path, step: int) -> None:
     """Records beside a directory the last step that was saved there."""
-    temporary = directory.parent / f"{_RECORD}.tmp"
+    record = _record(directory)
+    temporary = record.with_suffix(".tmp")
     temporary.write_text(json.dumps({"step": step}) + "\n")
-    temporary.replace(directory.parent / _RECORD)
+    temporary.replace(record)
+
+
+def _record(directory: epath.Path) -> epath.Path:
+    return directory.parent / f"{directory.name}.json"
 
 
 def complete_steps(
@@ -131,6 +135,11 @@ def missing_parts(path: epath.Path) -> list[str]:
     return [name for name in ("state", "meta") if not (path / name).is_dir()]
 
 
+def is_step(path: epath.Path) -> bool:
+    """Whether a folder is that of one step, whatever it is called if it is whole."""
+    return len(missing_parts(path)) < (2 if path.name.isdigit() else 1)
+
+
 def falling_back(path: epath.Path) -> str:
     """How to do without a step.
 
@@ -140,10 +149,8 @@ def falling_back(path: epath.Path) -> str:
     Returns:
       Words that may follow "Delete": what, and to which step the run then falls back.
     """
-    if not path.name.isdigit():
-        return f"{path} to do without it"
     earlier = [step for step in complete_steps(path.parent) if step < int(path.name)]
-    record = path.parent.parent / _RECORD
+    record = _record(path.parent)
     recorded = f" and {record}" if record.exists() else ""
     rest = f"fall back to step {earlier[-1]}" if earlier else "start from the beginning"
     return f"this directory{recorded} to {rest}"
@@ -151,6 +158,8 @@ def falling_back(path: epath.Path) -> str:
 
 def bad_step(path: epath.Path, what: str) -> CheckpointError:
     """The error that a step is something that cannot be used."""
+    if not path.name.isdigit():  # a copy, away from the other steps
+        return CheckpointError(f"the checkpoint {path} is {what}. Name another one.")
     return CheckpointError(
         f"the checkpoint {path} is {what}. Delete {falling_back(path)}, or pass another --workdir."
     )

@@ -118,13 +118,13 @@ def copied(name):
 def with_record(edit):
     def both(path):
         edit(path)
-        remove(next(p for p in path.parents if p.name == "student") / "saved.json")
+        remove(next(p for p in path.parents if p.name == "student") / "checkpoints.json")
 
     return both
 
 
 STEPS, NEWEST, META = ("student/checkpoints" + end for end in ("", "/6", "/6/meta/metadata"))
-RECORD, LINES = "student/saved.json", "student/metrics.jsonl"
+RECORD, LINES = "student/checkpoints.json", "student/metrics.jsonl"
 LOST = rf"error: .*/{STEPS} lacks step 6, the last .* saved there.* delete .*/{RECORD} to "
 OF_6, OF_4 = (rf"is that of step {step}; .* rename it back.* fall back" for step in (6, 4))
 MORE = {"train__steps": 8}
@@ -300,15 +300,15 @@ def test_the_folder_of_a_step_is_loaded(made, tmp_path):
     ("path", "error", "says"),
     [
         ("", ConfigError, "the path is empty"),
-        (".", CheckpointError, r"holds no checkpoint but other things: mine\.txt\. Name a run's"),
+        (".", CheckpointError, r"holds no checkpoint but other things: state\. Name a run's"),
     ],
 )
 def test_the_users_own_files_are_left_alone(tmp_path, monkeypatch, path, error, says):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "mine.txt").touch()
+    (tmp_path / "state").mkdir()
     with pytest.raises(error, match=says) as caught:
         load(path)
-    assert "Move" not in str(caught.value)
+    assert not re.search("Move|Delete", str(caught.value))
 
 
 def test_what_is_read_of_an_edited_run_is_not_another_step(run):
@@ -355,7 +355,7 @@ def test_the_advice_after_a_bad_loss_can_be_followed(tmp_path):
     """What the message says to delete, and another rate: the run goes on, and keeps the change."""
     with pytest.raises(NonFiniteLossError) as caught:
         run_stage(bursting(8, 1e30), tmp_path, **OPTIONS)
-    directory, record = tmp_path / "toy" / "checkpoints", tmp_path / "toy" / "saved.json"
+    directory, record = tmp_path / "toy" / "checkpoints", tmp_path / "toy" / "checkpoints.json"
     assert f"{directory / '8'} gives it. Delete this directory and {record}" in str(caught.value)
     remove(directory / "8")
     remove(record)
