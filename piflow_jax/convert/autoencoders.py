@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from piflow_jax.convert.files import open_weights
+from piflow_jax.convert.kinds import network_of
 from piflow_jax.convert.qwen_vae import load_qwen_vae
 from piflow_jax.convert.rules import Place
 from piflow_jax.convert.vae import load_vae
@@ -50,6 +51,7 @@ def open_autoencoder(
     """
     weights = open_weights(path)
     qwen = any(re.search(r"\.time_conv\.|\.gamma$", name) for name in weights)
+    kind = "qwen_vae" if qwen else "vae"
     load, keys = (load_qwen_vae, _QWEN_VAE) if qwen else (load_vae, _VAE)
     beside = weights.path.parent / "config.json"
     settings: dict[str, Any] = {}
@@ -61,7 +63,7 @@ def open_autoencoder(
             raise ValueError(f"{beside} is damaged: {error}") from error
         for key, argument in keys.items():
             _check(settings.get(argument, 1), key, beside)
-    return load(weights, "qwen_vae" if qwen else "vae", **settings, place=place)
+    return load(network_of(weights, kind), kind, **settings, place=place)
 
 
 def _check(setting: Any, key: str, path: Path) -> None:

@@ -32,15 +32,16 @@ class DataShape:
     """
 
     name: str
-    channels: int = _number(low=1)
-    sample_size: int = _number(0, low=0)
+    channels: int = _number(low=1, most=2**16)
+    # The table of positions grows by its square, whatever is in the weights.
+    sample_size: int = _number(0, low=0, most=2**12)
     sites: tuple[int, ...] | None = None
     num_classes: int = _number(0, low=0)
     latent_scale: float | tuple[float, ...] = _number(1.0, above=0)
     latent_shift: float | tuple[float, ...] = 0.0
     vae: str = ""
-    text_features: int = _number(0, low=0)
-    pooled_features: int = _number(0, low=0)
+    text_features: int = _number(0, low=0, most=2**20)
+    pooled_features: int = _number(0, low=0, most=2**20)
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -47,7 +47,8 @@ _ADDED = {"data.vae": ""}
 
 def updated(spec: Mapping[str, Any]) -> dict[str, Any]:
     """A spec, of any age, under today's names and with what has been added since."""
-    kind = NETWORKS.get(spec.get("model.network", ModelConfig.network))
+    network = spec.get("model.network", ModelConfig.network)
+    kind = NETWORKS.get(network) if isinstance(network, str) else None
     added = {}
     if kind is not None:
         added = {key: value for key, value in _ADDED.items() if key[5:] in kind.data_spec}
@@ -198,10 +199,10 @@ def _settings(spec: Mapping[str, Any], kind: str) -> StudentSettings:
     own = groups.pop("model")  # in a spec its own settings are in no group
     network = own.pop("network", ModelConfig.network)
     config["model"]["network"] = network
+    if not isinstance(network, str) or (network not in NETWORKS and (":" not in network or own)):
+        raise ConfigError(f"model.network = {network!r} is not one of {', '.join(NETWORKS)}")
     if network in NETWORKS:
         config["model"][network] |= own
-    elif ":" not in network or own:
-        raise ConfigError(f"model.network = {network!r} is not one of {', '.join(NETWORKS)}")
     for group, values in groups.items():
         config[group] |= values
     config["train"]["gm_dropout"] = 0.0  # not in a spec

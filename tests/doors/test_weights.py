@@ -25,6 +25,7 @@ from piflow_jax.convert import (
     load_adapter,
     load_params,
     load_torch_state,
+    open_autoencoder,
     open_weights,
     to_torch_state,
     write_safetensors,
@@ -229,6 +230,19 @@ def test_weights_that_are_not_what_they_are_said_to_be(name, change, words):
     same(load(name, arrays), load(name, dict(arrays)))  # they are in order
     with pytest.raises(ValueError, match=words):
         load(name, change(arrays))
+
+
+AUTOENCODERS = [
+    (lambda: state("flux"), "weights of a flux, not of a vae"),
+    (lambda: {"decoder.mid.block_1.norm1.weight": np.zeros(1)}, "an autoencoder under its first"),
+]
+
+
+@pytest.mark.parametrize(("arrays", "words"), AUTOENCODERS)
+def test_what_is_no_autoencoder(tmp_path, arrays, words):
+    write_safetensors(tmp_path / "x.safetensors", arrays())
+    with pytest.raises(ValueError, match=words):
+        open_autoencoder(tmp_path)
 
 
 def test_a_rank_that_is_not_that_of_the_settings_is_one_sentence():
@@ -563,6 +577,9 @@ WRONG = [
     ("model.time_scale", 0, "config.model.dit.time_scale must be above 0"),
     ("model.time_scale", float("nan"), "config.model.dit.time_scale must be finite"),
     ("model.mlp_ratio", float("inf"), "config.model.dit.mlp_ratio must be finite"),
+    ("model.network", [], r"model.network = \[\] is not one of"),
+    ("model.network", 3, "model.network = 3 is not one of"),
+    ("data.sample_size", 10**7, "data.sample_size must be at most 4,096"),
     ("model.network", "unet", "model.network = 'unet' is not one of"),
     ("model.width", 4, "unknown key config.model.dit.width"),
     ("policy.kind", "gmm", "config.policy.kind must be one of"),
