@@ -151,6 +151,8 @@ class TarImages:
 
     def __init__(self, path: str | os.PathLike):
         self._path = os.fspath(path)
+        if not os.path.exists(path):
+            raise FileNotFoundError(f"{path}: there is no such file of images")
         self._file = open(path, "rb")  # noqa: SIM115  # for as long as the source lives
         entries = []
         try:
@@ -204,7 +206,7 @@ class TfdsImages:
 
     Raises:
       FileNotFoundError: If it is not prepared there.
-      PicturesError: If it is prepared in a format without random access.
+      PicturesError: If it is damaged, or prepared in a format without random access.
     """
 
     def __init__(self, data_dir: str | os.PathLike | None = None, split: str = "train"):
@@ -215,8 +217,12 @@ class TfdsImages:
         found = [path.parent for path in home.glob("*/dataset_info.json")]
         if not found:
             raise FileNotFoundError(f"TFDS `{_TFDS_NAME}` is not prepared in {home.parent}")
-        directory = max(found, key=lambda path: tfds.core.Version(path.name))
-        builder = tfds.builder_from_directory(directory)
+        try:
+            directory = max(found, key=lambda path: tfds.core.Version(path.name))
+            builder = tfds.builder_from_directory(directory)
+        except Exception as error:  # of two parsers, TFDS's and that of protocol buffers
+            reason = " ".join(f"{error}".split())
+            raise PicturesError(f"{home} cannot be read by TFDS: {reason}") from error
         if builder.info.file_format != tfds.core.FileFormat.ARRAY_RECORD:
             raise PicturesError(
                 f"{directory} is not in ArrayRecord; convert it with `python -m "

@@ -65,7 +65,8 @@ class RefusedError(ShardsError):
 
     def __str__(self) -> str:  # noqa: D105
         advice = "mend or remove them, or leave them out by config.data.skip_refused"
-        return f"{_listed(self.refused)}\n{len(self.refused)} pictures were refused: {advice}"
+        count = "1 picture was" if len(self.refused) == 1 else f"{len(self.refused)} pictures were"
+        return f"{_listed(self.refused)}\n{count} refused: {advice}"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -147,7 +148,12 @@ class ShardedSet:
           ShardsError: If a preparation with another plan was begun there.
         """
         work = Path(directory) / _WORK
-        work.mkdir(parents=True, exist_ok=True)
+        try:
+            work.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise self.error(
+                f"{work} cannot be made ({error.strerror}); take another directory for the set"
+            ) from error
         if not (work / _PLAN).exists():
             write_json(work / _PLAN, dataclasses.asdict(plan))
         known = self._read_plan(directory)  # perhaps another process's, which came first

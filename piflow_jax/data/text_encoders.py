@@ -17,6 +17,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from piflow_jax.data.torch_parts import load_network, load_part, read_model_type
+
 __all__ = [
     "FluxEncoder",
     "QwenEncoder",
@@ -26,6 +28,7 @@ __all__ = [
 ]
 
 _WORDS = "words"
+_WIDEST = 2**16
 # Qwen-Image describes its task to the language model and drops what comes of this description.
 _QWEN_SYSTEM = (
     "Describe the image by detailing the color, shape, size, texture, quantity, text, "
@@ -147,10 +150,11 @@ class FluxEncoder:
         parts = ("tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2")
         self._torch, self._device = torch, device
         # Of CLIP the pipelines have the one called so; under transformers 4 others differ from it.
-        self._clip_tokens = _loaded(transformers.CLIPTokenizer, folder / parts[0])
-        self._t5_tokens = _loaded(transformers.AutoTokenizer, folder / parts[2])
-        self._clip = _network(transformers.CLIPTextModel, folder / parts[1], dtype, device)
-        self._t5 = _network(transformers.T5EncoderModel, folder / parts[3], dtype, device)
+        self._clip_tokens = load_part(transformers.CLIPTokenizer, folder / parts[0])
+        self._t5_tokens = load_part(transformers.AutoTokenizer, folder / parts[2])
+        load = {"dtype": dtype, "device": device}
+        self._clip = load_network(transformers.CLIPTextModel, folder / parts[1], **load)
+        self._t5 = load_network(transformers.T5EncoderModel, folder / parts[3], **load)
         self.max_length = max_length
         self.text_features = self._t5.config.d_model
         self.pooled_features = self._clip.config.hidden_size
@@ -216,9 +220,9 @@ class QwenEncoder:
 
         folder = Path(folder)
         self._torch, self._device = torch, device
-        self._tokens = _loaded(transformers.AutoTokenizer, folder / "tokenizer")
+        self._tokens = load_part(transformers.AutoTokenizer, folder / "tokenizer")
         kind = transformers.Qwen2_5_VLForConditionalGeneration
-        network = _network(kind, folder / "text_encoder", dtype, device)
+        network = load_network(kind, folder / "text_encoder", dtype=dtype, device=device)
         self._network = network.model  # without the logits of each word
         self.max_length = max_length
         self.text_features = network.config.get_text_config().hidden_size
@@ -297,8 +301,11 @@ def _word_encoder(name: str, max_length: int) -> WordEncoder:
         sizes = [int(size) for size in name.split(":")[1:]]
     except ValueError:
         sizes = [0]
-    if len(sizes) > 2 or min(sizes, default=1) < 1:
-        raise ValueError(f"{name!r} is not like 'words:64:32', widths of text and pooled embedding")
+    if len(sizes) > 2 or min(sizes, default=1) < 1 or max(sizes, default=1) > _WIDEST:
+        raise ValueError(
+            f"{name!r} is not like 'words:64:32', widths of text and pooled embedding, at most "
+            f"{_WIDEST}"
+        )
     return WordEncoder(*sizes, **({"max_length": max_length} if max_length else {}))
 
 
@@ -309,10 +316,7 @@ def _kind(folder: Path) -> tuple[type, int]:
             f"{folder} is not of a release of FLUX.1 or Qwen-Image: it has no "
             "text_encoder/config.json"
         )
-    try:
-        kind = json.loads(config.read_text(encoding="utf-8"))["model_type"]
-    except (KeyError, OSError, TypeError, ValueError) as error:
-        raise ValueError(f"{config} does not say what model_type it is of: {error!r}") from error
+    kind = read_model_type(config.parent)
     if kind == "qwen2_5_vl":
         return QwenEncoder, 1024
     if kind == "clip_text_model" and (folder / "text_encoder_2").is_dir():
@@ -321,28 +325,6 @@ def _kind(folder: Path) -> tuple[type, int]:
         f"{folder}: FLUX.1 has a clip_text_model and a text_encoder_2, Qwen-Image a qwen2_5_vl, "
         f"not {kind!r}"
     )
-
-
-def _loaded(kind: Any, folder: Path, **options: Any) -> Any:
-    """A part of a release, by the class of transformers that it is of."""
-    if not folder.is_dir():
-        raise ValueError(f"{folder}: there is no such folder, which belongs to the release")
-    try:
-        return kind.from_pretrained(folder, local_files_only=True, **options)
-    # Of files that are missing or damaged the libraries of all their formats raise what they like.
-    except Exception as error:
-        reason = " ".join(f"{error}".split()) or type(error).__name__
-        raise ValueError(f"{folder} cannot be loaded as {kind.__name__}: {reason}") from error
-
-
-def _network(kind: Any, folder: Path, dtype: str, device: str) -> Any:
-    import torch
-
-    network, found = _loaded(kind, folder, dtype=getattr(torch, dtype), output_loading_info=True)
-    absent = sorted(found["missing_keys"])
-    if absent:  # transformers draws them at random
-        raise ValueError(f"{folder} lacks {len(absent)} weights, the first is {absent[0]}")
-    return network.eval().to(device)
 
 
 def _cut(ids: list[int], length: int) -> list[int]:

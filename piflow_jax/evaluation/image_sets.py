@@ -10,7 +10,6 @@ import hashlib
 import os
 import re
 import uuid
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -116,8 +115,9 @@ def _open_archive(path: Path) -> ImageSet:
     try:
         with np.load(path, allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in archive.files}
-    except (AttributeError, OSError, TypeError, ValueError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path} is no folder of PNG files and no .npz file: {error}") from error
+    # Of a damaged file zipfile, zlib and NumPy raise whatever they run into.
+    except Exception as error:
+        raise ValueError(f"{path} is no folder of PNG files and no .npz file: {error!r}") from error
     images = arrays.get("images")
     fits = images is not None and images.dtype == np.uint8 and images.ndim == 4
     if not fits or images.shape[-1] != 3 or 0 in images.shape[1:]:

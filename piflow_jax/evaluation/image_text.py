@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import ArrayLike
 
+from piflow_jax.data.torch_parts import load_network, load_part, read_model_type
 from piflow_jax.evaluation.checks import check_same_dimension, checked_features
 
 __all__ = ["ImageNetwork", "clip_similarity", "load_image_network", "prompt_diversity"]
@@ -42,10 +43,11 @@ class ImageNetwork:
         self.digest = _folder_digest(folder)
         self.reads_text = kind == _CLIP
         load = transformers.CLIPModel if self.reads_text else transformers.AutoModel
-        network = load.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
-        self._network = network.eval().to(device)
+        self._network = load_network(
+            load, folder, dtype="float32", device=device, unused=("pooler.",)
+        )
         if self.reads_text:
-            self._tokens = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            self._tokens = load_part(transformers.AutoTokenizer, folder)
         settings = json.loads((folder / "preprocessor_config.json").read_text(encoding="utf-8"))
         self._resize = _side(settings["size"], "shortest_edge")
         self._crop = _side(settings.get("crop_size", self._resize), "height")
@@ -142,12 +144,16 @@ def load_image_network(folder: str | os.PathLike, device: str = "") -> ImageNetw
             f"{folder}: image networks need PyTorch and transformers, "
             "pip install 'piflow_jax[text]'"
         ) from error
-    kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
+    kind = read_model_type(folder)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         return ImageNetwork(folder, kind, device)
-    except (KeyError, OSError) as error:
-        raise ValueError(f"{folder} is not of a released image network: {error}") from error
+    # Of its preprocessor's settings; what is wrong with its other files says so itself.
+    except (
+        *(AttributeError, KeyError, OSError, TypeError, UnicodeError),
+        json.JSONDecodeError,
+    ) as error:
+        raise ValueError(f"{folder} is not of a released image network: {error!r}") from error
 
 
 def clip_similarity(image_features: ArrayLike, text_features: ArrayLike) -> float:

@@ -244,7 +244,7 @@ def _count_cut_off(prompts: Sequence[Prompt], encoder: TextEncoder) -> int:
     if cut:
         logging.warning(
             "%d of %d prompts have more tokens than the %d that the text encoder reads and are cut "
-            "off there, the first is %r; of these %d have the same embedding as another prompt",
+            "off there, the first is %s; of these %d have the same embedding as another prompt",
             *(len(cut), len(prompts), encoder.max_length, reprlib.repr(cut[0]), alike),
         )
     return len(cut)

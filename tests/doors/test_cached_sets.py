@@ -226,3 +226,11 @@ def test_latents_are_read_as_the_manifest_says(tmp_path, sets):
     (directory / "features.json").write_text(features.replace("float16", "int16"))
     source = load_latents_source(directory)
     assert source[0]["x"]["mean"].dtype == "float16" and (source[0]["x"]["mean"] == 1).all()
+
+
+@pytest.mark.parametrize("name", ["file/set", "file"])
+def test_a_directory_that_cannot_be_made_is_named(tmp_path, name):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ShardsError, match=r"cannot be made \(.*take another directory") as raised:
+        start_latents(tmp_path / name, PLAN)
+    assert str(tmp_path / name) in str(raised.value)

@@ -16,6 +16,7 @@ import pytest
 from PIL import Image
 
 from piflow_jax.data.pictures import PictureError, picture_sizes, read_picture
+from piflow_jax.evaluation.image_sets import open_images
 
 CASES = Path(__file__).parents[1] / "cases"
 RNG = np.random.default_rng(0)
@@ -391,6 +392,63 @@ def test_what_is_no_picture_is_named(tmp_path, case, name):
 def test_what_cannot_be_a_name_is_refused(name):
     with pytest.raises(PictureError, match="is not a readable image"):
         read_picture(name)
+
+
+def archive(**arrays):
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, images=RNG.integers(0, 256, (2, 9, 9, 3), np.uint8), **arrays)
+    return buffer.getvalue()
+
+
+def a_set(*names):
+    """A folder of a picture and of other things, by what `WRONG` calls them."""
+
+    def make(path):
+        path.mkdir()
+        (path / "0.png").write_bytes(png(GREY))
+        for name in names:
+            case, _, file = name.partition(" as ")
+            WRONG[case][0](path / file)
+
+    return make
+
+
+ARCHIVE = archive()
+# What lies at a path that `config.evaluation.images` names, and what is said of it.
+WRONG_SETS = {
+    "half an archive": (write(ARCHIVE[: len(ARCHIVE) // 2]), r"no \.npz file"),
+    "a damaged archive": (
+        write(ARCHIVE[:90] + bytes(20) + ARCHIVE[110:]),
+        r"no \.npz file: error|no \.npz file: BadZipFile",
+    ),
+    "a pickle": (write(b"\x80\x04N."), r"no \.npz file"),
+    "negative places": (write(archive(place=np.array([-1, 0]))), "`place` must not be negative"),
+    "a number beyond 64 bits": (a_set(f"a text as {'9' * 40}.png"), "is not named <place>"),
+    "a text": (a_set("a text as 1.png"), r"1\.png is not a readable image"),
+    "a folder": (a_set("a folder as 1.png"), r"1\.png is not a readable image: it is a folder"),
+    "a dangling link": (a_set("a dangling link as 1.png"), r"1\.png is not a readable image: No "),
+    "half a png": (a_set("half a png as 1.png"), r"1\.png is not a readable image"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_SETS)
+def test_wrong_sets_of_pictures_are_named(tmp_path, case):
+    make, message = WRONG_SETS[case]
+    make(tmp_path / "set")
+    with pytest.raises(ValueError, match=message) as raised:
+        images = open_images(tmp_path / "set")
+        images.digest(range(len(images)))
+        [images[number] for number in range(len(images))]
+    assert str(tmp_path / "set") in str(raised.value)
+
+
+def test_sets_of_pictures_are_read_by_the_one_reader(tmp_path):
+    (tmp_path / "set").mkdir()
+    for place, case in enumerate(RIGHT):
+        (tmp_path / "set" / f"{place}.png").write_bytes(RIGHT[case][0])  # whatever its format
+    images = open_images(tmp_path / "set")
+    for place, (data, _) in enumerate(RIGHT.values()):
+        np.testing.assert_array_equal(images[place], read_picture(data, "x"))
 
 
 def test_an_error_of_the_system_is_not_the_pictures(tmp_path, monkeypatch):

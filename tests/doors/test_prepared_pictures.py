@@ -1,7 +1,9 @@
 """The door of pictures, as `--mode=prepare` sees it: what is refused, left out, scaled, turned."""
 
+import io
 import json
 import os
+import tarfile
 
 import jax
 import jax.numpy as jnp
@@ -207,32 +209,75 @@ def test_nothing_is_left_of_refused_images_alone(tmp_path, weights, capfd):
     assert "would be empty: all pictures were refused" in capfd.readouterr().err
 
 
-def spoil(tmp_path, name):
-    if name == "no folder":
-        (tmp_path / "images").write_text("")
-        return "is neither a folder of class folders nor a .tar file"
-    (tmp_path / "images").mkdir()
-    if name == "no classes":
-        save(tmp_path / "images" / "0.png")
-        return "has no folders, one for each class"
-    save(tmp_path / "images" / "a" / "0.png")
-    if name == "an empty class":
-        (tmp_path / "images" / "b").mkdir()
-        return f"no images in {tmp_path}/images/b"
-    if name == "a class that is a link to nothing":
-        (tmp_path / "images" / "b").symlink_to("gone")
-        return "images/b is a link to nothing"
-    raise AssertionError(name)
+def text(path):
+    path.write_text("hello")
 
 
-@pytest.mark.parametrize(
-    "name", ["no folder", "no classes", "an empty class", "a class that is a link to nothing"]
-)
-def test_folders_that_are_none_are_named(tmp_path, weights, name, capfd):
-    message = spoil(tmp_path, name)
-    assert run("prepare", of_classes(tmp_path, autoencoder(weights)), tmp_path) == 2
+def classes(*folders, **links):
+    """A folder of class folders with a picture each, and links."""
+
+    def make(path):
+        path.mkdir()
+        for folder in folders:
+            save(path / folder / "0.png")
+        for name, target in links.items():
+            (path / name).symlink_to(target)
+
+    return make
+
+
+def with_an_empty_class(path):
+    classes("a")(path)
+    (path / "b").mkdir()
+
+
+def tar(name, content=b"", kind=tarfile.REGTYPE):
+    def make(path):
+        with tarfile.open(path, "w") as file:
+            entry = tarfile.TarInfo(name)
+            entry.size, entry.type, entry.linkname = len(content), kind, "gone.tar"
+            file.addfile(entry, io.BytesIO(content))
+
+    return make
+
+
+def tfds(version, content):
+    def make(path):
+        (path / "imagenet2012" / version).mkdir(parents=True)
+        (path / "imagenet2012" / version / "dataset_info.json").write_text(content)
+
+    return make
+
+
+# What `config.data.images` names, what lies there, and what is said of it.
+WRONG = {
+    "nothing": ("images", lambda path: None, "there is no such folder of images"),
+    "a file": ("images", text, "is neither a folder of class folders nor a .tar file"),
+    "no classes": ("images", classes(), "has no folders, one for each class"),
+    "an empty class": ("images", with_an_empty_class, "no images in "),
+    "a class that is a link to nothing": ("images", classes("a", b="gone"), "b is a link to noth"),
+    "no tar": ("x.tar", lambda path: None, "there is no such file of images"),
+    "a text called tar": ("x.tar", text, "x.tar is damaged"),
+    "a tar of texts": ("x.tar", tar("a.txt"), "has no tar files in it, one for each class"),
+    "a tar of folders": ("x.tar", tar("a.tar", kind=tarfile.DIRTYPE), "has no tar files in it"),
+    "a tar of links": ("x.tar", tar("a.tar", kind=tarfile.SYMTYPE), "has no tar files in it"),
+    "a tar of a damaged tar": ("x.tar", tar("a.tar", b"x" * 600), "x.tar is damaged"),
+    "no TFDS": ("tfds:x", lambda path: None, "TFDS `imagenet2012` is not prepared in "),
+    "damaged TFDS": ("tfds:x", tfds("5.1.0", "{"), "cannot be read by TFDS"),
+    "TFDS of no version": ("tfds:x", tfds("new", "{}"), "cannot be read by TFDS: Invalid version"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_what_has_no_images_is_named(tmp_path, weights, case, capfd):
+    where, make, message = WRONG[case]
+    kind, _, name = where.rpartition(":")
+    make(tmp_path / name)
+    config = of_classes(tmp_path, autoencoder(weights))
+    config.data.images = f"{kind}:{tmp_path / name}" if kind else str(tmp_path / name)
+    assert run("prepare", config, tmp_path) == 2
     said = capfd.readouterr().err
-    assert message in said and str(tmp_path / "images") in said
+    assert message in said and str(tmp_path) in said and "Traceback" not in said
 
 
 def test_a_broken_picture_of_a_prompt_is_named_and_can_be_left_out(tmp_path, weights, capfd):

@@ -1,6 +1,7 @@
 """Figures of pictures and prompts in closed form; features against those of `transformers`."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -145,3 +146,43 @@ def test_what_is_no_release_is_refused(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "clip"}')
     with pytest.raises(ValueError, match=r"it has no preprocessor_config\.json"):
         load_image_network(tmp_path)
+
+
+def drop_a_weight(folder):
+    from safetensors.numpy import load_file, save_file
+
+    weights = load_file(folder / "model.safetensors")
+    del weights["visual_projection.weight"]
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+
+
+def settings(content):
+    return lambda folder: (folder / "preprocessor_config.json").write_text(content)
+
+
+# What is done to a release, and what is said of it.
+SPOILT = {
+    "a weight is missing": (
+        drop_a_weight,
+        "lacks 1 weights, the first is visual_projection.weight",
+    ),
+    "weights are cut short": (
+        lambda folder: (folder / "model.safetensors").write_bytes(b"x" * 99),
+        "cannot be loaded as CLIPModel",
+    ),
+    "no kind": (lambda f: (f / "config.json").write_text("{}"), "does not say what model_type"),
+    "settings cut short": (settings("{"), "is not of a released image network"),
+    "settings of a list": (settings("[]"), "is not of a released image network"),
+    "settings without a size": (settings("{}"), "is not of a released image network"),
+}
+
+
+@pytest.mark.parametrize("case", SPOILT)
+def test_a_spoilt_release_is_named(tmp_path, clip, case):
+    spoil, message = SPOILT[case]
+    folder = tmp_path / "release"
+    shutil.copytree(clip, folder)
+    spoil(folder)
+    with pytest.raises(ValueError, match=message) as raised:
+        load_image_network(folder)
+    assert str(folder) in str(raised.value) and "\n" not in str(raised.value)
