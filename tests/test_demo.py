@@ -17,7 +17,7 @@ from piflow_jax.data import load_captioned_digits_source, stacked
 from piflow_jax.demo import Drawer, main, make_page
 from piflow_jax.evaluation import draw_grid
 from piflow_jax.models.vae import AutoencoderKL
-from piflow_jax.modes.systems import teacher_sampler
+from piflow_jax.systems.assembly import Systems
 from piflow_jax.systems.shapes import DataShape
 from tests import tiny, tiny_text
 from tests.saved_runs import save_run
@@ -39,7 +39,7 @@ def test_the_picture_is_of_both_on_the_same_noise(run):
         [jax.random.normal(jax.random.fold_in(jax.random.key(5), i), DATA.shape) for i in range(4)]
     )
     # The sampler of `--mode=evaluate`.
-    sampler = teacher_sampler(parse(tiny.get_config()), DATA, 4)
+    sampler = Systems.of(parse(tiny.get_config()), DATA).teacher_sampler(4)
     theirs = sampler(drawer.teacher_params, noise, jnp.asarray(labels))
     expected = draw_grid([("student, 2 NFE", mine), ("teacher, 4 NFE", theirs)])
     # Rounding may move a grey level by one.
@@ -71,7 +71,7 @@ def test_the_teacher_is_guided_as_the_student_was_taught(tmp_path):
     mine = drawer.student.sample(5, labels, substeps=8, nfe=1)
     # The sampler of `--mode=evaluate`.
     theirs, unguided = (
-        jax.jit(teacher_sampler(one, DATA, 4))(params, noise, jnp.asarray(labels))
+        jax.jit(Systems.of(one, DATA).teacher_sampler(4))(params, noise, jnp.asarray(labels))
         for one in (settings, parse(tiny.get_config()))
     )
     names = "student, 1 NFE", "teacher, 4 NFE, guidance 40"

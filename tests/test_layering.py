@@ -1,8 +1,9 @@
 """Who may import whom. Reads the source with `ast`; the checker is itself tested on planted faults.
 
-Rooms from the ground up: arguments and keys, on which all others stand; kernels, flow, models,
-config; then data, convert, parallel and evaluation beside each other; then systems, training,
-runs, rivals, modes, main. A room imports lower rooms only, and of these only the ones listed here.
+Rooms from the ground up: arguments, keys and safetensors_files, on which all others stand; kernels,
+flow, models, config; then data, convert, parallel and evaluation beside each other; then systems,
+training, runs, loading, rivals, modes, main. A room imports lower rooms only, and of these only the
+ones listed here.
 """
 
 import ast
@@ -16,12 +17,13 @@ PACKAGE = Path(__file__).parents[1] / "piflow_jax"
 NAME = "piflow_jax"
 MAX_LINES = 500
 
-GROUND = {"arguments", "keys"}
+GROUND = {"arguments", "keys", "safetensors_files"}
 MATHEMATICS = {"flow", "kernels"}
 ROOMS = {
     "__init__": set(),
     "arguments": set(),
     "keys": {"arguments"},
+    "safetensors_files": set(),
     "kernels": set(),
     "flow": {"kernels"},
     "models": MATHEMATICS,
@@ -30,14 +32,14 @@ ROOMS = {
     "convert": {"flow", "models"},
     "parallel": MATHEMATICS | {"models", "config"},
     "evaluation": MATHEMATICS | {"models", "config", "data"},
-    "systems": MATHEMATICS | {"models", "config", "data", "evaluation"},
+    "systems": MATHEMATICS | {"models", "config", "data", "parallel", "evaluation"},
     "training": MATHEMATICS | {"config", "data", "parallel", "systems"},
 }
 ROOMS["student"] = MATHEMATICS | {"config", "systems"}
 ROOMS["runs"] = {"config", "data", "parallel", "training"}
-ROOMS["loading"] = ROOMS["student"] | {"student", "config", "convert", "runs"}
+ROOMS["loading"] = ROOMS["student"] | {"student", "config", "convert", "parallel", "runs"}
 ROOMS["rivals"] = MATHEMATICS | {"models", "config", "systems", "training"}
-ROOMS["modes"] = set(ROOMS) - {"__init__", "student", "loading"}
+ROOMS["modes"] = set(ROOMS) - {"__init__", "student"}
 ROOMS["diagnostics"] = MATHEMATICS | {"data"}
 ROOMS["demo"] = MATHEMATICS | {"__init__", "models", "config", "convert", "data", "evaluation"}
 ROOMS["demo"] |= {"systems", "runs"}

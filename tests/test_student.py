@@ -19,8 +19,8 @@ from piflow_jax.convert import to_torch_state, write_safetensors
 from piflow_jax.evaluation import IndexSampler
 from piflow_jax.flow.rollout import rollout
 from piflow_jax.flow.schedule import TimeWarp
-from piflow_jax.modes.systems import student_sampler
 from piflow_jax.runs.checkpoint import Checkpointer
+from piflow_jax.systems.assembly import Systems
 from piflow_jax.systems.networks import student_network, teacher_network
 from piflow_jax.systems.shapes import DataShape
 from piflow_jax.systems.spec import student_spec, teacher_spec
@@ -111,7 +111,7 @@ def test_what_cannot_be_loaded_says_why(run, tmp_path):
 
 def test_samples_are_those_that_a_report_measures(run, student, settings):
     sampler = IndexSampler(
-        student_sampler(settings, DATA),
+        Systems.of(settings, DATA).student_sampler(),
         shape=DATA.shape,
         conditions=np.arange(10),
         batch_size=5,

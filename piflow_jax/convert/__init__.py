@@ -24,7 +24,6 @@ from piflow_jax.convert.kinds import network_of
 from piflow_jax.convert.original_dit import load_original_dit
 from piflow_jax.convert.qwen_image import export_qwen_image, load_qwen_image
 from piflow_jax.convert.qwen_vae import load_qwen_vae
-from piflow_jax.convert.safetensors_files import write_safetensors
 from piflow_jax.convert.vae import export_vae, load_vae
 from piflow_jax.models.dit import DiT
 from piflow_jax.models.flux import Flux
@@ -32,6 +31,7 @@ from piflow_jax.models.heads import DXHead
 from piflow_jax.models.inception import InceptionV3
 from piflow_jax.models.qwen_image import QwenImage
 from piflow_jax.models.vae import AutoencoderKL
+from piflow_jax.safetensors_files import write_safetensors
 
 LOADERS = {
     "dit": load_dit,

@@ -17,11 +17,11 @@ from piflow_jax.convert.flux import flux_rules
 from piflow_jax.convert.kinds import adapter_of
 from piflow_jax.convert.qwen_image import qwen_image_rules
 from piflow_jax.convert.rules import Place, Rule, as_jax, export_state, import_state
-from piflow_jax.convert.safetensors_files import LazyArray
 from piflow_jax.models.flux import Flux
 from piflow_jax.models.heads import DXHead, GMHead
 from piflow_jax.models.lora import DOWN, TRAINED, UP
 from piflow_jax.models.qwen_image import QwenImage
+from piflow_jax.safetensors_files import LazyArray
 
 __all__ = ["adapter_config", "export_adapter", "is_adapter", "load_adapter"]
 

@@ -18,7 +18,7 @@ import numpy as np
 from absl import logging
 
 from piflow_jax.convert.float8 import with_scales
-from piflow_jax.convert.safetensors_files import LazyArray, open_safetensors
+from piflow_jax.safetensors_files import LazyArray, open_safetensors
 
 INDEX = ".safetensors.index.json"
 PICKLES = (".pth", ".pt", ".bin", ".ckpt")

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import ml_dtypes
 import numpy as np
 
-from piflow_jax.convert.safetensors_files import LazyArray
+from piflow_jax.safetensors_files import LazyArray
 
 FLOAT8 = tuple(map(np.dtype, (ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2)))
 _SCALES = ("scale_{}", "{}_scale", "{}_scale_inv")

@@ -33,9 +33,9 @@ import numpy as np
 
 from piflow_jax.convert.dit import CLASS_EMBED, OUTPUT, PATCH_EMBED, load_dit
 from piflow_jax.convert.rules import Place
-from piflow_jax.convert.safetensors_files import LazyArray
 from piflow_jax.models.dit import DiT
 from piflow_jax.models.layers import TIME_FEATURES, position_table
+from piflow_jax.safetensors_files import LazyArray
 
 TIME_IN = "t_embedder.mlp.0.weight"
 POSITIONS = "pos_embed"

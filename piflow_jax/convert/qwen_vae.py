@@ -11,9 +11,9 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from piflow_jax.convert.rules import Place, Rule, as_jax, import_state, linear
-from piflow_jax.convert.safetensors_files import LazyArray
 from piflow_jax.convert.vae import conv
 from piflow_jax.models.vae import AutoencoderKL
+from piflow_jax.safetensors_files import LazyArray
 
 __all__ = ["LATENTS_MEAN", "LATENTS_STD", "flattened", "load_qwen_vae", "qwen_vae_rules"]
 

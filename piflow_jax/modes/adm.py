@@ -31,6 +31,7 @@ from piflow_jax.evaluation.adm import (
     write_statistics,
 )
 from piflow_jax.evaluation.adm_files import REFERENCE_URL, SPATIAL_FEATURES
+from piflow_jax.loading.runs import data_shape, load_student
 from piflow_jax.models.inception import POOL_FEATURES
 from piflow_jax.modes.autoencoder import (
     Autoencoder,
@@ -40,7 +41,6 @@ from piflow_jax.modes.autoencoder import (
     tree_digest,
 )
 from piflow_jax.modes.sizes import Sizes
-from piflow_jax.modes.systems import data_shape, load_student, student_sampler
 from piflow_jax.parallel import batch_sharding, local_mesh, replicated
 from piflow_jax.systems.assembly import Systems
 from piflow_jax.systems.datasets import dataset
@@ -224,7 +224,7 @@ def _samples(
     if todo:
         logging.info("evaluation: %d of %d shards of samples to make", len(todo), len(shards))
         run = IndexSampler(
-            pixel_sampler(student_sampler(config, data), autoencoder.module, data),
+            pixel_sampler(Systems.of(config, data).student_sampler(), autoencoder.module, data),
             shape=data.shape,
             conditions=np.arange(data.num_classes, dtype=np.int32),
             batch_size=settings.batch_size,

@@ -20,7 +20,6 @@ from piflow_jax.config import Config, ConfigError
 from piflow_jax.flow.schedule import Segments
 from piflow_jax.keys import seed_key
 from piflow_jax.modes.sizes import Machine, Sizes
-from piflow_jax.modes.systems import student_sampler, student_shardings, teacher_shardings
 from piflow_jax.parallel import (
     ActivationSharding,
     batch_sharding,
@@ -39,6 +38,7 @@ from piflow_jax.systems.networks import abstract_variables, named_variables, net
 from piflow_jax.systems.sampling import student_substeps
 from piflow_jax.systems.settings import check_ours
 from piflow_jax.systems.shapes import DataShape
+from piflow_jax.systems.shardings import student_shardings, teacher_shardings
 from piflow_jax.training.optimizer import make_optimizer
 from piflow_jax.training.state import TrainState
 from piflow_jax.training.step import distill_step
@@ -272,15 +272,15 @@ def _step_program(config: Config, mesh: Mesh) -> _Program:
 
 def _sampling_program(config: Config, mesh: Mesh) -> _Program:
     systems, settings = _systems(config, mesh), config.evaluation
-    data, student = systems.data, systems.student_network
+    student = systems.student_network
     _sizes(config, mesh, systems).check_sampling(settings.batch_size)
     params = abstract_variables(student)
     batch = _batch(config, systems, settings.batch_size)
-    noise = jax.ShapeDtypeStruct((settings.batch_size, *data.shape), jnp.float32)
+    noise = jax.ShapeDtypeStruct((settings.batch_size, *systems.data.shape), jnp.float32)
     nfe = config.sampling_nfe
     split = batch_sharding(mesh)
     return _Program(
-        function=student_sampler(config, data, ActivationSharding(mesh)),
+        function=systems.student_sampler(),
         arguments=(params, noise, batch["condition"]),
         shardings=(parameter_shardings(mesh, named_variables(student)), split, split),
         results=split,

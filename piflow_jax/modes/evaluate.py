@@ -9,15 +9,10 @@ from absl import logging
 from piflow_jax.config import Config
 from piflow_jax.evaluation import Report, as_pictures, save_grid
 from piflow_jax.evaluation.adm import AdmFigures
+from piflow_jax.loading.runs import load_student, load_teacher
 from piflow_jax.modes.adm import config_judge, evaluate_latents
 from piflow_jax.modes.measuring import Bench
 from piflow_jax.modes.sizes import Sizes
-from piflow_jax.modes.systems import (
-    load_student,
-    load_teacher,
-    student_sampler,
-    teacher_sampler,
-)
 from piflow_jax.systems.assembly import Systems
 from piflow_jax.systems.datasets import dataset, load_source, shape_of
 
@@ -43,8 +38,9 @@ def evaluate(config: Config, workdir: str | os.PathLike) -> Report | AdmFigures 
         return evaluate_latents(config, workdir)
     settings, workdir = config.evaluation, Path(workdir)
     source = load_source(config.data)
-    data, caption = shape_of(config, source), getattr(source, "null", None)
-    Sizes(Systems.of(config, data, caption), source).check_evaluation()
+    data = shape_of(config, source)
+    systems = Systems.of(config, data, getattr(source, "null", None))
+    Sizes(systems, source).check_evaluation()
     bench = Bench(config, source, data, config_judge(config, source, workdir))
     logging.info("evaluation: %d samples per system", settings.num_samples)
 
@@ -52,7 +48,7 @@ def evaluate(config: Config, workdir: str | os.PathLike) -> Report | AdmFigures 
     most = settings.teacher_steps[-1]
 
     def of_teacher(steps):
-        return bench.sample(teacher_sampler(config, data, steps, caption), teacher)
+        return bench.sample(systems.teacher_sampler(steps), teacher)
 
     reference, reference_seconds = of_teacher(most)
     rows, pictures = [], {most: reference}
@@ -63,7 +59,7 @@ def evaluate(config: Config, workdir: str | os.PathLike) -> Report | AdmFigures 
     rows.append(bench.row("teacher", most, reference, reference_seconds, None))
     nfe = config.sampling_nfe
     student = load_student(config, data, workdir)
-    samples, seconds = bench.sample(student_sampler(config, data), student)
+    samples, seconds = bench.sample(systems.student_sampler(), student)
     rows.append(bench.row("student", nfe, samples, seconds, reference))
 
     report = Report(rows=rows, **bench.of_data(), protocol=bench.protocol())

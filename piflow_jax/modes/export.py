@@ -15,8 +15,8 @@ from piflow_jax.convert import (
     to_torch_state,
     write_safetensors,
 )
+from piflow_jax.loading.runs import data_shape, load_student, load_teacher
 from piflow_jax.models.lora import fuse
-from piflow_jax.modes.systems import data_shape, load_student, load_teacher
 from piflow_jax.parallel import config_mesh
 from piflow_jax.runs.loop import checkpoint_dir
 from piflow_jax.systems.networks import student_network, teacher_network

@@ -13,11 +13,12 @@ from piflow_jax.evaluation.adm import measure_adm, to_uint8
 from piflow_jax.modes.adm import load_inception, load_reference, protocol
 from piflow_jax.modes.autoencoder import check_autoencoder, load_autoencoder, pixel_sampler
 from piflow_jax.modes.sample import grid_rows
-from piflow_jax.modes.systems import conditions_in_turn, student_sampler
 from piflow_jax.parallel import batch_sharding, local_mesh, replicated
 from piflow_jax.runs.loop import Look
+from piflow_jax.systems.assembly import Systems
 from piflow_jax.systems.datasets import dataset
 from piflow_jax.systems.judges import Judge, real_samples
+from piflow_jax.systems.sampling import conditions_in_turn
 from piflow_jax.systems.shapes import DataShape
 
 # Columns of a grid; more would be too small to see in TensorBoard.
@@ -47,7 +48,7 @@ def student_look(
       FileNotFoundError: one of them is not there.
     """
     settings, (names, shown) = config.evaluation, grid_rows(config, source, data)
-    sampler, decoder = student_sampler(config, data), ()
+    sampler, decoder = Systems.of(config, data).student_sampler(), ()
     latents = dataset(config).latents
     if latents:
         autoencoder = load_autoencoder(config)

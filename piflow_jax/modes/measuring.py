@@ -15,10 +15,9 @@ from piflow_jax.evaluation import (
     half_split_floor,
     measure,
 )
-from piflow_jax.modes.systems import conditions_in_turn
 from piflow_jax.parallel import batch_sharding, local_mesh
 from piflow_jax.systems.judges import Judge, real_samples
-from piflow_jax.systems.sampling import ROUNDING
+from piflow_jax.systems.sampling import ROUNDING, conditions_in_turn
 from piflow_jax.systems.shapes import DataShape
 
 __all__ = ["Bench"]

@@ -16,18 +16,10 @@ from jax.sharding import Mesh
 
 from piflow_jax.config import Config, ConfigError, parse
 from piflow_jax.data import stacked
+from piflow_jax.loading.runs import load_average, load_student, load_teacher
 from piflow_jax.modes.adm import config_judge
 from piflow_jax.modes.measuring import Bench
 from piflow_jax.modes.sizes import Sizes
-from piflow_jax.modes.systems import (
-    load_average,
-    load_student,
-    load_teacher,
-    student_sampler,
-    student_shardings,
-    teacher_sampler,
-    teacher_shardings,
-)
 from piflow_jax.modes.train import (
     PAIRS,
     STUDENT_DATA,
@@ -62,6 +54,7 @@ from piflow_jax.systems.datasets import dataset, load_source, shape_of
 from piflow_jax.systems.networks import network_kind, teacher_network
 from piflow_jax.systems.settings import check_choices, check_ours
 from piflow_jax.systems.shapes import DataShape
+from piflow_jax.systems.shardings import student_shardings, teacher_shardings
 from piflow_jax.systems.spec import model_settings, updated_settings
 
 __all__ = ["compare_rivals"]
@@ -314,7 +307,8 @@ class _Comparison:
         """`(nfe, sampler, parameters)` of a trained method."""
         config, data = changed(config, method.settings), self._data
         if not isinstance(method, Rival):
-            yield config.train.nfe, student_sampler(config, data), load_student(config, data, place)
+            sampler = Systems.of(config, data).student_sampler()
+            yield config.train.nfe, sampler, load_student(config, data, place)
             return
         network, spec = method.network(config.model, data), rival_spec(config, data, method.name)
         params = load_average(checkpoint_dir(place, "rival"), network, spec)
@@ -327,10 +321,10 @@ class _Comparison:
         if path.exists() and endpoints.exists():
             return json.loads(path.read_text(encoding="utf-8")), np.load(endpoints)
         config, data = self._config, self._data
-        teacher = load_teacher(config, data, self._workdir)
+        teacher, systems = load_teacher(config, data, self._workdir), Systems.of(config, data)
         rows, reference = [], None
         for steps in reversed(config.evaluation.teacher_steps):
-            samples, seconds = bench.sample(teacher_sampler(config, data, steps), teacher)
+            samples, seconds = bench.sample(systems.teacher_sampler(steps), teacher)
             rows.append(
                 dataclasses.asdict(bench.row("teacher", steps, samples, seconds, reference))
             )

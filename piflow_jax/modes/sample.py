@@ -10,19 +10,15 @@ from absl import logging
 from piflow_jax.config import Config, ConfigError
 from piflow_jax.data import Source
 from piflow_jax.evaluation import IndexSampler, as_pictures, save_grid
+from piflow_jax.loading.runs import data_shape, load_system
 from piflow_jax.modes.autoencoder import check_autoencoder, load_autoencoder, pixel_sampler
 from piflow_jax.modes.sample_prompts import sample_prompts
 from piflow_jax.modes.sizes import Sizes
-from piflow_jax.modes.systems import (
-    conditions_in_turn,
-    data_shape,
-    load_system,
-    system_sampler,
-)
 from piflow_jax.parallel import batch_sharding, local_mesh
 from piflow_jax.systems.assembly import Systems
 from piflow_jax.systems.conditioning import Condition
 from piflow_jax.systems.datasets import dataset, load_source
+from piflow_jax.systems.sampling import conditions_in_turn
 from piflow_jax.systems.shapes import DataShape
 
 __all__ = ["grid_rows", "sample"]
@@ -52,16 +48,17 @@ def sample(config: Config, workdir: str | os.PathLike) -> Path | list[Path]:
     # Captions are those of the set; labels need no set to be there.
     source = load_source(config.data) if row.captions else None
     names, conditions = grid_rows(config, source, data)
-    number, caption = settings.grid_samples * len(names), getattr(source, "null", None)
-    Sizes(Systems.of(config, data, caption), source).check_sampling(number)
-    sampler = system_sampler(config, data, caption)
+    number = settings.grid_samples * len(names)
+    systems = Systems.of(config, data, getattr(source, "null", None))
+    Sizes(systems, source).check_sampling(number)
+    sampler = systems.sampler()
     if row.latents:
         autoencoder = load_autoencoder(config)
         check_autoencoder(autoencoder, data)
         sampler = pixel_sampler(sampler, autoencoder.module, data)
-        params = (load_system(config, data, workdir, None), autoencoder.params)
+        params = (load_system(config, data, workdir), autoencoder.params)
     else:
-        params = load_system(config, data, workdir, None)
+        params = load_system(config, data, workdir)
     run = IndexSampler(
         sampler,
         shape=data.shape,

@@ -17,11 +17,11 @@ from piflow_jax.data.prompt_lists import DOWNSAMPLING, Prompt, bucket_size
 from piflow_jax.data.prompts import PromptsSource, load_prompts_source
 from piflow_jax.evaluation.adm import to_uint8
 from piflow_jax.keys import index_keys, index_noise, seed_key
+from piflow_jax.loading.runs import load_system
 from piflow_jax.models.vae import picture_decoder
 from piflow_jax.modes.autoencoder import check_autoencoder, load_autoencoder
 from piflow_jax.modes.prepare_prompts import listed_prompts
 from piflow_jax.modes.sizes import Sizes
-from piflow_jax.modes.systems import load_system, system_sampler
 from piflow_jax.parallel import ActivationSharding, batch_sharding, config_mesh
 from piflow_jax.systems.assembly import Systems
 from piflow_jax.systems.sampling import ROUNDING
@@ -146,7 +146,7 @@ def sample_prompts(config: Config, workdir: str | os.PathLike) -> list[Path]:
 
 
 def _sampler(config: Config, data: DataShape, mesh: jax.sharding.Mesh, null: dict[str, Any]):
-    sampler = system_sampler(config, data, null, ActivationSharding(mesh))
+    sampler = Systems.of(config, data, null, ActivationSharding(mesh)).sampler()
 
     def sample(params, places, batch):
         shape = (*batch["x"].shape[1:-1], data.channels)

@@ -12,18 +12,13 @@ from jax.sharding import Mesh
 from piflow_jax.config import Config, ConfigError
 from piflow_jax.data import Source, batches
 from piflow_jax.keys import seed_key
+from piflow_jax.loading.runs import load_teacher, student_dir
 from piflow_jax.modes.adm import config_judge, load_inception, load_reference
 from piflow_jax.modes.autoencoder import check_autoencoder, load_autoencoder
 from piflow_jax.modes.evaluate import evaluate
 from piflow_jax.modes.look import student_look
 from piflow_jax.modes.sample import grid_rows
 from piflow_jax.modes.sizes import Sizes
-from piflow_jax.modes.systems import (
-    load_teacher,
-    student_dir,
-    student_shardings,
-    teacher_shardings,
-)
 from piflow_jax.parallel import ActivationSharding, config_mesh, gathered, local_rows
 from piflow_jax.runs.fingerprints import tree_fingerprint
 from piflow_jax.runs.loop import Stage, checkpoint_dir, run_stage
@@ -34,6 +29,7 @@ from piflow_jax.systems.datasets import dataset, load_source, shape_of
 from piflow_jax.systems.judges import Judge
 from piflow_jax.systems.networks import Network, teacher_network
 from piflow_jax.systems.shapes import DataShape
+from piflow_jax.systems.shardings import student_shardings, teacher_shardings
 from piflow_jax.systems.spec import (
     model_settings,
     student_spec,

@@ -1,12 +1,16 @@
-"""Teacher and student of a run as values, before their weights."""
+"""Teacher and student of a run as values, before their weights, and how they sample."""
 
 import dataclasses
 
 from piflow_jax.config import Config, TeacherConfig
+from piflow_jax.evaluation.evaluator import Sampler
+from piflow_jax.flow.sampling import ode_sample
+from piflow_jax.flow.schedule import TimeWarp, sampling_times
 from piflow_jax.flow.teacher import Teacher
 from piflow_jax.models.dit import Constrain
 from piflow_jax.systems.conditioning import Condition
 from piflow_jax.systems.networks import Network, student_network, teacher_network
+from piflow_jax.systems.sampling import student_sampler
 from piflow_jax.systems.shapes import DataShape
 
 __all__ = ["Systems", "guided"]
@@ -88,3 +92,32 @@ class Systems:
     def teacher(self) -> Teacher:
         """The teacher with its guidance."""
         return guided(self.teacher_network, self.config.teacher, self.null)
+
+    def teacher_sampler(self, steps: int) -> Sampler:
+        """The guided teacher's Euler sampler, `(params, noise[B, *sites, C], condition) -> x_0`."""
+        teacher, warp = self.teacher, TimeWarp(self.config.train.shift)
+        return lambda params, noise, condition: ode_sample(
+            teacher.bind(params, condition), noise, steps, warp
+        )
+
+    def student_sampler(self) -> Sampler:
+        """The student's sampler, at its trained NFE or that of `config.evaluation.nfe`."""
+        train, settings = self.config.train, self.config.evaluation
+        sample = student_sampler(
+            self.student_network,
+            self.config.policy,
+            train,
+            substeps=settings.substeps,
+            solver=settings.solver,
+        )
+        warp = TimeWarp(train.shift)
+        times = sampling_times(self.config.sampling_nfe, warp, train.final_step_size_scale)
+        return lambda params, noise, condition: sample(
+            params, noise, condition, times, settings.temperature
+        )
+
+    def sampler(self) -> Sampler:
+        """That of `config.evaluation.system`, a teacher's at the most of its `teacher_steps`."""
+        if self.config.evaluation.system == "student":
+            return self.student_sampler()
+        return self.teacher_sampler(self.config.evaluation.teacher_steps[-1])

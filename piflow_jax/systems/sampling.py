@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from piflow_jax.config import PolicyConfig, TrainConfig
+from piflow_jax.data import Source, stacked
 from piflow_jax.flow.policies import Policy
 from piflow_jax.flow.sampling import sample_segments, segment_substeps
 from piflow_jax.flow.schedule import TimeWarp, sampling_times
@@ -17,11 +18,21 @@ from piflow_jax.flow.substeps import Rounding, Solver
 from piflow_jax.systems.conditioning import Condition
 from piflow_jax.systems.networks import Network
 from piflow_jax.systems.policies import policy_factory
+from piflow_jax.systems.shapes import DataShape
 
-__all__ = ["ROUNDING", "student_policy", "student_sampler", "student_substeps"]
+__all__ = [
+    "ROUNDING",
+    "conditions_in_turn",
+    "student_policy",
+    "student_sampler",
+    "student_substeps",
+]
 
 ROUNDING: Rounding = "ceil"
 """Of a student's substeps, as in the pi-Flow release."""
+
+# Conditions in turn of data without classes.
+_MOST_CONDITIONS = 1000
 
 
 def student_policy(
@@ -101,3 +112,23 @@ def student_sampler(
         )
 
     return sample
+
+
+def conditions_in_turn(source: Source, data: DataShape) -> tuple[Condition, np.ndarray]:
+    """The conditions that samples of figures have in turn, and their labels.
+
+    Args:
+      source: the data.
+      data: what networks know of it.
+
+    Returns:
+      `(conditions, labels int32[n])`: one of each class; without classes those of the first
+      examples, all labelled 0; and a single None without conditions.
+    """
+    if data.num_classes:
+        labels = np.arange(data.num_classes, dtype=np.int32)
+        return (source.of_classes() if hasattr(source, "of_classes") else labels), labels
+    count = min(len(source), _MOST_CONDITIONS)
+    examples = [source[index].get("condition") for index in range(count)]
+    labels = np.zeros(count, np.int32)
+    return (None if examples[0] is None else stacked(examples)), labels

@@ -30,6 +30,7 @@ from piflow_jax.convert import (
     to_torch_state,
     write_safetensors,
 )
+from piflow_jax.loading.runs import load_student
 from piflow_jax.models.dit import DiT
 from piflow_jax.models.flux import FLUX_TARGETS, Flux
 from piflow_jax.models.heads import DXHead, GMHead, VelocityHead
@@ -37,7 +38,6 @@ from piflow_jax.models.layers import time_features
 from piflow_jax.models.lora import LoRA, split
 from piflow_jax.models.qwen_image import QWEN_TARGETS, QwenImage
 from piflow_jax.modes import run
-from piflow_jax.modes.systems import load_student
 from piflow_jax.systems import networks
 from piflow_jax.systems import spec as specs
 from piflow_jax.systems.shapes import DataShape

@@ -8,11 +8,11 @@ import pytest
 from piflow_jax.config import ConfigError, parse
 from piflow_jax.data.prompt_lists import Prompt
 from piflow_jax.data.text_encoders import WordEncoder
+from piflow_jax.loading.runs import load_student
 from piflow_jax.modes import command
 from piflow_jax.modes.adm import load_inception
 from piflow_jax.modes.autoencoder import load_autoencoder
 from piflow_jax.modes.prepare_prompts import encode_prompts
-from piflow_jax.modes.systems import load_student
 from piflow_jax.systems.networks import NETWORKS
 from tests import tiny, tiny_text
 

@@ -15,6 +15,7 @@ from piflow_jax.config import ConfigError, parse
 from piflow_jax.convert import to_torch_state, write_safetensors
 from piflow_jax.data.latents import LatentsError
 from piflow_jax.evaluation.adm import write_samples
+from piflow_jax.loading.runs import load_teacher
 from piflow_jax.models.inception import InceptionV3
 from piflow_jax.models.vae import AutoencoderKL
 from piflow_jax.modes import (
@@ -23,11 +24,9 @@ from piflow_jax.modes import (
     export,
     prepare_latents,
     sample,
-    systems,
     train,
     write_reference,
 )
-from piflow_jax.modes.systems import load_teacher
 from piflow_jax.systems.networks import NETWORKS, teacher_network
 from tests import tiny
 
@@ -201,7 +200,7 @@ def test_figures_are_those_of_the_file_however_it_came_about(measurable, tmp_pat
     other.data.data_dir = "nowhere"
     monkeypatch.setattr(adm, "write_samples", write_samples)
     monkeypatch.setattr(adm, "measure_adm", lambda *_: figures)  # the slow part, shown above
-    monkeypatch.setattr(systems, "_official", lambda model: DATA)
+    monkeypatch.setitem(NETWORKS, "dit", dataclasses.replace(NETWORKS["dit"], official=DATA))
     evaluate(parse(other), tmp_path)
     with np.load(tmp_path / "samples" / "samples.npz") as archive:
         assert np.abs(archive["arr_0"].astype(int) - images).max() <= 1

@@ -6,12 +6,12 @@ import sys
 import jax
 
 from piflow_jax.config import ProcessesConfig, parse
-from piflow_jax.modes.systems import teacher_shardings
 from piflow_jax.modes.train import student_stage
 from piflow_jax.parallel import device_mesh, processes, replicated
 from piflow_jax.systems.datasets import load_source
 from piflow_jax.systems.networks import teacher_network
 from piflow_jax.systems.shapes import DataShape
+from piflow_jax.systems.shardings import teacher_shardings
 from tests import tiny_text
 
 if __name__ == "__main__":

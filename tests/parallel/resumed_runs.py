@@ -13,13 +13,13 @@ import numpy as np
 from absl import logging
 
 from piflow_jax.config import parse
-from piflow_jax.modes.systems import teacher_shardings
 from piflow_jax.modes.train import student_stage
 from piflow_jax.parallel import device_mesh
 from piflow_jax.runs.loop import run_stage
 from piflow_jax.systems.datasets import load_source
 from piflow_jax.systems.networks import teacher_network
 from piflow_jax.systems.shapes import DataShape
+from piflow_jax.systems.shardings import teacher_shardings
 from tests import tiny, tiny_text
 
 FIRST, STEPS = 4, 8

@@ -26,7 +26,6 @@ from piflow_jax.models.flux import FLUX_TARGETS, Flux
 from piflow_jax.models.heads import ArcHead, DXHead, GMHead
 from piflow_jax.models.lora import LoRA
 from piflow_jax.models.qwen_image import QWEN_TARGETS, QwenImage
-from piflow_jax.modes.systems import student_shardings, teacher_shardings
 from piflow_jax.parallel import device_mesh, parameter_shardings, state_shardings
 from piflow_jax.rivals.flow_map import TwoTimes
 from piflow_jax.systems.conditioning import ClassLabels, Text
@@ -39,6 +38,7 @@ from piflow_jax.systems.networks import (
 )
 from piflow_jax.systems.own import OwnNetwork
 from piflow_jax.systems.shapes import DataShape
+from piflow_jax.systems.shardings import student_shardings, teacher_shardings
 from piflow_jax.training.state import TrainState
 from tests import tiny
 

@@ -10,20 +10,18 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
-from flax.traverse_util import flatten_dict
 
 from piflow_jax.arguments import check_choice
 from piflow_jax.config import ModelConfig, PolicyConfig, parse
 from piflow_jax.flow.teacher import Teacher
+from piflow_jax.loading.weights import averaged, converted
 from piflow_jax.runs.workdir import user_path
 from piflow_jax.student import Student
 from piflow_jax.systems.networks import (
     Network,
-    abstract_variables,
     network_kind,
     student_network,
     teacher_network,
@@ -90,7 +88,7 @@ def load(
             network = _own(settings.model, network, settings.data, settings.policy)
         else:
             settings, network = _network(settings, dtype)
-    trained = _averaged(directory, step, network)
+    trained = averaged(directory, network, step)
     if not network.adapted:
         return Student(network, trained, settings)
     return _on_base(settings, trained, teacher or path, _base_dtype(saved))
@@ -150,7 +148,7 @@ def load_teacher(
         **guidance,
         null_cond=network.conditioning.null(data, None),
     )
-    return teacher, _averaged(directory, step, network)
+    return teacher, averaged(directory, network, step)
 
 
 def _is_own(model: ModelConfig) -> bool:
@@ -213,13 +211,6 @@ def _checkpoint(
     return directory, *read_spec(directory)
 
 
-def _averaged(directory: epath.Path, step: int, network: Network) -> Any:
-    from piflow_jax.runs.checkpoint import restore_subtree
-
-    like = network.trained(abstract_variables(network))
-    return restore_subtree(directory, "ema_params", like, step)
-
-
 def _network(
     settings: StudentSettings, dtype: str, base_dtype: str | None = None
 ) -> tuple[StudentSettings, Network]:
@@ -259,7 +250,7 @@ def _base(
 
     Weights of a file take the type that the student was trained with, or else keep their own.
     """
-    from piflow_jax.convert import load_params, open_weights
+    from piflow_jax.convert import open_weights
 
     model, data = settings.model, settings.data
     if any((teacher / place).is_dir() for place in ("teacher", "checkpoints")):
@@ -270,7 +261,7 @@ def _base(
         network = teacher_network(model, data)
         if teacher_network(found, data) != network:
             raise ValueError(f"{directory} holds another network than the student's teacher")
-        return _averaged(directory, step, network), base_dtype
+        return averaged(directory, network, step), base_dtype
     if (teacher / "student").is_dir() or not teacher.exists():
         raise ValueError(
             f"{teacher} holds adapters of a {model.network} and no teacher: pass teacher=, its "
@@ -280,8 +271,7 @@ def _base(
     base_dtype = base_dtype or _type_of(weights)
     network = teacher_network(_typed(model, dtype=model.dtype, base_dtype=base_dtype), data)
     with _about(teacher):
-        params = load_params(network.module, weights, model.network, _placed_like(network))
-    return params, base_dtype
+        return converted(weights, network, model.network), base_dtype
 
 
 def _type_of(weights: Mapping[str, Any]) -> str:
@@ -291,16 +281,10 @@ def _type_of(weights: Mapping[str, Any]) -> str:
     return "float32" if largest.dtype.itemsize > 2 or largest.dtype == np.float16 else "bfloat16"
 
 
-def _placed_like(network: Network) -> Callable[[tuple[str, ...], np.ndarray], jax.Array]:
-    """Puts leaves on the default device, in the types of the network's own parameters."""
-    like = flatten_dict(abstract_variables(network)["params"])
-    return lambda name, leaf: jnp.asarray(leaf, like[name].dtype if name in like else None)
-
-
 def _from_file(
     path: epath.Path, config: Any, dtype: str, teacher: str | os.PathLike | None
 ) -> Student:
-    from piflow_jax.convert import is_adapter, load_adapter, load_params, open_weights
+    from piflow_jax.convert import is_adapter, open_weights
 
     weights = open_weights(path)
     with _about(path):
@@ -324,18 +308,15 @@ def _from_file(
             )
         base_dtype = getattr(settings.model.own, "base_dtype", None) if spec is None else None
         settings, network = _network(settings, dtype)
-        if adapter:
-            if teacher is None:
-                raise ValueError("an adapter: pass teacher=, the weights that it goes on")
-            trained = load_adapter(network.module, weights, place=_placed_like(network))
-        else:
-            if network.adapted:  # the adapters are in the weights
-                settings, network = _network(settings, dtype, base_dtype or _type_of(weights))
-                network = dataclasses.replace(network, module=network.module.clone(lora=None))
-            form = f"{settings.policy.kind}_{settings.model.network}"
-            params = load_params(network.module, weights, form, _placed_like(network))
-            return Student(network, params, settings)
-    return _on_base(settings, trained, teacher, base_dtype)
+        if adapter and teacher is None:
+            raise ValueError("an adapter: pass teacher=, the weights that it goes on")
+        if network.adapted and not adapter:  # the adapters are in the weights
+            settings, network = _network(settings, dtype, base_dtype or _type_of(weights))
+            network = dataclasses.replace(network, module=network.module.clone(lora=None))
+        params = converted(weights, network, f"{settings.policy.kind}_{settings.model.network}")
+    if not adapter:
+        return Student(network, params, settings)
+    return _on_base(settings, params, teacher, base_dtype)
 
 
 @contextlib.contextmanager

@@ -1,0 +1,202 @@
+"""The systems of a run: weights from the checkpoints and files that its settings name."""
+
+import os
+from typing import Any
+
+from jax.sharding import Mesh
+
+from piflow_jax.config import Config, ConfigError
+from piflow_jax.convert import open_weights
+from piflow_jax.loading.weights import averaged, converted
+from piflow_jax.parallel import local_mesh, parameter_shardings, replicated
+from piflow_jax.runs.checkpoint import CheckpointError, check_spec, read_spec
+from piflow_jax.runs.loop import checkpoint_dir
+from piflow_jax.systems.datasets import dataset, load_source, shape_of
+from piflow_jax.systems.networks import (
+    Network,
+    named_variables,
+    network_kind,
+    student_network,
+    teacher_network,
+)
+from piflow_jax.systems.shapes import DataShape
+from piflow_jax.systems.spec import (
+    check_policy_config,
+    spec_of,
+    student_settings,
+    student_spec,
+    teacher_spec,
+    updated,
+)
+
+__all__ = [
+    "data_shape",
+    "load_average",
+    "load_student",
+    "load_system",
+    "load_teacher",
+    "student_dir",
+]
+
+
+def data_shape(config: Config, workdir: str | os.PathLike) -> DataShape:
+    """What a student's samples look like, for which latents themselves need not be at hand.
+
+    Args:
+      config: the run's settings.
+      workdir: the run's directory, whose student knows the shape of its latents.
+
+    Returns:
+      The shape of the data; of latents for official weights, that of Stable Diffusion's.
+
+    Raises:
+      CheckpointError: there is no student, or its checkpoint is unusable.
+    """
+    row = dataset(config)
+    if row.bundled or (row.captions and config.data.data_dir):
+        return shape_of(config, load_source(config.data))
+    of_teacher = config.evaluation.system == "teacher"
+    if config.teacher.weights if of_teacher else config.evaluation.weights:
+        return network_kind(config.model).official
+    _, spec, _ = read_spec(student_dir(config, workdir))
+    try:
+        return student_settings(spec).data
+    except ValueError as error:
+        raise CheckpointError(f"{student_dir(config, workdir)}: {error}") from error
+
+
+def student_dir(config: Config, workdir: str | os.PathLike) -> str:
+    """Where the checkpoints of the student lie that `config.evaluation.checkpoint` asks for."""
+    stage = "student/best" if config.evaluation.checkpoint == "best" else "student"
+    return checkpoint_dir(workdir, stage)
+
+
+def load_teacher(
+    config: Config, data: DataShape, workdir: str | os.PathLike, shardings: Any = None
+) -> Any:
+    """The teacher's parameters: official weights, or the average of a checkpoint.
+
+    The checkpoint is the given one or that of the work directory.
+
+    Args:
+      config: the run's settings.
+      data: what the data looks like.
+      workdir: the run's directory.
+      shardings: see `averaged`; by default every device of this process has all of them.
+
+    Returns:
+      Parameters of `teacher_network(config.model, data)`.
+
+    Raises:
+      CheckpointError: there is no checkpoint, it is unusable, or it contradicts the settings.
+      ConfigError: the official weights contradict the settings, or need PyTorch to be read.
+    """
+    network, spec = teacher_network(config.model, data), teacher_spec(config, data)
+    if not config.teacher.weights:
+        directory = config.teacher.checkpoint or checkpoint_dir(workdir, "teacher")
+        return load_average(directory, network, spec, shardings)
+    formats = network_kind(config.model).formats
+    form = config.teacher.weights_format or formats[0]
+    if form not in formats:
+        raise ConfigError(
+            f"config.teacher.weights_format must be one of {', '.join(formats)} with "
+            f"config.model.network = {config.model.network!r}, got {form!r}"
+        )
+    return _official(config, "teacher", network, spec, form, shardings)
+
+
+def load_student(
+    config: Config, data: DataShape, workdir: str | os.PathLike, mesh: Mesh | None = None
+) -> Any:
+    """The student's parameters: official weights, or the average of the run's checkpoint.
+
+    Those of a student with adapters are the teacher's, see `load_teacher`, with adapters, head and
+    last modulation from there.
+
+    Args:
+      config: the run's settings.
+      data: what the data looks like.
+      workdir: the run's directory.
+      mesh: devices over which the parameters are split; by default every device of this process has
+        all of them.
+
+    Returns:
+      Parameters of `student_network(config.model, config.policy, data)`.
+
+    Raises:
+      CheckpointError: there is no checkpoint, it is unusable, or it contradicts the settings.
+      ConfigError: the official weights contradict the settings, or need PyTorch to be read.
+    """
+    network, spec = student_network(config.model, config.policy, data), student_spec(config, data)
+    base = _teacher_on(mesh, config, data, workdir) if network.adapted else None
+    shardings = _split(mesh, network)
+    if config.evaluation.weights:
+        form = f"{config.policy.kind}_{config.model.network}"
+        trained = _official(config, "evaluation", network, spec, form, shardings)
+    else:
+        trained = load_average(student_dir(config, workdir), network, spec, shardings)
+    return network.with_base(trained, base)
+
+
+def load_system(
+    config: Config, data: DataShape, workdir: str | os.PathLike, mesh: Mesh | None = None
+) -> Any:
+    """Parameters of the system that `config.evaluation.system` names; see `load_student`."""
+    if config.evaluation.system == "student":
+        return load_student(config, data, workdir, mesh)
+    return _teacher_on(mesh, config, data, workdir)
+
+
+def load_average(
+    directory: str | os.PathLike, network: Network, spec: dict[str, Any], shardings: Any = None
+) -> Any:
+    """The averaged parameters of a checkpoint.
+
+    Args:
+      directory: where the checkpoints lie.
+      network: the network.
+      spec: what the checkpoint must say of itself.
+      shardings: see `load_teacher`.
+
+    Returns:
+      The parameters; of a network with adapters its trained part.
+
+    Raises:
+      CheckpointError: there is no checkpoint, it is unusable, or it contradicts the spec.
+    """
+    step, saved, _ = read_spec(directory)
+    check_spec(updated(saved), spec, directory)
+    return averaged(directory, network, step, shardings or replicated(local_mesh()))
+
+
+def _split(mesh: Mesh | None, network: Network) -> Any:
+    """Shardings of what is trained of a network; None without a mesh."""
+    if mesh is None:
+        return None
+    return parameter_shardings(mesh, network.trained(named_variables(network)))
+
+
+def _teacher_on(mesh: Mesh | None, config: Config, data: DataShape, workdir: str | os.PathLike):
+    """The teacher's parameters, split over a mesh's devices as `load_student` splits its own."""
+    shardings = _split(mesh, teacher_network(config.model, data))
+    return load_teacher(config, data, workdir, shardings)
+
+
+def _official(
+    config: Config, group: str, network: Network, spec: dict[str, Any], form: str, shardings: Any
+) -> Any:
+    """Parameters of a group's weight file that says nothing else than the settings do."""
+    path = getattr(config, group).weights
+    try:
+        weights = open_weights(path)
+        said = spec_of(weights.metadata)
+        if said is not None:
+            # What is known of data and autoencoder depends on what is at hand.
+            known = {k: v for k, v in spec.items() if k not in ("data.name", "data.vae")}
+            check_spec(updated(said), known, weights.path)
+        elif spec["kind"] == "student":
+            policy = weights.metadata.get("policy_config")
+            check_policy_config(policy, config.policy, config.train)
+        return converted(weights, network, form, shardings or replicated(local_mesh()))
+    except (CheckpointError, ImportError, ValueError) as error:
+        raise ConfigError(f"config.{group}.weights = {path!r}: {error}") from error

@@ -1,0 +1,91 @@
+"""A network's variables from a checkpoint or a weight file, on the devices that shardings name."""
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict
+from jax.sharding import Sharding
+
+from piflow_jax.systems.networks import Network, abstract_variables
+
+__all__ = ["averaged", "converted"]
+
+
+def averaged(
+    directory: str | os.PathLike, network: Network, step: int | None = None, shardings: Any = None
+) -> Any:
+    """The averaged variables of a checkpoint.
+
+    Args:
+      directory: where the checkpoints lie, or the folder of one step.
+      network: whose they are.
+      step: which one, by default the latest.
+      shardings: a tree of where they go, or one sharding of all; None is the default device.
+
+    Returns:
+      The variables; of a network with adapters its trained part.
+
+    Raises:
+      CheckpointError: there is no checkpoint, it is unusable, or of another network.
+    """
+    # Orbax takes a second to load, which a notebook without checkpoints need not wait for.
+    from piflow_jax.runs.checkpoint import restore_subtree
+
+    return restore_subtree(directory, "ema_params", _like(network, shardings), step)
+
+
+def converted(
+    weights: Mapping[str, Any], network: Network, form: str, shardings: Any = None
+) -> Any:
+    """The variables of a weight file under official names.
+
+    Args:
+      weights: what `open_weights` opened.
+      network: whose they are.
+      form: the layout, a name of `piflow_jax.convert.load_params`; adapters have one of their own.
+      shardings: see `averaged`.
+
+    Returns:
+      The variables, in the network's types; of a network with adapters its trained part.
+
+    Raises:
+      ImportError: the file is read by PyTorch, which is not installed.
+      ValueError: the weights are of another network, or damaged.
+    """
+    from piflow_jax.convert import load_adapter, load_params
+
+    like = flatten_dict(_like(network, shardings)["params"])
+
+    def place(name: tuple[str, ...], leaf: np.ndarray) -> jax.Array:
+        # One that has no place is no parameter of the network, which is said where it is read.
+        return _put(leaf, like[name]) if name in like else jnp.asarray(leaf)
+
+    if network.adapted:
+        return load_adapter(network.module, weights, place=place)
+    return load_params(network.module, weights, form, place)
+
+
+def _like(network: Network, shardings: Any) -> Any:
+    """Shapes of what is trained, with the shardings that they get."""
+    abstract = network.trained(abstract_variables(network))
+    if shardings is None:
+        return abstract
+    if isinstance(shardings, Sharding):
+        shardings = jax.tree.map(lambda _: shardings, abstract)
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        abstract,
+        shardings,
+    )
+
+
+def _put(leaf: np.ndarray, like: jax.ShapeDtypeStruct) -> jax.Array:
+    """A leaf on its devices; of several processes, each sends its own devices' parts."""
+    if like.sharding is None:
+        return jnp.asarray(leaf, like.dtype)
+    array = np.asarray(leaf, like.dtype)
+    return jax.make_array_from_callback(array.shape, like.sharding, lambda index: array[index])

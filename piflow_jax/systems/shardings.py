@@ -1,0 +1,24 @@
+"""Where parameters of teacher and student lie on a run's mesh."""
+
+from typing import Any
+
+from jax.sharding import Mesh
+
+from piflow_jax.config import Config
+from piflow_jax.parallel import parameter_shardings, state_shardings
+from piflow_jax.systems.networks import Network, named_variables
+
+__all__ = ["student_shardings", "teacher_shardings"]
+
+
+def teacher_shardings(config: Config, mesh: Mesh, teacher: Network) -> Any:
+    """Where a teacher's parameters lie while it is imitated; see `config.mesh.teacher`."""
+    split = config.mesh.teacher == "split"
+    return parameter_shardings(mesh, named_variables(teacher), split=split)
+
+
+def student_shardings(config: Config, mesh: Mesh, state: Any, student: Network) -> Any:
+    """Where a student's state lies; see `config.mesh.student` and `config.mesh.ema`."""
+    trained, rules = student.trained(named_variables(student)), config.mesh
+    split, ema = rules.student == "split", rules.ema == "split"
+    return state_shardings(mesh, state, trained, split=split, ema=ema)
