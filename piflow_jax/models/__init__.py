@@ -1,7 +1,8 @@
 """Flax networks. They know the policies' output type and no other policy mathematics."""
 
-from piflow_jax.models.dit import DiT, initialize_student, student_from_teacher
+from piflow_jax.models.dit import DiT
 from piflow_jax.models.heads import ArcHead, DXHead, GMHead, VelocityHead
+from piflow_jax.models.initial import initialize_student, student_from_teacher
 
 __all__ = [
     "ArcHead",

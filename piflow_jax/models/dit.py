@@ -4,9 +4,6 @@ Source: DiT, arXiv 2212.09748, in the form of the pi-Flow release (arXiv 2510.14
 of time and class shared by all blocks.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -14,13 +11,12 @@ from jax.typing import DTypeLike
 
 from piflow_jax.arguments import check_between
 from piflow_jax.flow.policies import ArcOutput, GMOutput
+from piflow_jax.models.blocks import Constrain, Layers, modulated, stacked, unconstrained
 from piflow_jax.models.heads import VelocityHead
 from piflow_jax.models.layers import (
-    Axes,
     Linear,
     Network,
     attend,
-    layer_norm,
     named,
     patchify,
     position_table,
@@ -32,41 +28,15 @@ ATTENTION_NORM_EPS = 1e-6
 MLP_NORM_EPS = 1e-5
 OUTPUT_NORM_EPS = 1e-6
 
-REMAT_POLICIES = {
-    "none": None,
-    "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_saveable,
-    "dots_no_batch": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-}
 
-
-Constrain = Callable[[jax.Array, Sequence[str | None]], jax.Array]
-
-
-def unconstrained(x: jax.Array, axes: Sequence[str | None]) -> jax.Array:
-    """Leaves it to the compiler where an activation lies."""
-    del axes
-    return x
-
-
-class DiTBlock(nn.Module):
+class DiTBlock(Layers, kw_only=True):
     """Self-attention and an MLP, both shifted, scaled and gated by the conditioning.
 
     Attributes:
-        num_heads: Attention heads; must divide the width.
         mlp_hidden: Width of the MLP's hidden layer.
-        dtype: Compute dtype.
-        param_dtype: Dtype of fresh parameters.
-        attention: `implementation` of `jax.nn.dot_product_attention`.
-        constrain: See `DiT`.
     """
 
-    num_heads: int
     mlp_hidden: int
-    dtype: DTypeLike | None = None
-    param_dtype: DTypeLike = jnp.float32
-    attention: str | None = None
-    constrain: Constrain = unconstrained
 
     @nn.compact
     def __call__(self, tokens: jax.Array, conditioning: jax.Array) -> tuple[jax.Array, None]:
@@ -79,42 +49,17 @@ class DiTBlock(nn.Module):
         Returns:
             `[B, T, D]`, and None (what a scan collects).
         """
-        width = tokens.shape[-1]
         axes, zeros = ("embed", None, None), nn.initializers.zeros
-        modulation = self._linear((6, width), "modulation", axes, kernel_init=zeros)(conditioning)
-        modulation = modulation[:, None]
-        shift, scale, gate = (modulation[:, :, i] for i in range(3))
-        attended = self._attend(layer_norm(tokens, ATTENTION_NORM_EPS) * (1 + scale) + shift)
-        tokens = tokens + gate * attended
-        shift, scale, gate = (modulation[:, :, i] for i in range(3, 6))
-        hidden = layer_norm(tokens, MLP_NORM_EPS) * (1 + scale) + shift
-        hidden = self._linear((self.mlp_hidden,), "mlp_in", ("embed", "mlp"))(hidden)
-        hidden = self.constrain(nn.gelu(hidden, approximate=True), ("batch", None, "mlp"))
-        tokens = tokens + gate * self._linear((width,), "mlp_out", ("mlp", "embed"))(hidden)
-        tokens = self.constrain(tokens, ("batch", None, "embed"))
+        layer = self.linear((6, tokens.shape[-1]), "modulation", axes, kernel_init=zeros)
+        # Of each half: shift, scale, gate.
+        modulation = layer(conditioning)
+        hidden = modulated(tokens, modulation[:, 0], modulation[:, 1], ATTENTION_NORM_EPS)
+        attended = attend(*self.queries_keys_values(hidden), self.attention)
+        tokens = self.after_attention(
+            tokens, attended.reshape(tokens.shape), modulation, self.mlp_hidden, eps=MLP_NORM_EPS
+        )
         self.sow("intermediates", "tokens", tokens)
         return tokens, None
-
-    def _attend(self, tokens: jax.Array) -> jax.Array:
-        b, t, width = tokens.shape
-        qkv = self._linear((3, width), "qkv", ("embed", None, "heads"))(tokens)
-        qkv = self.constrain(qkv, ("batch", None, None, "heads"))
-        qkv = qkv.reshape(b, t, 3, self.num_heads, width // self.num_heads)
-        q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
-        out = attend(q, k, v, self.attention)
-        out = out.reshape(b, t, width)
-        return self._linear((width,), "attention_out", ("heads", "embed"))(out)
-
-    def _linear(self, features: tuple[int, ...], name: str, axes: Axes, **options: Any) -> Linear:
-        return Linear(
-            features,
-            axes=axes,
-            dtype=self.dtype,
-            param_dtype=self.param_dtype,
-            name=name,
-            parent=self,
-            **options,
-        )
 
 
 class DiT(Network):
@@ -223,8 +168,7 @@ class DiT(Network):
         axes, zeros = ("embed", None, None), nn.initializers.zeros
         last = linear((2, self.hidden), "final_modulation", axes, kernel_init=zeros)
         modulation = last(conditioning)
-        shift, scale = modulation[:, None, 0], modulation[:, None, 1]
-        tokens = layer_norm(tokens, OUTPUT_NORM_EPS) * (1 + scale) + shift
+        tokens = modulated(tokens, modulation[:, 0], modulation[:, 1], OUTPUT_NORM_EPS)
         return self.head(
             tokens.reshape(b, h, w, self.hidden),
             embedding,
@@ -282,35 +226,21 @@ class DiT(Network):
         return jnp.take(table, labels, axis=0, mode="fill")
 
     def _blocks(self, dtype: DTypeLike) -> nn.Module:
-        block = DiTBlock
-        if self.remat != "none":
-            # Inside a loop the compiler cannot merge the recomputation with the forward pass, so
-            # the (costly) barrier against that is needed only when the loop is unrolled.
-            unrolled = self.scan_unroll > 1
-            block = nn.remat(block, policy=REMAT_POLICIES[self.remat], prevent_cse=unrolled)
-        scanned = nn.scan(
-            block,
-            variable_axes={"params": 0, "intermediates": 0},
-            split_rngs={"params": True},
-            in_axes=nn.broadcast,
-            length=self.depth,
-            unroll=self.scan_unroll,
-            metadata_params={nn.PARTITION_NAME: "layers"},
-        )
-        return scanned(
-            num_heads=self.num_heads,
-            mlp_hidden=int(self.hidden * self.mlp_ratio),
-            dtype=dtype,
-            param_dtype=self.param_dtype,
-            attention=self.attention,
-            constrain=self.constrain,
-            name="blocks",
-            parent=self,
+        settings = {
+            "num_heads": self.num_heads,
+            "mlp_hidden": int(self.hidden * self.mlp_ratio),
+            "dtype": dtype,
+            "param_dtype": self.param_dtype,
+            "attention": self.attention,
+            "constrain": self.constrain,
+            "name": "blocks",
+            "parent": self,
+        }
+        return stacked(
+            DiTBlock, self.depth, remat=self.remat, unroll=self.scan_unroll, settings=settings
         )
 
     def _check(self, x: jax.Array, t: jax.Array, labels: jax.Array) -> None:
-        if self.remat not in REMAT_POLICIES:
-            raise ValueError(f"remat {self.remat!r} is not one of {sorted(REMAT_POLICIES)}")
         if self.hidden % 4 or self.hidden % self.num_heads:
             raise ValueError(
                 f"hidden {self.hidden} must be divisible by 4 and by num_heads {self.num_heads}"
@@ -326,100 +256,3 @@ class DiT(Network):
         if not jnp.issubdtype(labels.dtype, jnp.integer):
             raise ValueError(f"labels must be integers, got {labels.dtype}")
         check_between("labels", labels, 0, self.num_classes)
-
-
-def student_from_teacher(
-    key: jax.Array,
-    student: DiT,
-    student_params: dict,
-    teacher_params: dict,
-    *,
-    teacher: DiT | None = None,
-) -> dict:
-    """Starts a student at its teacher, drawing the noise that sets mixture components apart.
-
-    Args:
-        key: Random key.
-        student: The student's module.
-        student_params: Fresh parameters of the student, as `student.init` returns them.
-        teacher_params: Parameters of a teacher with a `VelocityHead`.
-        teacher: The teacher's module; given, its settings that shapes do not show are compared too.
-
-    Returns:
-        Parameters of the student, see `initialize_student`.
-
-    Raises:
-        ValueError: Sizes of teacher and student differ; the message names the field.
-    """
-    shape = student.head.noise_shape(student.in_channels)
-    noise = None if shape is None else jax.random.normal(key, shape, jnp.float32)
-    return initialize_student(student, student_params, teacher_params, noise, teacher=teacher)
-
-
-def initialize_student(
-    student: DiT,
-    student_params: dict,
-    teacher_params: dict,
-    noise: jax.Array | None,
-    *,
-    teacher: DiT | None = None,
-) -> dict:
-    """Deterministic part of `student_from_teacher`.
-
-    Args:
-        student: The student's module.
-        student_params: Fresh parameters of the student; of them only what the teacher lacks (the
-            first layer of the logstd head) and the dtypes are used.
-        teacher_params: Parameters of a teacher with a `VelocityHead`.
-        noise: `[K, C]` standard normal draws for a mixture head, None for none.
-        teacher: The teacher's module; given, its settings that shapes do not show are compared too.
-
-    Returns:
-        Parameters with the structure and dtypes of `student_params`. They share no buffer with
-        either argument, so a training step may donate them.
-
-    Raises:
-        ValueError: Sizes of teacher and student differ; the message names the field.
-    """
-    ours, theirs = student_params["params"], teacher_params["params"]
-    _compare_sizes(student, ours, theirs, teacher)
-    head = student.head.from_velocity(
-        ours["head"], theirs["head"]["output"], channels=student.in_channels, noise=noise
-    )
-    merged = {**theirs, "head": head}
-    return {
-        "params": jax.tree.map(
-            lambda new, old: jnp.array(new, dtype=old.dtype, copy=True), merged, ours
-        )
-    }
-
-
-def _compare_sizes(student: DiT, ours: dict, theirs: dict, teacher: DiT | None) -> None:
-    """Raises ValueError for every size in which the teacher differs from the student."""
-    if set(theirs["head"]) != {"output"}:
-        raise ValueError(f"head: the teacher needs a VelocityHead, it has {set(theirs['head'])}")
-    differences = []
-    if teacher is not None:
-        fields = ("patch_size", "in_channels", "num_heads", "sample_size", "time_scale")
-        for field in fields:
-            a, b = getattr(student, field), getattr(teacher, field)
-            if a != b:
-                differences.append(f"{field}: student {a}, teacher {b}")
-    sizes = {
-        "hidden": lambda p: p["patch_embed"]["kernel"].shape[1],
-        "depth": lambda p: p["blocks"]["qkv"]["bias"].shape[0],
-        "mlp_ratio": lambda p: p["blocks"]["mlp_in"]["bias"].shape[1] / sizes["hidden"](p),
-        "num_classes": lambda p: p["class_embed"].shape[0] - 1,
-        "patch_size^2 * in_channels": lambda p: p["patch_embed"]["kernel"].shape[0],
-    }
-    for field, size in sizes.items():
-        a, b = size(ours), size(theirs)
-        if a != b:
-            differences.append(f"{field}: student {a}, teacher {b}")
-    # A teacher that predicts more than a velocity (say a variance) has a wider output layer.
-    rows = theirs["head"]["output"]["bias"].shape[0]
-    expected = ours["patch_embed"]["kernel"].shape[0]
-    if not differences and rows != expected:
-        differences.append(f"head: teacher has {rows} output rows, a velocity has {expected}")
-    if differences:
-        raise ValueError("teacher and student differ in " + "; ".join(differences))

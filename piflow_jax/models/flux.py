@@ -11,19 +11,17 @@ from flax import linen as nn
 from jax.typing import DTypeLike
 
 from piflow_jax.flow.policies import GMOutput
-from piflow_jax.models.dit import Constrain, unconstrained
+from piflow_jax.models.blocks import Constrain, Layers, modulated, stacked, unconstrained
 from piflow_jax.models.heads import VelocityHead
 from piflow_jax.models.joint import (
     MLP_RATIO,
     ROPE_BASE,
     JointBlock,
-    Layers,
+    JointLayers,
     check_rope_axes,
-    modulated,
     rotary_table,
     rotate,
     round_time,
-    stacked,
 )
 from piflow_jax.models.layers import Network, attend, patchify, time_features
 from piflow_jax.models.lora import AdaptedLinear, LoRA
@@ -65,7 +63,7 @@ def flux_angles(axes: tuple[int, ...], text_length: int, height: int, width: int
     return np.concatenate([ids[:, i, None] * f[None] for i, f in enumerate(frequencies)], axis=-1)
 
 
-class SingleBlock(Layers):
+class SingleBlock(JointLayers):
     """Self-attention and an MLP beside each other, over text and image tokens in one stream."""
 
     @nn.compact

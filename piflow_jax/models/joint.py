@@ -4,8 +4,7 @@ The double block of FLUX.1 and the block of Qwen-Image (arXiv 2508.02324, sectio
 (arXiv 2403.03206, section 4); the two differ only in rotary tables and in the masking of text.
 """
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -13,11 +12,9 @@ import numpy as np
 from flax import linen as nn
 from jax.typing import DTypeLike
 
-from piflow_jax.models.dit import REMAT_POLICIES, Constrain, unconstrained
-from piflow_jax.models.layers import Axes, attend, layer_norm, named
-from piflow_jax.models.lora import AdaptedLinear, LoRA
+from piflow_jax.models.blocks import NORM_EPS, Layers, modulated
+from piflow_jax.models.layers import attend, named
 
-NORM_EPS = 1e-6
 ROPE_BASE = 10000.0
 MLP_RATIO = 4
 
@@ -71,59 +68,20 @@ def rotate(x: jax.Array, table: jax.Array) -> jax.Array:
     return turned.reshape(x.shape).astype(x.dtype)
 
 
-def modulated(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
-    """Normalises `x[B, T, D]`, scales by `1 + scale[B, D]` and shifts by `shift[B, D]`."""
-    return layer_norm(x, NORM_EPS) * (1 + scale[:, None]) + shift[:, None]
-
-
-class Layers(nn.Module):
-    """What blocks have in common: their settings, and linear layers made with them.
-
-    Attributes:
-        num_heads: Attention heads; must divide the width.
-        dtype: Compute dtype.
-        param_dtype: Dtype of fresh parameters of the base.
-        attention: `implementation` of `jax.nn.dot_product_attention`.
-        constrain: See `DiT`.
-        lora: Adapters; None for none.
-    """
-
-    num_heads: int
-    dtype: DTypeLike | None = None
-    param_dtype: DTypeLike = jnp.float32
-    attention: str | None = None
-    constrain: Constrain = unconstrained
-    lora: LoRA | None = None
-
-    def linear(
-        self, features: tuple[int, ...], name: str, axes: Axes, **options: Any
-    ) -> AdaptedLinear:
-        """A linear layer of this block."""
-        return AdaptedLinear(
-            features,
-            axes=axes,
-            dtype=self.dtype,
-            param_dtype=self.param_dtype,
-            lora=self.lora,
-            name=name,
-            parent=self,
-            **options,
-        )
+class JointLayers(Layers):
+    """Layers whose queries and keys are normalised."""
 
     def queries_keys_values(
         self, tokens: jax.Array, prefix: str = ""
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Normalised queries and keys, and values, of `tokens[B, T, D]`: `[B, T, heads, size]`."""
-        b, t, width = tokens.shape
-        qkv = self.linear((3, width), f"{prefix}qkv", ("embed", None, "heads"))(tokens)
-        qkv = self.constrain(qkv, ("batch", None, None, "heads"))
-        qkv = qkv.reshape(b, t, 3, self.num_heads, width // self.num_heads)
-        query = RMSNorm(self.param_dtype, name=f"{prefix}query_norm", parent=self)(qkv[:, :, 0])
-        key = RMSNorm(self.param_dtype, name=f"{prefix}key_norm", parent=self)(qkv[:, :, 1])
-        return query, key, qkv[:, :, 2]
+        query, key, value = super().queries_keys_values(tokens, prefix)
+        query = RMSNorm(self.param_dtype, name=f"{prefix}query_norm", parent=self)(query)
+        key = RMSNorm(self.param_dtype, name=f"{prefix}key_norm", parent=self)(key)
+        return query, key, value
 
 
-class JointBlock(Layers):
+class JointBlock(JointLayers):
     """Joint attention and two MLPs; each stream is shifted, scaled and gated on its own."""
 
     @nn.compact
@@ -160,62 +118,16 @@ class JointBlock(Layers):
         attended = attend(q, k, v, self.attention, key_mask)
         attended = attended.reshape(*attended.shape[:2], -1)
         halves = attended[:, :text_length], attended[:, text_length:]
-        rest = zip(streams, names, halves, modulations, strict=True)
-        streams = tuple(self._finish(*one) for one in rest)
+        hidden = MLP_RATIO * streams[0].shape[-1]
+        streams = tuple(
+            self.after_attention(tokens, half, modulation, hidden, prefix)
+            for tokens, half, modulation, prefix in zip(
+                streams, halves, modulations, names, strict=True
+            )
+        )
         self.sow("intermediates", "text", streams[0])
         self.sow("intermediates", "image", streams[1])
         return streams, None
-
-    def _finish(
-        self, tokens: jax.Array, prefix: str, attended: jax.Array, modulation: jax.Array
-    ) -> jax.Array:
-        width = tokens.shape[-1]
-        out = self.linear((width,), f"{prefix}attention_out", ("heads", "embed"))
-        attended = out(attended)
-        tokens = tokens + modulation[:, None, 2] * attended
-        hidden = modulated(tokens, modulation[:, 3], modulation[:, 4])
-        into = self.linear((MLP_RATIO * width,), f"{prefix}mlp_in", ("embed", "mlp"))
-        hidden = into(hidden)
-        hidden = self.constrain(nn.gelu(hidden, approximate=True), ("batch", None, "mlp"))
-        out = self.linear((width,), f"{prefix}mlp_out", ("mlp", "embed"))
-        tokens = tokens + modulation[:, None, 5] * out(hidden)
-        return self.constrain(tokens, ("batch", None, "embed"))
-
-
-def stacked(
-    block: type[Layers], depth: int, *, remat: str, unroll: int, settings: Mapping[str, Any]
-) -> nn.Module:
-    """Blocks under one scan, with parameters stacked on a leading axis.
-
-    Args:
-        block: Class of the block. Its first argument is carried from block to block, the others
-            are the same for all.
-        depth: Number of blocks.
-        remat: A name in `REMAT_POLICIES`.
-        unroll: Blocks per iteration.
-        settings: Fields of the block, with `name` and `parent`.
-
-    Returns:
-        A module with the arguments of the block.
-
-    Raises:
-        ValueError: Unknown remat policy.
-    """
-    if remat not in REMAT_POLICIES:
-        raise ValueError(f"remat {remat!r} is not one of {sorted(REMAT_POLICIES)}")
-    if remat != "none":
-        # As in DiT: the barrier against merging is needed only in unrolled code.
-        block = nn.remat(block, policy=REMAT_POLICIES[remat], prevent_cse=unroll > 1)
-    scanned = nn.scan(
-        block,
-        variable_axes={"params": 0, "intermediates": 0},
-        split_rngs={"params": True, "dropout": True},
-        in_axes=nn.broadcast,
-        length=depth,
-        unroll=unroll,
-        metadata_params={nn.PARTITION_NAME: "layers"},
-    )
-    return scanned(**settings)
 
 
 def round_time(t: jax.Array, dtype: DTypeLike) -> jax.Array:

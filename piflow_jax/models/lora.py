@@ -15,9 +15,9 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.typing import DTypeLike
 
-from piflow_jax.models.layers import Axes, Linear, contract, named, xavier_uniform
+from piflow_jax.models.layers import Axes, Linear, contract, named
 
-__all__ = ["AdaptedLinear", "LoRA", "fuse", "initial_trained", "merge", "split"]
+__all__ = ["AdaptedLinear", "LoRA", "fuse", "merge", "split"]
 
 DOWN, UP = "lora_a", "lora_b"
 # Top-level modules that are trained as they are, besides the adapters.
@@ -174,89 +174,3 @@ def _fuse(tree: Mapping, scale: float) -> dict:
     delta = jnp.einsum("lir,lro->lio", left, right, precision="highest").reshape(kernel.shape)
     fused["kernel"] = (jnp.asarray(kernel, wide) + scale * delta).astype(kernel.dtype)
     return fused
-
-
-def initial_trained(
-    key: jax.Array, student: nn.Module, teacher_params: Mapping, noise: jax.Array | None = None
-) -> dict:
-    """The trained part of a student that starts at its teacher.
-
-    Nothing of the base's size is made: a 12B student starts in the memory of its adapters.
-
-    Args:
-        key: Random key.
-        student: A `Flux` or `QwenImage`, with or without `lora`.
-        teacher_params: Parameters of the same network with a `VelocityHead` and without adapters.
-        noise: `[K, C]` standard normal draws that set mixture components apart; None draws them.
-
-    Returns:
-        `{"params": ...}` for `merge`, with the dtypes of `student`'s own fresh parameters. It
-        shares no buffer with the teacher, so a training step may donate it.
-
-    Raises:
-        ValueError: The teacher's parameters are not those of the student's base.
-    """
-    shapes = jax.eval_shape(student.init, key, *student.example())
-    base, trained = (part["params"] for part in split(shapes))
-    teacher, head = teacher_params["params"], student.head
-    _compare(base, {name: tree for name, tree in teacher.items() if name not in TRAINED})
-    _compare({"final_modulation": trained["final_modulation"]}, teacher, only=True)
-    if set(teacher["head"]) != {"output"}:
-        raise ValueError(f"head: the teacher needs a VelocityHead, it has {set(teacher['head'])}")
-
-    keys = jax.random.split(key, 3)
-    fresh = {name: tree for name, tree in trained.items() if name not in TRAINED}
-    if student.lora is not None:
-        fresh = _draw_adapters(keys[0], fresh, 1 / student.lora.rank)
-    noise_shape = head.noise_shape(student.in_channels)
-    if noise is None and noise_shape is not None:
-        noise = jax.random.normal(keys[1], noise_shape, jnp.float32)
-    own = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), trained["head"])
-    if "logstd_in" in own:  # all that a head keeps of its own fresh parameters
-        kernel = own["logstd_in"]["kernel"]
-        own["logstd_in"]["kernel"] = xavier_uniform(keys[2], kernel.shape, kernel.dtype)
-    # In bfloat16 the noise of the bias would be lost to rounding.
-    output = jax.tree.map(
-        lambda a: jnp.asarray(a, jnp.promote_types(a.dtype, jnp.float32)),
-        dict(teacher["head"]["output"]),
-    )
-    fresh["head"] = head.from_velocity(own, output, channels=student.in_channels, noise=noise)
-    fresh["final_modulation"] = dict(teacher["final_modulation"])
-    return {
-        "params": jax.tree.map(
-            lambda new, old: jnp.array(new, dtype=old.dtype, copy=True), fresh, trained
-        )
-    }
-
-
-def _draw_adapters(key: jax.Array, shapes: Mapping, spread: float) -> dict:
-    """Down projections `N(0, spread^2)`, zero up projections."""
-    leaves, tree = jax.tree_util.tree_flatten_with_path(shapes)
-    drawn = []
-    for (path, leaf), its_key in zip(leaves, jax.random.split(key, len(leaves)), strict=True):
-        if path[-1].key == DOWN:
-            drawn.append(spread * jax.random.normal(its_key, leaf.shape, leaf.dtype))
-        else:
-            drawn.append(jnp.zeros(leaf.shape, leaf.dtype))
-    return jax.tree.unflatten(tree, drawn)
-
-
-def _compare(ours: Mapping, theirs: Mapping, only: bool = False) -> None:
-    """Raises ValueError for parameters that one side lacks or has in another shape.
-
-    With `only`, the other side may have more.
-    """
-
-    def shapes(tree):
-        leaves = jax.tree_util.tree_leaves_with_path(tree)
-        return {"/".join(key.key for key in path): jnp.shape(leaf) for path, leaf in leaves}
-
-    a, b = shapes(ours), shapes(theirs)
-    names = sorted(set(a) if only else set(a) | set(b))
-    problems = [
-        f"{name}: student {a.get(name)}, teacher {b.get(name)}"
-        for name in names
-        if a.get(name) != b.get(name)
-    ]
-    if problems:
-        raise ValueError("the teacher is no base of the student:\n  " + "\n  ".join(problems))

@@ -11,17 +11,15 @@ from flax import linen as nn
 from jax.typing import DTypeLike
 
 from piflow_jax.flow.policies import GMOutput
-from piflow_jax.models.dit import Constrain, unconstrained
+from piflow_jax.models.blocks import Constrain, modulated, stacked, unconstrained
 from piflow_jax.models.heads import VelocityHead
 from piflow_jax.models.joint import (
     ROPE_BASE,
     JointBlock,
     RMSNorm,
     check_rope_axes,
-    modulated,
     rotary_table,
     round_time,
-    stacked,
 )
 from piflow_jax.models.layers import Network, patchify, time_features
 from piflow_jax.models.lora import AdaptedLinear, LoRA

@@ -20,7 +20,7 @@ from piflow_jax.flow.sampling import ode_sample
 from piflow_jax.flow.schedule import TimeWarp, sampling_times
 from piflow_jax.keys import folded_noise, seed_key
 from piflow_jax.models import student_from_teacher
-from piflow_jax.models.dit import Constrain, unconstrained
+from piflow_jax.models.blocks import Constrain, unconstrained
 from piflow_jax.systems.assembly import guided
 from piflow_jax.systems.networks import BuiltIn, Network, teacher_network
 from piflow_jax.systems.shapes import DataShape

@@ -7,7 +7,7 @@ from piflow_jax.evaluation.evaluator import Sampler
 from piflow_jax.flow.sampling import ode_sample
 from piflow_jax.flow.schedule import TimeWarp, sampling_times
 from piflow_jax.flow.teacher import Teacher
-from piflow_jax.models.dit import Constrain
+from piflow_jax.models.blocks import Constrain
 from piflow_jax.systems.conditioning import Condition
 from piflow_jax.systems.networks import Network, student_network, teacher_network
 from piflow_jax.systems.sampling import student_sampler

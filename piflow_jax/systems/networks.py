@@ -17,9 +17,10 @@ from piflow_jax.config import ConfigError, ModelConfig, PolicyConfig
 from piflow_jax.data.latents import SD_VAE_SCALE
 from piflow_jax.keys import seed_key
 from piflow_jax.models import DiT, VelocityHead, student_from_teacher
-from piflow_jax.models.dit import Constrain
+from piflow_jax.models.blocks import Constrain
 from piflow_jax.models.flux import FLUX_TARGETS, Flux
-from piflow_jax.models.lora import LoRA, initial_trained, merge, split
+from piflow_jax.models.initial import initial_trained
+from piflow_jax.models.lora import LoRA, merge, split
 from piflow_jax.models.qwen_image import QWEN_TARGETS, QwenImage
 from piflow_jax.systems.conditioning import ClassLabels, Condition, Conditioning, Text
 from piflow_jax.systems.own import network_of_function
@@ -171,7 +172,7 @@ class BuiltIn:
         """See `Network`."""
         keys = jax.random.split(key)
         if self.adapted:
-            return initial_trained(keys[1], self.module, teacher_variables)
+            return initial_trained(keys[1], self.module, teacher_variables, teacher=teacher.module)
         return student_from_teacher(
             keys[1], self.module, self.init(keys[0]), teacher_variables, teacher=teacher.module
         )

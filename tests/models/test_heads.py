@@ -148,6 +148,7 @@ def test_student_shares_no_buffer_with_its_teacher():
         ({"patch_size": 1}, "patch_size"),
         ({"num_heads": 4}, "num_heads"),
         ({"time_scale": 1000.0}, "time_scale"),
+        ({"sample_size": 16}, "sample_size"),
         ({"head": DXHead(num_grid=2)}, "head"),
         ({"head": GMHead(num_components=2)}, "head"),
     ],
@@ -158,8 +159,21 @@ def test_teachers_of_another_size_are_refused(change, field):
     shapes = [
         jax.eval_shape(m.init, jax.random.key(0), *small_inputs()) for m in (student, teacher)
     ]
-    with pytest.raises(ValueError, match=field):
+    with pytest.raises(ValueError, match=rf"(?m)^(  )?{field}: "):
         student_from_teacher(jax.random.key(0), student, *shapes, teacher=teacher)
+
+
+def test_parameters_of_another_network_are_named():
+    student, teacher = DiT(**SMALL), DiT(**(SMALL | {"depth": 2}))
+    shapes = [
+        jax.eval_shape(m.init, jax.random.key(0), *small_inputs()) for m in (student, teacher)
+    ]
+    shapes[1]["params"]["extra"] = shapes[1]["params"].pop("class_embed")
+    with pytest.raises(ValueError, match="teacher and student differ in") as raised:
+        student_from_teacher(jax.random.key(0), student, *shapes)
+    assert "  blocks/mlp_in/bias: student (" in str(raised.value)
+    assert "  class_embed: student (" in str(raised.value)
+    assert "  extra: student None, teacher (" in str(raised.value)
 
 
 def test_fresh_student_has_the_release_statistics():

@@ -1,0 +1,154 @@
+"""What the transformers' blocks have in common.
+
+Blocks with adaptive layer norms, after DiT (arXiv 2212.09748) and MM-DiT (arXiv 2403.03206): tokens
+are shifted, scaled and gated by the conditioning around attention and around an MLP.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax.typing import DTypeLike
+
+from piflow_jax.models.layers import Axes, layer_norm
+from piflow_jax.models.lora import AdaptedLinear, LoRA
+
+NORM_EPS = 1e-6
+
+REMAT_POLICIES = {
+    "none": None,
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_saveable,
+    "dots_no_batch": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+Constrain = Callable[[jax.Array, Sequence[str | None]], jax.Array]
+
+
+def unconstrained(x: jax.Array, axes: Sequence[str | None]) -> jax.Array:
+    """Leaves it to the compiler where an activation lies."""
+    del axes
+    return x
+
+
+def modulated(x: jax.Array, shift: jax.Array, scale: jax.Array, eps: float = NORM_EPS) -> jax.Array:
+    """Normalises `x[B, T, D]`, scales by `1 + scale[B, D]` and shifts by `shift[B, D]`."""
+    return layer_norm(x, eps) * (1 + scale[:, None]) + shift[:, None]
+
+
+class Layers(nn.Module):
+    """What blocks have in common: their settings, and linear layers made with them.
+
+    Attributes:
+        num_heads: Attention heads; must divide the width.
+        dtype: Compute dtype.
+        param_dtype: Dtype of fresh parameters of the base.
+        attention: `implementation` of `jax.nn.dot_product_attention`.
+        constrain: See `DiT`.
+        lora: Adapters; None for none.
+    """
+
+    num_heads: int
+    dtype: DTypeLike | None = None
+    param_dtype: DTypeLike = jnp.float32
+    attention: str | None = None
+    constrain: Constrain = unconstrained
+    lora: LoRA | None = None
+
+    def linear(
+        self, features: tuple[int, ...], name: str, axes: Axes, **options: Any
+    ) -> AdaptedLinear:
+        """A linear layer of this block."""
+        return AdaptedLinear(
+            features,
+            axes=axes,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            lora=self.lora,
+            name=name,
+            parent=self,
+            **options,
+        )
+
+    def queries_keys_values(
+        self, tokens: jax.Array, prefix: str = ""
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Queries, keys and values of `tokens[B, T, D]`, each `[B, T, heads, size]`."""
+        b, t, width = tokens.shape
+        qkv = self.linear((3, width), f"{prefix}qkv", ("embed", None, "heads"))(tokens)
+        qkv = self.constrain(qkv, ("batch", None, None, "heads"))
+        qkv = qkv.reshape(b, t, 3, self.num_heads, width // self.num_heads)
+        return qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
+
+    def after_attention(
+        self,
+        tokens: jax.Array,
+        attended: jax.Array,
+        modulation: jax.Array,
+        mlp_hidden: int,
+        prefix: str = "",
+        eps: float = NORM_EPS,
+    ) -> jax.Array:
+        """Adds what attention gave, then what an MLP makes of the sum.
+
+        Args:
+            tokens: `[B, T, D]`, before attention.
+            attended: `[B, T, D]`, the heads' outputs side by side.
+            modulation: `[B, 6, D]`; the gate of attention is the third, the MLP's shift, scale and
+                gate are the last three.
+            mlp_hidden: Width of the MLP's hidden layer.
+            prefix: Of the layers' names.
+            eps: Of the layer norm in front of the MLP.
+
+        Returns:
+            `[B, T, D]`.
+        """
+        width = tokens.shape[-1]
+        attention_out = self.linear((width,), f"{prefix}attention_out", ("heads", "embed"))
+        mlp_in = self.linear((mlp_hidden,), f"{prefix}mlp_in", ("embed", "mlp"))
+        mlp_out = self.linear((width,), f"{prefix}mlp_out", ("mlp", "embed"))
+        tokens = tokens + modulation[:, None, 2] * attention_out(attended)
+        hidden = mlp_in(modulated(tokens, modulation[:, 3], modulation[:, 4], eps))
+        hidden = self.constrain(nn.gelu(hidden, approximate=True), ("batch", None, "mlp"))
+        tokens = tokens + modulation[:, None, 5] * mlp_out(hidden)
+        return self.constrain(tokens, ("batch", None, "embed"))
+
+
+def stacked(
+    block: type[Layers], depth: int, *, remat: str, unroll: int, settings: Mapping[str, Any]
+) -> nn.Module:
+    """Blocks under one scan, with parameters stacked on a leading axis.
+
+    Args:
+        block: Class of the block. Its first argument is carried from block to block, the others
+            are the same for all.
+        depth: Number of blocks.
+        remat: A name in `REMAT_POLICIES`.
+        unroll: Blocks per iteration.
+        settings: Fields of the block, with `name` and `parent`.
+
+    Returns:
+        A module with the arguments of the block.
+
+    Raises:
+        ValueError: Unknown remat policy.
+    """
+    if remat not in REMAT_POLICIES:
+        raise ValueError(f"remat {remat!r} is not one of {sorted(REMAT_POLICIES)}")
+    if remat != "none":
+        # Inside a loop the compiler cannot merge the recomputation with the forward pass, so the
+        # (costly) barrier against that is needed only when the loop is unrolled.
+        block = nn.remat(block, policy=REMAT_POLICIES[remat], prevent_cse=unroll > 1)
+    scanned = nn.scan(
+        block,
+        variable_axes={"params": 0, "intermediates": 0},
+        split_rngs={"params": True, "dropout": True},
+        in_axes=nn.broadcast,
+        length=depth,
+        unroll=unroll,
+        metadata_params={nn.PARTITION_NAME: "layers"},
+    )
+    return scanned(**settings)

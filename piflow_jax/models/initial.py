@@ -1,0 +1,196 @@
+"""Students that start at their teacher.
+
+What both networks have is the teacher's, the output layer is the teacher's repeated, and only what
+the teacher lacks is fresh. Source: pi-Flow, arXiv 2510.14974, as released.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from piflow_jax.models.layers import xavier_uniform
+from piflow_jax.models.lora import DOWN, TRAINED, UP, split
+
+__all__ = ["initial_trained", "initialize_student", "student_from_teacher"]
+
+# What networks with the same parameters may differ in: their heads, and how they are computed.
+_FREE = ("head", "lora", "dtype", "param_dtype", "remat", "scan_unroll", "attention", "constrain")
+
+
+def student_from_teacher(
+    key: jax.Array,
+    student: nn.Module,
+    student_params: Mapping,
+    teacher_params: Mapping,
+    *,
+    teacher: nn.Module | None = None,
+) -> dict:
+    """Starts a student at its teacher, drawing the noise that sets mixture components apart.
+
+    Args:
+        key: Random key.
+        student: The student's module.
+        student_params: Fresh parameters of the student, as `student.init` returns them.
+        teacher_params: Parameters of a teacher with a `VelocityHead`.
+        teacher: The teacher's module; given, its settings that shapes do not show are compared too.
+
+    Returns:
+        Parameters of the student, see `initialize_student`.
+
+    Raises:
+        ValueError: Teacher and student differ; the message names in what.
+    """
+    noise = _noise(key, student)
+    return initialize_student(student, student_params, teacher_params, noise, teacher=teacher)
+
+
+def initialize_student(
+    student: nn.Module,
+    student_params: Mapping,
+    teacher_params: Mapping,
+    noise: jax.Array | None,
+    *,
+    teacher: nn.Module | None = None,
+) -> dict:
+    """Deterministic part of `student_from_teacher`.
+
+    Args:
+        student: The student's module.
+        student_params: Fresh parameters of the student; of them only what the teacher lacks (the
+            first layer of the logstd head) and the dtypes are used.
+        teacher_params: Parameters of a teacher with a `VelocityHead`.
+        noise: `[K, C]` standard normal draws for a mixture head, None for none.
+        teacher: The teacher's module; given, its settings that shapes do not show are compared too.
+
+    Returns:
+        Parameters with the structure and dtypes of `student_params`. They share no buffer with
+        either argument, so a training step may donate them.
+
+    Raises:
+        ValueError: Teacher and student differ; the message names in what.
+    """
+    _check(student, student_params, teacher_params, teacher)
+    return _at_teacher(student, student_params, teacher_params, noise)
+
+
+def initial_trained(
+    key: jax.Array,
+    student: nn.Module,
+    teacher_params: Mapping,
+    noise: jax.Array | None = None,
+    *,
+    teacher: nn.Module | None = None,
+) -> dict:
+    """The trained part of a student with adapters that starts at its teacher.
+
+    Nothing of the base's size is made: a 12B student starts in the memory of its adapters.
+
+    Args:
+        key: Random key.
+        student: A `Flux` or `QwenImage`, with or without `lora`.
+        teacher_params: Parameters of the same network with a `VelocityHead` and without adapters.
+        noise: `[K, C]` standard normal draws that set mixture components apart; None draws them.
+        teacher: The teacher's module; given, its settings that shapes do not show are compared too.
+
+    Returns:
+        `{"params": ...}` for `merge`, with the dtypes of `student`'s own fresh parameters. It
+        shares no buffer with the teacher, so a training step may donate it.
+
+    Raises:
+        ValueError: The teacher's parameters are not those of the student's base.
+    """
+    shapes = jax.eval_shape(student.init, key, *student.example())
+    _check(student, shapes, teacher_params, teacher)
+    keys = jax.random.split(key, 3)
+    fresh = split(shapes)[1]["params"]
+    adapters = {name: tree for name, tree in fresh.items() if name not in TRAINED}
+    if student.lora is not None:
+        fresh |= _draw_adapters(keys[0], adapters, 1 / student.lora.rank)
+    head = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), fresh["head"])
+    if "logstd_in" in head:  # all that a head keeps of its own fresh parameters
+        kernel = head["logstd_in"]["kernel"]
+        head["logstd_in"]["kernel"] = xavier_uniform(keys[2], kernel.shape, kernel.dtype)
+    noise = _noise(keys[1], student) if noise is None else noise
+    return _at_teacher(student, {"params": fresh | {"head": head}}, teacher_params, noise)
+
+
+def _noise(key: jax.Array, student: nn.Module) -> jax.Array | None:
+    shape = student.head.noise_shape(student.in_channels)
+    return None if shape is None else jax.random.normal(key, shape, jnp.float32)
+
+
+def _draw_adapters(key: jax.Array, shapes: Mapping, spread: float) -> dict:
+    """Down projections `N(0, spread^2)`, zero up projections."""
+    leaves, tree = jax.tree_util.tree_flatten_with_path(shapes)
+    drawn = []
+    for (path, leaf), its_key in zip(leaves, jax.random.split(key, len(leaves)), strict=True):
+        if path[-1].key == DOWN:
+            drawn.append(spread * jax.random.normal(its_key, leaf.shape, leaf.dtype))
+        else:
+            drawn.append(jnp.zeros(leaf.shape, leaf.dtype))
+    return jax.tree.unflatten(tree, drawn)
+
+
+def _at_teacher(
+    student: nn.Module, fresh: Mapping, teacher_params: Mapping, noise: jax.Array | None
+) -> dict:
+    """Fresh parameters; what the teacher has too is its own, and the head is made of its."""
+    ours, theirs = fresh["params"], teacher_params["params"]
+    # In bfloat16 the noise of the bias would be lost to rounding.
+    output = jax.tree.map(
+        lambda a: jnp.asarray(a, jnp.promote_types(a.dtype, jnp.float32)),
+        dict(theirs["head"]["output"]),
+    )
+    head = student.head.from_velocity(
+        ours["head"], output, channels=student.in_channels, noise=noise
+    )
+    merged = _replaced(ours, theirs) | {"head": head}
+    return {
+        "params": jax.tree.map(
+            lambda new, old: jnp.array(new, dtype=old.dtype, copy=True), merged, ours
+        )
+    }
+
+
+def _replaced(ours: Mapping, theirs: Mapping) -> dict:
+    """Our tree, with their leaves where they have some."""
+    return {
+        name: _replaced(leaf, theirs.get(name, {}))
+        if isinstance(leaf, Mapping)
+        else theirs.get(name, leaf)
+        for name, leaf in ours.items()
+    }
+
+
+def _check(
+    student: nn.Module, student_params: Mapping, teacher_params: Mapping, teacher: Any
+) -> None:
+    """Raises ValueError for everything in which the teacher is no base of the student."""
+    theirs = teacher_params["params"]
+    if set(theirs["head"]) != {"output"}:
+        raise ValueError(f"head: the teacher needs a VelocityHead, it has {set(theirs['head'])}")
+    ours = _shapes(student_params["params"])
+    theirs = _shapes(theirs)
+    # A teacher that predicts more than a velocity (say a variance) has a wider output layer.
+    pixels = student.patch_size**2 * student.in_channels
+    differences = {"head": ((pixels,), theirs.pop("head/output/bias"))}
+    if teacher is not None:
+        for field in dataclasses.fields(student):
+            if field.init and field.name not in (*_FREE, "parent", "name"):
+                pair = (getattr(module, field.name, None) for module in (student, teacher))
+                differences[field.name] = tuple(pair)
+    for name in sorted(ours.keys() | theirs.keys()):
+        if not name.startswith("head/") and name.split("/")[-1] not in (DOWN, UP):
+            differences[name] = (ours.get(name), theirs.get(name))
+    lines = [f"{name}: student {a}, teacher {b}" for name, (a, b) in differences.items() if a != b]
+    if lines:
+        raise ValueError("teacher and student differ in:\n  " + "\n  ".join(lines))
+
+
+def _shapes(params: Mapping) -> dict[str, tuple[int, ...]]:
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    return {"/".join(key.key for key in path): jnp.shape(leaf) for path, leaf in leaves}
