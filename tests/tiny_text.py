@@ -1,11 +1,13 @@
 """A configuration of a network that reads text, small enough to train in a test."""
 
+from piflow_jax.config import base_config
 from tests import tiny
 
 
 def get_config(network="flux"):
     """A few steps of a network of one block of each kind on captioned digits."""
     config = tiny.get_config()
+    config.model = base_config().model
     config.data.name = "captioned_digits"
     config.model.network = network
     own = config.model[network]

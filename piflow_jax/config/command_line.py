@@ -16,7 +16,13 @@ from typing import Any
 import ml_collections
 from absl import flags
 
-from piflow_jax.config.parsing import ConfigError, key_types, nearest, unknown_key
+from piflow_jax.config.parsing import (
+    ConfigError,
+    base_config,
+    key_types,
+    nearest,
+    unknown_key,
+)
 from piflow_jax.config.schema import Config
 
 __all__ = ["load_config", "override"]
@@ -103,7 +109,8 @@ def override(
 ) -> None:
     """Sets keys of a configuration as a command line says; of a key given twice, the last counts.
 
-    A text that is no value of a key's type is set as it is, for `parse` to refuse.
+    A text that is no value of a key's type is set as it is, for `parse` to refuse. Where another
+    network is chosen, what the file says of its own is dropped.
 
     Args:
       config: the configuration, which is changed.
@@ -113,7 +120,7 @@ def override(
     Raises:
       ConfigError: a word is no override, its key is unknown, or lacks a value.
     """
-    known, words = key_types(Config, "config"), iter(words)
+    known, words, given = key_types(Config, "config"), iter(words), {}
     for word in words:
         match = _OVERRIDE.fullmatch(word)
         if match is None:
@@ -130,7 +137,19 @@ def override(
         text = str(not match["no"]) if switch else next(words, None) if text is None else text
         if text is None:
             raise ConfigError(f"--{key} has no value; give --{key}=VALUE")
-        _set(config, key.split(".")[1:], _value(text, known[key]))
+        given[key] = _value(text, known[key])
+    _leave_network(config, given.get("config.model.network"))
+    for key, value in given.items():
+        _set(config, key.split(".")[1:], value)
+
+
+def _leave_network(config: ml_collections.ConfigDict, chosen: str | None) -> None:
+    model, defaults = config.get("model"), base_config().model
+    left = model.get("network") if isinstance(model, ml_collections.ConfigDict) else None
+    if chosen is not None and chosen != left:
+        own = defaults.get(left)
+        if isinstance(own, ml_collections.ConfigDict):
+            _set(model, [left], own)
 
 
 def _set(config: ml_collections.ConfigDict, path: list[str], value: Any) -> None:

@@ -10,7 +10,8 @@ from typing import Any
 
 import ml_collections
 
-from piflow_jax.config.schema import Config
+from piflow_jax.config.networks import NetworkConfig
+from piflow_jax.config.schema import Config, ModelConfig
 
 # Of the tiles in which a TPU keeps matrices, whatever their type.
 _TILE_ROWS = 8
@@ -326,6 +327,7 @@ def check_devices(
 def _check_together(config: Config) -> None:
     """Refuses values that are possible alone and not together."""
     model, train, teacher = config.model, config.train, config.teacher
+    _check_other_networks(model)
     group = f"config.model.{model.network}"
     problem = model.own.check(group)
     if problem is not None:
@@ -369,3 +371,20 @@ def _check_together(config: Config) -> None:
                 f"config.{stage}.optimizer.warmup_steps must be below config.{stage}.steps "
                 f"({steps}) for a schedule that decays, got {optimizer.warmup_steps}"
             )
+
+
+def _check_other_networks(model: ModelConfig) -> None:
+    """Refuses changed settings of a network that is not chosen."""
+    groups = {key: own for key, own in vars(model).items() if isinstance(own, NetworkConfig)}
+    others = {key: own for key, own in groups.items() if own is not model.own}
+    if len(others) == len(groups) and ":" not in model.network:
+        return  # there is no such network, which is refused where they are known
+    for network, own in others.items():
+        for field in dataclasses.fields(own):
+            value = getattr(own, field.name)
+            if value != field.default:
+                raise ConfigError(
+                    f"config.model.{network}.{field.name} is for config.model.network = "
+                    f"{network!r} and must be {_shown(field.default)}, its default, with "
+                    f"{model.network!r}, got {_shown(value)}"
+                )

@@ -116,7 +116,7 @@ class ModelConfig:
     @property
     def own(self) -> NetworkConfig:
         """The settings of the network that is chosen."""
-        own = getattr(self, self.network, None)
+        own = vars(self).get(self.network)
         return own if isinstance(own, NetworkConfig) else NetworkConfig()
 
 

@@ -75,6 +75,7 @@ def settings(run, monkeypatch):
 
 STEPS = "unknown key config.train.stepz; config.train has steps, .* mean config.train.steps?"
 OF_PROMPTS = "is for config.data.name = 'prompts' and must be empty with 'digits'"
+OF_FLUX = "is for config.model.network = 'flux' and must be 3, its default, with 'dit'"
 REFUSED_FLAGS = [
     ("--mode=evil", r"--mode=evil: value should be one of <train\|"),
     ("--worker=3", "unexpected argument '--worker=3'.*; did you mean workdir?"),
@@ -105,6 +106,13 @@ REFUSED_FLAGS = [
     ("--config.seed=" + "9" * 5000, r"config.seed must be of type int, got '9{199}\.\.\."),
     ("--config.data.data_dir=nowhere", "config.data.data_dir is for .* empty with 'digits'"),
     ("--config.evaluation.clip=x", f"config.evaluation.clip {OF_PROMPTS}"),
+    ("--config.model.flux.depth=5", f"config.model.flux.depth {OF_FLUX}, got 5"),
+    ("--config.model.network=a:b --config.model.flux.depth=5", OF_FLUX.replace("dit", "a:b")),
+    (
+        "--config.model.network=flux --config.model.dit.depth=2",
+        "config.model.dit.depth is for .*'dit'",
+    ),
+    ("--config.model.network=own", "must be one of dit, flux, qwen_image or a function"),
     ("--config.data.name=mnist --config.data.data_dir=nowhere", "nowhere does not exist"),
     (f"--config.compilation_cache={TINY}", "config.compilation_cache must be a directory, .*tiny"),
 ]
@@ -141,6 +149,9 @@ ACCEPTED_FLAGS = [
     ("--config.rivals.methods=gm,arc+teacher", "rivals.methods", ("gm", "arc+teacher")),
     ("--config.rivals.methods=('gm',)", "rivals.methods", ("gm",)),
     ("--config.profile=", "profile", ()),
+    # What a file says of its network goes with it.
+    ("--config.model.network=a:b --config.seed=1", "model.dit.hidden", 64),
+    ("--config.model.dit.depth=7 --config.model.network=dit", "model.dit.hidden", 16),
 ]
 
 
@@ -179,6 +190,8 @@ REFUSED_FILES = [
      "config.seed must be at most 9,223,372,036,854,775,807, got int of more digits"),
     (f"{MINE}def get_config():\n  c = base_config()\n  c.topology = 'a\\0b'\n  return c",
      "config.topology must have no NUL character"),
+    (f"{MINE}def get_config():\n  c = base_config()\n  c.model.flux.depth = 5\n  return c",
+     OF_FLUX),
 ]  # fmt: skip
 
 
