@@ -46,6 +46,8 @@ _MPI_LOCAL = (
 )
 _DEVICES = "JAX_LOCAL_DEVICE_IDS"
 _ORTE = "OMPI_MCA_orte_hnp_uri"  # Open MPI up to 4: JAX reads the address off it
+_LARGEST_PORT = 2**16 - 1
+_MOST = 10**6  # processes; JAX has memory for each before it looks for the first
 # What carries data and news between processes, as its errors call it.
 _CARRIERS = re.compile(r"\bGloo |\bNCCL\b|[Cc]oordination ?[Ss]ervice|\bBarrier\b")
 # That process 0 alone still writes a report is no failure; that it died, heartbeats tell.
@@ -88,6 +90,9 @@ def find(environ: Mapping[str, str], *, tpu: bool = False) -> Place | None:
     Raises:
       ConfigError: the variables contradict each other, or some are missing; names them.
     """
+    if devices := environ.get(_DEVICES):
+        for device in devices.split(","):
+            _integer(_DEVICES, device)
     given = [name for name in (_ADDRESS, _COUNT, _INDEX) if environ.get(name)]
     if _COUNT in given or _INDEX in given:
         if len(given) < 3:
@@ -103,6 +108,8 @@ def find(environ: Mapping[str, str], *, tpu: bool = False) -> Place | None:
             "slurm", None, ("SLURM_STEP_NUM_TASKS", size), ("SLURM_PROCID", environ["SLURM_PROCID"])
         )
         if place is not None:
+            for name in ("SLURM_JOB_ID", "SLURM_LOCALID"):  # of which JAX makes port and GPU
+                _integer(name, environ.get(name, ""))
             return place
         alone = True
     for size, rank in _MPI:
@@ -157,10 +164,13 @@ def _place(
     numbers = [_integer(*count), _integer(*index)]
     if not 0 <= numbers[1] < numbers[0]:
         raise ConfigError(f"{index[0]} must be in [0, {count[0]} = {numbers[0]}), got {index[1]}")
-    if address and not address.rpartition(":")[2].isdigit():
+    port = re.fullmatch(r"[^\s/]+:([0-9]{1,5})", address or f"host:{_LARGEST_PORT}")
+    if not port or not 0 < int(port[1]) <= _LARGEST_PORT:
         raise ConfigError(f"{_ADDRESS} must be HOST:PORT, got {address!r}")
     if numbers[0] == 1:
         return None
+    if numbers[0] > _MOST:
+        raise ConfigError(f"{count[0]} must be at most {_MOST}, got {count[1]}")
     return Place(source=source, address=address, count=numbers[0], index=numbers[1])
 
 
@@ -192,27 +202,21 @@ def start(settings: ProcessesConfig, environ: Mapping[str, str] | None = None) -
     # on a step by itself (`runs.loop`).
     jax.config.update("jax_enable_preemption_service", False)
     method = {"slurm": "slurm", "mpi": "ompi", "tpu": None, "environment": "deactivate"}
-    detect = "deactivate" if place.address else method[place.source]
-    known = {}
-    if detect == "deactivate":
-        known = {
-            "coordinator_address": place.address,
-            "num_processes": place.count,
-            "process_id": place.index,
-            "local_device_ids": None if place.gpu is None else [place.gpu],
-        }
     unconnected = _unconnected(place, environ)
     try:
         with _time_limit(settings, unconnected):
             jax.distributed.initialize(
-                **known,
-                cluster_detection_method=detect,
+                place.address,
+                place.count,
+                place.index,
+                None if place.gpu is None else [place.gpu],
+                cluster_detection_method="deactivate" if place.address else method[place.source],
                 initialization_timeout=2 * settings.start_seconds,  # ours comes first
                 heartbeat_timeout_seconds=settings.heartbeat_seconds,
                 shutdown_timeout_seconds=_SHUTDOWN_SECONDS,
             )
-    except (RuntimeError, ValueError, OSError) as error:
-        reason = " ".join(str(error).split())[:300]
+    except Exception as error:  # JAX reads variables of its own, and checks none of them
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         raise ProcessError(f"{unconnected} ({reason})") from error
     ctypes.pythonapi.PyOS_setsig(signal.SIGABRT, _on_abort(_name(place)))
     _preflight(place, settings)

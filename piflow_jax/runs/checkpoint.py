@@ -96,7 +96,7 @@ class Checkpointer:
         self.directory = checkpoint_path(directory)
         self._read_only = read_only
         self._rewind = rewind
-        self._saving: int | None = None
+        self._unrecorded: int | None = None
         self._fingerprints = fingerprints
         # A scan before Orbax tidies up: reports unfinished saves, refuses foreign directories.
         complete_steps(self.directory, report=True, writing=not read_only)
@@ -104,10 +104,6 @@ class Checkpointer:
             options = {"read_only": True, "save_interval_steps": 0, "create": False}
         else:
             options = {"max_to_keep": keep, "cleanup_tmp_directories": True}
-        if record:
-            options["async_options"] = ocp.AsyncOptions(
-                post_finalization_callback=lambda: write_record(self.directory, self._saving)
-            )
         try:
             options = ocp.CheckpointManagerOptions(**options)
             self._manager = ocp.CheckpointManager(self.directory, options=options)
@@ -117,7 +113,8 @@ class Checkpointer:
         if local and not read_only and not os.access(self.directory, os.W_OK | os.X_OK):
             error = PermissionError("the directory is read-only for this user")
             raise cannot("write checkpoints to", self.directory, error)
-        if record and jax.process_index() == 0:
+        self._record = record and jax.process_index() == 0
+        if self._record:
             self._note_latest()
 
     def __enter__(self) -> "Checkpointer":
@@ -194,19 +191,25 @@ class Checkpointer:
             state=ocp.args.StandardSave(state),
             meta=ocp.args.JsonSave({"meta": meta, "crc32": _crc(meta)}),
         )
-        self._saving = step
         try:
             self._manager.save(step, args=args, force=True)
         except Exception as error:
             raise cannot(f"save step {step} to", self.directory, error) from error
+        self._unrecorded = step if self._record else None
         return True
 
     def _note_latest(self) -> None:
         """Makes the record of a run without one, or of one killed before it could write it."""
         latest = latest_step(self.directory)
-        if latest is not None and latest != recorded_step(self.directory):
+        self._unrecorded = None if latest == recorded_step(self.directory) else latest
+        self._note_saved()
+
+    def _note_saved(self) -> None:
+        """Records a step that is complete: before that a killed run would seem to lack it."""
+        step, self._unrecorded = self._unrecorded, None
+        if step is not None:
             try:
-                write_record(self.directory, latest)
+                write_record(self.directory, step)
             except OSError as error:
                 raise cannot("write to", self.directory.parent, error) from error
 
@@ -252,11 +255,7 @@ class Checkpointer:
         Raises:
           CheckpointError: the save failed.
         """
-        try:
-            self._manager.wait_until_finished()
-            self._manager.check_for_errors()
-        except Exception as error:
-            raise cannot("save to", self.directory, error) from error
+        self._end_save(self._manager.wait_until_finished, self._manager.check_for_errors)
 
     def close(self) -> None:
         """Waits for the save in flight and lets the directory go.
@@ -264,10 +263,16 @@ class Checkpointer:
         Raises:
           CheckpointError: the save failed.
         """
+        self._end_save(self._manager.close)
+
+    def _end_save(self, *waits: Callable[[], None]) -> None:
         try:
-            self._manager.close()
+            for wait in waits:
+                wait()
         except Exception as error:
+            self._unrecorded = None
             raise cannot("save to", self.directory, error) from error
+        self._note_saved()
 
 
 def read_spec(directory: Path, step: int | None = None) -> tuple[int, dict, dict]:

@@ -122,7 +122,7 @@ def die(source, target, *args, **kwargs):
         os.kill(os.getpid(), signal.SIGKILL)
     return rename(source, target, *args, **kwargs)
 os.rename = os.replace = die
-with Checkpointer(directory) as checkpointer:
+with Checkpointer(directory, record=True) as checkpointer:
     checkpointer.save(step, {"w": jnp.ones((8, 8))}, data_state={}, config={}, spec={})
 """
 
