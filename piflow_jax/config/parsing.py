@@ -110,11 +110,12 @@ def _check_group(cls: type, values: Any, name: str, complete: bool, types: dict[
 
 def key_types(cls: type, name: str) -> dict[str, Any]:
     """Types by dotted key of a group's keys, and of those of the groups inside it."""
-    types = {}
-    for key, hint in typing.get_type_hints(cls).items():
-        types[f"{name}.{key}"] = hint
+    types, hints = {}, typing.get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        key, hint = f"{name}.{field.name}", hints[field.name]
+        types[key] = hint
         if dataclasses.is_dataclass(hint):
-            types |= key_types(hint, f"{name}.{key}")
+            types |= key_types(hint, key)
     return types
 
 

@@ -16,7 +16,7 @@ from piflow_jax.convert import load_torch_state
 from piflow_jax.convert.inception import INCEPTION_FILE, INCEPTION_URL, read_inception
 from piflow_jax.data import Source
 from piflow_jax.data.imagenet import center_crop, open_imagenet
-from piflow_jax.evaluation import IndexSampler, index_labels
+from piflow_jax.evaluation import IndexSampler, index_labels, least_samples
 from piflow_jax.evaluation.adm import (
     AdmFigures,
     InceptionNetwork,
@@ -98,7 +98,8 @@ def load_reference(config: Config, network: InceptionNetwork) -> Reference:
     """The reference of `config.evaluation.reference`, if it is of the network's features.
 
     Raises:
-      ConfigError: none is given, it is malformed or of another network.
+      ConfigError: none is given, it is malformed or of another network, or there are too few
+        samples to compare with its images.
       FileNotFoundError: it is not there; says what to put there.
     """
     path = config.evaluation.reference
@@ -112,6 +113,16 @@ def load_reference(config: Config, network: InceptionNetwork) -> Reference:
         reference.check(network.digest)
     except ValueError as error:
         raise ConfigError(f"config.evaluation.reference = {path!r}: {error}") from error
+    settings, least = config.evaluation, least_samples(0)
+    numbers = {"num_samples": settings.num_samples}
+    if settings.every:
+        numbers["every_samples"] = settings.every_samples
+    for key, number in numbers.items() if reference.images else ():
+        if number < least:
+            raise ConfigError(
+                f"config.evaluation.{key} must be at least {least} for precision and recall, got "
+                f"{number}"
+            )
     return reference
 
 

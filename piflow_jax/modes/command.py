@@ -25,10 +25,17 @@ from piflow_jax.parallel import processes, slice_count
 from piflow_jax.runs.checkpoint import CheckpointError
 from piflow_jax.runs.loop import Interrupted, NonFiniteLossError
 from piflow_jax.runs.workdir import check_writable, user_path
-from piflow_jax.systems.datasets import dataset
+from piflow_jax.systems.datasets import DATASETS, dataset
 from piflow_jax.systems.settings import check_choices
 
 __all__ = ["MODES", "run"]
+
+
+# What data must have a use for in these modes, one of the keys.
+_WANTED = {
+    "prepare": {"data.images", "data.prompts"},
+    "statistics": {"evaluation.reference"},
+}
 
 
 def _prepare(config: Config, workdir: str | os.PathLike) -> None:
@@ -90,6 +97,7 @@ def run(mode: str, config: ml_collections.ConfigDict, workdir: str | os.PathLike
         workdir = user_path(workdir, "--workdir")
         parsed = parse(config, None)
         check_choices(parsed)
+        _check_mode(parsed, mode)
         _start(parsed, mode, workdir)
         MODES[mode](parsed, workdir)
     except Interrupted as stop:
@@ -108,6 +116,16 @@ def run(mode: str, config: ml_collections.ConfigDict, workdir: str | os.PathLike
         traceback.print_exc()
         return _refuse(f"process {jax.process_index()} of {jax.process_count()} failed", 1)
     return processes.end(0)
+
+
+def _check_mode(config: Config, mode: str) -> None:
+    wanted = _WANTED.get(mode)
+    if wanted and not wanted & dataset(config).uses:
+        names = [repr(name) for name, row in DATASETS.items() if wanted & row.uses]
+        raise ConfigError(
+            f"--mode={mode} is for config.data.name = {' or '.join(names)}, got "
+            f"{config.data.name!r}"
+        )
 
 
 def _start(config: Config, mode: str, workdir: str | os.PathLike) -> None:

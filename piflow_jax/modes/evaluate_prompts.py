@@ -83,6 +83,11 @@ def evaluate_images(config: Config, workdir: str | os.PathLike) -> TextReport | 
     if settings.features:
         if teacher is None:
             raise ConfigError("config.evaluation.features need config.evaluation.teacher_images")
+        if len(student) < 2:
+            raise ConfigError(
+                "config.evaluation.images must have two pictures or more for "
+                "config.evaluation.features, got 1"
+            )
         network = load_inception(config)
         protocol["inception"] = {
             "sha256": network.digest,

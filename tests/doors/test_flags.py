@@ -10,6 +10,7 @@ import os
 import re
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import jax
@@ -20,7 +21,7 @@ from absl import flags
 from piflow_jax import main, modes
 from piflow_jax.config import Config, ConfigError, parse
 from piflow_jax.config.parsing import key_types
-from piflow_jax.modes import sizes
+from piflow_jax.modes import adm, sizes
 from tests import tiny
 
 ROOT = Path(__file__).parents[2]
@@ -302,6 +303,20 @@ def test_what_no_estimate_foresaw_is_one_sentence(run, monkeypatch):
     assert said.startswith("error: not enough memory (RESOURCE_EXHAUSTED") and "batch sizes" in said
 
 
+@pytest.mark.parametrize("key", ["num_samples", "every_samples"])
+def test_precision_and_recall_of_latents_need_neighbours(monkeypatch, key):
+    config = tiny.get_config()
+    config.data.name, config.evaluation.reference = "latents", "reference.npz"
+    config.evaluation.every, config.evaluation[key] = 1, 3
+    reference = types.SimpleNamespace(images=10, check=lambda digest: None)
+    monkeypatch.setattr(adm, "read_reference", lambda path: reference)
+    network = types.SimpleNamespace(digest="")
+    with pytest.raises(ConfigError, match=f"{key} must be at least 4 for precision and recall"):
+        adm.load_reference(parse(config), network)
+    reference.images = 0
+    assert adm.load_reference(parse(config), network) is reference
+
+
 WRONG = [
     *(0, 1, -1, 3, 2**31, 2**63, 2**64, 10**400, 0.5, -0.5, 1e-300, 1e300, math.nan, math.inf),
     *("", "x", "a\0b", True, False, None, (), (0,), (-1, 2, 3), ("x",), (None,), [1], {}, {"x": 1}),
@@ -325,6 +340,8 @@ def test_any_value_of_any_key_is_accepted_or_refused_by_name(key):
 # --- Modes --------------------------------------------------------------------------------------
 
 REFUSED_MODES = [
+    ("prepare", "is for config.data.name = 'images' or 'latents' or 'prompts', got 'digits'"),
+    ("statistics", "is for config.data.name = .*'latents', got 'digits'"),
     (
         "rivals --config.rivals.methods=gm_9999nfe",
         "methods: config.train.nfe must be at most 1,024",

@@ -141,6 +141,12 @@ def shrink(tmp_path, config):
     Image.fromarray(np.zeros((200, 300, 3), np.uint8)).save(tmp_path / "student" / "0-0.png")
 
 
+def keep_one(tmp_path, config):
+    for place, seed in PAIRS[1:]:
+        for name in ("student", "teacher"):
+            (tmp_path / name / f"{place}-{seed}.png").unlink()
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -149,6 +155,7 @@ def shrink(tmp_path, config):
         (lambda _, c: c.evaluation.update(teacher_images=""), "need config.evaluation.teacher_im"),
         (lambda _, c: c.data.update(prompts=""), r"clip needs config\.data\.prompts"),
         (lack, "teacher_images lacks the picture of prompt 2 with seed 1, and 0 others"),
+        (keep_one, r"config\.evaluation\.images must have two pictures or more"),
         (shorten, "has 3 prompts, but there is a picture of prompt 3"),
         (shrink, "a patch of 299 pixels does not fit into 200x300"),
     ],
