@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -121,10 +120,12 @@ class Student:
         Args:
           key: a seed, or one PRNG key, typed or legacy. Whatever JAX's default implementation is,
             the generator is Threefry; of an `rbg` key it takes the words of the same seed.
-          labels: `[N]`, integers in `[0, num_classes)`. Of a student that reads text, embedded
-            prompts: `text[N, L, D]`, padded behind its `text_length[N]` tokens, and for FLUX.1
-            `pooled[N, P]`. `PromptsSource.embedded` has them of a cached set. With `guidance`, a
-            number or `[N]`, FLUX.1 takes another distilled guidance than it was trained with.
+          labels: `[N]`, integers in `[0, num_classes)`. Without conditions, the number `N` of
+            samples; with conditions of your own, arrays `[N, ...]`. Of a student that reads text,
+            embedded prompts: `text[N, L, D]`, padded behind its `text_length[N]` tokens, and for
+            FLUX.1 `pooled[N, P]`. `PromptsSource.embedded` has them of a cached set. With
+            `guidance`, a number or `[N]`, FLUX.1 takes another distilled guidance than it was
+            trained with.
           size: `(H, W)` in sites of latents, of a student that reads text: (128, 128) are 1024x1024
             pixels. Students of classes have one size.
           nfe: network evaluations, at least 1; by default as trained.
@@ -157,9 +158,8 @@ class Student:
                 "sample compiles programs of its own and cannot be traced: under jit, vmap or grad "
                 "call few_step_sample with the student's policy"
             )
-        condition = self.network.conditioning.checked(labels, self.settings.data)
+        condition, number = self.network.conditioning.checked(labels, self.settings.data)
         size = self._size(size)
-        number = len(jax.tree.leaves(condition)[0])
         if (x is None) != (start == 1.0):
             raise ValueError("start below 1 and x go together")
         shape = (number, *size, self.settings.data.channels)
@@ -177,9 +177,11 @@ class Student:
                 padding = count * (1 << (-(-length // count) - 1).bit_length()) - length
                 rows = functools.partial(_rows, part=part, padding=padding)
                 batch = jax.tree.map(rows, {"condition": condition, **given})
-                batch = jax.device_put(batch, mesh and NamedSharding(mesh, PartitionSpec("data")))
-                others = jax.device_put((np.uint32(first), *numbers))
-                parts.append((program(self.params, key, batch, *others), length))
+                places = np.arange(first, first + length + padding, dtype=np.uint32)
+                where = mesh and NamedSharding(mesh, PartitionSpec("data"))
+                batch, places = jax.device_put((batch, places), where)
+                others = jax.device_put(numbers)
+                parts.append((program(self.params, key, batch, places, *others), length))
             return _joined(parts)
 
     def _choice(
@@ -246,15 +248,13 @@ def _program(
     del nfe
     sampler = student_sampler(network, policy, train, substeps=substeps, solver=solver)
 
-    def sample(params, key, batch, first, times, temperature, start):
-        condition = batch["condition"]
-        number = len(jax.tree.leaves(condition)[0])
-        keys = index_keys(key, first + jnp.arange(number, dtype=jnp.uint32))
+    def sample(params, key, batch, places, times, temperature, start):
+        keys = index_keys(key, places)
         noise = batch["noise"] if "noise" in batch else index_noise(keys, shape)
         if "x" in batch:
             noise = (1 - start) * batch["x"] + start * noise
         temperature = 1.0 if temperature is None else temperature
-        return sampler(params, noise, condition, times, temperature, keys)
+        return sampler(params, noise, batch["condition"], times, temperature, keys)
 
     return jax.jit(sample)
 

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from piflow_jax.modes.train import flat_settings
+from piflow_jax.distillation.stages import flat_settings
 from piflow_jax.runs.checkpoint import Checkpointer
 from piflow_jax.systems.networks import student_network, teacher_network
 from piflow_jax.systems.spec import student_spec, teacher_spec
@@ -29,7 +29,7 @@ def save_run(settings, data, workdir):
     for stage, (module, spec) in networks.items():
         params = jax.jit(lambda module=module: module.init(jax.random.key(0)))()
         params = module.trained(jax.tree.map(lambda leaf: leaf + 0.05, params))
-        # As `modes/train.py` keeps them: a teacher's do not know how it will be guided.
+        # As `distillation/stages.py` keeps them: a teacher's do not know how it will be guided.
         kept = {name: getattr(settings, name) for name in ("model", "teacher", "train")}
         kept = flat_settings(kept if stage == "student" else {"model": settings.model})
         save_stage(workdir, stage, params, spec, kept)

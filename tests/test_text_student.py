@@ -10,10 +10,10 @@ import pytest
 import piflow_jax
 from piflow_jax.config import parse
 from piflow_jax.convert import export_adapter, to_torch_state, write_safetensors
+from piflow_jax.distillation.stages import flat_settings
 from piflow_jax.flow.rollout import rollout
 from piflow_jax.flow.schedule import TimeWarp
 from piflow_jax.models.lora import fuse, split
-from piflow_jax.modes.train import flat_settings
 from piflow_jax.student import Student
 from piflow_jax.systems.networks import student_network, teacher_network
 from piflow_jax.systems.shapes import DataShape
@@ -90,7 +90,7 @@ def bfloat16_run(tmp_path_factory):
         "student": (trained, student_spec(config, DATA)),
     }
     for stage, (params, spec) in parts.items():
-        # As `modes/train.py` keeps settings.
+        # As `distillation/stages.py` keeps settings.
         save_stage(workdir, stage, params, spec, flat_settings({"model": config.model}))
     metadata = {"piflow_jax": json.dumps(student_spec(config, DATA))}
     write_safetensors(workdir / "teacher.safetensors", to_torch_state(teacher.module, base))

@@ -178,6 +178,8 @@ def _parse_value(value: Any, hint: Any, allowed: types.MappingProxyType, key: st
         isinstance(value, bool) and hint is not bool
     ):
         raise ConfigError(f"{key} must be of type {hint.__name__}, got {_shown(value)}")
+    if value is None:
+        return None
     if hint is float:
         value = _float(value, key)
     if isinstance(value, str) and "\0" in value:

@@ -7,7 +7,7 @@ from piflow_jax.data.latents import LatentsSource, load_latents_source
 from piflow_jax.data.mnist import load_mnist_source
 from piflow_jax.data.pipeline import BatchIterator, batches
 from piflow_jax.data.prompts import PromptsSource, load_prompts_source
-from piflow_jax.data.source import ArraySource, Source, as_source, stacked
+from piflow_jax.data.source import ArraySource, Source, as_source, has_states, stacked
 
 __all__ = [
     "ArraySource",
@@ -19,6 +19,7 @@ __all__ = [
     "Source",
     "as_source",
     "batches",
+    "has_states",
     "load_captioned_digits_source",
     "load_digits_source",
     "load_images_source",

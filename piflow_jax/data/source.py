@@ -1,12 +1,23 @@
 """Random access sources: what a pipeline reads from."""
 
 import dataclasses
+import hashlib
 from collections.abc import Mapping
 from typing import Any, Protocol
 
 import numpy as np
 
-__all__ = ["ArraySource", "Source", "as_source", "labelled_pictures", "stacked"]
+__all__ = [
+    "ArraySource",
+    "Source",
+    "as_source",
+    "fingerprint",
+    "has_states",
+    "labelled_pictures",
+    "stacked",
+]
+
+_SAMPLED = 32  # examples of a fingerprint
 
 
 class Source(Protocol):
@@ -113,6 +124,40 @@ class ArraySource:
         if self.condition is not None:
             batch["condition"] = _map(lambda a: a[indices], self.condition)
         return batch
+
+
+def has_states(source: Source) -> bool:
+    """Whether examples have states, and not the shape of one alone.
+
+    Args:
+      source: the data.
+
+    Returns:
+      True if the first example has.
+    """
+    x = source[0]["x"]
+    leaves = x.values() if isinstance(x, Mapping) else [x]
+    return bool(np.size(next(iter(leaves))))
+
+
+def fingerprint(source: Source) -> str:
+    """Identity of a source: its length, its shape and some of its examples.
+
+    Args:
+      source: the data.
+
+    Returns:
+      A short text, by which a run that goes on knows its data again.
+    """
+    digest = hashlib.sha256()
+    classes = getattr(source, "num_classes", 0)
+    digest.update(f"{len(source)} {list(source.shape)} {classes}".encode())
+    for index in np.unique(np.linspace(0, len(source) - 1, _SAMPLED).astype(int)):
+        for name, array in _leaves(dict(source[int(index)])):
+            array = np.asarray(array)
+            digest.update(f"{name} {array.dtype} {list(array.shape)}".encode())
+            digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()[:16]
 
 
 def labelled_pictures(

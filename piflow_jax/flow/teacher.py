@@ -7,7 +7,7 @@ prediction at `z_s`, together with `z_s` itself, gives `x_0` and `eps`, and so `
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import jax
@@ -40,6 +40,8 @@ class Schedule:
       levels: smallest and largest noise level `t` that the teacher knows; beyond, it is asked
         there.
       ours: this is the straight path with data at 0, whose states and times need no conversion.
+      made_by: the method that made it, and its arguments by name, by which a checkpoint knows it;
+        None of a schedule of your own functions.
     """
 
     signal: Callable[[jax.Array], jax.Array]
@@ -48,6 +50,34 @@ class Schedule:
     time_scale: float = 1.0
     levels: tuple[float, float] = (0.0, 1.0)
     ours: bool = False
+    made_by: tuple[str, tuple[tuple[str, Any], ...]] | None = None
+
+    @classmethod
+    def made(cls, method: str, arguments: Mapping[str, Any]) -> "Schedule":
+        """The schedule that a method makes, see `made_by`.
+
+        Args:
+          method: its name.
+          arguments: by name.
+
+        Returns:
+          The schedule.
+
+        Raises:
+          ValueError: there is no such method, or it does not take the arguments.
+        """
+        if method not in ("straight", "cosine", "variance_exploding", "discrete"):
+            raise ValueError(f"there is no schedule {method!r}")
+        try:
+            return getattr(cls, method)(**arguments)
+        except TypeError as error:
+            raise ValueError(f"the schedule {method!r} does not take {arguments}") from error
+
+    def __reduce__(self) -> Any:
+        """For pickling, of all schedules but those of a caller's own functions."""
+        if self.made_by is None:
+            return super().__reduce__()
+        return _made, self.made_by
 
     @classmethod
     def straight(cls, *, data_at: Literal[0, 1] = 0, time_scale: float = 1.0) -> "Schedule":
@@ -74,7 +104,15 @@ class Schedule:
 
         noise, signal = (same, other) if data_at == 0 else (other, same)
         ours = data_at == 0
-        return cls(signal=signal, noise=noise, time=noise, time_scale=time_scale, ours=ours)
+        made_by = ("straight", (("data_at", data_at), ("time_scale", time_scale)))
+        return cls(
+            signal=signal,
+            noise=noise,
+            time=noise,
+            time_scale=time_scale,
+            ours=ours,
+            made_by=made_by,
+        )
 
     @classmethod
     def cosine(cls, *, time_scale: float = 1.0) -> "Schedule":
@@ -91,6 +129,7 @@ class Schedule:
             noise=lambda s: jnp.sin(jnp.pi * s / 2),
             time=lambda t: jnp.arctan2(t, 1 - t) * 2 / jnp.pi,
             time_scale=time_scale,
+            made_by=("cosine", (("time_scale", time_scale),)),
         )
 
     @classmethod
@@ -109,6 +148,7 @@ class Schedule:
             noise=lambda s: s,
             time=lambda t: t / (1 - t),
             levels=(smallest / (1 + smallest), largest / (1 + largest)),
+            made_by=("variance_exploding", (("smallest", smallest), ("largest", largest))),
         )
 
     @classmethod
@@ -141,7 +181,12 @@ class Schedule:
             noise=lambda s: jnp.sqrt(jax.nn.sigmoid(level(s))),
             time=lambda t: jnp.interp(jnp.log(t / (1 - t)), half_log_ratio, index),
             levels=tuple(float(ratio / (1 + ratio)) for ratio in ratios),
+            made_by=("discrete", (("alphas_cumprod", tuple(table.tolist())),)),
         )
+
+
+def _made(method: str, arguments: tuple[tuple[str, Any], ...]) -> Schedule:
+    return Schedule.made(method, dict(arguments))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -299,6 +344,15 @@ class Teacher:
             return ((b - a) * z + (a + b) * out) / (a * a + b * b)
         # z = a x_0 + b eps and u = a' x_0 + b' eps, solved for eps - x_0.
         return ((a + b) * out - (a_rate + b_rate) * z) / (a * b_rate - b * a_rate)
+
+    def as_asked(self) -> "Teacher":
+        """What it predicts and of which diffusion, without its network and guidance."""
+        return Teacher(predict=None, shape=None, prediction=self.prediction, schedule=self.schedule)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether its network is asked with our own states and times, and predicts our velocity."""
+        return self._ours and self.schedule.time_scale == 1
 
     @property
     def _ours(self) -> bool:

@@ -7,7 +7,7 @@ import contextlib
 import dataclasses
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ from etils import epath
 
 from piflow_jax.arguments import check_choice
 from piflow_jax.config import ModelConfig, PolicyConfig, parse
-from piflow_jax.flow.teacher import Teacher
+from piflow_jax.flow.teacher import Schedule, Teacher
 from piflow_jax.loading.weights import averaged, converted
 from piflow_jax.runs.workdir import user_path
 from piflow_jax.student import Student
@@ -26,7 +26,7 @@ from piflow_jax.systems.networks import (
     student_network,
     teacher_network,
 )
-from piflow_jax.systems.own import own_network
+from piflow_jax.systems.own import OwnNetwork, own_network
 from piflow_jax.systems.shapes import DataShape
 from piflow_jax.systems.spec import (
     StudentSettings,
@@ -39,16 +39,13 @@ from piflow_jax.systems.spec import (
 
 __all__ = ["load", "load_teacher"]
 
-Make = Callable[[int, tuple[int, ...], int], Any]
-"""`(outputs, shape, num_classes) -> flax.linen.Module`, see `config.model.network`."""
-
 
 def load(
     path: str | os.PathLike,
     config: Any = None,
     dtype: str = "float32",
-    teacher: str | os.PathLike | None = None,
-    network: Make | None = None,
+    teacher: str | os.PathLike | Teacher | None = None,
+    network: Any = None,
 ) -> Student:
     """Loads a student.
 
@@ -63,9 +60,10 @@ def load(
         its own.
       teacher: of a student with adapters, whose checkpoints and adapter files hold no more than
         those: official weights of its teacher, or the work directory of the run that trained it. By
-        default the teacher is that of the run at `path`.
-      network: of a network of your own the function that makes it, `config.model.network` of its
-        run; a function that a file names is never imported.
+        default the teacher is that of the run at `path`. Of a network of your own whose teacher has
+        a schedule of your own functions, that `Teacher`.
+      network: of a network of your own the one that `distill` was given, or the function that makes
+        it, `config.model.network` of its run; a function that a file names is never imported.
 
     Returns:
       The student, on the default device.
@@ -85,7 +83,7 @@ def load(
     with _about(directory):
         settings = student_settings(spec)
         if network is not None or _is_own(settings.model):
-            network = _own(settings.model, network, settings.data, settings.policy)
+            network = _own(settings, network, teacher)
         else:
             settings, network = _network(settings, dtype)
     trained = averaged(directory, network, step)
@@ -107,7 +105,7 @@ def load_teacher(
     *,
     guidance_scale: float | None = None,
     guidance_interval: tuple[float, float] | None = None,
-    network: Make | None = None,
+    network: Any = None,
 ) -> tuple[Teacher, Any]:
     """Loads the teacher of a run.
 
@@ -134,7 +132,7 @@ def load_teacher(
     with _about(directory):
         model, data = teacher_settings(spec)
         own = network is not None or _is_own(model)
-        network = _own(model, network, data) if own else teacher_network(model, data)
+        network = _own_of(model, network, data) if own else teacher_network(model, data)
     if network.conditioning.reads_text:
         raise ValueError(
             f"this is a {model.network}, which reads text; sample it by --mode=sample and "
@@ -155,15 +153,37 @@ def _is_own(model: ModelConfig) -> bool:
     return network_kind(model).official is None
 
 
-def _own(
-    model: ModelConfig, make: Make | None, data: DataShape, policy: PolicyConfig | None = None
-) -> Network:
-    """The network of a caller's function."""
+def _own(settings: StudentSettings, given: Any, teacher: Any) -> OwnNetwork:
+    """A student's network of a caller's making, asked as it was in training."""
+    network = _own_of(settings.model, given, settings.data, settings.policy)
+    if not settings.asked:
+        return network
+    schedule = settings.asked.get("schedule")
+    if schedule is not None:
+        asked = Teacher(
+            predict=None,
+            shape=None,
+            prediction=settings.asked.get("prediction"),
+            schedule=Schedule.made(*schedule),
+        )
+    elif isinstance(teacher, Teacher):
+        asked = teacher.as_asked()
+    else:
+        raise ValueError(
+            "its teacher has a schedule of functions of your own: pass teacher=, that Teacher"
+        )
+    return dataclasses.replace(network, asked=asked)
+
+
+def _own_of(
+    model: ModelConfig, given: Any, data: DataShape, policy: PolicyConfig | None = None
+) -> OwnNetwork:
+    """The network of a caller's making."""
     if not _is_own(model):
         raise ValueError(f"network= is for a network of your own, this holds a {model.network}")
-    if make is None:
-        raise ValueError(f"its network is made by {model.network}: pass network=, that function")
-    return own_network(model.network, make, data, policy)
+    if given is None:
+        raise ValueError(f"its network is {model.network}: pass network=, that module or function")
+    return own_network(model.network, given, data, policy)
 
 
 def _guidance(path: epath.Path) -> dict[str, Any]:

@@ -135,7 +135,7 @@ def load_student(
         trained = _official(config, "evaluation", network, spec, form, shardings)
     else:
         trained = load_average(student_dir(config, workdir), network, spec, shardings)
-    return network.with_base(trained, base)
+    return network.with_base(trained, base) if network.adapted else trained
 
 
 def load_system(
@@ -170,10 +170,11 @@ def load_average(
 
 
 def _split(mesh: Mesh | None, network: Network) -> Any:
-    """Shardings of what is trained of a network; None without a mesh."""
+    """Shardings of a network, of an adapted one those of its trained part; None without a mesh."""
     if mesh is None:
         return None
-    return parameter_shardings(mesh, network.trained(named_variables(network)))
+    named = named_variables(network)
+    return parameter_shardings(mesh, network.trained(named) if network.adapted else named)
 
 
 def _teacher_on(mesh: Mesh | None, config: Config, data: DataShape, workdir: str | os.PathLike):

@@ -35,7 +35,13 @@ def averaged(
     # Orbax takes a second to load, which a notebook without checkpoints need not wait for.
     from piflow_jax.runs.checkpoint import restore_subtree
 
-    return restore_subtree(directory, "ema_params", _like(network, shardings), step)
+    like, carried = _like(network, shardings), ()
+    if network.adapted:
+        return restore_subtree(directory, "ema_params", like, step)
+    trained = restore_subtree(directory, "ema_params", network.trained(like), step)
+    if network.carries:
+        carried = restore_subtree(directory, "carried", network.carried(like), step)
+    return network.with_base(trained, carried)
 
 
 def converted(
@@ -70,8 +76,10 @@ def converted(
 
 
 def _like(network: Network, shardings: Any) -> Any:
-    """Shapes of what is trained, with the shardings that they get."""
-    abstract = network.trained(abstract_variables(network))
+    """Shapes of variables, of adapted ones those that are trained, with their shardings."""
+    abstract = abstract_variables(network)
+    if network.adapted:
+        abstract = network.trained(abstract)
     if shardings is None:
         return abstract
     if isinstance(shardings, Sharding):

@@ -16,6 +16,7 @@ from piflow_jax.convert import load_torch_state
 from piflow_jax.convert.inception import INCEPTION_FILE, INCEPTION_URL, read_inception
 from piflow_jax.data import Source
 from piflow_jax.data.imagenet import center_crop, open_imagenet
+from piflow_jax.distillation.sizes import Sizes
 from piflow_jax.evaluation import IndexSampler, index_labels, least_samples
 from piflow_jax.evaluation.adm import (
     AdmFigures,
@@ -40,7 +41,6 @@ from piflow_jax.modes.autoencoder import (
     pixel_sampler,
     tree_digest,
 )
-from piflow_jax.modes.sizes import Sizes
 from piflow_jax.parallel import batch_sharding, local_mesh, replicated
 from piflow_jax.systems.assembly import Systems
 from piflow_jax.systems.datasets import dataset

@@ -17,9 +17,9 @@ from absl import logging
 from jax.sharding import Mesh
 
 from piflow_jax.config import Config, ConfigError
+from piflow_jax.distillation.sizes import Machine, Sizes
 from piflow_jax.flow.schedule import Segments
 from piflow_jax.keys import seed_key
-from piflow_jax.modes.sizes import Machine, Sizes
 from piflow_jax.parallel import (
     ActivationSharding,
     batch_sharding,
@@ -231,12 +231,12 @@ def _batch(config: Config, systems: Systems, batch_size: int) -> dict[str, Any]:
 
 def _systems(config: Config, mesh: Mesh) -> Systems:
     data = _data(config)
-    systems = Systems.of(config, data, constrain=ActivationSharding(mesh))
     # Of the example of an empty caption, the shapes alone matter here.
-    one = jax.tree.map(
-        lambda leaf: np.zeros(leaf.shape[1:], leaf.dtype), _batch(config, systems, 1)["condition"]
+    caption = jax.tree.map(
+        lambda leaf: np.zeros(leaf.shape[1:], leaf.dtype),
+        _batch(config, Systems.of(config, data), 1)["condition"],
     )
-    return dataclasses.replace(systems, null=systems.teacher_network.conditioning.null(data, one))
+    return Systems.of(config, data, caption, ActivationSharding(mesh))
 
 
 def _sizes(config: Config, mesh: Mesh, systems: Systems) -> Sizes:

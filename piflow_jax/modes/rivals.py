@@ -16,11 +16,9 @@ from jax.sharding import Mesh
 
 from piflow_jax.config import Config, ConfigError, parse
 from piflow_jax.data import stacked
-from piflow_jax.loading.runs import load_average, load_student, load_teacher
-from piflow_jax.modes.adm import config_judge
-from piflow_jax.modes.measuring import Bench
-from piflow_jax.modes.sizes import Sizes
-from piflow_jax.modes.train import (
+from piflow_jax.distillation.bench import Bench
+from piflow_jax.distillation.sizes import Sizes
+from piflow_jax.distillation.stages import (
     PAIRS,
     STUDENT_DATA,
     STUDENT_INIT,
@@ -32,6 +30,8 @@ from piflow_jax.modes.train import (
     student_stage,
     teacher_stage,
 )
+from piflow_jax.loading.runs import load_average, load_student, load_teacher
+from piflow_jax.modes.adm import config_judge
 from piflow_jax.parallel import (
     ActivationSharding,
     config_mesh,
@@ -128,15 +128,16 @@ class _Comparison:
         self._mesh: Mesh = config_mesh(config)
         self._source = load_source(config.data)
         self._data = shape_of(config, self._source)
+        self._systems = Systems.of(config, self._data, getattr(self._source, "null", None))
 
     def run(self) -> dict[str, Any]:
         config, data = self._config, self._data
-        sizes = Sizes(Systems.of(config, data, getattr(self._source, "null", None)), self._source)
+        sizes = Sizes(self._systems, self._source)
         sizes.check_run()
         sizes.check_pairs()
         self._check_settings()
         if not (config.teacher.checkpoint or config.teacher.weights):
-            stage = teacher_stage(config, self._source, data, self._mesh)
+            stage = teacher_stage(self._systems, self._source, self._mesh)
             run_here(stage, config, self._workdir, self._mesh)
         teacher = teacher_network(config.model, data)
         shardings = teacher_shardings(config, self._mesh, teacher)
@@ -228,7 +229,7 @@ class _Comparison:
         if name == "pairs":
             return lambda: jax.block_until_ready(self._make_pairs(0))
         if name == "teacher":
-            return self._stepper(teacher_stage(config, self._source, self._data, self._mesh))
+            return self._stepper(teacher_stage(self._systems, self._source, self._mesh))
         some = stacked([self._source[i] for i in range(config.train.batch_size)])
         pairs = self._on_devices(Pairs(some["x"], some["x"], some["condition"]))
         return self._stepper(self._stage(find_method(name), config, pairs))
@@ -253,7 +254,8 @@ class _Comparison:
         """Training of a method at the length and with the seed that the settings have."""
         config, source, mesh = changed(config, method.settings), self._source, self._mesh
         if not isinstance(method, Rival):
-            return student_stage(config, source, self._data, self._teacher, mesh)
+            systems = Systems.of(config, self._data, self._systems.null)
+            return student_stage(systems, source, self._teacher, mesh)
         given = {"teacher": self._teacher}
         if method.given == "pairs":
             given["pairs"] = pairs

@@ -4,24 +4,20 @@ import os
 from pathlib import Path
 
 import jax
-import numpy as np
 from absl import logging
 
-from piflow_jax.config import Config, ConfigError
-from piflow_jax.data import Source
+from piflow_jax.config import Config
+from piflow_jax.distillation.grids import grid_rows
+from piflow_jax.distillation.sizes import Sizes
 from piflow_jax.evaluation import IndexSampler, as_pictures, save_grid
 from piflow_jax.loading.runs import data_shape, load_system
 from piflow_jax.modes.autoencoder import check_autoencoder, load_autoencoder, pixel_sampler
 from piflow_jax.modes.sample_prompts import sample_prompts
-from piflow_jax.modes.sizes import Sizes
 from piflow_jax.parallel import batch_sharding, local_mesh
 from piflow_jax.systems.assembly import Systems
-from piflow_jax.systems.conditioning import Condition
 from piflow_jax.systems.datasets import dataset, load_source
-from piflow_jax.systems.sampling import conditions_in_turn
-from piflow_jax.systems.shapes import DataShape
 
-__all__ = ["grid_rows", "sample"]
+__all__ = ["sample"]
 
 
 def sample(config: Config, workdir: str | os.PathLike) -> Path | list[Path]:
@@ -74,35 +70,3 @@ def sample(config: Config, workdir: str | os.PathLike) -> Path | list[Path]:
         save_grid(path, [(name, images[i :: len(names)]) for i, name in enumerate(names)])
         logging.info("wrote %s: %d samples in %.2f s", path, len(images), run.seconds)
     return path
-
-
-def grid_rows(
-    config: Config, source: Source | None, data: DataShape
-) -> tuple[list[str], Condition]:
-    """The rows of a grid, sample `i` being in row `i` modulo their number.
-
-    Args:
-      config: the run's settings; `config.evaluation.grid_classes` are the classes that are shown.
-      source: the data; needed where conditions are no labels.
-      data: what networks know of it.
-
-    Returns:
-      Names of the rows and their conditions, for `IndexSampler`. Without classes it is one row.
-
-    Raises:
-      ConfigError: a class does not exist.
-    """
-    if not data.num_classes:
-        conditions = None if source is None else conditions_in_turn(source, data)[0]
-        return ["samples"], conditions
-    classes = config.evaluation.grid_classes or tuple(range(data.num_classes))
-    if max(classes) >= data.num_classes:
-        raise ConfigError(
-            f"config.evaluation.grid_classes must be below {data.num_classes}, got {max(classes)}"
-        )
-    table = np.arange(data.num_classes, dtype=np.int32)
-    if source is not None:
-        table, _ = conditions_in_turn(source, data)
-    names = getattr(source, "class_names", None) or [f"class {i}" for i in range(data.num_classes)]
-    conditions = jax.tree.map(lambda a: np.asarray(a)[np.asarray(classes)], table)
-    return [names[label] for label in classes], conditions

@@ -15,13 +15,13 @@ from piflow_jax.config import Config, ConfigError
 from piflow_jax.data import stacked
 from piflow_jax.data.prompt_lists import DOWNSAMPLING, Prompt, bucket_size
 from piflow_jax.data.prompts import PromptsSource, load_prompts_source
+from piflow_jax.distillation.sizes import Sizes
 from piflow_jax.evaluation.adm import to_uint8
 from piflow_jax.keys import index_keys, index_noise, seed_key
 from piflow_jax.loading.runs import load_system
 from piflow_jax.models.vae import picture_decoder
 from piflow_jax.modes.autoencoder import check_autoencoder, load_autoencoder
 from piflow_jax.modes.prepare_prompts import listed_prompts
-from piflow_jax.modes.sizes import Sizes
 from piflow_jax.parallel import ActivationSharding, batch_sharding, config_mesh
 from piflow_jax.systems.assembly import Systems
 from piflow_jax.systems.sampling import ROUNDING

@@ -22,7 +22,7 @@ from piflow_jax.parallel.processes import over_devices
 from piflow_jax.runs.best import BestCheckpoint
 from piflow_jax.runs.changes import CHANGES, changed_settings
 from piflow_jax.runs.checkpoint import Checkpointer, CheckpointError
-from piflow_jax.runs.metrics import MetricWriter
+from piflow_jax.runs.metrics import MetricWriter, OnMetrics
 from piflow_jax.runs.monitor import Monitor, step_memory
 from piflow_jax.runs.signals import GracefulExit
 from piflow_jax.training.state import TrainState
@@ -93,7 +93,8 @@ class Stage:
       spec: what the checkpoint says of itself.
       init_arguments: see `init`.
       shardings: where a state lies, `state -> shardings`; by default all of it on every device.
-      look: looks at averaged parameters, with one copy of them on this process's devices.
+      look: looks at averaged parameters and at what is carried besides them, with one copy of both
+        on this process's devices.
     """
 
     name: str
@@ -111,7 +112,7 @@ class Stage:
     spec: Mapping[str, Any]
     init_arguments: tuple[Any, ...] = ()
     shardings: Callable[[TrainState], Any] | None = None
-    look: Callable[[Any], Look] | None = None
+    look: Callable[[Any, Any], Look] | None = None
 
 
 def checkpoint_dir(workdir: str | os.PathLike, stage: str) -> epath.Path:
@@ -130,6 +131,7 @@ def run_stage(
     mesh: Mesh | None = None,
     profile: tuple[int, ...] = (),
     peak_flops: float = 0.0,
+    on_metrics: OnMetrics | None = None,
 ) -> TrainState:
     """Runs a stage to its end, from its latest checkpoint if it has one.
 
@@ -148,6 +150,7 @@ def run_stage(
       mesh: devices that share the batch; by default all of them.
       profile: first and last step to profile, into the stage's directory; empty for none.
       peak_flops: see `Monitor`.
+      on_metrics: see `MetricWriter`.
 
     Returns:
       The state after the last step.
@@ -183,7 +186,12 @@ def run_stage(
             if stage.look is not None and look_every:
                 looks = BestCheckpoint(checkpoint_dir(workdir, f"{stage.name}/best"))
             writer = MetricWriter(
-                workdir, stage.name, stage.steps, first_step=step, print_every=10 * log_every
+                workdir,
+                stage.name,
+                stage.steps,
+                first_step=step,
+                print_every=10 * log_every,
+                on_metrics=on_metrics,
             )
             with writer, monitor, looks as best:
                 loop = _Loop(
@@ -381,7 +389,7 @@ class _Loop:
 
     def _looked(self, step: int, state: TrainState, best: BestCheckpoint) -> dict[str, float]:
         began = time.perf_counter()
-        look = self._stage.look(gathered(state.ema_params, self._mesh))
+        look = self._stage.look(*gathered((state.ema_params, state.carried), self._mesh))
         self._writer.images(step, look.images)
         text = "  ".join(f"{name} {value:.4g}" for name, value in look.figures.items())
         if look.distance is not None and best.offer(

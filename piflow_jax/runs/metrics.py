@@ -12,7 +12,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import jax
@@ -22,6 +22,9 @@ from etils import epath
 
 from piflow_jax.runs.steps import cause
 from piflow_jax.runs.workdir import user_path
+
+OnMetrics = Callable[[str, int, Mapping[str, float]], None]
+"""`(stage, step, scalars)`, called with all that is written."""
 
 _RESERVED = ("step", "stage", "time")
 _REMEDY = "Install them with: pip install -e . (or: pip install clu tensorflow-cpu tensorboard)"
@@ -45,6 +48,7 @@ class MetricWriter:
         have of later steps, written by a run that was killed after its last checkpoint, is removed.
       print_every: steps between log lines where there is no terminal.
       show: names of the scalars that the console shows, in this order, where they are given.
+      on_metrics: called with the scalars of each step that are written, in process 0.
 
     Raises:
       ImportError: clu, TensorFlow or TensorBoard is missing; the message names the remedy.
@@ -60,6 +64,7 @@ class MetricWriter:
         first_step: int = 0,
         print_every: int = 100,
         show: Sequence[str] = ("loss", "grad_norm"),
+        on_metrics: OnMetrics | None = None,
     ):
         if print_every < 1:
             raise ValueError(f"print_every must be at least 1, got {print_every}")
@@ -71,6 +76,7 @@ class MetricWriter:
         self._total = total_steps
         self._print_every = print_every
         self._show = tuple(show)
+        self._on_metrics = on_metrics
         self._directory = user_path(workdir) / stage
         if "://" in str(self._directory):
             text = "%s is remote: no metrics.jsonl there, only event files"
@@ -125,6 +131,8 @@ class MetricWriter:
             self._lines.write(json.dumps(line, allow_nan=False) + "\n")
         self._enqueue("write_scalars", int(step), scalars)
         self._progress(int(step), scalars)
+        if self._on_metrics is not None:
+            self._on_metrics(self._stage, int(step), scalars)
 
     def images(self, step: int, images: Mapping[str, np.ndarray]) -> None:
         """Writes images to the event file.

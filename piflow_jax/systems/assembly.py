@@ -16,7 +16,7 @@ from piflow_jax.systems.shapes import DataShape
 __all__ = ["Systems", "guided"]
 
 
-def guided(network: Network, settings: TeacherConfig, null: Condition | None) -> Teacher:
+def guided(network: Network, settings: TeacherConfig, null: Condition | None) -> Teacher | None:
     """A network that predicts velocities as a teacher, guided as the settings say.
 
     Args:
@@ -25,8 +25,10 @@ def guided(network: Network, settings: TeacherConfig, null: Condition | None) ->
       null: the condition that stands for none, of a single example.
 
     Returns:
-      The teacher; its parameters are the network's variables.
+      The teacher; its parameters are the network's variables. None where it is guided by nothing.
     """
+    if settings.guidance_scale != 1 and null is None:
+        return None
     return Teacher(
         predict=network.apply,
         shape=None,
@@ -44,16 +46,18 @@ class Systems:
     Attributes:
       config: the run's settings.
       data: what networks know of the data.
-      teacher_network: predicts velocities.
+      teacher: the teacher with its guidance; None where that lacks the condition for none.
       student_network: predicts policies.
+      teacher_network: the teacher's network, where it is one of ours or is to be trained here.
       null: the condition that stands for none; of captions None where the set is not open.
     """
 
     config: Config
     data: DataShape
-    teacher_network: Network
-    student_network: Network
-    null: Condition | None
+    teacher: Teacher | None
+    student_network: Network | None
+    teacher_network: Network | None = None
+    null: Condition | None = None
 
     @classmethod
     def of(
@@ -69,29 +73,32 @@ class Systems:
           config: the run's settings.
           data: what networks know of the data.
           caption: the empty caption of a set of captions; needed for guidance only.
-          constrain: pins activations to a mesh, for parameters that are split.
+          constrain: see `constrained`.
 
         Returns:
           The systems.
         """
-        networks = (
-            teacher_network(config.model, data),
-            student_network(config.model, config.policy, data),
-        )
-        if constrain is not None:
-            networks = tuple(network.constrained(constrain) for network in networks)
-        return cls(
+        network = teacher_network(config.model, data)
+        null = network.conditioning.null(data, caption)
+        systems = cls(
             config=config,
             data=data,
-            teacher_network=networks[0],
-            student_network=networks[1],
-            null=networks[0].conditioning.null(data, caption),
+            teacher=guided(network, config.teacher, null),
+            student_network=student_network(config.model, config.policy, data),
+            teacher_network=network,
+            null=null,
         )
+        return systems if constrain is None else systems.constrained(constrain)
 
-    @property
-    def teacher(self) -> Teacher:
-        """The teacher with its guidance."""
-        return guided(self.teacher_network, self.config.teacher, self.null)
+    def constrained(self, constrain: Constrain) -> "Systems":
+        """The same with activations of networks pinned to a mesh, for parameters that are split."""
+        teacher, network, student = self.teacher, self.teacher_network, self.student_network
+        if network is not None:
+            network = network.constrained(constrain)
+            teacher = guided(network, self.config.teacher, self.null)
+        student = student and student.constrained(constrain)
+        new = {"teacher": teacher, "teacher_network": network, "student_network": student}
+        return dataclasses.replace(self, **new)
 
     def teacher_sampler(self, steps: int) -> Sampler:
         """The guided teacher's Euler sampler, `(params, noise[B, *sites, C], condition) -> x_0`."""

@@ -1,4 +1,4 @@
-"""What a network is conditioned on: classes, or text.
+"""What a network is conditioned on: classes, text, arrays of a user's own, or nothing.
 
 A *condition* is what an example of a source has under `condition`: labels `int[B]`, or embedded
 captions, a mapping of `text[B, L, D]`, padded behind its `text_length[B]` tokens, and where the
@@ -16,10 +16,19 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from piflow_jax.arguments import check_between
+from piflow_jax.arguments import check_between, whole
 from piflow_jax.systems.shapes import DataShape
 
-__all__ = ["ClassLabels", "Condition", "Conditioning", "Text"]
+__all__ = [
+    "Arrays",
+    "ClassLabels",
+    "Condition",
+    "Conditioning",
+    "Text",
+    "Unconditional",
+    "conditioning_of",
+    "described",
+]
 
 Condition = Any
 """Arrays `[B, ...]` in any structure."""
@@ -49,8 +58,11 @@ class Conditioning(Protocol):
         """Shapes of a condition; `length` is the number of tokens of text."""
         ...
 
-    def checked(self, condition: Condition, data: DataShape) -> Condition:
-        """A caller's condition as arrays on the host; ValueError says what it should be."""
+    def checked(self, condition: Condition, data: DataShape) -> tuple[Condition, int]:
+        """A caller's condition as arrays on the host, and the number of samples that it is for.
+
+        ValueError says what it should be.
+        """
         ...
 
 
@@ -85,7 +97,95 @@ class ClassLabels:
             raise ValueError(
                 f"labels must be in [0, {data.num_classes}), got {labels.min()} to {labels.max()}"
             )
-        return labels.astype(np.int32)
+        return labels.astype(np.int32), len(labels)
+
+
+@dataclasses.dataclass(frozen=True)
+class Unconditional:
+    """Samples without a condition, of which a caller gives the number."""
+
+    reads_text = False
+
+    def __call__(self, condition):
+        """See `Conditioning`."""
+        del condition
+        return {}
+
+    def null(self, data, caption):
+        """See `Conditioning`."""
+        del data, caption
+
+    def example(self, data, batch, length):
+        """See `Conditioning`."""
+        del data, batch, length
+
+    def checked(self, condition, data):
+        """See `Conditioning`."""
+        del data
+        return None, whole("the number of samples", condition, 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Arrays:
+    """Arrays of any names and shapes, of networks that are not ours; see `DataShape.conditions`."""
+
+    reads_text = False
+
+    def __call__(self, condition):
+        """See `Conditioning`; a condition without a name has none here either."""
+        return dict(condition) if isinstance(condition, Mapping) else {"condition": condition}
+
+    def null(self, data, caption):
+        """See `Conditioning`."""
+        del data
+        return caption
+
+    def example(self, data, batch, length):
+        """See `Conditioning`."""
+        del length
+        shapes = {
+            name: jax.ShapeDtypeStruct((batch, *shape), dtype)
+            for name, dtype, shape in map(_read, data.conditions)
+        }
+        return shapes.get("", shapes)
+
+    def checked(self, condition, data):
+        """See `Conditioning`."""
+        wanted = {name: (dtype, shape) for name, dtype, shape in map(_read, data.conditions)}
+        given = condition if isinstance(condition, Mapping) else {"": condition}
+        arrays = {name: np.asarray(values) for name, values in given.items()}
+        number = min((len(a) if a.ndim else 0 for a in arrays.values()), default=0)
+        fits = arrays.keys() == wanted.keys() and all(
+            a.shape == (number, *wanted[name][1]) for name, a in arrays.items()
+        )
+        if not (fits and number):
+            shapes = {name: list(a.shape) for name, a in arrays.items()}
+            axes = {name: ["N", *shape] for name, (_, shape) in wanted.items()}
+            raise ValueError(f"conditions must be arrays {axes} with one N, got {shapes}")
+        arrays = {name: a.astype(wanted[name][0]) for name, a in arrays.items()}
+        for name, a in arrays.items():
+            if np.issubdtype(a.dtype, np.floating):
+                check_between(name or "condition", a)
+        return arrays.get("", arrays), number
+
+
+def described(condition: Condition) -> tuple[str, ...]:
+    """Names, types and shapes of the condition of one example; see `DataShape.conditions`."""
+    arrays = condition if isinstance(condition, Mapping) else {"": condition}
+    arrays = {name: np.asarray(array) for name, array in arrays.items()}
+    return tuple(f"{name}:{a.dtype}:{'x'.join(map(str, a.shape))}" for name, a in arrays.items())
+
+
+def _read(text: str) -> tuple[str, np.dtype, tuple[int, ...]]:
+    name, dtype, shape = text.rsplit(":", 2)
+    return name, jnp.dtype(dtype), tuple(int(size) for size in shape.split("x") if size)
+
+
+def conditioning_of(data: DataShape) -> Conditioning:
+    """How networks that are not ours read the conditions of their data."""
+    if data.conditions:
+        return Arrays()
+    return ClassLabels() if data.num_classes else Unconditional()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,4 +255,4 @@ class Text:
             guidance = condition.get("guidance", self.guidance)
             check_between("guidance", guidance, 0)
             arrays["guidance"] = np.broadcast_to(np.float32(guidance), (number,))
-        return arrays
+        return arrays, number

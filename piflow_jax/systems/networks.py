@@ -7,7 +7,7 @@ Flax modules; networks of other making are in `piflow_jax.systems.own`.
 import dataclasses
 import difflib
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -49,11 +49,15 @@ class Network(Protocol):
       conditioning: how it reads conditions.
       adapted: what is trained of a student are adapters on its teacher's variables.
       drops: it takes a key for dropout in training.
+      carries: it has variables besides its parameters, see `train`.
+      spec: what its checkpoint says of it, beyond settings and data.
     """
 
     conditioning: Conditioning
     adapted: bool
     drops: bool
+    carries: bool
+    spec: Mapping[str, Any]
 
     def init(self, key: jax.Array) -> Variables:
         """Fresh variables; traceable."""
@@ -126,6 +130,8 @@ class BuiltIn:
 
     module: nn.Module
     conditioning: Conditioning
+    carries: ClassVar[bool] = False
+    spec: ClassVar[Mapping[str, Any]] = {}
 
     @property
     def adapted(self) -> bool:
@@ -335,7 +341,7 @@ _OF_FUNCTIONS = NetworkKind(
     network=lambda model, data, policy: network_of_function(model.network, data, policy),
     conditioning=lambda own: ClassLabels(),
     spec=(),
-    data_spec=NETWORKS["dit"].data_spec,
+    data_spec=(*NETWORKS["dit"].data_spec, "sites", "conditions"),
 )
 
 

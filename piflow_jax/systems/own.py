@@ -1,26 +1,146 @@
-"""Networks of a user's own, made by a function that `config.model.network` names."""
+"""Networks of a user's own: Flax Linen, Flax NNX, or two functions; as teachers and as students.
+
+Such a network maps `(x[B, *sites, C], t[B], labels[B])` to `[B, *sites, outputs]`; a condition that
+is a mapping comes by keywords, and none is left out. A student's outputs are laid out as the row of
+its policy says (`policy_outputs`). The one log standard deviation of a mixture comes from a small
+function of time, which is trained along.
+"""
 
 import dataclasses
+import functools
 import importlib
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
 from piflow_jax.config import ConfigError, PolicyConfig
+from piflow_jax.flow.teacher import Teacher
 from piflow_jax.keys import seed_key
 from piflow_jax.models.heads import TEACHER_LOGSTD
 from piflow_jax.models.layers import time_features
-from piflow_jax.systems.conditioning import ClassLabels
+from piflow_jax.systems.conditioning import Condition, Conditioning, conditioning_of
 from piflow_jax.systems.policies import POLICIES
 from piflow_jax.systems.shapes import DataShape
 
-__all__ = ["OwnNetwork", "network_of_function", "own_network"]
+__all__ = ["OwnNetwork", "network_of_function", "own_network", "params_of"]
 
 _LOGSTD_WIDTH = 64
 _TIME_SCALE = 1000.0
+
+
+class Functions(Protocol):
+    """A network as functions of its variables `{"params": ..., "carried": ...}`.
+
+    Gradients change the first; running averages and random state are in the second.
+    """
+
+    def init(self, key: jax.Array, data: DataShape) -> dict[str, Any]:
+        """Fresh variables; parameters are in boxes where their axes have names."""
+        ...
+
+    def apply(
+        self, variables: Any, x: jax.Array, t: jax.Array, condition: Condition, training: bool
+    ) -> tuple[jax.Array, Any]:
+        """The output, and what is carried to the next call in training."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class _Linen:
+    """A `flax.linen.Module`; all of its collections but `params` are carried."""
+
+    module: nn.Module
+
+    def init(self, key, data):
+        example = conditioning_of(data).example(data, 1, 0)
+        condition = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), example)
+        arguments, named = _arguments(condition)
+        x = jnp.zeros((1, *data.shape), jnp.float32)
+        variables = dict(self.module.init(key, x, jnp.ones(1, jnp.float32), *arguments, **named))
+        return {"params": variables.pop("params", {}), "carried": variables}
+
+    def apply(self, variables, x, t, condition, training):
+        arguments, named = _arguments(condition)
+        carried = variables["carried"]
+        whole = {"params": variables["params"], **(carried or {})}
+        if not (training and carried):
+            return self.module.apply(whole, x, t, *arguments, **named), carried
+        return self.module.apply(whole, x, t, *arguments, **named, mutable=sorted(carried))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Nnx:
+    """A `flax.nnx.Module`, which starts at its own values; all but `nnx.Param` is carried."""
+
+    module: Any
+
+    @functools.cached_property
+    def _split(self):
+        from flax import nnx
+
+        graph, params, rest = nnx.split(self.module, nnx.Param, ...)
+        return graph, nnx.to_pure_dict(params), nnx.to_pure_dict(rest), params, rest
+
+    def init(self, key, data):
+        del key, data
+        _, params, rest, *_ = self._split
+        # Keys of random streams are arrays of their own type, which checkpoints do not take.
+        return {"params": jax.tree.map(jnp.copy, params), "carried": _raw(rest)}
+
+    def apply(self, variables, x, t, condition, training):
+        from flax import nnx
+
+        graph, _, pure, *states = self._split
+        carried = variables["carried"]
+        states = [jax.tree.map(lambda leaf: leaf, state) for state in states]
+        nnx.replace_by_pure_dict(states[0], variables["params"])
+        nnx.replace_by_pure_dict(states[1], _typed(carried or {}, pure))
+        module = nnx.merge(graph, *states)
+        module.train() if training else module.eval()
+        arguments, named = _arguments(condition)
+        out = module(x, t, *arguments, **named)
+        if not carried:
+            return out, carried
+        _, _, after = nnx.split(module, nnx.Param, ...)
+        return out, _raw(nnx.to_pure_dict(after))
+
+    def __getstate__(self):
+        return {"module": self.module}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Pair:
+    """`init(key) -> params` and `apply(params, x, t, ...)`; nothing is carried."""
+
+    make: Callable[[jax.Array], Any]
+    call: Callable[..., jax.Array]
+
+    def init(self, key, data):
+        del data
+        return {"params": self.make(key), "carried": ()}
+
+    def apply(self, variables, x, t, condition, training):
+        del training
+        arguments, named = _arguments(condition)
+        return self.call(variables["params"], x, t, *arguments, **named), variables["carried"]
+
+
+def _functions(network: Any, name: str) -> Functions:
+    if isinstance(network, nn.Module):
+        return _Linen(network)
+    if isinstance(network, tuple) and len(network) == 2 and all(map(callable, network)):
+        return _Pair(*network)
+    from flax import nnx
+
+    if isinstance(network, nnx.Module):
+        return _Nnx(network)
+    raise ConfigError(
+        f"{name} is a {type(network).__name__}, not a flax.linen.Module, a flax.nnx.Module or a "
+        "pair of functions (init, apply)"
+    )
 
 
 class _TimeLogstd(nn.Module):
@@ -39,23 +159,51 @@ class _TimeLogstd(nn.Module):
 class OwnNetwork:
     """A network of a user's own; see `piflow_jax.systems.networks.Network`.
 
-    The one log standard deviation of a mixture comes from a small function of time, which is
-    trained along.
-
     Attributes:
-      name: `config.model.network`, for messages.
-      module: maps `(x[B, *sites, C], t[B], labels[B])` to `[B, *sites, outputs]`.
-      data: the shape of samples, and the number of their classes.
-      policy: what a student predicts; None for a teacher, which predicts velocities.
+      name: what messages and checkpoints call it, `package.module:name`.
+      functions: the network.
+      data: the shape of samples, and their conditions.
+      policy: what a student predicts; None for a teacher, whose outputs are its predictions.
+      asked: the teacher in whose scale and time a student is asked, and whose predictions its
+        means are; None asks with `(x, t)` for velocities. A student that starts at a teacher's
+        weights then predicts what the teacher does.
     """
 
     name: str
-    module: nn.Module
+    functions: Functions
     data: DataShape
     policy: PolicyConfig | None = None
-    conditioning = ClassLabels()
+    asked: Teacher | None = None
     adapted = False
     drops = False
+
+    @property
+    def conditioning(self) -> Conditioning:
+        """See `Network`."""
+        return conditioning_of(self.data)
+
+    @property
+    def outputs(self) -> int:
+        """Numbers per site that the network has to make."""
+        if self.policy is None:
+            return self.data.channels
+        return POLICIES[self.policy.kind].outputs(self.policy, self.data.channels)
+
+    @property
+    def carries(self) -> bool:
+        """See `Network`."""
+        return bool(jax.tree.leaves(jax.eval_shape(self.init, seed_key(0))["carried"]))
+
+    @property
+    def spec(self) -> dict[str, Any]:
+        """See `Network`: how it is asked."""
+        if self.asked is None:
+            return {}
+        made_by = self.asked.schedule.made_by
+        return {
+            "asked.prediction": self.asked.prediction,
+            "asked.schedule": None if made_by is None else [made_by[0], dict(made_by[1])],
+        }
 
     def init(self, key: jax.Array) -> Any:
         """See `Network`."""
@@ -64,58 +212,59 @@ class OwnNetwork:
     def named(self, key: jax.Array) -> Any:
         """See `Network`."""
         keys = jax.random.split(key)
-        one = jnp.ones(1, jnp.float32)
-        x, labels = jnp.zeros((1, *self.data.shape), jnp.float32), jnp.zeros(1, jnp.int32)
-        variables = self.module.init(keys[0], x, one, labels)
-        if set(variables) != {"params"}:
-            others = ", ".join(sorted(set(variables) - {"params"})) or "no parameters"
-            raise ConfigError(
-                f"config.model.network = {self.name!r} must have parameters alone, its module has "
-                f"{others}; write your own loop with piflow_jax.imitation_loss for such a network"
-            )
-        params = variables["params"]
+        variables = self.functions.init(keys[0], self.data)
+        if not jax.tree.leaves(variables["params"]):
+            raise ConfigError(f"{self.name} has no parameters to train")
         if self._predicts_std:
-            logstd = _TimeLogstd().init(keys[1], one)["params"]
-            params = {"network": params, "logstd": logstd}
-        return {"params": params}
+            logstd = _TimeLogstd().init(keys[1], jnp.ones(1, jnp.float32))["params"]
+            variables["params"] = {"network": variables["params"], "logstd": logstd}
+        return variables
 
     def apply(self, variables, x, t, condition):
         """See `Network`."""
+        return self._called(variables, x, t, condition, training=False)[0]
+
+    def train(self, variables, x, t, condition, key):
+        """See `Network`; random state of its own is carried."""
+        del key
+        return self._called(variables, x, t, condition, training=True)
+
+    def _called(self, variables, x, t, condition, *, training):
         params, logstd = variables["params"], None
         if self._predicts_std:
             logstd = _TimeLogstd().apply({"params": params["logstd"]}, t)
             params = params["network"]
-        values = self.module.apply({"params": params}, x, t, condition)
-        outputs = _outputs(self.data, self.policy)
-        if values.shape != (*x.shape[:-1], outputs):
+        own = {"params": params, "carried": variables["carried"]}
+        z, s = (x, t) if self.asked is None else self.asked.inputs(x, t)
+        values, carried = self.functions.apply(own, z, s, condition, training)
+        if values.shape != (*x.shape[:-1], self.outputs):
             raise ConfigError(
-                f"config.model.network = {self.name!r} made {list(values.shape)} of states "
-                f"{list(x.shape)}, it must make {[*x.shape[:-1], outputs]}: {outputs} per site"
+                f"{self.name} made {list(values.shape)} of states {list(x.shape)}, it must make "
+                f"{[*x.shape[:-1], self.outputs]}: {self.outputs} per site"
             )
         values = values.astype(jnp.promote_types(values.dtype, jnp.float32))
         if self.policy is None:
-            return values
-        row = POLICIES[self.policy.kind]
-        return row.read(self.policy, values, logstd, x, t, lambda predictions: predictions)
+            return values, carried
 
-    def train(self, variables, x, t, condition, key):
-        """See `Network`; nothing is dropped or carried."""
-        del key
-        return self.apply(variables, x, t, condition), ()
+        def as_velocity(predictions):
+            if self.asked is None:
+                return predictions
+            return self.asked.as_velocity(predictions, x.astype(predictions.dtype), t)
+
+        row = POLICIES[self.policy.kind]
+        return row.read(self.policy, values, logstd, x, t, as_velocity), carried
 
     def trained(self, variables):
         """See `Network`."""
-        return variables
+        return variables["params"]
 
     def carried(self, variables):
         """See `Network`."""
-        del variables
-        return ()
+        return variables["carried"]
 
     def with_base(self, trained, base):
         """See `Network`."""
-        del base
-        return trained
+        return {"params": trained, "carried": base}
 
     def constrained(self, constrain):
         """See `Network`; activations lie where the compiler puts them."""
@@ -123,52 +272,73 @@ class OwnNetwork:
         return self
 
     def start(self, key: jax.Array, teacher: "OwnNetwork", teacher_variables: Any) -> Any:
-        """See `Network`.
+        """See `Network`."""
+        return self.start_at(key, teacher.trained(teacher_variables))
 
-        Parameters are copied where path and shape agree. A last axis of `m C` where the student has
-        `m outputs` is of the layer that predicts: its rows are repeated as the policy's row says
-        (DESIGN 3.7). ConfigError lists what fits neither way.
+    def start_at(self, key: jax.Array, initial: Any) -> Any:
+        """The trained part of a student that starts at parameters of its teacher or of a student.
+
+        Args:
+          key: PRNG key.
+          initial: parameters. They are copied where path and shape agree. A last axis of `m C`
+            where the student has `m outputs` is of the layer that predicts: its rows are repeated
+            as the policy's row says (DESIGN 3.7).
+
+        Returns:
+          The parameters.
+
+        Raises:
+          ConfigError: parameters fit neither way; it lists them.
         """
-        del teacher
         keys = jax.random.split(key)
-        fresh, theirs = self.init(keys[0])["params"], teacher_variables["params"]
+        fresh = self.init(keys[0])["params"]
+        if jax.tree.structure(fresh) == jax.tree.structure(initial):  # of another student
+            return self._started(fresh, initial, keys[1])
         if not self._predicts_std:
-            return {"params": self._started(fresh, theirs, keys[1])}
-        return {"params": fresh | {"network": self._started(fresh["network"], theirs, keys[1])}}
+            return self._started(fresh, initial, keys[1])
+        return fresh | {"network": self._started(fresh["network"], initial, keys[1])}
 
     def check(self, teacher: "OwnNetwork | None" = None) -> None:
         """See `Network`: parameters, outputs, a null label that is embedded, and the start."""
-        key = seed_key(0)
+        given = None
+        if teacher is not None:
+            given = teacher.trained(jax.eval_shape(teacher.init, seed_key(0)))
+        self.check_start(given)
+
+    def check_start(self, initial: Any = None) -> None:
+        """`check`, of a start at parameters or at their shapes; None is no start."""
+        key, data = seed_key(0), self.data
         variables = jax.jit(self.init)(key)
-        x, t = jnp.zeros((1, *self.data.shape), jnp.float32), jnp.ones(1, jnp.float32)
-        null = jnp.asarray(self.conditioning.null(self.data, None))[None]
+        x, t = jnp.zeros((1, *data.shape), jnp.float32), jnp.ones(1, jnp.float32)
+        example = self.conditioning.example(data, 1, 0)
+        null = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), example)
+        if data.num_classes and not data.conditions:
+            null = jnp.asarray(self.conditioning.null(data, None))[None]
         out = jax.jit(self.apply)(variables, x, t, null)
         if not all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(out)):
             raise ConfigError(
-                f"config.model.network = {self.name!r} is not finite for the null label, "
-                f"{self.data.num_classes}: embed num_classes + 1 = {self.data.num_classes + 1} "
-                "labels"
+                f"{self.name} is not finite for the null label, {data.num_classes}: embed "
+                f"num_classes + 1 = {data.num_classes + 1} labels"
             )
-        if teacher is not None:
-            given = jax.eval_shape(teacher.init, key)
-            jax.eval_shape(lambda theirs: self.start(key, teacher, theirs), given)
+        if initial is not None:
+            jax.eval_shape(lambda theirs: self.start_at(key, theirs), initial)
 
     @property
     def _predicts_std(self) -> bool:
         return self.policy is not None and POLICIES[self.policy.kind].predicts_std
 
     def _started(self, own: Any, theirs: Any, key: jax.Array) -> Any:
-        """The student's tree with the teacher's values; see `start`."""
-        row, outputs = POLICIES[self.policy.kind], _outputs(self.data, self.policy)
-        noise = jax.random.normal(key, (max(row.droppable(self.policy), 1), self.data.channels))
+        """The student's tree with the values of another; see `start_at`."""
+        row, channels = POLICIES[self.policy.kind], self.data.channels
+        noise = jax.random.normal(key, (max(row.droppable(self.policy), 1), channels))
         rest, problems, leaves = dict(_by_path(theirs)), [], []
         for path, leaf in _by_path(own):
             given = rest.pop(path, None)
             shape = None if given is None else given.shape
             if shape == leaf.shape:
-                leaves.append(jnp.copy(given))
-            elif shape and _predicts(shape, leaf.shape, self.data.channels, outputs):
-                rows = given.reshape(*shape[:-1], -1, self.data.channels)
+                leaves.append(jnp.array(given, leaf.dtype, copy=True))
+            elif shape and _predicts(shape, leaf.shape, channels, self.outputs):
+                rows = given.reshape(*shape[:-1], -1, channels)
                 # A bias, a vector, sets components apart.
                 repeated = row.start(self.policy, rows, None if shape[:-1] else noise)
                 leaves.append(repeated.reshape(leaf.shape).astype(leaf.dtype))
@@ -180,7 +350,7 @@ class OwnNetwork:
         problems += [f"{path}: nothing in the student" for path in rest]
         if problems:
             raise ConfigError(
-                f"config.model.network = {self.name!r}: the student cannot start at its teacher:"
+                f"{self.name}: the student cannot start at its teacher:"
                 + "".join(f"\n  {problem}" for problem in problems)
             )
         return jax.tree.unflatten(jax.tree.structure(own), leaves)
@@ -200,7 +370,7 @@ def network_of_function(name: str, data: DataShape, policy: PolicyConfig | None)
       The network.
 
     Raises:
-      ConfigError: there is no such function, or it makes no module.
+      ConfigError: there is no such function, or it makes no network.
     """
     place, _, function = name.partition(":")
     try:
@@ -210,30 +380,71 @@ def network_of_function(name: str, data: DataShape, policy: PolicyConfig | None)
             f"config.model.network = {name!r}: {error}; it must be package.module:function, of a "
             "module that Python finds from the directory in which the command runs"
         ) from error
-    return own_network(name, make, data, policy)
+    return own_network(f"config.model.network = {name!r}", make, data, policy)
 
 
 def own_network(
     name: str,
-    make: Callable[[int, tuple[int, ...], int], nn.Module],
+    network: Any,
     data: DataShape,
     policy: PolicyConfig | None,
+    asked: Teacher | None = None,
 ) -> OwnNetwork:
-    """The same of the function itself; see `network_of_function`."""
-    module = make(_outputs(data, policy), data.shape, data.num_classes)
-    if not isinstance(module, nn.Module):
-        raise ConfigError(
-            f"config.model.network = {name!r} made a {type(module).__name__}, not a "
-            "flax.linen.Module"
-        )
-    return OwnNetwork(name, module, data, policy)
+    """A network of a user's own.
+
+    Args:
+      name: what messages call it.
+      network: a `flax.linen.Module`, a `flax.nnx.Module`, a pair `(init, apply)`, or a function
+        `(outputs, shape, num_classes)` that makes one of these.
+      data: the shape of samples, and their conditions.
+      policy: what it predicts; None for a teacher.
+      asked: see `OwnNetwork`.
+
+    Returns:
+      The network.
+
+    Raises:
+      ConfigError: it is none of these.
+    """
+    from flax import nnx
+
+    if callable(network) and not isinstance(network, nn.Module | nnx.Module):
+        outputs = OwnNetwork(name, None, data, policy).outputs
+        network, name = network(outputs, data.shape, data.num_classes), f"what {name} made"
+    return OwnNetwork(name, _functions(network, name), data, policy, asked)
 
 
-def _outputs(data: DataShape, policy: PolicyConfig | None) -> int:
-    """Numbers per site that a network has to make."""
-    if policy is None:
-        return data.channels
-    return POLICIES[policy.kind].outputs(policy, data.channels)
+def params_of(given: Any) -> Any:
+    """Parameters of a network of any making as its own tree: of Linen's variables, NNX's state."""
+    if isinstance(given, Mapping) and "params" in given:
+        return given["params"]
+    from flax import nnx
+
+    return nnx.to_pure_dict(given) if isinstance(given, nnx.State) else given
+
+
+def _arguments(condition: Condition) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Positional and named arguments behind state and time."""
+    if condition is None:
+        return (), {}
+    return ((), dict(condition)) if isinstance(condition, Mapping) else ((condition,), {})
+
+
+def _is_key(array: Any) -> bool:
+    return jnp.issubdtype(array.dtype, jax.dtypes.prng_key)
+
+
+def _raw(tree: Any) -> Any:
+    return jax.tree.map(lambda a: jax.random.key_data(a) if _is_key(a) else jnp.asarray(a), tree)
+
+
+def _typed(tree: Any, like: Any) -> Any:
+    def typed(array, like):
+        if not _is_key(like):
+            return array
+        return jax.random.wrap_key_data(array, impl=jax.random.key_impl(like))
+
+    return jax.tree.map(typed, tree, like)
 
 
 def _predicts(theirs: tuple[int, ...], ours: tuple[int, ...], channels: int, outputs: int) -> bool:

@@ -8,7 +8,7 @@ from piflow_jax.models.vae import AutoencoderKL
 __all__ = ["DataShape"]
 
 
-def _number(default: float = dataclasses.MISSING, **bounds: float) -> Any:
+def _number(default: Any = dataclasses.MISSING, **bounds: float) -> Any:
     """A field with the bounds that `check_group` keeps."""
     return dataclasses.field(default=default, metadata=bounds)
 
@@ -27,6 +27,8 @@ class DataShape:
         channel; 1 for images.
       latent_shift: see `latent_scale`; 0 for images.
       vae: identity of the autoencoder that made the latents; empty for images, or if not known.
+      conditions: names, types and shapes of conditions that are neither labels nor captions, such
+        as `pose:float32:3x4`; one without a name is a condition that is a single array.
       text_features: width of the embeddings of captions' tokens; 0 for data with classes.
       pooled_features: width of the captions' pooled embeddings; 0 where there are none.
     """
@@ -35,11 +37,12 @@ class DataShape:
     channels: int = _number(low=1, most=2**16)
     # The table of positions grows by its square, whatever is in the weights.
     sample_size: int = _number(0, low=0, most=2**12)
-    sites: tuple[int, ...] | None = None
+    sites: tuple[int, ...] | None = _number(None, low=1, may_be_empty=True)
     num_classes: int = _number(0, low=0)
     latent_scale: float | tuple[float, ...] = _number(1.0, above=0)
     latent_shift: float | tuple[float, ...] = 0.0
     vae: str = ""
+    conditions: tuple[str, ...] = _number((), may_be_empty=True)
     text_features: int = _number(0, low=0, most=2**20)
     pooled_features: int = _number(0, low=0, most=2**20)
 

@@ -124,12 +124,22 @@ def student_spec(config: Config, data: DataShape) -> dict[str, Any]:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StudentSettings:
-    """A student's settings as its checkpoint has them."""
+    """A student's settings as its checkpoint has them.
+
+    Attributes:
+      model: the network's.
+      policy: the policy's.
+      train: the distillation's.
+      data: what the network knows of its data.
+      asked: of a network of a user's own what it is asked as, `prediction` and `schedule`; see
+        `OwnNetwork.spec`. Empty for all others.
+    """
 
     model: ModelConfig
     policy: PolicyConfig
     train: TrainConfig
     data: DataShape
+    asked: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def spec_of(metadata: Mapping[str, str]) -> Mapping[str, Any] | None:
@@ -188,7 +198,8 @@ def _settings(spec: Mapping[str, Any], kind: str) -> StudentSettings:
         found = spec.get("kind") if isinstance(spec, Mapping) else spec
         raise ConfigError(f"this holds a {found}, not a {kind}")
     config = base_config().to_dict()
-    groups: dict[str, dict[str, Any]] = {name: {} for name in ("model", "policy", "train", "data")}
+    names = ("model", "policy", "train", "data", "asked")
+    groups: dict[str, dict[str, Any]] = {name: {} for name in names}
     for key, value in updated(spec).items():
         group, _, name = key.partition(".")
         if group in groups and name:
@@ -196,6 +207,7 @@ def _settings(spec: Mapping[str, Any], kind: str) -> StudentSettings:
         elif key != "kind":
             raise ConfigError(f"unknown key {key}; this version reads {', '.join(groups)}")
     data = check_group(DataShape, groups.pop("data"), "data", complete=False)
+    asked = groups.pop("asked")
     own = groups.pop("model")  # in a spec its own settings are in no group
     network = own.pop("network", ModelConfig.network)
     config["model"]["network"] = network
@@ -213,7 +225,9 @@ def _settings(spec: Mapping[str, Any], kind: str) -> StudentSettings:
         raise ConfigError(
             f"model.patch_size ({patch}) must divide data.sample_size ({data.sample_size})"
         )
-    return StudentSettings(model=parsed.model, policy=parsed.policy, train=parsed.train, data=data)
+    return StudentSettings(
+        model=parsed.model, policy=parsed.policy, train=parsed.train, data=data, asked=asked
+    )
 
 
 def _check_complete(spec: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:

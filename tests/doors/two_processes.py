@@ -15,8 +15,9 @@ import numpy as np
 
 import piflow_jax
 from piflow_jax.config import ProcessesConfig, parse
-from piflow_jax.modes.train import student_stage
+from piflow_jax.distillation.stages import student_stage
 from piflow_jax.parallel import device_mesh, gathered, global_batch, processes, replicated
+from piflow_jax.systems.assembly import Systems
 from piflow_jax.systems.datasets import load_source
 from piflow_jax.systems.networks import teacher_network
 from piflow_jax.systems.shapes import DataShape
@@ -51,7 +52,7 @@ def trained(mesh):
     network = teacher_network(config.model, data)
     whole = replicated(mesh)
     teacher = jax.jit(lambda: double(network.init(jax.random.key(0))), out_shardings=whole)
-    stage = student_stage(config, source, data, teacher(), mesh)
+    stage = student_stage(Systems.of(config, data), source, teacher(), mesh)
     init = jax.jit(lambda *given: double(stage.init(*given)), out_shardings=whole)
     state = init(*stage.init_arguments)
     step = jax.jit(stage.step, out_shardings=whole)

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 
 from piflow_jax.config import parse
-from piflow_jax.modes.train import student_stage, teacher_stage
+from piflow_jax.distillation.stages import student_stage, teacher_stage
 from piflow_jax.parallel import device_mesh
 from piflow_jax.runs.changes import changed_settings
 from piflow_jax.runs.checkpoint import CheckpointError
+from piflow_jax.systems.assembly import Systems
 from piflow_jax.systems.datasets import load_source
 from piflow_jax.systems.networks import abstract_variables, teacher_network
 from piflow_jax.systems.shapes import DataShape
@@ -25,11 +26,12 @@ def stage_of(network, make=student_stage, fill=0.0, **changes):
     config = parse(config)
     source = load_source(config.data)
     data = DataShape.of(config.data.name, source)
+    systems = Systems.of(config, data, getattr(source, "null", None))
     if make is teacher_stage:
-        return teacher_stage(config, source, data, device_mesh())
+        return teacher_stage(systems, source, device_mesh())
     abstract = abstract_variables(teacher_network(config.model, data))
     params = jax.tree.map(lambda leaf: np.full(leaf.shape, fill, leaf.dtype), abstract)
-    return student_stage(config, source, data, params, device_mesh())
+    return student_stage(systems, source, params, device_mesh())
 
 
 def resume(before, after, forget=(), step=1):

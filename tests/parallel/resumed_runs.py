@@ -13,9 +13,10 @@ import numpy as np
 from absl import logging
 
 from piflow_jax.config import parse
-from piflow_jax.modes.train import student_stage
+from piflow_jax.distillation.stages import student_stage
 from piflow_jax.parallel import device_mesh
 from piflow_jax.runs.loop import run_stage
+from piflow_jax.systems.assembly import Systems
 from piflow_jax.systems.datasets import load_source
 from piflow_jax.systems.networks import teacher_network
 from piflow_jax.systems.shapes import DataShape
@@ -46,7 +47,9 @@ def run(network, workdir, shape, steps):
     network = teacher_network(config.model, data)
     teacher = jax.jit(network.init)(jax.random.key(0))
     teacher = jax.device_put(teacher, teacher_shardings(config, mesh, network))
-    stage = student_stage(config, source, data, teacher, mesh)
+    stage = student_stage(
+        Systems.of(config, data, getattr(source, "null", None)), source, teacher, mesh
+    )
     options = {"log_every": 1, "checkpoint_every": 100, "keep_checkpoints": 1}
     state = run_stage(stage, workdir, mesh=mesh, **options)
     flat = jax.tree_util.tree_leaves_with_path((state.params, state.ema_params, state.opt_state))

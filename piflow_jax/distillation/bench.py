@@ -1,26 +1,47 @@
 """Systems side by side: the same noise, labels and features for all of them."""
 
+import dataclasses
+import os
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
+from absl import logging
 
 from piflow_jax.config import Config
 from piflow_jax.data import Source
+from piflow_jax.distillation.looks import Measure
 from piflow_jax.evaluation import (
     IndexSampler,
+    Report,
     Row,
+    as_pictures,
     class_diversity,
     half_split_floor,
     measure,
+    save_grid,
 )
 from piflow_jax.parallel import batch_sharding, local_mesh
+from piflow_jax.runs.workdir import user_path
+from piflow_jax.systems.assembly import Systems
 from piflow_jax.systems.judges import Judge, real_samples
 from piflow_jax.systems.sampling import ROUNDING, conditions_in_turn
 from piflow_jax.systems.shapes import DataShape
 
-__all__ = ["Bench"]
+__all__ = ["Bench", "compare", "judged"]
+
+
+def judged(source: Source, judge: Judge | None) -> Measure | None:
+    """The figures of a look in a feature space; None without one."""
+    if judge is None:
+        return None
+    real = judge.extract(real_samples(source)[0])
+
+    def of_samples(sampler, params, labels):
+        return dataclasses.asdict(measure(sampler(params, len(labels)), labels, real, judge))
+
+    return of_samples
 
 
 class Bench:
@@ -106,3 +127,52 @@ class Bench:
             "jax": jax.__version__,
             "seed": config.seed,
         }
+
+
+def compare(
+    bench: Bench,
+    systems: Systems,
+    teacher_params: Any,
+    student_params: Any,
+    workdir: str | os.PathLike,
+) -> Report:
+    """Measures teacher and student on the same noise, and writes what was found.
+
+    Args:
+      bench: noise, conditions and the feature space.
+      systems: teacher and student.
+      teacher_params: the teacher's parameters.
+      student_params: the student's.
+      workdir: the run's directory; process 0 writes `report.json` and `samples.png` there.
+
+    Returns:
+      The report, which is also printed as a table.
+    """
+    config, settings, workdir = systems.config, systems.config.evaluation, user_path(workdir)
+    logging.info("evaluation: %d samples per system", settings.num_samples)
+    most, nfe = settings.teacher_steps[-1], config.sampling_nfe
+
+    def of_teacher(steps):
+        return bench.sample(systems.teacher_sampler(steps), teacher_params)
+
+    reference, reference_seconds = of_teacher(most)
+    rows, pictures = [], {most: reference}
+    for steps in settings.teacher_steps[:-1]:
+        pictures[steps], seconds = of_teacher(steps)
+        rows.append(bench.row("teacher", steps, pictures[steps], seconds, reference))
+    rows.append(bench.row("teacher", most, reference, reference_seconds, None))
+    samples, seconds = bench.sample(systems.student_sampler(), student_params)
+    rows.append(bench.row("student", nfe, samples, seconds, reference))
+
+    report = Report(rows=rows, **bench.of_data(), protocol=bench.protocol())
+    if jax.process_index() == 0:
+        report.write(workdir / "report.json")
+        shown = [(f"teacher, {most} NFE", most), (f"teacher, {nfe} NFE", nfe)]
+        grid = [(name, pictures[key]) for name, key in shown if key in pictures]
+        grid.append((f"student, {nfe} NFE", samples))
+        count = settings.grid_samples
+        rows = [(name, as_pictures(images[:count])) for name, images in grid]
+        save_grid(workdir / "samples.png", rows)
+        logging.info("\n%s\n", report.table())
+        logging.info("wrote %s and %s", workdir / "report.json", workdir / "samples.png")
+    return report

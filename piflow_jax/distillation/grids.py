@@ -1,0 +1,44 @@
+"""Rows of a grid of samples."""
+
+import jax
+import numpy as np
+
+from piflow_jax.config import Config, ConfigError
+from piflow_jax.data import Source
+from piflow_jax.systems.conditioning import Condition
+from piflow_jax.systems.sampling import conditions_in_turn
+from piflow_jax.systems.shapes import DataShape
+
+__all__ = ["grid_rows"]
+
+
+def grid_rows(
+    config: Config, source: Source | None, data: DataShape
+) -> tuple[list[str], Condition]:
+    """The rows of a grid, sample `i` being in row `i` modulo their number.
+
+    Args:
+      config: the run's settings; `config.evaluation.grid_classes` are the classes that are shown.
+      source: the data; needed where conditions are no labels.
+      data: what networks know of it.
+
+    Returns:
+      Names of the rows and their conditions, for `IndexSampler`. Without classes it is one row.
+
+    Raises:
+      ConfigError: a class does not exist.
+    """
+    if not data.num_classes:
+        conditions = None if source is None else conditions_in_turn(source, data)[0]
+        return ["samples"], conditions
+    classes = config.evaluation.grid_classes or tuple(range(data.num_classes))
+    if max(classes) >= data.num_classes:
+        raise ConfigError(
+            f"config.evaluation.grid_classes must be below {data.num_classes}, got {max(classes)}"
+        )
+    table = np.arange(data.num_classes, dtype=np.int32)
+    if source is not None:
+        table, _ = conditions_in_turn(source, data)
+    names = getattr(source, "class_names", None) or [f"class {i}" for i in range(data.num_classes)]
+    conditions = jax.tree.map(lambda a: np.asarray(a)[np.asarray(classes)], table)
+    return [names[label] for label in classes], conditions

@@ -1,0 +1,83 @@
+"""What is seen of a student while it trains: a grid of samples, and figures by a judge."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from piflow_jax.config import Config
+from piflow_jax.data import Source
+from piflow_jax.distillation.grids import grid_rows
+from piflow_jax.evaluation import IndexSampler, as_pictures, draw_grid
+from piflow_jax.evaluation.evaluator import Sampler
+from piflow_jax.parallel import batch_sharding, local_mesh, replicated
+from piflow_jax.runs.loop import Look
+from piflow_jax.systems.sampling import conditions_in_turn
+from piflow_jax.systems.shapes import DataShape
+
+__all__ = ["Measure", "look_by"]
+
+# Columns of a grid; more would be too small to see in TensorBoard.
+_COLUMNS = 8
+
+Measure = Callable[[IndexSampler, Any, np.ndarray], Mapping[str, float]]
+"""`(sampler, params, labels) -> figures` of `config.evaluation.every_samples` samples."""
+
+
+def look_by(
+    config: Config,
+    source: Source,
+    data: DataShape,
+    sampler: Sampler,
+    measure: Measure | None,
+    others: tuple[Any, ...] = (),
+) -> Callable[[Any], Look]:
+    """How to look at a student.
+
+    Args:
+      config: the run's settings.
+      source: the data.
+      data: what they look like.
+      sampler: the student's, of pictures.
+      measure: makes figures; None makes none.
+      others: parameters that the sampler takes behind the student's, such as an autoencoder's.
+
+    Returns:
+      `params -> Look`, compiled at its first call.
+
+    Raises:
+      ConfigError: a class of the grid does not exist.
+    """
+    settings, (names, shown) = config.evaluation, grid_rows(config, source, data)
+
+    def index_sampler(conditions, number):
+        return IndexSampler(
+            sampler,
+            shape=data.shape,
+            conditions=conditions,
+            batch_size=settings.batch_size,
+            num_samples=number,
+            seed=settings.seed,
+            sharding=batch_sharding(local_mesh()),
+        )
+
+    conditions, labels = conditions_in_turn(source, data)
+    grid_sampler = index_sampler(shown, _COLUMNS * len(names))
+    all_sampler = index_sampler(conditions, settings.every_samples)
+    labels = labels[np.arange(settings.every_samples) % len(labels)]
+    others = jax.device_put(others, replicated(local_mesh()))
+
+    def look(params) -> Look:
+        params = jax.device_put(params, replicated(local_mesh()))
+        params = (params, *others) if others else params
+        images = as_pictures(grid_sampler(params, _COLUMNS * len(names)))
+        rows = [(name, images[i :: len(names)]) for i, name in enumerate(names)]
+        found = measure(all_sampler, params, labels) if measure else {}
+        return Look(
+            figures=found,
+            images={"student": np.asarray(draw_grid(rows))},
+            distance=found.get("frechet"),
+        )
+
+    return look

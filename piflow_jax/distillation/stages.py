@@ -1,0 +1,230 @@
+"""Training of teacher and student as stages: what each starts with, steps by and keeps.
+
+The command line's modes and `piflow_jax.distill` train by the same two.
+"""
+
+import dataclasses
+import os
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from piflow_jax.config import Config
+from piflow_jax.data import Source, batches
+from piflow_jax.keys import seed_key
+from piflow_jax.parallel import ActivationSharding, gathered, local_rows
+from piflow_jax.runs.fingerprints import tree_fingerprint
+from piflow_jax.runs.loop import Look, Stage, run_stage
+from piflow_jax.runs.metrics import OnMetrics
+from piflow_jax.systems.assembly import Systems
+from piflow_jax.systems.shardings import student_shardings
+from piflow_jax.systems.spec import model_settings, student_spec, teacher_spec, updated_settings
+from piflow_jax.training.optimizer import make_optimizer
+from piflow_jax.training.state import TrainState
+from piflow_jax.training.step import distill_step, teacher_step
+
+# Streams of randomness, folded into the seed, so that no two uses share numbers.
+TEACHER_INIT, TEACHER_STEPS, STUDENT_INIT, STUDENT_STEPS, STUDENT_DATA, PAIRS = range(6)
+
+
+def run_here(
+    stage: Stage,
+    config: Config,
+    workdir: str | os.PathLike,
+    mesh: Mesh,
+    on_metrics: OnMetrics | None = None,
+) -> TrainState:
+    """Runs a stage of training as the settings say; returns its last state."""
+    return run_stage(
+        stage,
+        workdir,
+        log_every=config.log_every,
+        checkpoint_every=config.checkpoint_every,
+        look_every=config.evaluation.every,
+        mesh=mesh,
+        keep_checkpoints=config.keep_checkpoints,
+        profile=config.profile,
+        peak_flops=config.peak_flops,
+        on_metrics=on_metrics,
+    )
+
+
+def stream_key(config: Config, stream: int) -> jax.Array:
+    """The key of one of the streams of randomness of a run's seed."""
+    return jax.random.fold_in(seed_key(config.seed), stream)
+
+
+def flat_settings(groups: dict[str, Any]) -> dict[str, Any]:
+    """Settings as flat JSON values by dotted key."""
+    flat = {}
+    for name, value in groups.items():
+        if dataclasses.is_dataclass(value):
+            value = dataclasses.asdict(value)
+        if isinstance(value, dict):
+            flat |= {f"{name}.{key}": entry for key, entry in flat_settings(value).items()}
+        else:
+            flat[name] = list(value) if isinstance(value, tuple) else value
+    return flat
+
+
+# How networks are computed, not what.
+_COMPUTED_BY = ("model.remat", "model.attention", "model.scan_unroll")
+# What a teacher's parameters come of, and the identity that they give a student.
+_TEACHER = "teacher.parameters"
+_TEACHER_MADE_BY = tuple(
+    f"teacher.{key}"
+    for key in ("checkpoint", "weights", "steps", "batch_size", "label_dropout", "optimizer.")
+)
+
+
+# Settings of an optimiser that may change while a stage goes on.
+_TUNABLE = ("learning_rate", "warmup_steps", "grad_clip")
+
+
+def _tunable(stage: str) -> tuple[str, ...]:
+    return tuple(f"{stage}.optimizer.{key}" for key in _TUNABLE)
+
+
+def _extensible(stage: str, decay: str) -> tuple[str, ...]:
+    """A run may be made longer, unless its learning rate depends on its length."""
+    return _COMPUTED_BY + ((f"{stage}.steps",) if decay == "constant" else ())
+
+
+def teacher_stage(
+    systems: Systems, source: Source, mesh: Mesh, identity: Mapping[str, Any] | None = None
+) -> Stage:
+    """Training of the teacher by flow matching.
+
+    Args:
+      systems: what is trained.
+      source: data.
+      mesh: the devices.
+      identity: what a run that goes on must find again, beyond the settings.
+
+    Returns:
+      The stage.
+    """
+    systems = systems.constrained(ActivationSharding(mesh))
+    config, network = systems.config, systems.teacher_network
+    settings = config.teacher
+    optimizer = make_optimizer(settings.optimizer, settings.steps)
+
+    def init():
+        variables = network.init(stream_key(config, TEACHER_INIT))
+        return TrainState.create(network.trained(variables), optimizer, network.carried(variables))
+
+    own = {
+        key: getattr(settings, key) for key in ("steps", "batch_size", "label_dropout", "optimizer")
+    }
+    groups = {
+        "seed": config.seed,
+        "data.name": systems.data.name,
+        "model": model_settings(config.model),
+        "teacher": own,
+        "train.shift": config.train.shift,
+    }
+    return Stage(
+        name="teacher",
+        init=init,
+        step=teacher_step(network, optimizer, config, systems.null, _draw(source)),
+        constants=(stream_key(config, TEACHER_STEPS),),
+        data=stage_batches(mesh, source, settings.batch_size, config.seed),
+        steps=settings.steps,
+        batch_size=settings.batch_size,
+        config=flat_settings(groups) | dict(identity or {}),
+        extensible=_extensible("teacher", settings.optimizer.decay),
+        tunable=_tunable("teacher"),
+        updated=updated_settings,
+        spec=teacher_spec(config, systems.data),
+        shardings=lambda state: student_shardings(config, mesh, state, network),
+    )
+
+
+def student_stage(
+    systems: Systems,
+    source: Source,
+    teacher_params: Any,
+    mesh: Mesh,
+    *,
+    look: Callable[[Any], Look] | None = None,
+    start: Callable[[jax.Array, Any], Any] | None = None,
+    initial: Any = None,
+    identity: Mapping[str, Any] | None = None,
+) -> Stage:
+    """Training of the student by pi-ID.
+
+    Args:
+      systems: what is trained, and its teacher.
+      source: data, or shapes of samples for training without.
+      teacher_params: the teacher's parameters.
+      mesh: the devices.
+      look: what is seen of the student's averaged variables on the way; see `student_look`.
+      start: `(key, initial) -> trained`, the trained part of the student's first variables; by
+        default it starts at its teacher.
+      initial: what the student starts at; by default the teacher's parameters.
+      identity: what a run that goes on must find again, beyond the settings.
+
+    Returns:
+      The stage.
+    """
+    systems = systems.constrained(ActivationSharding(mesh))
+    config, student, teacher = systems.config, systems.student_network, systems.teacher_network
+    settings = config.train
+    optimizer = make_optimizer(settings.optimizer, settings.steps)
+    if start is None:
+        initial = teacher_params
+
+        def start(key, params):
+            return student.start(key, teacher, params)
+
+    def init(initial):
+        key = stream_key(config, STUDENT_INIT)
+        carried = student.carried(student.init(key)) if student.carries else ()
+        return TrainState.create(start(key, initial), optimizer, carried)
+
+    def look_at(trained, carried):
+        # Of the base too one copy on this process's devices: the teacher lies on the mesh.
+        base = gathered(teacher_params, mesh) if student.adapted else carried
+        return look(student.with_base(trained, base))
+
+    groups = {"seed": config.seed, "data.name": systems.data.name}
+    groups["model"] = model_settings(config.model)
+    groups |= {name: getattr(config, name) for name in ("teacher", "policy", "train")}
+    flat = flat_settings(groups)
+    made_by = tuple(key for key in flat if key.startswith(_TEACHER_MADE_BY))
+    extensible = _extensible("train", settings.optimizer.decay)
+    # Each part has a key of its own for the dropout of adapters.
+    if not student.drops:
+        extensible += ("train.microbatches",)
+    channels = systems.data.channels
+    return Stage(
+        name="student",
+        init=init,
+        step=distill_step(student, systems.teacher, optimizer, config, channels, _draw(source)),
+        constants=(teacher_params, stream_key(config, STUDENT_STEPS)),
+        data=stage_batches(mesh, source, settings.batch_size, config.seed + STUDENT_DATA),
+        steps=settings.steps,
+        batch_size=settings.batch_size,
+        config=flat
+        | {_TEACHER: f"fingerprint {tree_fingerprint(teacher_params)}"}
+        | dict(identity or {}),
+        extensible=extensible,
+        tunable=_tunable("train"),
+        identified={_TEACHER: made_by},
+        updated=updated_settings,
+        spec=student_spec(config, systems.data) | student.spec,
+        init_arguments=(initial,),
+        shardings=lambda state: student_shardings(config, mesh, state, student),
+        look=look and look_at,
+    )
+
+
+def stage_batches(mesh: Mesh, source, batch_size: int, seed: int):
+    """Endless batches of a source, of each the rows that this process's devices need."""
+    return batches(source, batch_size=batch_size, seed=seed, rows=local_rows(mesh, batch_size))
+
+
+def _draw(source: Source) -> Any:
+    return getattr(source, "draw", None)
