@@ -297,6 +297,7 @@ NETWORKS: dict[str, NetworkKind] = {
         ),
         # 256x256 images under the autoencoder of Stable Diffusion.
         official=DataShape(
+            released=True,
             name="latents",
             sample_size=32,
             channels=4,
@@ -314,6 +315,7 @@ NETWORKS: dict[str, NetworkKind] = {
         data_spec=_TEXT_DATA,
         # 1024x1024 images, captions by T5 and CLIP.
         official=DataShape(
+            released=True,
             name="prompts",
             sample_size=128,
             channels=16,
@@ -330,7 +332,9 @@ NETWORKS: dict[str, NetworkKind] = {
         added={"time_dtype": "float32"},
         data_spec=_TEXT_DATA,
         # 1024x1024 images, captions by Qwen2.5-VL.
-        official=DataShape(name="prompts", sample_size=128, channels=16, text_features=3584),
+        official=DataShape(
+            released=True, name="prompts", sample_size=128, channels=16, text_features=3584
+        ),
         formats=("qwen_image",),
         targets=QWEN_TARGETS,
     ),

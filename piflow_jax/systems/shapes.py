@@ -31,6 +31,7 @@ class DataShape:
         as `pose:float32:3x4`; one without a name is a condition that is a single array.
       text_features: width of the embeddings of captions' tokens; 0 for data with classes.
       pooled_features: width of the captions' pooled embeddings; 0 where there are none.
+      released: this is what official weights are for, and of no set that was prepared here.
     """
 
     name: str
@@ -45,6 +46,7 @@ class DataShape:
     conditions: tuple[str, ...] = _number((), may_be_empty=True)
     text_features: int = _number(0, low=0, most=2**20)
     pooled_features: int = _number(0, low=0, most=2**20)
+    released: bool = False
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -59,11 +61,10 @@ class DataShape:
           autoencoder: with the scale and shift of its own settings.
 
         Returns:
-          It with those of the prepared set, where the latents are known to come from one. Official
-          weights go by the autoencoder's own, and so do latents of prompts, which the set has
-          already scaled.
+          It with those of the prepared set. Official weights go by the autoencoder's own, and so do
+          latents of prompts, which the set has already scaled.
         """
-        if not self.vae or self.text_features:
+        if self.released or self.text_features:
             return autoencoder
         return autoencoder.clone(latent_scale=self.latent_scale, latent_shift=self.latent_shift)
 
