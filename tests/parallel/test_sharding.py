@@ -36,7 +36,7 @@ from piflow_jax.systems.networks import (
     student_network,
     teacher_network,
 )
-from piflow_jax.systems.own import OwnNetwork
+from piflow_jax.systems.own import own_network
 from piflow_jax.systems.shapes import DataShape
 from piflow_jax.systems.shardings import student_shardings, teacher_shardings
 from piflow_jax.training.state import TrainState
@@ -388,8 +388,8 @@ def test_names_that_a_network_of_other_making_has_are_heeded():
             init = nn.with_logical_partitioning(nn.initializers.lecun_normal(), (None, "mlp"))
             return nn.Dense(8, name="out")(nn.Dense(16, kernel_init=init, name="into")(x))
 
-    data = DataShape(name="mine", sample_size=4, channels=8)
-    network = OwnNetwork("mine", Named(), data)
+    data = DataShape(name="mine", sample_size=4, channels=8, num_classes=3)
+    network = own_network("mine", Named(), data, None)
     plain = network.init(jax.random.key(0))
     assert {type(leaf).__name__ for leaf in jax.tree.leaves(plain)} == {"ArrayImpl"}
     found = parameter_shardings(mesh_of(fsdp=4, tensor=2), named_variables(network))["params"]
