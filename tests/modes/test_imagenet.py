@@ -285,7 +285,7 @@ def test_what_does_not_fit_is_named(folder, tmp_path):
         load_teacher(parse(other), DATA, tmp_path)
     other = config.copy_and_resolve_references()
     other.data.vae = config.teacher.weights
-    with pytest.raises(ConfigError, match=r"config.data.vae = .*these are weights of a dit, not of a vae"):
+    with pytest.raises(ConfigError, match=r"config.data.vae = .*weights of a dit, not of a vae"):
         prepare_latents(parse(other), root)
     other.data.vae = ""
     with pytest.raises(ConfigError, match=r"--mode=prepare needs config.data.vae"):
