@@ -12,7 +12,15 @@ from typing import Any
 import jax
 import numpy as np
 
-__all__ = ["ROUNDING", "check_between", "check_choice", "check_shape", "known", "whole"]
+__all__ = [
+    "ROUNDING",
+    "check_between",
+    "check_choice",
+    "check_number",
+    "check_shape",
+    "known",
+    "whole",
+]
 
 ROUNDING = 1e-5
 """What sums of times in float32 may be off by: less than a hundredth of a substep of 1,000."""
@@ -42,8 +50,9 @@ def check_between(
     *,
     open_low: bool = False,
     slack: float = 0.0,
+    finite: bool = True,
 ) -> None:
-    """Refuses known values outside of an interval, and those that are not finite.
+    """Refuses known values outside of an interval, and what is no number.
 
     Args:
       name: the argument's name.
@@ -52,6 +61,7 @@ def check_between(
       high: largest value.
       open_low: whether `low` itself is out, too.
       slack: what rounding may add to either end.
+      finite: whether infinities are out, too.
 
     Raises:
       ValueError: a known value is outside.
@@ -59,20 +69,47 @@ def check_between(
     values = known(value)
     if values is None:
         return
-    numbers = values.astype(np.float64)
-    inside = np.isfinite(numbers) & (numbers <= high + slack)
-    inside &= (numbers > low) if open_low else (numbers >= low - slack)
+    wanted = _interval(low, high, open_low, finite)
+    if values.dtype.kind in "cmMOSU":
+        raise ValueError(
+            f"{name} must be {wanted}, got {value!r}"
+            if not values.ndim
+            else f"{name} must be {wanted}, got an array of {values.dtype}"
+        )
+    # NumPy compares the small types of JAX, too, but not with numbers of Python.
+    numbers = values if values.dtype.kind in "biuf" else values.astype(np.float32)
+    inside = (numbers <= high + slack) & ((numbers > low) if open_low else (numbers >= low - slack))
+    if finite:
+        inside &= np.isfinite(numbers)
     if not inside.all():
-        found = values[~inside][0]
-        raise ValueError(f"{name} must be {_interval(low, high, open_low)}, got {found}")
+        raise ValueError(f"{name} must be {wanted}, got {values[~inside][0]}")
 
 
-def _interval(low: float, high: float, open_low: bool) -> str:
-    if math.isinf(low) and math.isinf(high):
-        return "finite"
+def _interval(low: float, high: float, open_low: bool, finite: bool) -> str:
+    least = f"{'above' if open_low else 'at least'} {low:g}"
     if math.isinf(high):
-        return f"finite and {'above' if open_low else 'at least'} {low:g}"
+        parts = ["finite"] * finite + [least] * (not math.isinf(low))
+        return " and ".join(parts)
+    if math.isinf(low):
+        return f"finite and at most {high:g}"
     return f"in {'(' if open_low else '['}{low:g}, {high:g}]"
+
+
+def check_number(name: str, value: Any, *limits: float, **options: Any) -> None:
+    """Refuses what is not one number within limits; see `check_between`.
+
+    Args:
+      name: the argument's name.
+      value: the number; it may be traced.
+      *limits: of `check_between`, as are the options.
+      **options: see `limits`.
+
+    Raises:
+      ValueError: it is several, or a known one is outside.
+    """
+    if np.ndim(value):
+        raise ValueError(f"{name} must be one number, got an array {list(np.shape(value))}")
+    check_between(name, value, *limits, **options)
 
 
 def check_shape(name: str, value: Any, shape: tuple[int, ...], of: str) -> None:

@@ -107,11 +107,16 @@ def folded_noise(keys: jax.Array, number: jax.Array, shape: tuple[int, ...], dty
 
     Returns:
       The noise.
+
+    Raises:
+      ValueError: there is another number of keys.
     """
 
     def draw(key, shape):
         return jax.random.normal(jax.random.fold_in(key, number), shape, dtype)
 
     if jnp.issubdtype(keys.dtype, jax.dtypes.prng_key) and keys.ndim == 1:
+        if keys.shape != shape[:1]:
+            raise ValueError(f"keys must be one or [{shape[0]}], got {list(keys.shape)}")
         return jax.vmap(lambda key: draw(key, shape[1:]))(jax.vmap(as_key)(keys))
     return draw(keys, shape)

@@ -14,7 +14,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 
-from piflow_jax.arguments import check_between, whole
+from piflow_jax.arguments import ROUNDING, check_between, check_number, whole
 from piflow_jax.config import PolicyConfig, TrainConfig
 from piflow_jax.flow.policies import Policy
 from piflow_jax.flow.schedule import TimeWarp, sampling_times
@@ -59,11 +59,14 @@ class Student:
           The student.
 
         Raises:
-          ValueError: there is no device.
+          ValueError: there is no device, or one twice.
         """
-        devices = tuple(devices)
+        devices = tuple(devices) if isinstance(devices, Sequence) else (devices,)
         if not devices:
             raise ValueError("devices must name at least one device")
+        strangers = [device for device in devices if not isinstance(device, jax.Device)]
+        if strangers or len(set(devices)) != len(devices):
+            raise ValueError(f"devices must be different devices of JAX, got {list(devices)}")
         params = jax.device_put(self.params, NamedSharding(_mesh(devices), PartitionSpec()))
         return dataclasses.replace(self, params=params, devices=devices)
 
@@ -78,7 +81,7 @@ class Student:
 
         Args:
           x: `[B, H, W, C]`, states at `t`.
-          t: `[B]`, noise levels in (0, 1].
+          t: `[B]`, noise levels in (0, 1]; traced ones are not checked.
           labels: `[B]`, integers in `[0, num_classes]`, of which the last is the null label; or
             embedded prompts, see `sample`. Where they are traced, others give NaN.
           params: weights in place of the student's own, to differentiate by them for instance.
@@ -87,9 +90,12 @@ class Student:
           The policy, for `piflow_jax.rollout(policy, x, ...)` from `t` down.
 
         Raises:
-          ValueError: shapes do not belong together, or known labels are out of range.
+          ValueError: shapes do not belong together, or known labels or noise levels are out of
+            range.
         """
         params = self.params if params is None else params
+        x, t = (a if isinstance(a, jax.Array) else np.asarray(a) for a in (x, t))
+        check_between("t", t, 0, 1, slack=ROUNDING)
         predict = student_policy(self.network, self.settings.policy, self.settings.train)
         return predict(params, x, t, labels)
 
@@ -199,7 +205,7 @@ class Student:
         nfe = whole("nfe", train.nfe if nfe is None else nfe, 1)
         substeps = check_substeps(substeps, solver)
         times = sampling_times(nfe, TimeWarp(train.shift), train.final_step_size_scale, h, start)
-        check_between("temperature", temperature, 0, 1, open_low=True)
+        check_number("temperature", temperature, 0, 1, open_low=True)
         sharpened = np.float32(temperature)
         if not POLICIES[policy.kind].tempered:
             if temperature != 1:
@@ -215,10 +221,12 @@ class Student:
                     "this student has no size of its own: pass size=(H, W) in sites of latents; "
                     "(128, 128) are 1024x1024 pixels"
                 )
-            return tuple(size)
+            if np.shape(size) != (2,):
+                raise ValueError(f"size must be (H, W), got {size!r}")
+            return tuple(whole("size", side, 1) for side in size)
         *sites, _ = self.settings.data.shape
-        if size is not None and tuple(size) != tuple(sites):
-            raise ValueError(f"size must be {tuple(sites)}, got {tuple(size)}")
+        if size is not None and (np.ndim(size) != 1 or tuple(size) != tuple(sites)):
+            raise ValueError(f"size must be {tuple(sites)}, got {size!r}")
         return tuple(sites)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -299,4 +307,7 @@ def _checked(name: str, values: ArrayLike | None, shape: tuple[int, ...]) -> np.
     if values.shape != shape:
         raise ValueError(f"{name} must be {list(shape)}, got {list(values.shape)}")
     check_between(name, values)
-    return values.astype(np.float32)
+    with np.errstate(over="ignore"):
+        values = values.astype(np.float32)
+    check_between(name, values)
+    return values

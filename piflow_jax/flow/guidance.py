@@ -1,5 +1,7 @@
 """Classifier-free guidance of velocities, with an interval and an orthogonal variant."""
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 
@@ -24,9 +26,9 @@ def check_guidance(
     """
     check_between("the guidance's scale", scale)
     check_between("the guidance's orthogonal share", orthogonal, 0, 1)
-    low, high = (known(end) for end in interval)
-    if low is not None and high is not None and not low <= high:
-        raise ValueError(f"the guidance's interval must be (low, high), got {tuple(interval)}")
+    ends = [known(end) for end in interval] if isinstance(interval, Sequence) else []
+    if len(ends) != 2 or (not any(end is None for end in ends) and not ends[0] <= ends[1]):
+        raise ValueError(f"the guidance's interval must be (low, high), got {interval}")
 
 
 def guided_velocity(

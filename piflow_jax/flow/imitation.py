@@ -17,6 +17,7 @@ from piflow_jax.flow.policies.base import Policy, per_batch, per_sample, promote
 from piflow_jax.flow.rollout import average_velocity, rollout
 from piflow_jax.flow.schedule import TimeWarp
 from piflow_jax.flow.substeps import check_substeps, num_substeps
+from piflow_jax.keys import as_key
 
 __all__ = [
     "ImitationAux",
@@ -145,8 +146,14 @@ def _check_segment(segment_size: jax.Array, window: jax.Array) -> None:
         raise ValueError("window must not be longer than segment_size")
 
 
-def _check_intervals(intervals: Intervals, segment_size: jax.Array) -> None:
+def _check_intervals(intervals: Intervals, batch: int, segment_size: jax.Array) -> None:
     check_between("segment_size", segment_size, 0, 1, slack=ROUNDING)
+    shapes = np.shape(intervals.student), np.shape(intervals.teacher)
+    if shapes[0] != shapes[1] or len(shapes[0]) != 2 or shapes[0][0] != batch or not shapes[0][1]:
+        raise ValueError(
+            f"intervals must be student[{batch}, M] and teacher[{batch}, M] with M at least 1, got "
+            f"{list(shapes[0])} and {list(shapes[1])}"
+        )
     for name in ("student", "teacher"):
         check_between(f"intervals.{name}", getattr(intervals, name), 0, slack=ROUNDING)
     values = [known(a) for a in (intervals.student, intervals.teacher, segment_size)]
@@ -179,7 +186,13 @@ def sample_intervals(
       ValueError: if `num_states` is below 1, or known values are out of range.
     """
     num_states = whole("num_states", num_states, 1)
+    key = key if isinstance(key, jax.Array) else as_key(key)
     segment_size, window = promote(segment_size, window)
+    if segment_size.ndim != 1 or window.shape not in ((), segment_size.shape):
+        raise ValueError(
+            f"segment_size and window must be [B], got {list(segment_size.shape)} and "
+            f"{list(window.shape)}"
+        )
     student_key, teacher_key = jax.random.split(key)
     batch, dtype = segment_size.shape[0], segment_size.dtype
     return intervals_from_uniforms(
@@ -250,18 +263,11 @@ def imitation_loss(
     check_between("longest_segment", longest_segment, 0, open_low=True)
     check_between("eps", eps, 0, open_low=True)
     check_between("tau_src", tau_src, 0, 1, slack=ROUNDING)
-    _check_intervals(intervals, segment_size)
-    detached = jax.lax.stop_gradient(policy if detached is None else detached)
     x_src, tau_src, segment_size = promote(x_src, tau_src, segment_size)
     tau_src = per_batch("tau_src", tau_src, x_src)
     segment_size = per_batch("segment_size", segment_size, x_src)
-    for name in ("student", "teacher"):
-        found = getattr(intervals, name).shape
-        if len(found) != 2 or found[0] != len(x_src):
-            raise ValueError(
-                f"intervals.{name} has shape {found}; x_src of shape {x_src.shape} asks for "
-                f"[{len(x_src)}, M]"
-            )
+    _check_intervals(intervals, len(x_src), segment_size)
+    detached = jax.lax.stop_gradient(policy if detached is None else detached)
     window = window_size(segment_size, window_substeps, total_substeps)
     # Without mixing the mean velocity spans the window alone.
     longest = max(math.ceil(longest_segment * total_substeps), 1)
@@ -273,8 +279,9 @@ def imitation_loss(
         tau_a = jnp.maximum(tau - student, 0)
         x_a, sigma_a = rollout(detached, x, tau, tau_a, warp, total_substeps, bound="traced")
         x_a = jax.lax.stop_gradient(x_a)
-        target = jax.lax.stop_gradient(teacher(x_a, sigma_a)).astype(x_a.dtype)
+        target = jax.lax.stop_gradient(teacher(x_a, sigma_a))
         check_shape("the teacher's velocity", target, x_a.shape, "its state")
+        target = target.astype(x_a.dtype)
         tau_b = jnp.maximum(tau_a - teacher_interval, 0)
         prediction = average_velocity(
             policy, x_a, tau_a, tau_b - window, warp, total_substeps, eps, bound=bound

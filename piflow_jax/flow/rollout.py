@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from piflow_jax.arguments import ROUNDING, check_between, check_choice, known, whole
+from piflow_jax.arguments import ROUNDING, check_between, check_choice, check_number, known, whole
 from piflow_jax.flow.fused import fused_rollout
 from piflow_jax.flow.policies.base import Policy, per_batch, per_sample, promote
 from piflow_jax.flow.policies.gmflow import GMFlowPolicy
@@ -79,15 +79,20 @@ def rollout(
     if bound not in ("traced", None):
         bound = whole("bound", bound, 1)
     check_choice("implementation", implementation, get_args(Implementation))
+    if not hasattr(policy, "velocity"):
+        raise ValueError(f"policy must be a policy, with a velocity, got a {type(policy).__name__}")
+    if not hasattr(warp, "warp"):
+        raise ValueError(f"warp must be a TimeWarp, got {warp!r}")
     x, tau_start, tau_end = _interval(x, tau_start, tau_end)
     if hasattr(policy, "displacement"):
         sigma_end = warp.warp(jnp.maximum(tau_end, 0))
         return x + policy.displacement(x, warp.warp(tau_start), sigma_end), sigma_end
-    fusible = isinstance(policy, GMFlowPolicy) and promote(x, policy.center)[0].dtype == jnp.float32
+    fusible = isinstance(policy, GMFlowPolicy) and policy.states == x.shape
+    fusible = fusible and promote(x, policy.center)[0].dtype == jnp.float32
     if implementation == "fused" and not fusible:
         raise ValueError(
             "implementation='fused' is for a GMFlowPolicy in float32, not for a "
-            f"{type(policy).__name__} with states in {x.dtype}; 'auto' takes the scan there"
+            f"{type(policy).__name__} at states {x.shape} in {x.dtype}; 'auto' takes the scan"
         )
     trips = total_substeps if bound in ("traced", None) else bound
     substeps = Substeps.between(tau_start, tau_end, total_substeps, trips, rounding)
@@ -109,8 +114,8 @@ def _interval(
     x: jax.Array, tau_start: jax.Array, tau_end: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """States and the times `[B]` between which they are followed, checked."""
-    if not np.size(x):
-        raise ValueError(f"x must hold at least one state, got shape {np.shape(x)}")
+    if np.ndim(x) < 2 or not np.size(x):
+        raise ValueError(f"x must hold at least one state [B, *sites, C], got shape {np.shape(x)}")
     check_between("tau_start", tau_start, 0, 1, slack=ROUNDING)
     check_between("tau_end", tau_end, high=1, slack=ROUNDING)
     begin, end = known(tau_start), known(tau_end)
@@ -187,6 +192,7 @@ def average_velocity(
     Raises:
       ValueError: see `rollout`.
     """
+    check_number("eps", eps, 0, open_low=True)
     x, tau_start, tau_end = _interval(x, tau_start, tau_end)
     sigma_start = warp.warp(tau_start)
     local = policy.velocity(x, sigma_start)

@@ -7,12 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from piflow_jax.arguments import check_between, check_choice, whole
+from piflow_jax.arguments import check_choice, check_number, check_shape, whole
 from piflow_jax.flow.policies.base import Policy, promote
 from piflow_jax.flow.rollout import rollout
 from piflow_jax.flow.schedule import FlowMapTimes, TimeWarp, sampling_times
 from piflow_jax.flow.substeps import Rounding, Solver, check_substeps, num_substeps
-from piflow_jax.keys import folded_noise
+from piflow_jax.keys import as_key, folded_noise
 
 __all__ = ["few_step_sample", "ode_sample", "sample_segments", "segment_substeps"]
 
@@ -114,13 +114,15 @@ def sample_segments(
       ValueError: see `few_step_sample`.
     """
     total_substeps = check_substeps(total_substeps, solver, rounding)
-    check_between("temperature", temperature, 0, 1, open_low=True)
+    check_number("temperature", temperature, 0, 1, open_low=True)
     traced = any(isinstance(value, jax.core.Tracer) for value in times)
     if not traced:
         times = FlowMapTimes(*(np.asarray(value, np.float64) for value in times))
     noisy = key is not None if traced else bool((times.m < 1).any())
     if noisy and key is None:
         raise ValueError("h > 0 draws noise between segments and needs key")
+    if key is not None and not isinstance(key, jax.Array):
+        key = as_key(key)
     (x,) = promote(noise)
     nfe, batch, dtype = times.src.shape[0], x.shape[0], x.dtype
     tau_src, tau_dst = warp.unwarp(times.src), warp.unwarp(times.dst)
@@ -204,20 +206,25 @@ def ode_sample(
       `x_0[B, *sites, C]` in float32 or float64.
 
     Raises:
-      ValueError: if `steps < 1` or the solver is unknown.
+      ValueError: if `steps < 1`, the solver is unknown, or velocities have another shape than their
+        states.
     """
     steps = whole("steps", steps, 1)
     check_choice("solver", solver, get_args(OdeSolver))
     (x,) = promote(noise)
-    batch, dtype = x.shape[0], x.dtype
+    dtype = x.dtype
     sigmas = jnp.asarray(warp.warp(np.linspace(1, 0, steps + 1)), dtype)
+
+    def velocity(x, level):
+        u = velocity_fn(x, jnp.full(x.shape[:1], level))
+        check_shape("the velocity", u, x.shape, "its state")
+        return u.astype(dtype)
 
     def step(x, levels):
         start, end = levels
-        u = velocity_fn(x, jnp.full((batch,), start)).astype(dtype)
+        u = velocity(x, start)
         if solver == "heun":
-            x_end = x + (end - start) * u
-            u = (u + velocity_fn(x_end, jnp.full((batch,), end)).astype(dtype)) / 2
+            u = (u + velocity(x + (end - start) * u, end)) / 2
         return x + (end - start) * u, None
 
     x, _ = jax.lax.scan(step, x, (sigmas[:-1], sigmas[1:]))

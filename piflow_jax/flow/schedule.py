@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from piflow_jax.arguments import ROUNDING, check_between, whole
+from piflow_jax.arguments import ROUNDING, check_between, check_number, whole
 
 __all__ = ["FlowMapTimes", "Segments", "TimeWarp", "sampling_times", "segment_start"]
 
@@ -23,7 +23,7 @@ class TimeWarp:
 
     Attributes:
       shift: 1 is the identity; larger values spend more raw time at high noise (1.0 on ImageNet,
-        3.2 on FLUX and Qwen-Image). A static number, finite and above 0.
+        3.2 on FLUX and Qwen-Image). A static number above 0, within what float32 can tell.
 
     Raises:
       ValueError: the shift is another number.
@@ -33,7 +33,7 @@ class TimeWarp:
 
     def __post_init__(self) -> None:
         """Refuses a shift that is no map from [0, 1] to itself."""
-        check_between("shift", self.shift, 0, open_low=True)
+        check_between("shift", self.shift, 1e-6, 1e6)
 
     def warp(self, tau: jax.Array) -> jax.Array:
         """Noise level in [0, 1] of a raw time `tau` in [0, 1]; of any shape."""
@@ -123,6 +123,7 @@ def segment_start(
       ValueError: if `nfe` is below 1, `f` negative, or a time above 1 or NaN.
     """
     check_between("tau", tau, high=1, slack=ROUNDING)
+    check_number("eps", eps, 0, 1)
     f = max(_checked_scale(nfe, final_step_size_scale), eps)
     base = 1 / (nfe - 1 + f)
     tau = jnp.maximum(jnp.asarray(tau), eps)
@@ -159,10 +160,9 @@ def sampling_times(
             "sampling_times is computed before the program: call it outside of jit and pass its "
             "times to `sample_segments`, for one program for all `h` and `start`"
         )
-    check_between("start", start, 0, 1, open_low=True)
+    check_number("start", start, 0, 1, open_low=True)
+    check_number("h", h, 0, finite=False)
     f, h, start = _checked_scale(nfe, final_step_size_scale), float(h), float(start)
-    if not h >= 0:
-        raise ValueError(f"h must be at least 0 (0 is deterministic, inf is allowed), got {h}")
     end = (f - 1) / (nfe - 1 + f) if nfe > 1 else 0.0
     tau = np.maximum(np.linspace(1, end, nfe, endpoint=False), 0)
     tau = tau * warp.unwarp(start)
@@ -180,5 +180,5 @@ def sampling_times(
 
 def _checked_scale(nfe: int, final_step_size_scale: float) -> float:
     whole("nfe", nfe, 1)
-    check_between("final_step_size_scale", final_step_size_scale, 0)
+    check_number("final_step_size_scale", final_step_size_scale, 0)
     return float(final_step_size_scale)

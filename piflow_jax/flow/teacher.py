@@ -94,7 +94,7 @@ class Schedule:
           ValueError: `data_at` is neither 0 nor 1.
         """
         if data_at not in (0, 1):
-            raise ValueError(f"data_at must be 0 or 1, got {data_at}")
+            raise ValueError(f"data_at must be 0 or 1, got {data_at!r}")
 
         def same(s):
             return s
@@ -142,7 +142,14 @@ class Schedule:
 
         Returns:
           The schedule.
+
+        Raises:
+          ValueError: `smallest` is not above 0 and below `largest`.
         """
+        if not 0 < smallest < largest < np.inf:
+            raise ValueError(
+                f"smallest must be above 0 and below largest, got {smallest} and {largest}"
+            )
         return cls(
             signal=jnp.ones_like,
             noise=lambda s: s,
@@ -167,7 +174,8 @@ class Schedule:
           ValueError: the values do not fall within (0, 1).
         """
         table = np.asarray(alphas_cumprod, np.float64)
-        if table.ndim != 1 or not (np.diff(table) < 0).all() or not 0 < table[-1] < table[0] < 1:
+        falling = table.ndim == 1 and len(table) > 1 and (np.diff(table) < 0).all()
+        if not falling or not 0 < table[-1] < table[0] < 1:
             raise ValueError("alphas_cumprod must be [N], falling, in (0, 1)")
         half_log_ratio = 0.5 * np.log((1 - table) / table)
         index = np.arange(len(table), dtype=np.float64)
@@ -271,9 +279,15 @@ class Teacher:
             return jnp.stack([a, b], axis=1).reshape(-1, *a.shape[1:])
 
         def nothing(a, null):
-            return jnp.broadcast_to(null, a.shape).astype(a.dtype)
+            return jnp.broadcast_to(null, a.shape).astype(jnp.asarray(a).dtype)
 
-        null = jax.tree.map(nothing, cond, self.null_cond)
+        try:
+            null = jax.tree.map(nothing, cond, self.null_cond)
+        except ValueError as error:
+            raise ValueError(
+                "null_cond must be the condition of one example: of the structure of cond, and of "
+                "its shapes without B"
+            ) from error
         both = self._velocity(params, pair(x, x), pair(t, t), jax.tree.map(pair, cond, null))
         both = both.reshape(-1, 2, *x.shape[1:])
         return guided_velocity(
@@ -369,6 +383,7 @@ class Teacher:
 
     def _velocity(self, params, x, t, cond):
         out = self.predict(params, *self.inputs(x, t), cond)
-        if out.shape != x.shape:
-            raise ValueError(f"the teacher predicts {out.shape} of states {x.shape}")
+        found = getattr(out, "shape", type(out).__name__)
+        if found != x.shape:
+            raise ValueError(f"the teacher predicts {found} of states {x.shape}")
         return self.as_velocity(out.astype(x.dtype), x, t)

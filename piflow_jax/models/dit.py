@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.typing import DTypeLike
 
-from piflow_jax.arguments import check_between
+from piflow_jax.arguments import check_between, whole
 from piflow_jax.flow.policies import ArcOutput, GMOutput
 from piflow_jax.models.blocks import Constrain, Layers, modulated, stacked, unconstrained
 from piflow_jax.models.heads import VelocityHead
@@ -241,11 +241,15 @@ class DiT(Network):
         )
 
     def _check(self, x: jax.Array, t: jax.Array, labels: jax.Array) -> None:
+        for name in ("patch_size", "hidden", "num_heads"):
+            whole(name, getattr(self, name), 1)
+        if self.dtype is not None and not jnp.issubdtype(self.dtype, jnp.floating):
+            raise ValueError(f"dtype must be one of floating-point numbers, got {self.dtype}")
         if self.hidden % 4 or self.hidden % self.num_heads:
             raise ValueError(
                 f"hidden {self.hidden} must be divisible by 4 and by num_heads {self.num_heads}"
             )
-        if x.ndim != 4 or x.shape[-1] != self.in_channels:
+        if x.ndim != 4 or x.shape[-1] != self.in_channels or not x.size:
             raise ValueError(f"x must be [B, H, W, {self.in_channels}], got {x.shape}")
         if x.shape[1] % self.patch_size or x.shape[2] % self.patch_size:
             raise ValueError(f"x {x.shape} is not divisible into patches of {self.patch_size}")

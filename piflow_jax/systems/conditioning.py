@@ -30,6 +30,8 @@ __all__ = [
     "described",
 ]
 
+_CLASSES = "this student is conditioned on classes: pass labels, integers [N]"
+
 Condition = Any
 """Arrays `[B, ...]` in any structure."""
 
@@ -74,7 +76,9 @@ class ClassLabels:
 
     def __call__(self, condition):
         """See `Conditioning`."""
-        return {"labels": condition}
+        if isinstance(condition, Mapping):
+            raise ValueError(_CLASSES)
+        return {"labels": condition if isinstance(condition, jax.Array) else np.asarray(condition)}
 
     def null(self, data, caption):
         """See `Conditioning`."""
@@ -89,7 +93,7 @@ class ClassLabels:
     def checked(self, condition, data):
         """See `Conditioning`."""
         if isinstance(condition, Mapping):
-            raise ValueError("this student is conditioned on classes: pass labels, integers [N]")
+            raise ValueError(_CLASSES)
         labels = np.asarray(condition)
         if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer) or not len(labels):
             raise ValueError(f"labels must be integers [N], got {labels.dtype}{list(labels.shape)}")
@@ -203,8 +207,21 @@ class Text:
     guidance: float = 0.0
     reads_text = True
 
+    @property
+    def _axes(self) -> dict[str, int]:
+        """What captions hold, and how many axes each has."""
+        return {"text": 3, "text_length": 1} | ({"pooled": 2} if self.pooled else {})
+
+    def _check(self, condition):
+        if not isinstance(condition, Mapping) or not self._axes.keys() <= condition.keys():
+            raise ValueError(
+                "this student reads text: pass embedded prompts, a mapping with "
+                f"{', '.join(self._axes)}, such as PromptsSource.embedded(prompts)"
+            )
+
     def __call__(self, condition):
         """See `Conditioning`."""
+        self._check(condition)
         text = jnp.asarray(condition["text"])
         arguments = {"text": text}
         if self.masked:
@@ -235,12 +252,8 @@ class Text:
 
     def checked(self, condition: Mapping[str, ArrayLike], data: DataShape):
         """See `Conditioning`."""
-        axes = {"text": 3, "text_length": 1} | ({"pooled": 2} if self.pooled else {})
-        if not isinstance(condition, Mapping) or not axes.keys() <= condition.keys():
-            raise ValueError(
-                "this student reads text: pass embedded prompts, a mapping with "
-                f"{', '.join(axes)}, such as PromptsSource.embedded(prompts)"
-            )
+        self._check(condition)
+        axes = self._axes
         arrays = {name: np.asarray(condition[name]) for name in axes}
         number = len(arrays["text"]) if arrays["text"].ndim else 0
         fits = all(a.ndim == axes[name] and len(a) == number for name, a in arrays.items())
@@ -251,6 +264,12 @@ class Text:
                 + (f", pooled[N, {data.pooled_features}]" if self.pooled else "")
                 + f", got {shapes}"
             )
+        lengths = arrays["text_length"]
+        if not np.issubdtype(lengths.dtype, np.integer):
+            raise ValueError(f"text_length must be integers [N], got {lengths.dtype}")
+        check_between("text_length", lengths, 0, arrays["text"].shape[1])
+        for name in axes.keys() - {"text_length"}:
+            check_between(name, arrays[name])
         if self.guidance > 0:
             guidance = condition.get("guidance", self.guidance)
             check_between("guidance", guidance, 0)

@@ -25,6 +25,7 @@ import piflow_jax
 from piflow_jax.config import parse
 from piflow_jax.flow.guidance import guided_velocity
 from piflow_jax.flow.imitation import Intervals, intervals_from_uniforms, window_size
+from piflow_jax.flow.policies import ArcFlowPolicy, ArcOutput
 from piflow_jax.flow.rollout import average_velocity
 from piflow_jax.flow.sampling import sample_segments
 from piflow_jax.flow.schedule import sampling_times, segment_start
@@ -107,9 +108,25 @@ def teacher(**options):
 
 
 def loss(teacher=lambda x, t: x, student=0.2, walked=0.2, size=1.0, tau=ONE, **options):
-    intervals = Intervals(np.full((2, 2), student), np.full((2, 2), walked))
+    student, walked = (np.full((2, 2), a) if np.ndim(a) == 0 else a for a in (student, walked))
+    intervals = Intervals(student, walked)
     size, options = size * ONE, {"total_substeps": 8} | options
     return piflow_jax.imitation_loss(POLICY, teacher, X, tau, size, intervals, WARP, **options)
+
+
+def mixed(components=2, t=ONE, **options):
+    means = np.ones((2, 4, components, 1), np.float32)
+    output = piflow_jax.GMOutput(means, means[..., 0], np.zeros(2, np.float32))
+    return piflow_jax.GMFlowPolicy.create(output, X, t, **options)
+
+
+def gridded(points=3, **options):
+    return piflow_jax.DXPolicy.create(np.ones((2, 4, points, 1), np.float32), X, ONE, **options)
+
+
+def growing(components=2):
+    means = np.ones((2, 4, components, 1), np.float32)
+    return ArcFlowPolicy.create(ArcOutput(means, means[..., 0], means[..., 0]), X, ONE)
 
 
 def guided(scale=2.0, interval=(0.0, 1.0), orthogonal=0.0, other=X, **options):
@@ -149,9 +166,9 @@ REFUSED = {
         lambda: average_velocity(POLICY, X, 0 * ONE, ONE, WARP, 8),
         "tau_end must not be above",
     ),
-    "shift 0": (lambda: piflow_jax.TimeWarp(0), "shift must be finite and above 0, got 0"),
-    "shift below 0": (lambda: piflow_jax.TimeWarp(-1.0), "shift must be finite and above 0"),
-    "shift of NaN": (lambda: piflow_jax.TimeWarp(NAN), "shift must be finite and above 0, got nan"),
+    "shift 0": (lambda: piflow_jax.TimeWarp(0), r"shift must be in \[1e-06, 1e\+06\], got 0"),
+    "shift below 0": (lambda: piflow_jax.TimeWarp(-1.0), "shift must be in .* got -1.0"),
+    "shift of NaN": (lambda: piflow_jax.TimeWarp(NAN), "shift must be in .* got nan"),
     "segment of NaN": (lambda: segment_start(NAN * ONE, 2), "tau must be .* got nan"),
     "no evaluation": (lambda: few(0), "nfe must be at least 1, got 0"),
     "half an evaluation": (lambda: few(1.5), "nfe must be a whole number, got 1.5"),
@@ -221,6 +238,100 @@ REFUSED = {
         "unknown dtype 'int8'; it is 'float32' or 'bfloat16'",
     ),
     "no dtype": (lambda: piflow_jax.load("nowhere", dtype="half"), "unknown dtype 'float16'"),
+    "shift beyond float32": (lambda: piflow_jax.TimeWarp(1e300), "shift must be in"),
+    "shift's name": (lambda: piflow_jax.TimeWarp("linear"), "shift must be in .* got array"),
+    "complex start": (lambda: few(start=1j), "start must be in"),
+    "two temperatures": (lambda: few(temperature=ONE), "temperature must be one number"),
+    "two starts": (lambda: few(start=ONE), r"start must be one number, got an array \[2\]"),
+    "h's name": (lambda: few(h="much"), "h must be at least 0"),
+    "no policy": (
+        lambda: few(policy_fn=lambda x, t: x),
+        "policy must be a policy, with a velocity",
+    ),
+    "number for a warp": (
+        lambda: piflow_jax.rollout(POLICY, X, ONE, 0 * ONE, 3.2),
+        "warp must be a TimeWarp, got 3.2",
+    ),
+    "states of another policy": (
+        lambda: roll(x=np.ones((2, 5, 1), np.float32)),
+        r"x has shape \(2, 5, 1\); the policy is of states \(2, 4, 1\)",
+    ),
+    "one state of two": (lambda: roll(1.0, 0.0, X[:1]), r"the policy is of states \(2, 4, 1\)"),
+    "channels": (lambda: POLICY.velocity(np.ones((2, 4, 3)), ONE), "the policy is of states"),
+    "query's times": (lambda: POLICY.velocity(X, np.ones(3)), r"sigma has shape \(3,\)"),
+    "grid's query": (lambda: grid(X, ONE).velocity(X[:, :1], ONE), "the policy is of states"),
+    "no component": (lambda: mixed(0), "GMOutput.means has shape .* without a component"),
+    "no grid point": (lambda: gridded(0), r"DX output has shape \(2, 4, 0, 1\)"),
+    "no growth": (lambda: growing(0), "ArcOutput.means has shape .* without a component"),
+    "source of NaN": (lambda: mixed(t=NAN * ONE), "sigma_src must be finite, got nan"),
+    "number for a source": (lambda: mixed(t=1.0), r"sigma_src has shape \(\), expected \(2,\)"),
+    "policy's eps": (lambda: mixed(eps=NAN), "eps must be finite and at least 0, got nan"),
+    "grid upwards": (
+        lambda: gridded(segment_size=-1.0),
+        "segment_size must be finite and at least 0",
+    ),
+    "grid's mode": (lambda: gridded(mode="spline"), "unknown DX mode 'spline'"),
+    "mask": (
+        lambda: POLICY.drop(np.zeros((2, 3), bool)),
+        r"mask has shape \(2, 3\); the policy asks",
+    ),
+    "mask of fractions": (lambda: POLICY.drop(np.zeros((2, 2))), "mask must be bool, got float32"),
+    "policy's temperature": (lambda: POLICY.with_temperature(NAN), "temperature must be finite"),
+    "mean's eps": (
+        lambda: average_velocity(POLICY, X, ONE, 0 * ONE, WARP, 8, NAN),
+        "eps must be finite and above 0",
+    ),
+    "word for a key": (lambda: few(h=1.0, key="seed"), "key must be a seed or one PRNG key"),
+    "keys of others": (
+        lambda: few(h=1.0, key=jax.random.split(seed_key(0), 3)),
+        r"keys must be one or \[2\], got \[3\]",
+    ),
+    "velocity of others": (
+        lambda: piflow_jax.ode_sample(lambda x, t: x[:, :1], X, 2, WARP),
+        r"the velocity has shape \(2, 1, 1\); its state asks for \(2, 4, 1\)",
+    ),
+    "no velocity": (
+        lambda: piflow_jax.ode_sample(lambda x, t: None, X, 2, WARP),
+        r"the velocity has shape \(\)",
+    ),
+    "intervals of others": (
+        lambda: loss(student=np.full((3, 2), 0.1), walked=np.full((3, 2), 0.1)),
+        r"intervals must be student\[2, M\] and teacher\[2, M\]",
+    ),
+    "no interval": (
+        lambda: loss(student=np.ones((2, 0)), walked=np.ones((2, 0))),
+        "with M at least 1",
+    ),
+    "no teacher": (lambda: loss(lambda x, t: None), "the teacher's velocity has shape"),
+    "drawn for no batch": (
+        lambda: piflow_jax.sample_intervals(seed_key(0), 2, 1.0, 0.0, 0.5),
+        r"segment_size and window must be \[B\]",
+    ),
+    "interval of three": (
+        lambda: teacher(guidance_interval=(0.0, 0.5, 1.0)),
+        r"interval must be \(low, high\)",
+    ),
+    "teacher of two": (
+        lambda: teacher(predict=lambda params, z, s, cond: (z, z)).velocity(None, X, ONE),
+        r"the teacher predicts tuple of states \(2, 4, 1\)",
+    ),
+    "null of others": (
+        lambda: teacher(guidance_scale=2.0, null_cond=np.ones(3)).velocity(None, X, ONE, ONE),
+        "null_cond must be the condition of one example",
+    ),
+    "schedule upside down": (
+        lambda: piflow_jax.Schedule.variance_exploding(smallest=2.0, largest=1.0),
+        "smallest must be above 0 and below largest",
+    ),
+    "empty schedule": (lambda: piflow_jax.Schedule.discrete([]), r"alphas_cumprod must be \[N\]"),
+    "network of integers": (
+        lambda: piflow_jax.DiT(dtype=jnp.int8).init(seed_key(0), X, ONE, LABELS),
+        "dtype must be one of floating-point numbers",
+    ),
+    "network without heads": (
+        lambda: piflow_jax.DiT(num_heads=0).init(seed_key(0), X, ONE, LABELS),
+        "num_heads must be at least 1, got 0",
+    ),
     "several keys": (lambda: as_key(jax.random.split(seed_key(0))), "one PRNG key, got an array"),
     "long seed": (lambda: as_key(2**64), "a seed has at most 64 bits"),
 }
@@ -247,6 +358,26 @@ OF_STUDENTS = {
         lambda s: dataclasses.replace(s.teacher).velocity(s.params, s.x, s.t, np.array([0, 11])),
         r"labels must be in \[0, 10\], got 11",
     ),
+    "classes for a mapping": (
+        lambda s: s.policy(s.x, s.t, {"text": LABELS}),
+        "conditioned on classes: pass labels",
+    ),
+    "noise level of NaN": (
+        lambda s: s.policy(s.x, NAN * ONE, LABELS[:2]),
+        r"t must be in \[0, 1\]",
+    ),
+    "empty batch": (lambda s: s.policy(s.x[:0], ONE[:0], LABELS[:0]), r"x must be \[B, H, W, 1\]"),
+    "number for a size": (lambda s: s.sample(0, LABELS, size=8), r"size must be \(8, 8\), got 8"),
+    "complex noise": (lambda s: s.sample(0, [1], noise=1j * s.x[:1]), "noise must be finite"),
+    "noise beyond float32": (
+        lambda s: s.sample(0, [1], noise=1e300 * np.ones((1, 8, 8, 1))),
+        "noise must be finite, got inf",
+    ),
+    "device's number": (
+        lambda s: s.on([0]),
+        r"devices must be different devices of JAX, got \[0\]",
+    ),
+    "device twice": (lambda s: s.on(jax.devices()[:1] * 2), "must be different devices"),
     "fractions": (lambda s: s.policy(s.x, s.t, np.array([0.5, 1])), "labels must be integers"),
     "a label too many": (
         lambda s: s.policy(s.x, s.t, np.arange(3)),
@@ -284,7 +415,7 @@ def test_a_students_call_is_refused_in_a_sentence(student, call):
 
     class Case:
         x, t, params = np.zeros((2, 8, 8, 1), np.float32), ONE, student.params
-        policy, sample = student.policy, student.sample
+        policy, sample, on = student.policy, student.sample, student.on
         teacher = piflow_jax.Teacher(
             predict=lambda *inputs: student.network.apply(*inputs).means[..., 0, :],
             shape=(8, 8, 1),
@@ -320,6 +451,28 @@ def test_checks_add_nothing_to_a_program():
 
     text = str(jax.make_jaxpr(rolled)(ONE, 0 * ONE))
     assert "callback" not in text and "is_finite" not in text
+
+
+def test_lists_and_numbers_are_taken_for_arrays(student):
+    listed = student.policy(IMAGES.tolist(), [1.0, 1.0], [3, 4])
+    jax.tree.map(
+        np.testing.assert_array_equal, listed, student.policy(IMAGES, ONE, np.array([3, 4]))
+    )
+    for key in (7, np.asarray(jax.random.key_data(seed_key(7)))):
+        np.testing.assert_array_equal(few(h=1.0, key=key), few(h=1.0, key=seed_key(7)))
+    masks = np.array([[0, 1], [2, 0]]), np.array([[False, True], [True, False]])
+    jax.tree.map(np.testing.assert_array_equal, *map(POLICY.drop, masks))
+
+
+def test_a_policy_of_one_sample_is_asked_at_many_states():
+    one = mixture(X[:1], ONE[:1])
+    many = np.concatenate([X, 2 * X])
+    for ask in (
+        lambda policy, x: policy.velocity(x, 0.5),
+        lambda policy, x: piflow_jax.rollout(policy, x, 1.0, 0.0, WARP, 8)[0],
+    ):
+        each = jnp.concatenate([ask(one, x[None]) for x in many])
+        np.testing.assert_allclose(ask(one, many), each, rtol=0, atol=1e-5)
 
 
 def test_one_number_is_the_time_of_all_samples():

@@ -8,7 +8,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from piflow_jax.flow.policies.base import per_sample, promote
+from piflow_jax.flow.policies.base import check_mask, check_query, per_sample, promote
 
 __all__ = ["ArcFlowPolicy", "ArcOutput"]
 
@@ -60,10 +60,12 @@ class ArcFlowPolicy:
           The policy, in float32 or float64.
 
         Raises:
-          ValueError: if the shapes do not belong together.
+          ValueError: if the shapes do not belong together, or there is no component.
         """
         batch, *sites, channels = x_src.shape
         components = output.means.shape[-2]
+        if not components:
+            raise ValueError(f"ArcOutput.means has shape {output.means.shape}, without a component")
         expected = {
             "means": (batch, *sites, components, channels),
             "logweights": (batch, *sites, components),
@@ -85,8 +87,13 @@ class ArcFlowPolicy:
         rates = jnp.where(jnp.arange(components) == 0, 0, rates)
         return cls(means=means, logweights=logweights, rates=rates, sigma_src=sigma_src)
 
+    @property
+    def _states(self) -> tuple[int, ...]:
+        return self.means.shape[:-2] + self.means.shape[-1:]
+
     def velocity(self, x: jax.Array, sigma: jax.Array) -> jax.Array:
         """Velocity at `x[B, *sites, C]` and noise levels `sigma[B]`; see `Policy.velocity`."""
+        check_query(x, sigma, self._states)
         x, sigma, _ = promote(x, sigma, self.means)
         elapsed = per_sample(self.sigma_src - sigma, self.rates.ndim)
         return self._mix(jnp.exp(self.rates * elapsed))
@@ -105,6 +112,7 @@ class ArcFlowPolicy:
         Returns:
           `[B, *sites, C]`.
         """
+        check_query(x, sigma_start, self._states)
         x, start, end, _ = promote(x, sigma_start, sigma_end, self.means)
         ndim = self.rates.ndim
         length = per_sample(start - end, ndim)
@@ -125,7 +133,11 @@ class ArcFlowPolicy:
 
         Returns:
           The policy with log-weight `-inf` on the removed components.
+
+        Raises:
+          ValueError: the mask has another shape, or fractions.
         """
+        mask = check_mask(mask, (self.logweights.shape[0], self.logweights.shape[-1]))
         mask = mask & ~jnp.all(mask, axis=-1, keepdims=True)
         sites = (1,) * (self.logweights.ndim - 2)
         mask = jnp.reshape(mask, (mask.shape[0], *sites, mask.shape[1]))

@@ -7,8 +7,11 @@ from typing import Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-__all__ = ["Policy", "per_batch", "per_sample", "promote"]
+from piflow_jax.arguments import check_shape
+
+__all__ = ["Policy", "check_mask", "check_query", "per_batch", "per_sample", "promote"]
 
 
 class Policy(Protocol):
@@ -56,6 +59,45 @@ def per_batch(name: str, value: jax.Array, x: jax.Array) -> jax.Array:
     if value.shape not in ((), (1,), x.shape[:1]):
         raise ValueError(f"{name} has shape {value.shape}; x of shape {x.shape} asks for [B]")
     return jnp.broadcast_to(value, x.shape[:1])
+
+
+def check_query(x: jax.Array, sigma: jax.Array, states: tuple[int, ...]) -> None:
+    """Refuses states and noise levels that are not of a policy.
+
+    Args:
+      x: the states of a query.
+      sigma: their noise levels.
+      states: `(B, *sites, C)` of the policy; a policy of one sample is asked at any number of them.
+
+    Raises:
+      ValueError: shapes do not belong together.
+    """
+    if np.shape(x)[1:] != states[1:] or states[0] not in (1, *np.shape(x)[:1]):
+        raise ValueError(f"x has shape {np.shape(x)}; the policy is of states {states}")
+    if np.shape(sigma) not in ((), (1,), np.shape(x)[:1]):
+        raise ValueError(
+            f"sigma has shape {np.shape(sigma)}; x of shape {np.shape(x)} asks for [B]"
+        )
+
+
+def check_mask(mask: jax.Array, shape: tuple[int, int]) -> jax.Array:
+    """A mask of components, as booleans.
+
+    Args:
+      mask: the mask.
+      shape: `(B, K)` of the policy.
+
+    Returns:
+      `bool[B, K]`.
+
+    Raises:
+      ValueError: it has another shape, or fractions.
+    """
+    mask = jnp.asarray(mask)
+    check_shape("mask", mask, shape, "the policy")
+    if not jnp.issubdtype(mask.dtype, jnp.integer) and mask.dtype != bool:
+        raise ValueError(f"mask must be bool, got {mask.dtype}")
+    return mask != 0
 
 
 def promote(*values: jax.Array) -> tuple[jax.Array, ...]:

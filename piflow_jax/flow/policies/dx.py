@@ -1,15 +1,19 @@
 """DX policy: `x_0` predicted at several times of the segment (arXiv 2510.14974, Sec. 3.2)."""
 
-from typing import Literal
+from typing import Literal, get_args
 
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from piflow_jax.flow.policies.base import per_sample, promote
+from piflow_jax.arguments import check_between, check_choice, check_number
+from piflow_jax.flow.policies.base import check_query, per_sample, promote
 from piflow_jax.flow.schedule import TimeWarp
 
 __all__ = ["DXPolicy"]
+
+Mode = Literal["grid", "polynomial"]
 
 
 @flax.struct.dataclass
@@ -35,7 +39,7 @@ class DXPolicy:
     tau_src: jax.Array
     tau_dst: jax.Array
     shift: float = flax.struct.field(pytree_node=False, default=1.0)
-    mode: Literal["grid", "polynomial"] = flax.struct.field(pytree_node=False, default="grid")
+    mode: Mode = flax.struct.field(pytree_node=False, default="grid")
     eps: float = flax.struct.field(pytree_node=False, default=1e-4)
 
     @classmethod
@@ -46,7 +50,7 @@ class DXPolicy:
         sigma_src: jax.Array,
         segment_size: float | jax.Array = 1.0,
         shift: float = 1.0,
-        mode: Literal["grid", "polynomial"] = "grid",
+        mode: Mode = "grid",
         eps: float = 1e-4,
     ) -> "DXPolicy":
         """Builds the policy of a network's output.
@@ -56,7 +60,8 @@ class DXPolicy:
             `x0_n = x_src - sigma_src * output_n`.
           x_src: `[B, *sites, C]`, the state that the network saw.
           sigma_src: `[B]`, its noise level.
-          segment_size: raw-time length of the policy's segment, a scalar or `[B]`.
+          segment_size: raw-time length of the policy's segment, a scalar or `[B]`; a traced one
+            below 0 leads upwards.
           shift: shift of the policy's raw time.
           mode: `grid` (linear interpolation) or `polynomial`.
           eps: smallest time and smallest segment divided by.
@@ -65,17 +70,21 @@ class DXPolicy:
           The policy, in float32 or float64.
 
         Raises:
-          ValueError: on an unknown mode, or shapes that do not belong together.
+          ValueError: on an unknown mode, shapes that do not belong together, or a known number that
+            is out of range.
         """
-        if mode not in ("grid", "polynomial"):
-            raise ValueError(f"unknown DX mode {mode!r}; it is 'grid' or 'polynomial'")
-        if output.shape[:-2] + output.shape[-1:] != x_src.shape:
+        check_choice("DX mode", mode, get_args(Mode))
+        states = np.shape(x_src)
+        if output.ndim < 3 or output.shape[:-2] + output.shape[-1:] != states or not output.size:
             raise ValueError(
                 f"DX output has shape {output.shape}, not [B, *sites, N, C] for x_src of shape "
-                f"{x_src.shape}"
+                f"{states}"
             )
-        if sigma_src.shape != x_src.shape[:1]:
-            raise ValueError(f"sigma_src has shape {sigma_src.shape}, expected {x_src.shape[:1]}")
+        if np.shape(sigma_src) != states[:1]:
+            raise ValueError(f"sigma_src has shape {np.shape(sigma_src)}, expected {states[:1]}")
+        check_between("sigma_src", sigma_src)
+        check_between("segment_size", segment_size, 0)
+        check_number("eps", eps, 0)
         output, x_src, sigma_src = promote(output, x_src, sigma_src)
         # N beside the batch: a query then reads two contiguous slabs, not a stride over sites.
         output = jnp.moveaxis(output, -2, 1)
@@ -93,6 +102,8 @@ class DXPolicy:
 
     def velocity(self, x: jax.Array, sigma: jax.Array) -> jax.Array:
         """Velocity at `x[B, *sites, C]` and noise levels `sigma[B]`; see `Policy.velocity`."""
+        batch, _, *rest = self.x0.shape
+        check_query(x, sigma, (batch, *rest))
         x, sigma, _ = promote(x, sigma, self.x0)
         tau = TimeWarp(self.shift).unwarp(sigma)
         x0 = self._interpolate(tau) if self.mode == "grid" else self._polynomial(tau)

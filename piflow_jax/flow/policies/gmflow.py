@@ -10,8 +10,10 @@ from typing import NamedTuple
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from piflow_jax.flow.policies.base import per_sample, promote
+from piflow_jax.arguments import check_between, check_number
+from piflow_jax.flow.policies.base import check_mask, check_query, per_sample, promote
 
 __all__ = ["GMFlowPolicy", "GMOutput", "MixtureCoefficients"]
 
@@ -114,9 +116,12 @@ class GMFlowPolicy:
           The policy, in float32 or float64.
 
         Raises:
-          ValueError: if the shapes do not belong together.
+          ValueError: if the shapes do not belong together, there is no component, or `eps` or a
+            known noise level is no number.
         """
         _check_shapes(output, x_src, sigma_src)
+        check_between("sigma_src", sigma_src)
+        check_number("eps", eps, 0)
         means, logweights, logstd, x_src, sigma_src = promote(
             output.means, output.logweights, output.logstd, x_src, sigma_src
         )
@@ -137,8 +142,15 @@ class GMFlowPolicy:
             eps=eps,
         )
 
+    @property
+    def states(self) -> tuple[int, ...]:
+        """Shape `(B, *sites, C)` of the states that it is of."""
+        batch, channels, *sites = self.center.shape
+        return batch, *sites, channels
+
     def velocity(self, x: jax.Array, sigma: jax.Array) -> jax.Array:
         """Velocity at `x[B, *sites, C]` and noise levels `sigma[B]`; see `Policy.velocity`."""
+        check_query(x, sigma, self.states)
         x, sigma, _ = promote(x, sigma, self.center)
         numbers = self.coefficients(sigma)
         of = MixtureCoefficients(*(per_sample(number, x.ndim) for number in numbers))
@@ -205,7 +217,11 @@ class GMFlowPolicy:
 
         Returns:
           The policy with log-weight `-inf` on the removed components.
+
+        Raises:
+          ValueError: the mask has another shape, or fractions.
         """
+        mask = check_mask(mask, self.logweights.shape[:2])
         mask = mask & ~jnp.all(mask, axis=-1, keepdims=True)
         mask = jnp.reshape(mask, mask.shape + (1,) * (self.logweights.ndim - 2))
         return self.replace(logweights=jnp.where(mask, -jnp.inf, self.logweights))
@@ -218,7 +234,11 @@ class GMFlowPolicy:
 
         Returns:
           The sharpened policy.
+
+        Raises:
+          ValueError: it is several numbers, or known and not finite.
         """
+        check_number("temperature", temperature)
         temperature = jnp.clip(jnp.asarray(temperature, self.variance.dtype), self.eps, 1.0)
         return self.replace(
             logweights=jax.nn.log_softmax(self.logweights / temperature, axis=1),
@@ -233,8 +253,12 @@ def _unstack(x: jax.Array, axis: int) -> list[jax.Array]:
 
 
 def _check_shapes(output: GMOutput, x_src: jax.Array, sigma_src: jax.Array) -> None:
-    batch, *sites, channels = x_src.shape
-    components = output.means.shape[-2]
+    if np.ndim(x_src) < 2:
+        raise ValueError(f"x_src must be [B, *sites, C], got shape {np.shape(x_src)}")
+    batch, *sites, channels = np.shape(x_src)
+    components = output.means.shape[-2] if output.means.ndim > 1 else 0
+    if not components:
+        raise ValueError(f"GMOutput.means has shape {output.means.shape}, without a component")
     expected = {
         "means": (batch, *sites, components, channels),
         "logweights": (batch, *sites, components),
@@ -244,7 +268,8 @@ def _check_shapes(output: GMOutput, x_src: jax.Array, sigma_src: jax.Array) -> N
         found = getattr(output, name).shape
         if found != shape:
             raise ValueError(
-                f"GMOutput.{name} has shape {found}; x_src of shape {x_src.shape} asks for {shape}"
+                f"GMOutput.{name} has shape {found}; x_src of shape {np.shape(x_src)} asks for "
+                f"{shape}"
             )
-    if sigma_src.shape != (batch,):
-        raise ValueError(f"sigma_src has shape {sigma_src.shape}, expected {(batch,)}")
+    if np.shape(sigma_src) != (batch,):
+        raise ValueError(f"sigma_src has shape {np.shape(sigma_src)}, expected {(batch,)}")
