@@ -71,11 +71,8 @@ def check_between(
         return
     wanted = _interval(low, high, open_low, finite)
     if values.dtype.kind in "cmMOSU":
-        raise ValueError(
-            f"{name} must be {wanted}, got {value!r}"
-            if not values.ndim
-            else f"{name} must be {wanted}, got an array of {values.dtype}"
-        )
+        found = f"an array of {values.dtype}" if values.ndim else repr(value)
+        raise ValueError(f"{name} must be {wanted}, got {found}")
     # NumPy compares the small types of JAX, too, but not with numbers of Python.
     numbers = values if values.dtype.kind in "biuf" else values.astype(np.float32)
     inside = (numbers <= high + slack) & ((numbers > low) if open_low else (numbers >= low - slack))
