@@ -239,7 +239,7 @@ REFUSED = {
     ),
     "no dtype": (lambda: piflow_jax.load("nowhere", dtype="half"), "unknown dtype 'float16'"),
     "shift beyond float32": (lambda: piflow_jax.TimeWarp(1e300), "shift must be in"),
-    "shift's name": (lambda: piflow_jax.TimeWarp("linear"), "shift must be in .* got array"),
+    "shift's name": (lambda: piflow_jax.TimeWarp("linear"), "shift must be in .* got 'linear'"),
     "complex start": (lambda: few(start=1j), "start must be in"),
     "two temperatures": (lambda: few(temperature=ONE), "temperature must be one number"),
     "two starts": (lambda: few(start=ONE), r"start must be one number, got an array \[2\]"),

@@ -65,8 +65,8 @@ def check_query(x: jax.Array, sigma: jax.Array, states: tuple[int, ...]) -> None
     """Refuses states and noise levels that are not of a policy.
 
     Args:
-      x: the states of a query.
-      sigma: their noise levels.
+      x: `[B, *sites, C]`, the states of a query.
+      sigma: `[B]`, their noise levels, or one number.
       states: `(B, *sites, C)` of the policy; a policy of one sample is asked at any number of them.
 
     Raises:
@@ -84,7 +84,7 @@ def check_mask(mask: jax.Array, shape: tuple[int, int]) -> jax.Array:
     """A mask of components, as booleans.
 
     Args:
-      mask: the mask.
+      mask: `[B, K]`, booleans or integers.
       shape: `(B, K)` of the policy.
 
     Returns:
