@@ -202,6 +202,11 @@ class TrainConfig:
         1, "parts of a batch whose gradients are accumulated one after the other", low=1
     )
     optimizer: OptimizerConfig = _field(OptimizerConfig, "")
+    initial: str = _field(
+        "",
+        "work directory of a run, or directory of checkpoints, of whose student the weights are "
+        "where this one starts; empty starts at the teacher",
+    )
     data_free: bool = _field(False, "start at noise and walk all segments in each step")
     nfe: int = _field(1, "segments, which is network evaluations per sample", **_EVALUATIONS)
     final_step_size_scale: float = _field(

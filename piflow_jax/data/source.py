@@ -11,13 +11,13 @@ __all__ = [
     "ArraySource",
     "Source",
     "as_source",
-    "fingerprint",
     "has_states",
     "labelled_pictures",
+    "source_digest",
     "stacked",
 ]
 
-_SAMPLED = 32  # examples of a fingerprint
+_DIGESTED = 256  # examples by which a source is known
 
 
 class Source(Protocol):
@@ -140,24 +140,22 @@ def has_states(source: Source) -> bool:
     return bool(np.size(next(iter(leaves))))
 
 
-def fingerprint(source: Source) -> str:
-    """Identity of a source: its length, its shape and some of its examples.
+def source_digest(source: Source) -> str:
+    """Identity of a source, by which a run notices that it goes on with another one.
 
     Args:
-      source: the data.
+      source: any source.
 
     Returns:
-      A short text, by which a run that goes on knows its data again.
+      SHA-256, 64 hexadecimal digits, of its length and of at most 256 examples spread over it.
     """
-    digest = hashlib.sha256()
-    classes = getattr(source, "num_classes", 0)
-    digest.update(f"{len(source)} {list(source.shape)} {classes}".encode())
-    for index in np.unique(np.linspace(0, len(source) - 1, _SAMPLED).astype(int)):
-        for name, array in _leaves(dict(source[int(index)])):
-            array = np.asarray(array)
-            digest.update(f"{name} {array.dtype} {list(array.shape)}".encode())
-            digest.update(np.ascontiguousarray(array).tobytes())
-    return digest.hexdigest()[:16]
+    digest = hashlib.sha256(f"{len(source)}{list(source.shape)}".encode())
+    for index in np.unique(np.linspace(0, len(source) - 1, _DIGESTED).astype(int)):
+        for path, leaf in sorted(_leaves(source[int(index)])):
+            array = np.ascontiguousarray(leaf)
+            digest.update(f"{path}{array.dtype}{list(array.shape)}".encode())
+            digest.update(array.tobytes())
+    return digest.hexdigest()
 
 
 def labelled_pictures(

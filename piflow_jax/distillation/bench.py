@@ -29,7 +29,7 @@ from piflow_jax.systems.judges import Judge, real_samples
 from piflow_jax.systems.sampling import ROUNDING, conditions_in_turn
 from piflow_jax.systems.shapes import DataShape
 
-__all__ = ["Bench", "compare", "judged"]
+__all__ = ["Bench", "compare", "draw", "judged"]
 
 
 def judged(source: Source, judge: Judge | None) -> Measure | None:
@@ -176,3 +176,45 @@ def compare(
         logging.info("\n%s\n", report.table())
         logging.info("wrote %s and %s", workdir / "report.json", workdir / "samples.png")
     return report
+
+
+def draw(
+    systems: Systems,
+    source: Source,
+    teacher_params: Any,
+    student_params: Any,
+    workdir: str | os.PathLike,
+) -> None:
+    """Samples of teacher and student of the same noise, as `samples.png`, without figures.
+
+    Args:
+      systems: teacher and student.
+      source: data, for its conditions.
+      teacher_params: the teacher's parameters.
+      student_params: the student's.
+      workdir: the run's directory.
+    """
+    settings = systems.config.evaluation
+    conditions, _ = conditions_in_turn(source, systems.data)
+
+    def samples(sampler, params):
+        by_index = IndexSampler(
+            sampler,
+            shape=systems.data.shape,
+            conditions=conditions,
+            batch_size=settings.batch_size,
+            num_samples=settings.grid_samples,
+            seed=settings.seed,
+            sharding=batch_sharding(local_mesh()),
+        )
+        return as_pictures(by_index(params, settings.grid_samples))
+
+    most, nfe = settings.teacher_steps[-1], systems.config.sampling_nfe
+    rows = [
+        (f"teacher, {most} NFE", samples(systems.teacher_sampler(most), teacher_params)),
+        (f"student, {nfe} NFE", samples(systems.student_sampler(), student_params)),
+    ]
+    if jax.process_index() == 0:
+        path = user_path(workdir) / "samples.png"
+        save_grid(path, rows)
+        logging.info("wrote %s", path)

@@ -81,17 +81,23 @@ class Sizes:
       systems: teacher and student.
       source: the data, where it is there.
       machine: the devices; by default those of this run.
+      teacher: the teacher's parameters, where its network is not known.
 
     Raises:
       ConfigError: patches do not divide the samples.
     """
 
     def __init__(
-        self, systems: Systems, source: Source | None = None, machine: Machine | None = None
+        self,
+        systems: Systems,
+        source: Source | None = None,
+        machine: Machine | None = None,
+        teacher: Any = None,
     ):
         self._systems, self._config, self._data = systems, systems.config, systems.data
         self._real = None if source is None else len(source)
         self._machine = machine or Machine.here()
+        self._given = teacher
         model = systems.config.model
         # Of captions there may be several.
         self._shapes = getattr(source, "buckets", [systems.data.shape[:-1]])
@@ -100,14 +106,15 @@ class Sizes:
             if self._patch and side % self._patch:
                 raise ConfigError(
                     f"config.model.{model.network}.patch_size must divide the {side} sites of a "
-                    f"side of {systems.config.data.name!r}, got {self._patch}"
+                    f"side of {systems.data.name!r}, got {self._patch}"
                 )
         self._of_network = _numeric(f"model.{model.network}", model.own)
         self._of_student = self._of_network + _numeric("policy", systems.config.policy)
 
     @functools.cached_property
     def _teacher(self) -> Any:
-        return abstract_variables(self._systems.teacher_network)
+        network = self._systems.teacher_network
+        return self._given if network is None else abstract_variables(network)
 
     @functools.cached_property
     def _student(self) -> Any:
@@ -125,6 +132,12 @@ class Sizes:
         self.check_student_training()
         if row.by_class and (not row.latents or settings.features or settings.every):
             self.check_evaluation()
+
+    def check_distillation(self, measured: bool) -> None:
+        """Checks a student's training and, where it is measured, its evaluation."""
+        self.check_student_training()
+        if measured:
+            self.check_evaluation(measured)
 
     def check_teacher_training(self) -> None:
         """Checks a step of the teacher's training."""
@@ -163,9 +176,15 @@ class Sizes:
         parts = _Part(_bytes(variables), keys), _Part(evaluated, (*keys, "evaluation.batch_size"))
         self._check_memory("a batch of samples", *parts)
 
-    def check_evaluation(self) -> None:
-        """Checks the evaluation, and that its figures have the samples that they need."""
-        settings, measured = self._config.evaluation, not dataset(self._config).latents
+    def check_evaluation(self, measured: bool | None = None) -> None:
+        """Checks the evaluation, and that its figures have the samples that they need.
+
+        Args:
+          measured: samples are compared with the data's; by default unless those are latents.
+        """
+        settings = self._config.evaluation
+        if measured is None:
+            measured = not dataset(self._config).latents
         numbers = {"evaluation.num_samples": settings.num_samples}
         if settings.every:
             numbers["evaluation.every_samples"] = settings.every_samples
@@ -204,8 +223,8 @@ class Sizes:
                 )
         if self._real is not None and self._real < least_real_samples():
             raise ConfigError(
-                f"config.data.name = {config.data.name!r} has {self._real} samples, but figures "
-                f"need {least_real_samples()}"
+                f"{self._data.name!r} has {self._real} samples, but figures need "
+                f"{least_real_samples()}"
             )
 
     def _check_step(self, group: str, state: _Part, outputs: int, microbatches: int) -> None:

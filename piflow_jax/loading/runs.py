@@ -11,6 +11,8 @@ from piflow_jax.loading.weights import averaged, converted
 from piflow_jax.parallel import local_mesh, parameter_shardings, replicated
 from piflow_jax.runs.checkpoint import CheckpointError, check_spec, read_spec
 from piflow_jax.runs.loop import checkpoint_dir
+from piflow_jax.runs.workdir import user_path
+from piflow_jax.systems.assembly import Systems
 from piflow_jax.systems.datasets import dataset, load_source, shape_of
 from piflow_jax.systems.networks import (
     Network,
@@ -32,6 +34,7 @@ from piflow_jax.systems.spec import (
 __all__ = [
     "data_shape",
     "load_average",
+    "load_initial",
     "load_student",
     "load_system",
     "load_teacher",
@@ -136,6 +139,34 @@ def load_student(
     else:
         trained = load_average(student_dir(config, workdir), network, spec, shardings)
     return network.with_base(trained, base) if network.adapted else trained
+
+
+def load_initial(systems: Systems) -> Any:
+    """The trained part of the student of `config.train.initial`, at which another one starts.
+
+    Its network and policy have to be the same; evaluations, shift and substeps need not.
+
+    Args:
+      systems: of the student that starts there.
+
+    Returns:
+      The trained part of `systems.student_network`.
+
+    Raises:
+      CheckpointError: there is no such student, or it is of another network or policy.
+    """
+    path, network = user_path(systems.config.train.initial), systems.student_network
+    places = (path / "student" / "checkpoints", path / "checkpoints", path)
+    directory = next((place for place in places if place.is_dir()), places[0])
+    step, saved, _ = read_spec(directory)
+    wanted = student_spec(systems.config, systems.data)
+    own, theirs = (
+        {key: value for key, value in spec.items() if not key.startswith("train.")}
+        for spec in (wanted, updated(saved))
+    )
+    check_spec(theirs, own, directory)
+    weights = averaged(directory, network, step, replicated(local_mesh()))
+    return weights if network.adapted else network.trained(weights)
 
 
 def load_system(

@@ -1,7 +1,10 @@
 """`--mode=train`: the teacher if none is given, then the student, then the report."""
 
 import os
+from typing import Any
 
+import jax
+import jax.numpy as jnp
 from absl import logging
 from etils import epath
 
@@ -14,12 +17,13 @@ from piflow_jax.distillation.stages import (
     student_stage,
     teacher_stage,
 )
-from piflow_jax.loading.runs import load_teacher, student_dir
+from piflow_jax.loading.runs import load_initial, load_teacher, student_dir
 from piflow_jax.modes.adm import config_judge, load_inception, load_reference
 from piflow_jax.modes.autoencoder import check_autoencoder, load_autoencoder
 from piflow_jax.modes.evaluate import evaluate
 from piflow_jax.modes.look import student_look
 from piflow_jax.parallel import config_mesh
+from piflow_jax.runs.checkpoint import CheckpointError
 from piflow_jax.runs.loop import checkpoint_dir
 from piflow_jax.runs.run_lock import RunLock
 from piflow_jax.runs.workdir import check_writable
@@ -80,7 +84,10 @@ def _train(config: Config, workdir: str | os.PathLike) -> None:
     if config.evaluation.every:
         judge = config_judge(config, source, workdir) if pixels else None
         look = student_look(config, source, data, judge)
-    run_here(student_stage(systems, source, teacher_params, mesh, look=look), config, workdir, mesh)
+    stage = student_stage(
+        systems, source, teacher_params, mesh, look=look, **initial_start(systems)
+    )
+    run_here(stage, config, workdir, mesh)
     if not row.by_class:
         logging.info("trained; --mode=sample draws its pictures, --mode=evaluate measures them")
     elif pixels or config.evaluation.features:
@@ -90,6 +97,18 @@ def _train(config: Config, workdir: str | os.PathLike) -> None:
             "no FID: config.evaluation.features and config.evaluation.reference are not given; "
             "--mode=evaluate says what they are"
         )
+
+
+def initial_start(systems: Systems) -> dict[str, Any]:
+    """How the student starts where `config.train.initial` names another one."""
+    path = systems.config.train.initial
+    if not path:
+        return {}
+    try:
+        initial = load_initial(systems)
+    except (CheckpointError, ValueError) as error:
+        raise ConfigError(f"config.train.initial = {path!r}: {error}") from error
+    return {"start": lambda key, given: jax.tree.map(jnp.copy, given), "initial": initial}
 
 
 def _check_evaluation(

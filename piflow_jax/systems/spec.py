@@ -43,6 +43,8 @@ _SAMPLING = ("nfe", "final_step_size_scale", "shift", "total_substeps")
 # Values that were called otherwise in older specs, and a key that they lack.
 _RENAMED = {"data.name": {"imagenet": "latents"}}
 _ADDED = {"data.vae": ""}
+# Settings of a student's run that came later, and what they were before.
+_LATER = {"train.initial": ""}
 
 
 def updated(spec: Mapping[str, Any]) -> dict[str, Any]:
@@ -83,6 +85,8 @@ def updated_settings(saved: Mapping[str, Any]) -> dict[str, Any]:
                 continue
             key = f"model.{network}.{name}"
         settings[key] = value
+    if "train.steps" in settings:
+        settings = _LATER | settings
     return settings
 
 

@@ -1,0 +1,367 @@
+"""`piflow_jax.distill` and `piflow_jax.train_teacher`: a run of a caller's own networks and data.
+
+The machinery is that of the command line: checkpoints, exact continuation, meshes, several
+processes, metrics, looks and a report. Networks, teachers and sources are the caller's values.
+Distillation is pi-Flow's, arXiv 2510.14974, Alg. 2 and Sec. 3.4.
+"""
+
+import contextlib
+import dataclasses
+import os
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from ml_collections import ConfigDict
+
+from piflow_jax.config import Config, ConfigError, base_config, parse
+from piflow_jax.data import Source, as_source, has_states
+from piflow_jax.data.source import source_digest
+from piflow_jax.diagnostics.teacher import check_teacher
+from piflow_jax.distillation.bench import Bench, compare, draw, judged
+from piflow_jax.distillation.looks import look_by
+from piflow_jax.distillation.sizes import Sizes
+from piflow_jax.distillation.stages import run_here, student_stage, teacher_stage
+from piflow_jax.flow.teacher import Teacher
+from piflow_jax.parallel import config_mesh, gathered, parameter_shardings
+from piflow_jax.runs.fingerprints import tree_fingerprint
+from piflow_jax.runs.loop import checkpoint_dir
+from piflow_jax.runs.metrics import OnMetrics
+from piflow_jax.runs.run_lock import RunLock
+from piflow_jax.runs.steps import latest_step
+from piflow_jax.runs.workdir import check_writable, user_path
+from piflow_jax.student import Student
+from piflow_jax.systems.assembly import Systems
+from piflow_jax.systems.conditioning import described
+from piflow_jax.systems.judges import Judge, open_judge
+from piflow_jax.systems.own import OwnNetwork, own_network, params_of
+from piflow_jax.systems.policies import POLICIES
+from piflow_jax.systems.shapes import DataShape
+from piflow_jax.systems.spec import StudentSettings
+
+__all__ = ["distill", "train_teacher"]
+
+_OF_BOTH = (
+    *("seed", "mesh.", "log_every", "checkpoint_every", "keep_checkpoints"),
+    *("profile", "peak_flops", "train.shift"),
+)
+_OF_TEACHER = tuple(
+    f"teacher.{key}" for key in ("steps", "batch_size", "label_dropout", "optimizer.")
+)
+_OF_STUDENT = (
+    *("policy.", "train."),
+    *(
+        f"evaluation.{key}"
+        for key in (
+            *("num_samples", "batch_size", "teacher_steps", "substeps", "nfe", "temperature"),
+            *("solver", "seed", "grid_samples", "grid_classes", "every", "every_samples"),
+            "features",
+        )
+    ),
+)
+
+
+def distill(
+    config: ConfigDict,
+    workdir: str | os.PathLike,
+    *,
+    teacher: Teacher,
+    teacher_params: Any,
+    network: Any,
+    source: Any = None,
+    test_source: Any = None,
+    initial_params: Any = None,
+    on_metrics: OnMetrics | None = None,
+) -> Student:
+    """Distils a teacher into a student that needs a few evaluations, or one.
+
+    Called again with the same arguments it continues where it was, to the same bits.
+
+    Args:
+      config: settings, `base_config()` with changes to `policy`, `train`, `evaluation`, `mesh` and
+        to what is in no group. A changed key that has no meaning here is refused.
+      workdir: the run's directory: `student/` with checkpoints and metrics, `samples.png`, and
+        where figures can be had `report.json`.
+      teacher: what the network predicts, of which diffusion, and its guidance.
+      teacher_params: its parameters, as `teacher.predict` takes them.
+      network: the student's: a `flax.linen.Module`, a `flax.nnx.Module`, a pair `(init, apply)`,
+        or a function `(outputs, shape, num_classes)` that makes one of these. It is called with
+        `(x[B, *sites, C], t[B], labels[B])`, with the arrays of a mapping as keywords, or with `(x,
+        t)` alone, and makes `[B, *sites, policy_outputs(config, C)]`: of a mixture `K` means `(K,
+        C)`, then `K` logits. Of NNX only `nnx.Param` is trained and averaged; other state is
+        carried along and saved.
+      source: data, a `piflow_jax.data.Source`; arrays `x[N, *sites, C]`; or `(x, condition)`. None
+        with `config.train.data_free` and a teacher without conditions.
+      test_source: data of figures; by default `source`.
+      initial_params: parameters at which the student starts. Where they are the teacher's, it is
+        asked with the teacher's own input and time, and its means are converted as the teacher's
+        predictions are: its first policy is the teacher. A `Student` starts where that one ended.
+        By default the network starts afresh and is asked with `(x, t)`.
+      on_metrics: `(stage, step, scalars) -> None`, called in process 0 with what metrics have.
+
+    Returns:
+      The student of the averaged weights; later `piflow_jax.load(workdir, network=network)`.
+
+    Raises:
+      BlockingIOError: another run is at work in the directory.
+      CheckpointError: a checkpoint is unusable, or of other settings, networks or data.
+      ConfigError: settings, networks or data do not fit; said before anything is trained.
+      Interrupted: a signal came; the state is saved.
+      NonFiniteLossError: the loss became NaN or infinite.
+    """
+    parsed = _parsed(config, (*_OF_BOTH, *_OF_STUDENT))
+    source = _source(source, teacher, parsed)
+    test = source if test_source is None else as_source(test_source, "test")
+    parsed, systems, first = _student_systems(parsed, source, teacher, network, initial_params)
+    params = jax.tree.map(_as_array, teacher_params)
+    if first is not None and not isinstance(initial_params, Student):
+        same = tree_fingerprint(first) == tree_fingerprint(params_of(params))
+        if same and not teacher.is_plain:
+            student = dataclasses.replace(systems.student_network, asked=teacher.as_asked())
+            systems = dataclasses.replace(systems, student_network=student)
+    systems.student_network.check_start(first)
+    mesh = config_mesh(parsed)
+    with _locked(workdir, "student", "student/best") as workdir:
+        if latest_step(checkpoint_dir(workdir, "student")) is None and has_states(source):
+            report = check_teacher(teacher, params, source)
+            if report.problem:
+                raise ConfigError(f"{report.problem}; describe the teacher as it is")
+        judge = open_judge(test, workdir) if has_states(test) else None
+        Sizes(systems, test, teacher=params).check_distillation(judge is not None)
+        network = systems.student_network
+        stage = student_stage(
+            systems,
+            source,
+            _placed(params, mesh, parsed.mesh.teacher == "split"),
+            mesh,
+            look=_look(systems, test, judge) if parsed.evaluation.every else None,
+            start=_start(network),
+            initial=first,
+            identity=_identity(network, source),
+        )
+        state = run_here(stage, parsed, workdir, mesh, on_metrics)
+        trained = gathered((state.ema_params, state.carried), mesh)
+        variables = network.with_base(*trained)
+        here = gathered(stage.constants[0], mesh)
+        if judge is None:
+            draw(systems, test, here, variables, workdir)
+        else:
+            compare(Bench(parsed, test, systems.data, judge), systems, here, variables, workdir)
+    settings = StudentSettings(
+        model=parsed.model,
+        policy=parsed.policy,
+        train=parsed.train,
+        data=systems.data,
+        asked={key.removeprefix("asked."): value for key, value in network.spec.items()},
+    )
+    return Student(network, variables, settings)
+
+
+def train_teacher(
+    config: ConfigDict,
+    workdir: str | os.PathLike,
+    *,
+    network: Any,
+    source: Any,
+    on_metrics: OnMetrics | None = None,
+) -> tuple[Teacher, Any]:
+    """Trains a teacher by flow matching; see `distill`, which takes what it returns.
+
+    Args:
+      config: settings, `base_config()` with changes to `teacher`, `train.shift`, `mesh` and to what
+        is in no group.
+      workdir: the run's directory: `teacher/` with checkpoints and metrics.
+      network: see `distill`; it makes `[B, *sites, C]`, the velocity `eps - x_0` at `(1 - t) x_0 +
+        t eps`. Of data with classes, label `num_classes` stands for none.
+      source: data, see `distill`.
+      on_metrics: see `distill`.
+
+    Returns:
+      The teacher, without guidance (`dataclasses.replace(teacher, guidance_scale=...)` has some),
+      and its averaged parameters; later `piflow_jax.load_teacher(workdir, network=network)`.
+
+    Raises:
+      BlockingIOError: see `distill`, as for all others.
+      CheckpointError: see `distill`.
+      ConfigError: see `distill`.
+      Interrupted: see `distill`.
+      NonFiniteLossError: see `distill`.
+    """
+    parsed, source = _parsed(config, (*_OF_BOTH, *_OF_TEACHER)), as_source(source)
+    if not has_states(source):
+        raise ConfigError(f"{source.name} has no states to train on")
+    data = _shape_of(source)
+    parsed = _named(parsed, network)
+    own = own_network("the network", network, data, None)
+    own.check()
+    null = own.conditioning.null(data, getattr(source, "null", None))
+    teacher = Teacher(predict=own.apply, shape=data.shape, null_cond=null)
+    systems = Systems(
+        config=parsed,
+        data=data,
+        teacher=teacher,
+        student_network=None,
+        teacher_network=own,
+        null=null,
+    )
+    mesh = config_mesh(parsed)
+    with _locked(workdir, "teacher") as workdir:
+        Sizes(systems, source).check_teacher_training()
+        stage = teacher_stage(systems, source, mesh, _identity(own, source))
+        state = run_here(stage, parsed, workdir, mesh, on_metrics)
+    return teacher, own.with_base(*gathered((state.ema_params, state.carried), mesh))
+
+
+class _NoData:
+    """The shape of samples, for training without data and without conditions."""
+
+    name = "no data"
+
+    def __init__(self, shape: tuple[int, ...]):
+        self.shape = shape
+
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        return self.gather(index)
+
+    def gather(self, indices: Any) -> dict[str, np.ndarray]:
+        return {"x": np.zeros((*np.shape(indices), *self.shape[:-1], 0), np.float32)}
+
+
+def _parsed(config: ConfigDict, applies: tuple[str, ...]) -> Config:
+    """Parsed settings, of which only those that apply were changed."""
+    parsed = parse(config, jax.device_count())
+    base = base_config().to_dict()
+    given = config.to_dict() if isinstance(config, ConfigDict) else dict(config)
+    changed = [key for key, value in _flat(given).items() if _flat(base).get(key) != value]
+    # Of `initial_params` the command line has a path.
+    strange = [key for key in changed if not key.startswith(applies) or key == "train.initial"]
+    if strange:
+        raise ConfigError(
+            f"{', '.join(f'config.{key}' for key in strange)} has no meaning here: "
+            "take back its default"
+        )
+    return parsed
+
+
+def _flat(groups: Mapping[str, Any]) -> dict[str, Any]:
+    flat = {}
+    for name, value in groups.items():
+        if isinstance(value, Mapping):
+            flat |= {f"{name}.{key}": entry for key, entry in _flat(value).items()}
+        else:
+            flat[name] = tuple(value) if isinstance(value, list) else value
+    return flat
+
+
+def _source(given: Any, teacher: Teacher, config: Config) -> Source:
+    if given is None:
+        if not config.train.data_free or teacher.shape is None:
+            raise ConfigError(
+                "without source, config.train.data_free must be set and the teacher say its shape"
+            )
+        return _NoData(tuple(teacher.shape))
+    source = as_source(given)
+    if not (config.train.data_free or has_states(source)):
+        raise ConfigError(f"{source.name} has no states: set config.train.data_free")
+    if teacher.shape is not None and tuple(source.shape) != tuple(teacher.shape):
+        theirs = list(teacher.shape)
+        raise ConfigError(
+            f"samples of {source.name} are {list(source.shape)}, the teacher's {theirs}"
+        )
+    return source
+
+
+def _shape_of(source: Source) -> DataShape:
+    """What a network has to know of a source, conditions included."""
+    data, condition = DataShape.of(source.name, source), source[0].get("condition")
+    if condition is None:
+        return dataclasses.replace(data, num_classes=0)
+    if data.num_classes and not isinstance(condition, Mapping) and not np.ndim(condition):
+        return data
+    return dataclasses.replace(data, conditions=described(condition))
+
+
+def _student_systems(
+    config: Config, source: Source, teacher: Teacher, network: Any, initial: Any
+) -> tuple[Config, Systems, Any]:
+    """Settings, teacher and student, and the parameters at which the student starts."""
+    data = _shape_of(source)
+    guidance = dataclasses.replace(
+        config.teacher,
+        guidance_scale=float(teacher.guidance_scale),
+        guidance_interval=tuple(map(float, teacher.guidance_interval)),
+        orthogonal_guidance=float(teacher.orthogonal_guidance),
+    )
+    config = dataclasses.replace(_named(config, network), teacher=guidance)
+    POLICIES[config.policy.kind].check(config)
+    asked = None
+    if isinstance(initial, Student):
+        if not isinstance(initial.network, OwnNetwork):
+            raise ConfigError(
+                "initial_params is a student of this package's networks, not of yours"
+            )
+        asked, first = initial.network.asked, initial.network.trained(initial.params)
+    else:
+        first = None if initial is None else jax.tree.map(_as_array, params_of(initial))
+    student = own_network("the network", network, data, config.policy, asked)
+    systems = Systems(config=config, data=data, teacher=teacher, student_network=student)
+    return config, systems, first
+
+
+def _named(config: Config, network: Any) -> Config:
+    """Settings that name the network, as checkpoints do."""
+    one = network[-1] if isinstance(network, tuple) else network
+    kind = one if hasattr(one, "__qualname__") else type(one)
+    name = f"{kind.__module__}:{kind.__qualname__}"
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, network=name))
+
+
+def _as_array(leaf: Any) -> Any:
+    return leaf if isinstance(leaf, jax.Array) else jnp.asarray(leaf)
+
+
+def _placed(params: Any, mesh: Any, split: bool) -> Any:
+    """Parameters on the devices of a mesh, of all processes."""
+
+    def put(leaf, sharding):
+        if sharding.is_fully_addressable:
+            return jax.device_put(leaf, sharding)
+        array = np.asarray(leaf)
+        return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+    return jax.tree.map(put, params, parameter_shardings(mesh, params, split=split))
+
+
+def _start(network: OwnNetwork):
+    def start(key, initial):
+        if initial is None:
+            return network.trained(network.init(key))
+        return network.start_at(key, initial)
+
+    return start
+
+
+def _identity(network: OwnNetwork, source: Source) -> dict[str, Any]:
+    """What a run that goes on must find again, besides the tree of its checkpoint."""
+    return {"source": f"digest {source_digest(source)}"} | network.spec
+
+
+def _look(systems: Systems, test: Source, judge: Judge | None):
+    sampler = systems.student_sampler()
+    return look_by(systems.config, test, systems.data, sampler, judged(test, judge))
+
+
+@contextlib.contextmanager
+def _locked(workdir: str | os.PathLike, *stages: str) -> Iterator[epath.Path]:
+    """The run's directory, which no other run works in and which can be written."""
+    workdir = user_path(workdir)
+    with RunLock(workdir):
+        places = [checkpoint_dir(workdir, stage) for stage in stages]
+        check_writable(*places, *(place.parent for place in places))
+        yield workdir
