@@ -61,3 +61,14 @@ def test_a_wrong_description_is_named(prediction, change, words):
         change = {"predict": lambda *arguments: -right.predict(*arguments)}
     report = check_teacher(dataclasses.replace(right, **change), {}, DATA)
     assert report.problem is not None and words in report.problem, report
+
+
+def test_of_a_network_that_has_learned_nothing_no_other_reading_is_named():
+    nothing = Teacher(
+        predict=lambda params, z, s, cond: 0 * z,
+        shape=(6, 2),
+        prediction="eps",
+        schedule=Schedule.discrete(np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))),
+    )
+    report = check_teacher(nothing, {}, np.tanh(2 * DATA / DEVIATION))
+    assert report.ratio > 10 and report.problem is None

@@ -149,8 +149,7 @@ def digits_run(tmp_path, monkeypatch):
     config = parse(load_module(ROOT / "configs" / "digits.py").get_config())
     data = shape_of(config, load_source(config.data))
     module = student_network(config.model, config.policy, data)
-    inputs = jnp.zeros((1, data.sample_size, data.sample_size, 1)), jnp.zeros(1), jnp.zeros(1, int)
-    params = jax.jit(module.init)(jax.random.key(0), *inputs)
+    params = jax.jit(module.init)(jax.random.key(0))
     workdir = tmp_path / "runs" / "digits"
     with Checkpointer(checkpoint_dir(workdir, "student")) as checkpointer:
         spec = student_spec(config, data)
@@ -193,9 +192,12 @@ def check_concepts(names):
     )
 
 
-def test_teachers_code_works():
-    (code,) = python_blocks(ROOT / "docs" / "teachers.md")
-    assert execute(code, "docs/teachers.md", {})["samples"].shape == (4, 2)
+def test_teachers_code_works(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    distil, describe = python_blocks(ROOT / "docs" / "teachers.md")
+    assert execute(distil, "docs/teachers.md", {})["student"].sample(0, 3).shape == (3, 2)
+    assert (tmp_path / "runs" / "points" / "samples.png").is_file()
+    assert execute(describe, "docs/teachers.md", {})["samples"].shape == (4, 2)
 
 
 def literals(path):

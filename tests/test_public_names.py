@@ -23,7 +23,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 PACKAGES = ("convert", "data", "diagnostics", "evaluation", "flow", "kernels", "models", "rivals")
 # Neither mathematics nor networks: files, tables and counts have no source to name.
 PLUMBING = (
-    *("piflow_jax.convert", "piflow_jax.data"),
+    *("piflow_jax.config", "piflow_jax.convert", "piflow_jax.data"),
     *("piflow_jax.evaluation.adm_files", "piflow_jax.evaluation.evaluator"),
     *("piflow_jax.evaluation.features", "piflow_jax.evaluation.floor"),
     *("piflow_jax.evaluation.images", "piflow_jax.evaluation.image_sets"),

@@ -22,9 +22,10 @@ from piflow_jax.keys import as_key
 __all__ = ["TeacherReport", "check_teacher"]
 
 _LEVELS = (0.1, 0.2, 0.35, 0.5, 0.65, 0.8, 0.9)
-# A teacher is in doubt if its error is so many times the linear estimate's, and another reading of
-# the same network is named if it has so small a share of that error.
-_DOUBTFUL, _BETTER = 1.3, 0.5
+# A teacher is in doubt if its error is so many times the linear estimate's. Another reading of the
+# same network is named if it has so small a share of that error, and is no worse than the linear
+# estimate itself: a network that has hardly learned is nearer to it under one reading than another.
+_DOUBTFUL, _BETTER, _USEFUL = 1.3, 0.5, 1.2
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -96,7 +97,8 @@ def check_teacher(
             for reading, other in _readings(teacher)
         }
         reading = min(found, key=lambda name: found[name] if np.isfinite(found[name]) else np.inf)
-        if found[reading] < _BETTER * ratio or not np.isfinite(ratio):
+        better = found[reading] < _BETTER * ratio or not np.isfinite(ratio)
+        if better and found[reading] < _USEFUL:
             problem = (
                 f"the teacher's error is {ratio:.3g} times the best linear estimate's; "
                 f"{reading} it would be {found[reading]:.3g} times that"
