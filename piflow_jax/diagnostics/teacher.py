@@ -23,9 +23,9 @@ __all__ = ["TeacherReport", "check_teacher"]
 
 _LEVELS = (0.1, 0.2, 0.35, 0.5, 0.65, 0.8, 0.9)
 # A teacher is in doubt if its error is so many times the linear estimate's. Another reading of the
-# same network is named if it has so small a share of that error, and is no worse than the linear
-# estimate itself: a network that has hardly learned is nearer to it under one reading than another.
-_DOUBTFUL, _BETTER, _USEFUL = 1.3, 0.5, 1.2
+# same network is named if it has so small a share of that error, and of the error that a network of
+# zeros has under it: one that has hardly learned is nearly such a network.
+_DOUBTFUL, _BETTER, _LEARNED = 1.3, 0.5, 0.8
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -92,13 +92,16 @@ def check_teacher(
     ratio = float(np.mean(np.divide(error, linear)))
     problem = None
     if not ratio < _DOUBTFUL:
-        found = {
-            reading: float(np.mean(np.divide(_errors(other, params, x0, noise, condition), linear)))
-            for reading, other in _readings(teacher)
-        }
+
+        def ratio_of(teacher):
+            return float(np.mean(np.divide(_errors(teacher, params, x0, noise, condition), linear)))
+
+        readings = dict(_readings(teacher))
+        found = {name: ratio_of(other) for name, other in readings.items()}
         reading = min(found, key=lambda name: found[name] if np.isfinite(found[name]) else np.inf)
+        zeros = dataclasses.replace(readings[reading], predict=lambda params, z, s, cond: 0 * z)
         better = found[reading] < _BETTER * ratio or not np.isfinite(ratio)
-        if better and found[reading] < _USEFUL:
+        if better and found[reading] < _LEARNED * ratio_of(zeros):
             problem = (
                 f"the teacher's error is {ratio:.3g} times the best linear estimate's; "
                 f"{reading} it would be {found[reading]:.3g} times that"
