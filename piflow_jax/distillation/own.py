@@ -7,6 +7,8 @@ Distillation is pi-Flow's, arXiv 2510.14974, Alg. 2 and Sec. 3.4.
 
 import contextlib
 import dataclasses
+import hashlib
+import json
 import os
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -349,7 +351,8 @@ def _start(network: OwnNetwork):
 
 def _identity(network: OwnNetwork, source: Source) -> dict[str, Any]:
     """What a run that goes on must find again, besides the tree of its checkpoint."""
-    return {"source": f"digest {source_digest(source)}"} | network.spec
+    asked = hashlib.sha256(json.dumps(network.spec, sort_keys=True).encode()).hexdigest()
+    return {"source": f"digest {source_digest(source)}", "asked": f"digest {asked}"}
 
 
 def _look(systems: Systems, test: Source, judge: Judge | None):

@@ -199,10 +199,11 @@ class OwnNetwork:
         """See `Network`: how it is asked."""
         if self.asked is None:
             return {}
-        made_by = self.asked.schedule.made_by
+        method, arguments = self.asked.schedule.made_by or (None, ())
+        values = {k: list(v) if isinstance(v, tuple) else v for k, v in arguments}
         return {
             "asked.prediction": self.asked.prediction,
-            "asked.schedule": None if made_by is None else [made_by[0], dict(made_by[1])],
+            "asked.schedule": None if method is None else [method, values],
         }
 
     def init(self, key: jax.Array) -> Any:
