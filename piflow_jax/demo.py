@@ -30,6 +30,7 @@ from piflow_jax.keys import index_keys, index_noise, seed_key
 from piflow_jax.models.vae import picture_decoder
 from piflow_jax.runs.checkpoint import CheckpointError
 from piflow_jax.systems.datasets import DATASETS
+from piflow_jax.systems.sampling import teacher_sampler
 
 __all__ = ["Drawer", "main", "make_page", "serve"]
 
@@ -171,12 +172,12 @@ class Drawer:
         return self._programs[name](self.teacher_params, seed_key(seed), labels)
 
     def _compiled(self, steps: int) -> Callable[..., jax.Array]:
+        teacher = teacher_sampler(self.teacher, self.student.settings.train.shift, steps)
+
         def sample(params, key, labels):
             keys = index_keys(key, jnp.arange(len(labels), dtype=jnp.uint32))
             noise = index_noise(keys, self.teacher.shape)
-            warp = piflow_jax.TimeWarp(self.student.settings.train.shift)
-            velocity = self.teacher.bind(params, labels)
-            return piflow_jax.ode_sample(velocity, noise, steps, warp)
+            return teacher(params, noise, labels)
 
         return jax.jit(sample)
 

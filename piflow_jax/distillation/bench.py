@@ -26,7 +26,7 @@ from piflow_jax.parallel import batch_sharding, local_mesh
 from piflow_jax.runs.workdir import user_path
 from piflow_jax.systems.assembly import Systems
 from piflow_jax.systems.judges import Judge, real_samples
-from piflow_jax.systems.sampling import ROUNDING, conditions_in_turn
+from piflow_jax.systems.sampling import conditions_in_turn, sampling_record
 from piflow_jax.systems.shapes import DataShape
 
 __all__ = ["Bench", "compare", "draw", "judged"]
@@ -104,12 +104,13 @@ class Bench:
     def protocol(self) -> dict[str, Any]:
         """Everything that the figures depend on."""
         config, settings = self._config, self._config.evaluation
+        record = sampling_record(config)
         return {
             "data": self._source.name,
             "network": config.model.network,
             "real_images": len(self._real),
             "samples": settings.num_samples,
-            "noise_seed": settings.seed,
+            "noise_seed": record["seed"],
             "labels": "index modulo classes",
             "features": self._judge.name,
             "features_sha256": self._judge.digest,
@@ -117,12 +118,9 @@ class Bench:
             "weights": "EMA",
             "teacher_solver": "euler",
             "guidance": [config.teacher.guidance_scale, *config.teacher.guidance_interval],
-            "substeps": settings.substeps,
-            "solver": settings.solver,
-            "rounding": ROUNDING,
-            "temperature": settings.temperature,
+            **{key: record[key] for key in ("substeps", "solver", "rounding", "temperature")},
             "checkpoint": settings.checkpoint,
-            "dtype": config.model.dtype,
+            "dtype": record["dtype"],
             "device": jax.devices()[0].device_kind,
             "jax": jax.__version__,
             "seed": config.seed,

@@ -19,9 +19,10 @@ from piflow_jax.flow.substeps import (
     step_weights,
 )
 
-__all__ = ["average_velocity", "rollout"]
+__all__ = ["Implementation", "average_velocity", "rollout"]
 
 Implementation = Literal["auto", "scan", "fused"]
+"""How a rollout is computed, see `rollout`."""
 
 
 def rollout(

@@ -9,7 +9,7 @@ import numpy as np
 
 from piflow_jax.arguments import check_choice, check_number, check_shape, whole
 from piflow_jax.flow.policies.base import Policy, promote
-from piflow_jax.flow.rollout import rollout
+from piflow_jax.flow.rollout import Implementation, rollout
 from piflow_jax.flow.schedule import FlowMapTimes, TimeWarp, sampling_times
 from piflow_jax.flow.substeps import Rounding, Solver, check_substeps, num_substeps
 from piflow_jax.keys import as_key, folded_noise
@@ -88,6 +88,7 @@ def sample_segments(
     key: jax.Array | None = None,
     solver: Solver = "euler",
     rounding: Rounding = "round",
+    implementation: Implementation = "auto",
 ) -> jax.Array:
     """Samples from a pi-Flow student at given times (paper, Alg. 1); see `few_step_sample`.
 
@@ -106,6 +107,7 @@ def sample_segments(
         say. With traced times noise is drawn where `m` is below 1 and a key is given.
       solver: see `few_step_sample`.
       rounding: see `few_step_sample`.
+      implementation: of the rollouts, see `rollout`.
 
     Returns:
       `x_0[B, *sites, C]` in float32 or float64.
@@ -149,6 +151,7 @@ def sample_segments(
             bound=bound,
             solver=solver,
             rounding=rounding,
+            implementation=implementation,
         )
 
         def renewed(x):

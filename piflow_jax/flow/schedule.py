@@ -87,6 +87,12 @@ class Segments:
         return 1 / (self.nfe - 1 + self.final_step_size_scale)
 
     @property
+    def starts(self) -> np.ndarray:
+        """Raw times `[nfe]` at which the segments start, from 1 down."""
+        end = (self.final_step_size_scale - 1) * self.base if self.nfe > 1 else 0.0
+        return np.maximum(np.linspace(1, end, self.nfe, endpoint=False), 0)
+
+    @property
     def final(self) -> float:
         """Raw-time length of the last segment."""
         return self.final_step_size_scale * self.base if self.nfe > 1 else 1.0
@@ -125,7 +131,7 @@ def segment_start(
     check_between("tau", tau, high=1, slack=ROUNDING)
     check_number("eps", eps, 0, 1)
     f = max(_checked_scale(nfe, final_step_size_scale), eps)
-    base = 1 / (nfe - 1 + f)
+    base = Segments(nfe, f).base
     tau = jnp.maximum(jnp.asarray(tau), eps)
     index = jnp.clip(jnp.ceil(tau / base + (1 - f)), 1, nfe)
     tau_src = jnp.clip((index - (1 - f)) * base, eps, 1)
@@ -162,10 +168,8 @@ def sampling_times(
         )
     check_number("start", start, 0, 1, open_low=True)
     check_number("h", h, 0, finite=False)
-    f, h, start = _checked_scale(nfe, final_step_size_scale), float(h), float(start)
-    end = (f - 1) / (nfe - 1 + f) if nfe > 1 else 0.0
-    tau = np.maximum(np.linspace(1, end, nfe, endpoint=False), 0)
-    tau = tau * warp.unwarp(start)
+    segments, h, start = Segments(nfe, final_step_size_scale), float(h), float(start)
+    tau = segments.starts * warp.unwarp(start)
     sigma = np.append(warp.warp(tau), 0.0)
     src, to = sigma[:-1], sigma[1:]
     if h == 0:

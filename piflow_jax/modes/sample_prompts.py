@@ -24,12 +24,13 @@ from piflow_jax.modes.autoencoder import check_autoencoder, load_autoencoder
 from piflow_jax.modes.prepare_prompts import listed_prompts
 from piflow_jax.parallel import ActivationSharding, batch_sharding, config_mesh
 from piflow_jax.systems.assembly import Systems
-from piflow_jax.systems.sampling import ROUNDING
+from piflow_jax.systems.sampling import sampling_record
 from piflow_jax.systems.shapes import DataShape
 from piflow_jax.systems.spec import student_spec, teacher_spec
 
 __all__ = ["find_prompts", "sample_prompts"]
 
+_OF_EVALUATION = ("nfe", "temperature", "substeps", "solver")
 _FOLDERS = {"student": "samples", "teacher": "teacher_samples"}
 
 
@@ -195,10 +196,11 @@ def _pictures(decode: Callable | None, samples: Sequence[np.ndarray]) -> Iterato
 def _settings(config: Config, data: DataShape, place: int) -> dict[str, Any]:
     """What made a picture, beside its prompt and the weights themselves."""
     settings, teacher = config.evaluation, config.teacher
+    record = sampling_record(config)
     made = {
-        "evaluation.seed": settings.seed,
+        "evaluation.seed": record["seed"],
         "teacher.weights": teacher.weights,
-        "model.dtype": config.model.dtype,
+        "model.dtype": record["dtype"],
         "place": place,
     }
     if settings.system == "teacher":
@@ -208,18 +210,15 @@ def _settings(config: Config, data: DataShape, place: int) -> dict[str, Any]:
             | {
                 "evaluation.teacher_steps": settings.teacher_steps[-1],
                 "teacher.guidance_scale": teacher.guidance_scale,
-                "train.shift": config.train.shift,
+                "train.shift": record["shift"],
             }
         )
     return (
         student_spec(config, data)
         | made
         | {
-            "evaluation.nfe": config.sampling_nfe,
-            "evaluation.temperature": settings.temperature,
-            "evaluation.substeps": settings.substeps,
-            "evaluation.solver": settings.solver,
-            "rounding": ROUNDING,
+            "rounding": record["rounding"],
+            **{f"evaluation.{key}": record[key] for key in _OF_EVALUATION},
             "evaluation.weights": settings.weights,
             "evaluation.checkpoint": settings.checkpoint,
         }

@@ -16,13 +16,12 @@ import optax
 
 from piflow_jax.config import Config, ModelConfig
 from piflow_jax.flow.policies.base import per_sample
-from piflow_jax.flow.sampling import ode_sample
 from piflow_jax.flow.schedule import TimeWarp, sampling_times
-from piflow_jax.keys import folded_noise, seed_key
+from piflow_jax.keys import folded_noise, index_keys, index_noise, seed_key
 from piflow_jax.models import student_from_teacher
 from piflow_jax.models.blocks import Constrain, unconstrained
-from piflow_jax.systems.assembly import guided
-from piflow_jax.systems.networks import BuiltIn, Network, teacher_network
+from piflow_jax.systems.assembly import Systems, guided
+from piflow_jax.systems.networks import BuiltIn, teacher_network
 from piflow_jax.systems.shapes import DataShape
 from piflow_jax.systems.spec import teacher_spec
 from piflow_jax.training.optimizer import make_optimizer
@@ -90,7 +89,8 @@ class Setting:
 
     def guided(self, params: Any, labels: jax.Array) -> Velocity:
         """The guided teacher `(x, t) -> u` of its `params` and of `labels[B]`."""
-        return _guided(self.teacher, params, labels, self.config, self.data)
+        null = self.teacher.conditioning.null(self.data, None)
+        return guided(self.teacher, self.config.teacher, null).bind(params, labels)
 
     def bind(self, params: Any, labels: jax.Array) -> Callable[..., jax.Array]:
         """The network `(x, t, ...) -> u` of its `params` and of `labels[B]`."""
@@ -217,13 +217,6 @@ class Pairs:
     labels: jax.Array
 
 
-def _guided(
-    teacher: Network, params, labels: jax.Array, config: Config, data: DataShape
-) -> Velocity:
-    null = teacher.conditioning.null(data, None)
-    return guided(teacher, config.teacher, null).bind(params, labels)
-
-
 def endpoint_pairs(
     config: Config, data: DataShape, key: jax.Array, count: int, params: Any, index: jax.Array
 ) -> Pairs:
@@ -232,20 +225,19 @@ def endpoint_pairs(
     Args:
       config: the run's settings; the teacher takes `rivals.pair_steps` Euler steps.
       data: what the data look like.
-      key: PRNG key of noise and labels.
+      key: PRNG key of the noise.
       count: pairs of a call.
       params: the teacher's parameters.
       index: number of the call, a scalar.
 
     Returns:
-      The pairs.
+      The pairs, of classes in turn. Each depends on its number alone, not on `count`.
     """
-    noise_key, label_key = jax.random.split(jax.random.fold_in(key, index))
-    noise = jax.random.normal(noise_key, (count, *data.shape))
-    labels = jax.random.randint(label_key, (count,), 0, data.num_classes)
-    velocity = _guided(teacher_network(config.model, data), params, labels, config, data)
-    warp = TimeWarp(config.train.shift)
-    return Pairs(noise, ode_sample(velocity, noise, config.rivals.pair_steps, warp), labels)
+    numbers = jnp.asarray(index * count, jnp.uint32) + jnp.arange(count, dtype=jnp.uint32)
+    noise = index_noise(index_keys(key, numbers), data.shape)
+    labels = (numbers % data.num_classes).astype(jnp.int32)
+    sample = Systems.of(config, data).teacher_sampler(config.rivals.pair_steps)
+    return Pairs(noise, sample(params, noise, labels), labels)
 
 
 def rival_setting(

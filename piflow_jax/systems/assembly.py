@@ -4,13 +4,11 @@ import dataclasses
 
 from piflow_jax.config import Config, TeacherConfig
 from piflow_jax.evaluation.evaluator import Sampler
-from piflow_jax.flow.sampling import ode_sample
-from piflow_jax.flow.schedule import TimeWarp, sampling_times
 from piflow_jax.flow.teacher import Teacher
 from piflow_jax.models.blocks import Constrain
 from piflow_jax.systems.conditioning import Condition
 from piflow_jax.systems.networks import Network, student_network, teacher_network
-from piflow_jax.systems.sampling import student_sampler
+from piflow_jax.systems.sampling import student_sampler, student_times, teacher_sampler
 from piflow_jax.systems.shapes import DataShape
 
 __all__ = ["Systems", "guided"]
@@ -102,10 +100,7 @@ class Systems:
 
     def teacher_sampler(self, steps: int) -> Sampler:
         """The guided teacher's Euler sampler, `(params, noise[B, *sites, C], condition) -> x_0`."""
-        teacher, warp = self.teacher, TimeWarp(self.config.train.shift)
-        return lambda params, noise, condition: ode_sample(
-            teacher.bind(params, condition), noise, steps, warp
-        )
+        return teacher_sampler(self.teacher, self.config.train.shift, steps)
 
     def student_sampler(self) -> Sampler:
         """The student's sampler, at its trained NFE or that of `config.evaluation.nfe`."""
@@ -117,8 +112,7 @@ class Systems:
             substeps=settings.substeps,
             solver=settings.solver,
         )
-        warp = TimeWarp(train.shift)
-        times = sampling_times(self.config.sampling_nfe, warp, train.final_step_size_scale)
+        times = student_times(train, self.config.sampling_nfe)
         return lambda params, noise, condition: sample(
             params, noise, condition, times, settings.temperature
         )

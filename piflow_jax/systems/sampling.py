@@ -9,12 +9,14 @@ from typing import Any
 import jax
 import numpy as np
 
-from piflow_jax.config import PolicyConfig, TrainConfig
+from piflow_jax.config import Config, PolicyConfig, TrainConfig
 from piflow_jax.data import Source, stacked
 from piflow_jax.flow.policies import Policy
-from piflow_jax.flow.sampling import sample_segments, segment_substeps
-from piflow_jax.flow.schedule import TimeWarp, sampling_times
+from piflow_jax.flow.rollout import Implementation
+from piflow_jax.flow.sampling import ode_sample, sample_segments, segment_substeps
+from piflow_jax.flow.schedule import FlowMapTimes, TimeWarp, sampling_times
 from piflow_jax.flow.substeps import Rounding, Solver
+from piflow_jax.flow.teacher import Teacher
 from piflow_jax.systems.conditioning import Condition
 from piflow_jax.systems.networks import Network
 from piflow_jax.systems.policies import policy_factory
@@ -23,9 +25,12 @@ from piflow_jax.systems.shapes import DataShape
 __all__ = [
     "ROUNDING",
     "conditions_in_turn",
+    "sampling_record",
     "student_policy",
     "student_sampler",
     "student_substeps",
+    "student_times",
+    "teacher_sampler",
 ]
 
 ROUNDING: Rounding = "ceil"
@@ -59,6 +64,11 @@ def student_policy(
     return predict
 
 
+def student_times(train: TrainConfig, nfe: int, h: float = 0.0, start: float = 1.0) -> FlowMapTimes:
+    """Times of a student's samples, see `sampling_times`."""
+    return sampling_times(nfe, TimeWarp(train.shift), train.final_step_size_scale, h, start)
+
+
 def student_substeps(
     train: TrainConfig, nfe: int, substeps: int, rounding: Rounding = ROUNDING
 ) -> np.ndarray:
@@ -73,13 +83,18 @@ def student_substeps(
     Returns:
       Whole numbers `[nfe]`.
     """
-    warp = TimeWarp(train.shift)
-    times = sampling_times(nfe, warp, train.final_step_size_scale)
-    return segment_substeps(times, warp, substeps, rounding)
+    times = student_times(train, nfe)
+    return segment_substeps(times, TimeWarp(train.shift), substeps, rounding)
 
 
 def student_sampler(
-    network: Network, policy: PolicyConfig, train: TrainConfig, *, substeps: int, solver: Solver
+    network: Network,
+    policy: PolicyConfig,
+    train: TrainConfig,
+    *,
+    substeps: int,
+    solver: Solver,
+    implementation: Implementation = "auto",
 ) -> Callable[..., jax.Array]:
     """A student's sampler, with the substeps of the pi-Flow release.
 
@@ -89,6 +104,7 @@ def student_sampler(
       train: the settings of the distillation.
       substeps: policy substeps per unit of raw time.
       solver: of the policy's rollouts.
+      implementation: of the policy's rollouts, see `rollout`.
 
     Returns:
       `(params, noise[B, *sites, C], condition, times, temperature=1.0, key=None) -> x_0`, see
@@ -109,9 +125,51 @@ def student_sampler(
             key=key,
             solver=solver,
             rounding=ROUNDING,
+            implementation=implementation,
         )
 
     return sample
+
+
+def teacher_sampler(teacher: Teacher, shift: float, steps: int) -> Callable[..., jax.Array]:
+    """A guided teacher's Euler sampler.
+
+    Args:
+      teacher: the teacher.
+      shift: of the time warp.
+      steps: Euler steps.
+
+    Returns:
+      `(params, noise[B, *sites, C], condition) -> x_0`.
+    """
+    return lambda params, noise, condition: ode_sample(
+        teacher.bind(params, condition), noise, steps, TimeWarp(shift)
+    )
+
+
+def sampling_record(config: Config) -> dict[str, Any]:
+    """The settings that samples depend on, but for those of network, policy and weights.
+
+    What says of samples or figures how they were made has these settings from here.
+
+    Args:
+      config: the run's settings.
+
+    Returns:
+      Values by name. Names are those of files: they stay.
+    """
+    train, settings = config.train, config.evaluation
+    return {
+        "seed": settings.seed,
+        "nfe": config.sampling_nfe,
+        "final_step_size_scale": train.final_step_size_scale,
+        "shift": train.shift,
+        "substeps": settings.substeps,
+        "solver": settings.solver,
+        "rounding": ROUNDING,
+        "temperature": settings.temperature,
+        "dtype": config.model.dtype,
+    }
 
 
 def conditions_in_turn(source: Source, data: DataShape) -> tuple[Condition, np.ndarray]:

@@ -144,6 +144,12 @@ def test_pairs_are_the_teachers_paths(settings, teacher):
     for t in (1, 2 / 3, 1 / 3):
         x = x - module.apply(teacher, x, jnp.full(6, t), pairs.labels) / 3
     np.testing.assert_allclose(pairs.endpoints, x, atol=1e-5)
+    # A pair is its number's, however many are made in a call.
+    two = jit(functools.partial(endpoint_pairs, config, DATA, jax.random.key(4), 12, teacher))(0)
+    for found, halves in zip(
+        jax.tree.leaves(two), zip(*map(jax.tree.leaves, (pairs, others)), strict=True), strict=True
+    ):
+        np.testing.assert_allclose(found, np.concatenate(halves), atol=1e-5)
 
 
 def test_samplers_ask_the_network_as_it_was_trained(settings, monkeypatch):
