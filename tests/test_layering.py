@@ -1,9 +1,9 @@
 """Who may import whom. Reads the source with `ast`; the checker is itself tested on planted faults.
 
-Rooms from the ground up: arguments, keys and safetensors_files, on which all others stand; kernels,
-flow, models, config; then data, convert, parallel and evaluation beside each other; then systems,
-training, runs, loading, rivals, modes, main. A room imports lower rooms only, and of these only the
-ones listed here.
+Rooms from the ground up: arguments, keys, whole_files and safetensors_files, on which all others
+stand; kernels, flow, models, config; then data, convert, parallel and evaluation beside each other;
+then systems, training, runs, loading, rivals, modes, main. A room imports lower rooms only, and of
+these only the ones listed here.
 """
 
 import ast
@@ -17,13 +17,15 @@ PACKAGE = Path(__file__).parents[1] / "piflow_jax"
 NAME = "piflow_jax"
 MAX_LINES = 500
 
-GROUND = {"arguments", "keys", "safetensors_files"}
+GROUND = {"arguments", "keys", "safetensors_files", "whole_files"}
 MATHEMATICS = {"flow", "kernels"}
 ROOMS = {
     "__init__": set(),
     "arguments": set(),
     "keys": {"arguments"},
-    "safetensors_files": set(),
+    "safetensors_files": {"whole_files"},
+    "whole_files": set(),
+    "exported": set(),
     "kernels": set(),
     "flow": {"kernels"},
     "models": MATHEMATICS,
@@ -35,9 +37,9 @@ ROOMS = {
     "systems": MATHEMATICS | {"models", "config", "data", "parallel", "evaluation"},
     "training": MATHEMATICS | {"config", "data", "parallel", "systems"},
 }
-ROOMS["student"] = MATHEMATICS | {"config", "systems"}
+ROOMS["student"] = MATHEMATICS | {"config", "exported", "systems"}
 ROOMS["runs"] = {"config", "data", "parallel", "training"}
-ROOMS["loading"] = ROOMS["student"] | {"student", "config", "convert", "parallel", "runs"}
+ROOMS["loading"] = ROOMS["student"] | {"student", "convert", "parallel", "runs"}
 ROOMS["rivals"] = MATHEMATICS | {"models", "config", "systems", "training"}
 ROOMS["distillation"] = MATHEMATICS | {"config", "data", "diagnostics", "evaluation", "parallel"}
 ROOMS["distillation"] |= {"runs", "student", "systems", "training"}

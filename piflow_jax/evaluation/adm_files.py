@@ -19,6 +19,7 @@ from numpy.typing import ArrayLike
 
 from piflow_jax.evaluation.frechet import GaussianStatistics
 from piflow_jax.models.inception import POOL_FEATURES, SPATIAL_CHANNELS
+from piflow_jax.whole_files import replacing
 
 SPATIAL_FEATURES = 17 * 17 * SPATIAL_CHANNELS
 REFERENCE_URL = (
@@ -182,10 +183,9 @@ def write_samples(
     path, labels = Path(path), np.asarray(labels)
     if labels.ndim != 1 or not len(labels) or not np.issubdtype(labels.dtype, np.integer):
         raise ValueError(f"`labels` must be integers [N], got {labels.dtype}{list(labels.shape)}")
-    temporary = path.with_suffix(".tmp")
     count, size = 0, None
-    try:
-        with zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+    with replacing(path) as under_way:
+        with zipfile.ZipFile(under_way, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
             with archive.open("arr_0.npy", "w", force_zip64=True) as stream:
                 for batch in batches:
                     size = size or batch.shape[1:]
@@ -205,9 +205,6 @@ def write_samples(
                 np.lib.format.write_array(stream, labels.astype(np.int64))
         if count != len(labels):
             raise ValueError(f"`batches` had {count} images for {len(labels)} `labels`")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def write_statistics(
@@ -229,11 +226,5 @@ def write_statistics(
     """
     values = (*pool, *spatial)
     extra = {"count": np.int64(count), "feature_network": np.str_(feature_network)}
-    path = Path(path)
-    temporary = path.with_suffix(".tmp")
-    try:
-        with temporary.open("wb") as file:
-            np.savez(file, **dict(zip(_STATISTICS, values, strict=True)), **extra)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(Path(path)) as under_way, under_way.open("wb") as file:
+        np.savez(file, **dict(zip(_STATISTICS, values, strict=True)), **extra)

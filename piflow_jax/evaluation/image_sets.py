@@ -9,13 +9,13 @@ one of another student does not read the teacher's pictures again.
 import hashlib
 import os
 import re
-import uuid
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
 from piflow_jax.data.pictures import PictureError, read_picture
+from piflow_jax.whole_files import replacing
 
 __all__ = ["ImageSet", "cached_features", "centre_patch", "open_images", "resized"]
 
@@ -196,9 +196,8 @@ def cached_features(
         path = directory / f"{name[:32]}.npy"
         if not path.exists():
             features = np.asarray(extract([images[number] for number in numbers]), np.float32)
-            under_way = path.with_name(f".{uuid.uuid4().hex}.npy")
-            np.save(under_way, features)
-            os.replace(under_way, path)
+            with replacing(path) as under_way:
+                np.save(under_way, features)
         chunks.append(np.load(path))
         if on_progress is not None:
             on_progress(numbers.stop, len(images))

@@ -1,7 +1,6 @@
 """The report: systems side by side on the same noise and labels, as table, JSON and picture."""
 
 import dataclasses
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ import numpy as np
 
 from piflow_jax.evaluation.evaluator import Figures
 from piflow_jax.evaluation.floor import Floor
+from piflow_jax.whole_files import write_json
 
 __all__ = ["Report", "Row"]
 
@@ -75,10 +75,7 @@ class Report:
 
     def write(self, path: str | os.PathLike) -> None:
         """Writes the report as JSON to `path`; a file that is there is replaced in one move."""
-        path = Path(path)
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(self.as_dict(), indent=1) + "\n", encoding="utf-8")
-        temporary.replace(path)
+        write_json(Path(path), self.as_dict())
 
     def table(self) -> str:
         """The report for people, in fixed-width columns that are also Markdown."""

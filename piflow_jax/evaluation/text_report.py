@@ -4,11 +4,11 @@ Source: the figures of pi-Flow's text-to-image tables (arXiv 2510.14974, section
 """
 
 import dataclasses
-import json
 import os
-import uuid
 from pathlib import Path
 from typing import Any
+
+from piflow_jax.whole_files import write_json
 
 __all__ = ["TextReport"]
 
@@ -59,7 +59,4 @@ class TextReport:
         Args:
           path: The file; one that exists is replaced.
         """
-        path = Path(path)
-        under_way = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-        under_way.write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n")
-        os.replace(under_way, path)
+        write_json(Path(path), dataclasses.asdict(self))

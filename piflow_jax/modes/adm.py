@@ -45,8 +45,9 @@ from piflow_jax.parallel import batch_sharding, local_mesh, replicated
 from piflow_jax.systems.assembly import Systems
 from piflow_jax.systems.datasets import dataset
 from piflow_jax.systems.judges import Judge, open_judge
-from piflow_jax.systems.sampling import ROUNDING, student_substeps
+from piflow_jax.systems.sampling import ROUNDING, sampling_record, student_substeps
 from piflow_jax.systems.shapes import DataShape
+from piflow_jax.whole_files import replacing, write_json
 
 __all__ = ["evaluate_latents", "load_inception", "load_reference", "protocol", "write_reference"]
 
@@ -135,17 +136,14 @@ def protocol(
     samples: int,
 ) -> Protocol:
     """What figures of the student depend on."""
+    record = sampling_record(config)
     return Protocol(
         samples=samples,
         label_rule=f"index modulo {data.num_classes}",
-        seed=config.evaluation.seed,
-        nfe=config.sampling_nfe,
-        substeps=config.evaluation.substeps,
-        solver=config.evaluation.solver,
-        temperature=config.evaluation.temperature,
+        **{key: record[key] for key in ("seed", "nfe", "substeps", "solver", "temperature")},
         guidance=1.0,  # the teacher's guidance is distilled into the student
         decoder=autoencoder.identity,
-        dtype=f"{config.model.dtype} network, float32 decoder",
+        dtype=f"{record['dtype']} network, float32 decoder",
         feature_network=network.digest,
         reference=reference.path.name,
         reference_digest=reference.digest,
@@ -191,8 +189,7 @@ def evaluate_latents(config: Config, workdir: str | os.PathLike) -> AdmFigures |
         protocol(config, data, autoencoder, network, reference, number),
     )
     path = Path(workdir) / "adm.json"
-    content = {"names": figures.names, **dataclasses.asdict(figures)}
-    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    write_json(path, {"names": figures.names, **dataclasses.asdict(figures)})
     logging.info("%s", figures)
     logging.info("wrote %s and %s", path, samples)
     return figures
@@ -204,18 +201,10 @@ def _samples(
     """The file of all samples, on the first process, which puts the shards together."""
     settings, folder = config.evaluation, workdir / "samples"
     params = load_student(config, data, workdir)
-    plan = {
+    plan = sampling_record(config) | {
         "samples": settings.num_samples,
         "shard": _SHARD,
-        "seed": settings.seed,
         "classes": data.num_classes,
-        "nfe": config.sampling_nfe,
-        "final_step_size_scale": config.train.final_step_size_scale,
-        "shift": config.train.shift,
-        "substeps": settings.substeps,
-        "solver": settings.solver,
-        "temperature": settings.temperature,
-        "dtype": config.model.dtype,
         "student": tree_digest(params),
         "decoder": autoencoder.identity,
     }
@@ -225,8 +214,8 @@ def _samples(
         student_substeps(config.train, config.sampling_nfe, settings.substeps, rounding)
         for rounding in ("round", ROUNDING)
     ]
-    if (counts[0] != counts[1]).any():
-        plan["rounding"] = ROUNDING
+    if (counts[0] == counts[1]).all():
+        del plan["rounding"]
     _check_plan(folder, plan)
     whole = folder / "samples.npz"
     shards = [folder / f"{i:05d}.npy" for i in range(-(-settings.num_samples // _SHARD))]
@@ -248,7 +237,8 @@ def _samples(
             start = int(path.stem) * _SHARD
             indices = range(start, min(start + _SHARD, settings.num_samples))
             images = np.concatenate([to_uint8(b) for b in run.batches(everything, indices)])
-            _save(path, images)
+            with replacing(path) as under_way:
+                np.save(under_way, images)
             logging.info("evaluation: %d/%d shards of samples", number, len(todo))
     multihost_utils.sync_global_devices("samples")
     if jax.process_index() != 0:
@@ -266,9 +256,7 @@ def _check_plan(folder: Path, plan: dict) -> None:
     path = folder / "plan.json"
     if jax.process_index() == 0 and not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(plan, indent=1) + "\n", encoding="utf-8")
-        temporary.replace(path)
+        write_json(path, plan)
     multihost_utils.sync_global_devices("plan of samples")
     known = json.loads(path.read_text(encoding="utf-8"))
     different = [
@@ -281,13 +269,6 @@ def _check_plan(folder: Path, plan: dict) -> None:
             f"{folder} has samples of other settings ({'; '.join(different)}); remove it, or pass "
             "another --workdir"
         )
-
-
-def _save(path: Path, images: np.ndarray) -> None:
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("wb") as file:
-        np.save(file, images)
-    os.replace(temporary, path)
 
 
 def write_reference(config: Config, workdir: str | os.PathLike) -> Path:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import importlib.metadata
-import json
 import os
 import re
 import time
@@ -42,6 +41,7 @@ from piflow_jax.systems.shardings import student_shardings, teacher_shardings
 from piflow_jax.training.optimizer import make_optimizer
 from piflow_jax.training.state import TrainState
 from piflow_jax.training.step import distill_step
+from piflow_jax.whole_files import write_json
 
 GIB = 2**30
 # Pixels of an image along a side of a latent, of the autoencoders of FLUX.1 and Qwen-Image.
@@ -73,21 +73,7 @@ def compile_step(config: Config, workdir: str | os.PathLike) -> dict[str, Any]:
       ConfigError: `config.topology` is unknown, the batch does not divide, or the step does not
         fit the devices' memory.
     """
-    mesh = _mesh(config, "train")
-    train = config.train
-    program = _step_program(config, mesh)
-    remedy = (
-        f"the step does not fit {config.topology}; raise config.train.microbatches, set "
-        "config.model.remat or split the state over config.mesh.fsdp"
-    )
-    settings = {
-        "batch_size": train.batch_size,
-        "batch_per_device": train.batch_size / mesh.size,
-        "microbatches": train.microbatches,
-        "remat": config.model.remat,
-        "moment_dtype": train.optimizer.moment_dtype,
-    }
-    return _report(config, mesh, program, remedy, settings, Path(workdir), "compile")
+    return _compiled(config, workdir, "compile", "train", _step_program)
 
 
 def compile_sampling(config: Config, workdir: str | os.PathLike) -> dict[str, Any]:
@@ -106,28 +92,7 @@ def compile_sampling(config: Config, workdir: str | os.PathLike) -> dict[str, An
     Raises:
       ConfigError: see `compile_step`.
     """
-    mesh = _mesh(config, "evaluation")
-    program = _sampling_program(config, mesh)
-    batch_size = config.evaluation.batch_size
-    settings = {
-        "batch_size": batch_size,
-        "batch_per_device": batch_size / mesh.size,
-        "nfe": config.sampling_nfe,
-    }
-    remedy = (
-        f"the sampler does not fit {config.topology}; lower config.evaluation.batch_size or split "
-        "the parameters over config.mesh.fsdp"
-    )
-    return _report(config, mesh, program, remedy, settings, Path(workdir), "compile_sampling")
-
-
-def _mesh(config: Config, group: str) -> Mesh:
-    """The slice's devices, if they can share the batches of this group of settings."""
-    try:
-        devices = topology_devices(config.topology)
-    except ValueError as error:
-        raise ConfigError(f"config.topology: {error}") from error
-    return config_mesh(config, devices, groups=(group,))
+    return _compiled(config, workdir, "compile_sampling", "evaluation", _sampling_program)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -139,23 +104,25 @@ class _Program:
       arguments: shapes of its arguments.
       shardings: of the arguments.
       results: shardings of its results.
-      donated: whether the first argument is.
-      examples: samples that come of one run.
       substeps: of the longest rollout of a policy.
+      remedy: what to do if it does not fit.
+      settings: what the report says of it.
+      donated: numbers of arguments that are.
     """
 
     function: Callable
     arguments: tuple[Any, ...]
     shardings: tuple[Any, ...]
     results: Any
-    donated: bool
-    examples: int
     substeps: int
+    remedy: str
+    settings: dict[str, Any]
+    donated: tuple[int, ...] = ()
 
-    def compile(self, mesh: Mesh, remedy: str) -> jax.stages.Compiled:
+    def compile(self, mesh: Mesh) -> jax.stages.Compiled:
         jitted = jax.jit(
             self.function,
-            donate_argnums=(0,) if self.donated else (),
+            donate_argnums=self.donated,
             in_shardings=self.shardings,
             out_shardings=self.results,
         )
@@ -167,21 +134,26 @@ class _Program:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
             reason = str(error).splitlines()[0]
-            raise ConfigError(f"{remedy} ({reason})") from error
+            raise ConfigError(f"{self.remedy} ({reason})") from error
 
 
-def _report(
+def _compiled(
     config: Config,
-    mesh: Mesh,
-    program: _Program,
-    remedy: str,
-    settings: dict[str, Any],
-    workdir: Path,
+    workdir: str | os.PathLike,
     name: str,
+    group: str,
+    make: Callable[[Config, Mesh], _Program],
 ) -> dict[str, Any]:
+    """Compiles a program whose batches are those of a group of settings, and reports."""
+    try:
+        devices = topology_devices(config.topology)
+    except ValueError as error:
+        raise ConfigError(f"config.topology: {error}") from error
+    mesh = config_mesh(config, devices, groups=(group,))
+    program, batch_size = make(config, mesh), getattr(config, group).batch_size
     logging.info("compiling for %s, %d devices", config.topology, mesh.size)
     start = time.perf_counter()
-    compiled = program.compile(mesh, remedy)
+    compiled = program.compile(mesh)
     seconds = time.perf_counter() - start
     text = compiled.as_text()
     substeps = {"policy": program.substeps}
@@ -189,10 +161,12 @@ def _report(
         "topology": config.topology,
         "devices": mesh.size,
         "mesh": {axis: size for axis, size in mesh.shape.items() if size > 1},
-        **settings,
+        "batch_size": batch_size,
+        "batch_per_device": batch_size / mesh.size,
+        **program.settings,
         "dtype": config.model.dtype,
         "memory_bytes": dict(step_memory(compiled)) | {"chip": _chip(config).memory},
-        "flops": _flops(program),
+        "flops": _flops(program, batch_size),
         "cycles": _cycles(text, program.substeps),
         "collective_bytes": collective_bytes(text, SCOPES, substeps),
         "compile_seconds": seconds,
@@ -200,8 +174,8 @@ def _report(
         "libtpu": importlib.metadata.version("libtpu"),
         "libtpu_flags": os.environ.get("LIBTPU_INIT_ARGS", ""),
     }
-    path = workdir / f"{name}_{re.sub(r'[^A-Za-z0-9_]', '_', config.topology)}.json"
-    path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    path = Path(workdir) / f"{name}_{re.sub(r'[^A-Za-z0-9_]', '_', config.topology)}.json"
+    write_json(path, report)
     logging.info("%s", _summary(report))
     logging.info("wrote %s", path)
     return report
@@ -253,7 +227,7 @@ def _step_program(config: Config, mesh: Mesh) -> _Program:
     teacher_params = abstract_variables(teacher)
     batch = _batch(config, systems, train.batch_size)
     of_state = student_shardings(config, mesh, state, student)
-    f = train.final_step_size_scale
+    longest = Segments(train.nfe, train.final_step_size_scale).longest
     return _Program(
         function=distill_step(student, systems.teacher, optimizer, config, systems.data.channels),
         arguments=(state, teacher_params, jax.eval_shape(lambda: seed_key(0)), batch),
@@ -264,9 +238,15 @@ def _step_program(config: Config, mesh: Mesh) -> _Program:
             batch_sharding(mesh),
         ),
         results=(of_state, replicated(mesh)),
-        donated=True,
-        examples=train.batch_size,
-        substeps=max(round(Segments(train.nfe, f).longest * train.total_substeps), 1),
+        donated=(0,),
+        substeps=max(round(longest * train.total_substeps), 1),
+        remedy=f"the step does not fit {config.topology}; raise config.train.microbatches, set "
+        "config.model.remat or split the state over config.mesh.fsdp",
+        settings={
+            "microbatches": train.microbatches,
+            "remat": config.model.remat,
+            "moment_dtype": train.optimizer.moment_dtype,
+        },
     )
 
 
@@ -284,9 +264,10 @@ def _sampling_program(config: Config, mesh: Mesh) -> _Program:
         arguments=(params, noise, batch["condition"]),
         shardings=(parameter_shardings(mesh, named_variables(student)), split, split),
         results=split,
-        donated=False,
-        examples=settings.batch_size,
         substeps=int(student_substeps(config.train, nfe, settings.substeps).max()),
+        remedy=f"the sampler does not fit {config.topology}; lower config.evaluation.batch_size or "
+        "split the parameters over config.mesh.fsdp",
+        settings={"nfe": nfe},
     )
 
 
@@ -294,7 +275,7 @@ def _chip(config: Config) -> Chip:
     return CHIPS[config.topology.split(":")[0]]
 
 
-def _flops(program: _Program) -> dict[str, Any]:
+def _flops(program: _Program, examples: int) -> dict[str, Any]:
     """FLOPs of a run on all devices, and those of the networks without what is recomputed."""
     counted = flops(program.function, *program.arguments, scopes=SCOPES)
     networks = {scope: counted.by_scope[scope] for scope in ("teacher", "student")}
@@ -304,7 +285,7 @@ def _flops(program: _Program) -> dict[str, Any]:
         "minimum": minimum,
         "ratio": counted.total / minimum,
         "teacher_share": networks["teacher"] / minimum,
-        "per_example": counted.total / program.examples,
+        "per_example": counted.total / examples,
     }
 
 

@@ -56,6 +56,7 @@ from piflow_jax.systems.settings import check_choices, check_ours
 from piflow_jax.systems.shapes import DataShape
 from piflow_jax.systems.shardings import student_shardings, teacher_shardings
 from piflow_jax.systems.spec import model_settings, updated_settings
+from piflow_jax.whole_files import write_json
 
 __all__ = ["compare_rivals"]
 
@@ -157,7 +158,7 @@ class _Comparison:
                 "optimizer": config.train.optimizer.kind,
                 "teacher_steps": config.teacher.steps,
             }
-            _write(self._workdir / "rivals.json", report)
+            write_json(self._workdir / "rivals.json", report)
             logging.info("wrote %s, seeds to %d", self._workdir / "rivals.json", seed)
         return report
 
@@ -173,7 +174,7 @@ class _Comparison:
                         f"config.{key} = {settings.get(key)!r}, but what {self._workdir} holds was "
                         f"made with {kept.get(key)!r}; take that back, or pass another --workdir"
                     )
-        _write(path, settings)
+        write_json(path, settings)
 
     # --- Times -----------------------------------------------------------------------------------
 
@@ -186,7 +187,7 @@ class _Comparison:
         calls = {name: self._timed_call(name) for name in names if name not in measured}
         if calls:
             measured |= interleaved_seconds(calls, config.rivals.rounds)
-            _write(path, measured)
+            write_json(path, measured)
         rivals = config.rivals
         pairs_seconds = -(-rivals.pairs // config.evaluation.batch_size) * measured["pairs"]
         teacher_seconds = config.teacher.steps * measured["teacher"]
@@ -302,7 +303,7 @@ class _Comparison:
             row = dataclasses.asdict(bench.row(name, nfe, samples, seconds, ends))
             del row["system"]
             rows.append({"method": name, "seed": seed} | row | times | {"wall_seconds": wall})
-        _write(path, rows)
+        write_json(path, rows)
         return rows
 
     def _samplers(self, method: Method, config: Config, place: Path):
@@ -332,7 +333,7 @@ class _Comparison:
             )
             reference = samples if reference is None else reference
         np.save(endpoints, reference)
-        _write(path, rows[::-1])
+        write_json(path, rows[::-1])
         return rows[::-1], reference
 
 
@@ -408,9 +409,3 @@ def _comparable(config: Config) -> dict[str, Any]:
     free = (*_OF_THE_COMPARISON, *_OF_THE_RUN)
     flat = flat_settings(dataclasses.asdict(config))
     return {key: value for key, value in flat.items() if not key.startswith(free)}
-
-
-def _write(path: Path, values: Any) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
-    temporary.replace(path)

@@ -10,6 +10,7 @@ from jax.experimental import multihost_utils
 
 from piflow_jax.runs.checkpoint import Checkpointer, CheckpointError
 from piflow_jax.runs.workdir import user_path
+from piflow_jax.whole_files import write_json
 
 __all__ = ["BestCheckpoint"]
 
@@ -70,7 +71,5 @@ class BestCheckpoint:
         self._checkpointer.wait()
         self._distance = distance
         if jax.process_index() == 0:
-            temporary = self._record.with_suffix(".tmp")
-            temporary.write_text(json.dumps({"step": step, "distance": distance}) + "\n")
-            temporary.replace(self._record)
+            write_json(self._record, {"step": step, "distance": distance})
         return True

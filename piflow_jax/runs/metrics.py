@@ -22,6 +22,7 @@ from etils import epath
 
 from piflow_jax.runs.steps import cause
 from piflow_jax.runs.workdir import user_path
+from piflow_jax.whole_files import replacing
 
 OnMetrics = Callable[[str, int, Mapping[str, float]], None]
 """`(stage, step, scalars)`, called with all that is written."""
@@ -303,9 +304,8 @@ def _open_lines(path: epath.Path, first_step: int):
         if again:
             text = "%s: dropping the lines of steps after %d, which are done again"
             logging.info(text, path, first_step)
-        rewritten = path.with_suffix(".tmp")
-        rewritten.write_text("".join(kept), encoding="utf-8")
-        rewritten.replace(path)
+        with replacing(path) as rewritten:
+            rewritten.write_text("".join(kept), encoding="utf-8")
     # A line at a time, so that tail -f works.
     return open(path, "a", encoding="utf-8", buffering=1)
 

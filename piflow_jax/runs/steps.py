@@ -8,6 +8,7 @@ from absl import logging
 from etils import epath
 
 from piflow_jax.parallel import processes
+from piflow_jax.whole_files import write_json
 
 __all__ = [
     "CheckpointError",
@@ -74,9 +75,7 @@ def recorded_step(directory: epath.Path) -> int | None:
 def write_record(directory: epath.Path, step: int) -> None:
     """Records beside a directory the last step that was saved there."""
     record = _record(directory)
-    temporary = record.with_suffix(".tmp")
-    temporary.write_text(json.dumps({"step": step}) + "\n")
-    temporary.replace(record)
+    write_json(record, {"step": step})
 
 
 def _record(directory: epath.Path) -> epath.Path:
