@@ -24,6 +24,7 @@ _HOMES = {
     "few_step_sample": "piflow_jax.flow.sampling",
     "imitation_loss": "piflow_jax.flow.imitation",
     "load": "piflow_jax.loading",
+    "load_exported": "piflow_jax.exported",
     "load_teacher": "piflow_jax.loading",
     "load_torch_state": "piflow_jax.convert",
     "ode_sample": "piflow_jax.flow.sampling",

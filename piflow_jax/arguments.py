@@ -18,6 +18,7 @@ __all__ = [
     "check_choice",
     "check_number",
     "check_shape",
+    "class_labels",
     "known",
     "whole",
 ]
@@ -138,6 +139,29 @@ def check_choice(name: str, value: Any, choices: Collection[str]) -> None:
     """
     if value not in choices:
         raise ValueError(f"unknown {name} {value!r}; it is {' or '.join(map(repr, choices))}")
+
+
+def class_labels(labels: Any, num_classes: int) -> np.ndarray:
+    """Labels of samples, checked.
+
+    Args:
+      labels: `[N]`, at least one.
+      num_classes: of the data.
+
+    Returns:
+      `int32[N]`.
+
+    Raises:
+      ValueError: they are no integers in `[0, num_classes)`.
+    """
+    labels = np.asarray(labels)
+    if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer) or not len(labels):
+        raise ValueError(f"labels must be integers [N], got {labels.dtype}{list(labels.shape)}")
+    if labels.min() < 0 or labels.max() >= num_classes:
+        raise ValueError(
+            f"labels must be in [0, {num_classes}), got {labels.min()} to {labels.max()}"
+        )
+    return labels.astype(np.int32)
 
 
 def whole(name: str, value: Any, low: int, high: int | None = None) -> int:

@@ -5,10 +5,12 @@ Students are those of pi-Flow, arXiv 2510.14974; sampling is its Alg. 1.
 
 import dataclasses
 import functools
+import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -16,13 +18,14 @@ from jax.typing import ArrayLike
 
 from piflow_jax.arguments import ROUNDING, check_between, check_number, whole
 from piflow_jax.config import PolicyConfig, TrainConfig
+from piflow_jax.exported import write_exported
 from piflow_jax.flow.policies import Policy
-from piflow_jax.flow.schedule import TimeWarp, sampling_times
+from piflow_jax.flow.rollout import Implementation
 from piflow_jax.flow.substeps import Solver, check_substeps
 from piflow_jax.keys import as_key, index_keys, index_noise
 from piflow_jax.systems.networks import Network
 from piflow_jax.systems.policies import POLICIES
-from piflow_jax.systems.sampling import student_policy, student_sampler
+from piflow_jax.systems.sampling import student_policy, student_sampler, student_times
 from piflow_jax.systems.spec import StudentSettings
 
 __all__ = ["Student"]
@@ -171,7 +174,8 @@ class Student:
         shape = (number, *size, self.settings.data.channels)
         given = {name: _checked(name, a, shape) for name, a in (("x", x), ("noise", noise))}
         given = {name: a for name, a in given.items() if a is not None}
-        program, numbers = self._choice(shape[1:], nfe, substeps, solver, h, temperature, start)
+        choice, numbers = self._choice(shape[1:], nfe, substeps, solver, h, temperature, start)
+        program = _program(*choice)
         parts = []
         mesh = None if self.devices is None else _mesh(self.devices)
         count = 1 if mesh is None else mesh.size
@@ -190,29 +194,108 @@ class Student:
                 parts.append((program(self.params, key, batch, places, *others), length))
             return _joined(parts)
 
+    def export(
+        self,
+        path: str | os.PathLike,
+        *,
+        nfe: int | None = None,
+        substeps: int = 128,
+        solver: Solver = "multistep",
+        size: tuple[int, int] | None = None,
+        text_length: int = 512,
+        platforms: Sequence[str] = ("cpu", "cuda", "tpu"),
+        batch: int | None = None,
+    ) -> None:
+        """Writes the sampler as a compiled-for-platforms program with its weights, in one file.
+
+        `piflow_jax.load_exported(path).sample(key, labels)` makes the samples of `sample` without
+        Flax and without this package's networks. Rollouts are plain loops: the kernels, which are
+        faster, are programs of one platform. JAX reads an exported program for six months, see
+        `piflow_jax.exported`.
+
+        Args:
+          path: the file; one that exists is replaced.
+          nfe: see `sample`.
+          substeps: see `sample`.
+          solver: see `sample`.
+          size: see `sample`.
+          text_length: tokens of prompts, of a student that reads text.
+          platforms: where it is to run, names of `jax.export`: `cpu`, `cuda`, `rocm`, `tpu`.
+          batch: samples of one call; None for any number of them.
+
+        Raises:
+          ValueError: a number is out of range, a platform is unknown or has no lowering for this
+            network.
+          OSError: the folder is not there or cannot be written to.
+        """
+        attention = self.settings.model.attention
+        if attention != "default":
+            raise ValueError(
+                f"config.model.attention = {attention!r} is of one platform: load the student with "
+                "'default' to export it"
+            )
+        conditioning, data = self.network.conditioning, self.settings.data
+        shape = (*self._size(size), data.channels)
+        choice, numbers = self._choice(shape, nfe, substeps, solver)
+        sampler = _sampler(*choice, implementation="scan")
+        leaves, tree = jax.tree_util.tree_flatten_with_path(self.params)
+        name = functools.partial(jax.tree_util.keystr, simple=True, separator="/")
+        example = conditioning.example(data, 1, text_length)
+        named = isinstance(example, Mapping)
+        # Text in float32, which is its own in bfloat16.
+        condition = {
+            k: np.zeros(a.shape, np.float32 if a.dtype == jnp.bfloat16 else a.dtype)
+            for k, a in (example if named else {"labels": example}).items()
+            if a is not None
+        }
+        whole_condition = conditioning.checked(condition, data)[0] if named else condition
+        added = {k: float(a[0]) for k, a in whole_condition.items() if k not in condition}
+
+        def sample(weights, key, places, condition):
+            params = jax.tree.unflatten(tree, [weights[name(path)] for path, _ in leaves])
+            batch = {"condition": condition if named else condition.get("labels")}
+            return sampler(params, as_key(key), batch, places, *numbers)
+
+        write_exported(
+            path,
+            sample,
+            {name(path): leaf for path, leaf in leaves},
+            whole_condition,
+            platforms=platforms,
+            batch=None if batch is None else whole("batch", batch, 1),
+            settings={
+                "shape": shape,
+                "nfe": choice[4],
+                "substeps": substeps,
+                "solver": solver,
+                "num_classes": 0 if named or data.conditions else data.num_classes,
+                "defaults": added,
+            },
+        )
+
     def _choice(
         self,
         shape: tuple[int, ...],
         nfe: int | None,
         substeps: int,
         solver: Solver,
-        h: float,
-        temperature: float,
-        start: float,
-    ) -> tuple[Callable[..., jax.Array], tuple[Any, ...]]:
-        """The program of a choice of options, and the numbers that are its arguments."""
+        h: float = 0.0,
+        temperature: float = 1.0,
+        start: float = 1.0,
+    ) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+        """What a program is made of, see `_sampler`, and the numbers that are its arguments."""
         policy, train = self.settings.policy, self.settings.train
         nfe = whole("nfe", train.nfe if nfe is None else nfe, 1)
         substeps = check_substeps(substeps, solver)
-        times = sampling_times(nfe, TimeWarp(train.shift), train.final_step_size_scale, h, start)
+        times = student_times(train, nfe, h, start)
         check_number("temperature", temperature, 0, 1, open_low=True)
         sharpened = np.float32(temperature)
         if not POLICIES[policy.kind].tempered:
             if temperature != 1:
                 raise ValueError(f"this student's policy ({policy.kind}) has no temperature")
             sharpened = None
-        program = _program(self.network, policy, train, shape, nfe, substeps, solver)
-        return program, (times, sharpened, np.float32(start))
+        choice = (self.network, policy, train, shape, nfe, substeps, solver)
+        return choice, (times, sharpened, np.float32(start))
 
     def _size(self, size: tuple[int, int] | None) -> tuple[int, int]:
         if self.network.conditioning.reads_text:
@@ -238,8 +321,7 @@ class Student:
         vars(self).update(state | {"params": jax.device_put(state["params"])})
 
 
-@functools.lru_cache(maxsize=_PROGRAMS)
-def _program(
+def _sampler(
     network: Network,
     policy: PolicyConfig,
     train: TrainConfig,
@@ -247,14 +329,18 @@ def _program(
     nfe: int,
     substeps: int,
     solver: Solver,
+    implementation: Implementation = "auto",
 ) -> Callable[..., jax.Array]:
-    """The jitted sampler of a choice, for any weights and numbers.
-
-    All that it depends on is in its arguments. Programs that were not used for long are let go,
-    which is why `nfe`, of which the times have as many, is among these.
-    """
+    """The sampler of a choice, for any weights and numbers; `nfe` is how many times it takes."""
     del nfe
-    sampler = student_sampler(network, policy, train, substeps=substeps, solver=solver)
+    sampler = student_sampler(
+        network,
+        policy,
+        train,
+        substeps=substeps,
+        solver=solver,
+        implementation=implementation,
+    )
 
     def sample(params, key, batch, places, times, temperature, start):
         keys = index_keys(key, places)
@@ -264,7 +350,17 @@ def _program(
         temperature = 1.0 if temperature is None else temperature
         return sampler(params, noise, batch["condition"], times, temperature, keys)
 
-    return jax.jit(sample)
+    return sample
+
+
+@functools.lru_cache(maxsize=_PROGRAMS)
+def _program(*choice: Any) -> Callable[..., jax.Array]:
+    """The jitted sampler of a choice.
+
+    All that it depends on is in its arguments. Programs that were not used for long are let go,
+    which is why `nfe` is among these.
+    """
+    return jax.jit(_sampler(*choice))
 
 
 def _rows(array: np.ndarray, part: slice, padding: int) -> np.ndarray:

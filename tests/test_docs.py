@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import piflow_jax
 from piflow_jax.config import base_config, parse
 from piflow_jax.rivals.base import rival_sampler, rival_setting
 from piflow_jax.runs.checkpoint import Checkpointer
@@ -23,6 +24,7 @@ from piflow_jax.systems.networks import student_network
 from piflow_jax.systems.shapes import DataShape
 from piflow_jax.systems.spec import student_spec
 from tests import gaussian, tiny
+from tests.doors.test_calls import tiny_student
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "launch" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -278,8 +280,10 @@ def test_running_code_works(tmp_path, monkeypatch):
     line = {"step": 20, "stage": "student", "time": 0.0, "loss": 0.5}
     (directory / "metrics.jsonl").write_text(json.dumps(line) + "\n")
     monkeypatch.chdir(tmp_path)
-    (code,) = python_blocks(ROOT / "docs" / "running.md")
-    assert execute(code, "docs/running.md", {})["losses"] == {20: 0.5}
+    metrics, exporting = python_blocks(ROOT / "docs" / "running.md")
+    assert execute(metrics, "docs/running.md", {})["losses"] == {20: 0.5}
+    given = {"student": tiny_student(), "piflow_jax": piflow_jax, "np": np}
+    assert execute(exporting, "docs/running.md", given)["images"].shape == (40, 8, 8, 1)
 
 
 def test_the_scaling_table_is_that_of_its_results(monkeypatch):

@@ -16,6 +16,7 @@ from etils import epath
 
 from piflow_jax.arguments import check_choice
 from piflow_jax.config import ModelConfig, PolicyConfig, parse
+from piflow_jax.exported import DESCRIPTION
 from piflow_jax.flow.teacher import Schedule, Teacher
 from piflow_jax.loading.weights import averaged, converted
 from piflow_jax.runs.workdir import user_path
@@ -308,6 +309,8 @@ def _from_file(
 
     weights = open_weights(path)
     with _about(path):
+        if DESCRIPTION in weights.metadata:
+            raise ValueError("a sampler of Student.export: piflow_jax.load_exported reads it")
         adapter, spec = is_adapter(weights), spec_of(weights.metadata)
         if spec is not None:
             settings = student_settings(spec)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from piflow_jax.arguments import check_between, whole
+from piflow_jax.arguments import check_between, class_labels, whole
 from piflow_jax.systems.shapes import DataShape
 
 __all__ = [
@@ -94,14 +94,8 @@ class ClassLabels:
         """See `Conditioning`."""
         if isinstance(condition, Mapping):
             raise ValueError(_CLASSES)
-        labels = np.asarray(condition)
-        if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer) or not len(labels):
-            raise ValueError(f"labels must be integers [N], got {labels.dtype}{list(labels.shape)}")
-        if labels.min() < 0 or labels.max() >= data.num_classes:
-            raise ValueError(
-                f"labels must be in [0, {data.num_classes}), got {labels.min()} to {labels.max()}"
-            )
-        return labels.astype(np.int32), len(labels)
+        labels = class_labels(condition, data.num_classes)
+        return labels, len(labels)
 
 
 @dataclasses.dataclass(frozen=True)

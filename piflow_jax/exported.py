@@ -1,0 +1,185 @@
+"""A student's sampler as a file that needs neither Flax nor this package's networks.
+
+The file holds a program of `jax.export`, StableHLO for several platforms, the weights that are its
+arguments, and what its other arguments are, in JSON. It is a `.safetensors` file: the program is
+its tensor `program`, of bytes, the description its metadata `piflow_jax_sampler`.
+
+JAX reads such programs for six months: one that was exported at most that long before the release
+that is installed. Export anew for a later one; the student's own checkpoint does not age.
+
+Source: sampling is Alg. 1 of pi-Flow, arXiv 2510.14974.
+"""
+
+import dataclasses
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import export as jax_export
+from jax.typing import ArrayLike
+
+from piflow_jax.arguments import class_labels, whole
+from piflow_jax.keys import as_key
+from piflow_jax.safetensors_files import open_safetensors, write_safetensors
+
+__all__ = ["DESCRIPTION", "ExportedStudent", "load_exported", "write_exported"]
+
+DESCRIPTION = "piflow_jax_sampler"
+"""The key of a file's metadata under which it says what it is."""
+
+_PROGRAM = "program"
+_PLATFORMS = {"cpu": "cpu", "cuda": "gpu", "rocm": "gpu", "tpu": "tpu"}  # their backends
+_LARGEST = 256  # samples of one call
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ExportedStudent:
+    """A student's sampler from a file of `Student.export`.
+
+    Attributes:
+      settings: what it was exported with: `nfe`, `substeps`, `solver`, `shape` of a sample, the
+        `condition`'s arrays, `num_classes`, `platforms` and the `jax` that exported it.
+      weights: arrays by name, on the default device.
+      program: `(weights, key, places, condition) -> samples`, jitted: `key` is the key's two words
+        `uint32[2]`, `places[B]` the samples' numbers `uint32`, `condition` arrays by name.
+    """
+
+    settings: Mapping[str, Any]
+    weights: Mapping[str, jax.Array]
+    program: Callable[..., jax.Array]
+
+    def sample(
+        self, key: int | jax.Array, labels: ArrayLike | Mapping[str, ArrayLike]
+    ) -> jax.Array:
+        """The samples of `Student.sample` of the same key and conditions.
+
+        A program is compiled for every number of samples, unless the batch was given a size when
+        the student was exported; of more than 256, or than that size, as many at a time.
+
+        Args:
+          key: a seed, or one PRNG key, typed or legacy.
+          labels: `[N]`, integers in `[0, num_classes)`; without conditions the number `N`; of other
+            students the arrays of `settings["condition"]` by name, such as embedded prompts.
+
+        Returns:
+          `float32[N, *sites, C]`.
+
+        Raises:
+          ValueError: the key is none, or conditions are not what they should be.
+        """
+        condition, number = self._checked(labels)
+        words, batch = jax.random.key_data(as_key(key)), self.settings["batch"]
+        parts = []
+        for first in range(0, number, batch or _LARGEST):
+            length = min(number - first, batch or _LARGEST)
+            places = np.arange(first, first + (batch or length), dtype=np.uint32)
+            rows = {name: a[np.minimum(places, number - 1)] for name, a in condition.items()}
+            parts.append(self.program(self.weights, words, places, rows)[:length])
+        return parts[0] if len(parts) == 1 else jnp.concatenate(parts)
+
+    def _checked(self, given: Any) -> tuple[dict[str, np.ndarray], int]:
+        """Conditions by name, in the types that the program takes, and their number."""
+        wanted, defaults = self.settings["condition"], self.settings["defaults"]
+        if not wanted:
+            return {}, whole("the number of samples", given, 1)
+        if self.settings["num_classes"]:
+            labels = class_labels(given, self.settings["num_classes"])
+            return {"labels": labels}, len(labels)
+        given = {**defaults, **given} if isinstance(given, Mapping) else {"labels": given}
+        if not wanted.keys() <= given.keys():
+            raise ValueError(f"conditions are arrays by name: {', '.join(wanted)}")
+        arrays = {name: np.asarray(given[name], dtype) for name, (dtype, _) in wanted.items()}
+        number = max(len(array) if array.ndim else 0 for array in arrays.values())
+        for name, (_, shape) in wanted.items():
+            if name in defaults:
+                arrays[name] = np.broadcast_to(arrays[name], (number,))
+            if not number or arrays[name].shape != (number, *shape):
+                axes, found = ", ".join(map(str, ("N", *shape))), list(arrays[name].shape)
+                raise ValueError(f"{name} must be [{axes}], got {found}")
+        return arrays, number
+
+
+def load_exported(path: str | os.PathLike) -> ExportedStudent:
+    """Loads a student's sampler from a file of `Student.export`.
+
+    Args:
+      path: the file.
+
+    Returns:
+      The sampler, its weights on the default device.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: it is another file, damaged, or was exported for other platforms or by a JAX whose
+        programs this one does not read.
+    """
+    path = Path(path)
+    arrays, metadata = open_safetensors(path)
+    if DESCRIPTION not in metadata or _PROGRAM not in arrays:
+        raise ValueError(f"{path} is no file of Student.export; piflow_jax.load reads weight files")
+    settings = json.loads(metadata[DESCRIPTION])
+    if jax.default_backend() not in [_PLATFORMS[name] for name in settings["platforms"]]:
+        raise ValueError(
+            f"{path} was exported for {', '.join(settings['platforms'])}, here is "
+            f"{jax.default_backend()}: export it with that among platforms"
+        )
+    try:
+        program = jax_export.deserialize(bytearray(np.asarray(arrays.pop(_PROGRAM)).tobytes()))
+    except Exception as error:
+        raise ValueError(
+            f"{path} holds a program of jax {settings['jax']}, which jax {jax.__version__} does "
+            f"not read ({error}): export the student anew"
+        ) from error
+    weights = {name: jnp.asarray(np.asarray(array)) for name, array in arrays.items()}
+    return ExportedStudent(settings, weights, jax.jit(program.call))
+
+
+def write_exported(
+    path: str | os.PathLike,
+    sampler: Callable[..., jax.Array],
+    weights: Mapping[str, Any],
+    example: Mapping[str, np.ndarray],
+    *,
+    platforms: Sequence[str],
+    batch: int | None,
+    settings: Mapping[str, Any],
+) -> None:
+    """Writes the file of `load_exported`; see `Student.export`.
+
+    Args:
+      path: the file; one that exists is replaced.
+      sampler: `(weights, key, places, condition) -> samples`, see `ExportedStudent`.
+      weights: arrays by name.
+      example: arrays `[1, ...]` like the conditions of one sample.
+      platforms: for which it is lowered.
+      batch: samples of one call; None for any number.
+      settings: what else the file says of itself.
+
+    Raises:
+      ValueError: a platform is unknown, or the sampler cannot be lowered for one.
+    """
+    unknown = sorted(set(platforms) - set(_PLATFORMS))
+    if unknown or not platforms:
+        raise ValueError(f"platforms are some of {', '.join(_PLATFORMS)}, got {unknown or 'none'}")
+    numbers = batch or jax_export.symbolic_shape("b")[0]
+    conditions = {
+        name: jax.ShapeDtypeStruct((numbers, *array.shape[1:]), array.dtype)
+        for name, array in example.items()
+    }
+    like = {name: jax.ShapeDtypeStruct(a.shape, a.dtype) for name, a in weights.items()}
+    words = [jax.ShapeDtypeStruct((size,), np.uint32) for size in (2, numbers)]
+    exporting = jax_export.export(jax.jit(sampler), platforms=tuple(platforms))
+    try:
+        exported = exporting(like, *words, conditions)
+    except (NotImplementedError, ValueError) as error:
+        raise ValueError(f"cannot export for {', '.join(platforms)}: {error}") from error
+    condition = {name: (array.dtype.name, array.shape[1:]) for name, array in example.items()}
+    description = {**settings, "condition": condition, "batch": batch}
+    description |= {"platforms": list(platforms), "jax": jax.__version__}
+    tensors = {**weights, _PROGRAM: np.frombuffer(exported.serialize(), np.uint8)}
+    write_safetensors(path, tensors, {DESCRIPTION: json.dumps(description)})
