@@ -21,7 +21,8 @@ from absl import flags
 from piflow_jax import main, modes
 from piflow_jax.config import Config, ConfigError, parse
 from piflow_jax.config.parsing import key_types
-from piflow_jax.modes import adm, sizes
+from piflow_jax.distillation import sizes
+from piflow_jax.modes import adm
 from tests import tiny
 
 ROOT = Path(__file__).parents[2]
