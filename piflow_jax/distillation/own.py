@@ -28,7 +28,13 @@ from piflow_jax.distillation.looks import look_by
 from piflow_jax.distillation.sizes import Sizes
 from piflow_jax.distillation.stages import run_here, student_stage, teacher_stage
 from piflow_jax.flow.teacher import Teacher
-from piflow_jax.parallel import config_mesh, gathered, parameter_shardings
+from piflow_jax.parallel import (
+    config_mesh,
+    gathered,
+    local_mesh,
+    parameter_shardings,
+    replicated,
+)
 from piflow_jax.runs.fingerprints import tree_fingerprint
 from piflow_jax.runs.loop import checkpoint_dir
 from piflow_jax.runs.metrics import OnMetrics
@@ -137,21 +143,22 @@ def distill(
         stage = student_stage(
             systems,
             source,
-            _placed(params, mesh, parsed.mesh.teacher == "split"),
+            _placed(params, mesh, split=parsed.mesh.teacher == "split"),
             mesh,
             look=_look(systems, test, judge) if parsed.evaluation.every else None,
             start=_start(network),
-            initial=first,
+            initial=None if first is None else _placed(first, mesh, split=False),
             identity=_identity(network, source),
         )
         state = run_here(stage, parsed, workdir, mesh, on_metrics)
-        trained = gathered((state.ema_params, state.carried), mesh)
-        variables = network.with_base(*trained)
-        here = gathered(stage.constants[0], mesh)
+        variables = network.with_base(*gathered((state.ema_params, state.carried), mesh))
+        both = jax.device_put(
+            (gathered(stage.constants[0], mesh), variables), replicated(local_mesh())
+        )
         if judge is None:
-            draw(systems, test, here, variables, workdir)
+            draw(systems, test, *both, workdir)
         else:
-            compare(Bench(parsed, test, systems.data, judge), systems, here, variables, workdir)
+            compare(Bench(parsed, test, systems.data, judge), systems, *both, workdir)
     settings = StudentSettings(
         model=parsed.model,
         policy=parsed.policy,
