@@ -10,8 +10,8 @@ from typing import Any
 
 import ml_collections
 
-from piflow_jax.config.networks import NetworkConfig
-from piflow_jax.config.schema import Config, ModelConfig
+from piflow_jax.config.networks import ModelConfig, NetworkConfig
+from piflow_jax.config.schema import Config
 
 # Of the tiles in which a TPU keeps matrices, whatever their type.
 _TILE_ROWS = 8
@@ -319,11 +319,12 @@ def check_devices(
                 f"config.{key} must be divisible by the {over} devices that share a batch, "
                 f"got {batch}"
             )
-    if "train" in groups and train.batch_size % (train.microbatches * parts):
-        raise ConfigError(
-            f"config.train.microbatches times the {parts} devices that share a batch must divide "
-            f"config.train.batch_size ({train.batch_size}), got {train.microbatches}"
-        )
+        microbatches = getattr(getattr(config, group), "microbatches", 1)
+        if batch % (microbatches * over):
+            raise ConfigError(
+                f"config.{group}.microbatches times the {over} devices that share a batch must "
+                f"divide config.{key} ({batch}), got {microbatches}"
+            )
     return sizes
 
 

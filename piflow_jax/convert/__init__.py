@@ -16,61 +16,10 @@ from piflow_jax.convert.adapters import (
     load_adapter,
 )
 from piflow_jax.convert.autoencoders import open_autoencoder
-from piflow_jax.convert.dit import export_dit, load_dit
 from piflow_jax.convert.files import holds_weights, open_weights
-from piflow_jax.convert.flux import export_flux, load_flux
-from piflow_jax.convert.inception import export_inception, load_inception
-from piflow_jax.convert.kinds import network_of
-from piflow_jax.convert.original_dit import load_original_dit
-from piflow_jax.convert.qwen_image import export_qwen_image, load_qwen_image
-from piflow_jax.convert.qwen_vae import load_qwen_vae
-from piflow_jax.convert.vae import export_vae, load_vae
-from piflow_jax.models.dit import DiT
-from piflow_jax.models.flux import Flux
+from piflow_jax.convert.table import kind_of, named, network_of
 from piflow_jax.models.heads import DXHead
-from piflow_jax.models.inception import InceptionV3
-from piflow_jax.models.qwen_image import QwenImage
-from piflow_jax.models.vae import AutoencoderKL
 from piflow_jax.safetensors_files import write_safetensors
-
-LOADERS = {
-    "dit": load_dit,
-    "gm_dit": load_dit,
-    "dx_dit": load_dit,
-    "original_dit": load_original_dit,
-    "original_sit": load_original_dit,
-    "vae": load_vae,
-    "qwen_vae": load_qwen_vae,
-    "inception": load_inception,
-    "flux": load_flux,
-    "gm_flux": load_flux,
-    "dx_flux": load_flux,
-    "qwen_image": load_qwen_image,
-    "gm_qwen_image": load_qwen_image,
-    "dx_qwen_image": load_qwen_image,
-}
-# Sizes that a loader takes, shown by the weights or not.
-SIZES = {
-    DiT: (
-        *("patch_size", "in_channels", "hidden", "depth", "mlp_ratio", "num_classes"),
-        *("num_heads", "sample_size", "time_scale"),
-    ),
-    Flux: (
-        *("patch_size", "in_channels", "hidden", "num_heads", "double_depth", "single_depth"),
-        *("text_features", "pooled_features", "guidance_embed", "axes_dims_rope"),
-    ),
-    QwenImage: (
-        *("patch_size", "in_channels", "hidden", "num_heads", "depth", "text_features"),
-        "axes_dims_rope",
-    ),
-}
-EXPORTERS = {
-    DiT: export_dit,
-    Flux: export_flux,
-    QwenImage: export_qwen_image,
-    AutoencoderKL: export_vae,
-    InceptionV3: export_inception,
-}
 
 
 def load_torch_state(
@@ -81,7 +30,7 @@ def load_torch_state(
     Args:
         state: Arrays by official name, in PyTorch layout (linear weights `[out, in]`), such as
             `open_weights` gives.
-        model: A name in `LOADERS`.
+        model: A name in `KINDS`, or that of a student such as "gm_dit".
         sizes: What shapes do not show, see the loader of `model` (`load_dit`: `num_heads`,
             `sample_size`, `time_scale`, `constant_logstd`; `load_vae`: `norm_groups`,
             `latent_scale`, `latent_shift`; `load_qwen_vae`: `latents_mean`, `latents_std`;
@@ -99,9 +48,9 @@ def load_torch_state(
             types that do not fit (faults are listed); or numbers that are not finite.
         TypeError: A size that the loader cannot read off the shapes is not given.
     """
-    if model not in LOADERS:
-        raise ValueError(f"unknown model {model!r}, known are {sorted(LOADERS)}")
-    return LOADERS[model](network_of(state, model), model, **sizes)
+    kind, head = named(model)
+    state = network_of(state, model)
+    return kind.load(state, head, **sizes) if kind.output else kind.load(state, **sizes)
 
 
 def load_params(
@@ -115,7 +64,7 @@ def load_params(
     Args:
         module: A `DiT`, `Flux` or `QwenImage`.
         state: Arrays by official name, see `load_torch_state`.
-        model: A name in `LOADERS`.
+        model: A name in `KINDS`, or that of a student such as "gm_dit".
         place: Puts every leaf where it belongs, see `rules.import_state`.
 
     Returns:
@@ -125,7 +74,7 @@ def load_params(
         ValueError: Unknown model; or the weights are those of a network of other sizes or with
             another head.
     """
-    sizes = {name: getattr(module, name) for name in SIZES[type(module)]}
+    sizes = {name: getattr(module, name) for name in kind_of(module).sizes}
     if isinstance(module.head, DXHead):
         sizes["num_grid"] = module.head.num_grid
     if place is not None:
@@ -140,7 +89,7 @@ def to_torch_state(module: nn.Module, params: Mapping) -> dict[str, np.ndarray]:
     """Turns parameters (or gradients) of a module into arrays under official names.
 
     Args:
-        module: A module of a type in `EXPORTERS`.
+        module: A module of a kind that is written, see `KINDS`.
         params: Its variables, `{"params": ...}`.
 
     Returns:
@@ -149,10 +98,7 @@ def to_torch_state(module: nn.Module, params: Mapping) -> dict[str, np.ndarray]:
     Raises:
         ValueError: The module has no official counterpart, or the parameters are not its own.
     """
-    if type(module) not in EXPORTERS:
-        known = sorted(cls.__name__ for cls in EXPORTERS)
-        raise ValueError(f"cannot export a {type(module).__name__}, known are {known}")
-    return EXPORTERS[type(module)](module, params)
+    return kind_of(module).export(module, params)
 
 
 __all__ = [

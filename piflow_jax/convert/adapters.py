@@ -13,10 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from piflow_jax.convert.flux import flux_rules
 from piflow_jax.convert.kinds import adapter_of
-from piflow_jax.convert.qwen_image import qwen_image_rules
 from piflow_jax.convert.rules import Place, Rule, as_jax, export_state, import_state
+from piflow_jax.convert.table import kind_of
 from piflow_jax.models.flux import Flux
 from piflow_jax.models.heads import DXHead, GMHead
 from piflow_jax.models.lora import DOWN, TRAINED, UP
@@ -52,9 +51,8 @@ def adapter_rules(module: Flux | QwenImage) -> list[Rule]:
     """
     if module.lora is None:
         raise ValueError("the network has no adapters")
-    whole = flux_rules(module) if isinstance(module, Flux) else qwen_image_rules(module)
     rules = []
-    for rule in whole:
+    for rule in kind_of(module).rules(module):
         if rule.path[0] in TRAINED:
             rules.append(rule)
         elif rule.path[-1] == "kernel" and rule.path[-2] in module.lora.targets:
@@ -96,15 +94,13 @@ def _groups(side: str) -> tuple[str, str]:
 
 
 def _unused(module: Flux | QwenImage) -> dict[str, tuple[int, ...]]:
-    """Adapters that the release leaves out: those of Qwen-Image's last text, which nobody reads."""
-    if not isinstance(module, QwenImage):
-        return {}
-    last = f"transformer_blocks.{module.depth - 1}.txt_mlp."
+    """Adapters that the release leaves out."""
+    unread = kind_of(module).unread(module)
     return {
         name: rule.torch_shape
         for rule in adapter_rules(module)
         for name in rule.torch_names(0)
-        if name.startswith(last)
+        if unread and name.startswith(unread)
     }
 
 
@@ -258,7 +254,8 @@ def adapter_config(module: Flux | QwenImage) -> dict[str, Any]:
     Raises:
         ValueError: There is no official class for its head.
     """
-    head, flux = module.head, isinstance(module, Flux)
+    head, release = module.head, kind_of(module).release(module)
+    name = release.pop("_class_name")
     patches = module.in_channels * module.patch_size**2
     common = {
         "in_channels": patches,
@@ -266,17 +263,7 @@ def adapter_config(module: Flux | QwenImage) -> dict[str, Any]:
         "num_attention_heads": module.num_heads,
         "joint_attention_dim": module.text_features,
         "axes_dims_rope": list(module.axes_dims_rope),
-    }
-    if flux:
-        common |= {
-            "num_layers": module.double_depth,
-            "num_single_layers": module.single_depth,
-            "pooled_projection_dim": module.pooled_features,
-            "guidance_embeds": module.guidance_embed,
-        }
-    else:
-        common |= {"num_layers": module.depth}
-    name = "FluxTransformer2DModel" if flux else "QwenImageTransformer2DModel"
+    } | release
     if isinstance(head, DXHead):
         # No class of its own: the plain network with more outputs. One side of a patch is a factor
         # of Qwen-Image's outputs and none of FLUX.1's.

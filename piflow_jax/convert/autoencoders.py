@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from piflow_jax.convert.files import open_weights
-from piflow_jax.convert.kinds import network_of
-from piflow_jax.convert.qwen_vae import load_qwen_vae
+from piflow_jax.convert.qwen_vae import QWEN_VAE
 from piflow_jax.convert.rules import Place
-from piflow_jax.convert.vae import load_vae
+from piflow_jax.convert.table import network_of
+from piflow_jax.convert.vae import VAE
 from piflow_jax.models.vae import AutoencoderKL
 
 __all__ = ["open_autoencoder"]
@@ -51,8 +51,7 @@ def open_autoencoder(
     """
     weights = open_weights(path)
     qwen = any(re.search(r"\.time_conv\.|\.gamma$", name) for name in weights)
-    kind = "qwen_vae" if qwen else "vae"
-    load, keys = (load_qwen_vae, _QWEN_VAE) if qwen else (load_vae, _VAE)
+    kind, keys = (QWEN_VAE, _QWEN_VAE) if qwen else (VAE, _VAE)
     beside = weights.path.parent / "config.json"
     settings: dict[str, Any] = {}
     if beside.exists():
@@ -63,7 +62,7 @@ def open_autoencoder(
             raise ValueError(f"{beside} is damaged: {error}") from error
         for key, argument in keys.items():
             _check(settings.get(argument, 1), key, beside)
-    return load(network_of(weights, kind), kind, **settings, place=place)
+    return kind.load(network_of(weights, kind.name), **settings, place=place)
 
 
 def _check(setting: Any, key: str, path: Path) -> None:

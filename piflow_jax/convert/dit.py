@@ -8,14 +8,10 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from piflow_jax.convert.heads import check_exportable, read_head
+from piflow_jax.convert.kinds import Kind
 from piflow_jax.convert.rules import Place, Rule, as_jax, export_state, import_state, linear
-from piflow_jax.convert.sizes import (
-    check_given,
-    count_layers,
-    divided,
-    grid_points,
-    shape_of,
-)
+from piflow_jax.convert.sizes import check_given, count_layers, shape_of
 from piflow_jax.models.dit import DiT
 from piflow_jax.models.heads import DXHead, GMHead, VelocityHead
 from piflow_jax.models.layers import TIME_FEATURES, position_table
@@ -79,7 +75,7 @@ def _head_rules(head, d: int, pixels: int, channels: int) -> list[Rule]:
 
 def load_dit(
     state: Mapping[str, np.ndarray],
-    model: str,
+    head: str,
     *,
     num_heads: int,
     sample_size: int,
@@ -89,13 +85,13 @@ def load_dit(
 ) -> tuple[DiT, dict]:
     """Loads a network of the DiT family.
 
-    Besides the release's own layout, `"dit"` takes two older ones: checkpoints of `diffusers`
+    Besides the release's own layout, a teacher may have two older ones: checkpoints of `diffusers`
     (an embedder per block, of which the first is kept, and predicted variances, which are dropped)
     and GMDiT-V1 with one Gaussian (its log-weight channel is dropped).
 
     Args:
         state: Arrays by official name.
-        model: "dit", "gm_dit" or "dx_dit".
+        head: A name in `HEADS`.
         num_heads: Attention heads.
         sample_size: Side, in sites, of the square input of training.
         time_scale: See `DiT`.
@@ -103,7 +99,7 @@ def load_dit(
             them on the default device.
         **given: Sizes otherwise read off the shapes, as a check: `patch_size`, `in_channels`,
             `hidden`, `depth`, `mlp_ratio`, `num_classes`, `num_components`, `logstd_hidden`,
-            `num_grid`. A "gm_dit" without a logstd head needs `constant_logstd`.
+            `num_grid`. A mixture without a logstd head needs `constant_logstd`.
 
     Returns:
         The module, and `{"params": ...}` as JAX arrays with the dtypes of `state`.
@@ -114,21 +110,12 @@ def load_dit(
     """
     state = _shared_embedder(dict(state))
     sizes = _read_sizes(state)
-    pixels = sizes["patch_size"] ** 2
-    if model == "dit":
-        _keep_velocity_rows(state, pixels, sizes["in_channels"])
-        head, head_sizes = VelocityHead(), {}
-    elif model == "dx_dit":
-        (rows,) = shape_of(state, f"{OUTPUT}.bias", 1)
-        by = pixels * sizes["in_channels"]
-        head_sizes = {"num_grid": grid_points(f"{OUTPUT}.bias", rows, by, given.get("num_grid"))}
-        head = DXHead(**head_sizes)
-    else:
-        head, head_sizes = _gm_head(state, pixels, given.pop("constant_logstd", None))
+    if not head:
+        _keep_velocity_rows(state, sizes["patch_size"] ** 2, sizes["in_channels"])
+    predicts, head_sizes = read_head(state, head, DIT, sizes, given)
     check_given(given, sizes | head_sizes)
-    module = DiT(
-        **sizes, num_heads=num_heads, sample_size=sample_size, time_scale=time_scale, head=head
-    )
+    sizes |= {"num_heads": num_heads, "sample_size": sample_size, "time_scale": time_scale}
+    module = DiT(**sizes, head=predicts)
     _drop_position_table(state, module)
     return module, {"params": import_state(state, dit_rules(module), module.depth, place or as_jax)}
 
@@ -146,8 +133,7 @@ def export_dit(module: DiT, params: Mapping) -> dict[str, np.ndarray]:
     Raises:
         ValueError: The parameters are not this module's, or its head has no official counterpart.
     """
-    if isinstance(module.head, DXHead) and module.head.input_skip:
-        raise ValueError("DXHead.input_skip: official networks have no such skip")
+    check_exportable(module)
     return export_state(params["params"], dit_rules(module), module.depth)
 
 
@@ -164,21 +150,6 @@ def _read_sizes(state: Mapping[str, np.ndarray]) -> dict:
         "mlp_ratio": mlp / hidden,
         "num_classes": shape_of(state, CLASS_EMBED, 2)[0] - 1,
     }
-
-
-def _gm_head(
-    state: Mapping[str, np.ndarray], pixels: int, constant_logstd: float | None
-) -> tuple[GMHead, dict]:
-    (rows,) = shape_of(state, "proj_out_logweights.bias", 1)
-    sizes = {"num_components": divided("proj_out_logweights.bias", rows, pixels)}
-    has_head = any(name.startswith("proj_out_logstds.") for name in state)
-    if has_head and constant_logstd is not None:
-        raise ValueError("constant_logstd was given but the state has a logstd head")
-    if has_head:
-        sizes["logstd_hidden"] = shape_of(state, "proj_out_logstds.1.bias", 1)[0]
-    elif constant_logstd is None:
-        raise ValueError("the state has no logstd head: constant_logstd must be given")
-    return GMHead(**sizes, constant_logstd=constant_logstd), sizes
 
 
 def _shared_embedder(state: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -209,3 +180,18 @@ def _drop_position_table(state: dict[str, np.ndarray], module: DiT) -> None:
     stored = np.asarray(state.pop(POSITIONS))
     if stored.shape != table.shape or not np.allclose(stored, table, atol=1e-5):
         raise ValueError(f"{POSITIONS} is not the fixed table of sample_size {module.sample_size}")
+
+
+DIT = Kind(
+    name="dit",
+    mark="transformer_blocks.0.attn1.to_q.weight",
+    load=load_dit,
+    module=DiT,
+    export=export_dit,
+    output=OUTPUT,
+    sizes=(
+        *("patch_size", "in_channels", "hidden", "depth", "mlp_ratio", "num_classes"),
+        *("num_heads", "sample_size", "time_scale"),
+    ),
+    rules=dit_rules,
+)

@@ -6,18 +6,14 @@ rows of an output layer (K, channel, row, column); here channels are last, so bo
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
+from piflow_jax.convert.heads import check_exportable, read_head
+from piflow_jax.convert.kinds import Kind
 from piflow_jax.convert.rules import Place, Rule, as_jax, export_state, import_state, linear
-from piflow_jax.convert.sizes import (
-    check_given,
-    count_layers,
-    divided,
-    grid_points,
-    linear_sizes,
-    shape_of,
-)
+from piflow_jax.convert.sizes import check_given, count_layers, divided, linear_sizes, shape_of
 from piflow_jax.models.flux import Flux
 from piflow_jax.models.heads import DXHead, GMHead, VelocityHead
 from piflow_jax.models.layers import TIME_FEATURES
@@ -25,6 +21,7 @@ from piflow_jax.models.layers import TIME_FEATURES
 # The released networks have latents of 2 x 2 patches; their weights cannot tell.
 PATCH_SIZE = 2
 AXES_DIMS_ROPE = (16, 56, 56)
+OUTPUT = "proj_out"
 TIME = "time_text_embed.timestep_embedder.linear_{}"
 GUIDANCE = "time_text_embed.guidance_embedder.linear_{}"
 POOLED = "time_text_embed.text_embedder.linear_{}"
@@ -139,9 +136,9 @@ def head_rules(module) -> list[Rule]:
     """
     head, c = module.head, module.in_channels
     if isinstance(head, VelocityHead):
-        return _output("proj_out", "output", 1, c, module)
+        return _output(OUTPUT, "output", 1, c, module)
     if isinstance(head, DXHead):
-        return _output("proj_out", "output", head.num_grid, c, module)
+        return _output(OUTPUT, "output", head.num_grid, c, module)
     if not isinstance(head, GMHead):
         raise ValueError(f"no official names for a head of type {type(head).__name__}")
     rules = _output("proj_out_means", "means", head.num_components, c, module)
@@ -166,7 +163,7 @@ def _output(name: str, ours: str, k: int, c: int, module) -> list[Rule]:
 
 def load_flux(
     state: Mapping[str, np.ndarray],
-    model: str,
+    head: str,
     *,
     axes_dims_rope: tuple[int, int, int] = AXES_DIMS_ROPE,
     place: Place | None = None,
@@ -176,14 +173,14 @@ def load_flux(
 
     Args:
         state: Arrays by official name.
-        model: "flux", "gm_flux" or "dx_flux".
+        head: A name in `HEADS`.
         axes_dims_rope: See `Flux`; small networks need it.
         place: Puts every leaf in its place as soon as it is built, see `import_state`; None keeps
             them on the default device.
         **given: Sizes otherwise read off the shapes, as a check: `patch_size`, `in_channels`,
             `hidden`, `num_heads`, `double_depth`, `single_depth`, `text_features`,
             `pooled_features`, `guidance_embed`, `num_components`, `logstd_hidden`, `num_grid`. A
-            "gm_flux" without a logstd head needs `constant_logstd`.
+            mixture without a logstd head needs `constant_logstd`.
 
     Returns:
         The module, and `{"params": ...}` as JAX arrays with the dtypes of `state`.
@@ -200,9 +197,9 @@ def load_flux(
         "pooled_features": linear_sizes(state, POOLED.format(1))[1],
         "guidance_embed": f"{GUIDANCE.format(1)}.weight" in state,
     }
-    head, head_sizes = read_head(state, model, sizes["in_channels"], given)
+    predicts, head_sizes = read_head(state, head, FLUX, sizes, given)
     check_given(given, sizes | head_sizes)
-    module = Flux(**sizes, axes_dims_rope=tuple(axes_dims_rope), head=head)
+    module = Flux(**sizes, axes_dims_rope=tuple(axes_dims_rope), head=predicts)
     return module, {"params": import_state(state, flux_rules(module), 0, place or as_jax)}
 
 
@@ -224,14 +221,6 @@ def export_flux(module: Flux, params: Mapping) -> dict[str, np.ndarray]:
     return export_state(params["params"], flux_rules(module), 0)
 
 
-def check_exportable(module) -> None:
-    """Raises ValueError if official networks have no layout for a module's head or adapters."""
-    if isinstance(module.head, DXHead) and module.head.input_skip:
-        raise ValueError("DXHead.input_skip: official networks have no such skip")
-    if module.lora is not None:
-        raise ValueError("the network has adapters: fuse them, or export them on their own")
-
-
 def read_width(state: Mapping[str, np.ndarray], patch_embed: str) -> dict[str, int]:
     """Sizes of patches and of tokens, as fields of the network."""
     hidden, ins = linear_sizes(state, patch_embed)
@@ -244,45 +233,27 @@ def read_width(state: Mapping[str, np.ndarray], patch_embed: str) -> dict[str, i
     }
 
 
-def read_head(
-    state: Mapping[str, np.ndarray], model: str, channels: int, given: dict[str, float]
-) -> tuple[VelocityHead | DXHead | GMHead, dict]:
-    """The head that the output layers are of, and its sizes.
+def _release(module: Flux) -> dict[str, Any]:
+    return {
+        "_class_name": "FluxTransformer2DModel",
+        "num_layers": module.double_depth,
+        "num_single_layers": module.single_depth,
+        "pooled_projection_dim": module.pooled_features,
+        "guidance_embeds": module.guidance_embed,
+    }
 
-    Args:
-        state: Arrays by official name.
-        model: A name that starts with "gm" or "dx", or any other for a velocity.
-        channels: Channels of latents.
-        given: Sizes that are known; `constant_logstd`, which is taken out, is needed if and only if
-            the state has no logstd head.
 
-    Returns:
-        A head of `piflow_jax.models.heads`, and the sizes that were read for it.
-
-    Raises:
-        ValueError: An output layer is missing or of another head, or `constant_logstd` does not fit
-            the state.
-    """
-    pixels, kind = PATCH_SIZE**2, model.partition("_")[0]
-    constant_logstd = given.pop("constant_logstd", None)
-    if kind == "gm":
-        (rows,) = shape_of(state, "proj_out_logweights.bias", 1)
-        sizes = {"num_components": divided("proj_out_logweights.bias", rows, pixels)}
-        has_head = any(name.startswith("proj_out_logstds.") for name in state)
-        if has_head == (constant_logstd is not None):
-            which = "has a logstd head" if has_head else "has no logstd head"
-            raise ValueError(f"the state {which}, constant_logstd is {constant_logstd}")
-        if has_head:
-            (sizes["logstd_hidden"],) = shape_of(state, "proj_out_logstds.1.bias", 1)
-        return GMHead(**sizes, constant_logstd=constant_logstd), sizes
-    (rows,) = shape_of(state, "proj_out.bias", 1)
-    if kind == "dx":
-        points = grid_points("proj_out.bias", rows, pixels * channels, given.get("num_grid"))
-        return DXHead(points), {"num_grid": points}
-    points = divided("proj_out.bias", rows, pixels * channels)
-    if points > 1:
-        raise ValueError(
-            f"proj_out.bias has {points} outputs per site and channel: these are weights of a "
-            f"student that predicts a grid, dx_{model}"
-        )
-    return VelocityHead(), {}
+FLUX = Kind(
+    name="flux",
+    mark="single_transformer_blocks.0.proj_mlp.weight",
+    load=load_flux,
+    module=Flux,
+    export=export_flux,
+    output=OUTPUT,
+    sizes=(
+        *("patch_size", "in_channels", "hidden", "num_heads", "double_depth", "single_depth"),
+        *("text_features", "pooled_features", "guidance_embed", "axes_dims_rope"),
+    ),
+    rules=flux_rules,
+    release=_release,
+)

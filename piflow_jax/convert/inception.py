@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from piflow_jax.convert.files import open_weights
+from piflow_jax.convert.kinds import Kind
 from piflow_jax.convert.rules import Rule, export_state, import_state
 from piflow_jax.models.inception import POOL_FEATURES, InceptionV3, convolutions
 
@@ -40,13 +41,12 @@ def inception_rules(module: InceptionV3) -> list[Rule]:
     return rules
 
 
-def load_inception(state: Mapping[str, np.ndarray], model: str) -> tuple[InceptionV3, dict]:
+def load_inception(state: Mapping[str, np.ndarray]) -> tuple[InceptionV3, dict]:
     """Loads the network; the number of classes is read off the shapes.
 
     Args:
         state: Arrays by official name. `num_batches_tracked`, counters that inference does not
             read, are left out.
-        model: "inception".
 
     Returns:
         The module, and `{"params": ...}` as JAX arrays with the dtypes of `state`.
@@ -55,7 +55,6 @@ def load_inception(state: Mapping[str, np.ndarray], model: str) -> tuple[Incepti
         ValueError: Names, shapes or types do not fit (faults are listed), or numbers are not
             finite.
     """
-    del model
     state = {n: array for n, array in state.items() if not n.endswith(".num_batches_tracked")}
     classes = np.shape(state["fc.bias"])[0] if np.ndim(state.get("fc.bias")) else 1008
     module = InceptionV3(num_classes=classes)
@@ -90,3 +89,12 @@ def read_inception(path: str | os.PathLike) -> tuple[Mapping[str, np.ndarray], s
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     return open_weights(path, select=""), digest
+
+
+INCEPTION = Kind(
+    name="inception",
+    mark="Mixed_5b.branch1x1.conv.weight",
+    load=load_inception,
+    module=InceptionV3,
+    export=export_inception,
+)

@@ -25,6 +25,7 @@ rather than read (averaging over a training run moves the stored one by rounding
 Source: DiT, arXiv 2212.09748; SiT, arXiv 2401.08740; REPA, arXiv 2410.06940.
 """
 
+import functools
 import math
 import re
 from collections.abc import Mapping
@@ -32,6 +33,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from piflow_jax.convert.dit import CLASS_EMBED, OUTPUT, PATCH_EMBED, load_dit
+from piflow_jax.convert.kinds import Kind
 from piflow_jax.convert.rules import Place
 from piflow_jax.models.dit import DiT
 from piflow_jax.models.layers import TIME_FEATURES, position_table
@@ -63,11 +65,11 @@ _POSITION_TOLERANCE = 1e-3
 
 def load_original_dit(
     state: Mapping[str, np.ndarray],
-    model: str,
     *,
     num_heads: int,
     sample_size: int,
     time_scale: float = 1.0,
+    turned: bool = False,
     place: Place | None = None,
     **given: float,
 ) -> tuple[DiT, dict]:
@@ -77,11 +79,11 @@ def load_original_dit(
 
     Args:
         state: Arrays by name in the original repositories.
-        model: "original_dit" takes the weights as they are; "original_sit" turns a velocity
-            network with data at t = 1 into one with data at t = 0, as everywhere here.
         num_heads: Attention heads (16 in the XL and L networks).
         sample_size: Side, in sites, of the square input of training (32 for 256 pixels).
         time_scale: See `DiT`; 1 for REPA and SiT.
+        turned: Turns a velocity network with data at t = 1 into one with data at t = 0, as
+            everywhere here. Otherwise weights are taken as they are.
         place: Puts every leaf in its place as soon as it is built, see `import_state`.
         **given: Sizes to be checked, see `load_dit`.
 
@@ -90,18 +92,18 @@ def load_original_dit(
 
     Raises:
         ValueError: Names or shapes do not fit (all are listed), a given size contradicts them, or
-            `time_scale` is not 1 for "original_sit".
+            `time_scale` is not 1 for a network that is turned.
     """
     state = {n: a for n, a in state.items() if not n.startswith(PROJECTORS)}
     _check_names(state)
     _drop_positions(state, sample_size)
-    if model == "original_sit":
+    if turned:
         if time_scale != 1.0:
             raise ValueError(f"original_sit networks see t in [0, 1], got time_scale {time_scale}")
         _turn_time(state)
     return load_dit(
         _official_names(state),
-        "dit",
+        "",
         num_heads=num_heads,
         sample_size=sample_size,
         time_scale=time_scale,
@@ -187,3 +189,12 @@ def _third(name: str, array: np.ndarray, i: int) -> LazyArray:
         return np.array(np.asarray(array)[i * size : (i + 1) * size])
 
     return LazyArray((size, *shape[1:]), array.dtype, read)
+
+
+ORIGINAL_DIT = Kind(name="original_dit", mark=TIME_IN, load=load_original_dit, module=DiT)
+ORIGINAL_SIT = Kind(
+    name="original_sit",
+    mark=TIME_IN,
+    load=functools.partial(load_original_dit, turned=True),
+    module=DiT,
+)

@@ -5,21 +5,23 @@ pi-Flow release (arXiv 2510.14974). Patches and rows of output layers are ordere
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
 from piflow_jax.convert.flux import (
     ATTENTION,
     AXES_DIMS_ROPE,
+    OUTPUT,
     TIME,
-    check_exportable,
     embedder_rules,
     head_rules,
     patch_rules,
-    read_head,
     read_width,
     stream_rules,
 )
+from piflow_jax.convert.heads import check_exportable, read_head
+from piflow_jax.convert.kinds import Kind
 from piflow_jax.convert.rules import Place, Rule, as_jax, export_state, import_state, linear
 from piflow_jax.convert.sizes import check_given, count_layers, linear_sizes
 from piflow_jax.models.layers import TIME_FEATURES
@@ -60,7 +62,7 @@ def qwen_image_rules(module: QwenImage) -> list[Rule]:
 
 def load_qwen_image(
     state: Mapping[str, np.ndarray],
-    model: str,
+    head: str,
     *,
     axes_dims_rope: tuple[int, int, int] = AXES_DIMS_ROPE,
     place: Place | None = None,
@@ -70,13 +72,13 @@ def load_qwen_image(
 
     Args:
         state: Arrays by official name.
-        model: "qwen_image", "gm_qwen_image" or "dx_qwen_image".
+        head: A name in `HEADS`.
         axes_dims_rope: See `QwenImage`; small networks need it.
         place: Puts every leaf in its place as soon as it is built, see `import_state`; None keeps
             them on the default device.
         **given: Sizes otherwise read off the shapes, as a check: `patch_size`, `in_channels`,
             `hidden`, `num_heads`, `depth`, `text_features`, `num_components`, `logstd_hidden`,
-            `num_grid`. A "gm_qwen_image" without a logstd head needs `constant_logstd`.
+            `num_grid`. A mixture without a logstd head needs `constant_logstd`.
 
     Returns:
         The module, and `{"params": ...}` as JAX arrays with the dtypes of `state`.
@@ -90,9 +92,9 @@ def load_qwen_image(
         "depth": count_layers(state, "transformer_blocks"),
         "text_features": linear_sizes(state, "txt_in")[1],
     }
-    head, head_sizes = read_head(state, model, sizes["in_channels"], given)
+    predicts, head_sizes = read_head(state, head, QWEN_IMAGE, sizes, given)
     check_given(given, sizes | head_sizes)
-    module = QwenImage(**sizes, axes_dims_rope=tuple(axes_dims_rope), head=head)
+    module = QwenImage(**sizes, axes_dims_rope=tuple(axes_dims_rope), head=predicts)
     return module, {"params": import_state(state, qwen_image_rules(module), 0, place or as_jax)}
 
 
@@ -100,3 +102,29 @@ def export_qwen_image(module: QwenImage, params: Mapping) -> dict[str, np.ndarra
     """Turns parameters of a Qwen-Image into arrays under official names; see `export_flux`."""
     check_exportable(module)
     return export_state(params["params"], qwen_image_rules(module), 0)
+
+
+def _unread(module: QwenImage) -> str:
+    """What becomes of the text in the last block nobody reads."""
+    return f"transformer_blocks.{module.depth - 1}.txt_mlp."
+
+
+def _release(module: QwenImage) -> dict[str, Any]:
+    return {"_class_name": "QwenImageTransformer2DModel", "num_layers": module.depth}
+
+
+QWEN_IMAGE = Kind(
+    name="qwen_image",
+    mark="txt_norm.weight",
+    load=load_qwen_image,
+    module=QwenImage,
+    export=export_qwen_image,
+    output=OUTPUT,
+    sizes=(
+        *("patch_size", "in_channels", "hidden", "num_heads", "depth", "text_features"),
+        "axes_dims_rope",
+    ),
+    rules=qwen_image_rules,
+    unread=_unread,
+    release=_release,
+)

@@ -10,12 +10,20 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from piflow_jax.convert.kinds import Kind
 from piflow_jax.convert.rules import Place, Rule, as_jax, import_state, linear
 from piflow_jax.convert.vae import conv
 from piflow_jax.models.vae import AutoencoderKL
 from piflow_jax.safetensors_files import LazyArray
 
-__all__ = ["LATENTS_MEAN", "LATENTS_STD", "flattened", "load_qwen_vae", "qwen_vae_rules"]
+__all__ = [
+    "LATENTS_MEAN",
+    "LATENTS_STD",
+    "QWEN_VAE",
+    "flattened",
+    "load_qwen_vae",
+    "qwen_vae_rules",
+]
 
 # Of the release, channel by channel: latents are `(raw - mean) / std`.
 LATENTS_MEAN = (
@@ -106,7 +114,6 @@ def qwen_vae_rules(module: AutoencoderKL) -> list[Rule]:
 
 def load_qwen_vae(
     state: Mapping[str, np.ndarray],
-    model: str,
     *,
     latents_mean: Sequence[float] = LATENTS_MEAN,
     latents_std: Sequence[float] = LATENTS_STD,
@@ -116,7 +123,6 @@ def load_qwen_vae(
 
     Args:
         state: Arrays by official name.
-        model: "qwen_vae".
         latents_mean: Mean of raw latents, by channel.
         latents_std: Standard deviation of raw latents, by channel.
         place: Puts every leaf in its place as soon as it is built, see `import_state`; None keeps
@@ -129,7 +135,6 @@ def load_qwen_vae(
         ValueError: Names, shapes or types do not fit (faults are listed), or numbers are not
             finite.
     """
-    del model
     needed = ("encoder.conv_in.weight", "decoder.conv_in.weight")
     found = [(int(m[1]), m[2], name) for name in state if (m := _FIRST.fullmatch(name))]
     if set(needed) - set(state) or not found:
@@ -199,3 +204,11 @@ def flattened(state: Mapping[str, np.ndarray]) -> dict[str, LazyArray]:
 
 def _lazy(array, shape, cut) -> LazyArray:
     return LazyArray(shape, array.dtype, lambda: np.ascontiguousarray(cut(np.asarray(array))))
+
+
+QWEN_VAE = Kind(
+    name="qwen_vae",
+    mark="decoder.mid_block.resnets.0.norm1.gamma",
+    load=load_qwen_vae,
+    module=AutoencoderKL,
+)

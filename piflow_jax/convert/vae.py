@@ -5,6 +5,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from piflow_jax.convert.kinds import Kind
 from piflow_jax.convert.rules import Place, Rule, as_jax, export_state, import_state, linear
 from piflow_jax.models.vae import AutoencoderKL
 
@@ -94,7 +95,6 @@ def vae_rules(module: AutoencoderKL) -> list[Rule]:
 
 def load_vae(
     state: Mapping[str, np.ndarray],
-    model: str,
     *,
     norm_groups: int = 32,
     latent_scale: float | None = None,
@@ -105,7 +105,6 @@ def load_vae(
 
     Args:
         state: Arrays by official name, new or old.
-        model: "vae".
         norm_groups: Groups of every normalisation, which shapes do not show.
         latent_scale: Scale of latents, which shapes do not show either; None is that of FLUX.1 if
             there are no convolutions around the latents, else that of Stable Diffusion.
@@ -120,7 +119,6 @@ def load_vae(
         ValueError: Names, shapes or types do not fit (faults are listed), or numbers are not
             finite.
     """
-    del model
     state = _new_names(state)
     widths = {}
     for name, array in state.items():
@@ -186,3 +184,12 @@ def _new_names(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
                 array = np.asarray(array)[:, :, 0, 0]
         renamed[name] = array
     return renamed
+
+
+VAE = Kind(
+    name="vae",
+    mark="decoder.mid_block.resnets.0.norm1.weight",
+    load=load_vae,
+    module=AutoencoderKL,
+    export=export_vae,
+)

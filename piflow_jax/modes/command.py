@@ -1,8 +1,11 @@
 """A mode from settings to exit status: what is common to all of them."""
 
+import dataclasses
 import os
 import sys
 import traceback
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import ml_collections
@@ -28,14 +31,7 @@ from piflow_jax.runs.workdir import check_writable, user_path
 from piflow_jax.systems.datasets import DATASETS, dataset
 from piflow_jax.systems.settings import check_choices
 
-__all__ = ["MODES", "run"]
-
-
-# What data must have a use for in these modes, one of the keys.
-_WANTED = {
-    "prepare": {"data.images", "data.prompts"},
-    "statistics": {"evaluation.reference"},
-}
+__all__ = ["MODES", "Mode", "run"]
 
 
 def _prepare(config: Config, workdir: str | os.PathLike) -> None:
@@ -48,28 +44,49 @@ def _evaluate(config: Config, workdir: str | os.PathLike) -> None:
     of_data(config, workdir)
 
 
-MODES = {
-    "train": train,
-    "evaluate": _evaluate,
-    "sample": sample,
-    "export": export,
-    "prepare": _prepare,
-    "statistics": write_reference,
-    "compile": compile_step,
-    "compile_sampling": compile_sampling,
-    "rivals": compare_rivals,
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Mode:
+    """A row of `MODES`.
+
+    Attributes:
+      run: does it, in `(config, workdir)`.
+      batches: settings whose batches it makes.
+      batches_of_prompts: the same for data without classes, on which no teacher is trained and
+        nothing is sampled while a student is; None for the same.
+      here: it computes on this machine's devices, not for a slice that need not be attached.
+      in_workdir: what it makes lies in the run's directory, not where the settings say.
+      wants: keys of which the data must have a use for one; empty for any data.
+    """
+
+    run: Callable[[Config, str | os.PathLike], Any]
+    batches: tuple[str, ...] = ("train", "teacher", "evaluation")
+    batches_of_prompts: tuple[str, ...] | None = None
+    here: bool = True
+    in_workdir: bool = True
+    wants: frozenset[str] = frozenset()
+
+
+MODES: dict[str, Mode] = {
+    "train": Mode(run=train, batches_of_prompts=("train",)),
+    "evaluate": Mode(run=_evaluate, batches=("evaluation",), batches_of_prompts=()),
+    "sample": Mode(run=sample, batches=("evaluation",)),
+    "export": Mode(run=export, batches=()),
+    "prepare": Mode(
+        run=_prepare,
+        batches=(),
+        in_workdir=False,
+        wants=frozenset({"data.images", "data.prompts"}),
+    ),
+    "statistics": Mode(
+        run=write_reference,
+        batches=(),
+        in_workdir=False,
+        wants=frozenset({"evaluation.reference"}),
+    ),
+    "compile": Mode(run=compile_step, here=False),
+    "compile_sampling": Mode(run=compile_sampling, here=False),
+    "rivals": Mode(run=compare_rivals),
 }
-# The settings whose batches a mode makes, where they are not those of training. The modes that
-# compile look at their slice themselves.
-_BATCHES = {
-    "evaluate": ("evaluation",),
-    "sample": ("evaluation",),
-    "export": (),
-    "prepare": (),
-    "statistics": (),
-}
-# What these make is shared between runs, and lies where the settings say.
-_WRITES_ELSEWHERE = ("prepare", "statistics")
 # What a user can mend, or start again after; the rest are ours, and have a traceback.
 _OF_THE_RUN = (CheckpointError, NonFiniteLossError, OSError, processes.ProcessError)
 # What neither the settings' sizes nor the compiler foresaw.
@@ -97,9 +114,9 @@ def run(mode: str, config: ml_collections.ConfigDict, workdir: str | os.PathLike
         workdir = user_path(workdir, "--workdir")
         parsed = parse(config, None)
         check_choices(parsed)
-        _check_mode(parsed, mode)
-        _start(parsed, mode, workdir)
-        MODES[mode](parsed, workdir)
+        _check_data(parsed, mode)
+        _start(parsed, MODES[mode], workdir)
+        MODES[mode].run(parsed, workdir)
     except Interrupted as stop:
         logging.info("%s", stop)
         return processes.end(0 if stop.signal == "SIGTERM" else 130)
@@ -118,8 +135,8 @@ def run(mode: str, config: ml_collections.ConfigDict, workdir: str | os.PathLike
     return processes.end(0)
 
 
-def _check_mode(config: Config, mode: str) -> None:
-    wanted = _WANTED.get(mode)
+def _check_data(config: Config, mode: str) -> None:
+    wanted = MODES[mode].wants
     if wanted and not wanted & dataset(config).uses:
         names = [repr(name) for name, row in DATASETS.items() if wanted & row.uses]
         raise ConfigError(
@@ -128,7 +145,7 @@ def _check_mode(config: Config, mode: str) -> None:
         )
 
 
-def _start(config: Config, mode: str, workdir: str | os.PathLike) -> None:
+def _start(config: Config, mode: Mode, workdir: str | os.PathLike) -> None:
     if config.compilation_cache:
         cache = user_path(config.compilation_cache, "config.compilation_cache")
         try:
@@ -145,16 +162,14 @@ def _start(config: Config, mode: str, workdir: str | os.PathLike) -> None:
         setting = "jax_remove_custom_partitioning_ptr_from_cache_key"
         if hasattr(jax.config, setting):  # not every JAX has it
             jax.config.update(setting, True)
-    if not mode.startswith("compile"):  # a slice to compile for has other devices than this machine
+    if mode.here:
         processes.start(config.processes)
-        groups = _BATCHES.get(mode)
-        if not dataset(config).by_class:
-            # No teacher is trained on prompts, nothing is sampled while a student is, and
-            # --mode=evaluate measures finished pictures.
-            groups = {"train": ("train",), "evaluate": ()}.get(mode, groups)
+        groups = mode.batches
+        if not dataset(config).by_class and mode.batches_of_prompts is not None:
+            groups = mode.batches_of_prompts
         here = jax.device_count(), jax.process_count(), slice_count()
         check_devices(config, *here, groups=groups)
-    if mode not in _WRITES_ELSEWHERE:
+    if mode.in_workdir:
         check_writable(workdir)
         user_path(workdir).mkdir(parents=True, exist_ok=True)
 

@@ -100,7 +100,7 @@ def test_misfits():
     state = official_state()
     with pytest.raises(ValueError, match="double_depth: given 4, the state has 2"):
         load_torch_state(state, "flux", double_depth=4, **ROPE)
-    with pytest.raises(ValueError, match="no logstd head, constant_logstd is None"):
+    with pytest.raises(ValueError, match="no logstd head: constant_logstd must be given"):
         load_torch_state(
             {n: a for n, a in official_state("proj_out_means").items() if "logstds" not in n},
             "gm_flux",

@@ -5,6 +5,7 @@ this process, and none of them trains; what only a process shows stands at the e
 """
 
 import contextlib
+import dataclasses
 import math
 import os
 import re
@@ -298,7 +299,8 @@ def test_what_no_estimate_foresaw_is_one_sentence(run, monkeypatch):
     def allocate(*arguments):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.")
 
-    monkeypatch.setitem(modes.MODES, "sample", allocate)
+    sample = dataclasses.replace(modes.MODES["sample"], run=allocate)
+    monkeypatch.setitem(modes.MODES, "sample", sample)
     status, said = run(f"--config={TINY}", "--workdir=run", "--mode=sample")
     assert status == 1
     assert said.startswith("error: not enough memory (RESOURCE_EXHAUSTED") and "batch sizes" in said

@@ -118,7 +118,7 @@ def work(config, workdir):
 
 config = tiny.get_config()
 config.processes.heartbeat_seconds = 5
-command.MODES["train"] = work
+command.MODES["train"] = command.Mode(run=work)
 sys.exit(command.run("train", config, workdir))
 """
 

@@ -21,7 +21,7 @@ def start(mode, settings, workdir, **batches):
     config = settings.get_config()
     for group, size in batches.items():
         config[group].batch_size = size
-    command._start(parse(config, None), mode, workdir)
+    command._start(parse(config, None), command.MODES[mode], workdir)
 
 
 @pytest.fixture

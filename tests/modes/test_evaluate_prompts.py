@@ -77,7 +77,7 @@ def pictures(name):
 
 
 def test_the_report_has_all_figures(config, tmp_path):
-    MODES["evaluate"](parse(config), tmp_path)
+    MODES["evaluate"].run(parse(config), tmp_path)
     report = json.loads((tmp_path / "text_report.json").read_text())
     for figure, view in (("teacher_fid", resized), ("patch_fid", centre_patch)):
         features = [

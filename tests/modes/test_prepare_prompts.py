@@ -178,7 +178,7 @@ def config(tmp_path, **data):
 def test_the_mode_prepares_and_the_source_is_loaded_by_name(tmp_path):
     entries = [{"prompt": p.text, "aspect": f"{p.aspect}:1"} for p in PROMPTS]
     (tmp_path / "list.jsonl").write_text("\n".join(map(json.dumps, entries)))
-    MODES["prepare"](parse(config(tmp_path)), tmp_path)
+    MODES["prepare"].run(parse(config(tmp_path)), tmp_path)
     source = load_prompts_source(tmp_path / "set")
     assert len(source) == 7 and source.manifest["source"].startswith("list.jsonl, SHA-256 ")
 

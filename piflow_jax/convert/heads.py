@@ -1,0 +1,103 @@
+"""The table of output heads in official weights: what a network predicts, and how that is read."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+from flax import linen as nn
+
+from piflow_jax.convert.kinds import Kind
+from piflow_jax.convert.sizes import divided, grid_points, shape_of
+from piflow_jax.models.heads import DXHead, GMHead, VelocityHead
+
+__all__ = ["HEADS", "Head", "check_exportable", "read_head"]
+
+Read = Callable[[Mapping[str, np.ndarray], Kind, int, int, dict[str, Any]], tuple[nn.Module, dict]]
+"""`(state, kind, patch^2, channels, given) -> (head, sizes that were read)`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Head:
+    """A row of `HEADS`.
+
+    Attributes:
+        read: Reads the head; takes sizes of `given` out that it alone knows.
+        mark: An array of every such head and of no other; empty if there is none.
+        first: An array without which it cannot be read, where there is a mark.
+    """
+
+    read: Read
+    mark: str = ""
+    first: str = ""
+
+
+def _velocity(state, kind, pixels, channels, given):
+    rows = np.shape(state.get(f"{kind.output}.bias", ()))
+    points, rest = divmod(rows[0], pixels * channels) if len(rows) == 1 else (1, 0)
+    if points > 1 and not rest:
+        raise ValueError(
+            f"{kind.output}.bias has {points} outputs per site and channel: these are weights of a "
+            f"student that predicts a grid, dx_{kind.name}"
+        )
+    return VelocityHead(), {}
+
+
+def _mixture(state, kind, pixels, channels, given):
+    (rows,) = shape_of(state, "proj_out_logweights.bias", 1)
+    sizes = {"num_components": divided("proj_out_logweights.bias", rows, pixels)}
+    constant = given.pop("constant_logstd", None)
+    has_head = any(name.startswith("proj_out_logstds.") for name in state)
+    if has_head and constant is not None:
+        raise ValueError("constant_logstd was given but the state has a logstd head")
+    if has_head:
+        (sizes["logstd_hidden"],) = shape_of(state, "proj_out_logstds.1.bias", 1)
+    elif constant is None:
+        raise ValueError("the state has no logstd head: constant_logstd must be given")
+    return GMHead(**sizes, constant_logstd=constant), sizes
+
+
+def _grid(state, kind, pixels, channels, given):
+    name, by = f"{kind.output}.bias", pixels * channels
+    (rows,) = shape_of(state, name, 1)
+    sizes = {"num_grid": grid_points(name, rows, by, given.get("num_grid"))}
+    return DXHead(**sizes), sizes
+
+
+# By what stands before a network's name: nothing for a teacher, a policy for its student.
+HEADS = {
+    "": Head(_velocity),
+    "gm": Head(_mixture, mark="proj_out_means.weight", first="proj_out_logweights.bias"),
+    "dx": Head(_grid),
+}
+
+
+def read_head(
+    state: Mapping[str, np.ndarray], head: str, kind: Kind, sizes: Mapping[str, Any], given: dict
+) -> tuple[nn.Module, dict]:
+    """The head that the output layers are of, and its sizes.
+
+    Args:
+        state: Arrays by official name.
+        head: A name in `HEADS`.
+        kind: Whose weights they are.
+        sizes: `patch_size` and `in_channels` of the network.
+        given: Sizes that are known; `constant_logstd`, which is taken out, is needed if and only if
+            a mixture has no logstd head.
+
+    Returns:
+        A head of `piflow_jax.models.heads`, and the sizes that were read for it.
+
+    Raises:
+        ValueError: An output layer is missing or of another head, or `constant_logstd` does not fit
+            the state.
+    """
+    return HEADS[head].read(state, kind, sizes["patch_size"] ** 2, sizes["in_channels"], given)
+
+
+def check_exportable(module: nn.Module) -> None:
+    """Raises ValueError if official networks have no layout for a module's head or adapters."""
+    if isinstance(module.head, DXHead) and module.head.input_skip:
+        raise ValueError("DXHead.input_skip: official networks have no such skip")
+    if getattr(module, "lora", None) is not None:
+        raise ValueError("the network has adapters: fuse them, or export them on their own")
