@@ -53,7 +53,7 @@ def without_code(text):
 def python_blocks(path):
     """Code and position of the Python blocks of a page, but for those marked as not run."""
     text = path.read_text(encoding="utf-8")
-    for match in re.finditer(r"^([^\n]*)\n```python\n(.*?)^```$", text, flags=re.M | re.S):
+    for match in re.finditer(r"^([^\n]*)\n```python[^\n]*\n(.*?)^```$", text, flags=re.M | re.S):
         if not match[1].startswith(NOT_RUN):
             line = text[: match.start(2)].count("\n")
             yield "\n" * line + match[2]  # so that a traceback has the page's line numbers

@@ -5,7 +5,7 @@ frozen dataclasses, or refuses it with the key and the allowed range. Each field
 documentation; `python -m piflow_jax.config` prints `docs/configuration.md`.
 """
 
-from piflow_jax.config.networks import NetworkConfig
+from piflow_jax.config.networks import ModelConfig, NetworkConfig
 from piflow_jax.config.parsing import (
     ConfigError,
     base_config,
@@ -21,7 +21,6 @@ from piflow_jax.config.schema import (
     DataConfig,
     EvaluationConfig,
     MeshConfig,
-    ModelConfig,
     OptimizerConfig,
     PolicyConfig,
     ProcessesConfig,

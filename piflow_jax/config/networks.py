@@ -1,4 +1,4 @@
-"""The schema of each network's own settings."""
+"""The schema of networks: the settings of each, and what all of them have."""
 
 import dataclasses
 from typing import ClassVar
@@ -127,3 +127,35 @@ class FluxConfig(AdaptedConfig):
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class QwenImageConfig(AdaptedConfig):
     """Qwen-Image (`model.network = "qwen_image"`)."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The network that teacher and student share, but for the student's head and adapters."""
+
+    network: str = _field(
+        "dit",
+        "dit (classes), flux or qwen_image (text), whose own settings are the group of that name; "
+        "or a function of yours as `package.module:function`, see docs/extending.md",
+    )
+    dtype: str = _field("float32", "compute dtype", choices=("float32", "bfloat16"))
+    remat: str = _field(
+        "none",
+        "what the backward pass recomputes",
+        choices=("none", "full", "dots", "dots_no_batch"),
+    )
+    scan_unroll: int = _field(1, "blocks per iteration of the scan over layers", low=1, most=256)
+    attention: str = _field(
+        "default",
+        "implementation; where cuDNN has none, JAX's own with a warning in the log",
+        choices=("default", "xla", "cudnn"),
+    )
+    dit: DiTConfig = _field(DiTConfig, "")
+    flux: FluxConfig = _field(FluxConfig, "")
+    qwen_image: QwenImageConfig = _field(QwenImageConfig, "")
+
+    @property
+    def own(self) -> NetworkConfig:
+        """The settings of the network that is chosen."""
+        own = vars(self).get(self.network)
+        return own if isinstance(own, NetworkConfig) else NetworkConfig()

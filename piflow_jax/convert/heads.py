@@ -96,7 +96,14 @@ def read_head(
 
 
 def check_exportable(module: nn.Module) -> None:
-    """Raises ValueError if official networks have no layout for a module's head or adapters."""
+    """Refuses what official networks have no layout for.
+
+    Args:
+        module: The network.
+
+    Raises:
+        ValueError: It has adapters, or a head with a skip.
+    """
     if isinstance(module.head, DXHead) and module.head.input_skip:
         raise ValueError("DXHead.input_skip: official networks have no such skip")
     if getattr(module, "lora", None) is not None:

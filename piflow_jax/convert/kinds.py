@@ -51,7 +51,14 @@ class Kind:
 
 
 def adapter_of(state: Mapping[str, Any]) -> str | None:
-    """Whose matrices of adapters a state holds, None without any."""
+    """Whose matrices of adapters a state holds.
+
+    Args:
+        state: Arrays by name.
+
+    Returns:
+        What to call them in a message; None if there are none.
+    """
     names = [name for name in state if _LORA_MATRIX.search(name)]
     if not names:
         return None

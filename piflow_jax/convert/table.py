@@ -60,6 +60,12 @@ def named(model: str) -> tuple[Kind, str]:
 def kind_of(module: nn.Module) -> Kind:
     """The kind under whose names a module's parameters are written.
 
+    Args:
+        module: The network.
+
+    Returns:
+        The row.
+
     Raises:
         ValueError: There are none for such a module.
     """

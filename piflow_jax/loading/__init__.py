@@ -151,7 +151,7 @@ def load_teacher(
 
 
 def _is_own(model: ModelConfig) -> bool:
-    return network_kind(model).official is None
+    return network_kind(model).of_caller
 
 
 def _own(settings: StudentSettings, given: Any, teacher: Any) -> OwnNetwork:

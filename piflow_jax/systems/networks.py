@@ -205,6 +205,7 @@ class NetworkKind:
       targets: layers with adapters in a student; None if all of it is trained.
       added: keys of `spec` that older checkpoints lack, and what that means.
       named: whether a spec says which network it is; those of a DiT never did.
+      of_caller: a function makes it that only the caller has.
     """
 
     network: Callable[[ModelConfig, DataShape, PolicyConfig | None], Network]
@@ -216,6 +217,7 @@ class NetworkKind:
     targets: tuple[str, ...] | None = None
     added: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     named: bool = True
+    of_caller: bool = False
 
 
 Module = Callable[[ModelConfig, DataShape, Mapping[str, Any]], nn.Module]
@@ -346,6 +348,7 @@ _OF_FUNCTIONS = NetworkKind(
     conditioning=lambda own: ClassLabels(),
     spec=(),
     data_spec=(*NETWORKS["dit"].data_spec, "sites", "conditions"),
+    of_caller=True,
 )
 
 

@@ -6,8 +6,9 @@ network that is not ours lays it out: per site `outputs(config, C)` numbers, in 
 (arXiv 2602.09014).
 """
 
+import abc
 from collections.abc import Callable
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -39,8 +40,8 @@ AsVelocity = Callable[[jax.Array], jax.Array]
 """Turns predictions `[B, *sites, n, C]` of a teacher into velocities of the same shape."""
 
 
-class PolicyKind(Protocol):
-    """A row of `POLICIES`.
+class PolicyKind(abc.ABC):
+    """A row of `POLICIES`; what it does not define is that of a policy the release does not have.
 
     Attributes:
       spec: keys of `config.policy` without which a checkpoint's weights mean nothing.
@@ -49,13 +50,14 @@ class PolicyKind(Protocol):
     """
 
     spec: ClassVar[tuple[str, ...]]
-    tempered: ClassVar[bool]
-    predicts_std: ClassVar[bool]
+    tempered: ClassVar[bool] = False
+    predicts_std: ClassVar[bool] = False
 
+    @abc.abstractmethod
     def head(self, config: PolicyConfig) -> nn.Module:
         """The output layer of our own networks."""
-        ...
 
+    @abc.abstractmethod
     def create(
         self,
         config: PolicyConfig,
@@ -66,16 +68,12 @@ class PolicyKind(Protocol):
         eps: float,
     ) -> Policy:
         """The policy of an output at `(x, sigma)`; `eps` bounds its divisions from below."""
-        ...
 
-    def droppable(self, config: PolicyConfig) -> int:
-        """Components that dropout may leave out; 0 if there are none."""
-        ...
-
+    @abc.abstractmethod
     def outputs(self, config: PolicyConfig, channels: int) -> int:
         """Numbers per site that a network of any making has to predict."""
-        ...
 
+    @abc.abstractmethod
     def read(
         self,
         config: PolicyConfig,
@@ -86,29 +84,42 @@ class PolicyKind(Protocol):
         as_velocity: AsVelocity,
     ) -> Any:
         """The output that `create` takes, of `values[B, *sites, outputs]`."""
-        ...
 
+    @abc.abstractmethod
     def start(self, config: PolicyConfig, rows: jax.Array, noise: jax.Array | None) -> jax.Array:
         """Last-layer rows `[..., outputs]` of a student that starts at its teacher's `[..., C]`.
 
         `noise[K, C]` is given for a bias.
         """
-        ...
+
+    def droppable(self, config: PolicyConfig) -> int:
+        """Components that dropout may leave out; 0 if there are none."""
+        del config
+        return 0
 
     def official(self, config: PolicyConfig, train: TrainConfig) -> dict[str, Any]:
         """What files of the release say of a student's policy."""
-        ...
+        del train
+        return {"type": config.kind}
 
     def unnamed(self, config: PolicyConfig) -> str | None:
         """Why the release has no names for such a student's weights; None if it has."""
-        ...
+        return (
+            f"config.policy.kind = {config.kind!r} has no official names to be exported under; "
+            "piflow_jax.load reads the run's directory"
+        )
 
     def check(self, config: Config) -> None:
         """Raises ConfigError for settings that contradict the policy."""
-        ...
+        policy, dropout = config.policy, config.train.gm_dropout
+        if dropout > 0 and not self.droppable(policy):
+            raise ConfigError(
+                "config.train.gm_dropout drops mixture components and must be 0 with "
+                f"config.policy.kind = {policy.kind!r}, got {dropout}"
+            )
 
 
-class GaussianMixture:
+class GaussianMixture(PolicyKind):
     """GMFlow: `K` means `(K, C)`, then `K` logits, and one log standard deviation per sample."""
 
     spec = ("kind", "num_components", "logstd_hidden")
@@ -141,19 +152,14 @@ class GaussianMixture:
     def unnamed(self, config):
         return None
 
-    def check(self, config):
-        del config
 
-
-class DirectX0:
+class DirectX0(PolicyKind):
     """DX: `N` velocities `(N, C)`, a grid over the segment or coefficients of a polynomial.
 
     A network that is not ours starts a polynomial at its teacher by the input skip of `DXHead`.
     """
 
     spec = ("kind", "num_grid", "mode", "segment_size")
-    tempered = False
-    predicts_std = False
 
     def head(self, config):
         # Polynomial coefficients beyond the first start at zero only with the skip.
@@ -163,9 +169,6 @@ class DirectX0:
         del eps  # one bound in training and sampling, as in the reference
         size = self._segment(config, train)
         return DXPolicy.create(output, x, sigma, size, train.shift, config.mode, eps=SAMPLE_EPS)
-
-    def droppable(self, config):
-        return 0
 
     def outputs(self, config, channels):
         return config.num_grid * channels
@@ -197,12 +200,8 @@ class DirectX0:
         )
 
     def check(self, config):
+        super().check(config)
         policy, train = config.policy, config.train
-        if train.gm_dropout > 0:
-            raise ConfigError(
-                "config.train.gm_dropout drops mixture components and must be 0 with "
-                f"config.policy.kind = 'dx', got {train.gm_dropout}"
-            )
         longest = Segments(train.nfe, train.final_step_size_scale).longest
         if 0 < policy.segment_size < longest - 1e-9:
             raise ConfigError(
@@ -224,12 +223,10 @@ class DirectX0:
         return config.segment_size or Segments(train.nfe, train.final_step_size_scale).longest
 
 
-class ArcFlow:
+class ArcFlow(PolicyKind):
     """ArcFlow: `K` means `(K, C)`, then `K` logits, then `K` rates of growth before their bound."""
 
     spec = ("kind", "num_components")
-    tempered = False
-    predicts_std = False
 
     def head(self, config):
         return ArcHead(config.num_components)
@@ -257,18 +254,6 @@ class ArcFlow:
             zeros if noise is None else jnp.broadcast_to(spread_rates(k, rows.dtype), zeros.shape)
         )
         return _beside(means, zeros, rates)
-
-    def official(self, config, train):
-        return {"type": "arc"}
-
-    def unnamed(self, config):
-        return (
-            "config.policy.kind = 'arc' has no official names to be exported under; "
-            "piflow_jax.load reads the run's directory"
-        )
-
-    def check(self, config):
-        del config
 
 
 POLICIES: dict[str, PolicyKind] = {
