@@ -91,8 +91,8 @@ def read_reference(path: str | os.PathLike) -> Reference:
 
     Raises:
       FileNotFoundError: There is none; says what to put there.
-      ValueError: The file has neither statistics nor images, only some of the statistics, or
-        statistics of another shape.
+      ValueError: The file is damaged, has neither statistics nor images, only some of the
+        statistics, or statistics that are of another shape or not finite.
     """
     path = Path(path)
     if not path.is_file():
@@ -101,7 +101,7 @@ def read_reference(path: str | os.PathLike) -> Reference:
             "and put it there"
         )
     pool = spatial = None
-    with np.load(path, allow_pickle=False) as archive:
+    with _about(path), np.load(path, allow_pickle=False) as archive:
         names = set(archive.files)
         found = [name for name in _STATISTICS if name in names]
         if len(found) < len(_STATISTICS) and (found or "arr_0" not in names):
@@ -114,6 +114,8 @@ def read_reference(path: str | os.PathLike) -> Reference:
         for size, part in ((POOL_FEATURES, pool), (SPATIAL_FEATURES, spatial)):
             if part and (part.mean.shape, part.covariance.shape) != ((size,), (size, size)):
                 raise ValueError(f"{path} has statistics of {part.mean.shape}, not of {size}")
+            if part and not all(np.isfinite(array).all() for array in (part.mean, part.covariance)):
+                raise ValueError(f"{path} has statistics that are not finite")
         count = int(archive["count"]) if "count" in names else None
         feature_network = str(archive["feature_network"]) if "feature_network" in names else None
     images = 0
@@ -132,9 +134,26 @@ def read_reference(path: str | os.PathLike) -> Reference:
 
 
 @contextlib.contextmanager
+def _about(path: Path) -> Iterator[None]:
+    """Names the file in what NumPy, zipfile and zlib raise of a damaged one, whatever that is."""
+    try:
+        yield
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:
+        if str(path) in str(error):
+            raise
+        raise ValueError(f"{path} is damaged, or no .npz file: {error!r}") from error
+
+
+@contextlib.contextmanager
 def _open_member(path: Path, name: str):
     """Shape, dtype and a stream of the bytes of one array in an `.npz`."""
-    with zipfile.ZipFile(path) as archive, archive.open(f"{name}.npy") as stream:
+    with (
+        _about(path),
+        zipfile.ZipFile(path) as archive,
+        archive.open(f"{name}.npy") as stream,
+    ):
         headers = {
             (1, 0): np.lib.format.read_array_header_1_0,
             (2, 0): np.lib.format.read_array_header_2_0,
@@ -156,7 +175,7 @@ def image_batches(path: str | os.PathLike, batch_size: int = 512) -> Iterator[np
       uint8[B, H, W, 3].
 
     Raises:
-      ValueError: `arr_0` is another array, or cut short.
+      ValueError: `arr_0` is another array, damaged or cut short.
     """
     with _open_member(Path(path), "arr_0") as (shape, stream):
         for start in range(0, shape[0], batch_size):

@@ -6,6 +6,7 @@ A set is a folder of PNG files named by the prompt's place in its list and the s
 one of another student does not read the teacher's pictures again.
 """
 
+import functools
 import hashlib
 import os
 import re
@@ -15,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from piflow_jax.data.pictures import PictureError, read_picture
+from piflow_jax.evaluation.kept import read_kept
 from piflow_jax.whole_files import replacing
 
 __all__ = ["ImageSet", "cached_features", "centre_patch", "open_images", "resized"]
@@ -186,6 +188,9 @@ def cached_features(
 
     Returns:
       float32[N, D].
+
+    Raises:
+      KeptFileError: A chunk in the cache is damaged.
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
@@ -198,7 +203,14 @@ def cached_features(
             features = np.asarray(extract([images[number] for number in numbers]), np.float32)
             with replacing(path) as under_way:
                 np.save(under_way, features)
-        chunks.append(np.load(path))
+        chunks.append(read_kept(path, functools.partial(_read_chunk, count=len(numbers))))
         if on_progress is not None:
             on_progress(numbers.stop, len(images))
     return np.concatenate(chunks)
+
+
+def _read_chunk(path: Path, count: int) -> np.ndarray:
+    features = np.load(path)
+    if features.ndim != 2 or len(features) != count or not np.isfinite(features).all():
+        raise ValueError(f"it does not hold the features of {count} pictures")
+    return features

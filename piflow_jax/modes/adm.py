@@ -32,6 +32,7 @@ from piflow_jax.evaluation.adm import (
     write_statistics,
 )
 from piflow_jax.evaluation.adm_files import REFERENCE_URL, SPATIAL_FEATURES
+from piflow_jax.evaluation.kept import read_kept, read_kept_json
 from piflow_jax.loading.runs import data_shape, load_student
 from piflow_jax.models.inception import POOL_FEATURES
 from piflow_jax.modes.autoencoder import (
@@ -245,9 +246,10 @@ def _samples(
         return None
     if not whole.exists():
         labels = index_labels(settings.num_samples, data.num_classes)
-        write_samples(whole, (np.load(path) for path in shards), labels)
+        write_samples(whole, (read_kept(path, np.load) for path in shards), labels)
         for path in shards:
             path.unlink()
+    read_kept(whole, lambda path: next(image_batches(path, 1)))
     return whole
 
 
@@ -258,7 +260,7 @@ def _check_plan(folder: Path, plan: dict) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         write_json(path, plan)
     multihost_utils.sync_global_devices("plan of samples")
-    known = json.loads(path.read_text(encoding="utf-8"))
+    known = read_kept_json(path, dict, f"remove {folder}")
     different = [
         f"{key} was {known.get(key)!r}, is {plan.get(key)!r}"
         for key in sorted(known.keys() | plan.keys())

@@ -14,6 +14,7 @@ from absl import logging
 from piflow_jax.config import Config, ConfigError, check_devices, parse
 from piflow_jax.data.pictures import PicturesError
 from piflow_jax.data.shards import ShardsError
+from piflow_jax.evaluation.kept import KeptFileError
 from piflow_jax.modes.adm import write_reference
 from piflow_jax.modes.compile import compile_sampling, compile_step
 from piflow_jax.modes.evaluate import evaluate
@@ -88,7 +89,10 @@ MODES: dict[str, Mode] = {
     "rivals": Mode(run=compare_rivals),
 }
 # What a user can mend, or start again after; the rest are ours, and have a traceback.
-_OF_THE_RUN = (CheckpointError, NonFiniteLossError, OSError, processes.ProcessError)
+_OF_THE_RUN = (
+    *(CheckpointError, KeptFileError, NonFiniteLossError, OSError),
+    processes.ProcessError,
+)
 # What neither the settings' sizes nor the compiler foresaw.
 _NO_MEMORY = (
     "not enough memory ({error}); lower the batch sizes of config.train, config.teacher or "

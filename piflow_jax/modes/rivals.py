@@ -30,6 +30,7 @@ from piflow_jax.distillation.stages import (
     student_stage,
     teacher_stage,
 )
+from piflow_jax.evaluation.kept import read_kept, read_kept_json
 from piflow_jax.loading.runs import load_average, load_student, load_teacher
 from piflow_jax.modes.adm import config_judge
 from piflow_jax.parallel import (
@@ -89,6 +90,7 @@ def compare_rivals(config: Config, workdir: str | os.PathLike) -> dict[str, Any]
     Raises:
       ConfigError: there is no such method, or settings that are for other data.
       CheckpointError: a checkpoint is unusable or contradicts the settings.
+      KeptFileError: a file that an earlier start left is damaged.
     """
     if dataset(config).latents:
         raise ConfigError(
@@ -167,7 +169,7 @@ class _Comparison:
         path = self._workdir / "settings.json"
         settings = _comparable(self._config)
         if path.exists():
-            kept = json.loads(path.read_text(encoding="utf-8"))
+            kept = read_kept_json(path, dict, "pass another --workdir")
             for key in sorted(kept.keys() | settings.keys()):
                 if kept.get(key) != settings.get(key):
                     raise ConfigError(
@@ -181,7 +183,7 @@ class _Comparison:
     def _times(self) -> dict[str, Any]:
         """Step times, steps and seconds of every method, from times measured once."""
         config, path = self._config, self._workdir / "times.json"
-        measured = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        measured = read_kept_json(path, dict) if path.exists() else {}
         timed_as = {name: method.timed_as or method.name for name, method in self._methods.items()}
         names = dict.fromkeys((*timed_as.values(), "teacher", "pairs"))
         calls = {name: self._timed_call(name) for name in names if name not in measured}
@@ -288,7 +290,7 @@ class _Comparison:
         place = self._workdir / name / f"seed{seed}"
         path = place / "result.json"
         if path.exists():
-            return json.loads(path.read_text(encoding="utf-8"))
+            return read_kept_json(path, list)
         logging.info("%s, seed %d: %d steps", name, seed, times["steps"])
         method = self._methods[name]
         config = changed(self._config, {"seed": seed, "train.steps": times["steps"]})
@@ -322,7 +324,7 @@ class _Comparison:
         """Rows of the teacher and its endpoints, kept for the next start."""
         path, endpoints = self._workdir / "teacher.json", self._workdir / "endpoints.npy"
         if path.exists() and endpoints.exists():
-            return json.loads(path.read_text(encoding="utf-8")), np.load(endpoints)
+            return read_kept_json(path, list), read_kept(endpoints, np.load)
         config, data = self._config, self._data
         teacher, systems = load_teacher(config, data, self._workdir), Systems.of(config, data)
         rows, reference = [], None

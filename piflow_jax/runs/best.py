@@ -1,6 +1,7 @@
 """The best checkpoint so far, beside the latest ones."""
 
 import json
+import math
 import os
 from collections.abc import Callable
 
@@ -39,7 +40,9 @@ class BestCheckpoint:
             try:
                 record = json.loads(self._record.read_text(encoding="utf-8"))
                 self._distance = float(record["distance"])
-            except (OSError, ValueError, KeyError, TypeError) as error:
+                if math.isnan(self._distance):  # nothing would be better than it
+                    raise ValueError("its distance is nan")
+            except (OSError, RecursionError, ValueError, KeyError, TypeError) as error:
                 raise CheckpointError(
                     f"{self._record} is damaged ({error!r}); remove it to start the comparison anew"
                 ) from error

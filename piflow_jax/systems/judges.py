@@ -12,6 +12,7 @@ from piflow_jax.evaluation.adm import InceptionNetwork, to_uint8
 from piflow_jax.evaluation.components import PrincipalComponents
 from piflow_jax.evaluation.feature_training import recipe_for, stored_arrays, train_network
 from piflow_jax.evaluation.features import load_features, read_features
+from piflow_jax.evaluation.kept import read_kept
 
 __all__ = [
     "FEATURES_FILE",
@@ -108,6 +109,9 @@ def open_judge(
     Returns:
       Inception if it is given; the shipped space; one that is trained on labelled images by the
       package's recipe, and kept; or, without labels, the principal components of the samples.
+
+    Raises:
+      KeptFileError: The one that was kept is damaged.
     """
     if inception is not None:
         return InceptionJudge(inception)
@@ -115,7 +119,7 @@ def open_judge(
         return load_features(shipped)
     path = os.path.join(workdir, FEATURES_FILE)
     if os.path.exists(path):
-        return read_features(path, f"features of {source.name}")
+        return read_kept(path, lambda path: read_features(path, f"features of {source.name}"))
     height, width = source.shape[:2] if len(source.shape) == 3 else (0, 0)
     if getattr(source, "num_classes", 0) > 1 and min(height, width) >= _SMALLEST_SIDE:
         return make_features(source, path)

@@ -20,9 +20,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from piflow_jax.config import ConfigError
+from piflow_jax.config import ConfigError, parse
+from piflow_jax.evaluation.image_sets import cached_features, open_images
+from piflow_jax.evaluation.kept import KeptFileError
 from piflow_jax.loading import load
-from piflow_jax.modes import command
+from piflow_jax.modes import adm, command, rivals
 from piflow_jax.runs import metrics
 from piflow_jax.runs.best import BestCheckpoint
 from piflow_jax.runs.checkpoint import Checkpointer, CheckpointError, read_spec
@@ -30,6 +32,7 @@ from piflow_jax.runs.loop import NonFiniteLossError, run_stage
 from piflow_jax.runs.metrics import MetricWriter
 from piflow_jax.runs.run_lock import RunLock
 from piflow_jax.runs.workdir import check_writable, user_path
+from piflow_jax.systems.judges import open_judge
 from tests import tiny
 from tests.runs.test_loop import OPTIONS, make_stage
 
@@ -376,6 +379,67 @@ def test_the_advice_after_a_bad_loss_can_be_followed(tmp_path):
     # What was done to the end was done at that rate.
     with pytest.raises(CheckpointError, match=r"config\.rate: the checkpoint has 0\.05, asked"):
         at_rate(0.01, 8)
+
+
+# --- Files that are made anew where they are missing ------------------------------------------
+
+
+def compared(call):
+    """A method of a comparison of rivals whose work directory is the file's."""
+
+    def read(path):
+        comparison = object.__new__(rivals._Comparison)
+        comparison._workdir, comparison._config = path.parent, parse(tiny.get_config())
+        comparison._methods = {}
+        (path.parent / "teacher.json").touch()
+        (path.parent / "endpoints.npy").touch()
+        return call(comparison)
+
+    return read
+
+
+ANEW = "delete it to have it made anew"
+# A file, what reads it, and what is to be done with a damaged one.
+KEPT = [
+    ("features.npz", lambda path: open_judge(None, path.parent), ANEW),
+    ("plan.json", lambda path: adm._check_plan(path.parent, {}), "remove /"),
+    ("settings.json", compared(lambda c: c._check_settings()), "pass another --workdir"),
+    ("times.json", compared(lambda c: c._times()), ANEW),
+    ("teacher.json", compared(lambda c: c._teacher_rows(None)), ANEW),
+    ("result.json", lambda path: rivals.read_kept_json(path, list), ANEW),
+]
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"\xff\xfe", b"[" * 99_999])
+@pytest.mark.parametrize(("name", "read", "says"), KEPT)
+def test_what_an_earlier_start_left_damaged_is_named(tmp_path, name, read, says, content):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(KeptFileError, match=rf"{name} is damaged \(.*\); {says}") as caught:
+        read(tmp_path / name)
+    assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("bad", [np.zeros((1, 3)), np.full((2, 3), np.nan), np.zeros(2), None])
+def test_cached_features_are_those_of_the_pictures(tmp_path, bad):
+    np.savez(tmp_path / "set.npz", images=np.zeros((2, 4, 4, 3), np.uint8))
+
+    def read():
+        images = open_images(tmp_path / "set.npz")
+        return cached_features(images, lambda x: np.ones((len(x), 3)), tmp_path / "cache", "ones")
+
+    np.testing.assert_array_equal(read(), np.ones((2, 3)))
+    (chunk,) = (tmp_path / "cache").iterdir()
+    chunk.write_bytes(b"\x93NUMPY") if bad is None else np.save(chunk, bad)
+    with pytest.raises(KeptFileError, match=rf"{chunk} is damaged \(.*\); {ANEW}"):
+        read()
+
+
+def test_a_damaged_file_of_the_run_ends_it_with_a_sentence(tmp_path, monkeypatch):
+    def damaged(*_):
+        raise KeptFileError("x.json is damaged; delete it")
+
+    monkeypatch.setitem(command.MODES, "train", damaged)
+    assert start(tmp_path / "run") == (1, "error: x.json is damaged; delete it")
 
 
 # --- Event files ------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import io
 import re
 import zipfile
 
@@ -252,6 +253,43 @@ def test_a_missing_or_unfit_reference_is_refused(tmp_path, small):
     np.savez(path, labels=np.zeros(4))
     with pytest.raises(ValueError, match="must have"):
         read_reference(path)
+
+
+def archive(**arrays):
+    buffer = io.BytesIO()
+    np.savez(buffer, **arrays)
+    return buffer.getvalue()
+
+
+IMAGES = archive(arr_0=np.zeros((2, 8, 8, 3), np.uint8))
+# Of a reference's file, its bytes and what is said.
+DAMAGED = {
+    "empty": (b"", "is damaged"),
+    "a text": (b"hello", "is damaged"),
+    "cut short": (IMAGES[:-9], "is damaged"),
+    "a flipped bit": (IMAGES.replace(bytes(40), bytes(39) + b"\x01", 1), "is damaged"),
+    "floats": (archive(arr_0=np.zeros((2, 8, 8, 3))), "must be uint8"),
+    "another number of axes": (archive(arr_0=np.zeros(9, np.uint8)), "must be uint8"),
+    "NaN": (
+        archive(mu=np.full(4, np.nan), sigma=np.eye(4), mu_s=np.zeros(3), sigma_s=np.eye(3)),
+        "not finite",
+    ),
+    "texts": (
+        archive(mu=np.array("x"), sigma=np.eye(4), mu_s=np.zeros(3), sigma_s=np.eye(3)),
+        "is damaged",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGED)
+def test_a_damaged_reference_is_named(tmp_path, small, case):
+    path = tmp_path / "x.npz"
+    content, message = DAMAGED[case]
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=message) as raised:
+        read_reference(path)
+        list(image_batches(path))
+    assert str(path) in str(raised.value)
 
 
 PROTOCOL = Protocol(

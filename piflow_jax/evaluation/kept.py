@@ -1,0 +1,64 @@
+"""Files that a run keeps for its next start: read back whole, or named as damaged."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+__all__ = ["KeptFileError", "read_kept", "read_kept_json"]
+
+T = TypeVar("T")
+_REMEDY = "delete it to have it made anew"
+
+
+class KeptFileError(Exception):
+    """A file that a run keeps is damaged; the message names it."""
+
+
+def read_kept(path: str | os.PathLike, read: Callable[[Path], T], remedy: str = _REMEDY) -> T:
+    """Reads a file that an earlier start left.
+
+    Args:
+      path: The file.
+      read: Reads and checks it; what it raises is damage, unless the system or the memory failed.
+      remedy: What the message says to do; for files without which others mean nothing.
+
+    Returns:
+      What `read` returns.
+
+    Raises:
+      KeptFileError: The file is damaged.
+    """
+    try:
+        return read(Path(path))
+    except (OSError, MemoryError):
+        raise
+    # Of a damaged file zipfile, zlib, json and NumPy raise whatever they run into.
+    except Exception as error:
+        raise KeptFileError(f"{path} is damaged ({error!r}); {remedy}") from error
+
+
+def read_kept_json(path: str | os.PathLike, kind: type[T], remedy: str = _REMEDY) -> T:
+    """Reads a JSON file that an earlier start left.
+
+    Args:
+      path: The file.
+      kind: `dict`, or `list` for a list of objects.
+      remedy: See `read_kept`.
+
+    Returns:
+      Its content.
+
+    Raises:
+      KeptFileError: See `read_kept`.
+    """
+
+    def read(path: Path) -> Any:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        objects = content if kind is list else [content]
+        if not isinstance(content, kind) or not all(isinstance(one, dict) for one in objects):
+            raise ValueError(f"it holds a {type(content).__name__}")
+        return content
+
+    return read_kept(path, read, remedy)
