@@ -80,9 +80,7 @@ def open_safetensors(path: Path) -> tuple[dict[str, LazyArray], dict[str, str]]:
         ValueError: The file is damaged, has two tensors of one name, or a type that neither numpy
             nor `ml_dtypes` has.
     """
-    with path.open("rb") as file:  # what is not readable at all is not damaged
-        if file.read(len(_POINTER)) == _POINTER:
-            raise ValueError(f"{path} stands for weights that are not here yet: run git lfs pull")
+    check_here(path)
     try:
         memory = np.memmap(path, np.uint8, "r")
         start = 8 + int.from_bytes(memory[:8].tobytes(), "little")
@@ -106,6 +104,13 @@ def open_safetensors(path: Path) -> tuple[dict[str, LazyArray], dict[str, str]]:
     if unknown:
         raise ValueError(f"{path} has tensors of types that are not read: {', '.join(unknown)}")
     return {name: lazy(*entry) for name, *entry in entries}, metadata
+
+
+def check_here(path: Path) -> None:
+    """Raises OSError for a file that cannot be read, ValueError if Git LFS has not brought it."""
+    with path.open("rb") as file:
+        if file.read(len(_POINTER)) == _POINTER:
+            raise ValueError(f"{path} stands for weights that are not here yet: run git lfs pull")
 
 
 class _TwiceError(Exception):

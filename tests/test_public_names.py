@@ -27,7 +27,8 @@ PLUMBING = (
     *("piflow_jax.evaluation.adm_files", "piflow_jax.evaluation.evaluator"),
     *("piflow_jax.evaluation.features", "piflow_jax.evaluation.floor"),
     *("piflow_jax.evaluation.images", "piflow_jax.evaluation.image_sets"),
-    *("piflow_jax.evaluation.report", "piflow_jax.evaluation.text_report"),
+    *("piflow_jax.evaluation.kept", "piflow_jax.evaluation.report"),
+    "piflow_jax.evaluation.text_report",
     "piflow_jax.rivals.base",
 )
 SOURCE = re.compile(r"arXiv|paper|[Ss]ource:")

@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import math
+import os
 import types
 import typing
 from collections.abc import Collection, Iterable, Mapping
@@ -184,6 +185,8 @@ def _parse_value(value: Any, hint: Any, allowed: types.MappingProxyType, key: st
         value = _float(value, key)
     if isinstance(value, str) and "\0" in value:
         raise ConfigError(f"{key} must have no NUL character, got {_shown(value)}")
+    if isinstance(value, str):
+        value = os.path.expanduser(value)  # shells leave the ~ of --key=~/path as it is
     low, high, above, choices = (allowed.get(name) for name in ("low", "high", "above", "choices"))
     if choices is not None and value not in choices:
         known = ", ".join(map(repr, choices))

@@ -4,12 +4,13 @@ Source: the `vae` folders of Stable Diffusion, FLUX.1 and Qwen-Image in the form
 """
 
 import json
-import math
 import os
 import re
 import reprlib
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from piflow_jax.convert.files import open_weights
 from piflow_jax.convert.qwen_vae import QWEN_VAE
@@ -29,6 +30,8 @@ _VAE = {
 _QWEN_VAE = {"latents_mean": "latents_mean", "latents_std": "latents_std"}
 _SIGNED = ("shift_factor", "latents_mean")
 _WHOLE = ("norm_num_groups",)
+# Of numbers of float32, in which latents are scaled; Python's compare with any whole number.
+_TINIEST, _HIGHEST = (float(getattr(np.finfo(np.float32), name)) for name in ("tiny", "max"))
 
 
 def open_autoencoder(
@@ -54,11 +57,11 @@ def open_autoencoder(
     kind, keys = (QWEN_VAE, _QWEN_VAE) if qwen else (VAE, _VAE)
     beside = weights.path.parent / "config.json"
     settings: dict[str, Any] = {}
-    if beside.exists():
+    if os.path.lexists(beside):  # a link to nothing is no autoencoder without settings
         try:
             written = json.loads(beside.read_text(encoding="utf-8"))
             settings = {keys[key]: written[key] for key in keys if written.get(key) is not None}
-        except (AttributeError, RecursionError, ValueError) as error:
+        except (AttributeError, OSError, RecursionError, ValueError) as error:
             raise ValueError(f"{beside} is damaged: {error}") from error
         for key, argument in keys.items():
             _check(settings.get(argument, 1), key, beside)
@@ -69,13 +72,10 @@ def _check(setting: Any, key: str, path: Path) -> None:
     """Raises ValueError if a setting, or that of a channel, is not the number that it must be."""
     by_channel = key in _QWEN_VAE and isinstance(setting, list)
     for value in setting if by_channel else [setting]:
-        try:
-            number = not isinstance(value, bool) and math.isfinite(value)
-            fits = (
-                number and (value > 0 or key in _SIGNED) and (value % 1 == 0 or key not in _WHOLE)
-            )
-        except (OverflowError, TypeError):
-            fits = False
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        fits = number and (-_HIGHEST if key in _SIGNED else _TINIEST) <= value <= _HIGHEST
+        fits = fits and (isinstance(value, int) or key not in _WHOLE)
         if not fits:
             kind = "a number" if key in _SIGNED else "a positive number"
+            kind = "a positive whole number" if key in _WHOLE else kind
             raise ValueError(f"{path}: {key} must be {kind}, got {reprlib.repr(setting)}")

@@ -18,7 +18,7 @@ import numpy as np
 from absl import logging
 
 from piflow_jax.convert.float8 import with_scales
-from piflow_jax.safetensors_files import LazyArray, open_safetensors
+from piflow_jax.safetensors_files import LazyArray, check_here, open_safetensors
 
 INDEX = ".safetensors.index.json"
 PICKLES = (".pth", ".pt", ".bin", ".ckpt")
@@ -165,7 +165,7 @@ def _open_index(path: Path) -> tuple[dict[str, LazyArray], dict[str, str]]:
     try:
         index = json.loads(path.read_text(encoding="utf-8"))
         where = {str(name): str(shard) for name, shard in index["weight_map"].items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path} is no index of shards: {error!r}") from error
     shards = sorted(set(where.values()))
     outside = [shard for shard in shards if Path(shard).name != shard]
@@ -183,6 +183,7 @@ def _open_index(path: Path) -> tuple[dict[str, LazyArray], dict[str, str]]:
         arrays |= found
         metadata |= shard_metadata
     if problems:
+        problems[20:] = [f"and {len(problems) - 20} more"] if len(problems) > 20 else []
         raise ValueError(f"{path} does not fit its shards:\n  " + "\n  ".join(problems))
     return {name: arrays[name] for name in where}, metadata
 
@@ -195,7 +196,7 @@ def _open_pickle(path: Path) -> dict:
         raise ImportError(
             f"{path} is a PyTorch file: pip install torch, or convert it to .safetensors"
         ) from error
-    path.open("rb").close()  # what is not readable at all is not damaged
+    check_here(path)
     try:
         # Checkpoints of DiT, SiT and REPA keep their command line: a Namespace holds plain
         # values, and its own construction runs nothing.
@@ -209,7 +210,9 @@ def _open_pickle(path: Path) -> dict:
             "of it was loaded. If you trust its origin, convert it to .safetensors where it was "
             f"written. PyTorch met {_unsupported(str(error))}"
         ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # of a damaged file PyTorch raises whatever it runs into
         raise ValueError(f"{path} is damaged or cut short, fetch it again: {error!r}") from error
     if not isinstance(content, Mapping):
         raise ValueError(f"{path} holds a {type(content).__name__}, not tensors by name")
@@ -222,7 +225,8 @@ def _open_pickle(path: Path) -> dict:
 def _unsupported(message: str) -> str:
     """What PyTorch refused, out of a message that is mostly advice to load it all the same."""
     found = re.search(r"GLOBAL ([\w.]+)", message)
-    return found[1] if found else f"{message.splitlines()[-1]!r}"
+    reason = re.search(r"WeightsUnpickler error:\s*(.+)", message)
+    return found[1] if found else repr(reason[1] if reason else message.splitlines()[0])
 
 
 def _without_tensors(value: Any) -> Any:

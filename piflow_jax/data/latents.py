@@ -9,6 +9,7 @@ The set stores raw moments. What models see is `(sample - shift) * scale`; see `
 
 import dataclasses
 import os
+import reprlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, SupportsIndex
@@ -44,6 +45,8 @@ SD_VAE_SCALE = 0.18215
 _SPLIT = "train"
 _VERSION = "1.0.0"
 _DTYPES = ("float16", "float32")
+# Of numbers of float32, in which latents are scaled; Python's compare with any whole number.
+_TINIEST, _HIGHEST = (float(getattr(np.finfo(np.float32), name)) for name in ("tiny", "max"))
 _TFDS_FILES = ("dataset_info.json", "features.json")
 
 
@@ -88,8 +91,16 @@ class LatentsPlan(Plan):
             if isinstance(getattr(self, name), list):  # from JSON
                 object.__setattr__(self, name, tuple(getattr(self, name)))
         self.check_positive("num_classes", "image_size")
-        if min(self.latent_shape) < 1 or np.min(self.scale) <= 0:
-            raise ValueError(f"latents of {self.latent_shape} have the scale {self.scale}")
+        sizes = {1, self.latent_shape[-1]}
+        for name, low in (("scale", _TINIEST), ("shift", -_HIGHEST)):
+            value = getattr(self, name)
+            numbers = value if isinstance(value, tuple) else (value,)
+            if len(numbers) not in sizes or not all(low <= n <= _HIGHEST for n in numbers):
+                raise ValueError(
+                    f"latents of {self.latent_shape} have the {name} {reprlib.repr(value)}"
+                )
+        if min(self.latent_shape) < 1:
+            raise ValueError(f"latents cannot be {self.latent_shape}")
         if self.dtype not in _DTYPES:
             raise ValueError(f"dtype must be one of {_DTYPES}, got {self.dtype!r}")
 

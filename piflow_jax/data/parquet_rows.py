@@ -77,7 +77,7 @@ class ParquetRows:
                 f"{path}: reading Parquet needs pyarrow, pip install 'piflow_jax[text]'"
             ) from error
         self.path, self._picture = path, picture
-        self._errors = (pyarrow.ArrowException, IndexError, OSError, ValueError)
+        self._errors = (pyarrow.ArrowException, LookupError, OSError, ValueError)
         self._lock = threading.Lock()
         self._group: tuple[int, Any] = (-1, None)  # the row group that was read last
         with self._named(f"{path}"):

@@ -106,6 +106,10 @@ class PromptsPlan(Plan):
         object.__setattr__(self, "buckets", tuple(tuple(size) for size in self.buckets))
         object.__setattr__(self, "bucket_sizes", tuple(self.bucket_sizes))
         self.check_positive("text_features", "max_length")
+        if self.pooled_features < 0 or self.latent_channels < 0:
+            raise ValueError("pooled_features and latent_channels must not be negative")
+        if bool(self.latent_channels) != bool(self.latents):
+            raise ValueError(f"{self.latent_channels} channels of latents by {self.latents!r}")
         if min((side for size in self.buckets for side in size), default=1) < 1:
             raise ValueError(f"buckets must be positive, got {self.buckets}")
         if len(self.buckets) != len(self.bucket_sizes) or min(self.bucket_sizes, default=0) < 1:
@@ -268,6 +272,11 @@ class PromptsSource:
         self.name = NAME
         self.manifest = manifest
         self.text_length = max(shard["text_length"] for shard in manifest["shards"])
+        if not 1 <= self.text_length <= manifest["max_length"]:
+            raise PromptsError(
+                f"{directory / MANIFEST} is damaged: texts of {self.text_length} tokens, of which "
+                f"max_length allows {manifest['max_length']}"
+            )
         self.text_features = manifest["text_features"]
         self.pooled_features = manifest["pooled_features"]
         self.latent_channels = manifest["latent_channels"]
@@ -363,6 +372,9 @@ class PromptsSource:
         length, width = arrays["text"].shape
         if not 1 <= length <= self.text_length or width != self.text_features:
             raise ValueError(f"its text has shape {(length, width)}")
+        pooled = arrays.get("pooled", np.zeros(0)).shape
+        if pooled != (self.pooled_features,):
+            raise ValueError(f"its pooled embedding has shape {pooled}")
         return arrays
 
     def _embedding(self, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

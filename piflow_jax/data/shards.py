@@ -46,6 +46,7 @@ _ENTRY = {"examples": int, "bytes": int, "sha256": str}
 _REFUSED = {"index": int, "picture": str, "reason": str}
 # Refused pictures that are named; of more there is likely one reason.
 _LISTED = 200
+_LARGEST = 2**31 - 1
 
 
 class ShardsError(ValueError):
@@ -91,10 +92,12 @@ class Plan:
         self.check_positive("num_examples", "shard_size")
 
     def check_positive(self, *names: str) -> None:
-        """Raises a `ValueError` if a field of `names` is not positive."""
+        """Raises a `ValueError` if a field of `names` is no positive number of 32 bits."""
         for name in names:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+            if getattr(self, name) > _LARGEST:
+                raise ValueError(f"{name} must be at most {_LARGEST:,}, got {getattr(self, name)}")
 
     @property
     def num_shards(self) -> int:
@@ -147,6 +150,8 @@ class ShardedSet:
         Raises:
           ShardsError: If a preparation with another plan was begun there.
         """
+        if "://" in os.fspath(directory):
+            raise self.error(f"{directory}: sets are made in a local or mounted directory")
         work = Path(directory) / _WORK
         try:
             work.mkdir(parents=True, exist_ok=True)

@@ -10,6 +10,7 @@ import functools
 import hashlib
 import os
 import re
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,7 +25,7 @@ __all__ = ["ImageSet", "cached_features", "centre_patch", "open_images", "resize
 # Side of what Inception sees.
 PATCH = 299
 
-_NAME = re.compile(r"(\d{1,18})(?:-(\d{1,18}))?\.png")  # numbers of 64 bits
+_NAME = re.compile(r"([0-9]{1,18})(?:-([0-9]{1,18}))?\.png")  # numbers of 64 bits
 _CHUNK = 64
 # Features of pictures that were read in another way are of other pictures.
 _READING = "upright, 8 bits, on white"
@@ -114,12 +115,14 @@ def _open_folder(path: Path) -> ImageSet:
 
 
 def _open_archive(path: Path) -> ImageSet:
+    if not (path.is_file() and zipfile.is_zipfile(path)):
+        raise ValueError(f"{path} is no folder of PNG files and no .npz file")
     try:
         with np.load(path, allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in archive.files}
     # Of a damaged file zipfile, zlib and NumPy raise whatever they run into.
     except Exception as error:
-        raise ValueError(f"{path} is no folder of PNG files and no .npz file: {error!r}") from error
+        raise ValueError(f"{path} is a damaged .npz file: {error!r}") from error
     images = arrays.get("images")
     fits = images is not None and images.dtype == np.uint8 and images.ndim == 4
     if not fits or images.shape[-1] != 3 or 0 in images.shape[1:]:

@@ -150,7 +150,7 @@ def load_image_network(folder: str | os.PathLike, device: str = "") -> ImageNetw
         return ImageNetwork(folder, kind, device)
     # Of its preprocessor's settings; what is wrong with its other files says so itself.
     except (
-        *(AttributeError, KeyError, OSError, TypeError, UnicodeError),
+        *(AttributeError, KeyError, OSError, RecursionError, TypeError, UnicodeError),
         json.JSONDecodeError,
     ) as error:
         raise ValueError(f"{folder} is not of a released image network: {error!r}") from error

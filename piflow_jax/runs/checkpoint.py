@@ -419,7 +419,7 @@ def _read_meta(path: epath.Path) -> dict:
         if missing := " and ".join(missing_parts(path)):
             raise bad_step(path, f"partial: it lacks {missing}")
         sealed = ocp.JsonCheckpointHandler().restore(path / "meta")
-    except (OSError, ValueError) as error:
+    except (OSError, RecursionError, ValueError) as error:
         raise _unreadable(path, error) from error
     if not isinstance(sealed, dict) or sealed.get("crc32") != _crc(sealed.get("meta")):
         raise bad_step(path, f"corrupt: {path / 'meta'} was changed after it was written")
@@ -449,13 +449,14 @@ _DAMAGE = re.compile(
     "(?:Error (?:decoding|opening|reading) |Metadata at )"
 )
 _NO_FILE = (FileNotFoundError, IsADirectoryError, NotADirectoryError)
+_NO_JSON = (json.JSONDecodeError, RecursionError, UnicodeDecodeError)
 
 
 def _unreadable(path: epath.Path, error: Exception) -> Exception:
     if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
         return MemoryError(f"not enough memory to restore {path}: {cause(error)}")
     first = first_cause(error)
-    damaged = isinstance(first, (*_NO_FILE, json.JSONDecodeError, UnicodeDecodeError))
+    damaged = isinstance(first, (*_NO_FILE, *_NO_JSON))
     if damaged or _DAMAGE.match(str(first)):
         return bad_step(path, f"corrupt or incomplete and cannot be read ({cause(error)})")
     if lost := processes.lost(error):
@@ -488,6 +489,8 @@ def _no_lost_errors(record: std_logging.LogRecord) -> bool:
 
 
 def _no_late_reads(otherwise: Callable[[Any], object], unraisable: Any) -> None:
-    """Drops what reads say that end when another one has failed: Orbax has closed their loop."""
-    if str(unraisable.exc_value) != "Event loop is closed":
+    """Drops what reads of Orbax say that end when another one has failed: their loop is closed."""
+    code = getattr(unraisable.object, "cr_code", None)
+    of_orbax = code is not None and "orbax" in code.co_filename
+    if not of_orbax and str(unraisable.exc_value) != "Event loop is closed":
         otherwise(unraisable)

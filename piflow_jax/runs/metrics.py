@@ -299,7 +299,7 @@ def _open_lines(path: epath.Path, first_step: int):
                     kept.append(line + "\n")
                 else:
                     again = True
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, RecursionError, TypeError):
                 logging.warning("%s: dropping a line cut short by a killed run", path)
         if again:
             text = "%s: dropping the lines of steps after %d, which are done again"

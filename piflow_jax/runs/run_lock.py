@@ -113,6 +113,7 @@ class RunLock:
     def _holder(self) -> dict:
         self._file.seek(0)
         try:
-            return json.loads(self._file.read())
-        except ValueError:  # it is just being written
+            holder = json.loads(self._file.read())
+        except (RecursionError, ValueError):  # it is just being written, or was edited
             return {}
+        return holder if isinstance(holder, dict) else {}

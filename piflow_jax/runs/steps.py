@@ -1,6 +1,7 @@
 """What lies in a directory of checkpoints: its steps, and the record of the last one."""
 
 import json
+import reprlib
 from collections.abc import Sequence
 
 import orbax.checkpoint as ocp
@@ -63,10 +64,15 @@ def recorded_step(directory: epath.Path) -> int | None:
     """The last step that was saved in a directory, if that was recorded beside it."""
     record = _record(directory)
     try:
-        return int(json.loads(record.read_text())["step"]) if record.exists() else None
+        if not record.exists():
+            return None
+        step = json.loads(record.read_text())["step"]
+        if type(step) is not int or step < 0:
+            raise ValueError(f"its step is {reprlib.repr(step)}")
+        return step
     except OSError as error:
         raise cannot("read", record, error) from error
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, RecursionError, TypeError) as error:
         raise CheckpointError(
             f"{record} is damaged ({error!r}); delete it to go on from the last step in {directory}"
         ) from error

@@ -3,6 +3,7 @@
 import glob
 import os
 import re
+import reprlib
 import tempfile
 from collections.abc import Iterator
 
@@ -13,6 +14,8 @@ from piflow_jax.config import ConfigError
 __all__ = ["check_writable", "checkpoint_path", "user_path"]
 
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+# Bytes of a path and of a name in it, on most file systems.
+_LONGEST, _LONGEST_NAME = 4095, 255
 
 
 def user_path(path: str | os.PathLike, what: str = "the path") -> epath.Path:
@@ -26,11 +29,17 @@ def user_path(path: str | os.PathLike, what: str = "the path") -> epath.Path:
       The path, absolute. It may not exist.
 
     Raises:
-      ConfigError: the path is empty, of an unknown scheme, or relative to a directory that is gone.
+      ConfigError: the path is empty, too long, of an unknown scheme, or relative to a directory that
+        is gone.
     """
     text = os.fsdecode(path)
     if not text:
         raise ConfigError(f"{what} is empty; name a directory, or . for the current one")
+    shown = reprlib.repr(text)
+    if "\0" in text:
+        raise ConfigError(f"{what} has a NUL character: {shown}")
+    if len(text) > _LONGEST or max(map(len, map(os.fsencode, text.split("/")))) > _LONGEST_NAME:
+        raise ConfigError(f"{what} is too long for a file system: {shown}")
     scheme = _SCHEME.match(text)
     try:
         if scheme:
@@ -65,12 +74,16 @@ def checkpoint_path(path: str | os.PathLike) -> epath.Path:
       The path, absolute.
 
     Raises:
-      ConfigError: see `user_path`; or TensorStore would read a backslash as a slash, and save to
-        another directory than the one that is read.
+      ConfigError: see `user_path`; or the path is not UTF-8; or TensorStore would read a backslash
+        as a slash, and save to another directory than the one that is read.
     """
     path = user_path(path)
     if "\\" in str(path):
         raise ConfigError(f"{path} has a backslash, which checkpoints cannot have in their path")
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise ConfigError(f"the path {str(path)!a} is not UTF-8, as checkpoints need it") from None
     return path if "://" in str(path) else _LiteralPath(path)
 
 

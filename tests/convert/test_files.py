@@ -223,8 +223,13 @@ def test_faults_of_an_index(tmp_path):
         index.write_text(json.dumps({"weight_map": weight_map}))
         with pytest.raises(error, match=message):
             open_weights(index)
-    index.write_text('{"weight_map": {')
-    with pytest.raises(ValueError, match=r"index\.json is no index"):
+    for content in ('{"weight_map": {', "[" * 99_999):
+        index.write_text(content)
+        with pytest.raises(ValueError, match=r"index\.json is no index"):
+            open_weights(index)
+    many = {f"c{i}": first for i in range(99)}
+    index.write_text(json.dumps({"weight_map": where | many}))
+    with pytest.raises(ValueError, match=r"lacks c0\n(.*\n){19}  and 79 more$"):
         open_weights(index)
 
 

@@ -121,6 +121,37 @@ SPOILT = {
         "image_size cannot be True",
     ),
     "no scale": ("latents", changed(LATENTS, scale=0), "have the scale 0"),
+    "a scale beyond float32": ("latents", changed(LATENTS, scale=1e308), "have the scale 1e.308"),
+    "a scale too small": ("latents", changed(LATENTS, scale=1e-320), "have the scale 1e-320"),
+    "a shift of no channel": ("latents", changed(LATENTS, shift=[]), "have the shift"),
+    "a shift of three channels": ("latents", changed(LATENTS, shift=[0.0] * 3), "have the shift"),
+    "classes beyond 32 bits": (
+        "latents",
+        changed(LATENTS, num_classes=2**70),
+        "num_classes must be at most 2,147,483,647",
+    ),
+    "negative channels": ("prompts", changed(PROMPTS, latent_channels=-1), "must not be negative"),
+    "channels of nothing": (
+        "prompts",
+        changed(PROMPTS, latent_channels=3),
+        "3 channels of latents by ''",
+    ),
+    "a negative width": ("prompts", changed(PROMPTS, pooled_features=-1), "must not be negative"),
+    "pooled embeddings of another width": (
+        "prompts",
+        changed(PROMPTS, pooled_features=5),
+        "damaged record",
+    ),
+    "pooled embeddings left out": (
+        "prompts",
+        changed(PROMPTS, pooled_features=0),
+        "damaged record",
+    ),
+    "texts beyond the longest": (
+        "prompts",
+        changed(PROMPTS, shard={"text_length": 2**70}),
+        "prompts.json is damaged: texts of 1180591620717411303424 tokens",
+    ),
     "a scale of NaN": ("latents", changed(LATENTS, scale=float("nan")), "scale cannot be nan"),
     "a scale of text": ("latents", changed(LATENTS, scale="x"), "scale cannot be 'x'"),
     "another type": ("latents", changed(LATENTS, dtype="int8"), "dtype must be one of"),
@@ -226,6 +257,14 @@ def test_latents_are_read_as_the_manifest_says(tmp_path, sets):
     (directory / "features.json").write_text(features.replace("float16", "int16"))
     source = load_latents_source(directory)
     assert source[0]["x"]["mean"].dtype == "float16" and (source[0]["x"]["mean"] == 1).all()
+
+
+def test_a_set_is_not_made_in_a_bucket(tmp_path, monkeypatch):
+    """A directory `gs:` would be made here."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ShardsError, match="gs://b/x: sets are made in a local or mounted dir"):
+        start_latents("gs://b/x", PLAN)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("name", ["file/set", "file"])

@@ -381,3 +381,12 @@ def test_a_process_ends_with_one_line(tmp_path, arguments, words):
     assert done.returncode == 2
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
     assert words in done.stderr
+
+
+def test_the_home_directory_is_that_of_all_paths(monkeypatch):
+    """Shells leave the `~` of `--key=~/path` as it is."""
+    monkeypatch.setenv("HOME", "/home/me")
+    config = tiny.get_config()
+    config.teacher.checkpoint, config.data.vae = "~/run", "a/~b"
+    parsed = parse(config)
+    assert (parsed.teacher.checkpoint, parsed.data.vae) == ("/home/me/run", "a/~b")

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 import tarfile
 
 import jax
@@ -108,7 +109,9 @@ def test_prepared_latents_have_the_scale_of_their_autoencoder(
         ({"scaling_factor": [0.5]}, "scaling_factor must be a positive number, got [0.5]"),
         ({"scaling_factor": 10**400}, "scaling_factor must be a positive number, got 1000"),
         ({"shift_factor": {}}, "shift_factor must be a number, got {}"),
-        ({"norm_num_groups": 2.5}, "norm_num_groups must be a positive number, got 2.5"),
+        ({"scaling_factor": 1e308}, "scaling_factor must be a positive number, got 1e+308"),
+        ({"norm_num_groups": 2.5}, "norm_num_groups must be a positive whole number, got 2.5"),
+        ({"norm_num_groups": 4.0}, "norm_num_groups must be a positive whole number, got 4.0"),
         ({"norm_num_groups": 3}, "3 groups of normalisation do not divide 4 channels"),
     ],
 )
@@ -118,6 +121,19 @@ def test_settings_of_an_autoencoder_are_checked(tmp_path, weights, settings, mes
     assert run("prepare", config, tmp_path) == 2
     said = capfd.readouterr().err
     assert message in said and str(weights) in said
+
+
+@pytest.mark.parametrize("spoil", [lambda path: path.symlink_to("gone"), lambda path: path.mkdir()])
+def test_settings_of_an_autoencoder_that_cannot_be_read_are_not_left_out(
+    tmp_path, weights, spoil, capfd
+):
+    """The numbers of another autoencoder would take their place."""
+    save(tmp_path / "images" / "a" / "0.png")
+    folder = shutil.copytree(weights, tmp_path / "vae")
+    (folder / "config.json").unlink(missing_ok=True)
+    spoil(folder / "config.json")
+    assert run("prepare", of_classes(tmp_path, str(folder)), tmp_path) == 2
+    assert f"{folder / 'config.json'} is damaged" in capfd.readouterr().err
 
 
 def test_a_scale_for_each_channel_reaches_the_networks_and_comes_back(tmp_path):

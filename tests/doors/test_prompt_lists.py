@@ -255,17 +255,21 @@ def test_rows_without_a_picture_have_none(tmp_path):
         ("string", ["a", "b\0"], "row 2: the prompt has a NUL character"),
         ("binary", [b"a", b"b"], "row 1 has no text under 'prompt'"),
         ("int64", [1, 2], "row 1 has no text under 'prompt'"),
+        ("twice", ["a", "b"], "is damaged, or no Parquet file: .*prompt"),
         ("invalid", [b"a", b"b\xe9"], "row 2 is damaged, or no Parquet file: .*utf-8"),
     ],
 )
 def test_wrong_rows_of_parquet_are_named(tmp_path, kind, values, message):
     pyarrow = pytest.importorskip("pyarrow")
     path = tmp_path / "a.parquet"
-    if kind == "invalid":  # text that is none
+    if kind in ("invalid", "twice"):
         from pyarrow import parquet as files
 
-        text = pyarrow.array(values, pyarrow.binary()).view(pyarrow.string())
-        files.write_table(pyarrow.table({"prompt": text}), path)
+        if kind == "invalid":  # text that is none
+            columns = [pyarrow.array(values, pyarrow.binary()).view(pyarrow.string())]
+        else:  # two columns of one name
+            columns = [pyarrow.array(values)] * 2
+        files.write_table(pyarrow.table(columns, names=["prompt"] * len(columns)), path)
     else:
         parquet(path, prompt=(getattr(pyarrow, kind)(), values))
     refused(path, message)

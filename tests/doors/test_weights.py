@@ -358,6 +358,12 @@ FILES = [
     (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "git lfs pull"),
     (b"", "is damaged or cut short"),
 ]
+PICKLED = [
+    (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "git lfs pull"),
+    (b"<!DOCTYPE html>", "PyTorch met 'Unsupported operand 60"),
+    (b"\x80\x02]q\x00(X\x01\x00\x00\x00", "is damaged"),
+    (b"PK\x03\x04" + bytes(60), "is damaged or cut short"),
+]
 
 
 @pytest.mark.parametrize(("content", "words"), FILES)
@@ -365,6 +371,13 @@ def test_files_that_are_no_weights(tmp_path, content, words):
     (tmp_path / "x.safetensors").write_bytes(content)
     with pytest.raises(ValueError, match=f"x.safetensors.*{words}"):
         open_weights(tmp_path / "x.safetensors")
+
+
+@pytest.mark.parametrize(("content", "words"), PICKLED)
+def test_files_of_pytorch_that_are_no_weights(tmp_path, content, words):
+    (tmp_path / "x.pth").write_bytes(content)
+    with pytest.raises(ValueError, match=f"x.pth.*{words}"):
+        open_weights(tmp_path / "x.pth")
 
 
 SHARDS = ("m-00001-of-00002.safetensors", "m-00002-of-00002.safetensors")
@@ -596,6 +609,7 @@ WRONG = [
     ("train.total_substeps", 0, "config.train.total_substeps must be at least 1"),
     ("data.channels", 0, "data.channels must be at least 1"),
     ("data.channels", "3", "data.channels must be of type int"),
+    ("data.sample_size", 0, "data.sample_size must be at least 1, got 0"),
     ("data.sample_size", -8, "data.sample_size must be at least 0"),
     ("data.num_classes", 1.5, "data.num_classes must be of type int"),
     ("data.latent_shift", "x", "data.latent_shift must be of type float"),

@@ -13,6 +13,7 @@ import re
 import shutil
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import jax
@@ -25,7 +26,7 @@ from piflow_jax.evaluation.image_sets import cached_features, open_images
 from piflow_jax.evaluation.kept import KeptFileError
 from piflow_jax.loading import load
 from piflow_jax.modes import adm, command, rivals
-from piflow_jax.runs import metrics
+from piflow_jax.runs import checkpoint, metrics
 from piflow_jax.runs.best import BestCheckpoint
 from piflow_jax.runs.checkpoint import Checkpointer, CheckpointError, read_spec
 from piflow_jax.runs.loop import NonFiniteLossError, run_stage
@@ -146,9 +147,14 @@ REFUSED = [
     (NEWEST, copied("4"), {}, 1, f"/{NEWEST} {OF_4}"),
     (NEWEST, replaced(Path.mkdir), {}, 1, f"/{NEWEST} is partial: it lacks state and meta"),
     (NEWEST, replaced(Path.touch), {}, 1, LOST + "go on from step 4"),
+    (META, holding(b"[" * 99_999), {}, 1, f"/{NEWEST} is corrupt.* Delete .* and .*{RECORD}"),
     (META, holding(b"\xff\xfe"), {}, 1, f"/{NEWEST} is corrupt.* Delete .* and .*{RECORD}"),
     (RECORD, holding(b"{"), {}, 1, f"{RECORD} is damaged .* delete it to go on"),
     (RECORD, holding(b"\xff\xfe"), {}, 1, f"{RECORD} is damaged"),
+    (RECORD, holding(b"[" * 99_999), {}, 1, f"{RECORD} is damaged"),
+    (RECORD, holding(b'{"step": 1e400}'), {}, 1, f"{RECORD} is damaged .*its step is inf"),
+    (RECORD, holding(b'{"step": -5}'), {}, 1, f"{RECORD} is damaged .*its step is -5"),
+    (RECORD, holding(b'{"step": true}'), {}, 1, f"{RECORD} is damaged .*its step is True"),
     (RECORD, replaced(Path.mkdir), {}, 1, f"cannot read .*{RECORD}"),
     (STEPS, with_record(foreign), {}, 1, "other things: notes.txt. Move them away"),
     # Settings that ask for less than there is, or for other steps than those that were done.
@@ -176,7 +182,7 @@ def test_an_edited_run_is_refused_in_a_sentence(run, name, edit, changes, status
 
 
 OTHER = MORE | RATE | {"train__optimizer__grad_clip": 0.0, "train__optimizer__warmup_steps": 7}
-NO_LINES = holding(b'\xff\xfe{}\n\x00[1]\n{"step": null}\n')
+NO_LINES = holding(b'\xff\xfe{}\n\x00[1]\n{"step": null}\n' + b"[" * 99_999)
 AGAIN = rf"student: continuing from step 4.*\n.*{LINES}: dropping the lines of steps after 4"
 
 GOES_ON = [
@@ -208,6 +214,10 @@ def test_an_edited_run_goes_on_and_says_from_where(run, name, edit, changes, ste
         ("", "error: --workdir is empty; name a directory"),
         ("file:///tmp/run", "error: --workdir file:///tmp/run has the unknown scheme file://"),
         ("a\\b", "a\\b has a backslash"),
+        ("a\0b", "error: --workdir has a NUL character: 'a\\x00b'"),
+        ("a" * 300, "error: --workdir is too long for a file system: 'aaaa"),
+        ("a/" * 3000, "error: --workdir is too long for a file system: 'a/a/"),
+        ("\udcff", "is not UTF-8, as checkpoints need it"),
     ],
 )
 def test_a_work_directory_that_cannot_be_is_refused(tmp_path, monkeypatch, path, says):
@@ -318,6 +328,17 @@ def test_what_is_read_of_an_edited_run_is_not_another_step(run):
     remove(run / NEWEST)
     with pytest.raises(CheckpointError, match="lacks step 6"):
         load(run)
+
+
+@pytest.mark.parametrize(("file", "dropped"), [("/x/orbax/y.py", True), ("/x/mine.py", False)])
+def test_reads_of_orbax_that_are_given_up_print_no_traceback(file, dropped):
+    names = {}
+    exec(compile("async def read(): pass", file, "exec"), names)
+    read, said = names["read"](), []
+    given_up = types.SimpleNamespace(object=read, exc_value=Exception("while reading array index"))
+    checkpoint._no_late_reads(said.append, given_up)
+    read.close()
+    assert said == ([] if dropped else [given_up])
 
 
 # --- Which checkpoints are good, and what may change on continuing ----------------------------

@@ -261,13 +261,13 @@ def archive(**arrays):
     return buffer.getvalue()
 
 
-IMAGES = archive(arr_0=np.zeros((2, 8, 8, 3), np.uint8))
+PICTURES = archive(arr_0=np.zeros((2, 8, 8, 3), np.uint8))
 # Of a reference's file, its bytes and what is said.
 DAMAGED = {
     "empty": (b"", "is damaged"),
     "a text": (b"hello", "is damaged"),
-    "cut short": (IMAGES[:-9], "is damaged"),
-    "a flipped bit": (IMAGES.replace(bytes(40), bytes(39) + b"\x01", 1), "is damaged"),
+    "cut short": (PICTURES[:-9], "is damaged"),
+    "a flipped bit": (PICTURES.replace(bytes(40), bytes(39) + b"\x01", 1), "is damaged"),
     "floats": (archive(arr_0=np.zeros((2, 8, 8, 3))), "must be uint8"),
     "another number of axes": (archive(arr_0=np.zeros(9, np.uint8)), "must be uint8"),
     "NaN": (
