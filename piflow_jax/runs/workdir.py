@@ -38,7 +38,8 @@ def user_path(path: str | os.PathLike, what: str = "the path") -> epath.Path:
     shown = reprlib.repr(text)
     if "\0" in text:
         raise ConfigError(f"{what} has a NUL character: {shown}")
-    if len(text) > _LONGEST or max(map(len, map(os.fsencode, text.split("/")))) > _LONGEST_NAME:
+    names = text.encode(errors="surrogatepass").split(b"/")
+    if len(text) > _LONGEST or max(map(len, names)) > _LONGEST_NAME:
         raise ConfigError(f"{what} is too long for a file system: {shown}")
     scheme = _SCHEME.match(text)
     try:
