@@ -224,7 +224,9 @@ def _settings(spec: Mapping[str, Any], kind: str) -> StudentSettings:
     config["train"]["gm_dropout"] = 0.0  # not in a spec
     parsed = parse(config, None)
     POLICIES[parsed.policy.kind].check(parsed)
-    if "sample_size" in network_kind(parsed.model).data_spec and not data.sample_size:
+    known = network_kind(parsed.model).data_spec
+    square = "sample_size" in known and ("sites" not in known or data.sites is None)
+    if square and not data.sample_size:
         raise ConfigError("data.sample_size must be at least 1, got 0")
     patch = getattr(parsed.model.own, "patch_size", 1)
     if data.sample_size % patch:
