@@ -1,7 +1,6 @@
 """`--mode=evaluate` of latents: ADM's figures of 50,000 decoded samples; `--mode=statistics`."""
 
 import dataclasses
-import json
 import os
 from collections.abc import Iterator
 from pathlib import Path

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import json
 import os
 import time
 from collections.abc import Callable

@@ -375,6 +375,7 @@ def test_files_that_are_no_weights(tmp_path, content, words):
 
 @pytest.mark.parametrize(("content", "words"), PICKLED)
 def test_files_of_pytorch_that_are_no_weights(tmp_path, content, words):
+    pytest.importorskip("torch")
     (tmp_path / "x.pth").write_bytes(content)
     with pytest.raises(ValueError, match=f"x.pth.*{words}"):
         open_weights(tmp_path / "x.pth")
