@@ -31,6 +31,7 @@ _MODE = flags.DEFINE_enum(
     "train: teacher if none is given, student, report. evaluate: the report again. "
     "sample: a grid of the student's samples, or a picture of each prompt. export: weights under "
     "official names. prepare: cached latents or prompts. statistics: a reference for FID. "
+    "features: the space in which samples are measured. "
     "compile, compile_sampling: the step or the sampler for config.topology, ahead of time. "
     "rivals: methods at equal compute.",
 )

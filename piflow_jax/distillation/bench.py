@@ -25,7 +25,7 @@ from piflow_jax.evaluation import (
 from piflow_jax.parallel import batch_sharding, local_mesh
 from piflow_jax.runs.workdir import user_path
 from piflow_jax.systems.assembly import Systems
-from piflow_jax.systems.judges import Judge, real_samples
+from piflow_jax.systems.judges import Judge, described, real_features
 from piflow_jax.systems.sampling import conditions_in_turn, sampling_record
 from piflow_jax.systems.shapes import DataShape
 
@@ -36,12 +36,12 @@ def judged(source: Source, judge: Judge | None) -> Measure | None:
     """The figures of a look in a feature space; None without one."""
     if judge is None:
         return None
-    real = judge.extract(real_samples(source)[0])
+    real, _ = real_features(source, judge)
 
     def of_samples(sampler, params, labels):
         return dataclasses.asdict(measure(sampler(params, len(labels)), labels, real, judge))
 
-    return of_samples
+    return Measure(of_samples, described(judge))
 
 
 class Bench:
@@ -57,9 +57,7 @@ class Bench:
     def __init__(self, config: Config, source: Source, data: DataShape, judge: Judge):
         self._config, self._source, self._data, self._judge = config, source, data, judge
         self._conditions, labels = conditions_in_turn(source, data)
-        real, real_labels = real_samples(source)
-        self._real = judge.extract(real)
-        self._real_labels = np.zeros(len(real), np.int32) if real_labels is None else real_labels
+        self._real, self._real_labels = real_features(source, judge)
         self._labels = labels[np.arange(config.evaluation.num_samples) % len(labels)]
 
     def sample(self, sampler: Callable, params) -> tuple[np.ndarray, float]:
@@ -114,6 +112,7 @@ class Bench:
             "labels": "index modulo classes",
             "features": self._judge.name,
             "features_sha256": self._judge.digest,
+            "comparable": "figures of equal features_sha256",
             "clipping": "samples clipped to [-1, 1] for features, not for endpoints",
             "weights": "EMA",
             "teacher_solver": "euler",

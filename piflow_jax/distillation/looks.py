@@ -1,5 +1,6 @@
 """What is seen of a student while it trains: a grid of samples, and figures by a judge."""
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -21,8 +22,18 @@ __all__ = ["Measure", "look_by"]
 # Columns of a grid; more would be too small to see in TensorBoard.
 _COLUMNS = 8
 
-Measure = Callable[[IndexSampler, Any, np.ndarray], Mapping[str, float]]
-"""`(sampler, params, labels) -> figures` of `config.evaluation.every_samples` samples."""
+
+@dataclasses.dataclass(frozen=True)
+class Measure:
+    """How a look measures its samples.
+
+    Attributes:
+      figures: `(sampler, params, labels) -> figures` of `config.evaluation.every_samples` samples.
+      space: the feature space, for the log.
+    """
+
+    figures: Callable[[IndexSampler, Any, np.ndarray], Mapping[str, float]]
+    space: str
 
 
 def look_by(
@@ -73,11 +84,12 @@ def look_by(
         params = (params, *others) if others else params
         images = as_pictures(grid_sampler(params, _COLUMNS * len(names)))
         rows = [(name, images[i :: len(names)]) for i, name in enumerate(names)]
-        found = measure(all_sampler, params, labels) if measure else {}
+        found = measure.figures(all_sampler, params, labels) if measure else {}
         return Look(
             figures=found,
             images={"student": np.asarray(draw_grid(rows))},
             distance=found.get("frechet"),
+            space=measure.space if measure else "",
         )
 
     return look

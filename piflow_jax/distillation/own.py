@@ -137,7 +137,7 @@ def distill(
             report = check_teacher(teacher, params, source)
             if report.problem:
                 raise ConfigError(f"{report.problem}; describe the teacher as it is")
-        judge = open_judge(test, workdir) if has_states(test) else None
+        judge = open_judge(test, workdir, parsed.evaluation) if has_states(test) else None
         Sizes(systems, test, teacher=params).check_distillation(judge is not None)
         network = systems.student_network
         stage = student_stage(

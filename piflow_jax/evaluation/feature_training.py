@@ -12,7 +12,7 @@ penalty on correlations is that of Barlow Twins (arXiv 2103.03230).
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -21,12 +21,14 @@ import numpy as np
 import optax
 
 from piflow_jax.data import Source, batches
+from piflow_jax.evaluation.area import area_averaged, sites_within
 from piflow_jax.evaluation.features import penultimate
 from piflow_jax.keys import seed_key
 
 __all__ = ["Recipe", "forward", "logits", "recipe_for", "stored_arrays", "train_network"]
 
 DIMENSION = 32
+LONGEST_SIDE = 64  # of the images that a network sees; larger ones are averaged to it
 BATCH = 128
 PEAK_RATE = 3e-3
 WEIGHT_DECAY = 1e-2
@@ -47,6 +49,7 @@ class Recipe:
       max_shift: largest shift of an image in training, in pixels.
       steps: training steps.
       border: what lies beyond an image that is moved: `-1`, or its own edge for None.
+      sites: `(h, w)` to which images are averaged first; None for images as they are.
     """
 
     strides: tuple[int, ...]
@@ -54,6 +57,7 @@ class Recipe:
     max_shift: float
     steps: int = 1000
     border: float | None = None
+    sites: tuple[int, int] | None = None
 
 
 def recipe_for(shape: tuple[int, ...]) -> Recipe:
@@ -63,14 +67,15 @@ def recipe_for(shape: tuple[int, ...]) -> Recipe:
       shape: `(H, W, C)`.
 
     Returns:
-      The recipe.
+      The recipe; images with a side above 64 are averaged to 64.
     """
-    side = min(shape[:2])
+    sites = sites_within(shape, LONGEST_SIDE)
+    side = min(sites)
     halvings = max(round(math.log2(side / 4)), 0)
     layers = max(halvings, 3)
     strides = tuple(2 if layer < halvings else 1 for layer in range(layers))
     widths = (32, *(64,) * (layers - 1))
-    return Recipe(strides=strides, widths=widths, max_shift=0.09 * side)
+    return Recipe(strides=strides, widths=widths, max_shift=0.09 * side, sites=sites)
 
 
 def _initial_parameters(key, shape, recipe: Recipe, classes: int):
@@ -161,7 +166,9 @@ def train_network(
       The parameters, see `penultimate`; `class_*` and `image_*` are the heads.
     """
     root = seed_key(seed)
-    parameters = _initial_parameters(root, source.shape, recipe, source.num_classes)
+    sites = recipe.sites or source.shape[:2]
+    shape = (*sites, source.shape[2])
+    parameters = _initial_parameters(root, shape, recipe, source.num_classes)
     rate = optax.warmup_cosine_decay_schedule(0.0, PEAK_RATE, recipe.steps // 20, recipe.steps)
     optimizer = optax.chain(
         optax.clip_by_global_norm(1.0), optax.adamw(rate, weight_decay=WEIGHT_DECAY)
@@ -169,7 +176,7 @@ def train_network(
 
     def loss_fn(parameters, key, batch):
         view_key, drop_key = jax.random.split(key)
-        noised, clean = _augmented(view_key, batch["x"], recipe)
+        noised, clean = _augmented(view_key, area_averaged(batch["x"], sites), recipe)
         features = penultimate(parameters, noised, recipe.strides)
         restored = features @ parameters["image_kernel"] + parameters["image_bias"][None, :]
         keep = jax.random.bernoulli(drop_key, 1 - FEATURE_DROPOUT, features.shape)
@@ -200,31 +207,34 @@ def train_network(
     return parameters
 
 
-@functools.partial(jax.jit, static_argnames="strides")
-def forward(parameters: Any, images: jax.Array, strides: tuple[int, ...]):
+@functools.partial(jax.jit, static_argnames="recipe")
+def forward(parameters: Any, images: jax.Array, recipe: Recipe):
     """Features before standardisation, compiled once for a shape.
 
     Args:
       parameters: arrays by name, see `penultimate`.
       images: `[B, H, W, C]`.
-      strides: stride of each convolution.
+      recipe: as in training.
 
     Returns:
       `[B, D]`.
     """
-    return penultimate(parameters, images, strides)
+    averaged = area_averaged(images, recipe.sites or images.shape[1:3])
+    return penultimate(parameters, averaged, recipe.strides)
 
 
-def stored_arrays(parameters: Any, images: np.ndarray, recipe: Recipe) -> dict[str, Any]:
+def stored_arrays(
+    parameters: Any, batches: Iterable[np.ndarray], recipe: Recipe
+) -> dict[str, np.ndarray]:
     """What is kept of a network: its layers up to the features, and the standardisation.
 
     Args:
       parameters: of `train_network`.
-      images: float32[N, H, W, C], over which features get mean 0 and variance 1.
+      batches: images float32[N, H, W, C] in batches, over which features get mean 0 and variance 1.
       recipe: as in training.
 
     Returns:
-      Arrays by name, weights in float16, as `piflow_jax.evaluation.features` reads them.
+      Arrays by name, weights in float16, for `FeatureNetwork.of_arrays`.
     """
     arrays = {
         name: np.asarray(value, np.float16)
@@ -232,9 +242,15 @@ def stored_arrays(parameters: Any, images: np.ndarray, recipe: Recipe) -> dict[s
         if name.startswith(("conv", "dense"))
     }
     rounded = {name: jnp.asarray(value, jnp.float32) for name, value in arrays.items()}
-    raw = np.asarray(forward(rounded, images, recipe.strides), np.float64)
+    features, shape = [], ()
+    for images in batches:
+        features.append(np.asarray(forward(rounded, images, recipe), np.float64))
+        shape = images.shape[1:]
+    raw = np.concatenate(features)
     arrays["mean"] = raw.mean(axis=0).astype(np.float32)
     arrays["scale"] = raw.std(axis=0).astype(np.float32)
-    arrays["shape"] = np.array(images.shape[1:], np.int32)
+    arrays["shape"] = np.array(shape, np.int32)
     arrays["strides"] = np.array(recipe.strides, np.int32)
+    if recipe.sites is not None:
+        arrays["sites"] = np.array(recipe.sites, np.int32)
     return arrays

@@ -13,12 +13,15 @@ import dataclasses
 import functools
 import hashlib
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from numpy.typing import ArrayLike
+
+from piflow_jax.evaluation.area import area_averaged
 
 Parameters = dict[str, jax.Array]
 
@@ -62,8 +65,9 @@ class FeatureNetwork:
     """A trained feature space.
 
     Attributes:
-      name: The data set that it belongs to.
+      name: What reports call it, such as the data set that it belongs to.
       shape: Shape `(H, W, C)` of the images it takes.
+      sites: `(h, w)` to which images are averaged first, see `area_averaged`.
       strides: Stride of each convolution.
       parameters: Weights, see `penultimate`; `mean [D]` and `scale [D]` of the standardisation.
       digest: SHA-256 of the weights, 64 hexadecimal digits. Reports print it: figures compare only
@@ -72,6 +76,7 @@ class FeatureNetwork:
 
     name: str
     shape: tuple[int, int, int]
+    sites: tuple[int, int]
     strides: tuple[int, ...]
     parameters: Parameters
     digest: str
@@ -93,29 +98,77 @@ class FeatureNetwork:
         Raises:
           ValueError: If `images` has another shape than `[N, *self.shape]`, or a NaN or infinity.
         """
-        images = np.asarray(images)
-        if images.shape[1:] != self.shape or images.ndim != 4:
-            raise ValueError(
-                f"`images` must have the shape [N, {', '.join(map(str, self.shape))}] for the "
-                f"features of {self.name!r}, got {list(images.shape)}"
-            )
-        images = images.astype(np.float32)
-        if not np.isfinite(images).all():
-            bad = int((~np.isfinite(images)).any(axis=(1, 2, 3)).sum())
-            raise ValueError(f"`images` has NaN or infinity in {bad} of {len(images)} images")
+        images = checked_images(images, self.shape, self.name)
         outputs = [np.zeros((0, self.dimension), np.float32)]
         for start in range(0, len(images), _BATCH):
             part = images[start : start + _BATCH]
             padding = ((0, _BATCH - len(part)), (0, 0), (0, 0), (0, 0))
-            features = _standardised(self.parameters, np.pad(part, padding), self.strides)
+            padded = np.pad(part, padding)
+            features = _standardised(self.parameters, padded, self.sites, self.strides)
             outputs.append(np.asarray(features)[: len(part)])
         return np.concatenate(outputs)
 
+    @classmethod
+    def of_arrays(cls, arrays: Mapping[str, np.ndarray], name: str) -> "FeatureNetwork":
+        """The network that has been kept.
 
-@functools.partial(jax.jit, static_argnames="strides")
-def _standardised(parameters: Parameters, images: jax.Array, strides: tuple[int, ...]) -> jax.Array:
-    raw = penultimate(parameters, jnp.clip(images, -1.0, 1.0), strides)
+        Args:
+          arrays: What `feature_training.stored_arrays` made.
+          name: What reports call it.
+
+        Returns:
+          The network, its weights in float32.
+
+        Raises:
+          KeyError: An array is missing.
+        """
+        arrays = dict(arrays)
+        shape, strides = arrays.pop("shape"), arrays.pop("strides")
+        sites = arrays.pop("sites", shape[:2])
+        return cls(
+            name=name,
+            shape=tuple(map(int, shape)),
+            sites=tuple(map(int, sites)),
+            strides=tuple(map(int, strides)),
+            parameters={key: jnp.asarray(value, jnp.float32) for key, value in arrays.items()},
+            digest=weight_digest(arrays),
+        )
+
+
+@functools.partial(jax.jit, static_argnames=("sites", "strides"))
+def _standardised(
+    parameters: Parameters, images: jax.Array, sites: tuple[int, int], strides: tuple[int, ...]
+) -> jax.Array:
+    clipped = jnp.clip(images, -1.0, 1.0)
+    raw = penultimate(parameters, area_averaged(clipped, sites), strides)
     return (raw - parameters["mean"][None, :]) / parameters["scale"][None, :]
+
+
+def checked_images(images: ArrayLike, shape: tuple[int, int, int], name: str) -> np.ndarray:
+    """Returns images as float32 if they are what a feature space takes.
+
+    Args:
+      images: What should be `[N, H, W, C]`.
+      shape: `(H, W, C)`.
+      name: Name of the feature space, for the message.
+
+    Returns:
+      `float32[N, H, W, C]`.
+
+    Raises:
+      ValueError: If they have another shape, or a NaN or infinity.
+    """
+    images = np.asarray(images)
+    if images.shape[1:] != tuple(shape) or images.ndim != 4:
+        raise ValueError(
+            f"`images` must have the shape [N, {', '.join(map(str, shape))}] for the feature space "
+            f"{name!r}, got {list(images.shape)}"
+        )
+    images = images.astype(np.float32)
+    if not np.isfinite(images).all():
+        bad = int((~np.isfinite(images)).any(axis=(1, 2, 3)).sum())
+        raise ValueError(f"`images` has NaN or infinity in {bad} of {len(images)} images")
+    return images
 
 
 @functools.cache
@@ -147,16 +200,7 @@ def read_features(path: str | os.PathLike, name: str) -> FeatureNetwork:
       The network, its weights in float32.
     """
     with np.load(path, allow_pickle=False) as archive:
-        arrays = dict(archive)
-    shape = tuple(int(size) for size in arrays.pop("shape"))
-    strides = tuple(int(stride) for stride in arrays.pop("strides"))
-    return FeatureNetwork(
-        name=name,
-        shape=shape,
-        strides=strides,
-        parameters={key: jnp.asarray(value, jnp.float32) for key, value in arrays.items()},
-        digest=weight_digest(arrays),
-    )
+        return FeatureNetwork.of_arrays(dict(archive), name)
 
 
 def weight_path(name: str) -> Path:

@@ -78,7 +78,7 @@ class Report:
         write_json(Path(path), self.as_dict())
 
     def table(self) -> str:
-        """The report for people, in fixed-width columns that are also Markdown."""
+        """The report for people, in fixed-width columns that are also Markdown, with its space."""
         head = ("system", "NFE", "Frechet", "precision", "recall", "diversity", "endpoint", "sec")
         cells = [head]
         for row in self.rows:
@@ -117,4 +117,8 @@ class Report:
             return f"| {' | '.join([first, *rest])} |"
 
         rule = "| " + " | ".join("-" * width for width in widths) + " |"
-        return "\n".join([line(head), rule, *map(line, cells[1:])])
+        space = (
+            f"features: {self.protocol['features']}, sha256 {self.protocol['features_sha256']}; "
+            "figures compare only within these"
+        )
+        return "\n".join([line(head), rule, *map(line, cells[1:]), "", space])

@@ -6,6 +6,7 @@ from piflow_jax.modes.compile import compile_sampling, compile_step
 from piflow_jax.modes.evaluate import evaluate
 from piflow_jax.modes.evaluate_prompts import evaluate_images
 from piflow_jax.modes.export import export
+from piflow_jax.modes.features import make_features
 from piflow_jax.modes.prepare import prepare_latents
 from piflow_jax.modes.prepare_prompts import prepare_prompts
 from piflow_jax.modes.rivals import compare_rivals
@@ -20,6 +21,7 @@ __all__ = [
     "evaluate",
     "evaluate_images",
     "export",
+    "make_features",
     "prepare_latents",
     "prepare_prompts",
     "run",

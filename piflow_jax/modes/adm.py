@@ -11,9 +11,6 @@ from absl import logging
 from jax.experimental import multihost_utils
 
 from piflow_jax.config import Config, ConfigError
-from piflow_jax.convert import load_torch_state
-from piflow_jax.convert.inception import INCEPTION_FILE, INCEPTION_URL, read_inception
-from piflow_jax.data import Source
 from piflow_jax.data.imagenet import center_crop, open_imagenet
 from piflow_jax.distillation.sizes import Sizes
 from piflow_jax.evaluation import IndexSampler, index_labels, least_samples
@@ -43,56 +40,16 @@ from piflow_jax.modes.autoencoder import (
 )
 from piflow_jax.parallel import batch_sharding, local_mesh, replicated
 from piflow_jax.systems.assembly import Systems
-from piflow_jax.systems.datasets import dataset
-from piflow_jax.systems.judges import Judge, open_judge
+from piflow_jax.systems.judges import load_inception
 from piflow_jax.systems.sampling import ROUNDING, sampling_record, student_substeps
 from piflow_jax.systems.shapes import DataShape
 from piflow_jax.whole_files import replacing, write_json
 
-__all__ = ["evaluate_latents", "load_inception", "load_reference", "protocol", "write_reference"]
+__all__ = ["evaluate_latents", "load_reference", "protocol", "write_reference"]
 
 # Samples of a file under way: what a kill loses at most, and what processes share.
 _SHARD = 512
 _IMAGE_SIZE = 256
-_IMAGES_PER_DEVICE = 64
-
-
-def load_inception(config: Config) -> InceptionNetwork:
-    """The feature network of `config.evaluation.features` on every device of this process.
-
-    Raises:
-      ConfigError: none is given, or the file is not one.
-      FileNotFoundError: it is not there; says what to put there.
-    """
-    path = config.evaluation.features
-    if not path:
-        raise ConfigError(
-            f"config.evaluation.features must name {INCEPTION_FILE}, the Inception weights of FID, "
-            f"from {INCEPTION_URL}"
-        )
-    try:
-        state, digest = read_inception(path)
-        _, params = load_torch_state(state, "inception")
-    except (ImportError, ValueError) as error:
-        raise ConfigError(f"config.evaluation.features = {path!r}: {error}") from error
-    mesh = local_mesh()
-    return InceptionNetwork(
-        params=jax.device_put(params, replicated(mesh)),
-        digest=digest,
-        batch_size=_IMAGES_PER_DEVICE * mesh.size,
-        sharding=batch_sharding(mesh),
-    )
-
-
-def config_judge(config: Config, source: Source, workdir: str | os.PathLike) -> Judge:
-    """The feature space of a run of pixels; see `open_judge`.
-
-    Raises:
-      ConfigError: `config.evaluation.features` is given and is no file of Inception weights.
-      FileNotFoundError: it is not there; says what to put there.
-    """
-    inception = load_inception(config) if config.evaluation.features else None
-    return open_judge(source, workdir, shipped=dataset(config).features, inception=inception)
 
 
 def load_reference(config: Config, network: InceptionNetwork) -> Reference:
@@ -171,7 +128,7 @@ def evaluate_latents(config: Config, workdir: str | os.PathLike) -> AdmFigures |
       FileNotFoundError: a file is not there; says what to put there.
     """
     # What is missing is said before hours are spent on samples.
-    network = load_inception(config)
+    network = load_inception(config.evaluation)
     reference = load_reference(config, network)
     autoencoder = load_autoencoder(config)
     data = data_shape(config, workdir)
@@ -293,7 +250,7 @@ def write_reference(config: Config, workdir: str | os.PathLike) -> Path:
             raise ConfigError(f"--mode=statistics needs config.{key}")
     if Path(path).exists():
         raise ConfigError(f"config.evaluation.reference = {path!r} exists; remove it first")
-    network = load_inception(config)
+    network = load_inception(config.evaluation)
     images = open_imagenet(config.data.images)
     pool, spatial = Moments.empty(POOL_FEATURES), Moments.empty(SPATIAL_FEATURES)
     for batch in _crops(images, network.batch_size):

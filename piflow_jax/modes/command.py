@@ -20,6 +20,7 @@ from piflow_jax.modes.compile import compile_sampling, compile_step
 from piflow_jax.modes.evaluate import evaluate
 from piflow_jax.modes.evaluate_prompts import evaluate_images
 from piflow_jax.modes.export import export
+from piflow_jax.modes.features import make_features
 from piflow_jax.modes.prepare import prepare_latents
 from piflow_jax.modes.prepare_prompts import prepare_prompts
 from piflow_jax.modes.rivals import compare_rivals
@@ -84,6 +85,7 @@ MODES: dict[str, Mode] = {
         in_workdir=False,
         wants=frozenset({"evaluation.reference"}),
     ),
+    "features": Mode(run=make_features, batches=()),
     "compile": Mode(run=compile_step, here=False),
     "compile_sampling": Mode(run=compile_sampling, here=False),
     "rivals": Mode(run=compare_rivals),

@@ -8,9 +8,10 @@ from piflow_jax.distillation.sizes import Sizes
 from piflow_jax.evaluation import Report
 from piflow_jax.evaluation.adm import AdmFigures
 from piflow_jax.loading.runs import load_student, load_teacher
-from piflow_jax.modes.adm import config_judge, evaluate_latents
+from piflow_jax.modes.adm import evaluate_latents
 from piflow_jax.systems.assembly import Systems
 from piflow_jax.systems.datasets import dataset, load_source, shape_of
+from piflow_jax.systems.judges import config_judge
 
 
 def evaluate(config: Config, workdir: str | os.PathLike) -> Report | AdmFigures | None:

@@ -25,8 +25,8 @@ from piflow_jax.evaluation.image_text import (
     prompt_diversity,
 )
 from piflow_jax.evaluation.text_report import TextReport
-from piflow_jax.modes.adm import load_inception
 from piflow_jax.modes.prepare_prompts import listed_prompts
+from piflow_jax.systems.judges import load_inception
 
 __all__ = ["evaluate_images"]
 
@@ -88,7 +88,7 @@ def evaluate_images(config: Config, workdir: str | os.PathLike) -> TextReport | 
                 "config.evaluation.images must have two pictures or more for "
                 "config.evaluation.features, got 1"
             )
-        network = load_inception(config)
+        network = load_inception(config.evaluation)
         protocol["inception"] = {
             "sha256": network.digest,
             "published": network.published,

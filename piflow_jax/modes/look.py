@@ -6,14 +6,14 @@ from collections.abc import Callable
 from piflow_jax.config import Config
 from piflow_jax.data import Source
 from piflow_jax.distillation.bench import judged
-from piflow_jax.distillation.looks import look_by
+from piflow_jax.distillation.looks import Measure, look_by
 from piflow_jax.evaluation.adm import measure_adm, to_uint8
-from piflow_jax.modes.adm import load_inception, load_reference, protocol
+from piflow_jax.modes.adm import load_reference, protocol
 from piflow_jax.modes.autoencoder import check_autoencoder, load_autoencoder, pixel_sampler
 from piflow_jax.runs.loop import Look
 from piflow_jax.systems.assembly import Systems
 from piflow_jax.systems.datasets import dataset
-from piflow_jax.systems.judges import Judge
+from piflow_jax.systems.judges import InceptionJudge, Judge, described, load_inception
 from piflow_jax.systems.shapes import DataShape
 
 
@@ -23,14 +23,14 @@ def student_look(
     """How to look at a student of these settings.
 
     Figures are those of the report: of the data set's feature space, or ADM's where
-    `config.evaluation` names feature weights and a reference. A look at latents without these has a
-    grid and no figures.
+    `config.evaluation` names feature weights and a reference. A look at latents without these, or
+    at samples that no judge knows, has a grid and no figures.
 
     Args:
       config: the run's settings.
       source: the data.
       data: what they look like.
-      judge: the feature space of samples that are no latents.
+      judge: the feature space of samples that are no latents; None if there is none.
 
     Returns:
       `params -> Look`, compiled at its first call.
@@ -46,14 +46,15 @@ def student_look(
     check_autoencoder(autoencoder, data)
     sampler, measure = pixel_sampler(sampler, autoencoder.module, data), None
     if settings.features or settings.reference:
-        network = load_inception(config)
+        network = load_inception(settings)
         reference = load_reference(config, network)
         made = protocol(config, data, autoencoder, network, reference, settings.every_samples)
 
-        def measure(sampler, params, labels):
+        def figures(sampler, params, labels):
             batches = sampler.batches(params, range(len(labels)))
             measured = measure_adm(map(to_uint8, batches), network, reference, made)
             values = dataclasses.asdict(measured)
             return {name: value for name, value in values.items() if isinstance(value, float)}
 
+        measure = Measure(figures, described(InceptionJudge(network)))
     return look_by(config, source, data, sampler, measure, (autoencoder.params,))

@@ -31,7 +31,6 @@ from piflow_jax.distillation.stages import (
 )
 from piflow_jax.evaluation.kept import read_kept, read_kept_json
 from piflow_jax.loading.runs import load_average, load_student, load_teacher
-from piflow_jax.modes.adm import config_judge
 from piflow_jax.parallel import (
     ActivationSharding,
     config_mesh,
@@ -51,6 +50,7 @@ from piflow_jax.runs.loop import Stage, checkpoint_dir
 from piflow_jax.runs.run_lock import RunLock
 from piflow_jax.systems.assembly import Systems
 from piflow_jax.systems.datasets import dataset, load_source, shape_of
+from piflow_jax.systems.judges import config_judge
 from piflow_jax.systems.networks import network_kind, teacher_network
 from piflow_jax.systems.settings import check_choices, check_ours
 from piflow_jax.systems.shapes import DataShape
@@ -138,6 +138,7 @@ class _Comparison:
         sizes.check_run()
         sizes.check_pairs()
         self._check_settings()
+        judge = config_judge(config, self._source, self._workdir)
         if not (config.teacher.checkpoint or config.teacher.weights):
             stage = teacher_stage(self._systems, self._source, self._mesh)
             run_here(stage, config, self._workdir, self._mesh)
@@ -145,7 +146,7 @@ class _Comparison:
         shardings = teacher_shardings(config, self._mesh, teacher)
         self._teacher = load_teacher(config, data, self._workdir, shardings)
         times = self._times()
-        bench = Bench(config, self._source, data, config_judge(config, self._source, self._workdir))
+        bench = Bench(config, self._source, data, judge)
         teacher_rows, reference = self._teacher_rows(bench)
         of_data = bench.of_data()
         report = {"rows": [], "teacher": teacher_rows, "times": times}

@@ -18,7 +18,7 @@ from piflow_jax.distillation.stages import (
     teacher_stage,
 )
 from piflow_jax.loading.runs import load_initial, load_teacher, student_dir
-from piflow_jax.modes.adm import config_judge, load_inception, load_reference
+from piflow_jax.modes.adm import load_reference
 from piflow_jax.modes.autoencoder import check_autoencoder, load_autoencoder
 from piflow_jax.modes.evaluate import evaluate
 from piflow_jax.modes.look import student_look
@@ -29,6 +29,7 @@ from piflow_jax.runs.run_lock import RunLock
 from piflow_jax.runs.workdir import check_writable
 from piflow_jax.systems.assembly import Systems
 from piflow_jax.systems.datasets import dataset, load_source, shape_of
+from piflow_jax.systems.judges import load_inception, open_judge
 from piflow_jax.systems.shapes import DataShape
 from piflow_jax.systems.shardings import teacher_shardings
 
@@ -69,6 +70,9 @@ def _train(config: Config, workdir: str | os.PathLike) -> None:
             "variant datafree), or prepare the set from a list with images and config.data.vae"
         )
     Sizes(systems, source).check_run()
+    judge = None
+    if pixels:
+        judge = open_judge(source, workdir, config.evaluation, row.features)
     given = config.teacher.checkpoint or config.teacher.weights
     if given:
         logging.info("teacher: given, %s", given)
@@ -82,7 +86,6 @@ def _train(config: Config, workdir: str | os.PathLike) -> None:
     teacher_params = load_teacher(config, data, workdir, shardings)
     look = None
     if config.evaluation.every:
-        judge = config_judge(config, source, workdir) if pixels else None
         look = student_look(config, source, data, judge)
     stage = student_stage(
         systems, source, teacher_params, mesh, look=look, **initial_start(systems)
@@ -90,8 +93,10 @@ def _train(config: Config, workdir: str | os.PathLike) -> None:
     run_here(stage, config, workdir, mesh)
     if not row.by_class:
         logging.info("trained; --mode=sample draws its pictures, --mode=evaluate measures them")
-    elif pixels or config.evaluation.features:
+    elif judge or (row.latents and config.evaluation.features):
         evaluate(config, workdir)
+    elif pixels:
+        logging.info("trained; --mode=sample draws its pictures")
     else:
         logging.info(
             "no FID: config.evaluation.features and config.evaluation.reference are not given; "
@@ -129,4 +134,4 @@ def _check_evaluation(
     if config.data.vae or measured or settings.every:
         check_autoencoder(load_autoencoder(config), data)
     if measured:
-        load_reference(config, load_inception(config))
+        load_reference(config, load_inception(config.evaluation))

@@ -63,11 +63,13 @@ class Look:
       figures: by name; written as `eval_<name>`.
       images: pictures `uint8[H, W, 3]` by name.
       distance: what makes a checkpoint the best, smaller is better; None if there is no measure.
+      space: the feature space of the figures, for the log.
     """
 
     figures: Mapping[str, float]
     images: Mapping[str, np.ndarray]
     distance: float | None
+    space: str = ""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -392,6 +394,8 @@ class _Loop:
         look = self._stage.look(*gathered((state.ema_params, state.carried), self._mesh))
         self._writer.images(step, look.images)
         text = "  ".join(f"{name} {value:.4g}" for name, value in look.figures.items())
+        if look.space:
+            text += f"  (in {look.space})"
         if look.distance is not None and best.offer(
             step, look.distance, lambda checkpointer: self._save_to(checkpointer, step, state)
         ):

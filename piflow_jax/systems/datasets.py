@@ -56,7 +56,7 @@ DATASETS: dict[str, Dataset] = {
     "images": Dataset(
         load=lambda data: load_images_source(data.data_dir, mirror=data.mirror, verify=False),
         bundled=False,
-        uses=frozenset({"data.data_dir", "data.images", "data.mirror", "evaluation.features"}),
+        uses=frozenset({"data.data_dir", "data.images", "data.mirror"}),
     ),
     # Comparing all checksums reads the whole set; a damaged record raises when it is read.
     "latents": Dataset(
@@ -66,7 +66,7 @@ DATASETS: dict[str, Dataset] = {
         uses=frozenset(
             {
                 *("data.data_dir", "data.images", "data.vae"),
-                *("evaluation.features", "evaluation.reference"),
+                "evaluation.reference",
             }
         ),
     ),
@@ -79,7 +79,7 @@ DATASETS: dict[str, Dataset] = {
         uses=frozenset(
             {
                 *("data.data_dir", "data.vae", "data.prompts", "data.text_encoder"),
-                *("evaluation.features", "evaluation.images", "evaluation.teacher_images"),
+                *("evaluation.images", "evaluation.teacher_images"),
                 *("evaluation.clip", "evaluation.diversity_features"),
             }
         ),

@@ -1,32 +1,54 @@
-"""Judges: the feature spaces in which samples of a run's data are measured."""
+"""Judges: the feature spaces in which samples of a run's data are measured.
 
+`open_judge` has the one of a source. Figures compare only within one, so that each is known by a
+digest, which reports have beside their figures.
+"""
+
+import json
 import os
-from typing import Protocol
+import zipfile
+import zlib
+from collections.abc import Iterator
+from typing import Any, Protocol
 
 import jax
 import numpy as np
 from absl import logging
 
-from piflow_jax.data import Source
+from piflow_jax.config import Config, ConfigError, EvaluationConfig
+from piflow_jax.convert import load_torch_state
+from piflow_jax.convert.inception import INCEPTION_FILE, INCEPTION_URL, read_inception
+from piflow_jax.data import Source, stacked
+from piflow_jax.data.source import fingerprint
+from piflow_jax.evaluation import least_real_samples
 from piflow_jax.evaluation.adm import InceptionNetwork, to_uint8
 from piflow_jax.evaluation.components import PrincipalComponents
 from piflow_jax.evaluation.feature_training import recipe_for, stored_arrays, train_network
-from piflow_jax.evaluation.features import load_features, read_features
-from piflow_jax.evaluation.kept import read_kept
+from piflow_jax.evaluation.features import FeatureNetwork, load_features
+from piflow_jax.parallel import batch_sharding, local_mesh, replicated
+from piflow_jax.systems.datasets import dataset
+from piflow_jax.whole_files import replacing
 
 __all__ = [
     "FEATURES_FILE",
     "InceptionJudge",
     "Judge",
-    "make_features",
+    "config_judge",
+    "described",
+    "load_inception",
     "open_judge",
-    "real_samples",
+    "real_features",
 ]
 
 FEATURES_FILE = "features.npz"
 # Real samples in figures; precision and recall compare each with each.
 _MOST_REAL = 10_000
-_SMALLEST_SIDE = 8  # of images that the recipe of feature networks is for
+_BATCH = 512
+# What the recipe of feature networks needs: sites of a side, images, and of a class on average.
+_SMALLEST_SIDE, _LEAST_IMAGES, _LEAST_OF_A_CLASS = 8, 256, 8
+_IMAGES_PER_DEVICE = 64  # that Inception sees at a time
+_LOG_EVERY = 200  # steps of a feature network's training
+_DAMAGED = (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error)
 
 
 class Judge(Protocol):
@@ -40,8 +62,8 @@ class Judge(Protocol):
     name: str
     digest: str
 
-    def extract(self, samples: np.ndarray) -> np.ndarray:
-        """Features float32[N, D] of samples `[N, *sites, C]`."""
+    def extract(self, images: np.ndarray) -> np.ndarray:
+        """Features float32[N, D] of images `[N, H, W, C]`."""
         ...
 
 
@@ -57,101 +79,264 @@ class InceptionJudge:
         self.digest = network.digest
         self._network = network
 
-    def extract(self, samples: np.ndarray) -> np.ndarray:
+    def extract(self, images: np.ndarray) -> np.ndarray:
         """See `Judge`; images are rounded to 8 bits and resized to 299x299."""
-        images = to_uint8(samples)
-        images = np.broadcast_to(images, (*images.shape[:-1], 3))
-        return self._network.activations(np.ascontiguousarray(images)).pool
+        pixels = to_uint8(images)
+        pixels = np.broadcast_to(pixels, (*pixels.shape[:-1], 3))
+        return self._network.activations(np.ascontiguousarray(pixels)).pool
 
 
-def real_samples(source: Source) -> tuple[np.ndarray, np.ndarray | None]:
-    """The real samples of figures, with their labels where there are classes.
-
-    Args:
-      source: the data; `x` are its states.
-
-    Returns:
-      `(x[N, *sites, C], labels int[N] or None)`: all of them, or of a larger set 10,000 that depend
-      on its length alone.
-    """
-    indices = np.arange(len(source))
-    if len(source) > _MOST_REAL:
-        words = np.random.Philox(key=0).random_raw(len(source))
-        indices = np.sort(np.argsort(words, kind="stable")[:_MOST_REAL])
-    if hasattr(source, "gather"):
-        batch = source.gather(indices)
-    else:
-        examples = [source[int(index)] for index in indices]
-        batch = {"x": np.stack([example["x"] for example in examples])}
-        if getattr(source, "num_classes", 0):
-            batch["condition"] = np.stack([example["condition"] for example in examples])
-    labels = getattr(source, "labels", None)  # captions of classes know them besides
-    if labels is None and getattr(source, "num_classes", 0):
-        labels = batch["condition"]
-    return batch["x"], None if labels is None else np.asarray(labels)[: len(batch["x"])]
+def described(judge: Judge) -> str:
+    """A judge in a few words: its name, and enough of its digest to tell it from others."""
+    return f"{judge.name}, sha256 {judge.digest[:12]}"
 
 
 def open_judge(
     source: Source,
-    workdir: str | os.PathLike,
-    *,
+    directory: str | os.PathLike,
+    settings: EvaluationConfig | None = None,
     shipped: str = "",
-    inception: InceptionNetwork | None = None,
-) -> Judge:
-    """The feature space of a run.
+) -> Judge | None:
+    """The feature space for samples of a source, which is made where there is none.
 
     Args:
-      source: the real data.
-      workdir: where a feature space that has been made for this run lies, or is put.
+      source: the data, images `[H, W, 1]` or `[H, W, 3]` in [-1, 1].
+      directory: where the space that is made of the source is kept, as `features.npz`; all
+        processes have to call this.
+      settings: `features` names Inception's weights, which take the place of all others; None
+        names none.
       shipped: name of the space that ships with the package for this data; empty if none does.
-      inception: takes the place of all others.
 
     Returns:
-      Inception if it is given; the shipped space; one that is trained on labelled images by the
-      package's recipe, and kept; or, without labels, the principal components of the samples.
+      Inception if its weights are given; the shipped space; a network that is trained on the
+      labelled images; or, where these are too few, too small or without classes, the principal
+      components of their pixels. None if states are no images or too few for figures, which is
+      logged.
 
     Raises:
-      KeptFileError: The one that was kept is damaged.
+      ConfigError: a file is no feature space, or that of another source; or no space can be made.
+      FileNotFoundError: Inception's weights are not there; says what to put there.
     """
-    if inception is not None:
-        return InceptionJudge(inception)
-    if shipped:
-        return load_features(shipped)
-    path = os.path.join(workdir, FEATURES_FILE)
-    if os.path.exists(path):
-        return read_kept(path, lambda path: read_features(path, f"features of {source.name}"))
-    height, width = source.shape[:2] if len(source.shape) == 3 else (0, 0)
-    if getattr(source, "num_classes", 0) > 1 and min(height, width) >= _SMALLEST_SIDE:
-        return make_features(source, path)
-    return PrincipalComponents.of(real_samples(source)[0])
+    problem = _no_figures(source)
+    if problem:
+        logging.info("no figures: %s", problem)
+        return None
+    if settings and settings.features:
+        judge = InceptionJudge(load_inception(settings))
+    elif shipped:
+        judge = _shipped(shipped, source)
+    else:
+        judge = _kept(source, os.path.join(directory, FEATURES_FILE))
+    logging.info("features: %s; figures compare only within these", described(judge))
+    return judge
 
 
-def make_features(source: Source, path: str | os.PathLike) -> Judge:
-    """Trains a feature space on labelled images and writes it.
+def config_judge(config: Config, source: Source, workdir: str | os.PathLike) -> Judge:
+    """The feature space of a run's data, where nothing can be done without; see `open_judge`."""
+    judge = open_judge(source, workdir, config.evaluation, dataset(config).features)
+    if judge is None:
+        raise ConfigError(f"config.data.name = {config.data.name!r} has no images to measure")
+    return judge
+
+
+def load_inception(settings: EvaluationConfig) -> InceptionNetwork:
+    """The feature network of `config.evaluation.features` on every device of this process.
+
+    Args:
+      settings: the settings of evaluation.
+
+    Returns:
+      The network.
+
+    Raises:
+      ConfigError: none is given, or the file is not one.
+      FileNotFoundError: it is not there; says what to put there.
+    """
+    path = settings.features
+    if not path:
+        raise ConfigError(
+            f"config.evaluation.features must name {INCEPTION_FILE}, the Inception weights of FID, "
+            f"from {INCEPTION_URL}"
+        )
+    try:
+        state, digest = read_inception(path)
+        _, params = load_torch_state(state, "inception")
+    except (ImportError, ValueError) as error:
+        raise ConfigError(f"config.evaluation.features = {path!r}: {error}") from error
+    mesh = local_mesh()
+    return InceptionNetwork(
+        params=jax.device_put(params, replicated(mesh)),
+        digest=digest,
+        batch_size=_IMAGES_PER_DEVICE * mesh.size,
+        sharding=batch_sharding(mesh),
+    )
+
+
+def real_features(source: Source, judge: Judge) -> tuple[np.ndarray, np.ndarray]:
+    """Features of the real images of figures.
 
     Args:
       source: the images.
-      path: the file, `.npz`; processes other than the first wait for it.
+      judge: the feature space.
 
     Returns:
-      The space.
+      `(features[N, D], labels int32[N])` of all of them, or of a larger set of 10,000 that depend
+      on its length alone. Labels are 0 where there are no classes.
     """
-    recipe = recipe_for(source.shape)
-    if jax.process_index() == 0:
-        logging.info(
-            "features: training a feature space on %d images for %d steps; figures compare within "
-            "it only",
-            len(source),
-            recipe.steps,
+    pairs = [(judge.extract(images), labels) for images, labels in _real_batches(source)]
+    features, labels = zip(*pairs, strict=True)
+    return np.concatenate(features), np.concatenate(labels)
+
+
+def _real_batches(source: Source) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Real images `[b, H, W, C]` with labels `int32[b]`, see `real_features`."""
+    indices = np.arange(len(source))
+    if len(source) > _MOST_REAL:
+        words = np.random.Philox(key=0).random_raw(len(source))
+        indices = np.sort(np.argsort(words, kind="stable")[:_MOST_REAL])
+    labels = getattr(source, "labels", None)  # captions of classes know them besides
+    for part in np.split(indices, range(_BATCH, len(indices), _BATCH)):
+        if hasattr(source, "gather"):
+            batch = source.gather(part)
+        else:
+            batch = stacked([source[int(index)] for index in part])
+        if labels is not None:
+            of_part = np.asarray(labels)[part]
+        elif getattr(source, "num_classes", 0):
+            of_part = batch["condition"]
+        else:
+            of_part = np.zeros(len(part))
+        yield batch["x"], np.asarray(of_part, np.int32)
+
+
+def _no_figures(source: Source) -> str:
+    """Why samples of a source cannot be measured; empty if they can."""
+    name, shape = source.name, tuple(source.shape)
+    if len(shape) != 3 or shape[-1] not in (1, 3):
+        return f"the states of {name!r}, {list(shape)}, are no images [H, W, 1] or [H, W, 3]"
+    images = next(_real_batches(source))[0]
+    if np.shape(images)[1:] != shape or hasattr(source, "latent_scale"):
+        return f"the states of {name!r} are drawn from what is kept, not images"
+    if len(source) < least_real_samples():
+        return f"{name!r} has {len(source)} images, figures need {least_real_samples()}"
+    low, high = float(np.min(images)), float(np.max(images))
+    if not (low >= -1 and high <= 1):
+        return f"the images of {name!r} must lie in [-1, 1], they lie in [{low:.3g}, {high:.3g}]"
+    return ""
+
+
+def _shipped(name: str, source: Source) -> Judge:
+    judge = load_features(name)
+    if judge.shape != tuple(source.shape):
+        raise ConfigError(
+            f"the feature space {name!r} is for images {list(judge.shape)}, those of "
+            f"{source.name!r} are {list(source.shape)}"
         )
-        images, _ = real_samples(source)
-        arrays = stored_arrays(train_network(source, recipe), images, recipe)
-        temporary = f"{path}.tmp"
-        with open(temporary, "wb") as file:
-            np.savez_compressed(file, **arrays)
-        os.replace(temporary, path)
+    return judge
+
+
+def _kept(source: Source, path: str) -> Judge:
+    """The space in a file, which is made if it is not there."""
+    if jax.process_index() == 0 and not os.path.exists(path):
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        _write(path, source, *_made(source))
     if jax.process_count() > 1:
         from jax.experimental import multihost_utils
 
         multihost_utils.sync_global_devices("features")
-    return read_features(path, f"features of {source.name}")
+    return _read(path, source)
+
+
+def _no_network(source: Source) -> str:
+    """Why no feature network can be trained on the images of a source; empty if one can."""
+    classes, count, side = getattr(source, "num_classes", 0), len(source), min(source.shape[:2])
+    if classes < 2:
+        return f"{source.name!r} has {'one class' if classes else 'no classes'}"
+    if np.ndim(source[0]["condition"]):
+        return f"the conditions of {source.name!r} are no labels"
+    if side < _SMALLEST_SIDE:
+        return f"its images have {side} pixels a side, fewer than {_SMALLEST_SIDE}"
+    least = max(_LEAST_IMAGES, _LEAST_OF_A_CLASS * classes)
+    if count < least:
+        return f"{count} images of {classes} classes are too few, {least} are not"
+    return ""
+
+
+def _made(source: Source) -> tuple[str, dict[str, np.ndarray]]:
+    """Name and arrays of a feature space of a source."""
+    problem = _no_network(source)
+    if not problem:
+        recipe = recipe_for(source.shape)
+        logging.info(
+            "features: training a network on %d images for %d steps", len(source), recipe.steps
+        )
+
+        def on_step(step):
+            if step % _LOG_EVERY == 0:
+                logging.info("features: step %d of %d", step, recipe.steps)
+
+        params = train_network(source, recipe, on_step=on_step)
+        arrays = stored_arrays(params, (images for images, _ in _real_batches(source)), recipe)
+        if np.isfinite(arrays["mean"]).all() and (arrays["scale"] > 0).all():
+            return f"a network trained on {source.name!r}", arrays
+        problem = "its training diverged"
+    logging.info(
+        "features: no network can be trained, %s; the principal components of the pixels instead",
+        problem,
+    )
+    try:
+        components = PrincipalComponents.of(images for images, _ in _real_batches(source))
+    except ValueError as error:
+        raise ConfigError(f"no features of {source.name!r}: {error}") from error
+    return components.name, components.arrays()
+
+
+def _identity(source: Source) -> dict[str, Any]:
+    """By what a source is known again."""
+    return {
+        "images": len(source),
+        "shape": list(source.shape),
+        "classes": getattr(source, "num_classes", 0),
+        "fingerprint": fingerprint(source),
+    }
+
+
+def _write(path: str, source: Source, name: str, arrays: dict[str, np.ndarray]) -> None:
+    about = {"name": name, "sha256": _judge(name, arrays).digest}
+    about |= {"source": source.name, "of": _identity(source)}
+    temporary = f"{path}.tmp"
+    with open(temporary, "wb") as file:
+        np.savez_compressed(file, about=np.array(json.dumps(about)), **arrays)
+    os.replace(temporary, path)
+
+
+def _read(path: str, source: Source) -> Judge:
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            arrays = dict(archive)
+        about = json.loads(str(arrays.pop("about")))
+        judge, of = _judge(about["name"], arrays), dict(about["of"])
+        if judge.digest != about["sha256"]:
+            raise ValueError("its weights are not those that were written")
+    except _DAMAGED as error:
+        raise ConfigError(
+            f"{path} is not the feature space of a run ({error}); remove it, and it is made again"
+        ) from error
+    different = [
+        f"{key} {of.get(key)!r} there, {value!r} here"
+        for key, value in _identity(source).items()
+        if of.get(key) != value
+    ]
+    if different:
+        raise ConfigError(
+            f"{path} is the feature space of another source ({about.get('source')!r}: "
+            f"{'; '.join(different)}); pass another --workdir, or remove the file, and a space of "
+            f"{source.name!r} is made, with which figures of before do not compare"
+        )
+    return judge
+
+
+def _judge(name: str, arrays: dict[str, np.ndarray]) -> Judge:
+    if "axes" in arrays:
+        return PrincipalComponents.of_arrays(arrays)
+    return FeatureNetwork.of_arrays(arrays, name)

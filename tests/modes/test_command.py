@@ -10,9 +10,9 @@ from piflow_jax.data.prompt_lists import Prompt
 from piflow_jax.data.text_encoders import WordEncoder
 from piflow_jax.loading.runs import load_student
 from piflow_jax.modes import command
-from piflow_jax.modes.adm import load_inception
 from piflow_jax.modes.autoencoder import load_autoencoder
 from piflow_jax.modes.prepare_prompts import encode_prompts
+from piflow_jax.systems.judges import load_inception
 from piflow_jax.systems.networks import NETWORKS
 from tests import tiny, tiny_text
 
@@ -103,7 +103,7 @@ def test_weights_that_need_pytorch_are_refused_in_a_sentence(
     ("key", "load"),
     [
         ("evaluation.weights", lambda config: load_student(config, NETWORKS["dit"].official, "")),
-        ("evaluation.features", load_inception),
+        ("evaluation.features", lambda config: load_inception(config.evaluation)),
         ("data.vae", load_autoencoder),
     ],
 )

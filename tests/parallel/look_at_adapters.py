@@ -7,11 +7,11 @@ import jax
 
 from piflow_jax.config import ProcessesConfig, parse
 from piflow_jax.distillation.stages import student_stage
-from piflow_jax.modes.adm import config_judge
 from piflow_jax.modes.look import student_look
 from piflow_jax.parallel import device_mesh, processes, replicated
 from piflow_jax.systems.assembly import Systems
 from piflow_jax.systems.datasets import load_source
+from piflow_jax.systems.judges import config_judge
 from piflow_jax.systems.networks import teacher_network
 from piflow_jax.systems.shapes import DataShape
 from piflow_jax.systems.shardings import teacher_shardings
