@@ -1,4 +1,7 @@
-"""Images averaged over areas: features of large images at the cost of those of small ones."""
+"""Images averaged over areas: features of large images at the cost of those of small ones.
+
+Source: what OpenCV calls `INTER_AREA`.
+"""
 
 import jax
 import jax.numpy as jnp

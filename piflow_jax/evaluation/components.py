@@ -4,6 +4,7 @@ Without labels no feature network can be trained for the data; see `feature_trai
 """
 
 import dataclasses
+import math
 from collections.abc import Iterable, Mapping
 
 import numpy as np
@@ -17,7 +18,7 @@ from piflow_jax.evaluation.features import checked_images, weight_digest
 __all__ = ["PrincipalComponents"]
 
 _MOST = 48
-_LONGEST_SIDE = 32  # of the images whose covariance is taken; larger ones are averaged to it
+_MOST_NUMBERS = 1024  # of an image whose covariance is taken; larger ones are averaged to it
 # Smallest variance of a component against the largest's: below are rounding and compression.
 _SMALLEST_SHARE = 1e-6
 _BATCH = 512
@@ -54,7 +55,8 @@ class PrincipalComponents:
           batches: images `[N, H, W, C]` in [-1, 1], at least two of them, in batches of any size.
 
         Returns:
-          The space, of at most 48 dimensions, of images averaged to at most 32x32.
+          The space, of at most 48 dimensions. Grey images with a side above 32, and colour images
+          with one above 18, are averaged to that.
 
         Raises:
           ValueError: all images are the same, or one is not finite.
@@ -63,7 +65,7 @@ class PrincipalComponents:
         for images in batches:
             if not moments.count:
                 shape = np.shape(images)[1:]
-                sites = sites_within(shape, _LONGEST_SIDE)
+                sites = sites_within(shape, math.isqrt(_MOST_NUMBERS // shape[2]))
                 moments = Moments.empty(sites[0] * sites[1] * shape[2])
             moments = moments.add(_flattened(images, sites))
         mean, covariance = moments.statistics()
@@ -84,13 +86,23 @@ class PrincipalComponents:
 
     @classmethod
     def of_arrays(cls, arrays: Mapping[str, ArrayLike]) -> "PrincipalComponents":
-        """The space that `arrays` of another have been kept of."""
+        """The space that has been kept.
+
+        Args:
+          arrays: what `arrays` made: `shape [3]`, `sites [2]`, `mean [S]`, `axes [S, D]`.
+
+        Returns:
+          The space.
+
+        Raises:
+          KeyError: an array is missing.
+        """
         kept = {name: np.asarray(arrays[name], np.float32) for name in ("mean", "axes")}
         shape, sites = (tuple(map(int, arrays[name])) for name in ("shape", "sites"))
         return cls(shape, sites, **kept, digest=weight_digest(kept))
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """What has to be kept, by name."""
+        """What has to be kept, arrays by name, see `of_arrays`."""
         sizes = {"shape": np.array(self.shape, np.int32), "sites": np.array(self.sites, np.int32)}
         return {**sizes, "mean": self.mean, "axes": self.axes}
 

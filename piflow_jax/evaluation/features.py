@@ -113,7 +113,8 @@ class FeatureNetwork:
         """The network that has been kept.
 
         Args:
-          arrays: What `feature_training.stored_arrays` made.
+          arrays: What `feature_training.stored_arrays` made: `shape [3]`, `strides`, `sites [2]`
+            if images are averaged, and those of `parameters`.
           name: What reports call it.
 
         Returns:
