@@ -8,7 +8,7 @@ import pytest
 
 from piflow_jax.config import ConfigError, EvaluationConfig
 from piflow_jax.convert.inception import INCEPTION_FILE
-from piflow_jax.data import ArraySource, load_digits_source, source_digest
+from piflow_jax.data import ArraySource, load_digits_source
 from piflow_jax.evaluation import frechet_distance
 from piflow_jax.evaluation.components import PrincipalComponents
 from piflow_jax.evaluation.feature_training import Recipe, recipe_for
@@ -133,7 +133,7 @@ def test_a_space_of_another_source_is_refused(tmp_path):
         (pictures(41), "images 40 there, 41 here"),
         (pictures(40, (8, 9, 1)), r"shape \[8, 8, 1\] there, \[8, 9, 1\] here"),
         (pictures(40, classes=2), "classes 0 there, 2 here"),
-        (pictures(40, seed=1), "sha256 '.*' there, '.*' here.*; pass another --workdir"),
+        (pictures(40, seed=1), "fingerprint '.*' there, '.*' here.*; pass another --workdir"),
     ):
         with pytest.raises(ConfigError, match=f"features.npz is the feature .*'pictures'.*{words}"):
             open_judge(other, tmp_path, PLAIN)
@@ -227,13 +227,3 @@ def test_a_large_set_is_sampled_evenly(monkeypatch):
     assert len(set(rows)) == 100 and rows == sorted(rows)
     np.testing.assert_array_equal(labels, np.array(rows) % 10)
     assert 300 < np.mean(rows) < 700
-
-
-def test_a_source_is_known_by_its_examples():
-    digest = source_digest(pictures(40, classes=2))
-    assert digest == source_digest(pictures(40, classes=2)) and len(digest) == 64
-    changed = pictures(40).x.copy()
-    changed[3, 0, 0, 0] += 1e-3
-    others = [pictures(41, classes=2), pictures(40), pictures(40, classes=4)]
-    others.append(ArraySource(name="pictures", x=changed))
-    assert len({digest, *map(source_digest, others)}) == 5
