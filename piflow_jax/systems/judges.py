@@ -4,6 +4,7 @@
 digest, which reports have beside their figures.
 """
 
+import io
 import json
 import os
 import zipfile
@@ -14,6 +15,7 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 from absl import logging
+from etils import epath
 
 from piflow_jax.config import Config, ConfigError, EvaluationConfig
 from piflow_jax.convert import load_torch_state
@@ -126,7 +128,7 @@ def open_judge(
     elif shipped:
         judge = _shipped(shipped, source)
     else:
-        judge = _kept(source, os.path.join(directory, FEATURES_FILE))
+        judge = _kept(source, epath.Path(directory) / FEATURES_FILE)
     logging.info("features: %s; figures compare only within these", described(judge))
     return judge
 
@@ -235,10 +237,10 @@ def _shipped(name: str, source: Source) -> Judge:
     return judge
 
 
-def _kept(source: Source, path: str) -> Judge:
+def _kept(source: Source, path: epath.Path) -> Judge:
     """The space in a file, which is made if it is not there."""
-    if jax.process_index() == 0 and not os.path.exists(path):
-        os.makedirs(os.path.dirname(path), exist_ok=True)
+    if jax.process_index() == 0 and not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
         _write(path, source, *_made(source))
     if jax.process_count() > 1:
         from jax.experimental import multihost_utils
@@ -301,18 +303,19 @@ def _identity(source: Source) -> dict[str, Any]:
     }
 
 
-def _write(path: str, source: Source, name: str, arrays: dict[str, np.ndarray]) -> None:
+def _write(path: epath.Path, source: Source, name: str, arrays: dict[str, np.ndarray]) -> None:
     about = {"name": name, "sha256": _judge(name, arrays).digest}
     about |= {"source": source.name, "of": _identity(source)}
-    temporary = f"{path}.tmp"
-    with open(temporary, "wb") as file:
-        np.savez_compressed(file, about=np.array(json.dumps(about)), **arrays)
-    os.replace(temporary, path)
+    file = io.BytesIO()
+    np.savez_compressed(file, about=np.array(json.dumps(about)), **arrays)
+    temporary = path.parent / f"{path.name}.tmp"
+    temporary.write_bytes(file.getvalue())
+    temporary.replace(path)
 
 
-def _read(path: str, source: Source) -> Judge:
+def _read(path: epath.Path, source: Source) -> Judge:
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as archive:
             arrays = dict(archive)
         about = json.loads(str(arrays.pop("about")))
         judge, of = _judge(about["name"], arrays), dict(about["of"])
