@@ -21,7 +21,7 @@ from piflow_jax.config import Config, ConfigError, EvaluationConfig
 from piflow_jax.convert import load_torch_state
 from piflow_jax.convert.inception import INCEPTION_FILE, INCEPTION_URL, read_inception
 from piflow_jax.data import Source, stacked
-from piflow_jax.data.source import fingerprint
+from piflow_jax.data.source import source_digest
 from piflow_jax.evaluation import least_real_samples
 from piflow_jax.evaluation.adm import InceptionNetwork, to_uint8
 from piflow_jax.evaluation.components import PrincipalComponents
@@ -299,7 +299,7 @@ def _identity(source: Source) -> dict[str, Any]:
         "images": len(source),
         "shape": list(source.shape),
         "classes": getattr(source, "num_classes", 0),
-        "fingerprint": fingerprint(source),
+        "digest": source_digest(source),
     }
 
 
@@ -308,9 +308,8 @@ def _write(path: epath.Path, source: Source, name: str, arrays: dict[str, np.nda
     about |= {"source": source.name, "of": _identity(source)}
     file = io.BytesIO()
     np.savez_compressed(file, about=np.array(json.dumps(about)), **arrays)
-    temporary = path.parent / f"{path.name}.tmp"
-    temporary.write_bytes(file.getvalue())
-    temporary.replace(path)
+    with replacing(path) as under_way:
+        under_way.write_bytes(file.getvalue())
 
 
 def _read(path: epath.Path, source: Source) -> Judge:

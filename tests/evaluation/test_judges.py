@@ -133,7 +133,7 @@ def test_a_space_of_another_source_is_refused(tmp_path):
         (pictures(41), "images 40 there, 41 here"),
         (pictures(40, (8, 9, 1)), r"shape \[8, 8, 1\] there, \[8, 9, 1\] here"),
         (pictures(40, classes=2), "classes 0 there, 2 here"),
-        (pictures(40, seed=1), "fingerprint '.*' there, '.*' here.*; pass another --workdir"),
+        (pictures(40, seed=1), "digest '.*' there, '.*' here.*; pass another --workdir"),
     ):
         with pytest.raises(ConfigError, match=f"features.npz is the feature .*'pictures'.*{words}"):
             open_judge(other, tmp_path, PLAIN)
