@@ -164,14 +164,14 @@ def class_labels(labels: Any, num_classes: int) -> np.ndarray:
     return labels.astype(np.int32)
 
 
-def whole(name: str, value: Any, low: int, high: int | None = None) -> int:
+def whole(name: str, value: Any, low: int, high: int = 2**31 - 1) -> int:
     """A whole number within limits.
 
     Args:
       name: the argument's name.
       value: an integer, or another number that is whole.
       low: least value.
-      high: largest value; None for no limit.
+      high: largest value, by default that of an int32.
 
     Returns:
       The number.
@@ -187,6 +187,6 @@ def whole(name: str, value: Any, low: int, high: int | None = None) -> int:
         raise ValueError(f"{name} must be a whole number, got {value!r}") from None
     if number < low:
         raise ValueError(f"{name} must be at least {low}, got {number}")
-    if high is not None and number > high:
+    if number > high:
         raise ValueError(f"{name} must be at most {high}, got {number}")
     return number

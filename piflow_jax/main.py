@@ -62,10 +62,10 @@ def parse_flags(argv: list[str]) -> list[str]:
     try:
         return flags.FLAGS(argv, known_only=True)
     except (flags.Error, ValueError) as error:
-        sys.exit(_refuse(error))
+        sys.exit(_refuse(f"--flagfile: {error}" if isinstance(error, UnicodeError) else error))
 
 
-def _refuse(error: Exception) -> int:
+def _refuse(error: Exception | str) -> int:
     print(f"error: {error}", file=sys.stderr)
     return 2
 

@@ -14,6 +14,7 @@ def config_field(
     most=None,
     choices=None,
     may_be_empty=False,
+    distinct=False,
 ):
     """A config field with its documentation and its allowed values (bounds are inclusive).
 
@@ -27,6 +28,7 @@ def config_field(
         most=most,
         choices=choices,
         may_be_empty=may_be_empty,
+        distinct=distinct,
     )
     if dataclasses.is_dataclass(default):
         return dataclasses.field(default_factory=default, metadata=metadata)

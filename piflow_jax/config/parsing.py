@@ -174,7 +174,10 @@ def _parse_value(value: Any, hint: Any, allowed: types.MappingProxyType, key: st
             raise ConfigError(f"{key} must have {len(items)} entries, got {_shown(value)}")
         if not value and not allowed.get("may_be_empty"):
             raise ConfigError(f"{key} must not be empty")
-        return tuple(_parse_value(entry, items[0], allowed, key) for entry in value)
+        entries = tuple(_parse_value(entry, items[0], allowed, key) for entry in value)
+        if allowed.get("distinct") and len(set(entries)) < len(entries):
+            raise ConfigError(f"{key} must not hold a value twice, got {_shown(entries)}")
+        return entries
     if not isinstance(value, (int, float) if hint is float else hint) or (
         isinstance(value, bool) and hint is not bool
     ):
@@ -254,7 +257,8 @@ def mesh_sizes(config: Config, num_devices: int, num_slices: int = 1) -> dict[st
     open_axes = [axis for axis, size in sizes.items() if size == -1]
     if len(open_axes) > 1:
         raise ConfigError(
-            f"only one size of config.mesh may be -1, or data and fsdp, {open_axes} are"
+            "only one size of config.mesh may be -1, or data and fsdp, but "
+            f"{' and '.join(f'config.mesh.{axis}' for axis in open_axes)} are"
         )
     for axis in open_axes:  # the product has the sign of its -1
         sizes[axis] = max(-num_devices // math.prod(sizes.values()), 1)

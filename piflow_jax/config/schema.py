@@ -278,13 +278,14 @@ class RivalsConfig:
             *("meanflow", "shortcut", "consistency", "reflow", "dmd"),
         ),
         "what is compared; `+teacher` behind a method adds the teacher's training to its budget",
+        distinct=True,
     )
-    seeds: tuple[int, ...] = _field((0, 1, 2), "seeds of each method", **_SEED)
+    seeds: tuple[int, ...] = _field((0, 1, 2), "seeds of each method", distinct=True, **_SEED)
     seconds: float = _field(
         60.0, "training time of a method; on a CPU, time of its cores together", above=0, most=1e7
     )
     nfes: tuple[int, ...] = _field(
-        (1, 2, 4), "evaluations per sample that are compared", **_EVALUATIONS
+        (1, 2, 4), "evaluations per sample that are compared", distinct=True, **_EVALUATIONS
     )
     rounds: int = _field(
         10, "rounds in which the steps of all methods are timed in turn", low=1, most=10_000

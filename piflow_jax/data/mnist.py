@@ -31,9 +31,10 @@ def load_mnist_source(data_dir: str | None = None) -> ArraySource:
     root = epath.Path(
         data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
     ).expanduser()
-    if data_dir and not root.exists():
+    if data_dir and not root.is_dir():
+        reason = "is no directory" if root.exists() else "does not exist"
         raise FileNotFoundError(
-            f"the data directory {root} does not exist; correct config.data.data_dir, or leave it "
+            f"the data directory {root} {reason}; correct config.data.data_dir, or leave it "
             "empty for the default"
         )
     prepared = _prepared_directory(root)

@@ -328,7 +328,7 @@ class ShardedSet:
         if not path.exists():
             raise self.error(
                 f"{path} is missing: there are no {self.contents}, or their preparation has not "
-                "finished; run it (again)"
+                "finished; run it (again), or correct config.data.data_dir"
             )
         manifest = read_json(path, self.error)
         if manifest.get("format") != self.format:

@@ -10,7 +10,7 @@ from piflow_jax.arguments import ROUNDING, check_between, check_choice, check_nu
 from piflow_jax.flow.fused import fused_rollout
 from piflow_jax.flow.policies.base import Policy, per_batch, per_sample, promote
 from piflow_jax.flow.policies.gmflow import GMFlowPolicy
-from piflow_jax.flow.schedule import TimeWarp
+from piflow_jax.flow.schedule import TimeWarp, check_warp
 from piflow_jax.flow.substeps import (
     Rounding,
     Solver,
@@ -82,8 +82,7 @@ def rollout(
     check_choice("implementation", implementation, get_args(Implementation))
     if not hasattr(policy, "velocity"):
         raise ValueError(f"policy must be a policy, with a velocity, got a {type(policy).__name__}")
-    if not hasattr(warp, "warp"):
-        raise ValueError(f"warp must be a TimeWarp, got {warp!r}")
+    check_warp(warp)
     x, tau_start, tau_end = _interval(x, tau_start, tau_end)
     if hasattr(policy, "displacement"):
         sigma_end = warp.warp(jnp.maximum(tau_end, 0))

@@ -10,7 +10,7 @@ import numpy as np
 from piflow_jax.arguments import check_choice, check_number, check_shape, whole
 from piflow_jax.flow.policies.base import Policy, promote
 from piflow_jax.flow.rollout import Implementation, rollout
-from piflow_jax.flow.schedule import FlowMapTimes, TimeWarp, sampling_times
+from piflow_jax.flow.schedule import FlowMapTimes, TimeWarp, check_warp, sampling_times
 from piflow_jax.flow.substeps import Rounding, Solver, check_substeps, num_substeps
 from piflow_jax.keys import as_key, folded_noise
 
@@ -125,7 +125,8 @@ def sample_segments(
         raise ValueError("h > 0 draws noise between segments and needs key")
     if key is not None and not isinstance(key, jax.Array):
         key = as_key(key)
-    (x,) = promote(noise)
+    check_warp(warp)
+    x = _states(noise)
     nfe, batch, dtype = times.src.shape[0], x.shape[0], x.dtype
     tau_src, tau_dst = warp.unwarp(times.src), warp.unwarp(times.dst)
     bound = "traced"
@@ -186,6 +187,14 @@ def segment_substeps(
     return num_substeps(lengths, total_substeps, rounding).astype(int)
 
 
+def _states(noise: jax.Array) -> jax.Array:
+    if np.ndim(noise) < 2 or not np.size(noise):
+        raise ValueError(
+            f"noise must hold at least one state [B, *sites, C], got shape {np.shape(noise)}"
+        )
+    return promote(noise)[0]
+
+
 def ode_sample(
     velocity_fn: Callable[[jax.Array, jax.Array], jax.Array],
     noise: jax.Array,
@@ -214,7 +223,8 @@ def ode_sample(
     """
     steps = whole("steps", steps, 1)
     check_choice("solver", solver, get_args(OdeSolver))
-    (x,) = promote(noise)
+    check_warp(warp)
+    x = _states(noise)
     dtype = x.dtype
     sigmas = jnp.asarray(warp.warp(np.linspace(1, 0, steps + 1)), dtype)
 

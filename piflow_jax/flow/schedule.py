@@ -14,7 +14,7 @@ import numpy as np
 
 from piflow_jax.arguments import ROUNDING, check_between, check_number, whole
 
-__all__ = ["FlowMapTimes", "Segments", "TimeWarp", "sampling_times", "segment_start"]
+__all__ = ["FlowMapTimes", "Segments", "TimeWarp", "check_warp", "sampling_times", "segment_start"]
 
 
 @flax.struct.dataclass
@@ -166,6 +166,8 @@ def sampling_times(
             "sampling_times is computed before the program: call it outside of jit and pass its "
             "times to `sample_segments`, for one program for all `h` and `start`"
         )
+    nfe = whole("nfe", nfe, 1)
+    check_warp(warp)
     check_number("start", start, 0, 1, open_low=True)
     check_number("h", h, 0, finite=False)
     segments, h, start = Segments(nfe, final_step_size_scale), float(h), float(start)
@@ -180,6 +182,19 @@ def sampling_times(
         m = (to * (1 - src) / np.maximum(src * (1 - to), 1e-6)) ** (h * h)
     dst = to * m / np.maximum(1 - to + to * m, 1e-6)
     return FlowMapTimes(src, dst, to, m)
+
+
+def check_warp(warp: TimeWarp) -> None:
+    """Refuses what maps no raw times to noise levels, such as a bare shift.
+
+    Args:
+      warp: the map.
+
+    Raises:
+      ValueError: it has no `warp` and `unwarp`.
+    """
+    if not (hasattr(warp, "warp") and hasattr(warp, "unwarp")):
+        raise ValueError(f"warp must be a TimeWarp, got {warp!r}")
 
 
 def _checked_scale(nfe: int, final_step_size_scale: float) -> float:

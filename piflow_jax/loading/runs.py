@@ -96,8 +96,13 @@ def load_teacher(
     """
     network, spec = teacher_network(config.model, data), teacher_spec(config, data)
     if not config.teacher.weights:
-        directory = config.teacher.checkpoint or checkpoint_dir(workdir, "teacher")
-        return load_average(directory, network, spec, shardings)
+        given = config.teacher.checkpoint
+        if not given:
+            return load_average(checkpoint_dir(workdir, "teacher"), network, spec, shardings)
+        try:
+            return load_average(given, network, spec, shardings)
+        except CheckpointError as error:
+            raise CheckpointError(f"config.teacher.checkpoint = {given!r}: {error}") from error
     formats = network_kind(config.model).formats
     form = config.teacher.weights_format or formats[0]
     if form not in formats:
@@ -230,5 +235,5 @@ def _official(
             policy = weights.metadata.get("policy_config")
             check_policy_config(policy, config.policy, config.train)
         return converted(weights, network, form, shardings or replicated(local_mesh()))
-    except (CheckpointError, ImportError, ValueError) as error:
+    except (CheckpointError, FileNotFoundError, ImportError, ValueError) as error:
         raise ConfigError(f"config.{group}.weights = {path!r}: {error}") from error

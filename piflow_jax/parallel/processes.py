@@ -153,9 +153,12 @@ def _mpi_gpu(environ: Mapping[str, str]) -> int | None:
 
 def _integer(name: str, text: str) -> int:
     try:
-        return int(text)
+        number = int(text)
     except ValueError:
         raise ConfigError(f"{name} must be an integer, got {text!r}") from None
+    if not 0 <= number < 2**63:
+        raise ConfigError(f"{name} must be at least 0 and below 2^63, got {text}")
+    return number
 
 
 def _place(

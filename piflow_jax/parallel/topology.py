@@ -1,7 +1,9 @@
 """What accelerators can do, and TPU slices that are not here, to compile for ahead of time."""
 
 import dataclasses
+import importlib.util
 import os
+import re
 
 __all__ = ["CHIPS", "Chip", "peak_flops", "topology_devices"]
 
@@ -83,10 +85,11 @@ def topology_devices(topology: str) -> list:
     """
     from jax.experimental import topologies  # loads libtpu
 
-    if topology.split(":")[0] not in CHIPS:
+    size = "[1-9][0-9]*"
+    if not re.fullmatch(rf"({'|'.join(CHIPS)}):{size}(x{size}){{1,2}}(\*{size})?", topology):
         raise ValueError(
             f"unknown topology {topology!r}; it is a chip ({', '.join(CHIPS)}), a colon and the "
-            "slice's shape, such as v5e:4x4"
+            "slice's shape, such as v5e:4x4, and *N for N slices"
         )
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # not on a TPU VM: there is no metadata
     try:
@@ -94,8 +97,8 @@ def topology_devices(topology: str) -> list:
         several = {"num_slices": int(slices)} if slices else {}
         description = topologies.get_topology_desc(platform="tpu", topology_name=name, **several)
     except Exception as error:  # jax raises its own runtime errors here, of no common class
-        raise ValueError(
-            f"cannot make the topology {topology!r}: {error}. "
-            'Compiling for TPUs needs libtpu: pip install -e ".[tpu]"'
-        ) from error
+        remedy = "name the shape of a slice that there is, such as v5e:4x4"
+        if importlib.util.find_spec("libtpu") is None:
+            remedy = 'compiling for TPUs needs libtpu: pip install -e ".[tpu]"'
+        raise ValueError(f"cannot make the topology {topology!r} ({error}); {remedy}") from error
     return list(description.devices)

@@ -29,8 +29,8 @@ def user_path(path: str | os.PathLike, what: str = "the path") -> epath.Path:
       The path, absolute. It may not exist.
 
     Raises:
-      ConfigError: the path is empty, too long, of an unknown scheme, or relative to a directory that
-        is gone.
+      ConfigError: the path is empty, too long, of an unknown scheme or user, or relative to
+        a directory that is gone.
     """
     text = os.fsdecode(path)
     if not text:
@@ -45,7 +45,10 @@ def user_path(path: str | os.PathLike, what: str = "the path") -> epath.Path:
     try:
         if scheme:
             return epath.Path(text)
-        return epath.Path(os.path.abspath(os.path.expanduser(text)))
+        local = os.path.expanduser(text)
+        if local.startswith("~"):
+            raise ConfigError(f"{what} {text} is of no user here; ./{text} is a path of this name")
+        return epath.Path(os.path.abspath(local))
     except KeyError:
         raise ConfigError(
             f"{what} {text} has the unknown scheme {scheme[0]}; name a local path, or gs://..."

@@ -252,6 +252,19 @@ REFUSED = {
         lambda: piflow_jax.rollout(POLICY, X, ONE, 0 * ONE, 3.2),
         "warp must be a TimeWarp, got 3.2",
     ),
+    "sampler's warp": (lambda: few(warp=3.2), "warp must be a TimeWarp, got 3.2"),
+    "solver's warp": (
+        lambda: piflow_jax.ode_sample(lambda x, t: x, X, 2, "linear"),
+        "warp must be a TimeWarp, got 'linear'",
+    ),
+    "number for noise": (
+        lambda: few(noise=1.0),
+        r"noise must hold at least one state \[B, \*sites, C\], got shape \(\)",
+    ),
+    "evaluations beyond int32": (
+        lambda: segment_start(ONE, 1e300),
+        "nfe must be at most 214748364",
+    ),
     "states of another policy": (
         lambda: roll(x=np.ones((2, 5, 1), np.float32)),
         r"x has shape \(2, 5, 1\); the policy is of states \(2, 4, 1\)",

@@ -87,6 +87,20 @@ REFUSED_FLAGS = [
     ("--nomode", "unexpected argument '--nomode'"),
     ("--flagfile=nowhere", "nowhere"),
     ("--verbosity=loud", "--verbosity=loud"),
+    (f"--flagfile={ROOT / 'tests/cases/07-16-bit-png/ramp.png'}", "--flagfile: .* can't decode"),
+    (
+        "--workdir=~no_such_user/run",
+        "--workdir ~no_such_user/run is of no user here; ./~no_such_user/run is a path",
+    ),
+    ("--config.rivals.seeds=1,1", r"config.rivals.seeds must not hold a value twice, got \(1, 1\)"),
+    ("--config.rivals.methods=gm,gm", "config.rivals.methods must not hold a value twice"),
+    (
+        "--config.mesh.data=-1 --config.mesh.tensor=-1",
+        "but config.mesh.data and config.mesh.tensor",
+    ),
+    (f"--config.data.name=mnist --config.data.data_dir={TINY}", "tiny.py is no directory"),
+    ("--config.data.name=latents", "there are no latents.* or correct config.data.data_dir"),
+    ("--config.teacher.weights=nowhere", "config.teacher.weights = 'nowhere': .* no such weight"),
     ("--prompts=a.txt", f"config.data.prompts {OF_PROMPTS}"),
     ("--config.train.stepz=3", STEPS),
     ("--config.train.stepz 3", STEPS),
@@ -343,6 +357,10 @@ def test_any_value_of_any_key_is_accepted_or_refused_by_name(key):
 # --- Modes --------------------------------------------------------------------------------------
 
 REFUSED_MODES = [
+    *(
+        (f"compile --config.topology={name}", "config.topology: unknown topology '.*it is a chip")
+        for name in ("x", "v5e", "v5e:0x0", "v5e:2x", "v5e:-1x2", "v5e:1.5x2", "v5e:2x2*0")
+    ),
     ("prepare", "is for config.data.name = 'images' or 'latents' or 'prompts', got 'digits'"),
     ("statistics", "is for config.data.name = .*'latents', got 'digits'"),
     (

@@ -70,6 +70,12 @@ def test_a_process_finds_its_place(environ, place):
         (ADDRESS | {"JAX_NUM_PROCESSES": "2"}, "JAX_PROCESS_ID must be set too"),
         (by_hand(1, 2, ""), "JAX_PROCESS_ID must be set too"),
         (by_hand(1, 2, 2), r"JAX_PROCESS_ID must be in \[0, JAX_NUM_PROCESSES = 2\), got 2"),
+        (by_hand(1, 2, -1), r"JAX_PROCESS_ID must be at least 0 and below 2\^63, got -1"),
+        (
+            by_hand(1, 2, 0) | {"JAX_LOCAL_DEVICE_IDS": "0,-1"},
+            "JAX_LOCAL_DEVICE_IDS must be at least 0",
+        ),
+        (MPICH | {"MPI_LOCALRANKID": "9" * 30}, "MPI_LOCALRANKID must be at least 0 and below"),
         (by_hand(1, 2, "x"), "JAX_PROCESS_ID must be an integer, got 'x'"),
         (by_hand(1, 2, 0) | {"JAX_COORDINATOR_ADDRESS": "host"}, "must be HOST:PORT, got 'host'"),
         (by_hand(1, 2, 0) | {"JAX_COORDINATOR_ADDRESS": ":1"}, "must be HOST:PORT, got ':1'"),
