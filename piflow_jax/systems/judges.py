@@ -7,8 +7,6 @@ digest, which reports have beside their figures.
 import io
 import json
 import os
-import zipfile
-import zlib
 from collections.abc import Iterator
 from typing import Any, Protocol
 
@@ -27,6 +25,7 @@ from piflow_jax.evaluation.adm import InceptionNetwork, to_uint8
 from piflow_jax.evaluation.components import PrincipalComponents
 from piflow_jax.evaluation.feature_training import recipe_for, stored_arrays, train_network
 from piflow_jax.evaluation.features import FeatureNetwork, load_features
+from piflow_jax.evaluation.kept import read_kept
 from piflow_jax.parallel import batch_sharding, local_mesh, replicated
 from piflow_jax.systems.datasets import dataset
 from piflow_jax.whole_files import replacing
@@ -50,7 +49,6 @@ _BATCH = 512
 _SMALLEST_SIDE, _LEAST_IMAGES, _LEAST_OF_A_CLASS = 8, 256, 8
 _IMAGES_PER_DEVICE = 64  # that Inception sees at a time
 _LOG_EVERY = 200  # steps of a feature network's training
-_DAMAGED = (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error)
 
 
 class Judge(Protocol):
@@ -116,8 +114,9 @@ def open_judge(
       logged.
 
     Raises:
-      ConfigError: a file is no feature space, or that of another source; or no space can be made.
+      ConfigError: a file is no Inception, or the space of another source; or none can be made.
       FileNotFoundError: Inception's weights are not there; says what to put there.
+      KeptFileError: the space that was kept is damaged.
     """
     problem = _no_figures(source)
     if problem:
@@ -313,17 +312,16 @@ def _write(path: epath.Path, source: Source, name: str, arrays: dict[str, np.nda
 
 
 def _read(path: epath.Path, source: Source) -> Judge:
-    try:
+    def kept(_) -> tuple[Judge, str, dict[str, Any]]:
         with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as archive:
             arrays = dict(archive)
         about = json.loads(str(arrays.pop("about")))
-        judge, of = _judge(about["name"], arrays), dict(about["of"])
+        judge = _judge(about["name"], arrays)
         if judge.digest != about["sha256"]:
             raise ValueError("its weights are not those that were written")
-    except _DAMAGED as error:
-        raise ConfigError(
-            f"{path} is not the feature space of a run ({error}); remove it, and it is made again"
-        ) from error
+        return judge, about["source"], dict(about["of"])
+
+    judge, name, of = read_kept(path, kept)
     different = [
         f"{key} {of.get(key)!r} there, {value!r} here"
         for key, value in _identity(source).items()
@@ -331,7 +329,7 @@ def _read(path: epath.Path, source: Source) -> Judge:
     ]
     if different:
         raise ConfigError(
-            f"{path} is the feature space of another source ({about.get('source')!r}: "
+            f"{path} is the feature space of another source ({name!r}: "
             f"{'; '.join(different)}); pass another --workdir, or remove the file, and a space of "
             f"{source.name!r} is made, with which figures of before do not compare"
         )

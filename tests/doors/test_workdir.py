@@ -22,6 +22,7 @@ import numpy as np
 import pytest
 
 from piflow_jax.config import ConfigError, parse
+from piflow_jax.data import load_digits_source
 from piflow_jax.evaluation.image_sets import cached_features, open_images
 from piflow_jax.evaluation.kept import KeptFileError
 from piflow_jax.loading import load
@@ -422,7 +423,7 @@ def compared(call):
 ANEW = "delete it to have it made anew"
 # A file, what reads it, and what is to be done with a damaged one.
 KEPT = [
-    ("features.npz", lambda path: open_judge(None, path.parent), ANEW),
+    ("features.npz", lambda path: open_judge(load_digits_source(), path.parent), ANEW),
     ("plan.json", lambda path: adm._check_plan(path.parent, {}), "remove /"),
     ("settings.json", compared(lambda c: c._check_settings()), "pass another --workdir"),
     ("times.json", compared(lambda c: c._times()), ANEW),

@@ -13,6 +13,7 @@ from piflow_jax.evaluation import frechet_distance
 from piflow_jax.evaluation.components import PrincipalComponents
 from piflow_jax.evaluation.feature_training import Recipe, recipe_for
 from piflow_jax.evaluation.features import FeatureNetwork
+from piflow_jax.evaluation.kept import KeptFileError
 from piflow_jax.systems import judges
 from piflow_jax.systems.judges import described, open_judge, real_features
 
@@ -152,7 +153,7 @@ def test_a_damaged_space_is_refused(tmp_path, damage):
         np.savez(path, **arrays | {"mean": arrays["mean"] + 1})
     else:
         np.savez(path, arr_0=np.zeros(3))
-    with pytest.raises(ConfigError, match=r"features.npz is not the .*remove it, and it is made"):
+    with pytest.raises(KeptFileError, match=r"features.npz is damaged .*delete it"):
         open_judge(pictures(40), tmp_path, PLAIN)
 
 
