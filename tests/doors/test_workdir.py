@@ -460,7 +460,7 @@ def test_a_damaged_file_of_the_run_ends_it_with_a_sentence(tmp_path, monkeypatch
     def damaged(*_):
         raise KeptFileError("x.json is damaged; delete it")
 
-    monkeypatch.setitem(command.MODES, "train", damaged)
+    monkeypatch.setitem(command.MODES, "train", command.Mode(run=damaged))
     assert start(tmp_path / "run") == (1, "error: x.json is damaged; delete it")
 
 
