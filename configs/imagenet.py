@@ -1,15 +1,15 @@
 r"""ImageNet 256 in the latents of Stable Diffusion: the recipes of the paper's Table 2.
 
-Latents once (`data.images` is a folder of class folders, the official tar, or tfds[:DATA_DIR]):
+Latents once (`data.images` is a folder of class folders, the official tar, or tfds:imagenet2012):
 
     python -m piflow_jax.main --config=configs/imagenet.py --workdir=runs/prepare --mode=prepare \
         --config.data.images=ILSVRC2012_img_train.tar --config.data.vae=sd-vae-ft-ema.safetensors \
-        --config.data.data_dir=data/imagenet_latents/1.0.0
+        --config.data.data_dir=data/imagenet/latents/1.0.0
 
 A student of official teacher weights:
 
     python -m piflow_jax.main --config=configs/imagenet.py:gm_repa --workdir=runs/gm_repa \
-        --config.data.data_dir=data/imagenet_latents/1.0.0 --config.teacher.weights=teacher.pth
+        --config.data.data_dir=data/imagenet/latents/1.0.0 --config.teacher.weights=teacher.pth
 
 (REPA's own `.pth` also needs `--config.teacher.weights_format=original_dit`.) Every
 `evaluation.every` steps it decodes a grid for TensorBoard (with `data.vae`), and with
@@ -80,6 +80,7 @@ def get_config(variant: str = "gm_repa") -> ml_collections.ConfigDict:
     check_variant(variant, VARIANTS)
     config = base_config()
     config.data.name = "latents"
+    config.data.image_size = 256
 
     # DiT-XL/2
     config.model.dit.patch_size = 2

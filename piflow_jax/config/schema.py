@@ -25,12 +25,13 @@ class DataConfig:
     )
     data_dir: str = _field(
         "",
-        "where prepared data lies (images, latents, or the embeddings of prompts; needed there); "
-        "mnist: empty is the TFDS default",
+        "where prepared data lies (latents, or the embeddings of prompts; needed there); images: "
+        "empty is `data` in the work directory; mnist: empty is the TFDS default",
     )
     images: str = _field(
         "",
-        "what --mode=prepare reads: a folder of class folders, a .tar, or tfds[:DATA_DIR]",
+        "what --mode=prepare reads, and for images --mode=train: a folder of class folders or of "
+        "pictures, a .tar of one, or tfds:NAME",
     )
     skip_refused: bool = _field(
         False, "--mode=prepare leaves out pictures that cannot be read; they are listed in any case"
@@ -50,9 +51,16 @@ class DataConfig:
     )
     image_size: int = _field(
         1024,
-        "side of square images of prompts; other shapes have about as many pixels",
-        low=16,
+        "side of the square crops of images, and before an autoencoder of latents; of prompts that "
+        "of square images, other shapes have about as many pixels",
+        low=8,
         most=2**14,
+    )
+    channels: int = _field(
+        0,
+        "images: 1 (grey) or 3 (colours); 0 is 1 if pictures have no colours, of which 64 are "
+        "looked at",
+        choices=(0, 1, 3),
     )
     mirror: bool = _field(False, "images: train on mirror images too")
 
@@ -252,7 +260,9 @@ class EvaluationConfig:
         "", "official student weights (.safetensors, .pth) in place of the run's checkpoint"
     )
     features: str = _field("", "file of the Inception weights whose features make an FID")
-    reference: str = _field("", "imagenet: ADM's reference, VIRTUAL_imagenet256_labeled.npz")
+    reference: str = _field(
+        "", "latents: ADM's reference statistics, such as VIRTUAL_imagenet256_labeled.npz"
+    )
     images: str = _field(
         "",
         "prompts: the student's pictures, a folder of <place>-<seed>.png or an .npz file",

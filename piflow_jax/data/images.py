@@ -5,24 +5,42 @@ images, their size, channels and the names of their classes. A record is a label
 the pixels, uint8[H, W, C]. A set that fits is read into memory; a larger one is read from its disk.
 """
 
+import concurrent.futures
 import dataclasses
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, SupportsIndex
 
 import numpy as np
 
-from piflow_jax.data.shards import Plan, ShardedSet, ShardsError
+from piflow_jax.data.picture_sets import PictureSet, center_crop
+from piflow_jax.data.pictures import PictureError
+from piflow_jax.data.records import Records
+from piflow_jax.data.shards import Plan, ShardedSet, ShardsError, write_all
 
 if TYPE_CHECKING:
     import jax
 
-__all__ = ["ImagesError", "ImagesPlan", "ImagesSource", "load_images_source", "prepare_images"]
+__all__ = [
+    "ImagesError",
+    "ImagesPlan",
+    "ImagesSource",
+    "load_images_source",
+    "plan_images",
+    "prepare_images",
+    "prepared_images",
+]
 
 # A set of at most so many bytes of pixels is kept in memory.
 _IN_MEMORY = 2**30
+_READ_AT_ONCE = 1024  # records
 _LABEL = np.dtype("<i4")
+# A shard has at most so many images and bytes of pixels: what a kill loses.
+_SHARD_IMAGES, _SHARD_BYTES = 8192, 2**28
+_LOOKED_AT = 64  # pictures, of which none has colours in a grey set
+_READ_THREADS = 16
+_READ_AHEAD = 64  # crops that wait to be written
 
 
 class ImagesError(ShardsError):
@@ -82,8 +100,6 @@ class ImagesSource:
     """
 
     def __init__(self, directory: Path, manifest: dict[str, Any], mirror: bool):
-        from array_record.python.array_record_data_source import ArrayRecordDataSource
-
         self.name = "images"
         self.shape = (manifest["image_size"], manifest["image_size"], manifest["channels"])
         self.class_names = tuple(manifest["class_names"])
@@ -91,10 +107,9 @@ class ImagesSource:
         self.manifest = manifest
         if mirror:
             self.draw = mirrored
-        paths = [os.fspath(directory / shard["file"]) for shard in manifest["shards"]]
-        self._records = ArrayRecordDataSource(paths)
+        self._records = Records(directory, manifest["shards"], self._parsed, ImagesError)
         if len(self) * int(np.prod(self.shape)) <= _IN_MEMORY:
-            self._pixels, self._labels = self._read(range(len(self)))
+            self._pixels, self._labels = self._read_all()
             self.gather = self._gathered
 
     def __len__(self) -> int:
@@ -103,31 +118,34 @@ class ImagesSource:
 
     def __getitem__(self, index: SupportsIndex) -> dict[str, np.ndarray]:
         """Returns one example, `0 <= index < len(self)`."""
-        return {name: array[0] for name, array in self._example([index]).items()}
+        return self.__getitems__([index])[0]
 
-    def __getitems__(self, indices: list[int]) -> list[dict[str, np.ndarray]]:
+    def __getitems__(self, indices: Sequence[SupportsIndex]) -> list[dict[str, np.ndarray]]:
         """Returns several examples, read at once."""
-        batch = self._example(indices)
-        return [{name: array[row] for name, array in batch.items()} for row in range(len(indices))]
+        records = self._records.__getitems__([int(index) for index in indices])
+        return [
+            {"x": _scaled(pixels), "condition": np.asarray(label, np.int32)}
+            for pixels, label in records
+        ]
 
     def _gathered(self, indices: np.ndarray) -> dict[str, np.ndarray]:
         return {"x": _scaled(self._pixels[indices]), "condition": self._labels[indices]}
 
-    def _example(self, indices: list[Any]) -> dict[str, np.ndarray]:
-        pixels, labels = self._read([int(index) for index in indices])
-        return {"x": _scaled(pixels), "condition": labels}
-
-    def _read(self, indices: Iterable[int]) -> tuple[np.ndarray, np.ndarray]:
+    def _read_all(self) -> tuple[np.ndarray, np.ndarray]:
         """Pixels uint8[N, H, W, C] and labels int32[N]."""
-        size = _LABEL.itemsize + int(np.prod(self.shape))
-        records = self._records.__getitems__(list(indices))
-        for record in records:
-            if len(record) != size:
-                raise ImagesError(f"a record has {len(record)} bytes, expected {size}")
-        rows = np.frombuffer(b"".join(records), np.uint8).reshape(-1, size)
-        labels = np.ascontiguousarray(rows[:, : _LABEL.itemsize]).view(_LABEL)[:, 0]
-        pixels = rows[:, _LABEL.itemsize :].reshape(-1, *self.shape)
-        return np.ascontiguousarray(pixels), labels.astype(np.int32)
+        pixels = np.empty((len(self), *self.shape), np.uint8)
+        labels = np.empty(len(self), np.int32)
+        for start in range(0, len(self), _READ_AT_ONCE):
+            rows = range(len(self))[start : start + _READ_AT_ONCE]
+            for row, record in zip(rows, self._records.__getitems__(rows), strict=True):
+                pixels[row], labels[row] = record
+        return pixels, labels
+
+    def _parsed(self, record: bytes) -> tuple[np.ndarray, int]:
+        label = int(np.frombuffer(record, _LABEL, 1)[0])
+        if not 0 <= label < self.num_classes:
+            raise ValueError(f"its class is {label} of {self.num_classes}")
+        return np.frombuffer(record, np.uint8, offset=_LABEL.itemsize).reshape(self.shape), label
 
 
 def load_images_source(
@@ -153,36 +171,91 @@ def load_images_source(
     return ImagesSource(directory, manifest, mirror)
 
 
+def plan_images(pictures: PictureSet, image_size: int, channels: int = 0) -> ImagesPlan:
+    """What a set of pictures is going to be.
+
+    Args:
+      pictures: What it is made of.
+      image_size: Side of the square crops.
+      channels: 1 (grey) or 3 (RGB); 0 is 1 if none of up to 64 pictures, spread over the set, has
+        colours.
+
+    Returns:
+      The plan.
+    """
+    size = _SHARD_BYTES // (image_size**2 * (channels or 3))
+    return ImagesPlan(
+        num_examples=len(pictures),
+        shard_size=min(max(size, 1), _SHARD_IMAGES),
+        source=pictures.description,
+        class_names=pictures.class_names,
+        image_size=image_size,
+        channels=channels or (3 if _has_colours(pictures) else 1),
+    )
+
+
+def prepared_images(directory: str | os.PathLike) -> ImagesPlan | None:
+    """What a finished set is; None if there is none, or its preparation has not finished.
+
+    Args:
+      directory: The set's directory.
+
+    Returns:
+      Its plan, without the pictures that were left out.
+
+    Raises:
+      ImagesError: If its manifest is damaged.
+    """
+    if not (Path(directory) / _SET.manifest).exists():
+        return None
+    manifest = _SET.open(directory)
+    fields = {field.name for field in dataclasses.fields(ImagesPlan)}
+    return ImagesPlan(**{name: manifest[name] for name in fields})
+
+
 def prepare_images(
     directory: str | os.PathLike,
     plan: ImagesPlan,
-    read: Any,
+    pictures: PictureSet,
     *,
     process_index: int = 0,
     process_count: int = 1,
+    on_progress: Callable[[int, int], None] | None = None,
+    skip_refused: bool = False,
 ) -> dict[str, Any] | None:
-    """Writes a set; goes on with the first shard that is missing.
+    """Writes a set: each picture's `center_crop`; goes on with the first shard that is missing.
 
     Process `p` of `P` writes the shards `i` with `i % P == p`; processes need not know of each
-    other but share the directory. Whichever finds all shards in place finalises the set.
+    other but share the directory. Whichever finds all shards in place finalises the set. Pictures
+    are decoded by threads, a few ahead of what is written.
 
     Args:
       directory: The set's directory; made if need be.
-      plan: What it is going to hold.
-      read: `indices -> (pixels uint8[H, W, C], label)` of each, in order.
+      plan: What it is going to hold, see `plan_images`.
+      pictures: Of what it is made.
       process_index: This process.
       process_count: Number of processes.
+      on_progress: Called after each shard with the number of shards that this call has written and
+        has to write.
+      skip_refused: Leave out pictures that cannot be read; the manifest names them.
 
     Returns:
       The manifest if all shards are there, None if other processes still have some to write.
 
     Raises:
       ImagesError: If another preparation was begun in the directory, or shards are damaged.
+      RefusedError: If pictures cannot be read and are not left out; when all shards without such
+        pictures are written.
     """
     _SET.start(directory, plan)
-    for shard in _SET.missing(directory, plan):
-        if shard % process_count == process_index:
-            _SET.write(directory, plan, shard, _serialized(plan, read(plan.shard_range(shard))))
+    todo = [s for s in _SET.missing(directory, plan) if s % process_count == process_index]
+    with concurrent.futures.ThreadPoolExecutor(_READ_THREADS) as pool:
+
+        def write(shard):
+            records = _records(pictures, plan, plan.shard_range(shard), pool)
+            _SET.write(directory, plan, shard, records, skip_refused=skip_refused)
+
+        write_all(write, todo, on_progress)
     return None if _SET.missing(directory, plan) else _SET.finalize(directory)
 
 
@@ -199,10 +272,39 @@ def _scaled(pixels: np.ndarray) -> np.ndarray:
     return pixels.astype(np.float32) / np.float32(127.5) - np.float32(1)
 
 
-def _serialized(plan: ImagesPlan, examples: Iterable[tuple[np.ndarray, int]]) -> Iterator[bytes]:
-    for pixels, label in examples:
-        if pixels.shape != plan.shape or pixels.dtype != np.uint8:
-            raise ImagesError(
-                f"an image is {pixels.dtype}{list(pixels.shape)}, expected uint8{list(plan.shape)}"
-            )
-        yield np.array(label, _LABEL).tobytes() + np.ascontiguousarray(pixels).tobytes()
+def _records(
+    pictures: PictureSet, plan: ImagesPlan, indices: range, pool: concurrent.futures.Executor
+) -> Iterator[bytes | PictureError]:
+    """Records of one shard, or why a picture cannot be read."""
+
+    def read(index):
+        try:
+            picture = pictures[index]
+        except PictureError as error:
+            return error
+        pixels = _cropped(picture.image, plan.image_size, plan.channels)
+        return np.array(picture.label, _LABEL).tobytes() + pixels.tobytes()
+
+    for start in range(0, len(indices), _READ_AHEAD):
+        yield from pool.map(read, indices[start : start + _READ_AHEAD])
+
+
+def _cropped(image: np.ndarray, size: int, channels: int) -> np.ndarray:
+    """The crop uint8[size, size, channels] of an image uint8[H, W, 3]."""
+    from PIL import Image
+
+    pixels = center_crop(image, size)
+    if channels == 1:
+        pixels = np.asarray(Image.fromarray(pixels).convert("L"))[..., None]
+    return pixels
+
+
+def _has_colours(pictures: PictureSet) -> bool:
+    for index in np.unique(np.linspace(0, len(pictures) - 1, _LOOKED_AT).astype(int)):
+        try:
+            image = pictures[int(index)].image
+        except PictureError:  # refused when its turn comes
+            continue
+        if (image != image[..., :1]).any():
+            return True
+    return False

@@ -1,6 +1,6 @@
 """Cached latents: the autoencoder's posterior of every image and of its mirror image.
 
-A set is a `ShardedSet` (see `piflow_jax.data.shards`) that TFDS reads as `imagenet_latents`: beside
+A set is a `ShardedSet` (see `piflow_jax.data.shards`) that TFDS reads as `latents`: beside
 the shards there are `dataset_info.json` and `features.json`. The manifest, `latents.json`, says
 which autoencoder and images, and the scale and shift of latents.
 
@@ -38,7 +38,7 @@ __all__ = [
     "write_shard",
 ]
 
-NAME = "imagenet_latents"
+NAME = "latents"
 MANIFEST = "latents.json"
 SD_VAE_SCALE = 0.18215
 
@@ -190,7 +190,7 @@ class LatentsSource:
     and a resumed run draws the same.
 
     Attributes:
-      name: `imagenet_latents`.
+      name: `latents`.
       shape: `(H, W, C)` of one latent.
       num_classes: Number of classes.
       latent_scale: Networks see `(latent - latent_shift) * latent_scale`, a number or one for each

@@ -55,3 +55,10 @@ class Records(Sequence[Any]):
                 f"{path} has a damaged record, the {index}th of the set: {reason}; remove the file "
                 "and prepare again"
             ) from reason
+
+    def __getitems__(self, indices: Sequence[int]) -> list[Any]:
+        """What several records mean, read at once."""
+        try:
+            return [self._parse(record) for record in self._records.__getitems__(list(indices))]
+        except Exception:  # one by one, the damaged record is named
+            return [self[index] for index in indices]

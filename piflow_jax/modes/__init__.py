@@ -8,6 +8,7 @@ from piflow_jax.modes.evaluate_prompts import evaluate_images
 from piflow_jax.modes.export import export
 from piflow_jax.modes.features import make_features
 from piflow_jax.modes.prepare import prepare_latents
+from piflow_jax.modes.prepare_images import prepare_pixels
 from piflow_jax.modes.prepare_prompts import prepare_prompts
 from piflow_jax.modes.rivals import compare_rivals
 from piflow_jax.modes.sample import sample
@@ -23,6 +24,7 @@ __all__ = [
     "export",
     "make_features",
     "prepare_latents",
+    "prepare_pixels",
     "prepare_prompts",
     "run",
     "sample",

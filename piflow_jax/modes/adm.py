@@ -11,7 +11,7 @@ from absl import logging
 from jax.experimental import multihost_utils
 
 from piflow_jax.config import Config, ConfigError
-from piflow_jax.data.imagenet import center_crop, open_imagenet
+from piflow_jax.data.picture_sets import PictureSet, center_crop, open_pictures
 from piflow_jax.distillation.sizes import Sizes
 from piflow_jax.evaluation import IndexSampler, index_labels, least_samples
 from piflow_jax.evaluation.adm import (
@@ -49,7 +49,6 @@ __all__ = ["evaluate_latents", "load_reference", "protocol", "write_reference"]
 
 # Samples of a file under way: what a kill loses at most, and what processes share.
 _SHARD = 512
-_IMAGE_SIZE = 256
 
 
 def load_reference(config: Config, network: InceptionNetwork) -> Reference:
@@ -251,9 +250,9 @@ def write_reference(config: Config, workdir: str | os.PathLike) -> Path:
     if Path(path).exists():
         raise ConfigError(f"config.evaluation.reference = {path!r} exists; remove it first")
     network = load_inception(config.evaluation)
-    images = open_imagenet(config.data.images)
+    images = open_pictures(config.data.images)
     pool, spatial = Moments.empty(POOL_FEATURES), Moments.empty(SPATIAL_FEATURES)
-    for batch in _crops(images, network.batch_size):
+    for batch in _crops(images, config.data.image_size, network.batch_size):
         activations = network.activations(batch)
         pool, spatial = pool.add(activations.pool), spatial.add(activations.spatial)
     write_statistics(
@@ -267,7 +266,7 @@ def write_reference(config: Config, workdir: str | os.PathLike) -> Path:
     return Path(path)
 
 
-def _crops(images, size: int) -> Iterator[np.ndarray]:
-    for start in range(0, len(images), size):
-        indices = range(start, min(start + size, len(images)))
-        yield np.stack([center_crop(images[i][0], _IMAGE_SIZE) for i in indices])
+def _crops(images: PictureSet, image_size: int, batch_size: int) -> Iterator[np.ndarray]:
+    for start in range(0, len(images), batch_size):
+        indices = range(start, min(start + batch_size, len(images)))
+        yield np.stack([center_crop(images[i].image, image_size) for i in indices])

@@ -22,6 +22,7 @@ from piflow_jax.modes.evaluate_prompts import evaluate_images
 from piflow_jax.modes.export import export
 from piflow_jax.modes.features import make_features
 from piflow_jax.modes.prepare import prepare_latents
+from piflow_jax.modes.prepare_images import in_workdir, prepare_missing, prepare_pixels
 from piflow_jax.modes.prepare_prompts import prepare_prompts
 from piflow_jax.modes.rivals import compare_rivals
 from piflow_jax.modes.sample import sample
@@ -37,7 +38,9 @@ __all__ = ["MODES", "Mode", "run"]
 
 
 def _prepare(config: Config, workdir: str | os.PathLike) -> None:
-    of_data = prepare_latents if dataset(config).by_class else prepare_prompts
+    row = dataset(config)
+    of_classes = prepare_pixels if row.pictures else prepare_latents
+    of_data = of_classes if row.by_class else prepare_prompts
     of_data(config, workdir)
 
 
@@ -58,6 +61,7 @@ class Mode:
       here: it computes on this machine's devices, not for a slice that need not be attached.
       in_workdir: what it makes lies in the run's directory, not where the settings say.
       wants: keys of which the data must have a use for one; empty for any data.
+      trains: it prepares the user's pictures first, where that has not been done.
     """
 
     run: Callable[[Config, str | os.PathLike], Any]
@@ -66,10 +70,11 @@ class Mode:
     here: bool = True
     in_workdir: bool = True
     wants: frozenset[str] = frozenset()
+    trains: bool = False
 
 
 MODES: dict[str, Mode] = {
-    "train": Mode(run=train, batches_of_prompts=("train",)),
+    "train": Mode(run=train, batches_of_prompts=("train",), trains=True),
     "evaluate": Mode(run=_evaluate, batches=("evaluation",), batches_of_prompts=()),
     "sample": Mode(run=sample, batches=("evaluation",)),
     "export": Mode(run=export, batches=()),
@@ -88,7 +93,7 @@ MODES: dict[str, Mode] = {
     "features": Mode(run=make_features, batches=()),
     "compile": Mode(run=compile_step, here=False),
     "compile_sampling": Mode(run=compile_sampling, here=False),
-    "rivals": Mode(run=compare_rivals),
+    "rivals": Mode(run=compare_rivals, trains=True),
 }
 # What a user can mend, or start again after; the rest are ours, and have a traceback.
 _OF_THE_RUN = (
@@ -121,7 +126,12 @@ def run(mode: str, config: ml_collections.ConfigDict, workdir: str | os.PathLike
         parsed = parse(config, None)
         check_choices(parsed)
         _check_data(parsed, mode)
+        pictures = dataset(parsed).pictures
+        if pictures:
+            parsed = in_workdir(parsed, workdir)
         _start(parsed, MODES[mode], workdir)
+        if pictures and MODES[mode].trains:
+            prepare_missing(parsed, workdir)
         MODES[mode].run(parsed, workdir)
     except Interrupted as stop:
         logging.info("%s", stop)

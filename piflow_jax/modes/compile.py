@@ -182,8 +182,8 @@ def _compiled(
 
 
 def _data(config: Config) -> DataShape:
-    """The shape of the data, of prepared sets that of official weights."""
-    if dataset(config).bundled:
+    """The shape of the data, of latents and prompts that of official weights."""
+    if not dataset(config).latents:
         return shape_of(config, load_source(config.data))
     check_ours(config, f"--mode=compile of config.data.name = {config.data.name!r}")
     official = network_kind(config.model).official

@@ -11,7 +11,6 @@ import numpy as np
 from absl import logging
 
 from piflow_jax.config import Config, ConfigError
-from piflow_jax.data.imagenet import ImageSource, center_crop, open_imagenet
 from piflow_jax.data.latents import (
     LatentsPlan,
     finalize_latents,
@@ -19,6 +18,7 @@ from piflow_jax.data.latents import (
     start_latents,
     write_shard,
 )
+from piflow_jax.data.picture_sets import PictureSet, center_crop, open_pictures
 from piflow_jax.data.pictures import PictureError
 from piflow_jax.data.shards import left_out, write_all
 from piflow_jax.models.vae import AutoencoderKL
@@ -31,7 +31,7 @@ finalize = finalize_latents
 
 
 def prepare(
-    source: ImageSource,
+    source: PictureSet,
     vae_module: AutoencoderKL,
     vae_params: Any,
     directory: str | os.PathLike,
@@ -61,7 +61,7 @@ def prepare(
       vae_module: The autoencoder.
       vae_params: Its variables.
       directory: Where the set goes, local or mounted. TFDS finds it by name, besides by path, if it
-        ends in `imagenet_latents/1.0.0`.
+        ends in `latents/1.0.0`.
       image_size: Side of the crops.
       shard_size: Images in each shard.
       batch_size: Images in each step, divisible by the number of local devices; fewer if no shard
@@ -104,7 +104,7 @@ def prepare(
         compute=f"{moments.dtype.name}, precision {precision}, {image_size} by centre crop",
         source=source.description,
         num_examples=len(source),
-        num_classes=source.num_classes,
+        num_classes=len(source.class_names),
         image_size=image_size,
         latent_shape=moments.shape[1:],
         shard_size=shard_size,
@@ -146,14 +146,20 @@ def prepare_latents(config: Config, workdir: str | os.PathLike) -> None:
     settings = config.data
     for key in ("images", "vae", "data_dir"):
         if not getattr(settings, key):
-            raise ConfigError(f"--mode=prepare needs config.data.{key}")
-    source = open_imagenet(settings.images)
+            raise ConfigError(f"--mode=prepare of latents needs config.data.{key}")
+    source = open_pictures(settings.images)
     autoencoder = load_autoencoder(config)
+    if settings.image_size % autoencoder.module.downsampling:
+        raise ConfigError(
+            f"config.data.image_size must be a multiple of {autoencoder.module.downsampling}, by "
+            f"which config.data.vae shrinks images, got {settings.image_size}"
+        )
     manifest = prepare(
         source,
         autoencoder.module,
         autoencoder.params,
         settings.data_dir,
+        image_size=settings.image_size,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
         on_progress=lambda done, todo: logging.info("prepare: %d/%d shards", done, todo),
@@ -188,7 +194,7 @@ def _encoder(module: AutoencoderKL, params: Any, dtype: str, precision: str) -> 
 
 
 def _encoded(
-    source: ImageSource,
+    source: PictureSet,
     indices: range,
     encode: Callable,
     batch_size: int,

@@ -26,6 +26,7 @@ class Dataset:
       load: opens the source of `config.data`.
       captions: conditions are embedded captions instead of labels.
       latents: states are an autoencoder's latents.
+      pictures: states are the pixels of pictures that the user names, prepared once.
       by_class: samples can be drawn of every class. Of a set without classes, pictures are drawn
         and measured by a list of prompts, and no teacher is trained on it.
       bundled: the source is there wherever the package is, or is small enough to be opened for its
@@ -37,6 +38,7 @@ class Dataset:
     load: Callable[[DataConfig], Source]
     captions: bool = False
     latents: bool = False
+    pictures: bool = False
     by_class: bool = True
     bundled: bool = True
     features: str = ""
@@ -55,8 +57,9 @@ DATASETS: dict[str, Dataset] = {
     ),
     "images": Dataset(
         load=lambda data: load_images_source(data.data_dir, mirror=data.mirror, verify=False),
+        pictures=True,
         bundled=False,
-        uses=frozenset({"data.data_dir", "data.images", "data.mirror"}),
+        uses=frozenset({"data.data_dir", "data.images", "data.channels", "data.mirror"}),
     ),
     # Comparing all checksums reads the whole set; a damaged record raises when it is read.
     "latents": Dataset(

@@ -1,5 +1,7 @@
 """The sharded set of pixels: what is written is what is read, whole, in parts and mirrored."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -10,12 +12,35 @@ from piflow_jax.data.images import (
     ImagesPlan,
     load_images_source,
     mirrored,
+    plan_images,
     prepare_images,
 )
+from piflow_jax.data.picture_sets import LabelledPicture
+from piflow_jax.data.pictures import PictureError
+from piflow_jax.data.shards import RefusedError
 from piflow_jax.systems.datasets import DATASETS
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (7, 4, 4, 3), np.uint8)
 LABELS = np.arange(7) % 2
+
+
+class Pictures:
+    """Pictures of noise, of which one is broken if that is wanted."""
+
+    class_names, description = ("even", "odd"), "noise"
+
+    def __init__(self, pixels=PIXELS, broken=None):
+        self.pixels, self.broken = pixels, broken
+
+    def __len__(self):
+        return len(self.pixels)
+
+    def __getitem__(self, index):
+        if index == self.broken:
+            raise PictureError(f"{index}.png", "it is empty")
+        return LabelledPicture(self.pixels[index], int(LABELS[index]), f"{index}.png")
+
+
 PLAN = ImagesPlan(
     num_examples=7,
     shard_size=3,
@@ -26,14 +51,9 @@ PLAN = ImagesPlan(
 )
 
 
-def read(indices):
-    for index in indices:
-        yield PIXELS[index], int(LABELS[index])
-
-
 @pytest.fixture
 def directory(tmp_path):
-    assert prepare_images(tmp_path, PLAN, read)["num_examples"] == 7
+    assert prepare_images(tmp_path, PLAN, Pictures())["num_examples"] == 7
     return tmp_path
 
 
@@ -50,10 +70,10 @@ def test_examples_are_the_pixels_that_were_written(directory):
 
 
 def test_a_preparation_is_shared_by_processes_and_goes_on(tmp_path):
-    assert prepare_images(tmp_path, PLAN, read, process_index=1, process_count=2) is None
+    assert prepare_images(tmp_path, PLAN, Pictures(), process_index=1, process_count=2) is None
     with pytest.raises(ImagesError, match=str(tmp_path)):
         load_images_source(tmp_path)
-    assert prepare_images(tmp_path, PLAN, read) is not None
+    assert prepare_images(tmp_path, PLAN, Pictures()) is not None
     np.testing.assert_array_equal(
         load_images_source(tmp_path).gather(np.arange(7))["condition"], LABELS
     )
@@ -66,9 +86,69 @@ def test_a_damaged_shard_is_named(directory):
         load_images_source(directory)
 
 
-def test_images_of_another_shape_are_refused(tmp_path):
-    with pytest.raises(ImagesError, match=r"uint8\[4, 4\], expected uint8\[4, 4, 3\]"):
-        prepare_images(tmp_path, PLAN, lambda indices: ((PIXELS[i, ..., 0], 0) for i in indices))
+def test_a_damaged_record_is_named_when_it_is_read(directory):
+    shard = sorted(directory.glob("images.array_record-*"))[1]
+    content = bytearray(shard.read_bytes())
+    place = content.index(PIXELS[4].tobytes())
+    content[place] ^= 1
+    shard.write_bytes(bytes(content))
+    with pytest.raises(ImagesError, match=f"{shard}.* has a damaged record, the 4th of the set"):
+        load_images_source(directory, verify=False)
+
+
+def test_a_broken_picture_is_named_or_left_out(tmp_path):
+    with pytest.raises(RefusedError, match=r"4\.png is not a readable image: it is empty"):
+        prepare_images(tmp_path, PLAN, Pictures(broken=4))
+    manifest = prepare_images(tmp_path, PLAN, Pictures(broken=4), skip_refused=True)
+    assert manifest["shards"][1]["refused"][0]["picture"] == "4.png"
+    np.testing.assert_array_equal(
+        load_images_source(tmp_path).gather(np.arange(6))["condition"], np.delete(LABELS, 4)
+    )
+
+
+GREY = np.repeat(PIXELS[..., :1], 3, axis=-1)
+ONE_WITH_COLOURS = np.concatenate([GREY[:6], PIXELS[:1]])
+
+
+@pytest.mark.parametrize(
+    ("pixels", "wanted", "broken", "channels"),
+    [
+        (PIXELS, 0, None, 3),
+        (GREY, 0, None, 1),
+        (GREY, 3, None, 3),
+        (PIXELS, 1, None, 1),
+        (ONE_WITH_COLOURS, 0, None, 3),
+        (ONE_WITH_COLOURS, 0, 6, 1),
+    ],
+)
+def test_grey_or_colours_are_those_of_the_pictures_or_as_wanted(pixels, wanted, broken, channels):
+    plan = plan_images(Pictures(pixels, broken), image_size=4, channels=wanted)
+    assert plan.channels == channels
+
+
+def test_colours_become_grey_by_their_luma(tmp_path):
+    plan = dataclasses.replace(PLAN, channels=1)
+    prepare_images(tmp_path, plan, Pictures())
+    source = load_images_source(tmp_path)
+    assert source.shape == (4, 4, 1)
+    luma = PIXELS @ np.array([0.299, 0.587, 0.114])
+    found = (source.gather(np.arange(7))["x"][..., 0] + 1) * 127.5
+    assert np.abs(found - luma).max() < 0.51
+
+
+def test_shards_of_large_images_have_fewer(tmp_path):
+    assert plan_images(Pictures(), image_size=32).shard_size == 8192
+    assert plan_images(Pictures(), image_size=1024).shard_size == 85
+
+
+def test_a_set_that_does_not_fit_is_read_from_its_disk(directory, monkeypatch):
+    held = load_images_source(directory)
+    monkeypatch.setattr("piflow_jax.data.images._IN_MEMORY", 0)
+    read = load_images_source(directory)
+    assert hasattr(held, "gather") and not hasattr(read, "gather")
+    for ours, other in zip(read.__getitems__(range(7)), held.__getitems__(range(7)), strict=True):
+        np.testing.assert_array_equal(ours["x"], other["x"])
+        assert ours["condition"] == other["condition"]
 
 
 def test_half_of_the_images_are_mirrored():

@@ -30,7 +30,7 @@ PLAN = LatentsPlan(
     latent_shape=(4, 4, 2),
     shard_size=3,
 )
-SHARDS = [f"imagenet_latents-train.array_record-0000{i}-of-00003" for i in range(3)]
+SHARDS = [f"latents-train.array_record-0000{i}-of-00003" for i in range(3)]
 
 
 def example(index, plan=PLAN):
@@ -56,7 +56,7 @@ def test_what_is_written_is_read(tmp_path, dtype):
     plan = dataclasses.replace(PLAN, dtype=dtype)
     write(tmp_path, plan)
     source = load_latents_source(tmp_path, expect_vae="abc", expect_scale=0.18215, expect_shift=0)
-    assert (source.name, source.shape, source.num_classes) == ("imagenet_latents", (4, 4, 2), 3)
+    assert (source.name, source.shape, source.num_classes) == ("latents", (4, 4, 2), 3)
     assert len(source) == 7 and sorted(p.name for p in tmp_path.glob("*-of-*")) == SHARDS
     for index in range(7):
         expected, found = example(index, plan), source[index]
@@ -71,10 +71,10 @@ def test_what_is_written_is_read(tmp_path, dtype):
 def test_tfds_reads_the_directory_by_path_and_by_name(tmp_path):
     import tensorflow_datasets as tfds
 
-    directory = tmp_path / "imagenet_latents" / "1.0.0"
+    directory = tmp_path / "latents" / "1.0.0"
     write(directory)
     by_path = tfds.builder_from_directory(directory).as_data_source(split="train")
-    by_name = tfds.data_source("imagenet_latents", split="train", data_dir=tmp_path)
+    by_name = tfds.data_source("latents", split="train", data_dir=tmp_path)
     for found in (by_path, by_name):
         assert len(found) == 7
         for index in range(7):

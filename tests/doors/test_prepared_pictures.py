@@ -61,6 +61,7 @@ def of_classes(tmp_path, vae, **data):
     config.data.images = str(tmp_path / "images")
     config.data.data_dir = str(tmp_path / "set")
     config.data.vae = vae
+    config.data.image_size = 256
     config.data.update(data)
     return config
 
@@ -142,7 +143,7 @@ def test_a_scale_for_each_channel_reaches_the_networks_and_comes_back(tmp_path):
     params = jax.jit(module.init)(jax.random.key(0), jnp.zeros((1, 16, 16, 3)))
 
     class One:
-        num_classes, description = 1, "one"
+        class_names, description = ("a",), "one"
 
         def __len__(self):
             return 1
@@ -268,17 +269,17 @@ def tfds(version, content):
 # What `config.data.images` names, what lies there, and what is said of it.
 WRONG = {
     "nothing": ("images", lambda path: None, "there is no such folder of images"),
-    "a file": ("images", text, "is neither a folder of class folders nor a .tar file"),
-    "no classes": ("images", classes(), "has no folders, one for each class"),
+    "a file": ("images", text, "is neither a folder of images"),
+    "nothing in it": ("images", classes(), "has neither images nor folders of them"),
     "an empty class": ("images", with_an_empty_class, "no images in "),
     "a class that is a link to nothing": ("images", classes("a", b="gone"), "b is a link to noth"),
     "no tar": ("x.tar", lambda path: None, "there is no such file of images"),
     "a text called tar": ("x.tar", text, "x.tar is damaged"),
-    "a tar of texts": ("x.tar", tar("a.txt"), "has no tar files in it, one for each class"),
-    "a tar of folders": ("x.tar", tar("a.tar", kind=tarfile.DIRTYPE), "has no tar files in it"),
-    "a tar of links": ("x.tar", tar("a.tar", kind=tarfile.SYMTYPE), "has no tar files in it"),
+    "a tar of texts": ("x.tar", tar("a.txt"), "has no images in it, and no tar files"),
+    "a tar of folders": ("x.tar", tar("a.tar", kind=tarfile.DIRTYPE), "has no images in it"),
+    "a tar of links": ("x.tar", tar("a.tar", kind=tarfile.SYMTYPE), "has no images in it"),
     "a tar of a damaged tar": ("x.tar", tar("a.tar", b"x" * 600), "x.tar is damaged"),
-    "no TFDS": ("tfds:x", lambda path: None, "TFDS `imagenet2012` is not prepared in "),
+    "no TFDS": ("tfds:x", lambda path: None, "x' is not prepared in "),
     "damaged TFDS": ("tfds:x", tfds("5.1.0", "{"), "cannot be read by TFDS"),
     "TFDS of no version": ("tfds:x", tfds("new", "{}"), "cannot be read by TFDS: Invalid version"),
 }

@@ -51,6 +51,7 @@ def folder(tmp_path_factory):
     config.data.name = "latents"
     config.data.images = str(root / "images")
     config.data.vae = str(root / "vae.safetensors")
+    config.data.image_size = 256
     config.data.data_dir = str(root / "latents")
     config.model.dit.patch_size = 8
     config.train.batch_size = 4

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from piflow_jax.data.imagenet import FolderImages, center_crop
 from piflow_jax.data.latents import LatentsError, load_latents_source
+from piflow_jax.data.picture_sets import PictureFolder, center_crop
 from piflow_jax.models.vae import AutoencoderKL
 from piflow_jax.modes.autoencoder import tree_digest
 from piflow_jax.modes.prepare import finalize, prepare
@@ -24,7 +24,7 @@ def images(tmp_path_factory):
         folder.mkdir(exist_ok=True)
         pixels = rng.integers(0, 256, (*size, 3), np.uint8)
         Image.fromarray(pixels).save(folder / f"{index}.JPEG", quality=95)
-    return FolderImages(root)
+    return PictureFolder(root)
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +98,7 @@ def test_killed_between_shards_it_goes_on_to_the_same_bytes(whole, images, vae, 
 
 def test_killed_within_a_shard_it_goes_on_to_the_same_bytes(whole, images, vae, tmp_path):
     class Dying:
-        num_classes, description = images.num_classes, images.description
+        class_names, description = images.class_names, images.description
 
         def __len__(self):
             return len(images)

@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from piflow_jax.data.imagenet import (
-    FolderImages,
-    TarImages,
-    TfdsImages,
+from piflow_jax.data.picture_sets import (
+    PictureFolder,
+    PictureTar,
+    TfdsPictures,
     center_crop,
-    open_imagenet,
+    open_pictures,
 )
+from piflow_jax.data.pictures import PicturesError
 
 NAMES = ("n01440764", "n01443537", "n02085620")
 COUNTS = (2, 1, 3)
@@ -73,6 +74,7 @@ def make_tar(path):
 
 
 def make_tfds(root, file_format="array_record"):
+    """A small `imagenet2012` in a data directory."""
     import tensorflow_datasets as tfds
 
     with tfds.core.registered.skip_registration():
@@ -103,7 +105,7 @@ def make_tfds(root, file_format="array_record"):
 
 def check_source(source):
     expected = files()
-    assert len(source) == len(expected) and source.num_classes == len(NAMES)
+    assert len(source) == len(expected) and source.class_names == NAMES
     found = [source[index] for index in range(len(source))]
     assert {raw.key for raw in found} == set(expected)
     for raw in found:
@@ -114,49 +116,134 @@ def check_source(source):
 
 
 def test_a_folder_is_read_in_the_order_of_its_names(folder):
-    assert check_source(open_imagenet(str(folder))) == sorted(files())
+    assert check_source(open_pictures(str(folder))) == sorted(files())
 
 
 def test_the_tar_file_is_the_folder(folder, tmp_path):
-    source = open_imagenet(str(make_tar(tmp_path / "train.tar")))
-    assert isinstance(source, TarImages)
+    source = open_pictures(str(make_tar(tmp_path / "train.tar")))
+    assert isinstance(source, PictureTar)
     assert check_source(source) == sorted(files())
-    assert source.description == FolderImages(folder).description
+    assert source.description == PictureFolder(folder).description
     assert sorted(tmp_path.iterdir()) == [folder, tmp_path / "train.tar"]  # nothing extracted
 
 
-def test_tfds_has_the_same_images(tmp_path):
-    source = open_imagenet(f"tfds:{make_tfds(tmp_path)}")
-    assert isinstance(source, TfdsImages)
+@pytest.mark.parametrize("root", ["", "train/", "./data/train/"])
+def test_a_tar_file_of_the_folder_is_the_folder(folder, tmp_path, root):
+    with tarfile.open(tmp_path / "train.tar", "w") as tar:
+        tar.add(folder, arcname=root or ".")
+    source = open_pictures(str(tmp_path / "train.tar"))
+    assert check_source(source) == sorted(files())
+    assert source.description == PictureFolder(folder).description
+
+
+@pytest.mark.parametrize("tarred", [False, True])
+@pytest.mark.parametrize("name", ["", NAMES[0]])
+def test_pictures_of_one_folder_are_one_class(folder, tmp_path, name, tarred):
+    """A folder of pictures, and a folder with one class folder."""
+    where = tmp_path / "one" / name
+    where.parent.mkdir(exist_ok=True)
+    (folder / NAMES[0]).rename(where)
+    location = str(tmp_path / "one")
+    if tarred:
+        with tarfile.open(tmp_path / "one.tar", "w") as tar:
+            tar.add(location, arcname=".")
+        location += ".tar"
+    source = open_pictures(location)
+    assert source.class_names == (name or "images",)
+    found = [source[index] for index in range(len(source))]
+    assert [(raw.label, raw.key.split("/")[-1]) for raw in found] == [
+        (0, f"{NAMES[0]}_{index}.JPEG") for index in range(COUNTS[0])
+    ]
+
+
+@pytest.mark.parametrize("tarred", [False, True])
+def test_pictures_outside_of_the_class_folders_are_left_out_with_a_warning(
+    folder, tmp_path, tarred, caplog
+):
+    (folder / "all.png").write_bytes(jpeg(0))
+    location = str(folder)
+    if tarred:
+        with tarfile.open(tmp_path / "train.tar", "w") as tar:
+            tar.add(folder, arcname=".")
+        location = str(tmp_path / "train.tar")
+    with caplog.at_level("WARNING", "absl"):
+        source = open_pictures(location)
+    assert check_source(source) == sorted(files())
+    assert "1 images are left out" in caplog.text and "all.png" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "location",
+    ["{root}", "{root}/imagenet2012", "{root}/imagenet2012/5.1.0", "imagenet2012", ""],
+)
+def test_tfds_has_the_same_images(tmp_path, location, monkeypatch):
+    monkeypatch.setenv("TFDS_DATA_DIR", str(make_tfds(tmp_path)))
+    source = open_pictures(f"tfds:{location.format(root=tmp_path)}")
+    assert isinstance(source, TfdsPictures)
     check_source(source)
     assert source.description == "TFDS imagenet2012/5.1.0 train: 6 images"
+
+
+def test_one_of_several_sets_of_tfds_is_to_be_named(tmp_path):
+    make_tfds(tmp_path)
+    (tmp_path / "other" / "1.0.0").mkdir(parents=True)
+    (tmp_path / "other" / "1.0.0" / "dataset_info.json").write_text("{}")
+    with pytest.raises(PicturesError, match=r"several TFDS sets; name one of .*imagenet2012, .*er"):
+        open_pictures(f"tfds:{tmp_path}")
+
+
+def test_a_set_of_tfds_without_classes_has_one(tmp_path):
+    import tensorflow_datasets as tfds
+
+    with tfds.core.registered.skip_registration():
+
+        class Drawings(tfds.core.GeneratorBasedBuilder):
+            VERSION = tfds.core.Version("1.0.0")
+
+            def _info(self):
+                grey = tfds.features.Image(shape=(None, None, 1))
+                features = tfds.features.FeaturesDict({"drawing": grey})
+                return self.dataset_info_from_configs(features=features)
+
+            def _split_generators(self, dl_manager):
+                return {"train": self._generate_examples()}
+
+            def _generate_examples(self):
+                for index in range(3):
+                    yield index, {"drawing": np.full((5, 4, 1), 80 * index, np.uint8)}
+
+    Drawings(data_dir=tmp_path, file_format="array_record").download_and_prepare()
+    source = open_pictures(f"tfds:{tmp_path}/drawings")
+    assert source.class_names == ("images",) and len({source[i].key for i in range(3)}) == 3
+    assert sorted(int(source[i].image.max()) for i in range(3)) == [0, 80, 160]
+    assert source[0].image.shape == (5, 4, 3)
 
 
 def test_tfds_without_random_access_says_how_to_convert(tmp_path):
     make_tfds(tmp_path, "tfrecord")
     with pytest.raises(ValueError, match=r"convert_format --dataset_dir=.*5\.1\.0"):
-        TfdsImages(tmp_path)
+        TfdsPictures(tmp_path)
 
 
 def test_other_images_have_another_description(folder):
-    before = FolderImages(folder).description
+    before = PictureFolder(folder).description
     (folder / NAMES[1] / f"{NAMES[1]}_0.JPEG").rename(folder / NAMES[1] / "other.JPEG")
-    assert FolderImages(folder).description != before
+    assert PictureFolder(folder).description != before
 
 
 def test_nothing_or_nothing_of_the_kind_is_refused(tmp_path, folder):
     with pytest.raises(FileNotFoundError):
-        open_imagenet(str(tmp_path / "elsewhere"))
+        open_pictures(str(tmp_path / "elsewhere"))
     with pytest.raises(FileNotFoundError):
-        open_imagenet(str(tmp_path / "elsewhere.tar"))
+        open_pictures(str(tmp_path / "elsewhere.tar"))
     with pytest.raises(FileNotFoundError, match="not prepared in"):
-        open_imagenet(f"tfds:{tmp_path}")
+        open_pictures(f"tfds:{tmp_path}")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="has no folders"):
-        open_imagenet(str(tmp_path / "empty"))
+    with pytest.raises(ValueError, match="has neither images nor folders"):
+        open_pictures(str(tmp_path / "empty"))
     (folder / "n09999999").mkdir()
     with pytest.raises(ValueError, match=r"no images in .*n09999999"):
-        open_imagenet(str(folder))
+        open_pictures(str(folder))
 
 
 def test_a_damaged_tar_file_and_a_damaged_image_are_named(tmp_path, folder):
@@ -164,9 +251,9 @@ def test_a_damaged_tar_file_and_a_damaged_image_are_named(tmp_path, folder):
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 3])
     with pytest.raises(ValueError, match=r"train\.tar is damaged"):
-        TarImages(path)
+        PictureTar(path)
     (folder / NAMES[0] / "bad.JPEG").write_bytes(jpeg(0)[:300])
-    source = FolderImages(folder)
+    source = PictureFolder(folder)
     (index,) = (i for i in range(len(source)) if source._keys[i].endswith("bad.JPEG"))
     with pytest.raises(ValueError, match=r"n01440764/bad\.JPEG is not a readable image"):
         source[index]

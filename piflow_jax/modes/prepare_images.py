@@ -1,0 +1,131 @@
+"""`--mode=prepare` of images: their pixels, decoded once; also in `--mode=train`."""
+
+import dataclasses
+import os
+
+import jax
+from absl import logging
+from jax.experimental import multihost_utils
+
+from piflow_jax.config import Config, ConfigError
+from piflow_jax.data.images import ImagesError, plan_images, prepare_images, prepared_images
+from piflow_jax.data.picture_sets import PictureSet, open_pictures
+from piflow_jax.data.shards import left_out
+
+__all__ = ["in_workdir", "prepare_missing", "prepare_pixels"]
+
+_FOLDER = "data"  # of a work directory
+
+
+def in_workdir(config: Config, workdir: str | os.PathLike) -> Config:
+    """The settings, with the place of the run's pixels.
+
+    Args:
+      config: the run's settings, of a data set of images.
+      workdir: the run's directory.
+
+    Returns:
+      The settings with `config.data.data_dir`, which is by default `data` in the work directory.
+
+    Raises:
+      ConfigError: the work directory is a bucket, where sets cannot lie.
+    """
+    if config.data.data_dir:
+        return config
+    if "://" in os.fspath(workdir):
+        raise ConfigError(
+            f"config.data.data_dir must name a local or mounted directory for the images, since "
+            f"--workdir is {os.fspath(workdir)}"
+        )
+    place = os.path.join(workdir, _FOLDER)
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, data_dir=place))
+
+
+def prepare_pixels(config: Config, workdir: str | os.PathLike) -> None:
+    """`--mode=prepare` of images: `config.data.images` into `config.data.data_dir`.
+
+    Args:
+      config: the run's settings; `config.data` names images, their size and the directory.
+      workdir: not used; see `in_workdir`.
+
+    Raises:
+      ConfigError: the images are not named.
+      FileNotFoundError: they are not there.
+      ImagesError: another preparation was begun in the directory, or shards are damaged.
+      PicturesError: `config.data.images` is not what it should be.
+      RefusedError: images cannot be read, and `config.data.skip_refused` is not set.
+    """
+    del workdir
+    if not config.data.images:
+        raise ConfigError("--mode=prepare of images needs config.data.images")
+    _prepare(config, open_pictures(config.data.images))
+
+
+def prepare_missing(config: Config, workdir: str | os.PathLike) -> None:
+    """Prepares the pixels that a run is about to train on, where they are not yet.
+
+    A preparation that has not finished is continued. A finished set is compared with
+    `config.data.images`, if these are named and still there. Of several processes, all return when
+    the set is complete.
+
+    Args:
+      config: see `prepare_pixels`.
+      workdir: not used.
+
+    Raises:
+      ConfigError: there is no set, and the images are not named.
+      ImagesError: a finished set is of other images; see `prepare_pixels` too.
+    """
+    settings = config.data
+    found = prepared_images(settings.data_dir)
+    if found is None:
+        if not settings.images:
+            raise ConfigError(
+                f"there are no prepared images in config.data.data_dir = {settings.data_dir!r}: "
+                "name what to prepare by config.data.images"
+            )
+        prepare_pixels(config, workdir)
+        if jax.process_count() > 1:  # the others' shards
+            multihost_utils.sync_global_devices("images")
+        return
+    if not settings.images:
+        return
+    try:
+        pictures = open_pictures(settings.images)
+    except FileNotFoundError:
+        logging.info("data: %s is gone, its prepared pixels are used", settings.images)
+        return
+    wanted = plan_images(pictures, settings.image_size, settings.channels or found.channels)
+    different = [
+        f"{name} is {getattr(found, name)!r}, not {getattr(wanted, name)!r}"
+        for name in ("source", "class_names", "image_size", "channels")
+        if getattr(found, name) != getattr(wanted, name)
+    ]
+    if different:
+        raise ImagesError(
+            f"{settings.data_dir} was prepared of other images or settings ({'; '.join(different)})"
+            "; remove it, or name another config.data.data_dir"
+        )
+
+
+def _prepare(config: Config, pictures: PictureSet) -> None:
+    settings = config.data
+    plan = plan_images(pictures, settings.image_size, settings.channels)
+    logging.info(
+        "prepare: %d %s images of %dx%d, %d classes, from %s into %s",
+        plan.num_examples,
+        "grey" if plan.channels == 1 else "colour",
+        *(plan.image_size, plan.image_size, len(plan.class_names)),
+        *(settings.images, settings.data_dir),
+    )
+    manifest = prepare_images(
+        settings.data_dir,
+        plan,
+        pictures,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+        on_progress=lambda done, todo: logging.info("prepare: %d/%d shards", done, todo),
+        skip_refused=settings.skip_refused,
+    )
+    if manifest is not None and left_out(manifest):
+        logging.warning("prepare: left out\n%s", left_out(manifest))
