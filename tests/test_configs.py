@@ -40,6 +40,13 @@ def test_mnist_is_valid(variant):
     assert parse(load("mnist").get_config(variant)).data.name == "mnist"
 
 
+@pytest.mark.parametrize("variant", load("images").VARIANTS)
+def test_images_are_small_colour_pictures(variant):
+    config = parse(load("images").get_config(variant))
+    assert (config.data.name, config.data.image_size, config.train.nfe) == ("images", 32, 1)
+    assert config.data.image_size % config.model.own.patch_size == 0
+
+
 @pytest.mark.parametrize("name", ["digits", "mnist"])
 def test_rivals_are_compared_on_equal_terms(name):
     """All methods of the table but the simplest, three seeds, 1, 2 and 4 evaluations."""

@@ -246,16 +246,14 @@ def _grouped(
     members: Collection[tarfile.TarInfo],
 ) -> tuple[list[_Entry], list[tarfile.TarInfo]]:
     """The pictures of class folders, which lie side by side, and those that lie elsewhere."""
-    folders = {str(PurePosixPath(member.name).parent) for member in members}
-    if not folders:
-        return [], []
-    root = os.path.commonpath(folders) if len(folders) > 1 else str(PurePosixPath(*folders).parent)
+    paths = [PurePosixPath(member.name.lstrip("/")) for member in members]
+    folders = {path.parent for path in paths}
+    # Where the class folders lie: in a tar of one class, around it.
+    root = PurePosixPath(os.path.commonpath(folders)) if len(folders) > 1 else None
     entries, loose = [], []
-    for member in members:
-        path = PurePosixPath(member.name)
-        if len(folders) == 1 or str(path.parent.parent) == root != str(path.parent):
-            place = member.offset_data, member.size
-            entries.append(_Entry(path.parent.name, path.name, *place))
+    for member, path in zip(members, paths, strict=True):
+        if root is None or (path.parent != root and path.parent.parent == root):
+            entries.append(_Entry(path.parent.name, path.name, member.offset_data, member.size))
         else:
             loose.append(member)
     return entries, loose

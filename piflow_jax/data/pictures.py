@@ -30,8 +30,9 @@ __all__ = [
 PictureFile = str | os.PathLike | bytes
 
 _SUFFIXES = {
-    *(".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpeg", ".jpg", ".pgm", ".png", ".ppm"),
-    *(".tif", ".tiff", ".webp"),
+    *(".apng", ".avif", ".bmp", ".dib", ".gif", ".j2k", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg"),
+    *(".jpx", ".pbm", ".pcx", ".pgm", ".png", ".pnm", ".ppm", ".qoi", ".tga", ".tif", ".tiff"),
+    ".webp",
 }
 # What can be wrong with one file. Other errors of the system (a lost disk, too many open files) are
 # not the picture's: it must not be left out for them.

@@ -254,7 +254,7 @@ def test_a_damaged_tar_file_and_a_damaged_image_are_named(tmp_path, folder):
         PictureTar(path)
     (folder / NAMES[0] / "bad.JPEG").write_bytes(jpeg(0)[:300])
     source = PictureFolder(folder)
-    (index,) = (i for i in range(len(source)) if source._keys[i].endswith("bad.JPEG"))
+    (index,) = (i for i in range(len(source)) if source._entries[i].name == "bad.JPEG")
     with pytest.raises(ValueError, match=r"n01440764/bad\.JPEG is not a readable image"):
         source[index]
 

@@ -1,0 +1,97 @@
+"""Pictures of your own, from a folder to a one-step student, its figures and a grid: one command.
+
+    python -m piflow_jax.main --config=configs/images.py --workdir=runs/mine \
+        --config.data.images=FOLDER
+
+decodes the pictures once into `runs/mine/data`, trains the teacher (flow matching), distils it
+(pi-ID), and compares both. Killed and started again, it continues wherever it was.
+
+`data.images` is a folder of class folders, or of pictures, which are one class then; a `.tar` of
+such a folder; or `tfds:NAME`, a set that TFDS has prepared as ArrayRecord. Pictures may be of any
+size and of any format of Pillow: `data.image_size` (32) is the side of the crop at their centre.
+What cannot be read is listed by path, and left out with `--config.data.skip_refused`. Sets without
+colours are trained on in grey, see `data.channels`; `--config.data.mirror` shows mirror images too.
+
+The pixels can be prepared beforehand, by several processes too, and shared between runs:
+
+    python -m piflow_jax.main --config=configs/images.py --workdir=runs/prepare --mode=prepare \
+        --config.data.images=FOLDER --config.data.data_dir=data/mine
+
+Runs then take `--config.data.data_dir=data/mine` alone.
+
+Variants, as in `--config=configs/images.py:quick`:
+
+    gm     Gaussian-mixture policy, 1 evaluation, for an accelerator (the default)
+    quick  a small network for a first look on a CPU
+"""
+
+import ml_collections
+
+from piflow_jax.config import base_config, check_variant
+
+VARIANTS = ("gm", "quick")
+
+
+def get_config(variant: str = "gm") -> ml_collections.ConfigDict:
+    """The configuration of a variant.
+
+    Args:
+      variant: what follows the colon of `--config`.
+
+    Returns:
+      The configuration.
+
+    Raises:
+      ConfigError: there is no such variant.
+    """
+    check_variant(variant, VARIANTS)
+    config = base_config()
+    config.data.name = "images"
+    config.data.image_size = 32
+
+    config.model.dit.patch_size = 2
+    config.model.dit.hidden = 384
+    config.model.dit.num_heads = 6
+    config.model.dit.depth = 12
+    config.model.dtype = "bfloat16"
+
+    config.teacher.steps = 50_000
+    config.teacher.batch_size = 256
+    config.teacher.optimizer.learning_rate = 3e-4
+    config.teacher.optimizer.warmup_steps = 1000
+
+    config.policy.kind = "gm"
+    config.policy.num_components = 16
+    config.train.steps = 50_000
+    config.train.batch_size = 128
+    config.train.optimizer.kind = "muon"
+    config.train.optimizer.learning_rate = 1e-3
+    config.train.optimizer.beta2 = 0.99
+    config.train.optimizer.decay = "cosine"
+    config.train.total_substeps = 32
+    config.train.gm_dropout = 0.05
+    # Otherwise a network of pixels spends itself near the data, where little is decided any more.
+    config.train.time_power = 1.0
+
+    config.evaluation.batch_size = 250
+    config.evaluation.teacher_steps = (1, 2, 4, 8, 32)
+    config.evaluation.grid_samples = 10
+
+    if variant == "quick":
+        config.model.dit.patch_size = 4
+        config.model.dit.hidden = 64
+        config.model.dit.num_heads = 4
+        config.model.dit.depth = 3
+        config.model.scan_unroll = 3
+        config.model.dtype = "float32"
+        config.teacher.steps = 1500
+        config.teacher.batch_size = 64
+        config.teacher.optimizer.learning_rate = 1e-3
+        config.teacher.optimizer.warmup_steps = 100
+        config.policy.num_components = 8
+        config.train.steps = 1200
+        config.train.batch_size = 32
+        config.train.optimizer.learning_rate = 3e-3
+        config.evaluation.num_samples = 2000
+        config.evaluation.teacher_steps = (1, 4, 32)
+    return config
