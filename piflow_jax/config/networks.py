@@ -57,7 +57,7 @@ class TransformerConfig(NetworkConfig):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DiTConfig(TransformerConfig):
-    """The class-conditional DiT of ImageNet (`model.network = "dit"`)."""
+    """The class-conditional DiT (`model.network = "dit"`)."""
 
     blocks = True
 

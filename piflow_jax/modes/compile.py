@@ -55,7 +55,7 @@ SCOPES = ("teacher", "student", "policy", "optimizer")
 def compile_step(config: Config, workdir: str | os.PathLike) -> dict[str, Any]:
     """Compiles the distillation step of a configuration and says what it takes.
 
-    State, teacher and batch lie on the slice as `config.mesh` says. No weights and, for ImageNet
+    State, teacher and batch lie on the slice as `config.mesh` says. No weights and, for latents
     and prompts, no data are needed.
 
     Args:
@@ -182,13 +182,11 @@ def _compiled(
 
 
 def _data(config: Config) -> DataShape:
-    """The shape of the data, of latents and prompts that of official weights."""
+    """The shape of the data; of latents that of official weights, at the size of the images."""
     if not dataset(config).latents:
         return shape_of(config, load_source(config.data))
     check_ours(config, f"--mode=compile of config.data.name = {config.data.name!r}")
     official = network_kind(config.model).official
-    if dataset(config).by_class:
-        return official
     return dataclasses.replace(official, sample_size=config.data.image_size // _LATENT_STRIDE)
 
 
