@@ -8,8 +8,14 @@ from absl import logging
 from jax.experimental import multihost_utils
 
 from piflow_jax.config import Config, ConfigError
-from piflow_jax.data.images import ImagesError, plan_images, prepare_images, prepared_images
-from piflow_jax.data.picture_sets import PictureSet, open_pictures
+from piflow_jax.data.images import (
+    ImagesError,
+    ImagesPlan,
+    plan_images,
+    prepare_images,
+    prepared_images,
+)
+from piflow_jax.data.picture_sets import open_pictures
 from piflow_jax.data.shards import left_out
 
 __all__ = ["in_workdir", "prepare_missing", "prepare_pixels"]
@@ -28,16 +34,13 @@ def in_workdir(config: Config, workdir: str | os.PathLike) -> Config:
       The settings with `config.data.data_dir`, which is by default `data` in the work directory.
 
     Raises:
-      ConfigError: the work directory is a bucket, where sets cannot lie.
+      ConfigError: the place is in a bucket, where no set can lie.
     """
-    if config.data.data_dir:
-        return config
-    if "://" in os.fspath(workdir):
+    place = config.data.data_dir or os.path.join(workdir, _FOLDER)
+    if "://" in place:
         raise ConfigError(
-            f"config.data.data_dir must name a local or mounted directory for the images, since "
-            f"--workdir is {os.fspath(workdir)}"
+            f"config.data.data_dir must name a local or mounted directory for images, not {place}"
         )
-    place = os.path.join(workdir, _FOLDER)
     return dataclasses.replace(config, data=dataclasses.replace(config.data, data_dir=place))
 
 
@@ -56,60 +59,10 @@ def prepare_pixels(config: Config, workdir: str | os.PathLike) -> None:
       RefusedError: images cannot be read, and `config.data.skip_refused` is not set.
     """
     del workdir
-    if not config.data.images:
-        raise ConfigError("--mode=prepare of images needs config.data.images")
-    _prepare(config, open_pictures(config.data.images))
-
-
-def prepare_missing(config: Config, workdir: str | os.PathLike) -> None:
-    """Prepares the pixels that a run is about to train on, where they are not yet.
-
-    A preparation that has not finished is continued. A finished set is compared with
-    `config.data.images`, if these are named and still there. Of several processes, all return when
-    the set is complete.
-
-    Args:
-      config: see `prepare_pixels`.
-      workdir: not used.
-
-    Raises:
-      ConfigError: there is no set, and the images are not named.
-      ImagesError: a finished set is of other images; see `prepare_pixels` too.
-    """
     settings = config.data
-    found = prepared_images(settings.data_dir)
-    if found is None:
-        if not settings.images:
-            raise ConfigError(
-                f"there are no prepared images in config.data.data_dir = {settings.data_dir!r}: "
-                "name what to prepare by config.data.images"
-            )
-        prepare_pixels(config, workdir)
-        if jax.process_count() > 1:  # the others' shards
-            multihost_utils.sync_global_devices("images")
-        return
     if not settings.images:
-        return
-    try:
-        pictures = open_pictures(settings.images)
-    except FileNotFoundError:
-        logging.info("data: %s is gone, its prepared pixels are used", settings.images)
-        return
-    wanted = plan_images(pictures, settings.image_size, settings.channels or found.channels)
-    different = [
-        f"{name} is {getattr(found, name)!r}, not {getattr(wanted, name)!r}"
-        for name in ("source", "class_names", "image_size", "channels")
-        if getattr(found, name) != getattr(wanted, name)
-    ]
-    if different:
-        raise ImagesError(
-            f"{settings.data_dir} was prepared of other images or settings ({'; '.join(different)})"
-            "; remove it, or name another config.data.data_dir"
-        )
-
-
-def _prepare(config: Config, pictures: PictureSet) -> None:
-    settings = config.data
+        raise ConfigError("--mode=prepare of images needs config.data.images")
+    pictures = open_pictures(settings.images)
     plan = plan_images(pictures, settings.image_size, settings.channels)
     logging.info(
         "prepare: %d %s images of %dx%d, %d classes, from %s into %s",
@@ -129,3 +82,55 @@ def _prepare(config: Config, pictures: PictureSet) -> None:
     )
     if manifest is not None and left_out(manifest):
         logging.warning("prepare: left out\n%s", left_out(manifest))
+
+
+def prepare_missing(config: Config, workdir: str | os.PathLike) -> None:
+    """Prepares the pixels that a run is about to train on, where they are not yet.
+
+    A preparation that has not finished is continued. A finished set is compared with
+    `config.data.images`, if these are named and still there. Of several processes, all return when
+    the set is complete.
+
+    Args:
+      config: see `prepare_pixels`.
+      workdir: not used.
+
+    Raises:
+      ConfigError: there is no set, and the images are not named.
+      ImagesError: a finished set is of other images; see `prepare_pixels` too.
+    """
+    found = prepared_images(config.data.data_dir)
+    if found is not None:
+        _compare(found, config)
+    elif config.data.images:
+        prepare_pixels(config, workdir)
+    else:
+        raise ConfigError(
+            f"there are no prepared images in config.data.data_dir = {config.data.data_dir!r}: "
+            "name what to prepare by config.data.images"
+        )
+    if jax.process_count() > 1:  # for the others' shards
+        multihost_utils.sync_global_devices("images")
+
+
+def _compare(found: ImagesPlan, config: Config) -> None:
+    """Refuses a finished set that is not what the settings would make."""
+    settings = config.data
+    if not settings.images:
+        return
+    try:
+        pictures = open_pictures(settings.images)
+    except FileNotFoundError:
+        logging.info("data: %s is gone, its prepared pixels are used", settings.images)
+        return
+    wanted = plan_images(pictures, settings.image_size, settings.channels or found.channels)
+    different = [
+        f"{name} is {getattr(found, name)!r}, not {getattr(wanted, name)!r}"
+        for name in ("source", "class_names", "image_size", "channels")
+        if getattr(found, name) != getattr(wanted, name)
+    ]
+    if different:
+        raise ImagesError(
+            f"{settings.data_dir} was prepared of other images or settings ({'; '.join(different)})"
+            "; remove it, or name another config.data.data_dir"
+        )

@@ -1,5 +1,6 @@
 """Pictures of the user's own, from a folder to pixels, a student, figures and a grid."""
 
+import importlib
 import io
 import shutil
 import tarfile
@@ -33,7 +34,7 @@ def folder(tmp_path):
     for name, shade in SHADES.items():
         (root / name).mkdir(parents=True)
         for index in range(PER_CLASS):
-            pixels = np.full((12, 20, 3), shade, np.uint8)
+            pixels = np.full((12, 28, 3), shade, np.uint8)
             pixels[:, :4] = 255  # the sides are cut off
             pixels[4 : 4 + index % 4] += 8
             Image.fromarray(pixels).save(root / name / f"{index}.png")
@@ -139,7 +140,8 @@ def without_training(monkeypatch):
     """`--mode=train` up to the opened data, which it returns."""
     opened = []
     monkeypatch.setattr(
-        "piflow_jax.modes.train._train",
+        importlib.import_module("piflow_jax.modes.train"),  # not the function of this name
+        "_train",
         lambda config, workdir: opened.append(load_images_source(config.data.data_dir)),
     )
     return opened
