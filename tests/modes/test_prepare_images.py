@@ -223,7 +223,8 @@ def test_what_is_missing_is_said(tmp_path, mode, workdir, images, message, capfd
 
 def test_nothing_is_prepared_of_data_that_the_package_has(tmp_path, capfd):
     assert run("prepare", tiny.get_config(), tmp_path) == 2
-    assert "--mode=prepare is for config.data.name = 'images' or 'latents'" in capfd.readouterr().err
+    said = capfd.readouterr().err
+    assert "--mode=prepare is for config.data.name = 'images' or 'latents'" in said
 
 
 def test_a_step_is_compiled_for_the_shape_of_the_set(folder, tmp_path):
