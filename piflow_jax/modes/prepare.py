@@ -146,7 +146,7 @@ def prepare_latents(config: Config, workdir: str | os.PathLike) -> None:
     settings = config.data
     for key in ("images", "vae", "data_dir"):
         if not getattr(settings, key):
-            raise ConfigError(f"--mode=prepare of latents needs config.data.{key}")
+            raise ConfigError(f"--mode=prepare needs config.data.{key}")
     source = open_pictures(settings.images)
     autoencoder = load_autoencoder(config)
     if settings.image_size % autoencoder.module.downsampling:
