@@ -61,7 +61,7 @@ class Mode:
       here: it computes on this machine's devices, not for a slice that need not be attached.
       in_workdir: what it makes lies in the run's directory, not where the settings say.
       wants: keys of which the data must have a use for one; empty for any data.
-      trains: it prepares the user's pictures first, where that has not been done.
+      needs_data: pictures that are not prepared yet are prepared first.
     """
 
     run: Callable[[Config, str | os.PathLike], Any]
@@ -70,11 +70,11 @@ class Mode:
     here: bool = True
     in_workdir: bool = True
     wants: frozenset[str] = frozenset()
-    trains: bool = False
+    needs_data: bool = False
 
 
 MODES: dict[str, Mode] = {
-    "train": Mode(run=train, batches_of_prompts=("train",), trains=True),
+    "train": Mode(run=train, batches_of_prompts=("train",), needs_data=True),
     "evaluate": Mode(run=_evaluate, batches=("evaluation",), batches_of_prompts=()),
     "sample": Mode(run=sample, batches=("evaluation",)),
     "export": Mode(run=export, batches=()),
@@ -90,10 +90,10 @@ MODES: dict[str, Mode] = {
         in_workdir=False,
         wants=frozenset({"evaluation.reference"}),
     ),
-    "features": Mode(run=make_features, batches=()),
+    "features": Mode(run=make_features, batches=(), needs_data=True),
     "compile": Mode(run=compile_step, here=False),
     "compile_sampling": Mode(run=compile_sampling, here=False),
-    "rivals": Mode(run=compare_rivals, trains=True),
+    "rivals": Mode(run=compare_rivals, needs_data=True),
 }
 # What a user can mend, or start again after; the rest are ours, and have a traceback.
 _OF_THE_RUN = (
@@ -130,7 +130,7 @@ def run(mode: str, config: ml_collections.ConfigDict, workdir: str | os.PathLike
         if pictures:
             parsed = in_workdir(parsed, workdir)
         _start(parsed, MODES[mode], workdir)
-        if pictures and MODES[mode].trains:
+        if pictures and MODES[mode].needs_data:
             prepare_missing(parsed, workdir)
         MODES[mode].run(parsed, workdir)
     except Interrupted as stop:
