@@ -441,7 +441,8 @@ def test_parts_divide_the_rank_of_adapters():
         ({"fsdp": 3}, "config.mesh (data -1 x fsdp 3 x tensor 1) does not fit the 8 devices"),
         (
             {"tensor": -1},
-            "only one size of config.mesh may be -1, or data and fsdp, ['data', 'tensor'] are",
+            "only one size of config.mesh may be -1, or data and fsdp, but config.mesh.data and "
+            "config.mesh.tensor are",
         ),
         ({"fsdp": 0}, "config.mesh.fsdp must be at least 1, or -1 to fill, got 0"),
         (

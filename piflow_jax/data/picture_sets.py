@@ -306,7 +306,7 @@ class TfdsPictures:
         self._name = "file_name" if "file_name" in features else None
         if self._image is None:
             raise PicturesError(f"{directory} has no images among {', '.join(features)}")
-        if _TFDS_SPLIT not in splits:
+        if not {_TFDS_SPLIT}.issubset(splits):
             raise PicturesError(f"{directory} has no {_TFDS_SPLIT!r} among {', '.join(splits)}")
         decoders = {self._image: tfds.decode.SkipDecoding()}
         self._directory = directory
