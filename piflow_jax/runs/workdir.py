@@ -14,8 +14,8 @@ from piflow_jax.config import ConfigError
 __all__ = ["check_writable", "checkpoint_path", "user_path"]
 
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
-# Bytes of a path and of a name in it, on most file systems.
-_LONGEST, _LONGEST_NAME = 4095, 255
+# Bytes of a path and of a name in it, on most file systems; folders are made one inside the other.
+_LONGEST, _LONGEST_NAME, _DEEPEST = 4095, 255, 500
 
 
 def user_path(path: str | os.PathLike, what: str = "the path") -> epath.Path:
@@ -39,7 +39,8 @@ def user_path(path: str | os.PathLike, what: str = "the path") -> epath.Path:
     if "\0" in text:
         raise ConfigError(f"{what} has a NUL character: {shown}")
     names = text.encode(errors="surrogatepass").split(b"/")
-    if len(text) > _LONGEST or max(map(len, names)) > _LONGEST_NAME:
+    longest = max(map(len, names))
+    if len(text) > _LONGEST or longest > _LONGEST_NAME or len(names) > _DEEPEST:
         raise ConfigError(f"{what} is too long for a file system: {shown}")
     scheme = _SCHEME.match(text)
     try:

@@ -218,6 +218,7 @@ def test_an_edited_run_goes_on_and_says_from_where(run, name, edit, changes, ste
         ("a\0b", "error: --workdir has a NUL character: 'a\\x00b'"),
         ("a" * 300, "error: --workdir is too long for a file system: 'aaaa"),
         ("a/" * 3000, "error: --workdir is too long for a file system: 'a/a/"),
+        ("a/" * 2000, "error: --workdir is too long for a file system: 'a/a/"),
         ("\udcff", "is not UTF-8, as checkpoints need it"),
     ],
 )
