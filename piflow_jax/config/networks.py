@@ -37,7 +37,9 @@ class TransformerConfig(NetworkConfig):
     """Sizes that all our networks have."""
 
     patch_size: int = _field(2, "side of a patch in sites; divides the image", low=1)
-    hidden: int = _field(64, "width of the tokens; divisible by 4 and by num_heads", low=4)
+    hidden: int = _field(
+        64, "width of the tokens; divisible by 4 and by num_heads", low=4, most=2**20
+    )
     num_heads: int = _field(4, "attention heads", low=1)
     depth: int = _field(3, "transformer blocks; of FLUX.1 those of two streams", low=1)
 

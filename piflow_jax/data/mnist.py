@@ -28,9 +28,14 @@ def load_mnist_source(data_dir: str | None = None) -> ArraySource:
     Raises:
       FileNotFoundError: If neither is there, or a directory was named that is not.
     """
-    root = epath.Path(
-        data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
-    ).expanduser()
+    root = data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
+    try:
+        root = epath.Path(root).expanduser()
+    except KeyError as error:
+        raise FileNotFoundError(
+            f"the data directory {root} has the unknown scheme {error.args[0]}; correct "
+            "config.data.data_dir, or TFDS_DATA_DIR if that is empty"
+        ) from error
     if data_dir and not root.is_dir():
         reason = "is no directory" if root.exists() else "does not exist"
         raise FileNotFoundError(

@@ -9,6 +9,7 @@ function of time, which is trained along.
 import dataclasses
 import functools
 import importlib
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
@@ -405,12 +406,20 @@ def own_network(
       The network.
 
     Raises:
-      ConfigError: it is none of these.
+      ConfigError: it is none of these, or the function takes other arguments.
     """
     from flax import nnx
 
     if callable(network) and not isinstance(network, nn.Module | nnx.Module):
         outputs = OwnNetwork(name, None, data, policy).outputs
+        try:
+            inspect.signature(network).bind(outputs, data.shape, data.num_classes)
+        except ValueError:  # of a function without a signature, which may take them
+            pass
+        except TypeError as error:
+            raise ConfigError(
+                f"{name} must take (outputs, shape, num_classes) to make a network: {error}"
+            ) from error
         network, name = network(outputs, data.shape, data.num_classes), f"what {name} made"
     return OwnNetwork(name, _functions(network, name), data, policy, asked)
 

@@ -99,6 +99,9 @@ REFUSED_FLAGS = [
         "but config.mesh.data and config.mesh.tensor",
     ),
     (f"--config.data.name=mnist --config.data.data_dir={TINY}", "tiny.py is no directory"),
+    ("--config.data.name=mnist --config.data.data_dir=foo://x", "has the unknown scheme foo://;"),
+    ("--config.model.network=os:system", r"must take \(outputs, shape, num_classes\) to make"),
+    ("--config.model.network=tests.tiny:get_config", "must take .* too many positional arguments"),
     ("--config.data.name=latents", "there are no latents.* or correct config.data.data_dir"),
     ("--config.teacher.weights=nowhere", "config.teacher.weights = 'nowhere': .* no such weight"),
     ("--prompts=a.txt", f"config.data.prompts {OF_PROMPTS}"),
@@ -276,6 +279,7 @@ REFUSED_VALUES = [
         r"times .*hidden \(16\) must be at least 1, got 1e-09",
     ),
     # Found when the data is known.
+    ("model.dit.hidden", 10**8, "must be at most 1,048,576, got 100000000"),
     ("model.dit.patch_size", 3, "must divide the 8 sites of a side of 'digits', got 3"),
     ("model.dit.patch_size", 16, "must divide the 8 sites of a side of 'digits', got 16"),
     ("evaluation.num_samples", 10, "must be at least 11 for all figures"),
