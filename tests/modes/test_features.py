@@ -10,6 +10,7 @@ from absl import flags
 
 from piflow_jax import main
 from piflow_jax.data.images import ImagesPlan, prepare_images
+from piflow_jax.data.picture_sets import LabelledPicture
 
 TINY = Path(__file__).parents[1] / "tiny.py"
 COUNT = 40
@@ -25,7 +26,8 @@ def prepared(directory, seed):
         image_size=8,
         channels=3,
     )
-    prepare_images(directory, plan, lambda indices: [(pixels[i], i % 2) for i in indices])
+    pictures = [LabelledPicture(pixels[i], i % 2, f"{i}.png") for i in range(COUNT)]
+    prepare_images(directory, plan, pictures)
     return directory
 
 
