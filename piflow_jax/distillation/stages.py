@@ -118,9 +118,7 @@ def teacher_stage(
     own = {
         key: getattr(settings, key) for key in ("steps", "batch_size", "label_dropout", "optimizer")
     }
-    groups = {
-        "seed": config.seed,
-        "data.name": systems.data.name,
+    groups = _of_data(systems) | {
         "model": model_settings(config.model),
         "teacher": own,
         "train.shift": config.train.shift,
@@ -189,7 +187,7 @@ def student_stage(
         base = gathered(teacher_params, mesh) if student.adapted else carried
         return look(student.with_base(trained, base))
 
-    groups = {"seed": config.seed, "data.name": systems.data.name}
+    groups = _of_data(systems)
     groups["model"] = model_settings(config.model)
     groups |= {name: getattr(config, name) for name in ("teacher", "policy", "train")}
     flat = flat_settings(groups)
@@ -219,6 +217,14 @@ def student_stage(
         shardings=lambda state: student_shardings(config, mesh, state, student),
         look=look and look_at,
     )
+
+
+def _of_data(systems: Systems) -> dict[str, Any]:
+    """What both stages record of their data."""
+    config = systems.config
+    groups = {"seed": config.seed, "data.name": systems.data.name}
+    # Older runs, and those of other data, do not know the key.
+    return groups | ({"data.mirror": True} if config.data.mirror else {})
 
 
 def stage_batches(mesh: Mesh, source, batch_size: int, seed: int):

@@ -107,10 +107,20 @@ def _partitioned(local):
     # compiled form may be kept by the program's text: a function's name tells one version of this
     # package from another there.
     def named(*arrays):
-        return rollout(*arrays)
+        explicit = AxisType.Explicit in jax.sharding.get_abstract_mesh().axis_types
+        # Of a mesh of explicit axes the arrays know how they lie, and jax 0.12 does not partition.
+        return _mapped(local, *arrays) if explicit else rollout(*arrays)
 
     named.__name__ = f"mixture_rollout_{_SOURCE}"
     return jax.jit(named)
+
+
+def _mapped(local, *arrays: jax.Array) -> jax.Array:
+    """A rollout over the explicit axes of a mesh along which the batch is split."""
+    (batch, *_) = jax.typeof(arrays[0]).sharding.spec or (None,)
+    specs = tuple(PartitionSpec(batch, *[None] * (a.ndim - 1)) for a in arrays)
+    arrays = (jax.reshard(a, spec) for a, spec in zip(arrays, specs, strict=True))
+    return jax.shard_map(local, in_specs=specs, out_specs=specs[2], check_vma=False)(*arrays)
 
 
 def _split_on_tpus(*arrays: jax.Array) -> jax.Array:

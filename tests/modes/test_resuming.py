@@ -112,3 +112,9 @@ def test_stages_of_other_keys_are_unlike():
     more = dataclasses.replace(before, config=dict(before.config) | {"new": 1})
     with pytest.raises(CheckpointError, match=r"config\.new: the checkpoint has None"):
         resume(before, more)
+
+
+@pytest.mark.parametrize("make", [teacher_stage, student_stage])
+def test_mirror_images_are_other_data(make):
+    with pytest.raises(CheckpointError, match=r"config\.data\.mirror"):
+        resume(stage_of("dit", make), stage_of("dit", make, data__mirror=True))
