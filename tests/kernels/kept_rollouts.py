@@ -19,7 +19,7 @@ if __name__ == "__main__":
     workdir = sys.argv[1]
     config = tiny.get_config()
     config.compilation_cache = f"{workdir}/compiled"
-    command._start(parse(config), "train", workdir)
+    command._start(parse(config), command.MODES["train"], workdir)
     events = []
     jax.monitoring.register_event_listener(lambda event, **_: events.append(event))
     mesh = Mesh(np.asarray(jax.devices()), ("data",), axis_types=(AxisType.Auto,))
