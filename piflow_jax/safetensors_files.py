@@ -14,6 +14,7 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+from etils import epath
 
 from piflow_jax.whole_files import replacing
 
@@ -161,7 +162,7 @@ def write_safetensors(
         OSError: The folder is not there or cannot be written to; an old file stays as it was.
         ValueError: An array has a dtype that the format lacks; nothing is written.
     """
-    path = Path(path)
+    path = epath.Path(path)
     known = {np.dtype(dtype): kind for kind, dtype in _DTYPES.items()}
     typed = {name: _typed(array) for name, array in state.items()}
     for name, array in typed.items():

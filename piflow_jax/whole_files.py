@@ -1,31 +1,71 @@
-"""Files that are there as a whole or not at all."""
+"""Files that are there as a whole or not at all, on a disk and in a bucket."""
 
 import contextlib
 import json
+import shutil
+import tempfile
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-__all__ = ["replacing", "write_json"]
+from etils import epath
+
+from piflow_jax.buckets import is_remote
+
+__all__ = ["copy_file", "reading", "replacing", "write_json"]
+
+_PIECE = 2**24  # bytes of a file that are copied at a time
 
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A path to write to, which takes the place of another when the block ends without an error.
+    """A local path to write to, which takes the place of another when the block ends without error.
 
     Args:
       path: The file; one that is there is replaced in one move.
 
     Yields:
-      A hidden path in the same folder, of a name that no other writer has.
+      A hidden path in the same folder, of a name that no other writer has; for a file in a bucket
+      one in a temporary folder.
     """
+    if is_remote(path):
+        with tempfile.TemporaryDirectory(prefix="piflow_jax_") as folder:
+            under_way = epath.Path(folder) / path.name
+            yield under_way
+            copy_file(under_way, path)
+        return
     under_way = path.with_name(f".{path.stem}.{uuid.uuid4().hex}{path.suffix}")
     try:
         yield under_way
         under_way.replace(path)
     finally:
         under_way.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def reading(path: Path) -> Iterator[Path]:
+    """A local path at which a file can be read: its own, or that of a copy for the block.
+
+    Args:
+      path: The file, on a disk or in a bucket.
+
+    Yields:
+      The path.
+    """
+    if not is_remote(path):
+        yield path
+        return
+    with tempfile.TemporaryDirectory(prefix="piflow_jax_") as folder:
+        here = epath.Path(folder) / path.name
+        copy_file(path, here)
+        yield here
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """Copies a file to or from a bucket, where it is there as a whole or not at all."""
+    with source.open("rb") as read, target.open("wb") as written:
+        shutil.copyfileobj(read, written, _PIECE)
 
 
 def write_json(path: Path, values: Any) -> None:

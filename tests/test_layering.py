@@ -17,14 +17,15 @@ PACKAGE = Path(__file__).parents[1] / "piflow_jax"
 NAME = "piflow_jax"
 MAX_LINES = 500
 
-GROUND = {"arguments", "keys", "safetensors_files", "whole_files"}
+GROUND = {"arguments", "buckets", "keys", "safetensors_files", "whole_files"}
 MATHEMATICS = {"flow", "kernels"}
 ROOMS = {
     "__init__": set(),
     "arguments": set(),
     "keys": {"arguments"},
-    "safetensors_files": {"whole_files"},
-    "whole_files": set(),
+    "buckets": set(),
+    "safetensors_files": {"buckets", "whole_files"},
+    "whole_files": {"buckets"},
     "exported": set(),
     "kernels": set(),
     "flow": {"kernels"},

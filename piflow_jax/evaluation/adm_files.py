@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
+from etils import epath
 from numpy.typing import ArrayLike
 
 from piflow_jax.evaluation.frechet import GaussianStatistics
@@ -199,7 +200,7 @@ def write_samples(
     Raises:
       ValueError: Batches are other arrays, of different sizes, or not N images in all.
     """
-    path, labels = Path(path), np.asarray(labels)
+    path, labels = epath.Path(path), np.asarray(labels)
     if labels.ndim != 1 or not len(labels) or not np.issubdtype(labels.dtype, np.integer):
         raise ValueError(f"`labels` must be integers [N], got {labels.dtype}{list(labels.shape)}")
     count, size = 0, None
@@ -245,5 +246,5 @@ def write_statistics(
     """
     values = (*pool, *spatial)
     extra = {"count": np.int64(count), "feature_network": np.str_(feature_network)}
-    with replacing(Path(path)) as under_way, under_way.open("wb") as file:
+    with replacing(epath.Path(path)) as under_way, under_way.open("wb") as file:
         np.savez(file, **dict(zip(_STATISTICS, values, strict=True)), **extra)

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+from etils import epath
 
 from piflow_jax.data.pictures import PictureError, read_picture
 from piflow_jax.evaluation.kept import read_kept
@@ -195,7 +196,7 @@ def cached_features(
     Raises:
       KeptFileError: A chunk in the cache is damaged.
     """
-    directory = Path(directory)
+    directory = epath.Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     chunks = []
     for start in range(0, len(images), _CHUNK):

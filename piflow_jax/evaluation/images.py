@@ -5,8 +5,11 @@ import textwrap
 from collections.abc import Sequence
 
 import numpy as np
+from etils import epath
 from numpy.typing import ArrayLike
 from PIL import Image, ImageDraw, ImageFont
+
+from piflow_jax.whole_files import replacing
 
 _TARGET = 48  # pixels an image should take at least, when no scale is given
 _FONT_SIZE = 15
@@ -34,7 +37,8 @@ def save_grid(
     Raises:
       ValueError: As `draw_grid` does.
     """
-    draw_grid(rows, scale).save(path, format="PNG", optimize=True)
+    with replacing(epath.Path(path)) as under_way:
+        draw_grid(rows, scale).save(under_way, format="PNG", optimize=True)
 
 
 def draw_grid(rows: Sequence[tuple[str, ArrayLike]], scale: int | None = None) -> Image.Image:

@@ -6,6 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
+from etils import epath
+
+from piflow_jax.whole_files import reading
+
 __all__ = ["KeptFileError", "read_kept", "read_kept_json"]
 
 T = TypeVar("T")
@@ -21,7 +25,8 @@ def read_kept(path: str | os.PathLike, read: Callable[[Path], T], remedy: str = 
 
     Args:
       path: The file.
-      read: Reads and checks it; what it raises is damage, unless the system or the memory failed.
+      read: Reads and checks it as a whole; of a file in a bucket it gets a copy. What it raises is
+        damage, unless the system or the memory failed.
       remedy: What the message says to do; for files without which others mean nothing.
 
     Returns:
@@ -31,7 +36,8 @@ def read_kept(path: str | os.PathLike, read: Callable[[Path], T], remedy: str = 
       KeptFileError: The file is damaged.
     """
     try:
-        return read(Path(path))
+        with reading(epath.Path(path)) as here:
+            return read(here)
     except (OSError, MemoryError):
         raise
     # Of a damaged file zipfile, zlib, json and NumPy raise whatever they run into.

@@ -3,10 +3,10 @@
 import dataclasses
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+from etils import epath
 
 from piflow_jax.evaluation.evaluator import Figures
 from piflow_jax.evaluation.floor import Floor
@@ -75,7 +75,7 @@ class Report:
 
     def write(self, path: str | os.PathLike) -> None:
         """Writes the report as JSON to `path`; a file that is there is replaced in one move."""
-        write_json(Path(path), self.as_dict())
+        write_json(epath.Path(path), self.as_dict())
 
     def table(self) -> str:
         """The report for people, in fixed-width columns that are also Markdown, with its space."""

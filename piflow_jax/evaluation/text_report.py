@@ -5,8 +5,9 @@ Source: the figures of pi-Flow's text-to-image tables (arXiv 2510.14974, section
 
 import dataclasses
 import os
-from pathlib import Path
 from typing import Any
+
+from etils import epath
 
 from piflow_jax.whole_files import write_json
 
@@ -59,4 +60,4 @@ class TextReport:
         Args:
           path: The file; one that exists is replaced.
         """
-        write_json(Path(path), dataclasses.asdict(self))
+        write_json(epath.Path(path), dataclasses.asdict(self))

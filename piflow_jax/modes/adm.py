@@ -8,6 +8,7 @@ from pathlib import Path
 import jax
 import numpy as np
 from absl import logging
+from etils import epath
 from jax.experimental import multihost_utils
 
 from piflow_jax.config import Config, ConfigError
@@ -39,11 +40,12 @@ from piflow_jax.modes.autoencoder import (
     tree_digest,
 )
 from piflow_jax.parallel import batch_sharding, local_mesh, replicated
+from piflow_jax.runs.workdir import user_path
 from piflow_jax.systems.assembly import Systems
 from piflow_jax.systems.judges import load_inception
 from piflow_jax.systems.sampling import ROUNDING, sampling_record, student_substeps
 from piflow_jax.systems.shapes import DataShape
-from piflow_jax.whole_files import replacing, write_json
+from piflow_jax.whole_files import reading, replacing, write_json
 
 __all__ = ["evaluate_latents", "load_reference", "protocol", "write_reference"]
 
@@ -133,18 +135,15 @@ def evaluate_latents(config: Config, workdir: str | os.PathLike) -> AdmFigures |
     data = data_shape(config, workdir)
     check_autoencoder(autoencoder, data)
     Sizes(Systems.of(config, data)).check_evaluation()
-    samples = _samples(config, data, autoencoder, Path(workdir))
+    samples = _samples(config, data, autoencoder, user_path(workdir))
     if samples is None:
         return None
     number = config.evaluation.num_samples
     logging.info("evaluation: features of %d samples", number)
-    figures = measure_adm(
-        image_batches(samples),
-        network,
-        reference,
-        protocol(config, data, autoencoder, network, reference, number),
-    )
-    path = Path(workdir) / "adm.json"
+    made = protocol(config, data, autoencoder, network, reference, number)
+    with reading(samples) as here:
+        figures = measure_adm(image_batches(here), network, reference, made)
+    path = user_path(workdir) / "adm.json"
     write_json(path, {"names": figures.names, **dataclasses.asdict(figures)})
     logging.info("%s", figures)
     logging.info("wrote %s and %s", path, samples)
@@ -152,8 +151,8 @@ def evaluate_latents(config: Config, workdir: str | os.PathLike) -> AdmFigures |
 
 
 def _samples(
-    config: Config, data: DataShape, autoencoder: Autoencoder, workdir: Path
-) -> Path | None:
+    config: Config, data: DataShape, autoencoder: Autoencoder, workdir: epath.Path
+) -> epath.Path | None:
     """The file of all samples, on the first process, which puts the shards together."""
     settings, folder = config.evaluation, workdir / "samples"
     params = load_student(config, data, workdir)
@@ -208,7 +207,7 @@ def _samples(
     return whole
 
 
-def _check_plan(folder: Path, plan: dict) -> None:
+def _check_plan(folder: epath.Path, plan: dict) -> None:
     """Records whose samples a folder has, or refuses to mix them with others."""
     path = folder / "plan.json"
     if jax.process_index() == 0 and not path.exists():

@@ -6,7 +6,6 @@ import os
 import re
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -31,6 +30,7 @@ from piflow_jax.parallel.cycles import estimated_cycles
 from piflow_jax.parallel.flops import flops
 from piflow_jax.parallel.topology import CHIPS, Chip, topology_devices
 from piflow_jax.runs.monitor import step_memory
+from piflow_jax.runs.workdir import user_path
 from piflow_jax.systems.assembly import Systems
 from piflow_jax.systems.datasets import dataset, load_source, shape_of
 from piflow_jax.systems.networks import abstract_variables, named_variables, network_kind
@@ -174,7 +174,7 @@ def _compiled(
         "libtpu": importlib.metadata.version("libtpu"),
         "libtpu_flags": os.environ.get("LIBTPU_INIT_ARGS", ""),
     }
-    path = Path(workdir) / f"{name}_{re.sub(r'[^A-Za-z0-9_]', '_', config.topology)}.json"
+    path = user_path(workdir) / f"{name}_{re.sub(r'[^A-Za-z0-9_]', '_', config.topology)}.json"
     write_json(path, report)
     logging.info("%s", _summary(report))
     logging.info("wrote %s", path)

@@ -1,11 +1,11 @@
 """`--mode=evaluate` of prompts: a student's pictures beside its teacher's, already made."""
 
 import os
-from pathlib import Path
 
 import jax
 import numpy as np
 from absl import logging
+from etils import epath
 
 from piflow_jax.config import Config, ConfigError
 from piflow_jax.data.prompt_lists import list_digest
@@ -26,6 +26,7 @@ from piflow_jax.evaluation.image_text import (
 )
 from piflow_jax.evaluation.text_report import TextReport
 from piflow_jax.modes.prepare_prompts import listed_prompts
+from piflow_jax.runs.workdir import user_path
 from piflow_jax.systems.judges import load_inception
 
 __all__ = ["evaluate_images"]
@@ -54,7 +55,7 @@ def evaluate_images(config: Config, workdir: str | os.PathLike) -> TextReport | 
       ConfigError: nothing can be measured, or a key names something else than it should.
       FileNotFoundError: pictures, list or a network are not there.
     """
-    settings, workdir = config.evaluation, Path(workdir)
+    settings, workdir = config.evaluation, user_path(workdir)
     if not settings.images:
         raise ConfigError(
             "config.evaluation.images must name the student's pictures, a folder of PNG files or "
@@ -179,7 +180,7 @@ def _progress(done: int, total: int) -> None:
     logging.log_every_n_seconds(logging.INFO, "evaluate: features of %d/%d", 30, done, total)
 
 
-def _inception_features(images: ImageSet, network, view: str, cache: Path) -> np.ndarray:
+def _inception_features(images: ImageSet, network, view: str, cache: epath.Path) -> np.ndarray:
     def extract(pictures):
         return network.activations(np.stack([_VIEWS[view](p) for p in pictures])).pool
 
@@ -190,7 +191,7 @@ def _inception_features(images: ImageSet, network, view: str, cache: Path) -> np
         raise ConfigError(f"config.evaluation.images or teacher_images: {error}") from error
 
 
-def _features(images: ImageSet, network: ImageNetwork, cache: Path) -> np.ndarray:
+def _features(images: ImageSet, network: ImageNetwork, cache: epath.Path) -> np.ndarray:
     key = f"{network.name} {network.digest}"
     return cached_features(images, network.image_features, cache, key, _progress)
 

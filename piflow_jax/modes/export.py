@@ -2,11 +2,11 @@
 
 import json
 import os
-from pathlib import Path
 from typing import Any
 
 import jax
 from absl import logging
+from etils import epath
 
 from piflow_jax.config import Config, ConfigError
 from piflow_jax.convert import (
@@ -19,6 +19,7 @@ from piflow_jax.loading.runs import data_shape, load_student, load_teacher
 from piflow_jax.models.lora import fuse
 from piflow_jax.parallel import config_mesh
 from piflow_jax.runs.loop import checkpoint_dir
+from piflow_jax.runs.workdir import user_path
 from piflow_jax.systems.networks import student_network, teacher_network
 from piflow_jax.systems.policies import POLICIES
 from piflow_jax.systems.settings import check_ours
@@ -29,7 +30,7 @@ from piflow_jax.systems.spec import student_spec, teacher_spec
 _ADAPTER = "adapter/diffusion_pytorch_model.safetensors"
 
 
-def export(config: Config, workdir: str | os.PathLike) -> list[Path]:
+def export(config: Config, workdir: str | os.PathLike) -> list[epath.Path]:
     """Writes `<workdir>/student.safetensors`, and `teacher.safetensors` for a teacher of this run.
 
     Names and layouts are those of the pi-Flow release, the values are the averaged ones, bit for
@@ -61,7 +62,7 @@ def export(config: Config, workdir: str | os.PathLike) -> list[Path]:
             "--mode=export runs in one process, which writes whole weights: start it on one host, "
             "without the variables that make it one of several"
         )
-    workdir = Path(workdir)
+    workdir = user_path(workdir)
     data = data_shape(config, workdir)
     student = student_network(config.model, config.policy, data)
     # Split, as a large network is whole on no device; it is put together on the host.
@@ -77,7 +78,7 @@ def export(config: Config, workdir: str | os.PathLike) -> list[Path]:
     module = student.module
     if student.adapted:
         path = workdir / _ADAPTER
-        path.parent.mkdir(exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         state = export_adapter(module, student.trained(params))
         paths.append(_written(path, state, metadata))
         beside = path.with_name("config.json")
@@ -91,14 +92,14 @@ def export(config: Config, workdir: str | os.PathLike) -> list[Path]:
     return paths
 
 
-def _teacher(config: Config, data: DataShape, workdir: Path) -> Path:
+def _teacher(config: Config, data: DataShape, workdir: epath.Path) -> epath.Path:
     module = teacher_network(config.model, data).module
     state = to_torch_state(module, load_teacher(config, data, workdir))
     metadata = {"format": "pt", "piflow_jax": json.dumps(teacher_spec(config, data))}
     return _written(workdir / "teacher.safetensors", state, metadata)
 
 
-def _written(path: Path, state: dict[str, Any], metadata: dict[str, str]) -> Path:
+def _written(path: epath.Path, state: dict[str, Any], metadata: dict[str, str]) -> epath.Path:
     write_safetensors(path, state, metadata)
     logging.info("wrote %s", path)
     return path

@@ -5,12 +5,12 @@ import functools
 import os
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 from absl import logging
+from etils import epath
 from jax.sharding import Mesh
 
 from piflow_jax.config import Config, ConfigError, parse
@@ -48,6 +48,7 @@ from piflow_jax.rivals.base import (
 )
 from piflow_jax.runs.loop import Stage, checkpoint_dir
 from piflow_jax.runs.run_lock import RunLock
+from piflow_jax.runs.workdir import user_path
 from piflow_jax.systems.assembly import Systems
 from piflow_jax.systems.datasets import dataset, load_source, shape_of
 from piflow_jax.systems.judges import config_judge
@@ -56,7 +57,7 @@ from piflow_jax.systems.settings import check_choices, check_ours
 from piflow_jax.systems.shapes import DataShape
 from piflow_jax.systems.shardings import student_shardings, teacher_shardings
 from piflow_jax.systems.spec import model_settings, updated_settings
-from piflow_jax.whole_files import write_json
+from piflow_jax.whole_files import replacing, write_json
 
 __all__ = ["compare_rivals"]
 
@@ -117,7 +118,7 @@ def compare_rivals(config: Config, workdir: str | os.PathLike) -> dict[str, Any]
             check_choices(parse(dataclasses.asdict(changed(config, method.settings)), None))
     except ValueError as error:
         raise ConfigError(f"config.rivals.methods: {error}") from error
-    workdir = Path(workdir).absolute()
+    workdir = user_path(workdir)
     with RunLock(workdir):
         return _Comparison(config, workdir, methods).run()
 
@@ -125,7 +126,7 @@ def compare_rivals(config: Config, workdir: str | os.PathLike) -> dict[str, Any]
 class _Comparison:
     """The comparison in one work directory."""
 
-    def __init__(self, config: Config, workdir: Path, methods: dict[str, Method]):
+    def __init__(self, config: Config, workdir: epath.Path, methods: dict[str, Method]):
         self._config, self._workdir, self._methods = config, workdir, methods
         self._mesh: Mesh = config_mesh(config)
         self._source = load_source(config.data)
@@ -308,7 +309,7 @@ class _Comparison:
         write_json(path, rows)
         return rows
 
-    def _samplers(self, method: Method, config: Config, place: Path):
+    def _samplers(self, method: Method, config: Config, place: epath.Path):
         """`(nfe, sampler, parameters)` of a trained method."""
         config, data = changed(config, method.settings), self._data
         if not isinstance(method, Rival):
@@ -334,7 +335,8 @@ class _Comparison:
                 dataclasses.asdict(bench.row("teacher", steps, samples, seconds, reference))
             )
             reference = samples if reference is None else reference
-        np.save(endpoints, reference)
+        with replacing(endpoints) as under_way:
+            np.save(under_way, reference)
         write_json(path, rows[::-1])
         return rows[::-1], reference
 

@@ -1,10 +1,10 @@
 """`--mode=sample`: a grid of the student's samples, or of the teacher's."""
 
 import os
-from pathlib import Path
 
 import jax
 from absl import logging
+from etils import epath
 
 from piflow_jax.config import Config
 from piflow_jax.distillation.grids import grid_rows
@@ -14,13 +14,14 @@ from piflow_jax.loading.runs import data_shape, load_system
 from piflow_jax.modes.autoencoder import check_autoencoder, load_autoencoder, pixel_sampler
 from piflow_jax.modes.sample_prompts import sample_prompts
 from piflow_jax.parallel import batch_sharding, local_mesh
+from piflow_jax.runs.workdir import user_path
 from piflow_jax.systems.assembly import Systems
 from piflow_jax.systems.datasets import dataset, load_source
 
 __all__ = ["sample"]
 
 
-def sample(config: Config, workdir: str | os.PathLike) -> Path | list[Path]:
+def sample(config: Config, workdir: str | os.PathLike) -> epath.Path | list[epath.Path]:
     """Writes `<workdir>/student.png`, one row per class; of prompts see `sample_prompts`.
 
     With `config.evaluation.system` it is `teacher.png`.
@@ -65,7 +66,7 @@ def sample(config: Config, workdir: str | os.PathLike) -> Path | list[Path]:
         sharding=batch_sharding(local_mesh()),
     )
     images = as_pictures(run(params, number))
-    path = Path(workdir) / f"{settings.system}.png"
+    path = user_path(workdir) / f"{settings.system}.png"
     if jax.process_index() == 0:
         save_grid(path, [(name, images[i :: len(names)]) for i, name in enumerate(names)])
         logging.info("wrote %s: %d samples in %.2f s", path, len(images), run.seconds)

@@ -3,12 +3,12 @@
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 from absl import logging
+from etils import epath
 from jax.experimental import multihost_utils
 
 from piflow_jax.config import Config, ConfigError
@@ -23,10 +23,12 @@ from piflow_jax.models.vae import picture_decoder
 from piflow_jax.modes.autoencoder import check_autoencoder, load_autoencoder
 from piflow_jax.modes.prepare_prompts import listed_prompts
 from piflow_jax.parallel import ActivationSharding, batch_sharding, config_mesh
+from piflow_jax.runs.workdir import user_path
 from piflow_jax.systems.assembly import Systems
 from piflow_jax.systems.sampling import sampling_record
 from piflow_jax.systems.shapes import DataShape
 from piflow_jax.systems.spec import student_spec, teacher_spec
+from piflow_jax.whole_files import replacing
 
 __all__ = ["find_prompts", "sample_prompts"]
 
@@ -82,7 +84,7 @@ def find_prompts(
     return found
 
 
-def sample_prompts(config: Config, workdir: str | os.PathLike) -> list[Path]:
+def sample_prompts(config: Config, workdir: str | os.PathLike) -> list[epath.Path]:
     """Writes `<workdir>/samples/<number>-<seed>.png` for each prompt of a list.
 
     The teacher's, with `config.evaluation.system`, go to `<workdir>/teacher_samples/`, by the same
@@ -127,8 +129,8 @@ def sample_prompts(config: Config, workdir: str | os.PathLike) -> list[Path]:
     decode = None
     if autoencoder is not None:
         decode = picture_decoder(autoencoder.module, autoencoder.params, jax.local_devices())
-    directory = Path(workdir) / _FOLDERS[config.evaluation.system]
-    directory.mkdir(exist_ok=True)
+    directory = user_path(workdir) / _FOLDERS[config.evaluation.system]
+    directory.mkdir(parents=True, exist_ok=True)
     suffix = ".png" if decode is not None or data.channels in (1, 3) else ".npy"
     paths = []
     for places, batch in _batches(config, source, indices, mesh):
@@ -225,14 +227,17 @@ def _settings(config: Config, data: DataShape, place: int) -> dict[str, Any]:
     )
 
 
-def _write(path: Path, sample: np.ndarray, prompt: str, made: dict[str, Any]) -> None:
+def _write(path: epath.Path, sample: np.ndarray, prompt: str, made: dict[str, Any]) -> None:
     from PIL import Image, PngImagePlugin
 
     if path.suffix == ".npy":
-        np.save(path, sample)
+        with replacing(path) as under_way:
+            np.save(under_way, sample)
         return
     text = PngImagePlugin.PngInfo()
     text.add_itxt("prompt", prompt)
     text.add_itxt("piflow_jax", json.dumps(made))
     pixels = to_uint8(sample)
-    Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).save(path, pnginfo=text)
+    picture = Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
+    with replacing(path) as under_way:
+        picture.save(under_way, pnginfo=text)

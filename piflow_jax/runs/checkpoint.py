@@ -7,13 +7,9 @@ temporary directory, never half a step. TensorStore notices missing and truncate
 flipped bytes of array data as if they were right; the fingerprints catch those.
 """
 
-import functools
 import json
-import logging as std_logging
 import os
 import re
-import sys
-import warnings
 import zlib
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -24,8 +20,10 @@ from absl import logging
 from etils import epath
 from jax.experimental import multihost_utils
 
+from piflow_jax.buckets import is_remote
 from piflow_jax.parallel import processes
 from piflow_jax.runs.fingerprints import leaf_table
+from piflow_jax.runs.quiet import quiet
 from piflow_jax.runs.steps import (
     CheckpointError,
     bad_step,
@@ -92,11 +90,12 @@ class Checkpointer:
     ):
         if keep < 1:
             raise ValueError(f"keep must be at least 1, got {keep}")
-        _quiet()
+        quiet()
         self.directory = checkpoint_path(directory)
         self._read_only = read_only
         self._rewind = rewind
         self._unrecorded: int | None = None
+        self._first: Callable[[], None] | None = None
         self._fingerprints = fingerprints
         # A scan before Orbax tidies up: reports unfinished saves, refuses foreign directories.
         complete_steps(self.directory, report=True, writing=not read_only)
@@ -104,12 +103,14 @@ class Checkpointer:
             options = {"read_only": True, "save_interval_steps": 0, "create": False}
         else:
             options = {"max_to_keep": keep, "cleanup_tmp_directories": True}
+            committing = ocp.AsyncOptions(post_finalization_callback=self._commit)
+            options["async_options"] = committing
         try:
             options = ocp.CheckpointManagerOptions(**options)
             self._manager = ocp.CheckpointManager(self.directory, options=options)
         except OSError as error:
             raise cannot("open", self.directory, error) from error
-        local = "://" not in str(self.directory)
+        local = not is_remote(self.directory)
         if local and not read_only and not os.access(self.directory, os.W_OK | os.X_OK):
             error = PermissionError("the directory is read-only for this user")
             raise cannot("write checkpoints to", self.directory, error)
@@ -145,7 +146,14 @@ class Checkpointer:
         return latest_step(self.directory)
 
     def save(
-        self, step: int, state: Any, *, data_state: Mapping, config: Mapping, spec: Mapping
+        self,
+        step: int,
+        state: Any,
+        *,
+        data_state: Mapping,
+        config: Mapping,
+        spec: Mapping,
+        first: Callable[[], None] | None = None,
     ) -> bool:
         """Starts saving a step; returns when the arrays may be changed or donated.
 
@@ -155,6 +163,8 @@ class Checkpointer:
           data_state: the input pipeline's position; like the next two, JSON (tuples become lists).
           config: the run's configuration.
           spec: what sampling needs to know.
+          first: called in the background after all is written, before the step counts as complete;
+            what it raises, the save does.
 
         Returns:
           True, or False when exactly this state is already saved as this step.
@@ -187,6 +197,7 @@ class Checkpointer:
                     "step, or pass another --workdir."
                 )
             self._remove_from(step)
+        self._first = first
         args = ocp.args.Composite(
             state=ocp.args.StandardSave(state),
             meta=ocp.args.JsonSave({"meta": meta, "crc32": _crc(meta)}),
@@ -197,6 +208,11 @@ class Checkpointer:
             raise cannot(f"save step {step} to", self.directory, error) from error
         self._unrecorded = step if self._record else None
         return True
+
+    def _commit(self) -> None:
+        """Called by Orbax when all of a step is written, before it is marked or renamed as complete."""
+        if self._first is not None:
+            self._first()
 
     def _note_latest(self) -> None:
         """Makes the record of a run without one, or of one killed before it could write it."""
@@ -396,7 +412,7 @@ def _check_values(saved: Mapping, tree: Any, path: epath.Path) -> None:
 
 def _open(directory: epath.Path, step: int | None) -> tuple[int, epath.Path, dict]:
     """The step to read, its path and its JSON document."""
-    _quiet()
+    quiet()
     if is_step(directory):  # and perhaps away from all others
         meta = _read_meta(directory)
         found = int(directory.name) if directory.name.isdigit() else meta.get("step", 0)
@@ -465,32 +481,3 @@ def _unreadable(path: epath.Path, error: Exception) -> Exception:
         f"cannot restore the checkpoint {path} ({cause(error)}). That need not be damage: keep the"
         " files until the cause is known."
     )
-
-
-@functools.cache
-def _quiet() -> None:
-    """Keeps the noise of Orbax and TensorStore from burying a run's own lines."""
-    logging.get_absl_logger().addFilter(_no_orbax_noise)
-    std_logging.getLogger("asyncio").addFilter(_no_lost_errors)
-    warnings.filterwarnings("ignore", "coroutine 'async_serialize", RuntimeWarning)
-    sys.unraisablehook = functools.partial(_no_late_reads, sys.unraisablehook)
-
-
-def _no_orbax_noise(record: std_logging.LogRecord) -> bool:
-    """Drops what Orbax logs below the level of an error, and the tracebacks of what it raises."""
-    error = record.levelno >= std_logging.ERROR and not record.exc_info
-    return error or "/orbax/" not in record.pathname
-
-
-def _no_lost_errors(record: std_logging.LogRecord) -> bool:
-    """Drops what asyncio says of reads and writes that failed after the first, which is raised."""
-    text = std_logging.Formatter().format(record)  # with the traceback
-    return "never retrieved" not in text or not ("orbax" in text or "tensorstore" in text)
-
-
-def _no_late_reads(otherwise: Callable[[Any], object], unraisable: Any) -> None:
-    """Drops what reads of Orbax say that end when another one has failed: their loop is closed."""
-    code = getattr(unraisable.object, "cr_code", None)
-    of_orbax = code is not None and "orbax" in code.co_filename
-    if not of_orbax and str(unraisable.exc_value) != "Event loop is closed":
-        otherwise(unraisable)

@@ -457,5 +457,10 @@ class _Loop:
         if not np.asarray(self._all_finite(state)):
             raise self._diverged(f"the state of {stage.name} is not finite after step {step}", step)
         checkpointer.save(
-            step, state, data_state=stage.data.get_state(), config=self._config, spec=stage.spec
+            step,
+            state,
+            data_state=stage.data.get_state(),
+            config=self._config,
+            spec=stage.spec,
+            first=self._writer.saving(),
         )

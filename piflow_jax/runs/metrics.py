@@ -20,6 +20,7 @@ import numpy as np
 from absl import logging
 from etils import epath
 
+from piflow_jax.runs.spool import Spool
 from piflow_jax.runs.steps import cause
 from piflow_jax.runs.workdir import user_path
 from piflow_jax.whole_files import replacing
@@ -28,6 +29,7 @@ OnMetrics = Callable[[str, int, Mapping[str, float]], None]
 """`(stage, step, scalars)`, called with all that is written."""
 
 _RESERVED = ("step", "stage", "time")
+_UPLOAD_EVERY = 30.0  # seconds, where no checkpoint is saved before
 _REMEDY = "Install them with: pip install -e . (or: pip install clu tensorflow-cpu tensorboard)"
 
 
@@ -36,10 +38,10 @@ class MetricWriter:
 
     Files appear in `<workdir>/<stage>/`: `events.out.tfevents.*` and `metrics.jsonl`, one object a
     line with `step`, `stage`, `time` (seconds since the epoch) and the scalars; values that JSON
-    lacks are the strings "NaN", "Infinity" and "-Infinity", which `float` understands. (A remote
-    `workdir` such as `gs://...` gets the events only.) On a terminal one live line shows the
-    progress; elsewhere a log line every `print_every` steps does. Only process 0 writes; elsewhere
-    every method does nothing.
+    lacks are the strings "NaN", "Infinity" and "-Infinity", which `float` understands. Those of a
+    `workdir` in a bucket are collected here and uploaded now and then, see `saving`. On a terminal
+    one live line shows the progress; elsewhere a log line every `print_every` steps does. Only
+    process 0 writes; elsewhere every method does nothing.
 
     Args:
       workdir: the run's directory.
@@ -79,21 +81,17 @@ class MetricWriter:
         self._show = tuple(show)
         self._on_metrics = on_metrics
         self._directory = user_path(workdir) / stage
-        if "://" in str(self._directory):
-            text = "%s is remote: no metrics.jsonl there, only event files"
-            logging.warning(text, self._directory)
-            self._lines = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
-        else:
-            with self._writing():
-                self._directory.mkdir(parents=True, exist_ok=True)
-                self._lines = _open_lines(self._directory / "metrics.jsonl", first_step)
+        with self._writing():
+            self._spool = Spool(self._directory)
+            self._spool.fetch("metrics.jsonl")
+            self._lines = _open_lines(self._spool.here / "metrics.jsonl", first_step)
         self._bar = _progress_bar(stage, first_step, total_steps) if sys.stderr.isatty() else None
         self._printed = first_step
         self._rate = _Rate()
         # One worker: events stay in order, and behind the opening of their file.
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="metrics")
-        forgetting = self._worker.submit(_forget_events, self._directory, first_step)
-        self._events = self._worker.submit(_open_events, str(self._directory))
+        forgetting = self._worker.submit(_forget_events, self._spool, first_step)
+        self._events = self._worker.submit(_open_events, str(self._spool.here))
         self._pending: list[Future] = [forgetting, self._events]
 
     def __enter__(self) -> "MetricWriter":
@@ -131,6 +129,8 @@ class MetricWriter:
         with self._writing():
             self._lines.write(json.dumps(line, allow_nan=False) + "\n")
         self._enqueue("write_scalars", int(step), scalars)
+        if self._spool.due(_UPLOAD_EVERY):
+            self._pending.append(self._worker.submit(self._upload))
         self._progress(int(step), scalars)
         if self._on_metrics is not None:
             self._on_metrics(self._stage, int(step), scalars)
@@ -149,6 +149,27 @@ class MetricWriter:
         if self._active:
             arrays = {name: np.asarray(image) for name, image in images.items()}
             self._enqueue("write_images", int(step), arrays)
+
+    def saving(self) -> Callable[[], None]:
+        """Brings what has been written to where it stays, without waiting for a bucket.
+
+        Returns:
+          What to call before a checkpoint of the same step counts as saved, from any thread: it
+          waits for the upload. It raises OSError if that failed.
+        """
+        if not (self._active and self._spool.remote):
+            return lambda: None
+        uploading = self._worker.submit(self._upload)
+
+        def wait() -> None:
+            with self._writing():
+                uploading.result()
+
+        return wait
+
+    def _upload(self) -> None:
+        self._events.result().flush()
+        self._spool.upload()
 
     def say(self, text: str) -> None:
         """Prints a line for the reader without breaking the live one.
@@ -180,8 +201,10 @@ class MetricWriter:
             self._check(wait=True)
             with self._writing():
                 self._worker.submit(lambda: self._events.result().close()).result()
+                self._worker.submit(self._spool.upload).result()
         finally:
             self._worker.shutdown(wait=True)
+            self._spool.close()
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
@@ -310,12 +333,13 @@ def _open_lines(path: epath.Path, first_step: int):
     return open(path, "a", encoding="utf-8", buffering=1)
 
 
-def _forget_events(directory: epath.Path, first_step: int) -> None:
+def _forget_events(spool: Spool, first_step: int) -> None:
     """Removes the events of steps that will be done again, as `_open_lines` removes their lines.
 
     Of the readers of event files some drop what a restart repeats, and some do not.
     """
-    for path in directory.iterdir() if directory.exists() else ():
+    spool.fetch("events.out.tfevents.*")
+    for path in sorted(spool.here.iterdir()):
         if not path.name.startswith("events.out.tfevents."):
             continue
         if first_step == 0:

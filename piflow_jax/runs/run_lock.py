@@ -12,6 +12,8 @@ import jax
 from absl import logging
 from etils import epath
 
+from piflow_jax.buckets import is_remote
+from piflow_jax.runs.lease import Lease
 from piflow_jax.runs.workdir import checkpoint_path
 
 __all__ = ["RunLock"]
@@ -32,17 +34,25 @@ def _own_file(path: str, flags: int) -> int:
     return file
 
 
+def _end(reason: str) -> None:
+    """Ends the process, of which another thread holds what it must no longer write to."""
+    os.write(2, f"error: {reason}\n".encode())
+    os._exit(1)
+
+
 class RunLock:
     """Keeps other runs out of a work directory; use it as a context manager.
 
     The operating system holds the lock (`flock`) and lets it go with the process, however that
-    ends. The file, `run.lock`, says who holds it, and stays. Process 0 locks for all. Object stores
-    (`gs://`) have no locks: there, nothing is checked.
+    ends. The file, `run.lock`, says who holds it, and stays. In a bucket it is an object that is
+    kept alive, see `Lease`; a run that finds that another one took it over ends at once, with
+    status 1. Process 0 locks for all.
 
     Args:
       workdir: the run's directory; made if need be.
       patience: seconds to wait for a holder on another machine: a network file system notices with
-        delay that a machine went away.
+        delay that a machine went away. In a bucket a holder that gave no sign of life for half of
+        them is gone.
 
     Raises:
       BlockingIOError: another run holds it; names its process, machine and start.
@@ -51,9 +61,12 @@ class RunLock:
     """
 
     def __init__(self, workdir: str | os.PathLike, *, patience: float = 120.0):
-        self._file = None
+        self._file = self._lease = None
         path = checkpoint_path(workdir) / _NAME
-        if jax.process_index() or "://" in str(path):
+        if jax.process_index():
+            return
+        if is_remote(path):
+            self._lease = Lease(path, silence=patience / 2, lost=_end)
             return
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -87,6 +100,9 @@ class RunLock:
         if self._file is not None:
             self._file.close()
             self._file = None
+        if self._lease is not None:
+            self._lease.close()
+            self._lease = None
 
     def _acquire(self, path: epath.Path, deadline: float) -> None:
         said = False

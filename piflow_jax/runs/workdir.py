@@ -5,10 +5,12 @@ import os
 import re
 import reprlib
 import tempfile
+import uuid
 from collections.abc import Iterator
 
 from etils import epath
 
+from piflow_jax.buckets import SCHEME, connect, is_remote
 from piflow_jax.config import ConfigError
 
 __all__ = ["check_writable", "checkpoint_path", "user_path"]
@@ -22,7 +24,7 @@ def user_path(path: str | os.PathLike, what: str = "the path") -> epath.Path:
     """The path that a user named, the same from every directory and for every reader.
 
     Args:
-      path: a local path, in which `~` is the home directory, or a remote one such as `gs://...`.
+      path: a local path, in which `~` is the home directory, or one in a bucket, `gs://...`.
       what: what the path is, for messages.
 
     Returns:
@@ -30,7 +32,7 @@ def user_path(path: str | os.PathLike, what: str = "the path") -> epath.Path:
 
     Raises:
       ConfigError: the path is empty, too long, of an unknown scheme or user, or relative to
-        a directory that is gone.
+        a directory that is gone; or it is in a bucket, and gcsfs is missing.
     """
     text = os.fsdecode(path)
     if not text:
@@ -43,17 +45,22 @@ def user_path(path: str | os.PathLike, what: str = "the path") -> epath.Path:
     if len(text) > _LONGEST or longest > _LONGEST_NAME or len(names) > _DEEPEST:
         raise ConfigError(f"{what} is too long for a file system: {shown}")
     scheme = _SCHEME.match(text)
+    if scheme and scheme[0] != SCHEME:
+        raise ConfigError(
+            f"{what} {text} has the unknown scheme {scheme[0]}; name a local path, or gs://..."
+        )
+    if scheme and not text.removeprefix(SCHEME).partition("/")[0]:
+        raise ConfigError(f"{what} {text} names no bucket; name one, as in gs://bucket/run")
     try:
         if scheme:
+            connect()
             return epath.Path(text)
         local = os.path.expanduser(text)
         if local.startswith("~"):
             raise ConfigError(f"{what} {text} is of no user here; ./{text} is a path of this name")
         return epath.Path(os.path.abspath(local))
-    except KeyError:
-        raise ConfigError(
-            f"{what} {text} has the unknown scheme {scheme[0]}; name a local path, or gs://..."
-        ) from None
+    except ImportError as error:
+        raise ConfigError(f"{what} {text}: {error}") from None
     except FileNotFoundError:
         raise ConfigError(
             f"{what} {text} is relative, and the current directory no longer exists"
@@ -89,22 +96,23 @@ def checkpoint_path(path: str | os.PathLike) -> epath.Path:
         str(path).encode()
     except UnicodeEncodeError:
         raise ConfigError(f"the path {str(path)!a} is not UTF-8, as checkpoints need it") from None
-    return path if "://" in str(path) else _LiteralPath(path)
+    return path if is_remote(path) else _LiteralPath(path)
 
 
 def check_writable(*directories: str | os.PathLike) -> None:
     """Finds out before any work whether directories can be written.
 
     Args:
-      directories: see `user_path`; of one that does not exist, the nearest one above it counts.
-        Object stores (`gs://`) have no directories: there, nothing is checked.
+      directories: see `user_path`; of one that does not exist, the nearest one above it counts. In
+        a bucket, which has no directories, the first one counts: an object is written and removed.
 
     Raises:
       OSError: one is a file or cannot be written; names it and the remedy.
     """
-    for path in map(user_path, directories):
-        if "://" in str(path):
-            continue
+    paths = [user_path(path) for path in directories]
+    for path in [path for path in paths if is_remote(path)][:1]:
+        _probe(path)
+    for path in [path for path in paths if not is_remote(path)]:
         while not os.path.lexists(path):
             path = path.parent
         try:
@@ -115,3 +123,31 @@ def check_writable(*directories: str | os.PathLike) -> None:
                 f"cannot write to {path} ({error.strerror}); make it a directory with free space "
                 "that this user may write, or pass another --workdir"
             ) from error
+
+
+def _probe(directory: epath.Path) -> None:
+    """Writes and removes an object; what may go wrong with a bucket goes wrong here."""
+    probe = directory / f".probe-{uuid.uuid4().hex}"
+    try:
+        probe.write_text("")
+        probe.unlink()
+    except Exception as error:  # gcsfs, aiohttp and google.auth have errors of their own
+        raise OSError(f"cannot write to {directory}: {_refusal(directory, error)}") from error
+
+
+def _refusal(directory: epath.Path, error: Exception) -> str:
+    bucket = f"{SCHEME}{directory.parts[2]}"
+    if isinstance(error, FileNotFoundError):
+        return f"there is no bucket {bucket}; create it, or pass another --workdir"
+    if getattr(error, "code", None) in (401, "401") or "google.auth" in type(error).__module__:
+        return (
+            "there are no valid credentials; run `gcloud auth application-default login`, or set "
+            "GOOGLE_APPLICATION_CREDENTIALS to the key of a service account"
+        )
+    if "Forbidden" in str(error):
+        return (
+            f"these credentials may not write and remove objects in {bucket}; grant their account "
+            "the role roles/storage.objectUser there, or pass another --workdir"
+        )
+    text = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+    return f"{text}; check the network and the name of the bucket, or pass another --workdir"

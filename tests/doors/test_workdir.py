@@ -27,7 +27,7 @@ from piflow_jax.evaluation.image_sets import cached_features, open_images
 from piflow_jax.evaluation.kept import KeptFileError
 from piflow_jax.loading import load
 from piflow_jax.modes import adm, command, rivals
-from piflow_jax.runs import checkpoint, metrics
+from piflow_jax.runs import metrics, quiet
 from piflow_jax.runs.best import BestCheckpoint
 from piflow_jax.runs.checkpoint import Checkpointer, CheckpointError, read_spec
 from piflow_jax.runs.loop import NonFiniteLossError, run_stage
@@ -291,7 +291,7 @@ def test_a_directory_that_cannot_be_written_is_found_before_any_work(tmp_path, m
         ended, said = start(tmp_path / "there" / "run")
     assert ended == 1
     assert f"error: cannot write to {tmp_path}/there (Permission denied); make it" in said
-    check_writable(tmp_path / "new" / "run", "gs://bucket/run")
+    check_writable(tmp_path / "new" / "run")
     assert sorted(os.listdir(tmp_path)) == ["there"]
 
 
@@ -338,7 +338,7 @@ def test_reads_of_orbax_that_are_given_up_print_no_traceback(file, dropped):
     exec(compile("async def read(): pass", file, "exec"), names)
     read, said = names["read"](), []
     given_up = types.SimpleNamespace(object=read, exc_value=Exception("while reading array index"))
-    checkpoint._no_late_reads(said.append, given_up)
+    quiet._no_late_reads(said.append, given_up)
     read.close()
     assert said == ([] if dropped else [given_up])
 

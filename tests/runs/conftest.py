@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import buckets
 from tests.runs.checkpoints import save
 
 
@@ -19,3 +20,12 @@ def saved(tmp_path_factory):
 @pytest.fixture
 def broken(saved, tmp_path):
     return Path(shutil.copytree(saved, tmp_path / "checkpoints"))
+
+
+@pytest.fixture
+def service():
+    """An empty bucket, `gs://bucket`, and what is to go wrong with it."""
+    service = buckets.service()
+    service.reset()
+    yield service
+    service.reset()

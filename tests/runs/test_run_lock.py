@@ -76,11 +76,6 @@ def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch):
     assert "cannot be locked" in said[0][0]
 
 
-def test_object_stores_have_none():
-    with RunLock("gs://bucket/run"):
-        pass
-
-
 def test_the_directory_of_a_first_run_is_made(tmp_path):
     with RunLock(tmp_path / "runs" / "new"):
         assert (tmp_path / "runs" / "new" / "run.lock").exists()
