@@ -266,7 +266,7 @@ def test_loss_is_watched_between_log_lines(tmp_path):
 def look_with(distances):
     """Looks whose distances are given by the number of the look."""
 
-    def look(params):
+    def look(params, carried):
         distance = distances[look.count]
         look.count += 1
         look.seen.append(np.asarray(params["params"]["w"]))
