@@ -224,3 +224,49 @@ def test_the_library_loads_neither_tensorflow_nor_torch():
     loaded = done.stdout.split()
     assert "piflow_jax.models.dit" in loaded
     assert not [module for module in loaded if within(module, LATE)]
+
+
+# Rooms whose paths may lie in a bucket. (Not yet: weights and data, in convert and data.)
+ANYWHERE = ("runs", "modes", "distillation", "systems", "loading", "evaluation")
+# Modules that open something else, or that still read local files only.
+OPEN_LOCALLY = {
+    "runs/lease.py": "what the system says of processes",
+    "runs/metrics.py": "lines, in the local directory of a spool",
+    "runs/run_lock.py": "the lock of a local directory",
+    "runs/spool.py": "its own temporary directory",
+    "runs/workdir.py": "the one place that makes users' paths",
+    "evaluation/features.py": "a file of the package",
+    "evaluation/adm_files.py": "references of FID: local",
+    "evaluation/image_sets.py": "pictures to measure: local",
+    "evaluation/image_text.py": "networks of transformers: local",
+    "modes/adm.py": "references of FID: local",
+}
+OPENERS = {"open", "Path", "os.open", "os.listdir", "os.scandir", "os.stat", "os.makedirs"}
+OPENERS |= {"os.path.exists", "os.path.isfile", "os.path.isdir", "os.path.lexists", "io.open"}
+
+
+def local_openings(package):
+    """Calls by which a path that may lie in a bucket would be taken for a local one."""
+    found = {}
+    for path in sorted(package.rglob("*.py")):
+        where = path.relative_to(package)
+        if room_of(where.parts) not in ANYWHERE:
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) in OPENERS:
+                found.setdefault(where.as_posix(), []).append(ast.unparse(node.func))
+    return found
+
+
+def test_paths_of_users_are_opened_by_epath():
+    assert set(local_openings(PACKAGE)) == set(OPEN_LOCALLY)
+
+
+@pytest.mark.parametrize(
+    "code", ["open(p)", "with open(p) as f:\n    pass", "x = Path(p) / 'y'", "os.path.exists(p)"]
+)
+def test_planted_openings_are_found(tmp_path, code):
+    plant(tmp_path, "modes/x.py", code)
+    plant(tmp_path, "runs/x.py", "epath.Path(p).open()\np.open('rb')\nuser_path(p).exists()")
+    plant(tmp_path, "data/x.py", code)
+    assert list(local_openings(tmp_path)) == ["modes/x.py"]
