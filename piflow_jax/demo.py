@@ -29,6 +29,7 @@ from piflow_jax.flow.teacher import Teacher
 from piflow_jax.keys import index_keys, index_noise, seed_key
 from piflow_jax.models.vae import picture_decoder
 from piflow_jax.runs.checkpoint import CheckpointError
+from piflow_jax.runs.workdir import user_path
 from piflow_jax.systems.datasets import DATASETS
 from piflow_jax.systems.sampling import teacher_sampler
 
@@ -103,7 +104,7 @@ class Drawer:
                 )
             source = row.load(DataConfig(name=data.name, data_dir=prompts or ""))
             return cls(student, prompts=source, decode=decode)
-        if not (Path(path) / "teacher" / "checkpoints").is_dir():
+        if not (user_path(path) / "teacher" / "checkpoints").is_dir():
             return cls(student, decode=decode)
         return cls(student, *piflow_jax.load_teacher(path), decode=decode)
 
