@@ -1,0 +1,260 @@
+"""A run in a bucket leaves there what it leaves on a disk, whatever goes wrong."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import jax
+import numpy as np
+import pytest
+
+import piflow_jax
+from piflow_jax.config import ConfigError, parse
+from piflow_jax.evaluation import save_grid
+from piflow_jax.evaluation.kept import KeptFileError, read_kept, read_kept_json
+from piflow_jax.runs import lease
+from piflow_jax.runs.checkpoint import Checkpointer, CheckpointError
+from piflow_jax.runs.metrics import MetricWriter
+from piflow_jax.runs.run_lock import RunLock
+from piflow_jax.runs.steps import complete_steps
+from piflow_jax.runs.workdir import check_writable, user_path
+from piflow_jax.systems.datasets import load_source
+from piflow_jax.systems.shapes import DataShape
+from piflow_jax.whole_files import replacing, write_json
+from tests import tiny
+from tests.runs.checkpoints import save
+from tests.saved_runs import save_run
+
+RUN = "gs://bucket/run"
+
+
+def names(directory):
+    directory = user_path(directory)
+    return sorted(path.name for path in directory.iterdir()) if directory.exists() else []
+
+
+# --- Files ------------------------------------------------------------------------------------
+
+
+def test_files_are_replaced_as_a_whole_and_read_back(service):
+    path = user_path(RUN) / "values.json"
+    write_json(path, {"a": 1})
+    with pytest.raises(ZeroDivisionError), replacing(path) as under_way:
+        under_way.write_text("half")
+        raise ZeroDivisionError
+    assert read_kept_json(path, dict) == {"a": 1}
+    save_grid(path.with_name("grid.png"), [("x", np.zeros((1, 8, 8, 1)))])
+    assert names(RUN) == ["grid.png", "values.json"]
+    with pytest.raises(KeptFileError, match=f"{RUN}/grid.png is damaged"):
+        read_kept(path.with_name("grid.png"), np.load)
+
+
+@pytest.mark.parametrize(
+    ("path", "status", "words"),
+    [
+        (RUN, 401, f"cannot write to {RUN}: there are no valid credentials; run `gcloud auth"),
+        (RUN, 403, "may not write and remove objects in gs://bucket; grant their account the role"),
+        ("gs://other/run", 0, "there is no bucket gs://other; create it, or pass another"),
+    ],
+)
+def test_what_cannot_be_written_is_one_sentence(service, path, status, words):
+    service.deny = status
+    with pytest.raises(OSError, match="cannot write to gs") as caught:
+        check_writable(path)
+    assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_what_can_be_written_is_left_as_it_was(service):
+    service.refuse_every = 2
+    check_writable(RUN)
+    assert names("gs://bucket") == []
+
+
+@pytest.mark.parametrize("path", ["gs://", "gs:///run", "s3://bucket/run"])
+def test_no_bucket_and_other_stores_are_refused(path):
+    with pytest.raises(ConfigError, match="names no bucket|unknown scheme s3://"):
+        user_path(path, "--workdir")
+
+
+# --- The lock ---------------------------------------------------------------------------------
+
+
+def test_a_second_run_is_refused_and_the_next_one_is_not(service):
+    with RunLock(RUN):
+        with pytest.raises(BlockingIOError, match=f"{RUN} is in use by process {os.getpid()} on"):
+            RunLock(RUN)
+    with RunLock(RUN):
+        assert names(RUN) == ["run.lock"]
+    assert names(RUN) == []
+
+
+@pytest.mark.parametrize("change", [{"pid": 2**22 + 1}, {"started": "0"}, {"machine": "another"}])
+def test_a_dead_owners_lock_is_taken_over(service, change):
+    """Of this machine, of a number that another process has by now, or of another machine."""
+    path = user_path(RUN) / "run.lock"
+    with RunLock(RUN):
+        record = json.loads(path.read_text())
+    path.write_text(json.dumps(record | change))
+    with RunLock(RUN, patience=1.0):
+        assert json.loads(path.read_text())["owner"] != record["owner"]
+
+
+def test_signs_of_life_elsewhere_keep_the_others_out(service, monkeypatch):
+    monkeypatch.setattr(lease, "_BEAT", 0.1)
+    with RunLock(RUN), monkeypatch.context() as patch:
+        patch.setattr(lease, "_machine", lambda: "another")
+        with pytest.raises(BlockingIOError, match="is in use by process"):
+            RunLock(RUN, patience=20.0)
+
+
+def test_who_was_taken_for_dead_gets_to_know(service, monkeypatch):
+    monkeypatch.setattr(lease, "_BEAT", 0.1)
+    path, said, ended = user_path(RUN) / "run.lock", [], threading.Event()
+    held = lease.Lease(path, silence=1.0, lost=lambda text: (said.append(text), ended.set()))
+    path.write_text("{}")
+    assert ended.wait(20)
+    assert f"{RUN} was taken over by another run" in said[0]
+    held.close()
+    assert path.read_text() == "{}"  # the other's stays
+
+
+def test_of_many_at_once_one_gets_the_lock(service, monkeypatch):
+    """Where an answer is lost the client repeats a write that has succeeded."""
+    service.refuse_every = 4
+    got, refused = [], []
+
+    def run():
+        try:
+            got.append(RunLock(RUN))
+        except BlockingIOError:
+            refused.append(1)
+
+    threads = [threading.Thread(target=run) for _ in range(5)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert (len(got), len(refused)) == (1, 4)
+    got[0].__exit__(None, None, None)
+
+
+# --- Checkpoints and metrics ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("where", ["disk", "bucket"])
+def test_what_has_to_be_done_first_is_done_before_a_step_counts(service, tmp_path, where):
+    directory = user_path(tmp_path if where == "disk" else RUN) / "checkpoints"
+    seen = []
+
+    def first():
+        seen.append(complete_steps(directory))
+
+    def fail():
+        raise OSError("the bucket is gone")
+
+    state, meta = {"a": np.arange(4)}, {"data_state": {}, "config": {}, "spec": {}}
+    with Checkpointer(directory, record=True) as checkpointer:
+        checkpointer.save(1, state, **meta, first=first)
+        assert checkpointer.latest_step() == 1
+        checkpointer.save(2, state, **meta, first=fail)
+        with pytest.raises(CheckpointError, match="the bucket is gone"):
+            checkpointer.wait()
+    assert seen == [[]]
+    with Checkpointer(directory) as checkpointer:
+        assert checkpointer.latest_step() == 1
+        assert checkpointer.restore(state).state["a"].tolist() == [0, 1, 2, 3]
+
+
+def steps_of(directory):
+    lines = (user_path(directory) / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line)["step"] for line in lines]
+
+
+def test_what_was_logged_before_a_save_is_in_the_bucket(service):
+    with MetricWriter(RUN, "student", 10) as writer:
+        writer.write(1, {"loss": 1.0})
+        writer.saving()()
+        writer.write(2, {"loss": 1.0})
+        assert steps_of(f"{RUN}/student") == [1]
+        (events,) = (name for name in names(f"{RUN}/student") if "tfevents" in name)
+        size = (user_path(RUN) / "student" / events).stat().length
+    assert steps_of(f"{RUN}/student") == [1, 2]
+    assert (user_path(RUN) / "student" / events).stat().length > size
+    with MetricWriter(RUN, "student", 10, first_step=1) as writer:
+        writer.write(3, {"loss": 1.0})
+    assert steps_of(f"{RUN}/student") == [1, 3]
+    assert (user_path(RUN) / "student" / events).stat().length == size
+    with MetricWriter(RUN, "student", 10):
+        pass
+    assert steps_of(f"{RUN}/student") == [] and events not in names(f"{RUN}/student")
+
+
+# --- Runs -------------------------------------------------------------------------------------
+
+
+def test_a_run_is_loaded_from_a_bucket(service, tmp_path):
+    config = parse(tiny.get_config())
+    data = DataShape.of(config.data.name, load_source(config.data))
+    for workdir in (tmp_path, user_path(RUN)):
+        save_run(config, data, workdir)
+    here, there = (piflow_jax.load(path) for path in (tmp_path, RUN))
+    np.testing.assert_array_equal(*(s.sample(0, [3]) for s in (here, there)))
+    (_, here), (_, there) = (piflow_jax.load_teacher(path) for path in (tmp_path, RUN))
+    jax.tree.map(np.testing.assert_array_equal, here, there)
+
+
+def command(workdir, *words):
+    words = ("piflow_jax.main", f"--config={tiny.__file__}", f"--workdir={workdir}", *words)
+    return subprocess.Popen([sys.executable, "-m", *words], stderr=subprocess.PIPE, text=True)
+
+
+def finished(process):
+    said = process.communicate(timeout=500)[1]
+    assert process.returncode == 0, said
+    return said
+
+
+KEPT = ("step", "stage", "loss", "grad_norm")
+
+
+def figures(workdir, stage):
+    """Lines of metrics without what depends on the clock, and fingerprints of the last step."""
+    lines = (user_path(workdir) / stage / "metrics.jsonl").read_text().splitlines()
+    lines = [{k: v for k, v in json.loads(line).items() if k in KEPT} for line in lines]
+    step = user_path(workdir) / stage / "checkpoints" / "6"
+    return lines, json.loads((step / "meta" / "metadata").read_text())["meta"]["leaves"]
+
+
+@pytest.mark.slow
+def test_a_run_killed_in_the_middle_of_saves_goes_on_to_the_same_bits(service, tmp_path):
+    finished(command(tmp_path))
+    service.refuse_every = 10
+    for last in ("teacher/checkpoints/6/commit_success.txt", "student/checkpoints/4/state/_METADATA"):
+        run = None
+
+        def kill(name, last=last):
+            if name == f"run/{last}" and run.poll() is None:
+                run.send_signal(signal.SIGKILL)
+                return True
+            return False
+
+        service.written = kill
+        run = command(RUN)
+        run.communicate(timeout=500)
+        assert run.returncode == -signal.SIGKILL
+        service.written = lambda name: False
+        assert last not in names(user_path(RUN) / last.rpartition("/")[0])
+    said = finished(command(RUN))
+    assert "student: continuing from" not in said and "teacher: continuing from step 6" in said
+    for stage in ("teacher", "student"):
+        assert figures(RUN, stage) == figures(tmp_path, stage)
+    assert {"report.json", "samples.png"} < set(names(RUN))
+    for mode, made in (("sample", "student.png"), ("export", "student.safetensors")):
+        for workdir in (tmp_path, RUN):
+            finished(command(workdir, f"--mode={mode}"))
+        here, there = (user_path(workdir) / made for workdir in (tmp_path, RUN))
+        assert here.read_bytes() == there.read_bytes()
