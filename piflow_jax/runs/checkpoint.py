@@ -210,7 +210,7 @@ class Checkpointer:
         return True
 
     def _commit(self) -> None:
-        """Called by Orbax when all of a step is written, before it is marked or renamed as complete."""
+        """Called by Orbax when a step is written, before it is marked or renamed as complete."""
         if self._first is not None:
             self._first()
 

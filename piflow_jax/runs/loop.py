@@ -25,9 +25,9 @@ from piflow_jax.runs.checkpoint import Checkpointer, CheckpointError
 from piflow_jax.runs.metrics import MetricWriter, OnMetrics
 from piflow_jax.runs.monitor import Monitor, step_memory
 from piflow_jax.runs.signals import GracefulExit
-from piflow_jax.training.state import TrainState
 from piflow_jax.runs.steps import falling_back
 from piflow_jax.runs.workdir import user_path
+from piflow_jax.training.state import TrainState
 
 __all__ = ["Interrupted", "Look", "NonFiniteLossError", "Stage", "checkpoint_dir", "run_stage"]
 

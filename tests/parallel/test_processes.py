@@ -298,7 +298,11 @@ def test_processes_that_are_not_all_there_say_so(tmp_path, index):
 )
 def test_a_process_among_several_of_a_host_takes_its_gpu(environ, devices, monkeypatch):
     given = {}
-    monkeypatch.setattr(jax.distributed, "initialize", lambda **options: given.update(options))
+
+    def initialize(address, count, index, devices, **options):
+        given.update(process_id=index, local_device_ids=devices)
+
+    monkeypatch.setattr(jax.distributed, "initialize", initialize)
     monkeypatch.setattr(processes, "_preflight", lambda *_: None)
     verbosity = logging.get_verbosity()
     processes.start(ProcessesConfig(), environ)

@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 
 import jax
 import numpy as np
@@ -26,7 +25,6 @@ from piflow_jax.systems.datasets import load_source
 from piflow_jax.systems.shapes import DataShape
 from piflow_jax.whole_files import replacing, write_json
 from tests import tiny
-from tests.runs.checkpoints import save
 from tests.saved_runs import save_run
 
 RUN = "gs://bucket/run"
@@ -76,7 +74,7 @@ def test_what_can_be_written_is_left_as_it_was(service):
 
 @pytest.mark.parametrize("path", ["gs://", "gs:///run", "s3://bucket/run"])
 def test_no_bucket_and_other_stores_are_refused(path):
-    with pytest.raises(ConfigError, match="names no bucket|unknown scheme s3://"):
+    with pytest.raises(ConfigError, match=r"names no bucket|unknown scheme s3://"):
         user_path(path, "--workdir")
 
 
@@ -84,9 +82,9 @@ def test_no_bucket_and_other_stores_are_refused(path):
 
 
 def test_a_second_run_is_refused_and_the_next_one_is_not(service):
-    with RunLock(RUN):
-        with pytest.raises(BlockingIOError, match=f"{RUN} is in use by process {os.getpid()} on"):
-            RunLock(RUN)
+    used = f"{RUN} is in use by process {os.getpid()} on"
+    with RunLock(RUN), pytest.raises(BlockingIOError, match=used):
+        RunLock(RUN)
     with RunLock(RUN):
         assert names(RUN) == ["run.lock"]
     assert names(RUN) == []
@@ -233,17 +231,20 @@ def figures(workdir, stage):
 def test_a_run_killed_in_the_middle_of_saves_goes_on_to_the_same_bits(service, tmp_path):
     finished(command(tmp_path))
     service.refuse_every = 10
-    for last in ("teacher/checkpoints/6/commit_success.txt", "student/checkpoints/4/state/_METADATA"):
-        run = None
+    for last in (
+        "teacher/checkpoints/6/commit_success.txt",
+        "student/checkpoints/4/state/_METADATA",
+    ):
+        running = []
 
-        def kill(name, last=last):
-            if name == f"run/{last}" and run.poll() is None:
-                run.send_signal(signal.SIGKILL)
+        def kill(name, last=last, running=running):
+            if name == f"run/{last}" and running[0].poll() is None:
+                running[0].send_signal(signal.SIGKILL)
                 return True
             return False
 
         service.written = kill
-        run = command(RUN)
+        running.append(run := command(RUN))
         run.communicate(timeout=500)
         assert run.returncode == -signal.SIGKILL
         service.written = lambda name: False
