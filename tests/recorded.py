@@ -105,7 +105,10 @@ def configuration(name: str) -> Config:
 
 def shape_of_data(config: Config) -> DataShape:
     """What a configuration's data look like, where the data themselves may be missing."""
-    if not dataset(config).bundled:
+    row, side = dataset(config), config.data.image_size
+    if row.pictures and not row.latents:
+        return DataShape(name=config.data.name, sample_size=side, channels=3, num_classes=10)
+    if not row.bundled:
         return NETWORKS[config.model.network].official
     return MNIST if config.data.name == MNIST.name else shape_of(config, load_source(config.data))
 
