@@ -103,12 +103,13 @@ def test_a_run_of_any_sites_and_conditions_ends_continues_and_loads(name, tmp_pa
     samples = student.sample(0, asked)
     assert samples.shape == (4, *x.shape[1:]) and bool(jnp.isfinite(samples).all())
     assert (tmp_path / "whole" / "samples.png").is_file()
-    run(tmp_path / "parts", 2)
-    again = run(tmp_path / "parts", 3)
-    for a, b in zip(*map(jax.tree.leaves, (student.params, again.params)), strict=True):
-        np.testing.assert_array_equal(a, b)
     loaded = piflow_jax.load(tmp_path / "whole", network=network)
     np.testing.assert_array_equal(loaded.sample(0, asked), samples)
+    if name == "mapping":  # others go on in the tests of networks
+        run(tmp_path / "parts", 2)
+        again = run(tmp_path / "parts", 3)
+        for a, b in zip(*map(jax.tree.leaves, (student.params, again.params)), strict=True):
+            np.testing.assert_array_equal(a, b)
 
 
 PREDICTIONS = [
