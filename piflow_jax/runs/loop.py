@@ -396,6 +396,9 @@ class _Loop:
         text = "  ".join(f"{name} {value:.4g}" for name, value in look.figures.items())
         if look.space:
             text += f"  (in {look.space})"
+        if self._several:
+            # Orbax's barriers of two saves that are in flight at once have the same names.
+            self._checkpointer.wait()
         if look.distance is not None and best.offer(
             step, look.distance, lambda checkpointer: self._save_to(checkpointer, step, state)
         ):
