@@ -11,9 +11,9 @@ from absl import logging
 
 from piflow_jax.config import Config
 from piflow_jax.data import Source
+from piflow_jax.distillation.grids import index_sampler
 from piflow_jax.distillation.looks import Measure
 from piflow_jax.evaluation import (
-    IndexSampler,
     Report,
     Row,
     as_pictures,
@@ -22,7 +22,6 @@ from piflow_jax.evaluation import (
     measure,
     save_grid,
 )
-from piflow_jax.parallel import batch_sharding, local_mesh
 from piflow_jax.runs.workdir import user_path
 from piflow_jax.systems.assembly import Systems
 from piflow_jax.systems.judges import Judge, described, real_features
@@ -62,17 +61,9 @@ class Bench:
 
     def sample(self, sampler: Callable, params) -> tuple[np.ndarray, float]:
         """A system's samples `[N, *sites, C]` and the seconds that they took."""
-        settings = self._config.evaluation
-        by_index = IndexSampler(
-            sampler,
-            shape=self._data.shape,
-            conditions=self._conditions,
-            batch_size=settings.batch_size,
-            num_samples=settings.num_samples,
-            seed=settings.seed,
-            sharding=batch_sharding(local_mesh()),
-        )
-        return by_index(params, settings.num_samples), by_index.seconds
+        number = self._config.evaluation.num_samples
+        by_index = index_sampler(self._config, self._data, sampler, self._conditions, number)
+        return by_index(params, number), by_index.seconds
 
     def row(
         self,
@@ -191,22 +182,15 @@ def draw(
       student_params: the student's.
       workdir: the run's directory.
     """
-    settings = systems.config.evaluation
+    config, settings = systems.config, systems.config.evaluation
     conditions, _ = conditions_in_turn(source, systems.data)
 
     def samples(sampler, params):
-        by_index = IndexSampler(
-            sampler,
-            shape=systems.data.shape,
-            conditions=conditions,
-            batch_size=settings.batch_size,
-            num_samples=settings.grid_samples,
-            seed=settings.seed,
-            sharding=batch_sharding(local_mesh()),
-        )
-        return as_pictures(by_index(params, settings.grid_samples))
+        number = settings.grid_samples
+        by_index = index_sampler(config, systems.data, sampler, conditions, number)
+        return as_pictures(by_index(params, number))
 
-    most, nfe = settings.teacher_steps[-1], systems.config.sampling_nfe
+    most, nfe = settings.teacher_steps[-1], config.sampling_nfe
     rows = [
         (f"teacher, {most} NFE", samples(systems.teacher_sampler(most), teacher_params)),
         (f"student, {nfe} NFE", samples(systems.student_sampler(), student_params)),

@@ -1,15 +1,18 @@
-"""Rows of a grid of samples."""
+"""Samples of figures and grids: by index, and in rows."""
 
 import jax
 import numpy as np
 
 from piflow_jax.config import Config, ConfigError
 from piflow_jax.data import Source
+from piflow_jax.evaluation import IndexSampler
+from piflow_jax.evaluation.evaluator import Sampler
+from piflow_jax.parallel import batch_sharding, local_mesh
 from piflow_jax.systems.conditioning import Condition
 from piflow_jax.systems.sampling import conditions_in_turn
 from piflow_jax.systems.shapes import DataShape
 
-__all__ = ["grid_rows"]
+__all__ = ["grid_rows", "index_sampler"]
 
 
 def grid_rows(
@@ -42,3 +45,30 @@ def grid_rows(
     names = getattr(source, "class_names", None) or [f"class {i}" for i in range(data.num_classes)]
     conditions = jax.tree.map(lambda a: np.asarray(a)[np.asarray(classes)], table)
     return [names[label] for label in classes], conditions
+
+
+def index_sampler(
+    config: Config, data: DataShape, sampler: Sampler, conditions: Condition, number: int
+) -> IndexSampler:
+    """Samples by index as `config.evaluation` says, on all devices of this process.
+
+    Args:
+      config: the run's settings.
+      data: what networks know of the data.
+      sampler: the system.
+      conditions: conditions in turn, see `conditions_in_turn`.
+      number: the most samples that are asked for at once.
+
+    Returns:
+      The sampler.
+    """
+    settings = config.evaluation
+    return IndexSampler(
+        sampler,
+        shape=data.shape,
+        conditions=conditions,
+        batch_size=settings.batch_size,
+        num_samples=number,
+        seed=settings.seed,
+        sharding=batch_sharding(local_mesh()),
+    )

@@ -9,10 +9,10 @@ import numpy as np
 
 from piflow_jax.config import Config
 from piflow_jax.data import Source
-from piflow_jax.distillation.grids import grid_rows
+from piflow_jax.distillation.grids import grid_rows, index_sampler
 from piflow_jax.evaluation import IndexSampler, as_pictures, draw_grid
 from piflow_jax.evaluation.evaluator import Sampler
-from piflow_jax.parallel import batch_sharding, local_mesh, replicated
+from piflow_jax.parallel import local_mesh, replicated
 from piflow_jax.runs.loop import Look
 from piflow_jax.systems.sampling import conditions_in_turn
 from piflow_jax.systems.shapes import DataShape
@@ -61,21 +61,9 @@ def look_by(
       ConfigError: a class of the grid does not exist.
     """
     settings, (names, shown) = config.evaluation, grid_rows(config, source, data)
-
-    def index_sampler(conditions, number):
-        return IndexSampler(
-            sampler,
-            shape=data.shape,
-            conditions=conditions,
-            batch_size=settings.batch_size,
-            num_samples=number,
-            seed=settings.seed,
-            sharding=batch_sharding(local_mesh()),
-        )
-
     conditions, labels = conditions_in_turn(source, data)
-    grid_sampler = index_sampler(shown, _COLUMNS * len(names))
-    all_sampler = index_sampler(conditions, settings.every_samples)
+    grid_sampler = index_sampler(config, data, sampler, shown, _COLUMNS * len(names))
+    all_sampler = index_sampler(config, data, sampler, conditions, settings.every_samples)
     labels = labels[np.arange(settings.every_samples) % len(labels)]
     others = jax.device_put(others, replicated(local_mesh()))
 

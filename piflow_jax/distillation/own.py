@@ -26,7 +26,12 @@ from piflow_jax.diagnostics.teacher import check_teacher
 from piflow_jax.distillation.bench import Bench, compare, draw, judged
 from piflow_jax.distillation.looks import look_by
 from piflow_jax.distillation.sizes import Sizes
-from piflow_jax.distillation.stages import run_here, student_stage, teacher_stage
+from piflow_jax.distillation.stages import (
+    flat_settings,
+    run_here,
+    student_stage,
+    teacher_stage,
+)
 from piflow_jax.flow.teacher import Teacher
 from piflow_jax.parallel import (
     config_mesh,
@@ -245,9 +250,9 @@ class _NoData:
 def _parsed(config: ConfigDict, applies: tuple[str, ...]) -> Config:
     """Parsed settings, of which only those that apply were changed."""
     parsed = parse(config, jax.device_count())
-    base = base_config().to_dict()
+    base = flat_settings(base_config().to_dict())
     given = config.to_dict() if isinstance(config, ConfigDict) else dict(config)
-    changed = [key for key, value in _flat(given).items() if _flat(base).get(key) != value]
+    changed = [key for key, value in flat_settings(given).items() if base.get(key) != value]
     # Of `initial_params` the command line has a path.
     strange = [key for key in changed if not key.startswith(applies) or key == "train.initial"]
     if strange:
@@ -256,16 +261,6 @@ def _parsed(config: ConfigDict, applies: tuple[str, ...]) -> Config:
             "take back its default"
         )
     return parsed
-
-
-def _flat(groups: Mapping[str, Any]) -> dict[str, Any]:
-    flat = {}
-    for name, value in groups.items():
-        if isinstance(value, Mapping):
-            flat |= {f"{name}.{key}": entry for key, entry in _flat(value).items()}
-        else:
-            flat[name] = tuple(value) if isinstance(value, list) else value
-    return flat
 
 
 def _source(given: Any, teacher: Teacher, config: Config) -> Source:

@@ -18,7 +18,7 @@ from piflow_jax.arguments import check_choice
 from piflow_jax.config import ModelConfig, PolicyConfig, parse
 from piflow_jax.exported import DESCRIPTION
 from piflow_jax.flow.teacher import Schedule, Teacher
-from piflow_jax.loading.weights import averaged, converted
+from piflow_jax.loading.weights import averaged, converted, find_checkpoint
 from piflow_jax.runs.workdir import user_path
 from piflow_jax.student import Student
 from piflow_jax.systems.networks import (
@@ -80,7 +80,7 @@ def load(
         raise FileNotFoundError(f"{path}: no such checkpoint or file")
     if _is_weights(path):
         return _from_file(path, config, dtype, teacher)
-    directory, step, spec, saved = _checkpoint(path, "student")
+    directory, step, spec, saved = find_checkpoint(path, "student")
     with _about(directory):
         settings = student_settings(spec)
         if network is not None or _is_own(settings.model):
@@ -129,7 +129,7 @@ def load_teacher(
     path = user_path(path)
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such checkpoint")
-    directory, step, spec, _ = _checkpoint(path, "teacher")
+    directory, step, spec, _ = find_checkpoint(path, "teacher")
     with _about(directory):
         model, data = teacher_settings(spec)
         own = network is not None or _is_own(model)
@@ -218,20 +218,6 @@ def _is_weights(path: epath.Path) -> bool:
     return not run and holds_weights(path)
 
 
-def _checkpoint(
-    path: epath.Path, stage: str
-) -> tuple[epath.Path, int, dict[str, Any], dict[str, Any]]:
-    """Directory, step, spec and settings of the latest checkpoint of a run, or of a directory."""
-    # Orbax takes a second to load, which a notebook without checkpoints need not wait for.
-    from piflow_jax.runs.checkpoint import read_spec
-
-    # A run's directory is one before this stage has begun, too; read_spec says what it lacks.
-    run = any((path / folder).is_dir() for folder in ("teacher", "student"))
-    places = (path / stage / "checkpoints", path / "checkpoints", path)
-    directory = places[0] if run else next((place for place in places if place.is_dir()), path)
-    return directory, *read_spec(directory)
-
-
 def _network(
     settings: StudentSettings, dtype: str, base_dtype: str | None = None
 ) -> tuple[StudentSettings, Network]:
@@ -275,7 +261,7 @@ def _base(
 
     model, data = settings.model, settings.data
     if any((teacher / place).is_dir() for place in ("teacher", "checkpoints")):
-        directory, step, spec, saved = _checkpoint(teacher, "teacher")
+        directory, step, spec, saved = find_checkpoint(teacher, "teacher")
         base_dtype = _base_dtype(saved) or model.own.base_dtype
         types = {"dtype": model.dtype, "base_dtype": base_dtype}
         found, model = (_typed(one, **types) for one in (teacher_settings(spec)[0], model))

@@ -7,7 +7,7 @@ from jax.sharding import Mesh
 
 from piflow_jax.config import Config, ConfigError
 from piflow_jax.convert import open_weights
-from piflow_jax.loading.weights import averaged, converted
+from piflow_jax.loading.weights import averaged, converted, find_checkpoint
 from piflow_jax.parallel import local_mesh, parameter_shardings, replicated
 from piflow_jax.runs.checkpoint import CheckpointError, check_spec, read_spec
 from piflow_jax.runs.loop import checkpoint_dir
@@ -161,9 +161,7 @@ def load_initial(systems: Systems) -> Any:
       CheckpointError: there is no such student, or it is of another network or policy.
     """
     path, network = user_path(systems.config.train.initial), systems.student_network
-    places = (path / "student" / "checkpoints", path / "checkpoints", path)
-    directory = next((place for place in places if place.is_dir()), places[0])
-    step, saved, _ = read_spec(directory)
+    directory, step, saved, _ = find_checkpoint(path, "student")
     wanted = student_spec(systems.config, systems.data)
     own, theirs = (
         {key: value for key, value in spec.items() if not key.startswith("train.")}

@@ -7,12 +7,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 from flax.traverse_util import flatten_dict
 from jax.sharding import Sharding
 
 from piflow_jax.systems.networks import Network, abstract_variables
 
-__all__ = ["averaged", "converted"]
+__all__ = ["averaged", "converted", "find_checkpoint"]
 
 
 def averaged(
@@ -42,6 +43,31 @@ def averaged(
     if network.carries:
         carried = restore_subtree(directory, "carried", network.carried(like), step)
     return network.with_base(trained, carried)
+
+
+def find_checkpoint(
+    path: epath.Path, stage: str
+) -> tuple[epath.Path, int, dict[str, Any], dict[str, Any]]:
+    """The latest checkpoint of a run's stage, or of a directory.
+
+    Args:
+      path: the run's work directory, a directory of checkpoints, or one of their steps.
+      stage: `teacher` or `student`.
+
+    Returns:
+      `(directory, step, spec, settings)`.
+
+    Raises:
+      CheckpointError: there is none, or it is unusable.
+    """
+    # Orbax takes a second to load, which a notebook without checkpoints need not wait for.
+    from piflow_jax.runs.checkpoint import read_spec
+
+    # A run's directory is one before this stage has begun, too; read_spec says what it lacks.
+    run = any((path / folder).is_dir() for folder in ("teacher", "student"))
+    places = (path / stage / "checkpoints", path / "checkpoints", path)
+    directory = places[0] if run else next((place for place in places if place.is_dir()), path)
+    return directory, *read_spec(directory)
 
 
 def converted(

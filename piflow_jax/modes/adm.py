@@ -13,8 +13,9 @@ from jax.experimental import multihost_utils
 
 from piflow_jax.config import Config, ConfigError
 from piflow_jax.data.picture_sets import PictureSet, center_crop, open_pictures
+from piflow_jax.distillation.grids import index_sampler
 from piflow_jax.distillation.sizes import Sizes
-from piflow_jax.evaluation import IndexSampler, index_labels, least_samples
+from piflow_jax.evaluation import index_labels, least_samples
 from piflow_jax.evaluation.adm import (
     AdmFigures,
     InceptionNetwork,
@@ -39,7 +40,7 @@ from piflow_jax.modes.autoencoder import (
     pixel_sampler,
     tree_digest,
 )
-from piflow_jax.parallel import batch_sharding, local_mesh, replicated
+from piflow_jax.parallel import local_mesh, replicated
 from piflow_jax.runs.workdir import user_path
 from piflow_jax.systems.assembly import Systems
 from piflow_jax.systems.judges import load_inception
@@ -178,14 +179,13 @@ def _samples(
     todo = [] if whole.exists() else [path for path in mine if not path.exists()]
     if todo:
         logging.info("evaluation: %d of %d shards of samples to make", len(todo), len(shards))
-        run = IndexSampler(
-            pixel_sampler(Systems.of(config, data).student_sampler(), autoencoder.module, data),
-            shape=data.shape,
-            conditions=np.arange(data.num_classes, dtype=np.int32),
-            batch_size=settings.batch_size,
-            num_samples=min(_SHARD, settings.num_samples),
-            seed=settings.seed,
-            sharding=batch_sharding(local_mesh()),
+        sampler = Systems.of(config, data).student_sampler()
+        run = index_sampler(
+            config,
+            data,
+            pixel_sampler(sampler, autoencoder.module, data),
+            np.arange(data.num_classes, dtype=np.int32),
+            min(_SHARD, settings.num_samples),
         )
         everything = jax.device_put((params, autoencoder.params), replicated(local_mesh()))
         for number, path in enumerate(todo, start=1):

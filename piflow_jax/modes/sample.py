@@ -7,13 +7,12 @@ from absl import logging
 from etils import epath
 
 from piflow_jax.config import Config
-from piflow_jax.distillation.grids import grid_rows
+from piflow_jax.distillation.grids import grid_rows, index_sampler
 from piflow_jax.distillation.sizes import Sizes
-from piflow_jax.evaluation import IndexSampler, as_pictures, save_grid
+from piflow_jax.evaluation import as_pictures, save_grid
 from piflow_jax.loading.runs import data_shape, load_system
 from piflow_jax.modes.autoencoder import check_autoencoder, load_autoencoder, pixel_sampler
 from piflow_jax.modes.sample_prompts import sample_prompts
-from piflow_jax.parallel import batch_sharding, local_mesh
 from piflow_jax.runs.workdir import user_path
 from piflow_jax.systems.assembly import Systems
 from piflow_jax.systems.datasets import dataset, load_source
@@ -56,15 +55,7 @@ def sample(config: Config, workdir: str | os.PathLike) -> epath.Path | list[epat
         params = (load_system(config, data, workdir), autoencoder.params)
     else:
         params = load_system(config, data, workdir)
-    run = IndexSampler(
-        sampler,
-        shape=data.shape,
-        conditions=conditions,
-        batch_size=settings.batch_size,
-        num_samples=number,
-        seed=settings.seed,
-        sharding=batch_sharding(local_mesh()),
-    )
+    run = index_sampler(config, data, sampler, conditions, number)
     images = as_pictures(run(params, number))
     path = user_path(workdir) / f"{settings.system}.png"
     if jax.process_index() == 0:

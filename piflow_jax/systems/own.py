@@ -294,9 +294,8 @@ class OwnNetwork:
         """
         keys = jax.random.split(key)
         fresh = self.init(keys[0])["params"]
-        if jax.tree.structure(fresh) == jax.tree.structure(initial):  # of another student
-            return self._started(fresh, initial, keys[1])
-        if not self._predicts_std:
+        of_student = jax.tree.structure(fresh) == jax.tree.structure(initial)
+        if of_student or not self._predicts_std:
             return self._started(fresh, initial, keys[1])
         return fresh | {"network": self._started(fresh["network"], initial, keys[1])}
 
