@@ -9,7 +9,7 @@ import importlib.util
 import logging
 import os
 
-__all__ = ["SCHEME", "connect", "is_remote"]
+__all__ = ["SCHEME", "connect", "is_remote", "repeated_requests"]
 
 SCHEME = "gs://"
 
@@ -37,6 +37,30 @@ def connect() -> None:
 
     # A listing is out of date as soon as TensorStore or another process writes.
     fsspec.config.conf.setdefault("gcs", {}).setdefault("use_listings_cache", False)
-    if "GCSFS_DEBUG" not in os.environ:  # what it logs as an error it raises as well
-        logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
-        logging.getLogger("fsspec").setLevel(logging.WARNING)
+    logger = logging.getLogger("gcsfs")
+    if _REPEATED not in logger.handlers:
+        logger.addHandler(_REPEATED)
+        if "GCSFS_DEBUG" not in os.environ:  # what it logs as an error it raises as well
+            logger.propagate = False
+            logging.getLogger("fsspec").setLevel(logging.WARNING)
+        logger.setLevel(logging.DEBUG)
+
+
+def repeated_requests() -> int:
+    """Requests that this process has sent again so far, since they were refused or lost."""
+    import tensorstore
+
+    found = tensorstore.experimental_collect_matching_metrics("/tensorstore/kvstore/gcs/retries")
+    return _REPEATED.count + sum(int(one["value"]) for metric in found for one in metric["values"])
+
+
+class _Repeated(logging.Handler):
+    """Counts what gcsfs repeats, of which it tells nobody else."""
+
+    count = 0
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.count += " retrying after exception" in record.getMessage()
+
+
+_REPEATED = _Repeated()

@@ -16,6 +16,8 @@ from urllib.parse import parse_qs, unquote, urlparse
 
 import pytest
 
+from piflow_jax.runs.workdir import user_path
+
 BUCKET = "bucket"
 
 
@@ -124,3 +126,9 @@ def service():
     address = f"http://127.0.0.1:{service.server_address[1]}"
     os.environ["STORAGE_EMULATOR_HOST"] = os.environ["TENSORSTORE_GCS_HTTP_URL"] = address
     return service
+
+
+def names(directory):
+    """What lies in a directory, wherever it is; empty where there is none."""
+    directory = user_path(directory)
+    return sorted(path.name for path in directory.iterdir()) if directory.exists() else []

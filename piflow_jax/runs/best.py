@@ -26,17 +26,20 @@ class BestCheckpoint:
     Args:
       directory: where the checkpoints go.
 
+    Attributes:
+      checkpointer: what saves them.
+
     Raises:
       CheckpointError: `best.json` is damaged, or checkpoints cannot be written.
     """
 
     def __init__(self, directory: str | os.PathLike):
-        self._checkpointer = Checkpointer(directory, keep=1, rewind=True)
+        self.checkpointer = Checkpointer(directory, keep=1, rewind=True)
         self._record = user_path(directory).parent / "best.json"
         self._distance = float("inf")
         # A record alone, of a run killed between removing a best and saving a better one, is of
         # something that is gone.
-        if self._checkpointer.latest_step() is not None and self._record.exists():
+        if self.checkpointer.latest_step() is not None and self._record.exists():
             try:
                 record = json.loads(self._record.read_text(encoding="utf-8"))
                 self._distance = float(record["distance"])
@@ -53,15 +56,20 @@ class BestCheckpoint:
 
     def __exit__(self, kind, value, traceback) -> None:
         """Closes."""
-        self._checkpointer.__exit__(kind, value, traceback)
+        self.checkpointer.__exit__(kind, value, traceback)
 
-    def offer(self, step: int, distance: float, save: Callable[[Checkpointer], object]) -> bool:
-        """Keeps a state if it is better than what is there.
+    def offer(
+        self,
+        step: int,
+        distance: float,
+        save: Callable[[Checkpointer, Callable[[], None]], object],
+    ) -> bool:
+        """Keeps a state if it is better than what is there, in the background.
 
         Args:
           step: its step.
           distance: smaller is better.
-          save: saves it to the checkpointer that it is given.
+          save: saves it to the checkpointer that it is given, and `then` calls its other argument.
 
         Returns:
           Whether it was kept.
@@ -70,9 +78,11 @@ class BestCheckpoint:
         better = distance < self._distance
         if not multihost_utils.broadcast_one_to_all(np.asarray(better)):
             return False
-        save(self._checkpointer)
-        self._checkpointer.wait()
+
+        def then():
+            if jax.process_index() == 0:
+                write_json(self._record, {"step": step, "distance": distance})
+
+        save(self.checkpointer, then)
         self._distance = distance
-        if jax.process_index() == 0:
-            write_json(self._record, {"step": step, "distance": distance})
         return True

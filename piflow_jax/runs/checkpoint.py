@@ -7,11 +7,13 @@ temporary directory, never half a step. TensorStore notices missing and truncate
 flipped bytes of array data as if they were right; the fingerprints catch those.
 """
 
+import contextlib
 import json
 import os
-import re
+import time
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
@@ -21,21 +23,19 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from piflow_jax.buckets import is_remote
-from piflow_jax.parallel import processes
 from piflow_jax.runs.fingerprints import leaf_table
 from piflow_jax.runs.quiet import quiet
 from piflow_jax.runs.steps import (
     CheckpointError,
     bad_step,
     cannot,
-    cause,
     complete_steps,
-    first_cause,
     is_step,
     latest_step,
     listed,
     missing_parts,
     recorded_step,
+    unreadable,
     write_record,
 )
 from piflow_jax.runs.workdir import checkpoint_path
@@ -59,8 +59,8 @@ class Checkpointer:
     """Saves and restores training runs in one directory; use it as a context manager.
 
     Saving is asynchronous: `save` returns once the arrays are copied to the host, so the caller may
-    donate them. An error of the background write is raised by the next `save`, `wait` or `close`.
-    With several processes every method is called by all of them.
+    donate them. An error in the background is raised by the next `save`, `wait` or `close`. With
+    several processes every method is called by all of them.
 
     Args:
       directory: where the steps lie; made absolute, created unless `read_only`.
@@ -72,6 +72,10 @@ class Checkpointer:
         being refused: what a continued run finds there is of the run before it was killed.
       fingerprints: compute and verify the fingerprints of the leaves. They cost a pass over host
         copies of the state, about a second per GB, at every save and restore.
+
+    Attributes:
+      waited: seconds for which callers of `save` and `wait` have waited: for an earlier save, for
+        the directory and for copies to the host. Fingerprints are not in them.
 
     Raises:
       CheckpointError: the directory cannot be created, read or written, or holds only other things.
@@ -94,8 +98,11 @@ class Checkpointer:
         self.directory = checkpoint_path(directory)
         self._read_only = read_only
         self._rewind = rewind
-        self._unrecorded: int | None = None
+        self.waited = 0.0
         self._first: Callable[[], None] | None = None
+        # What follows a save waits for it on a thread of its own, since Orbax has no such hook.
+        self._worker = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._ending: Future | None = None
         self._fingerprints = fingerprints
         # A scan before Orbax tidies up: reports unfinished saves, refuses foreign directories.
         complete_steps(self.directory, report=True, writing=not read_only)
@@ -115,8 +122,10 @@ class Checkpointer:
             error = PermissionError("the directory is read-only for this user")
             raise cannot("write checkpoints to", self.directory, error)
         self._record = record and jax.process_index() == 0
-        if self._record:
-            self._note_latest()
+        if self._record:  # a run without one, or one that was killed before it could write it
+            latest = latest_step(self.directory)
+            if latest != recorded_step(self.directory):
+                self._note(latest)
 
     def __enter__(self) -> "Checkpointer":
         """Returns itself."""
@@ -154,6 +163,7 @@ class Checkpointer:
         config: Mapping,
         spec: Mapping,
         first: Callable[[], None] | None = None,
+        then: Callable[[], None] | None = None,
     ) -> bool:
         """Starts saving a step; returns when the arrays may be changed or donated.
 
@@ -165,6 +175,7 @@ class Checkpointer:
           spec: what sampling needs to know.
           first: called in the background after all is written, before the step counts as complete;
             what it raises, the save does.
+          then: called in the background when the step is complete; what it raises, the save does.
 
         Returns:
           True, or False when exactly this state is already saved as this step.
@@ -184,7 +195,11 @@ class Checkpointer:
             "spec": _as_json(spec, "spec"),
             "leaves": leaf_table(state, fingerprints=self._fingerprints),
         }
-        self.wait()
+        with self._waiting():
+            return self._start(step, state, meta, first, then)
+
+    def _start(self, step, state, meta, first, then) -> bool:
+        self._end_save()
         last = self._manager.latest_step()
         if last is not None and step <= last:
             saved = _read_meta(self.directory / str(last))["leaves"] if step == last else None
@@ -206,7 +221,7 @@ class Checkpointer:
             self._manager.save(step, args=args, force=True)
         except Exception as error:
             raise cannot(f"save step {step} to", self.directory, error) from error
-        self._unrecorded = step if self._record else None
+        self._ending = self._worker.submit(self._follow, step, then)
         return True
 
     def _commit(self) -> None:
@@ -214,20 +229,22 @@ class Checkpointer:
         if self._first is not None:
             self._first()
 
-    def _note_latest(self) -> None:
-        """Makes the record of a run without one, or of one killed before it could write it."""
-        latest = latest_step(self.directory)
-        self._unrecorded = None if latest == recorded_step(self.directory) else latest
-        self._note_saved()
+    def _follow(self, step: int, then: Callable[[], None] | None) -> None:
+        """Waits for a save, and does what comes after it."""
+        try:
+            self._manager.wait_until_finished()
+        except Exception:  # whoever waits for the save is given it too
+            return
+        if self._record:  # before the step is complete, a killed run would seem to lack it
+            self._note(step)
+        if then is not None:
+            then()
 
-    def _note_saved(self) -> None:
-        """Records a step that is complete: before that a killed run would seem to lack it."""
-        step, self._unrecorded = self._unrecorded, None
-        if step is not None:
-            try:
-                write_record(self.directory, step)
-            except OSError as error:
-                raise cannot("write to", self.directory.parent, error) from error
+    def _note(self, step: int) -> None:
+        try:
+            write_record(self.directory, step)
+        except OSError as error:
+            raise cannot("write to", self.directory.parent, error) from error
 
     def _remove_from(self, step: int) -> None:
         multihost_utils.sync_global_devices("rewind")  # another process may be reading there
@@ -260,7 +277,7 @@ class Checkpointer:
         try:
             state = self._manager.restore(step, args=args)["state"]
         except Exception as error:
-            raise _unreadable(path, error) from error
+            raise unreadable(path, error) from error
         if self._fingerprints:
             _check_values(meta["leaves"], state, path)
         return Restored(step, state, meta["data_state"], meta["config"], meta["spec"])
@@ -271,7 +288,8 @@ class Checkpointer:
         Raises:
           CheckpointError: the save failed.
         """
-        self._end_save(self._manager.wait_until_finished, self._manager.check_for_errors)
+        with self._waiting():
+            self._end_save()
 
     def close(self) -> None:
         """Waits for the save in flight and lets the directory go.
@@ -279,16 +297,27 @@ class Checkpointer:
         Raises:
           CheckpointError: the save failed.
         """
-        self._end_save(self._manager.close)
+        with self._waiting():
+            self._end_save(self._manager.close)
 
-    def _end_save(self, *waits: Callable[[], None]) -> None:
+    @contextlib.contextmanager
+    def _waiting(self) -> Iterator[None]:
+        began = time.perf_counter()
         try:
-            for wait in waits:
+            yield
+        finally:
+            self.waited += time.perf_counter() - began
+
+    def _end_save(self, *more: Callable[[], None]) -> None:
+        try:
+            for wait in (self._manager.wait_until_finished, self._manager.check_for_errors, *more):
                 wait()
         except Exception as error:
-            self._unrecorded = None
+            self._ending = None
             raise cannot("save to", self.directory, error) from error
-        self._note_saved()
+        ending, self._ending = self._ending, None
+        if ending is not None:
+            ending.result()
 
 
 def read_spec(directory: Path, step: int | None = None) -> tuple[int, dict, dict]:
@@ -348,7 +377,7 @@ def restore_subtree(directory: Path, key: str, like: Any, step: int | None = Non
         with ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer:
             restored = checkpointer.restore(path / "state", args=args)
     except Exception as error:
-        raise _unreadable(path, error) from error
+        raise unreadable(path, error) from error
     _check_values(saved, restored, path)
     for part in key.split("/"):
         restored = restored[part]
@@ -436,7 +465,7 @@ def _read_meta(path: epath.Path) -> dict:
             raise bad_step(path, f"partial: it lacks {missing}")
         sealed = ocp.JsonCheckpointHandler().restore(path / "meta")
     except (OSError, RecursionError, ValueError) as error:
-        raise _unreadable(path, error) from error
+        raise unreadable(path, error) from error
     if not isinstance(sealed, dict) or sealed.get("crc32") != _crc(sealed.get("meta")):
         raise bad_step(path, f"corrupt: {path / 'meta'} was changed after it was written")
     meta = sealed["meta"]
@@ -456,28 +485,3 @@ def _as_json(mapping: Mapping, what: str) -> dict:
         return json.loads(json.dumps(dict(mapping)))
     except (TypeError, ValueError) as error:
         raise TypeError(f"the checkpoint's {what} is not JSON: {error}") from error
-
-
-# What is said of files that are missing, cut or altered: by TensorStore, with or without a code in
-# front, and by Python of JSON. Anything else that fails in reading tells nothing about the files.
-_DAMAGE = re.compile(
-    "(?:(?:DATA_LOSS|FAILED_PRECONDITION|INVALID_ARGUMENT|NOT_FOUND|OUT_OF_RANGE): )?"
-    "(?:Error (?:decoding|opening|reading) |Metadata at )"
-)
-_NO_FILE = (FileNotFoundError, IsADirectoryError, NotADirectoryError)
-_NO_JSON = (json.JSONDecodeError, RecursionError, UnicodeDecodeError)
-
-
-def _unreadable(path: epath.Path, error: Exception) -> Exception:
-    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
-        return MemoryError(f"not enough memory to restore {path}: {cause(error)}")
-    first = first_cause(error)
-    damaged = isinstance(first, (*_NO_FILE, *_NO_JSON))
-    if damaged or _DAMAGE.match(str(first)):
-        return bad_step(path, f"corrupt or incomplete and cannot be read ({cause(error)})")
-    if lost := processes.lost(error):
-        return CheckpointError(f"cannot restore the checkpoint {path}: {lost}")
-    return CheckpointError(
-        f"cannot restore the checkpoint {path} ({cause(error)}). That need not be damage: keep the"
-        " files until the cause is known."
-    )

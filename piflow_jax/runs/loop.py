@@ -35,6 +35,7 @@ __all__ = ["Interrupted", "Look", "NonFiniteLossError", "Stage", "checkpoint_dir
 # Where the processes tell each other of a signal: its place in the list, the largest counts.
 _LEAVE = "leave"
 _SIGNALS = (None, "SIGTERM", "SIGINT")
+_LONG = 1.0  # seconds of waiting that are worth a line
 
 
 class Interrupted(RuntimeError):
@@ -177,16 +178,19 @@ def run_stage(
             shardings = stage.shardings(abstract)
         state, step, changes = _first_state(stage, checkpointer, abstract, shardings)
         if step < stage.steps:
+            checkpointers = [checkpointer]
             monitor = Monitor(
                 stage.name,
                 directory.parent if jax.process_index() == 0 else None,
                 batch_size=stage.batch_size,
                 peak=peak_flops,
                 profile=profile,
+                saving=lambda: sum(one.waited for one in checkpointers),
             )
             looks = contextlib.nullcontext()
             if stage.look is not None and look_every:
                 looks = BestCheckpoint(checkpoint_dir(workdir, f"{stage.name}/best"))
+                checkpointers.append(looks.checkpointer)
             writer = MetricWriter(
                 workdir,
                 stage.name,
@@ -317,7 +321,10 @@ class _Loop:
             if last:
                 break
             batch = self._next_batch()
+        before = self._checkpointer.waited
         self._checkpointer.wait()
+        if (seconds := self._checkpointer.waited - before) > _LONG:
+            self._writer.say(f"{stage.name}  waited {seconds:.1f} s for its last checkpoint")
         return state, step
 
     def _next_batch(self):
@@ -400,9 +407,11 @@ class _Loop:
             # Orbax's barriers of two saves that are in flight at once have the same names.
             self._checkpointer.wait()
         if look.distance is not None and best.offer(
-            step, look.distance, lambda checkpointer: self._save_to(checkpointer, step, state)
+            step, look.distance, lambda *where: self._save_to(step, state, *where)
         ):
             text += "  (best so far)"
+            if self._several:
+                best.checkpointer.wait()
         seconds = time.perf_counter() - began
         self._writer.say(f"{self._stage.name}  look at step {step:,} in {seconds:.1f} s  {text}")
         return {f"eval_{name}": value for name, value in look.figures.items()}
@@ -451,10 +460,16 @@ class _Loop:
         return NonFiniteLossError(f"{what}; {good} {remedy}")
 
     def _save(self, step: int, state: TrainState) -> None:
-        self._save_to(self._checkpointer, step, state)
+        self._save_to(step, state, self._checkpointer)
         self._last_saved = step
 
-    def _save_to(self, checkpointer: Checkpointer, step: int, state: TrainState) -> None:
+    def _save_to(
+        self,
+        step: int,
+        state: TrainState,
+        checkpointer: Checkpointer,
+        then: Callable[[], None] | None = None,
+    ) -> None:
         stage = self._stage
         # The loss that was seen is that of the parameters before this step's update.
         if not np.asarray(self._all_finite(state)):
@@ -466,4 +481,5 @@ class _Loop:
             config=self._config,
             spec=stage.spec,
             first=self._writer.saving(),
+            then=then,
         )

@@ -3,12 +3,13 @@
 import contextlib
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
 from absl import logging
 
+from piflow_jax.buckets import is_remote, repeated_requests
 from piflow_jax.parallel import peak_flops
 
 __all__ = ["Monitor", "step_memory"]
@@ -27,6 +28,7 @@ class Monitor:
       batch_size: examples per step.
       peak: FLOPs per second of a device at most; 0 looks the device up, see `peak_flops`.
       profile: first and last step to profile; empty for none.
+      saving: seconds so far for which the loop has waited for its checkpoints.
     """
 
     def __init__(
@@ -37,6 +39,7 @@ class Monitor:
         batch_size: int,
         peak: float = 0.0,
         profile: tuple[int, ...] = (),
+        saving: Callable[[], float] = float,
     ):
         self._name = name
         self._directory = directory
@@ -48,6 +51,10 @@ class Monitor:
         self._started = 0
         self._since = (0, time.perf_counter())
         self._waited = 0.0
+        self._bucket = {}
+        if directory is not None and is_remote(directory):
+            self._bucket = {"bucket_wait": saving, "bucket_repeats": repeated_requests}
+        self._so_far = {name: count() for name, count in self._bucket.items()}
         self._listening = False
         self._compilations: list[float] = []
 
@@ -133,7 +140,9 @@ class Monitor:
         Returns:
           `step_seconds`, `examples_per_second`, `flops_per_second`; `mfu`, if the device's peak is
           known; `data_wait`, the share of the time; `memory_gib`, the most that a device of this
-          process has had in use, if the backend counts. Nothing if no step has ended.
+          process has had in use, if the backend counts. Of a run in a bucket also `bucket_wait`,
+          seconds for which the loop waited for its checkpoints, and `bucket_repeats`, requests
+          that were sent again. Nothing if no step has ended.
         """
         (since, began), now = self._since, time.perf_counter()
         waited, self._waited = self._waited, 0.0
@@ -150,6 +159,9 @@ class Monitor:
         }
         if self._peak:
             found["mfu"] = found["flops_per_second"] / self._peak
+        for name, count in self._bucket.items():
+            before, self._so_far[name] = self._so_far[name], count()
+            found[name] = self._so_far[name] - before
         counts = [device.memory_stats() for device in jax.local_devices()]
         peaks = [count["peak_bytes_in_use"] for count in counts if count]
         if peaks:

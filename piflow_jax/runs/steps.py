@@ -1,6 +1,7 @@
 """What lies in a directory of checkpoints: its steps, and the record of the last one."""
 
 import json
+import re
 import reprlib
 from collections.abc import Sequence
 
@@ -24,11 +25,20 @@ __all__ = [
     "listed",
     "missing_parts",
     "recorded_step",
+    "unreadable",
     "write_record",
 ]
 
 _TMP = ".orbax-checkpoint-tmp"
 _STEPS = ocp.path.step.standard_name_format()
+# What is said of files that are missing, cut or altered: by TensorStore, with or without a code in
+# front, and by Python of JSON. Anything else that fails in reading tells nothing about the files.
+_DAMAGE = re.compile(
+    "(?:(?:DATA_LOSS|FAILED_PRECONDITION|INVALID_ARGUMENT|NOT_FOUND|OUT_OF_RANGE): )?"
+    "(?:Error (?:decoding|opening|reading) |Metadata at )"
+)
+_NO_FILE = (FileNotFoundError, IsADirectoryError, NotADirectoryError)
+_NO_JSON = (json.JSONDecodeError, RecursionError, UnicodeDecodeError)
 
 
 class CheckpointError(RuntimeError):
@@ -200,4 +210,20 @@ def cannot(action: str, directory: epath.Path, error: Exception) -> CheckpointEr
     return CheckpointError(
         f"cannot {action} {directory} ({cause(error)}). Check that the path exists, is writable"
         " and has free space, or pass another --workdir."
+    )
+
+
+def unreadable(path: epath.Path, error: Exception) -> Exception:
+    """The error that a step cannot be read: it is damaged only if what failed says so."""
+    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+        return MemoryError(f"not enough memory to restore {path}: {cause(error)}")
+    first = first_cause(error)
+    damaged = isinstance(first, (*_NO_FILE, *_NO_JSON))
+    if damaged or _DAMAGE.match(str(first)):
+        return bad_step(path, f"corrupt or incomplete and cannot be read ({cause(error)})")
+    if lost := processes.lost(error):
+        return CheckpointError(f"cannot restore the checkpoint {path}: {lost}")
+    return CheckpointError(
+        f"cannot restore the checkpoint {path} ({cause(error)}). That need not be damage: keep the"
+        " files until the cause is known."
     )

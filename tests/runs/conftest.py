@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from piflow_jax.runs.workdir import user_path
 from tests import buckets
 from tests.runs.checkpoints import save
 
@@ -29,3 +30,12 @@ def service():
     service.reset()
     yield service
     service.reset()
+
+
+@pytest.fixture(params=["disk", "bucket"])
+def place(request, tmp_path):
+    """A work directory, which need not be on this machine."""
+    if request.param == "disk":
+        return user_path(tmp_path)
+    request.getfixturevalue("service")
+    return user_path("gs://bucket/run")

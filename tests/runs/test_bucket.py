@@ -10,8 +10,10 @@ import threading
 import jax
 import numpy as np
 import pytest
+import tensorstore
 
 import piflow_jax
+from piflow_jax.buckets import repeated_requests
 from piflow_jax.config import ConfigError, parse
 from piflow_jax.evaluation import save_grid
 from piflow_jax.evaluation.kept import KeptFileError, read_kept, read_kept_json
@@ -25,14 +27,10 @@ from piflow_jax.systems.datasets import load_source
 from piflow_jax.systems.shapes import DataShape
 from piflow_jax.whole_files import replacing, write_json
 from tests import tiny
+from tests.buckets import names
 from tests.saved_runs import save_run
 
 RUN = "gs://bucket/run"
-
-
-def names(directory):
-    directory = user_path(directory)
-    return sorted(path.name for path in directory.iterdir()) if directory.exists() else []
 
 
 # --- Files ------------------------------------------------------------------------------------
@@ -76,6 +74,20 @@ def test_what_can_be_written_is_left_as_it_was(service):
 def test_no_bucket_and_other_stores_are_refused(path):
     with pytest.raises(ConfigError, match=r"names no bucket|unknown scheme s3://"):
         user_path(path, "--workdir")
+
+
+def test_what_both_clients_repeat_is_counted(service):
+    path, before = user_path(RUN) / "values.json", repeated_requests()
+    write_json(path, {"a": 1})
+    assert repeated_requests() == before
+    refused = []
+    service.written = lambda name: len(refused) < 2 and not refused.append(name)
+    write_json(path, {"a": 2})  # by gcsfs
+    assert repeated_requests() == before + 2
+    refused.clear()
+    tensorstore.KvStore.open(f"{RUN}/").result().write("other", b"b").result()
+    assert repeated_requests() == before + 4
+    assert read_kept_json(path, dict) == {"a": 2} and (path.parent / "other").read_text() == "b"
 
 
 # --- The lock ---------------------------------------------------------------------------------
@@ -165,6 +177,19 @@ def test_what_has_to_be_done_first_is_done_before_a_step_counts(service, tmp_pat
     with Checkpointer(directory) as checkpointer:
         assert checkpointer.latest_step() == 1
         assert checkpointer.restore(state).state["a"].tolist() == [0, 1, 2, 3]
+
+
+def test_no_caller_waits_for_what_follows_a_save(service):
+    """A record is written when its step is complete, though nobody asks."""
+    directory, done = user_path(RUN) / "checkpoints", threading.Event()
+    meta = {"data_state": {}, "config": {}, "spec": {}}
+    with Checkpointer(directory, record=True) as checkpointer:
+        service.delay = 0.05
+        checkpointer.save(1, {"a": np.arange(4)}, **meta, then=done.set)
+        blocked = checkpointer.waited
+        assert done.wait(60)
+        assert json.loads(directory.with_name("checkpoints.json").read_text()) == {"step": 1}
+        assert 0.05 < blocked == checkpointer.waited < 1.0  # of some 60 requests, a few
 
 
 def steps_of(directory):

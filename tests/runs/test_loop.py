@@ -12,6 +12,7 @@ import numpy as np
 import optax
 import pytest
 
+from piflow_jax.buckets import is_remote
 from piflow_jax.data import batches, load_digits_source
 from piflow_jax.runs import loop
 from piflow_jax.runs.checkpoint import Checkpointer, CheckpointError, restore_subtree
@@ -24,8 +25,10 @@ from piflow_jax.runs.loop import (
     run_stage,
 )
 from piflow_jax.training.state import TrainState
+from tests.buckets import names
 
 OPTIMIZER = optax.sgd(0.1)
+BUCKET = ("bucket_wait", "bucket_repeats")  # what only a run in a bucket logs
 OPTIONS = {"log_every": 2, "checkpoint_every": 4, "keep_checkpoints": 2}
 
 
@@ -87,6 +90,10 @@ class Hooked:
 
 def weights(state):
     return np.asarray(state.params["params"]["w"])
+
+
+def lines(workdir):
+    return map(json.loads, (workdir / "toy" / "metrics.jsonl").read_text().splitlines())
 
 
 @pytest.fixture(scope="module")
@@ -154,15 +161,17 @@ def test_metrics_are_fetched_when_the_next_step_has_been_started(tmp_path, monke
     assert fetched == [(step, min(step + 1, 10)) for step in range(1, 11)]
 
 
-def test_interrupted_run_continues_exactly(tmp_path, whole):
+def test_interrupted_run_continues_exactly(place, whole):
     def hook(count):
         if count == 6:
             os.kill(os.getpid(), signal.SIGTERM)
 
     with pytest.raises(Interrupted, match="SIGTERM: saved toy at step"):
-        run_stage(make_stage(hook=hook), tmp_path, **OPTIONS)
-    state = run_stage(make_stage(), tmp_path, **OPTIONS)
+        run_stage(make_stage(hook=hook), place, **OPTIONS)
+    state = run_stage(make_stage(), place, **OPTIONS)
     np.testing.assert_array_equal(weights(state), whole)
+    found = {name: {name in line for line in lines(place)} for name in BUCKET}
+    assert found == {name: {is_remote(place)} for name in BUCKET}
 
 
 def test_signal_in_the_last_step_ends_the_run_too(tmp_path):
@@ -187,12 +196,12 @@ def during(monkeypatch, method, number):
 
 @pytest.mark.parametrize("method", ["save", "close"])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_signal_while_the_end_is_saved_ends_the_run_too(tmp_path, monkeypatch, method, number):
+def test_signal_while_the_end_is_saved_ends_the_run_too(place, monkeypatch, method, number):
     during(monkeypatch, method, number)
     with pytest.raises(Interrupted, match=f"{number.name}: saved toy at step 3") as stop:
-        run_stage(make_stage(3), tmp_path, **OPTIONS)
+        run_stage(make_stage(3), place, **OPTIONS)
     assert stop.value.signal == number.name
-    assert sorted(os.listdir(checkpoint_dir(tmp_path, "toy"))) == ["3"]
+    assert names(checkpoint_dir(place, "toy")) == ["3"]
 
 
 def test_signal_while_a_finished_stage_is_read_ends_the_run(tmp_path, monkeypatch):
@@ -227,22 +236,22 @@ def test_longer_run_extends_a_finished_one(tmp_path, whole):
     np.testing.assert_array_equal(weights(state), whole)
 
 
-def test_finished_stage_is_not_run_again(tmp_path, whole):
-    run_stage(make_stage(), tmp_path, **OPTIONS)
+def test_finished_stage_is_not_run_again(place, whole):
+    run_stage(make_stage(), place, **OPTIONS)
 
     def fail(count):
         raise AssertionError("took a batch")
 
-    state = run_stage(make_stage(hook=fail), tmp_path, **OPTIONS)
+    state = run_stage(make_stage(hook=fail), place, **OPTIONS)
     np.testing.assert_array_equal(weights(state), whole)
 
 
-def test_other_settings_are_refused_by_name(tmp_path):
-    run_stage(make_stage(4), tmp_path, **OPTIONS)
+def test_other_settings_are_refused_by_name(place):
+    run_stage(make_stage(4), place, **OPTIONS)
     with pytest.raises(
         CheckpointError, match=r"config.rate: the checkpoint has 0.1, asked for 0.2"
     ):
-        run_stage(make_stage(8, rate=0.2), tmp_path, **OPTIONS)
+        run_stage(make_stage(8, rate=0.2), place, **OPTIONS)
 
 
 @pytest.mark.parametrize(("poison", "good"), [(7, "step 4 in"), (3, "no checkpoint yet")])
@@ -251,10 +260,10 @@ def test_non_finite_loss_names_step_and_checkpoint(tmp_path, poison, good):
         run_stage(make_stage(poison_at=poison), tmp_path, **OPTIONS)
 
 
-def test_non_finite_state_is_never_saved(tmp_path):
+def test_non_finite_state_is_never_saved(place):
     with pytest.raises(NonFiniteLossError):
-        run_stage(make_stage(poison_at=8), tmp_path, **OPTIONS)
-    saved = sorted(p.name for p in (tmp_path / "toy" / "checkpoints").iterdir() if p.is_dir())
+        run_stage(make_stage(poison_at=8), place, **OPTIONS)
+    saved = sorted(p.name for p in (place / "toy" / "checkpoints").iterdir() if p.is_dir())
     assert saved == ["4"]
 
 
@@ -277,35 +286,31 @@ def look_with(distances):
     return look
 
 
-def test_the_best_checkpoint_stays_beside_the_latest(tmp_path):
+def test_the_best_checkpoint_stays_beside_the_latest(place):
     look = look_with([3.0, 1.0, 2.0])
     stage = dataclasses.replace(make_stage(steps=12), look=look)
-    run_stage(stage, tmp_path, look_every=4, **OPTIONS)
-    assert os.listdir(checkpoint_dir(tmp_path, "toy/best")) == ["8"]
-    best = restore_subtree(checkpoint_dir(tmp_path, "toy/best"), "ema_params", like())
+    run_stage(stage, place, look_every=4, **OPTIONS)
+    assert names(checkpoint_dir(place, "toy/best")) == ["8"]
+    best = restore_subtree(checkpoint_dir(place, "toy/best"), "ema_params", like())
     np.testing.assert_array_equal(best["params"]["w"], look.seen[1])
-    last = restore_subtree(checkpoint_dir(tmp_path, "toy"), "ema_params", like())
+    last = restore_subtree(checkpoint_dir(place, "toy"), "ema_params", like())
     np.testing.assert_array_equal(last["params"]["w"], look.seen[2])
-    lines = [json.loads(line) for line in (tmp_path / "toy" / "metrics.jsonl").open()]
-    assert {line["step"]: line.get("eval_frechet") for line in lines if line["step"] % 4 == 0} == {
-        4: 3.0,
-        8: 1.0,
-        12: 2.0,
-    }
+    seen = {line["step"]: line.get("eval_frechet") for line in lines(place)}
+    assert {step: seen[step] for step in (4, 8, 12)} == {4: 3.0, 8: 1.0, 12: 2.0}
 
 
-def test_a_continued_run_remembers_its_best(tmp_path):
+def test_a_continued_run_remembers_its_best(place):
     first = dataclasses.replace(make_stage(steps=8), look=look_with([1.0, 2.0]))
-    run_stage(first, tmp_path, look_every=4, **OPTIONS)
+    run_stage(first, place, look_every=4, **OPTIONS)
     then = dataclasses.replace(make_stage(steps=16), look=look_with([1.5, 0.5]))
-    run_stage(then, tmp_path, look_every=4, **OPTIONS)
-    assert os.listdir(checkpoint_dir(tmp_path, "toy/best")) == ["16"]
+    run_stage(then, place, look_every=4, **OPTIONS)
+    assert names(checkpoint_dir(place, "toy/best")) == ["16"]
     other = dataclasses.replace(make_stage(steps=20), look=look_with([0.7]))
-    run_stage(other, tmp_path, look_every=4, **OPTIONS)
-    assert os.listdir(checkpoint_dir(tmp_path, "toy/best")) == ["16"]
-    (tmp_path / "toy" / "best" / "best.json").write_text("{")
+    run_stage(other, place, look_every=4, **OPTIONS)
+    assert names(checkpoint_dir(place, "toy/best")) == ["16"]
+    (place / "toy" / "best" / "best.json").write_text("{")
     with pytest.raises(CheckpointError, match=r"best\.json is damaged"):
-        run_stage(make_look_again(), tmp_path, look_every=4, **OPTIONS)
+        run_stage(make_look_again(), place, look_every=4, **OPTIONS)
 
 
 def killed_after_the_look_at_step_6(workdir):
@@ -320,8 +325,8 @@ def killed_after_the_look_at_step_6(workdir):
     )
     with pytest.raises(ConnectionError, match="killed"):
         run_stage(stage, workdir, look_every=1, **OPTIONS)
-    assert os.listdir(checkpoint_dir(workdir, "toy")) == ["4"]
-    assert os.listdir(checkpoint_dir(workdir, "toy/best")) == ["6"]
+    assert names(checkpoint_dir(workdir, "toy")) == ["4"]
+    assert names(checkpoint_dir(workdir, "toy/best")) == ["6"]
 
 
 @pytest.mark.parametrize(
@@ -339,7 +344,7 @@ def test_a_better_one_at_a_step_that_is_passed_again_is_kept(tmp_path, distances
     stage = dataclasses.replace(make_stage(8), look=look, constants=(jax.random.key(seed),))
     run_stage(stage, tmp_path, look_every=1, **OPTIONS)
     folder = checkpoint_dir(tmp_path, "toy/best")
-    assert os.listdir(folder) == [str(step)]
+    assert names(folder) == [str(step)]
     best = restore_subtree(folder, "ema_params", like())["params"]["w"]
     kept = min(distances) > 3
     expected = old["params"]["w"] if kept else look.seen[step - 5]
@@ -347,7 +352,7 @@ def test_a_better_one_at_a_step_that_is_passed_again_is_kept(tmp_path, distances
     record = json.loads((folder.parent / "best.json").read_text())
     assert record == {"step": step, "distance": 3.0 if kept else 2.0}
     # The latest ones are untouched.
-    assert sorted(os.listdir(checkpoint_dir(tmp_path, "toy"))) == ["4", "8"]
+    assert names(checkpoint_dir(tmp_path, "toy")) == ["4", "8"]
 
 
 def test_a_record_without_its_checkpoint_is_no_best(tmp_path):
@@ -356,7 +361,7 @@ def test_a_record_without_its_checkpoint_is_no_best(tmp_path):
     shutil.rmtree(checkpoint_dir(tmp_path, "toy/best") / "6")
     stage = dataclasses.replace(make_stage(8), look=look_with([4.0, 3.5, 3.6, 3.6]))
     run_stage(stage, tmp_path, look_every=1, **OPTIONS)
-    assert os.listdir(checkpoint_dir(tmp_path, "toy/best")) == ["6"]
+    assert names(checkpoint_dir(tmp_path, "toy/best")) == ["6"]
 
 
 def make_look_again():

@@ -1,0 +1,98 @@
+"""A run in a bucket beside the same run on a disk: what the training loop waits for.
+
+    python -m benchmarks.bucket [--config=configs/digits.py:quick] [--delay=0.1] [KEY=VALUE ...]
+
+starts the tests' emulator of Google Cloud Storage, which needs `".[test]"`, and trains twice, with
+`--workdir` on a disk and then in the bucket, where each request takes `--delay` seconds. It prints
+for each stage the seconds that the loop waited for the bucket and what it took in all, and fails if
+files or figures of the two runs differ. The emulator shares the machine's cores with the run.
+"""
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+
+from piflow_jax.runs.workdir import user_path
+from tests import buckets
+
+STAGES = ("teacher", "student")
+# Of a line of metrics, what does not depend on the clock.
+FIGURES = ("step", "stage", "loss", "grad_norm")
+_LAST = r"{}  waited ([0-9.]+) s for its last checkpoint"
+
+
+def train(config: str, workdir: str, overrides: Sequence[str]) -> tuple[float, str]:
+    """Trains; returns the seconds and what was logged."""
+    command = [sys.executable, "-m", "piflow_jax.main", f"--config={config}"]
+    command += [f"--workdir={workdir}", *(f"--config.{word}" for word in overrides)]
+    began = time.perf_counter()
+    done = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False)
+    if done.returncode:
+        sys.exit(done.stderr)
+    return time.perf_counter() - began, done.stderr
+
+
+def metrics(workdir: str, stage: str) -> list[dict]:
+    """The lines of a stage."""
+    text = (user_path(workdir) / stage / "metrics.jsonl").read_text()
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def left(workdir: str) -> dict:
+    """What a run leaves that another one of the same settings has to leave too."""
+    root = user_path(workdir)
+    names = {stage: buckets.names(root / stage) for stage in STAGES}
+    found = {"files": {key: [re.sub(r"\.\d+\..*", "", n) for n in names[key]] for key in names}}
+    found["files"]["run"] = [name for name in buckets.names(root) if name != "run.lock"]
+    for stage in STAGES:
+        found[stage] = [{k: line[k] for k in FIGURES} for line in metrics(workdir, stage)]
+        steps = root / stage / "checkpoints"
+        last = max(int(name) for name in buckets.names(steps) if name.isdigit())
+        found[f"{stage} {last}"] = json.loads((steps / str(last) / "meta/metadata").read_text())
+    report = json.loads((root / "report.json").read_text())
+    for row in report["rows"]:
+        del row["seconds"]
+    return found | {"report": report}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command; returns its exit status."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--config", default="configs/digits.py:quick")
+    parser.add_argument("--delay", type=float, default=0.1, help="seconds of a request")
+    parser.add_argument("overrides", nargs="*", help="such as train.steps=200")
+    options = parser.parse_args(arguments)
+    service, bucket = buckets.service(), f"gs://{buckets.BUCKET}/run"
+    with tempfile.TemporaryDirectory() as disk:
+        on_disk, _ = train(options.config, disk, options.overrides)
+        service.delay, service.requests = options.delay, 0
+        in_bucket, said = train(options.config, bucket, options.overrides)
+        service.delay = 0.0
+        print(f"{on_disk:.0f} s on the disk, {in_bucket:.0f} s in the bucket", end="")
+        print(f", {service.requests} requests of {options.delay} s")
+        for stage in STAGES:
+            lines = metrics(bucket, stage)
+            waited = sum(line["bucket_wait"] for line in lines)
+            steps = [0, *(line["step"] for line in lines)]
+            total = sum(
+                line["step_seconds"] * (line["step"] - before)
+                for before, line in zip(steps, lines, strict=False)
+            )
+            last = re.search(_LAST.format(stage), said)
+            print(
+                f"{stage}: {total:.1f} s of steps, of which {waited:.2f} s waiting for the bucket "
+                f"({waited / total:.2%}); {float(last[1]) if last else 0:.1f} s more at the end"
+            )
+        here, there = left(disk), left(bucket)
+    different = [name for name in here | there if here.get(name) != there.get(name)]
+    print(f"different: {', '.join(different)}" if different else "the same files and figures")
+    return len(different)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
