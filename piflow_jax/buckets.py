@@ -8,8 +8,9 @@ service refuses for the moment.
 import importlib.util
 import logging
 import os
+from collections.abc import Callable
 
-__all__ = ["SCHEME", "connect", "is_remote", "repeated_requests"]
+__all__ = ["SCHEME", "connect", "fetcher", "is_remote", "repeated_requests"]
 
 SCHEME = "gs://"
 
@@ -44,6 +45,34 @@ def connect() -> None:
             logger.propagate = False
             logging.getLogger("fsspec").setLevel(logging.WARNING)
         logger.setLevel(logging.DEBUG)
+
+
+def fetcher(path: str | os.PathLike) -> tuple[int, Callable[[int, int], bytes]]:
+    """How an object is read by ranges of bytes.
+
+    Args:
+      path: the object, `gs://...`.
+
+    Returns:
+      Its size in bytes, and a function of the first byte and the one behind the last, of which each
+      call is one request. Threads may call it at the same time.
+
+    Raises:
+      FileNotFoundError: there is no such object.
+    """
+    import fsspec
+
+    path, system = os.fspath(path), fsspec.filesystem("gs")
+    size = system.info(path)["size"]
+
+    def fetch(first: int, last: int) -> bytes:
+        # The service has no word for a range without bytes.
+        data = system.cat_file(path, first, last) if first < last else b""
+        if len(data) != last - first:
+            raise OSError(f"{path} was written anew or cut short while it was read")
+        return data
+
+    return size, fetch
 
 
 def repeated_requests() -> int:

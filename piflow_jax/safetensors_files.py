@@ -1,5 +1,7 @@
 """Files in the `.safetensors` format: names, types and shapes first, tensors one by one.
 
+Files on a disk are mapped into memory; of an object in a bucket ranges of bytes are asked for.
+
 Source: the format's own description: eight bytes of length, a header in JSON, the tensors' bytes.
 Its Python library reads into types of numpy alone, which has no float8, and keeps the last of two
 tensors of one name.
@@ -9,13 +11,13 @@ import json
 import math
 import os
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 from etils import epath
 
+from piflow_jax.buckets import fetcher, is_remote
 from piflow_jax.whole_files import replacing
 
 # Types by their names in a header.
@@ -39,22 +41,41 @@ _DTYPES = {
 _METADATA = "__metadata__"
 # What stands for a large file in a clone without Git LFS.
 _POINTER = b"version https://git-lfs"
+# Requests to a bucket that are under way together: each waits for far longer than it transfers.
+_REQUESTS = 16
 
 
 class LazyArray:
     """An array that is read when numpy asks for it, and only then; nothing is kept.
 
+    `array[index]` reads a part, where `index` is a tuple of slices (with step 1) of leading axes.
+
     Attributes:
         shape: Shape.
         dtype: Dtype.
         ndim: Number of axes.
+        at_once: How many such arrays are better read at once than one by one.
     """
 
-    def __init__(self, shape: tuple[int, ...], dtype: Any, read: Callable[[], np.ndarray]):
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        dtype: Any,
+        read: Callable[..., np.ndarray],
+        *,
+        in_parts: bool = False,
+        at_once: int = 1,
+    ):
+        """An array that `read()` reads; if `in_parts`, `read(index)` reads a part and no more."""
         self.shape = tuple(shape)
         self.dtype = np.dtype(dtype)
         self.ndim = len(self.shape)
-        self._read = read
+        self.at_once = at_once
+        self._read, self._in_parts = read, in_parts
+
+    def __getitem__(self, index: tuple[slice, ...]) -> np.ndarray:
+        """Reads a part; every call reads anew."""
+        return self._read(index) if self._in_parts else self._read()[index]
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         """Reads the array; every call reads anew."""
@@ -68,14 +89,15 @@ class LazyArray:
         return f"LazyArray(shape={self.shape}, dtype={self.dtype})"
 
 
-def open_safetensors(path: Path) -> tuple[dict[str, LazyArray], dict[str, str]]:
+def open_safetensors(path: epath.Path) -> tuple[dict[str, LazyArray], dict[str, str]]:
     """Opens a file without reading its tensors.
 
     Args:
-        path: The file.
+        path: The file, on a disk or in a bucket.
 
     Returns:
-        Its arrays by name, in the order of the file, and its metadata.
+        Its arrays by name, in the order of the file, and its metadata. Of a part of an array those
+        rows of its first axis are read in which the part lies, which is one range of bytes.
 
     Raises:
         ValueError: The file is damaged, has two tensors of one name, or a type that neither numpy
@@ -83,23 +105,35 @@ def open_safetensors(path: Path) -> tuple[dict[str, LazyArray], dict[str, str]]:
     """
     check_here(path)
     try:
-        memory = np.memmap(path, np.uint8, "r")
-        start = 8 + int.from_bytes(memory[:8].tobytes(), "little")
-        header = json.loads(memory[8:start].tobytes(), object_pairs_hook=_distinct)
+        size, read = _bytes_of(path)
+        start = 8 + int.from_bytes(read(0, min(8, size)).tobytes(), "little")
+        if not 8 < start <= size:
+            raise ValueError(f"it has {size} bytes, its header would end at {start}")
+        header = json.loads(read(8, start).tobytes(), object_pairs_hook=_distinct)
         metadata = header.pop(_METADATA, None) or {}
         if not all(isinstance(text, str) for text in metadata.values()):
             raise ValueError("its metadata is not text")
         entries = [_entry(name, entry) for name, entry in header.items()]
         entries.sort(key=lambda entry: entry[3:])
-        _check_layout(entries, len(memory) - start)
+        _check_layout(entries, size - start)
     except _TwiceError as error:
         raise ValueError(f"{path} has {error} twice; write it anew") from error
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path} is damaged or cut short, fetch it again: {error!r}") from error
 
     def lazy(kind, shape, first, last):
-        part, dtype = slice(start + first, start + last), _DTYPES[kind]
-        return LazyArray(shape, dtype, lambda: np.array(memory[part]).view(dtype).reshape(shape))
+        dtype, whole = np.dtype(_DTYPES[kind]), shape or (1,)
+        row = math.prod(whole[1:]) * dtype.itemsize
+
+        def part(index=()):
+            rows, *others = *index, *(slice(None),) * (len(whole) - len(index))
+            begin, end, _ = rows.indices(whole[0])
+            data = read(start + first + begin * row, start + first + end * row)
+            array = np.array(data).view(dtype).reshape(end - begin, *whole[1:])
+            return np.ascontiguousarray(array[:, *others]) if index else array.reshape(shape)
+
+        at_once = _REQUESTS if is_remote(path) else 1
+        return LazyArray(shape, dtype, part, in_parts=True, at_once=at_once)
 
     unknown = sorted({kind for _, kind, *_ in entries} - set(_DTYPES))
     if unknown:
@@ -107,11 +141,25 @@ def open_safetensors(path: Path) -> tuple[dict[str, LazyArray], dict[str, str]]:
     return {name: lazy(*entry) for name, *entry in entries}, metadata
 
 
-def check_here(path: Path) -> None:
+def _bytes_of(path: epath.Path) -> tuple[int, Callable[[int, int], np.ndarray]]:
+    """The size of a file, and what reads the bytes between two places."""
+    if is_remote(path):
+        size, fetch = fetcher(path)
+        return size, lambda first, last: np.frombuffer(fetch(first, last), np.uint8)
+    memory = np.memmap(path, np.uint8, "r")
+    return len(memory), lambda first, last: memory[first:last]
+
+
+def check_here(path: epath.Path) -> None:
     """Raises OSError for a file that cannot be read, ValueError if Git LFS has not brought it."""
-    with path.open("rb") as file:
-        if file.read(len(_POINTER)) == _POINTER:
-            raise ValueError(f"{path} stands for weights that are not here yet: run git lfs pull")
+    if is_remote(path):
+        size, fetch = fetcher(path)
+        head = fetch(0, min(len(_POINTER), size))
+    else:
+        with path.open("rb") as file:
+            head = file.read(len(_POINTER))
+    if head == _POINTER:
+        raise ValueError(f"{path} stands for weights that are not here yet: run git lfs pull")
 
 
 class _TwiceError(Exception):

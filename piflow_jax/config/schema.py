@@ -147,7 +147,9 @@ class TeacherConfig:
         "", "directory of a teacher's checkpoints; empty trains one first in <workdir>/teacher"
     )
     weights: str = _field(
-        "", "official weights to take the teacher from: .safetensors, .pth, or a folder of them"
+        "",
+        "official weights to take the teacher from: .safetensors, .pth, or a folder of them, on a "
+        "disk or in a bucket (gs://...)",
     )
     weights_format: str = _field(
         "",
@@ -257,7 +259,9 @@ class EvaluationConfig:
         choices=("latest", "best"),
     )
     weights: str = _field(
-        "", "official student weights (.safetensors, .pth) in place of the run's checkpoint"
+        "",
+        "official student weights (.safetensors, .pth; gs://... too) in place of the run's "
+        "checkpoint",
     )
     features: str = _field("", "file of the Inception weights whose features make an FID")
     reference: str = _field(

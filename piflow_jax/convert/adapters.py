@@ -214,11 +214,12 @@ def _scales(state: Mapping[str, Any], rank: int) -> Callable[[str], float]:
 
 
 def _times(factor: float, array: Any) -> LazyArray:
-    def read() -> np.ndarray:
-        wide = np.asarray(array)
+    def read(index: tuple[slice, ...] = ()) -> np.ndarray:
+        wide = array[index]
         return (wide * np.asarray(factor, np.float32)).astype(wide.dtype)
 
-    return LazyArray(array.shape, array.dtype, read)
+    at_once = getattr(array, "at_once", 1)
+    return LazyArray(array.shape, array.dtype, read, in_parts=True, at_once=at_once)
 
 
 def export_adapter(module: Flux | QwenImage, trained: Mapping) -> dict[str, np.ndarray]:

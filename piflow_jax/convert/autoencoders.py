@@ -57,7 +57,8 @@ def open_autoencoder(
     kind, keys = (QWEN_VAE, _QWEN_VAE) if qwen else (VAE, _VAE)
     beside = weights.path.parent / "config.json"
     settings: dict[str, Any] = {}
-    if os.path.lexists(beside):  # a link to nothing is no autoencoder without settings
+    # A link to nothing is no autoencoder without settings.
+    if beside.exists() or os.path.islink(beside):
         try:
             written = json.loads(beside.read_text(encoding="utf-8"))
             settings = {keys[key]: written[key] for key in keys if written.get(key) is not None}

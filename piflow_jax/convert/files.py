@@ -10,15 +10,17 @@ import pickle
 import re
 import zipfile
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 from absl import logging
+from etils import epath
 
+from piflow_jax.buckets import connect, is_remote
 from piflow_jax.convert.float8 import with_scales
 from piflow_jax.safetensors_files import LazyArray, check_here, open_safetensors
+from piflow_jax.whole_files import reading
 
 INDEX = ".safetensors.index.json"
 PICKLES = (".pth", ".pt", ".bin", ".ckpt")
@@ -53,7 +55,7 @@ class Weights(Mapping[str, LazyArray]):
 
     def __init__(
         self,
-        path: Path,
+        path: epath.Path,
         arrays: Mapping[str, LazyArray],
         metadata: Mapping[str, str],
         selected: str = "",
@@ -91,7 +93,9 @@ def open_weights(path: str | os.PathLike, select: str | None = None) -> Weights:
 
     Args:
         path: A `.safetensors` file; an index `*.safetensors.index.json` of shards; a `.pth`, `.pt`,
-            `.bin` or `.ckpt` file of PyTorch; or a directory with exactly one of these.
+            `.bin` or `.ckpt` file of PyTorch; or a directory with exactly one of these. In a
+            bucket (`gs://...`) as well: `.safetensors` is read by ranges of bytes, files of PyTorch
+            are copied to a temporary directory first.
         select: The part to take where a file holds several: a key such as "model", or a prefix of
             names such as "diffusion.denoising" or "teacher.denoising". "" takes all names and
             arrays as they are.
@@ -106,7 +110,7 @@ def open_weights(path: str | os.PathLike, select: str | None = None) -> Weights:
             code, several parts of which none is the obvious one, or averages without names.
         ImportError: A PyTorch file, and PyTorch is not installed.
     """
-    path = _one_file(Path(path))
+    path = _one_file(_path(path))
     if path.name.endswith(INDEX):
         parts, metadata = _open_index(path)
     elif path.suffix == ".safetensors":
@@ -132,13 +136,19 @@ def holds_weights(path: str | os.PathLike) -> bool:
     Returns:
         Whether it is a file, or a folder with a weight file in it.
     """
-    path = Path(path)
+    path = _path(path)
     if not path.is_dir():
         return path.exists()
     return any(p.name.endswith(_ENDINGS) and p.is_file() for p in path.iterdir())
 
 
-def _one_file(path: Path) -> Path:
+def _path(path: str | os.PathLike) -> epath.Path:
+    if is_remote(path):
+        connect()
+    return epath.Path(path)
+
+
+def _one_file(path: epath.Path) -> epath.Path:
     """The weight file that a path means: itself, or the one in a directory."""
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such weight file or directory")
@@ -160,7 +170,7 @@ def _one_file(path: Path) -> Path:
     raise FileNotFoundError(f"{path}: a directory without weight files{hint}")
 
 
-def _open_index(path: Path) -> tuple[dict[str, LazyArray], dict[str, str]]:
+def _open_index(path: epath.Path) -> tuple[dict[str, LazyArray], dict[str, str]]:
     """Opens the shards that an index names."""
     try:
         index = json.loads(path.read_text(encoding="utf-8"))
@@ -168,7 +178,7 @@ def _open_index(path: Path) -> tuple[dict[str, LazyArray], dict[str, str]]:
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path} is no index of shards: {error!r}") from error
     shards = sorted(set(where.values()))
-    outside = [shard for shard in shards if Path(shard).name != shard]
+    outside = [shard for shard in shards if epath.Path(shard).name != shard]
     if outside:
         raise ValueError(f"{path} names shards outside its own directory: {outside}")
     absent = [shard for shard in shards if not (path.parent / shard).is_file()]
@@ -188,7 +198,7 @@ def _open_index(path: Path) -> tuple[dict[str, LazyArray], dict[str, str]]:
     return {name: arrays[name] for name in where}, metadata
 
 
-def _open_pickle(path: Path) -> dict:
+def _open_pickle(path: epath.Path) -> dict:
     """Opens a PyTorch file: nested dicts with lazy arrays in place of tensors."""
     try:
         import torch
@@ -200,9 +210,10 @@ def _open_pickle(path: Path) -> dict:
     try:
         # Checkpoints of DiT, SiT and REPA keep their command line: a Namespace holds plain
         # values, and its own construction runs nothing.
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        # What is mapped stays so when a bucket's copy is removed.
+        with torch.serialization.safe_globals([argparse.Namespace]), reading(path) as here:
             content = torch.load(
-                path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
+                here, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(here)
             )
     except pickle.UnpicklingError as error:
         raise ValueError(
@@ -250,20 +261,24 @@ def _lazy_tensor(tensor: Any) -> LazyArray:
     }
     if tensor.layout is not torch.strided or tensor.is_meta:
         raise TypeError(f"{tensor.layout} on {tensor.device}")
-    if tensor.dtype not in bits:
-        dtype = torch.empty(0, dtype=tensor.dtype).numpy().dtype
-        return LazyArray(tensor.shape, dtype, lambda: np.array(tensor.numpy()))
-    carrier, dtype = bits[tensor.dtype]
-    return LazyArray(
-        tensor.shape, dtype, lambda: np.array(tensor.view(carrier).numpy()).view(dtype)
-    )
+    if tensor.dtype in bits:
+        carrier, dtype = bits[tensor.dtype]
+    else:
+        carrier, dtype = tensor.dtype, torch.empty(0, dtype=tensor.dtype).numpy().dtype
+
+    def read(index: tuple[slice, ...] = ()) -> np.ndarray:
+        return np.array(tensor.view(carrier)[index].numpy()).view(dtype)
+
+    return LazyArray(tensor.shape, dtype, read, in_parts=True)
 
 
 def _arrays_in(content: Mapping) -> dict[str, LazyArray]:
     return {name: value for name, value in content.items() if isinstance(value, LazyArray)}
 
 
-def _select(path: Path, content: Mapping, select: str | None) -> tuple[dict[str, LazyArray], str]:
+def _select(
+    path: epath.Path, content: Mapping, select: str | None
+) -> tuple[dict[str, LazyArray], str]:
     """The arrays of one network, without prefixes, and the name of the part they come from."""
     if select is None and _has_nameless_average(content):
         raise ValueError(
@@ -325,7 +340,7 @@ def _unwrapped(arrays: Mapping[str, LazyArray], select: str | None) -> dict[str,
     return dict(zip(names, arrays.values(), strict=True))
 
 
-def _preferred(path: Path, parts: list[str], select: str | None) -> str:
+def _preferred(path: epath.Path, parts: list[str], select: str | None) -> str:
     """The average if the other part is what is averaged; the only part; else an error."""
     if len(parts) == 1:
         return parts[0]

@@ -58,13 +58,15 @@ def _product(name: str, array: LazyArray, scale: LazyArray) -> LazyArray:
     if not whole and not by_row and (len(shape) != 2 or scale.shape != blocks):
         raise ValueError(f"the scale of {name} has shape {scale.shape}, which {shape} does not fit")
 
-    def read() -> np.ndarray:
+    def read(index: tuple[slice, ...] = ()) -> np.ndarray:
         factor = np.asarray(scale).astype(np.float32)
         if whole or by_row:
-            factor = factor.reshape(-1, *(1,) * (len(shape) - 1))
+            factor = factor.reshape(() if whole else (-1, *(1,) * (len(shape) - 1)))
+            factor = np.broadcast_to(factor, shape)[index]
         else:
             for axis, side in enumerate(shape):
-                factor = np.repeat(factor, _BLOCK, axis).take(range(side), axis)
-        return (np.asarray(array).astype(np.float32) * factor).reshape(shape)
+                part = range(side)[index[axis] if axis < len(index) else slice(None)]
+                factor = factor.take(np.array(part, int) // _BLOCK, axis)
+        return array[index].astype(np.float32) * factor
 
-    return LazyArray(shape, np.float32, read)
+    return LazyArray(shape, np.float32, read, in_parts=True, at_once=array.at_once)

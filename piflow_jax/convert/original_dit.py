@@ -185,10 +185,13 @@ def _third(name: str, array: np.ndarray, i: int) -> LazyArray:
         raise ValueError(f"{name} has shape {shape}, expected a multiple of 3 rows")
     size = shape[0] // 3
 
-    def read() -> np.ndarray:
-        return np.array(np.asarray(array)[i * size : (i + 1) * size])
+    def read(index: tuple[slice, ...] = ()) -> np.ndarray:
+        rows, *others = index or (slice(None),)
+        start, stop, _ = rows.indices(size)
+        return np.array(array[(slice(i * size + start, i * size + stop), *others)])
 
-    return LazyArray((size, *shape[1:]), array.dtype, read)
+    at_once = getattr(array, "at_once", 1)
+    return LazyArray((size, *shape[1:]), array.dtype, read, in_parts=True, at_once=at_once)
 
 
 ORIGINAL_DIT = Kind(name="original_dit", mark=TIME_IN, load=load_original_dit, module=DiT)

@@ -5,7 +5,6 @@ is imported can be exported without a second table.
 """
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -13,15 +12,26 @@ from typing import Any
 import einops
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 
-from piflow_jax.convert.float8 import FLOAT8
+from piflow_jax.convert.leaves import Leaf, dtype_of
 
 _LISTED = 20
 
-# Puts a finished leaf where it belongs, given its path.
-Place = Callable[[tuple[str, ...], np.ndarray], Any]
+
+@dataclasses.dataclass(frozen=True)
+class LazyPlace:
+    """A `place` that is called before a leaf is read, with a `Leaf` in place of a numpy array.
+
+    Attributes:
+        place: `(path, leaf) -> what the leaf becomes`.
+    """
+
+    place: Callable[[tuple[str, ...], Leaf], Any]
+
+
+# Puts a leaf where it belongs, given its path.
+Place = Callable[[tuple[str, ...], np.ndarray], Any] | LazyPlace
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,33 +73,11 @@ class Rule:
         depth = depth if self.depth is None else self.depth
         return [name.format(layer=i) for i in range(depth) for name in self.names]
 
-    def to_leaf(self, state: Mapping[str, np.ndarray], depth: int) -> np.ndarray:
-        """Builds the Flax leaf from PyTorch arrays, of which one layer's are read at a time."""
-        if not self.layered:
-            return np.array(self._piece(state, self.names, self.pattern), order="C")
-        left, right = (side.split() for side in self.pattern.split("->"))
-        if left[0] != "l" or right[0] != "l":
-            raise ValueError(f"{self.pattern!r}: layers must lead on both sides")
-        pattern = f"{' '.join(left[1:])} -> {' '.join(right[1:])}"
-        dtype = _common_dtype(state[name] for name in self.torch_names(depth))
-        depth = depth if self.depth is None else self.depth
-        leaf = None
-        for i in range(depth):
-            piece = self._piece(state, [name.format(layer=i) for name in self.names], pattern)
-            if leaf is None:
-                leaf = np.empty((depth, *piece.shape), dtype)
-            leaf[i] = piece
-            del piece  # before the next layer is read
-        return leaf
-
-    def _piece(
-        self, state: Mapping[str, np.ndarray], names: Iterable[str], pattern: str
-    ) -> np.ndarray:
-        dtype = _common_dtype(state[name] for name in names)
-        arrays = [_read(name, state[name]).astype(dtype, copy=False) for name in names]
-        stacked = np.stack(arrays) if len(arrays) > 1 else arrays[0]
-        del arrays
-        return einops.rearrange(stacked, pattern, **self._known())
+    def leaf(self, state: Mapping[str, np.ndarray], depth: int) -> Leaf:
+        """Pairs the Flax leaf with PyTorch arrays, without reading them."""
+        names, many = self.torch_names(depth), len(self.names)
+        layers = [names[i : i + many] for i in range(0, len(names), many)]
+        return Leaf(self.pattern, self.sizes, layers, state)
 
     def from_leaf(self, leaf: np.ndarray, depth: int) -> dict[str, np.ndarray]:
         """Builds the PyTorch arrays from the Flax leaf."""
@@ -105,37 +93,6 @@ class Rule:
         if len(self.names) > 1:
             known["n"] = len(self.names)
         return known
-
-
-def _dtype(array: Any) -> np.dtype:
-    dtype = getattr(array, "dtype", None)
-    return dtype if isinstance(dtype, np.dtype) else np.asarray(array).dtype
-
-
-def _kept_dtype(dtype: np.dtype) -> np.dtype:
-    """The dtype of a leaf: nothing is computed in float8, all of whose numbers bfloat16 has."""
-    return np.dtype(ml_dtypes.bfloat16) if dtype in FLOAT8 else dtype
-
-
-def _common_dtype(arrays: Iterable[Any]) -> np.dtype:
-    dtypes = {_kept_dtype(_dtype(array)) for array in arrays}
-    # numpy has no common type of float16 and bfloat16.
-    return dtypes.pop() if len(dtypes) == 1 else functools.reduce(jnp.promote_types, dtypes)
-
-
-def _read(name: str, array: Any) -> np.ndarray:
-    """An array, read; ValueError if JAX, whose float64 is float32, would see numbers not finite."""
-    read = np.asarray(array)
-    read = read.astype(_kept_dtype(read.dtype), copy=False)
-    with np.errstate(over="ignore"):
-        seen = read.astype(np.float32) if read.dtype == np.float64 else read
-    finite = np.isfinite(seen)
-    if not finite.all():
-        raise ValueError(
-            f"{finite.size - np.count_nonzero(finite)} of the {finite.size} numbers of {name} are "
-            "not finite: fetch the weights again, or take those of an earlier step"
-        )
-    return read
 
 
 def linear(
@@ -197,7 +154,8 @@ def import_state(
         depth: Number of layers.
         place: Called with the path of a leaf, such as `("blocks", "qkv", "kernel")`, and the leaf
             as numpy array, as soon as it is built; its result is the leaf. Putting the leaf on its
-            devices there keeps the host from holding more than one.
+            devices there keeps the host from holding more than one. Of a `LazyPlace` that
+            is called before the leaf is read, see there.
 
     Returns:
         Nested dict of numpy arrays, dtypes as in `state` (but bfloat16 for float8), or of what
@@ -221,9 +179,9 @@ def import_state(
         if name in state and (found := np.shape(state[name])) != shape
     ]
     problems += [
-        f"{name} is of type {_dtype(state[name])}, and weights are floating-point numbers"
+        f"{name} is of type {dtype_of(state[name])}, and weights are floating-point numbers"
         for name in expected
-        if name in state and not jnp.issubdtype(_dtype(state[name]), jnp.floating)
+        if name in state and not jnp.issubdtype(dtype_of(state[name]), jnp.floating)
     ]
     if problems:
         raise ValueError(f"the state does not fit the model:{listed(problems)}")
@@ -232,8 +190,13 @@ def import_state(
         node = params
         for key in rule.path[:-1]:
             node = node.setdefault(key, {})
-        leaf = rule.to_leaf(state, depth)
-        node[rule.path[-1]] = leaf if place is None else place(rule.path, leaf)
+        leaf = rule.leaf(state, depth)
+        if isinstance(place, LazyPlace):
+            leaf = place.place(rule.path, leaf)
+        else:
+            leaf = np.asarray(leaf)
+            leaf = leaf if place is None else place(rule.path, leaf)
+        node[rule.path[-1]] = leaf
         del leaf
     return params
 

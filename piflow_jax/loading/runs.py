@@ -221,7 +221,8 @@ def _official(
     config: Config, group: str, network: Network, spec: dict[str, Any], form: str, shardings: Any
 ) -> Any:
     """Parameters of a group's weight file that says nothing else than the settings do."""
-    path = getattr(config, group).weights
+    given = getattr(config, group).weights
+    path = user_path(given, f"config.{group}.weights")
     try:
         weights = open_weights(path)
         said = spec_of(weights.metadata)
@@ -234,4 +235,4 @@ def _official(
             check_policy_config(policy, config.policy, config.train)
         return converted(weights, network, form, shardings or replicated(local_mesh()))
     except (CheckpointError, FileNotFoundError, ImportError, ValueError) as error:
-        raise ConfigError(f"config.{group}.weights = {path!r}: {error}") from error
+        raise ConfigError(f"config.{group}.weights = {given!r}: {error}") from error

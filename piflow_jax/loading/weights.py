@@ -11,6 +11,8 @@ from etils import epath
 from flax.traverse_util import flatten_dict
 from jax.sharding import Sharding
 
+from piflow_jax.loading.routes import route
+from piflow_jax.parallel import moved
 from piflow_jax.systems.networks import Network, abstract_variables
 
 __all__ = ["averaged", "converted", "find_checkpoint"]
@@ -89,16 +91,17 @@ def converted(
       ValueError: the weights are of another network, or damaged.
     """
     from piflow_jax.convert import load_adapter, load_params
+    from piflow_jax.convert.rules import LazyPlace
 
     like = flatten_dict(_like(network, shardings)["params"])
 
-    def place(name: tuple[str, ...], leaf: np.ndarray) -> jax.Array:
+    def place(name: tuple[str, ...], leaf: Any) -> jax.Array:
         # One that has no place is no parameter of the network, which is said where it is read.
-        return _put(leaf, like[name]) if name in like else jnp.asarray(leaf)
+        return _put(leaf, like[name]) if name in like else jnp.asarray(np.asarray(leaf))
 
     if network.adapted:
-        return load_adapter(network.module, weights, place=place)
-    return load_params(network.module, weights, form, place)
+        return load_adapter(network.module, weights, place=LazyPlace(place))
+    return load_params(network.module, weights, form, LazyPlace(place))
 
 
 def _like(network: Network, shardings: Any) -> Any:
@@ -117,9 +120,21 @@ def _like(network: Network, shardings: Any) -> Any:
     )
 
 
-def _put(leaf: np.ndarray, like: jax.ShapeDtypeStruct) -> jax.Array:
-    """A leaf on its devices; of several processes, each sends its own devices' parts."""
+def _put(leaf: Any, like: jax.ShapeDtypeStruct) -> jax.Array:
+    """A leaf on its devices; of several processes each reads a part."""
     if like.sharding is None:
-        return jnp.asarray(leaf, like.dtype)
-    array = np.asarray(leaf, like.dtype)
-    return jax.make_array_from_callback(array.shape, like.sharding, lambda index: array[index])
+        return jnp.asarray(np.asarray(leaf), like.dtype)
+    devices = like.sharding.addressable_devices
+    shardings, axis, runs = route(leaf.shape, leaf.rows, like.sharding, devices)
+    before = (slice(None),) * axis
+    parts = [np.asarray(leaf[(*before, slice(run.start, run.stop))], like.dtype) for run in runs]
+
+    def of_device(index: tuple[slice, ...]) -> np.ndarray:
+        start, stop, _ = index[axis].indices(leaf.shape[axis])
+        run, part = next(pair for pair in zip(runs, parts, strict=True) if start in pair[0])
+        return part[(*index[:axis], slice(start - run.start, stop - run.start), *index[axis + 1 :])]
+
+    array = jax.make_array_from_callback(leaf.shape, shardings[0], of_device)
+    for sharding in shardings[1:]:
+        array = moved(array, sharding)
+    return array

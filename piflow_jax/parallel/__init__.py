@@ -8,6 +8,7 @@ from piflow_jax.parallel.mesh import (
     global_batch,
     local_mesh,
     local_rows,
+    moved,
     replicated,
     slice_count,
 )
@@ -23,6 +24,7 @@ __all__ = [
     "global_batch",
     "local_mesh",
     "local_rows",
+    "moved",
     "parameter_shardings",
     "peak_flops",
     "replicated",

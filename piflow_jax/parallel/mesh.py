@@ -20,6 +20,7 @@ __all__ = [
     "global_batch",
     "local_mesh",
     "local_rows",
+    "moved",
     "replicated",
     "slice_count",
 ]
@@ -118,8 +119,21 @@ def gathered(tree: Any, mesh: Mesh) -> Any:
     Returns:
       Each array whole, on the same device.
     """
-    whole = jax.jit(_identity, out_shardings=replicated(mesh))(tree)
+    whole = moved(tree, replicated(mesh))
     return jax.tree.map(lambda leaf: leaf.addressable_data(0), whole)
+
+
+def moved(tree: Any, shardings: Any) -> Any:
+    """Puts arrays on other parts of the devices they lie on; all processes take part.
+
+    Args:
+      tree: arrays on a mesh.
+      shardings: where they go, a tree or one sharding of all; of the same devices.
+
+    Returns:
+      The arrays there.
+    """
+    return jax.jit(_identity, out_shardings=shardings)(tree)
 
 
 def _identity(tree):

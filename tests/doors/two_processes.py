@@ -1,7 +1,9 @@
 """What each of two processes does for `test_processes.py`.
 
-Arguments are what to do, `load` or `train`, and a folder: of `load` a work directory, whose student
-and teacher come to the sums that are printed; of `train` the place for the states.
+Arguments are what to do and a folder: of `load` a work directory, whose student and teacher come to
+the sums that are printed; of `train` the place for the states; of `read` one with weights and a
+list of meshes (sizes of `data`, `fsdp` and `tensor`), for each of which the bytes that were read of
+the weights are printed.
 """
 
 import dataclasses
@@ -14,12 +16,24 @@ import jax
 import numpy as np
 
 import piflow_jax
+from piflow_jax import safetensors_files
 from piflow_jax.config import ProcessesConfig, parse
+from piflow_jax.convert import open_weights
 from piflow_jax.distillation.stages import student_stage
-from piflow_jax.parallel import device_mesh, gathered, global_batch, processes, replicated
+from piflow_jax.loading.weights import converted
+from piflow_jax.models.flux import Flux
+from piflow_jax.parallel import (
+    device_mesh,
+    gathered,
+    global_batch,
+    parameter_shardings,
+    processes,
+    replicated,
+)
 from piflow_jax.systems.assembly import Systems
+from piflow_jax.systems.conditioning import Text
 from piflow_jax.systems.datasets import load_source
-from piflow_jax.systems.networks import teacher_network
+from piflow_jax.systems.networks import BuiltIn, named_variables, teacher_network
 from piflow_jax.systems.shapes import DataShape
 from tests import tiny
 
@@ -85,7 +99,42 @@ def train(folder):
         np.savez(folder / f"{name}_{here}", **trained(device_mesh(devices=devices)))
 
 
+def network():
+    """A FLUX.1 whose arrays four devices can share."""
+    sizes = {"hidden": 32, "num_heads": 2, "text_features": 12, "axes_dims_rope": (4, 6, 6)}
+    module = Flux(in_channels=4, double_depth=1, single_depth=3, pooled_features=12, **sizes)
+    return BuiltIn(module, Text(pooled=True))
+
+
+def read(folder):
+    """Weights on meshes of both processes' devices are those of one device."""
+    counted = []
+
+    def counting(path, opened=safetensors_files._bytes_of):
+        size, fetch = opened(path)
+
+        def count(first, last):
+            counted.append(last - first)
+            return fetch(first, last)
+
+        return size, count
+
+    safetensors_files._bytes_of = counting
+    ours = network()
+    for path in json.loads((folder / "paths.json").read_text()):
+        expected = converted(open_weights(path), ours, "flux")
+        for sizes in json.loads((folder / "meshes.json").read_text()):
+            mesh = device_mesh(*sizes)
+            shardings = parameter_shardings(mesh, named_variables(ours))
+            weights = open_weights(path)
+            counted.clear()
+            found = converted(weights, ours, "flux", shardings)
+            print(json.dumps(sum(counted)))
+            assert jax.tree.map(lambda leaf: leaf.sharding, found) == shardings
+            jax.tree.map(np.testing.assert_array_equal, gathered(found, mesh), expected)
+
+
 if __name__ == "__main__":
     processes.start(ProcessesConfig(start_seconds=100))
-    {"load": load, "train": train}[sys.argv[1]](Path(sys.argv[2]))
+    {"load": load, "train": train, "read": read}[sys.argv[1]](Path(sys.argv[2]))
     sys.exit(processes.end(0))

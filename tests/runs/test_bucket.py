@@ -2,21 +2,29 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
+from pathlib import Path
 
 import jax
+import ml_dtypes
 import numpy as np
 import pytest
 import tensorstore
+from etils import epath
+from flax import linen as nn
 
 import piflow_jax
 from piflow_jax.buckets import repeated_requests
 from piflow_jax.config import ConfigError, parse
+from piflow_jax.convert import open_weights, to_torch_state, write_safetensors
 from piflow_jax.evaluation import save_grid
 from piflow_jax.evaluation.kept import KeptFileError, read_kept, read_kept_json
+from piflow_jax.loading.runs import load_teacher
 from piflow_jax.runs import lease
 from piflow_jax.runs.checkpoint import Checkpointer, CheckpointError
 from piflow_jax.runs.metrics import MetricWriter
@@ -24,10 +32,14 @@ from piflow_jax.runs.run_lock import RunLock
 from piflow_jax.runs.steps import complete_steps
 from piflow_jax.runs.workdir import check_writable, user_path
 from piflow_jax.systems.datasets import load_source
+from piflow_jax.systems.networks import abstract_variables, teacher_network
 from piflow_jax.systems.shapes import DataShape
-from piflow_jax.whole_files import replacing, write_json
+from piflow_jax.whole_files import copy_file, replacing, write_json
 from tests import tiny
 from tests.buckets import names
+from tests.convert.test_files import assert_bit_equal, save_torch
+from tests.doors import two_processes
+from tests.doors.test_processes import two
 from tests.saved_runs import save_run
 
 RUN = "gs://bucket/run"
@@ -228,6 +240,96 @@ def test_a_run_is_loaded_from_a_bucket(service, tmp_path):
     np.testing.assert_array_equal(*(s.sample(0, [3]) for s in (here, there)))
     (_, here), (_, there) = (piflow_jax.load_teacher(path) for path in (tmp_path, RUN))
     jax.tree.map(np.testing.assert_array_equal, here, there)
+
+
+# --- Weights ----------------------------------------------------------------------------------
+
+
+def written(folder, arrays, form):
+    """A weight file of a form, or a folder of shards; its path."""
+    if form == "shards":
+        where = {name: f"m-0000{1 + i % 2}-of-00002.safetensors" for i, name in enumerate(arrays)}
+        for shard in set(where.values()):
+            part = {name: arrays[name] for name in where if where[name] == shard}
+            write_safetensors(folder / shard, part)
+        index = folder / "m.safetensors.index.json"
+        index.write_text(json.dumps({"weight_map": where}))
+        return folder
+    path = folder / f"x.{form}"
+    if form == "safetensors":
+        write_safetensors(path, arrays)
+    else:
+        with tempfile.TemporaryDirectory() as here:
+            copy_file(save_torch(epath.Path(here) / "x.pth", arrays), path)
+    return path
+
+
+@pytest.mark.parametrize("form", ["safetensors", "shards", "pth"])
+def test_weights_in_a_bucket_are_those_on_a_disk(service, tmp_path, form):
+    arrays = {"b": np.array(2.5, np.float32), "c": np.zeros((0, 3), np.float16)}
+    arrays["a"] = np.random.default_rng(0).normal(size=(30, 7)).astype(ml_dtypes.bfloat16)
+    here, there = (
+        open_weights(written(folder, arrays, form)) for folder in map(user_path, (tmp_path, RUN))
+    )
+    service.refuse_every = 3
+    for _ in range(2):
+        assert_bit_equal({name: there[name] for name in here}, arrays)
+    parts = (weights["a"][slice(3, 9), slice(5)] for weights in (here, there))
+    np.testing.assert_array_equal(*parts)
+
+
+@pytest.mark.parametrize("keep", [0, 5, 40, -1])
+def test_weights_cut_short_in_a_bucket_are_named(service, tmp_path, keep):
+    path = written(tmp_path, {"a": np.ones((9, 9), np.float32)}, "safetensors")
+    cut = user_path(RUN) / "x.safetensors"
+    cut.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(ValueError, match=f"{RUN}/x.safetensors is damaged or cut short"):
+        open_weights(cut)
+    cut.write_bytes(b"version https://git-lfs.github.com/spec/v1")
+    with pytest.raises(ValueError, match="run git lfs pull"):
+        open_weights(cut)
+    with pytest.raises(FileNotFoundError, match=f"{RUN}/none: no such weight file"):
+        open_weights(f"{RUN}/none")
+
+
+def test_settings_and_notebooks_name_weights_in_a_bucket(service, tmp_path):
+    settings = tiny.get_config()
+    data = DataShape.of(settings.data.name, load_source(parse(settings).data))
+    module = teacher_network(parse(settings).model, data)
+    params = module.init(jax.random.key(0))
+    path = written(user_path(RUN), to_torch_state(module.module, params), "safetensors")
+    settings.teacher.weights = str(path)
+    loaded = load_teacher(parse(settings), data, tmp_path)
+    jax.tree.map(np.testing.assert_array_equal, loaded, nn.unbox(params))
+    settings.teacher.weights = f"{RUN}/none"
+    with pytest.raises(ConfigError, match=f"config.teacher.weights = '{RUN}/none': .*no such"):
+        load_teacher(parse(settings), data, tmp_path)
+    assert not (Path.cwd() / "gs:").exists()
+
+
+def test_each_of_two_processes_reads_its_rows_alone(service, tmp_path):
+    ours = two_processes.network()
+    drawn = jax.tree.map(
+        lambda leaf: np.random.default_rng(leaf.size).normal(size=leaf.shape).astype(leaf.dtype),
+        abstract_variables(ours),
+    )
+    arrays = to_torch_state(ours.module, drawn)
+    paths = [written(folder, arrays, "shards") for folder in map(user_path, (tmp_path, RUN))]
+    meshes = [(2, 2, 1), (1, 2, 2)]
+    (tmp_path / "paths.json").write_text(json.dumps([str(path) for path in paths]))
+    (tmp_path / "meshes.json").write_text(json.dumps(meshes))
+    service.refuse_every = 100
+    said = two("read", tmp_path)
+    # Both read all of what none of their axes in rows is divided by the devices: the output's rows,
+    # which have another order here, and heads of norms.
+    total = sum(array.nbytes for array in arrays.values())
+    whole = sum(a.nbytes for n, a in arrays.items() if n.startswith("proj_out."))
+    counted = [list(map(int, re.findall(r"^\d+$", log, re.MULTILINE))) for log in said]
+    assert not any("rematerialization" in log for log in said)
+    assert counted == [[(total + whole) // 2] * 2 * len(meshes)] * 2
+
+
+# --- Commands ---------------------------------------------------------------------------------
 
 
 def command(workdir, *words):
