@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import piflow_jax
 from piflow_jax.config import base_config, parse
 from piflow_jax.rivals.base import rival_sampler, rival_setting
 from piflow_jax.runs.checkpoint import Checkpointer
@@ -24,7 +23,6 @@ from piflow_jax.systems.networks import student_network
 from piflow_jax.systems.shapes import DataShape
 from piflow_jax.systems.spec import student_spec
 from tests import gaussian, tiny
-from tests.doors.test_calls import tiny_student
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "launch" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -101,7 +99,7 @@ def test_mentioned_keys_exist(path):
 def test_mentioned_configs_parse():
     text = "".join(path.read_text(encoding="utf-8") for path in PAGES)
     mentioned = set(re.findall(r"configs/(\w+)\.py(?::(\w+))?", text))
-    table = (ROOT / "README.md").read_text(encoding="utf-8").split("| variant |")[1]
+    table = (ROOT / "docs" / "quickstart.md").read_text(encoding="utf-8").split("| variant |")[1]
     mentioned |= {("digits", name) for name in re.findall(r"^\| `(\w+)` \|", table, flags=re.M)}
     assert len(mentioned) >= 6
     for name, variant in mentioned:
@@ -160,27 +158,28 @@ def digits_run(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT))
 
 
-@pytest.mark.slow
 def test_readme_code_works(digits_run):
-    from_run, distil = python_blocks(ROOT / "README.md")
-    execute(from_run, "README.md", {})
+    (sampling,) = python_blocks(ROOT / "README.md")
+    execute(sampling, "README.md", {})
     assert Path("digits.png").exists()
-    names = execute(distil, "README.md", {})
+
+
+@pytest.mark.slow
+def test_the_plane_is_distilled_and_drawn(tmp_path):
+    concepts = load_module(ROOT / "tools" / "draw_concepts.py")
+    names = concepts.plane_example()
     # The text says about 0.04 and 2.0; a student that learned nothing is near the latter.
     assert jnp.mean((names["ours"] - names["many"]) ** 2) < 0.08
     assert 1.9 < jnp.mean((names["once"] - names["many"]) ** 2) < 2.1
-    check_concepts(names)
-
-
-def check_concepts(names):
-    """The figures of docs/method.md, drawn of the README's example."""
-    concepts = load_module(ROOT / "tools" / "draw_concepts.py")
-    paths = concepts.write(names, Path())
-    text = (ROOT / "docs" / "method.md").read_text(encoding="utf-8")
-    assert set(re.findall(r"\(images/(.*?)\)", text)) == {path.name for path in paths}
+    paths = concepts.write(names, tmp_path)
+    shown = set()
+    for page in ("concepts", "method"):
+        text = (ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8")
+        shown |= set(re.findall(r"\(images/(.*?)\)", text))
+    assert shown == {path.name for path in paths}
     for path in paths:
-        with Image.open(path) as drawn, Image.open(ROOT / "docs" / "images" / path.name) as shown:
-            assert drawn.size == shown.size and drawn.convert("L").getextrema()[0] < 100
+        with Image.open(path) as drawn, Image.open(ROOT / "docs" / "images" / path.name) as kept:
+            assert drawn.size == kept.size and drawn.convert("L").getextrema()[0] < 100
     # The weights in them are those of the policy: with them, its x_0.
     x, t = jnp.array([[0.7, -0.4]]), jnp.array([0.4])
     policy = names["policy_at"](names["params"], names["noise"][:1], jnp.ones(1))
@@ -280,10 +279,17 @@ def test_running_code_works(tmp_path, monkeypatch):
     line = {"step": 20, "stage": "student", "time": 0.0, "loss": 0.5}
     (directory / "metrics.jsonl").write_text(json.dumps(line) + "\n")
     monkeypatch.chdir(tmp_path)
-    metrics, exporting = python_blocks(ROOT / "docs" / "running.md")
+    (metrics,) = python_blocks(ROOT / "docs" / "running.md")
     assert execute(metrics, "docs/running.md", {})["losses"] == {20: 0.5}
-    given = {"student": tiny_student(), "piflow_jax": piflow_jax, "np": np}
-    assert execute(exporting, "docs/running.md", given)["images"].shape == (40, 8, 8, 1)
+
+
+def test_using_code_works(digits_run):
+    names = {}
+    for code in python_blocks(ROOT / "docs" / "using.md"):
+        execute(code, "docs/using.md", names)
+    assert names["images"].shape == names["again"].shape == (40, 8, 8, 1)
+    sampled = names["student"].sample(0, np.arange(4), noise=names["x"])
+    np.testing.assert_allclose(names["end"], sampled, atol=1e-5)
 
 
 def test_the_scaling_table_is_that_of_its_results(monkeypatch):
@@ -403,7 +409,8 @@ def test_tables_hold_means_and_ratios(repository):
     assert "mean over seeds 0, 1" in readme
     assert "| **student** | 1 | 0.750 | 0.900 | 0.800 | 5.00 | 0.0071 |" in readme
     assert "| teacher | 128 | 0.500 | 0.900 | 0.800 | 5.00 | - |" in readme
-    assert "at 128 NFE: 1.50; over the teacher's at 1: 0.075." in readme
+    ratios = "is 1.50 times the teacher's at 128 NFE and 0.075 times the teacher's at 1 NFE."
+    assert f"The student's Frechet distance at 1 NFE {ratios}" in readme
     page = (root / "docs" / "results.md").read_text()
     assert page.index("digits.py, gm\n") < page.index("digits.py, gm_2nfe\n")
     assert "| 1 | 0.900 | 0.600 | 12.000 | 1.500 | 0.075 | 0.000 | 0.000 | 0.0071 |" in page

@@ -28,6 +28,7 @@ BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 TEXT_NAME = re.compile(r"(?P<network>flux|qwen_image)-(?P<program>step|sampling)-[\w-]+\.json")
 COMPILED_BEGIN, COMPILED_END = "<!-- compile:begin -->", "<!-- compile:end -->"
 MAIN_VARIANT = "gm"
+README_CONFIG = "digits"  # the one table of README.md; all others are in docs/results.md
 # Seeds of a variant may differ in these and in nothing else that figures depend on.
 FREE_PROTOCOL = ("seed", "device", "jax")
 
@@ -401,36 +402,33 @@ def results_page(reports: dict[str, dict[str, dict[int, Report]]]) -> str:
 
 def readme_block(reports: dict[str, dict[str, dict[int, Report]]]) -> str:
     """What stands between the markers of `README.md`."""
-    lines = []
-    for config, variants in reports.items():
-        seeds = variants.get(MAIN_VARIANT)
-        if seeds is None:
-            continue
-        all_reports = [*seeds.values()]
-        pairs = [compare(report) for report in all_reports]
-        protocols = [report["protocol"] for report in all_reports]
-        student, most, equal = (pairs[0][name] for name in ("student", "most", "equal"))
+    seeds = reports.get(README_CONFIG, {}).get(MAIN_VARIANT)
+    if seeds is None:
+        return "No report has been collected yet.\n"
+    found = [*seeds.values()]
+    pairs = [compare(report) for report in found]
+    student, most, equal = (pairs[0][name] for name in ("student", "most", "equal"))
 
-        def said(key, protocols=protocols):
-            return ", ".join(dict.fromkeys(str(protocol[key]) for protocol in protocols))
+    def said(key):
+        return ", ".join(dict.fromkeys(str(report["protocol"][key]) for report in found))
 
-        over = "mean over seeds" if len(seeds) > 1 else "seed"
-        lines += [
-            f"`configs/{config}.py`, {over} {', '.join(map(str, seeds))}; {said('samples')} "
-            f"samples a system, {said('real_images')} real images, device {said('device')}:",
-            "",
-            *systems_table(all_reports),
-            "",
-        ]
-        to_most = fmean(pair["to_most"] for pair in pairs)
-        text = f"Frechet distance of the student at {student['nfe']} NFE over the teacher's at "
-        text += f"{most['nfe']} NFE: {to_most:.2f}"
-        if equal:
-            text += f"; over the teacher's at {student['nfe']}: "
-            text += f"{fmean(pair['to_equal'] for pair in pairs):.3f}"
-        lines += [text + ".", ""]
-    if not lines:
-        lines = ["No report has been collected yet.", ""]
+    over = "mean over seeds" if len(seeds) > 1 else "seed"
+    few = f"{student['nfe']} NFE"
+    ratios = f"{fmean(pair['to_most'] for pair in pairs):.2f} times the teacher's at "
+    ratios += f"{most['nfe']} NFE"
+    if equal:
+        ratios += (
+            f" and {fmean(pair['to_equal'] for pair in pairs):.3f} times the teacher's at {few}"
+        )
+    lines = [
+        f"`configs/{README_CONFIG}.py`, {over} {', '.join(map(str, seeds))}: {said('samples')} "
+        f"samples of each system against {said('real_images')} real images, on {said('device')}.",
+        "",
+        *systems_table(found),
+        "",
+        f"The student's Frechet distance at {few} is {ratios}.",
+        "",
+    ]
     return "\n".join(lines)
 
 

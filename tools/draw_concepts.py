@@ -1,12 +1,12 @@
-"""Draws the figures of docs/method.md, of the README's teacher and student in the plane.
+"""Draws the figures of docs/concepts.md and docs/method.md: teacher and student in the plane.
 
     python tools/draw_concepts.py            # writes docs/images/concept_*.png; a minute on a core
 
-What is drawn is what the README's example computes: its code is run, and policies, rollouts and
-intervals are the package's own. Needs `pip install -e ".[notebooks]"` (Matplotlib).
+`examples/plane.py` is run, and its networks, policies and rollouts are what is drawn. Intervals are
+the package's own. Needs `pip install -e ".[notebooks]"` (Matplotlib).
 """
 
-import re
+import runpy
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -28,17 +28,9 @@ TEACHER, STUDENT = "tab:blue", "tab:orange"
 LIMIT = 2.9
 
 
-def readme_example() -> dict[str, Any]:
-    """Names of the README's example after it has run: `teacher`, `policy_at`, `params`, ..."""
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    (code,) = (
-        block
-        for block in re.findall(r"^```python\n(.*?)^```$", text, flags=re.M | re.S)
-        if "class Student" in block
-    )
-    names: dict[str, Any] = {}
-    exec(compile(code, "README.md", "exec"), names)
-    return names
+def plane_example() -> dict[str, Any]:
+    """Names of `examples/plane.py` after it has run: `teacher`, `policy_at`, `params`, ..."""
+    return runpy.run_path(str(ROOT / "examples" / "plane.py"))
 
 
 def path_of(velocity, x: jax.Array, steps: int = 128) -> np.ndarray:
@@ -186,7 +178,7 @@ def write(names: Mapping[str, Any], folder: Path) -> list[Path]:
     """Draws all figures.
 
     Args:
-        names: see `readme_example`.
+        names: see `plane_example`.
         folder: where the PNG files go.
 
     Returns:
@@ -203,7 +195,7 @@ def write(names: Mapping[str, Any], folder: Path) -> list[Path]:
 
 def main() -> int:
     """The command line."""
-    print(*write(readme_example(), ROOT / "docs" / "images"), sep="\n")
+    print(*write(plane_example(), ROOT / "docs" / "images"), sep="\n")
     return 0
 
 
