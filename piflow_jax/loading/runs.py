@@ -8,7 +8,7 @@ from jax.sharding import Mesh
 from piflow_jax.config import Config, ConfigError
 from piflow_jax.convert import open_weights
 from piflow_jax.loading.weights import averaged, converted, find_checkpoint
-from piflow_jax.parallel import local_mesh, parameter_shardings, replicated
+from piflow_jax.parallel import local_mesh, parameter_shardings, processes, replicated
 from piflow_jax.runs.checkpoint import CheckpointError, check_spec, read_spec
 from piflow_jax.runs.loop import checkpoint_dir
 from piflow_jax.runs.workdir import user_path
@@ -235,4 +235,6 @@ def _official(
             check_policy_config(policy, config.policy, config.train)
         return converted(weights, network, form, shardings or replicated(local_mesh()))
     except (CheckpointError, FileNotFoundError, ImportError, ValueError) as error:
+        if processes.lost(error):  # another one has refused its part, and says why
+            raise
         raise ConfigError(f"config.{group}.weights = {given!r}: {error}") from error

@@ -10,13 +10,16 @@ import re
 import signal
 import sys
 
+import jax
 import numpy as np
 import pytest
 
 from piflow_jax.config import ConfigError, parse
+from piflow_jax.convert import to_torch_state, write_safetensors
 from piflow_jax.parallel.processes import Place, find
 from piflow_jax.runs import checkpoint
 from piflow_jax.runs.checkpoint import CheckpointError
+from piflow_jax.systems.networks import teacher_network
 from piflow_jax.systems.shapes import DataShape
 from tests import tiny
 from tests.doors import two_processes
@@ -177,6 +180,24 @@ def test_each_process_loads_for_itself(tmp_path):
     said = two("load", tmp_path)
     expected = pytest.approx(two_processes.loaded(tmp_path), rel=1e-5)
     assert [json.loads(log.splitlines()[-1]) for log in said] == [expected] * 2
+
+
+def test_one_refuses_its_part_of_weights_and_ends_the_other(tmp_path):
+    config = parse(tiny.get_config())
+    data = DataShape(name="digits", sample_size=8, channels=1, num_classes=10)
+    network = teacher_network(config.model, data)
+    arrays = to_torch_state(network.module, network.init(jax.random.key(0)))
+    name = "transformer_blocks.0.ff.net.2.weight"
+    arrays[name] = np.where(np.arange(len(arrays[name]))[:, None] == 0, np.nan, arrays[name])
+    write_safetensors(tmp_path / "x.safetensors", arrays)
+    given = (f"--config.teacher.weights={tmp_path}/x.safetensors", "--config.mesh.fsdp=2")
+    with started(tmp_path / "run", tmp_path / "logs", 2, *given) as running:
+        codes, said = finish(running, tmp_path / "logs", timeout=250)
+    assert codes == [2, 1], "\n".join(said)
+    assert re.search(
+        f"error: config.teacher.weights = .* numbers of {name} are not finite", said[0]
+    )
+    assert re.search("error: process 1 of 2 .*lost another one", said[1])
 
 
 @pytest.mark.slow
