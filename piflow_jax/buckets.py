@@ -9,8 +9,9 @@ import importlib.util
 import logging
 import os
 from collections.abc import Callable
+from typing import Any
 
-__all__ = ["SCHEME", "connect", "fetcher", "is_remote", "repeated_requests"]
+__all__ = ["SCHEME", "connect", "fetcher", "is_remote", "refusal", "repeated_requests"]
 
 SCHEME = "gs://"
 
@@ -59,20 +60,58 @@ def fetcher(path: str | os.PathLike) -> tuple[int, Callable[[int, int], bytes]]:
 
     Raises:
       FileNotFoundError: there is no such object.
+      OSError: the bucket cannot be read; says why, and the remedy.
     """
     import fsspec
 
     path, system = os.fspath(path), fsspec.filesystem("gs")
-    size = system.info(path)["size"]
+
+    def asked(request: Callable[..., Any], *words: int) -> Any:
+        try:
+            return request(path, *words)
+        except FileNotFoundError:
+            raise
+        except Exception as error:  # gcsfs, aiohttp and google.auth have errors of their own
+            why = refusal(path, error, "read", "roles/storage.objectViewer")
+            raise OSError(f"cannot read {path}: {why}") from error
 
     def fetch(first: int, last: int) -> bytes:
         # The service has no word for a range without bytes.
-        data = system.cat_file(path, first, last) if first < last else b""
+        data = asked(system.cat_file, first, last) if first < last else b""
         if len(data) != last - first:
             raise OSError(f"{path} was written anew or cut short while it was read")
         return data
 
-    return size, fetch
+    return asked(system.info)["size"], fetch
+
+
+def refusal(path: str | os.PathLike, error: Exception, deed: str, role: str) -> str:
+    """Why a bucket cannot be used, and the remedy.
+
+    Args:
+      path: what was asked for.
+      error: what was raised.
+      deed: what was to be done with objects.
+      role: the role of an account that may do it.
+
+    Returns:
+      A sentence without an end.
+    """
+    bucket = f"{SCHEME}{os.fspath(path).removeprefix(SCHEME).partition('/')[0]}"
+    if isinstance(error, FileNotFoundError):
+        return f"there is no bucket {bucket}; create it"
+    if getattr(error, "code", None) in (401, "401") or "google.auth" in type(error).__module__:
+        return (
+            "there are no valid credentials; run `gcloud auth application-default login`, or set "
+            "GOOGLE_APPLICATION_CREDENTIALS to the key of a service account"
+        )
+    if "Forbidden" in str(error):
+        return (
+            f"these credentials may not {deed} objects in {bucket}; grant their account the role "
+            f"{role} there"
+        )
+    text = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+    return f"{text}; check the network and the name of the bucket"
 
 
 def repeated_requests() -> int:

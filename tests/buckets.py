@@ -28,6 +28,7 @@ class Service(server.ThreadingHTTPServer):
       refuse_every: answers 503 to every such request; 0 to none.
       delay: seconds before each answer.
       deny: status of the answer to every write; 0 lets them through.
+      deny_all: status of every answer; 0 is no such thing.
       written: called with the name of an object that is to be written; to a True it answers 503.
     """
 
@@ -43,7 +44,7 @@ class Service(server.ThreadingHTTPServer):
     def reset(self):
         from gcp_storage_emulator.handlers.buckets import create_bucket
 
-        self.refuse_every, self.delay, self.deny = 0, 0.0, 0
+        self.refuse_every, self.delay, self.deny, self.deny_all = 0, 0.0, 0, 0
         self.written = lambda name: False
         self.storage.wipe()
         create_bucket(BUCKET, self.storage)
@@ -72,6 +73,8 @@ def _handler(emulator):
                 service.requests += 1
                 if service.refuse_every and service.requests % service.refuse_every == 0:
                     return self.answer(503)
+                if service.deny_all:
+                    return self.answer(service.deny_all)
                 if method in ("POST", "PUT"):
                     if service.deny:
                         return self.answer(service.deny)

@@ -4,6 +4,7 @@ Source: layout of the pi-Flow release (arXiv 2510.14974) and of facebookresearch
 """
 
 import argparse
+import contextlib
 import json
 import os
 import pickle
@@ -17,7 +18,7 @@ import numpy as np
 from absl import logging
 from etils import epath
 
-from piflow_jax.buckets import connect, is_remote
+from piflow_jax.buckets import connect, fetcher, is_remote
 from piflow_jax.convert.float8 import with_scales
 from piflow_jax.safetensors_files import LazyArray, check_here, open_safetensors
 from piflow_jax.whole_files import reading
@@ -106,6 +107,7 @@ def open_weights(path: str | os.PathLike, select: str | None = None) -> Weights:
 
     Raises:
         FileNotFoundError: No such file, or a shard of an index is missing.
+        OSError: The bucket cannot be read; says why, and the remedy.
         ValueError: The file is damaged, of an unknown kind, holds Python objects that could run
             code, several parts of which none is the obvious one, or averages without names.
         ImportError: A PyTorch file, and PyTorch is not installed.
@@ -145,6 +147,8 @@ def holds_weights(path: str | os.PathLike) -> bool:
 def _path(path: str | os.PathLike) -> epath.Path:
     if is_remote(path):
         connect()
+        with contextlib.suppress(FileNotFoundError):  # which is said where more is known
+            fetcher(path)
     return epath.Path(path)
 
 

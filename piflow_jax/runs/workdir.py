@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 from etils import epath
 
-from piflow_jax.buckets import SCHEME, connect, is_remote
+from piflow_jax.buckets import SCHEME, connect, is_remote, refusal
 from piflow_jax.config import ConfigError
 
 __all__ = ["check_writable", "checkpoint_path", "user_path"]
@@ -132,22 +132,5 @@ def _probe(directory: epath.Path) -> None:
         probe.write_text("")
         probe.unlink()
     except Exception as error:  # gcsfs, aiohttp and google.auth have errors of their own
-        raise OSError(f"cannot write to {directory}: {_refusal(directory, error)}") from error
-
-
-def _refusal(directory: epath.Path, error: Exception) -> str:
-    bucket = f"{SCHEME}{directory.parts[2]}"
-    if isinstance(error, FileNotFoundError):
-        return f"there is no bucket {bucket}; create it, or pass another --workdir"
-    if getattr(error, "code", None) in (401, "401") or "google.auth" in type(error).__module__:
-        return (
-            "there are no valid credentials; run `gcloud auth application-default login`, or set "
-            "GOOGLE_APPLICATION_CREDENTIALS to the key of a service account"
-        )
-    if "Forbidden" in str(error):
-        return (
-            f"these credentials may not write and remove objects in {bucket}; grant their account "
-            "the role roles/storage.objectUser there, or pass another --workdir"
-        )
-    text = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-    return f"{text}; check the network and the name of the bucket, or pass another --workdir"
+        why = refusal(directory, error, "write and remove", "roles/storage.objectUser")
+        raise OSError(f"cannot write to {directory}: {why}, or pass another --workdir") from error

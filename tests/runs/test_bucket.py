@@ -292,6 +292,20 @@ def test_weights_cut_short_in_a_bucket_are_named(service, tmp_path, keep):
         open_weights(f"{RUN}/none")
 
 
+@pytest.mark.parametrize(
+    ("status", "words"),
+    [(401, "there are no valid credentials; run `gcloud auth"), (403, "may not read objects in")],
+)
+def test_weights_that_may_not_be_read_are_one_sentence(service, status, words):
+    path = written(user_path(RUN), {"a": np.ones(3, np.float32)}, "safetensors")
+    weights = open_weights(path)
+    service.deny_all = status
+    for read in (lambda: open_weights(path), lambda: np.asarray(weights["a"])):
+        with pytest.raises(OSError, match=f"cannot read {RUN}/x.safetensors: .*{words}") as caught:
+            read()
+        assert "\n" not in str(caught.value)
+
+
 def test_settings_and_notebooks_name_weights_in_a_bucket(service, tmp_path):
     settings = tiny.get_config()
     data = DataShape.of(settings.data.name, load_source(parse(settings).data))
