@@ -63,7 +63,7 @@ EXTRAS_REQUIRE = {
     "demo": ["gradio>=6"],
     # The page in a browser; Chromium itself is the system's.
     "browser": ["gradio>=6", "playwright>=1.45"],
-    "docs": ["mkdocs-material>=9.5", "mkdocstrings[python]>=0.27"],
+    "docs": ["mkdocs-material>=9.5", "mkdocstrings[python]>=0.27", "latex2mathml>=3.77"],
 }
 
 setup(

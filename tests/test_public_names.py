@@ -212,11 +212,12 @@ def public():
 
 
 def shown():
-    """Names that the site's page of the API shows."""
-    page = (ROOT / "docs/api.md").read_text(encoding="utf-8")
+    """Names that the site's pages of the API show."""
+    pages = sorted((ROOT / "docs/api").glob("*.md"))
+    text = "".join(page.read_text(encoding="utf-8") for page in pages)
     names = {}
     for path, members in re.findall(
-        r"^::: (\S+)(?:\n +options:\n +members: \[(.*)\])?", page, flags=re.M
+        r"^::: (\S+)(?:\n +options:\n +members: \[(.*)\])?", text, flags=re.M
     ):
         if path.rpartition(".")[2][0].isupper():
             path, _, members = path.rpartition(".")

@@ -35,11 +35,13 @@ FREE_PROTOCOL = ("seed", "device", "jax")
 HEAD = """\
 # Results
 
-Made by `python tools/collect_reports.py` from the reports in `docs/results/`; do not edit. What the
-figures mean, and what moves them besides quality, is in [running.md](running.md#evaluation).
-Reports without a `solver` are of Euler's substeps. Those without a `rounding` rounded substeps, and
-did not round them up: of these only `configs/flux.py` and `configs/qwen_image.py` have others for
-it, 18 in the last segment and not 19.
+`python tools/collect_reports.py` makes this page from the reports in `docs/results/`; do not edit it.
+[Evaluation](evaluation.md#what-is-measured) says what the figures mean and what moves them besides
+quality.
+
+Reports that name no `solver` used Euler's substeps. Reports that name no `rounding` rounded the
+number of substeps to the nearest whole number; today it is rounded up. This makes a difference for
+`configs/flux.py` and `configs/qwen_image.py` only, whose last segment had 18 substeps and now has 19.
 """
 COLUMNS = ("Frechet", "precision", "recall", "diversity", "endpoint MSE")
 FIGURES = ("frechet", "precision", "recall", "diversity", "endpoint_mse")

@@ -107,7 +107,7 @@ class IndexSampler:
 
         self._run = jax.jit(run)
 
-    def batches(self, params, indices: range) -> Iterator[np.ndarray]:
+    def batches(self, params: Any, indices: range) -> Iterator[np.ndarray]:
         """Yields the samples of consecutive indices.
 
         Time spent is added to the attribute `seconds`, compilation left out.
@@ -136,7 +136,7 @@ class IndexSampler:
         several = isinstance(self._sharding, jax.sharding.NamedSharding)
         return jax.set_mesh(self._sharding.mesh) if several else contextlib.nullcontext()
 
-    def __call__(self, params, num_samples: int) -> np.ndarray:
+    def __call__(self, params: Any, num_samples: int) -> np.ndarray:
         """The first samples.
 
         Processes share the work, and all of them get all samples; all have to call it.
