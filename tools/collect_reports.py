@@ -35,13 +35,14 @@ FREE_PROTOCOL = ("seed", "device", "jax")
 HEAD = """\
 # Results
 
-`python tools/collect_reports.py` makes this page from the reports in `docs/results/`; do not edit it.
-[Evaluation](evaluation.md#what-is-measured) says what the figures mean and what moves them besides
-quality.
+`python tools/collect_reports.py` makes this page from the reports in `docs/results/`. Do not edit
+it. [Evaluation](evaluation.md#what-is-measured) says what the figures mean and what moves them
+besides quality.
 
 Reports that name no `solver` used Euler's substeps. Reports that name no `rounding` rounded the
-number of substeps to the nearest whole number; today it is rounded up. This makes a difference for
-`configs/flux.py` and `configs/qwen_image.py` only, whose last segment had 18 substeps and now has 19.
+number of substeps to the nearest whole number; today it is rounded up. This makes a difference
+for `configs/flux.py` and `configs/qwen_image.py` only, whose last segment had 18 substeps and now
+has 19.
 """
 COLUMNS = ("Frechet", "precision", "recall", "diversity", "endpoint MSE")
 FIGURES = ("frechet", "precision", "recall", "diversity", "endpoint_mse")
