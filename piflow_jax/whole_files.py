@@ -28,7 +28,14 @@ def replacing(path: Path) -> Iterator[Path]:
     Yields:
       A hidden path in the same folder, of a name that no other writer has; for a file in a bucket
       one in a temporary folder.
+
+    Raises:
+      IsADirectoryError: `path` is a folder.
     """
+    if path.is_dir():
+        raise IsADirectoryError(
+            f"cannot write {path}: it is a folder; move it away, or choose another place"
+        )
     if is_remote(path):
         with tempfile.TemporaryDirectory(prefix="piflow_jax_") as folder:
             under_way = epath.Path(folder) / path.name

@@ -79,7 +79,7 @@ def load_teacher(
 ) -> Any:
     """The teacher's parameters: official weights, or the average of a checkpoint.
 
-    The checkpoint is the given one or that of the work directory.
+    The checkpoint is the given one, or that of the given run, or that of the work directory.
 
     Args:
       config: the run's settings.
@@ -100,7 +100,8 @@ def load_teacher(
         if not given:
             return load_average(checkpoint_dir(workdir, "teacher"), network, spec, shardings)
         try:
-            return load_average(given, network, spec, shardings)
+            directory, *_ = find_checkpoint(user_path(given), "teacher")
+            return load_average(directory, network, spec, shardings)
         except CheckpointError as error:
             raise CheckpointError(f"config.teacher.checkpoint = {given!r}: {error}") from error
     formats = network_kind(config.model).formats

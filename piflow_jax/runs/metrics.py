@@ -6,6 +6,7 @@ error there is raised by the next call. Make a writer after your own imports, no
 """
 
 import contextlib
+import errno
 import importlib.util
 import json
 import math
@@ -314,6 +315,8 @@ def _progress_bar(stage: str, first_step: int, total_steps: int):
 def _open_lines(path: epath.Path, first_step: int):
     """Opens a JSON-lines file for appending, without the lines of steps that will be done again."""
     if path.exists():
+        if not os.path.isfile(path):  # epath takes a pipe, which would block, for a file
+            raise OSError(errno.EINVAL, f"{path.name} is not a regular file; remove it")
         kept, again = [], False
         # What is no text, in an edited file, is no line either.
         for line in path.read_bytes().decode(errors="replace").splitlines():

@@ -132,6 +132,7 @@ STEPS, NEWEST, META = ("student/checkpoints" + end for end in ("", "/6", "/6/met
 RECORD, LINES = "student/checkpoints.json", "student/metrics.jsonl"
 LOST = rf"error: .*/{STEPS} lacks step 6, the last .* saved there.* delete .*/{RECORD} to "
 OF_6, OF_4 = (rf"is that of step {step}; .* rename it back.* fall back" for step in (6, 4))
+NO_FILE = r"cannot write metrics to .*/student \(.* metrics.jsonl is not a regular file; remove it"
 MORE = {"train__steps": 8}
 LESS, LESS_TEACHER = {"train__steps": 4}, {"teacher__steps": 4}
 RATE = {"train__optimizer__learning_rate": 1e-4}
@@ -165,7 +166,8 @@ REFUSED = [
     # Other things where files and folders of a run belong.
     ("student", replaced(Path.touch), {}, 1, r"cannot write to .*/student \(Not a directory\)"),
     (STEPS, replaced(Path.touch), {}, 1, rf"cannot write to .*/{STEPS} \(Not a directory\)"),
-    (LINES, replaced(Path.mkdir), MORE, 1, r"cannot write metrics to .*/student \(IsADirectory"),
+    (LINES, replaced(Path.mkdir), MORE, 1, NO_FILE),
+    (LINES, replaced(os.mkfifo), MORE, 1, NO_FILE),
     ("run.lock", linked, {}, 1, r"cannot write .*/run.lock \(it is a link\).* remove it"),
     ("run.lock", replaced(Path.mkdir), {}, 1, r"cannot write .*/run.lock \(Is a directory\)"),
     ("run.lock", replaced(os.mkfifo), {}, 1, r"run.lock \(it is not a regular file\)"),
