@@ -45,6 +45,9 @@ from piflow_jax.systems.datasets import load_source
 RECIPES = {
     "digits": Recipe(strides=(1, 2, 1), widths=(32, 64, 64), max_shift=1.0, border=-1.0),
     "mnist": Recipe(strides=(2, 2, 2), widths=(32, 64, 64), max_shift=2.5, border=-1.0),
+    "fashion_mnist": Recipe(
+        strides=(2, 2, 2), widths=(32, 64, 64), max_shift=2.5, border=-1.0, steps=3000
+    ),
 }
 
 

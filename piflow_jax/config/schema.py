@@ -21,12 +21,16 @@ class DataConfig:
     name: str = _field(
         "digits",
         "data set; the last two are captions with their embeddings",
-        choices=("digits", "mnist", "images", "latents", "prompts", "captioned_digits"),
+        choices=(
+            *("digits", "mnist", "fashion_mnist", "images"),
+            *("latents", "prompts", "captioned_digits"),
+        ),
     )
     data_dir: str = _field(
         "",
         "where prepared data lies (latents, or the embeddings of prompts; needed there); images: "
-        "empty is `data` in the work directory; mnist: empty is the TFDS default",
+        "empty is `data` in the work directory; mnist and fashion_mnist: IDX files or TFDS, empty "
+        "is the TFDS default",
     )
     images: str = _field(
         "",

@@ -4,7 +4,7 @@ from piflow_jax.data.captions import CaptionedDigits, load_captioned_digits_sour
 from piflow_jax.data.digits import load_digits_source
 from piflow_jax.data.images import ImagesSource, load_images_source
 from piflow_jax.data.latents import LatentsSource, load_latents_source
-from piflow_jax.data.mnist import load_mnist_source
+from piflow_jax.data.mnist import load_fashion_mnist_source, load_mnist_source
 from piflow_jax.data.pipeline import BatchIterator, batches
 from piflow_jax.data.prompts import PromptsSource, load_prompts_source
 from piflow_jax.data.source import ArraySource, Source, as_source, has_states, stacked
@@ -22,6 +22,7 @@ __all__ = [
     "has_states",
     "load_captioned_digits_source",
     "load_digits_source",
+    "load_fashion_mnist_source",
     "load_images_source",
     "load_latents_source",
     "load_mnist_source",

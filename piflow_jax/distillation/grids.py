@@ -12,7 +12,7 @@ from piflow_jax.systems.conditioning import Condition
 from piflow_jax.systems.sampling import conditions_in_turn
 from piflow_jax.systems.shapes import DataShape
 
-__all__ = ["grid_rows", "index_sampler"]
+__all__ = ["class_names", "grid_rows", "index_sampler"]
 
 
 def grid_rows(
@@ -42,9 +42,15 @@ def grid_rows(
     table = np.arange(data.num_classes, dtype=np.int32)
     if source is not None:
         table, _ = conditions_in_turn(source, data)
-    names = getattr(source, "class_names", None) or [f"class {i}" for i in range(data.num_classes)]
+    names = class_names(source, data)
     conditions = jax.tree.map(lambda a: np.asarray(a)[np.asarray(classes)], table)
     return [names[label] for label in classes], conditions
+
+
+def class_names(source: Source | None, data: DataShape) -> list[str]:
+    """The names of the classes of a source, or their numbers where it has none for them."""
+    names = getattr(source, "class_names", None)
+    return list(names or [f"class {label}" for label in range(data.num_classes)])
 
 
 def index_sampler(

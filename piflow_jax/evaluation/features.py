@@ -26,7 +26,7 @@ from piflow_jax.evaluation.area import area_averaged
 Parameters = dict[str, jax.Array]
 
 _BATCH = 512  # one shape, hence one compilation, whatever is asked for
-SHIPPED = ("digits", "mnist")
+SHIPPED = ("digits", "mnist", "fashion_mnist")
 
 
 def penultimate(parameters: Parameters, images: jax.Array, strides: tuple[int, ...]) -> jax.Array:

@@ -13,6 +13,7 @@ from piflow_jax.whole_files import replacing
 
 _TARGET = 48  # pixels an image should take at least, when no scale is given
 _FONT_SIZE = 15
+_COLUMN_FONT_SIZE = 12
 _LINE = 20
 _MARGIN = 12
 _GAP = 4
@@ -26,6 +27,7 @@ def save_grid(
     path: str | os.PathLike,
     rows: Sequence[tuple[str, ArrayLike]],
     scale: int | None = None,
+    columns: Sequence[str] = (),
 ) -> None:
     """Writes rows of images as a PNG, see `draw_grid`.
 
@@ -33,22 +35,26 @@ def save_grid(
       path: File to write; its directory must exist.
       rows: Captions and images `[N, H, W, C]`.
       scale: Screen pixels of an image's pixel.
+      columns: Captions of the columns.
 
     Raises:
       ValueError: As `draw_grid` does.
     """
     with replacing(epath.Path(path)) as under_way:
-        draw_grid(rows, scale).save(under_way, format="PNG", optimize=True)
+        draw_grid(rows, scale, columns).save(under_way, format="PNG", optimize=True)
 
 
-def draw_grid(rows: Sequence[tuple[str, ArrayLike]], scale: int | None = None) -> Image.Image:
+def draw_grid(
+    rows: Sequence[tuple[str, ArrayLike]], scale: int | None = None, columns: Sequence[str] = ()
+) -> Image.Image:
     """Draws rows of images, each with a caption at its left.
 
     Args:
       rows: Pairs of a caption and images [N, H, W, C] in [-1, 1] (clipped to it), C 1 (grey) or 3
         (RGB). Rows may differ in N and in the image size. Long captions are wrapped.
       scale: Screen pixels of an image's pixel, nearest neighbour. By default the smallest that
-        makes the smallest image 48 pixels high or more.
+        makes the smallest image 48 pixels high or more, and as wide as the captions above it.
+      columns: Captions above the images of the first row, such as the names of their classes.
 
     Returns:
       The picture, in RGB.
@@ -60,15 +66,18 @@ def draw_grid(rows: Sequence[tuple[str, ArrayLike]], scale: int | None = None) -
     if not rows:
         raise ValueError("`rows` is empty")
     pictures = [_as_bytes(caption, images) for caption, images in rows]
+    font = ImageFont.load_default(size=_FONT_SIZE)
+    above = ImageFont.load_default(size=_COLUMN_FONT_SIZE)
     if scale is None:
         scale = max(-(-_TARGET // min(images.shape[1] for images in pictures)), 1)
+        widest = max(map(above.getlength, columns), default=0)
+        scale = max(scale, -int(-widest // pictures[0].shape[2]))
     if not isinstance(scale, (int, np.integer)) or scale < 1:
         raise ValueError(f"`scale` must be a positive integer, got {scale!r}")
     captions = [textwrap.wrap(caption, _CAPTION_CHARACTERS) for caption, _ in rows]
     strips = [
         _strip(np.repeat(np.repeat(images, scale, axis=1), scale, axis=2)) for images in pictures
     ]
-    font = ImageFont.load_default(size=_FONT_SIZE)
     lines = [line for caption in captions for line in caption]
     left = _MARGIN + int(max((font.getlength(line) for line in lines), default=-_MARGIN)) + _MARGIN
     heights = [
@@ -76,10 +85,15 @@ def draw_grid(rows: Sequence[tuple[str, ArrayLike]], scale: int | None = None) -
         for strip, caption in zip(strips, captions, strict=True)
     ]
     width = left + max(strip.shape[1] for strip in strips) + _MARGIN
-    height = sum(heights) + _ROW_GAP * (len(rows) - 1) + 2 * _MARGIN
+    heading = _LINE if columns else 0
+    height = heading + sum(heights) + _ROW_GAP * (len(rows) - 1) + 2 * _MARGIN
     sheet = Image.new("RGB", (width, height), _PAPER)
     draw = ImageDraw.Draw(sheet)
-    top = _MARGIN
+    side = pictures[0].shape[2] * scale
+    for number, column in enumerate(columns[: len(pictures[0])]):
+        middle = left + number * (side + _GAP) + side / 2
+        draw.text((middle, _MARGIN + _LINE / 2), column, _INK, above, anchor="mm")
+    top = _MARGIN + heading
     for strip, caption, row_height in zip(strips, captions, heights, strict=True):
         first = top + (row_height - _LINE * len(caption)) / 2 + _LINE / 2
         for number, line in enumerate(caption):

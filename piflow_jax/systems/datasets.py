@@ -8,6 +8,7 @@ from piflow_jax.data import (
     Source,
     load_captioned_digits_source,
     load_digits_source,
+    load_fashion_mnist_source,
     load_images_source,
     load_latents_source,
     load_mnist_source,
@@ -50,6 +51,11 @@ DATASETS: dict[str, Dataset] = {
     "mnist": Dataset(
         load=lambda data: load_mnist_source(data.data_dir or None),
         features="mnist",
+        uses=frozenset({"data.data_dir"}),
+    ),
+    "fashion_mnist": Dataset(
+        load=lambda data: load_fashion_mnist_source(data.data_dir or None),
+        features="fashion_mnist",
         uses=frozenset({"data.data_dir"}),
     ),
     "captioned_digits": Dataset(

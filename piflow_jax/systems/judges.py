@@ -181,10 +181,12 @@ def real_features(source: Source, judge: Judge) -> tuple[np.ndarray, np.ndarray]
       judge: the feature space.
 
     Returns:
-      `(features[N, D], labels int32[N])` of all of them, or of a larger set of 10,000 that depend
-      on its length alone. Labels are 0 where there are no classes.
+      `(features[N, D], labels int32[N])` of all test images, or where there are none of all images;
+      of a larger set of 10,000 that depend on its length alone. Labels are 0 where there are no
+      classes.
     """
-    pairs = [(judge.extract(images), labels) for images, labels in _real_batches(source)]
+    test = getattr(source, "test", None) or source
+    pairs = [(judge.extract(images), labels) for images, labels in _real_batches(test)]
     features, labels = zip(*pairs, strict=True)
     return np.concatenate(features), np.concatenate(labels)
 

@@ -97,6 +97,7 @@ def test_mnist_reads_a_prepared_tfds(tmp_path, log, file_format):
 
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (7, 28, 28, 1), np.uint8)
+    splits = {"train": range(7), "test": range(2, 5)}
 
     with tfds.core.registered.skip_registration():
 
@@ -113,16 +114,17 @@ def test_mnist_reads_a_prepared_tfds(tmp_path, log, file_format):
                 return self.dataset_info_from_configs(features=tfds.features.FeaturesDict(features))
 
             def _split_generators(self, dl_manager):
-                return {"train": self._generate_examples()}
+                return {name: self._generate_examples(of) for name, of in splits.items()}
 
-            def _generate_examples(self):
-                for index, image in enumerate(images):
-                    yield index, {"image": image, "label": index}
+            def _generate_examples(self, of):
+                for index in of:
+                    yield index, {"image": images[index], "label": index}
 
     Mnist(data_dir=tmp_path, file_format=file_format).download_and_prepare()
     source = load_mnist_source(str(tmp_path))
     assert source.name == "mnist" and len(source) == 7
-    order = source.condition  # TFDS shuffles when it writes
-    assert sorted(order) == list(range(7))
-    np.testing.assert_allclose((source.x + 1) * 127.5, images[order], atol=1e-4)
-    assert f"7 images from TFDS, {tmp_path}" in log.text
+    for part, of in ((source, splits["train"]), (source.test, splits["test"])):
+        order = part.condition  # TFDS shuffles when it writes
+        assert sorted(order) == list(of)
+        np.testing.assert_allclose((part.x + 1) * 127.5, images[order], atol=1e-4)
+    assert f"7 images from TFDS, {tmp_path}" in log.text and "; 3 test images" in log.text

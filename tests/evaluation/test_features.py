@@ -36,7 +36,7 @@ def by_loops(network, image):
     return (raw - weights["mean"]) / weights["scale"]
 
 
-@pytest.mark.parametrize("name", ["digits", "mnist"])
+@pytest.mark.parametrize("name", DIGESTS)
 def test_the_network_is_what_its_documentation_says(name):
     network = load_features(name)
     rng = np.random.default_rng(0)
@@ -47,7 +47,7 @@ def test_the_network_is_what_its_documentation_says(name):
     np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["digits", "mnist"])
+@pytest.mark.parametrize("name", DIGESTS)
 def test_shipped_weights_have_not_changed(name):
     # Every figure in docs/ is in this space; new weights mean new figures.
     network = load_features(name)
@@ -121,7 +121,7 @@ def test_malformed_images_are_refused(images, message):
 
 
 def test_unknown_space_lists_the_known_ones():
-    with pytest.raises(ValueError, match=r"'faces'.*'digits', 'mnist'"):
+    with pytest.raises(ValueError, match=r"'faces'.*'digits', 'mnist', 'fashion_mnist'"):
         load_features("faces")
 
 

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from piflow_jax.evaluation import save_grid
+from piflow_jax.evaluation import draw_grid, save_grid
 from piflow_jax.evaluation.images import _GAP, _MARGIN, _ROW_GAP
 
 
@@ -46,6 +46,20 @@ def test_captions_are_drawn_and_long_ones_wrapped(tmp_path):
     assert (short < 128).any() and short.shape[1] > none.shape[1]
     assert (long < 128).sum() > (short < 128).sum()
     assert long.shape[1] < 450 and long.shape[0] > short.shape[0]
+
+
+def test_columns_have_captions_that_fit():
+    """Above the images, in the middle of each, and images are enlarged until they fit."""
+    images = np.ones((3, 8, 8, 1))
+    bare, named = (np.asarray(draw_grid([("x", images)], columns=c)) for c in ((), ("a", "", "c")))
+    heading = named[: len(named) - len(bare) + 12]
+    np.testing.assert_array_equal(named[-len(bare) + 12 :], bare[12:])
+    columns = np.flatnonzero((heading < 250).any(axis=(0, 2)))
+    left = named.shape[1] - 12 - 3 * 52 + 4  # the margin, and three images of 48 with gaps of 4
+    inside = [((columns >= left + i * 52) & (columns < left + i * 52 + 48)).sum() for i in range(3)]
+    assert inside[0] and inside[2] and not inside[1] and sum(inside) == len(columns)
+    wide = np.asarray(draw_grid([("x", images)], columns=["longer than an image is"] * 3))
+    assert wide.shape[1] > 2 * named.shape[1]
 
 
 def test_larger_images_are_enlarged_less(tmp_path):

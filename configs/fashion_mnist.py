@@ -1,0 +1,63 @@
+"""Fashion-MNIST, 28x28, all 70,000 images: the job that shows what one evaluation can do.
+
+    python -m piflow_jax.main --config=configs/fashion_mnist.py --workdir=runs/fashion_mnist
+
+The data are the four IDX files of `--config.data.data_dir`, TFDS `fashion_mnist` where it has been
+prepared, or Debian's package `dataset-fashion-mnist`. Figures are taken against the test images.
+"""
+
+import ml_collections
+
+from piflow_jax.config import base_config, check_variant
+
+VARIANTS = ("gm",)
+
+
+def get_config(variant: str = "gm") -> ml_collections.ConfigDict:
+    """The configuration of a variant.
+
+    Args:
+      variant: what follows the colon of `--config`.
+
+    Returns:
+      The configuration.
+
+    Raises:
+      ConfigError: there is no such variant.
+    """
+    check_variant(variant, VARIANTS)
+    config = base_config()
+    config.data.name = "fashion_mnist"
+
+    config.model.dit.patch_size = 4
+    config.model.dit.hidden = 128
+    config.model.dit.num_heads = 4
+    config.model.dit.depth = 4
+    config.model.scan_unroll = 4
+
+    config.teacher.steps = 15_000
+    config.teacher.batch_size = 64
+    config.teacher.optimizer.kind = "muon"
+    config.teacher.optimizer.learning_rate = 2e-3
+    config.teacher.optimizer.decay = "cosine"
+    config.teacher.optimizer.warmup_steps = 200
+
+    config.policy.kind = "gm"
+    config.policy.num_components = 16
+    config.train.steps = 6000
+    config.train.batch_size = 64
+    config.train.optimizer.kind = "muon"
+    config.train.optimizer.learning_rate = 3e-3
+    config.train.optimizer.beta2 = 0.99
+    config.train.optimizer.decay = "cosine"
+    config.train.total_substeps = 32
+    config.train.gm_dropout = 0.05
+    # Otherwise a network of pixels spends itself near the data, where little is decided any more.
+    config.train.time_power = 1.0
+
+    config.evaluation.num_samples = 5000
+    config.evaluation.batch_size = 250
+    config.evaluation.teacher_steps = (1, 2, 4, 8, 16, 64)
+    config.evaluation.substeps = 64
+    config.evaluation.grid_samples = 10
+    return config
