@@ -30,12 +30,12 @@ def get_config(variant: str = "gm") -> ml_collections.ConfigDict:
     config.data.name = "fashion_mnist"
 
     config.model.dit.patch_size = 4
-    config.model.dit.hidden = 128
+    config.model.dit.hidden = 96
     config.model.dit.num_heads = 4
     config.model.dit.depth = 4
     config.model.scan_unroll = 4
 
-    config.teacher.steps = 15_000
+    config.teacher.steps = 12_000
     config.teacher.batch_size = 64
     config.teacher.optimizer.kind = "muon"
     config.teacher.optimizer.learning_rate = 2e-3

@@ -200,6 +200,11 @@ class TrainConfig:
     total_substeps: int = _field(
         128, "policy substeps per unit of raw time in training", **_SUBSTEPS
     )
+    solver: str = _field(
+        "euler",
+        "of the policy's rollouts in training; multistep, of second order, needs fewer substeps",
+        choices=("euler", "multistep"),
+    )
     num_states: int = _field(2, "M, teacher queries per segment", **_EVALUATIONS)
     window_substeps: int = _field(0, "time-smoothing window; at most a segment's substeps", low=0)
     gm_dropout: float = _field(

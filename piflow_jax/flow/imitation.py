@@ -16,7 +16,7 @@ from piflow_jax.arguments import ROUNDING, check_between, check_shape, known, wh
 from piflow_jax.flow.policies.base import Policy, per_batch, per_sample, promote
 from piflow_jax.flow.rollout import average_velocity, rollout
 from piflow_jax.flow.schedule import TimeWarp
-from piflow_jax.flow.substeps import check_substeps, num_substeps
+from piflow_jax.flow.substeps import Solver, check_substeps, num_substeps
 from piflow_jax.keys import as_key
 
 __all__ = [
@@ -215,6 +215,7 @@ def imitation_loss(
     *,
     detached: Policy | None = None,
     total_substeps: int = 128,
+    solver: Solver = "euler",
     window_substeps: int = 0,
     longest_segment: float = 1.0,
     loss_scale: float = 1.0,
@@ -237,6 +238,7 @@ def imitation_loss(
       detached: the policy that visits the states, with its dropout; by default `policy` itself.
         Its gradient is stopped either way.
       total_substeps: substeps per unit of raw time.
+      solver: of the rollouts, see `rollout`; the paper's is Euler's.
       window_substeps: length of the time-smoothing window in substeps; 0 matches local velocities.
       longest_segment: raw-time length that no `segment_size` exceeds. It bounds the differentiated
         rollouts: their loop is as long as the compiler knows that it must be.
@@ -273,18 +275,29 @@ def imitation_loss(
     longest = max(math.ceil(longest_segment * total_substeps), 1)
     bound = longest if intervals.mixed else window_substeps
 
+    def visit(x, begin, end):
+        return rollout(detached, x, begin, end, warp, total_substeps, bound="traced", solver=solver)
+
     def state(carry, interval):
         x, tau = carry
         student, teacher_interval = interval
         tau_a = jnp.maximum(tau - student, 0)
-        x_a, sigma_a = rollout(detached, x, tau, tau_a, warp, total_substeps, bound="traced")
+        x_a, sigma_a = visit(x, tau, tau_a)
         x_a = jax.lax.stop_gradient(x_a)
         target = jax.lax.stop_gradient(teacher(x_a, sigma_a))
         check_shape("the teacher's velocity", target, x_a.shape, "its state")
         target = target.astype(x_a.dtype)
         tau_b = jnp.maximum(tau_a - teacher_interval, 0)
         prediction = average_velocity(
-            policy, x_a, tau_a, tau_b - window, warp, total_substeps, eps, bound=bound
+            policy,
+            x_a,
+            tau_a,
+            tau_b - window,
+            warp,
+            total_substeps,
+            eps,
+            bound=bound,
+            solver=solver,
         )
         x_b = x_a
         if intervals.mixed:
@@ -301,6 +314,6 @@ def imitation_loss(
         errors = errors * sigmas**time_power
     loss = loss_scale * 0.5 * jnp.mean(errors)
     tau_dst = tau_src - segment_size
-    x_dst, _ = rollout(detached, x, tau, tau_dst, warp, total_substeps, bound="traced")
+    x_dst, _ = visit(x, tau, tau_dst)
     aux = ImitationAux(x_dst, tau_dst, states, sigmas, predictions, targets)
     return loss, jax.lax.stop_gradient(aux)

@@ -169,6 +169,7 @@ def average_velocity(
     eps: float = 1e-4,
     *,
     bound: int | None = None,
+    solver: Solver = "euler",
 ) -> jax.Array:
     """Mean velocity of a policy over an interval (paper, App.: time smoothing).
 
@@ -185,6 +186,7 @@ def average_velocity(
       eps: smallest difference of noise levels divided by.
       bound: static bound on the substeps, as for `rollout`; 0 or 1 says that every interval is
         shorter than two substeps, and no rollout is compiled.
+      solver: see `rollout`.
 
     Returns:
       `u[B, *sites, C]`.
@@ -198,7 +200,9 @@ def average_velocity(
     local = policy.velocity(x, sigma_start)
     if bound is not None and bound < 2:
         return local
-    x_end, sigma_end = rollout(policy, x, tau_start, tau_end, warp, total_substeps, bound=bound)
+    x_end, sigma_end = rollout(
+        policy, x, tau_start, tau_end, warp, total_substeps, bound=bound, solver=solver
+    )
     length = per_sample(jnp.maximum(sigma_start - sigma_end, eps), x.ndim)
     is_short = jnp.round((tau_start - tau_end) * total_substeps) < 2
     return jnp.where(per_sample(is_short, x.ndim), local, (x - x_end) / length)

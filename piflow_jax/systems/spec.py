@@ -44,7 +44,7 @@ _SAMPLING = ("nfe", "final_step_size_scale", "shift", "total_substeps")
 _RENAMED = {"data.name": {"imagenet": "latents"}}
 _ADDED = {"data.vae": ""}
 # Settings of a student's run that came later, and what they were before.
-_LATER = {"train.initial": ""}
+_LATER = {"train.initial": "", "train.solver": "euler"}
 
 
 def updated(spec: Mapping[str, Any]) -> dict[str, Any]:

@@ -156,6 +156,7 @@ def _segment_loss(policy, teacher, x_src, tau_src, segment_size, draws, ratio, c
         TimeWarp(config.shift),
         detached=detached,
         total_substeps=config.total_substeps,
+        solver=config.solver,
         window_substeps=config.window_substeps,
         longest_segment=Segments(config.nfe, config.final_step_size_scale).longest,
         loss_scale=config.loss_scale,

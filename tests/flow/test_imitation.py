@@ -230,3 +230,39 @@ def test_intervals_stay_inside_the_segment():
 def test_no_states_are_refused():
     with pytest.raises(ValueError, match="num_states must be at least 1"):
         sample_intervals(jax.random.key(0), 0, jnp.ones((1,)), jnp.zeros((1,)), 0.0)
+
+
+def test_second_order_substeps_are_near_the_limit_of_many(x64):
+    """States, mean velocities and the end, against 4096 Euler substeps: orders 1 and 2."""
+    x = jax.random.normal(jax.random.key(0), (3, 5, 2))
+    tau = jnp.asarray([1.0, 0.9, 0.7])
+    u = jnp.asarray([[0.1, 0.8], [0.3, 0.6], [0.2, 0.9]])
+    intervals = intervals_from_uniforms(u, u[:, :1], tau, 0 * tau, 0.5)
+    means = jax.random.normal(jax.random.key(1), (3, 5, 3, 2))
+    logits = jax.random.normal(jax.random.key(2), (3, 5, 3))
+    policy = GMFlowPolicy.create(GMOutput(means, logits, jnp.full(3, -1.0)), x, tau)
+
+    @functools.partial(jax.jit, static_argnums=(0, 1))
+    def found(substeps, solver):
+        _, aux = imitation_loss(
+            policy,
+            lambda x, t: jnp.sin(x),
+            x,
+            tau,
+            tau,
+            intervals,
+            TimeWarp(2.0),
+            total_substeps=substeps,
+            solver=solver,
+        )
+        return aux.x, aux.prediction, aux.x_dst
+
+    limit = found(4096, "euler")
+
+    def errors(substeps, solver):
+        pairs = zip(found(substeps, solver), limit, strict=True)
+        return np.array([np.sqrt(np.mean(np.square(a - b))) for a, b in pairs])
+
+    euler, second = errors(64, "euler"), errors(64, "multistep")
+    assert np.all(second < euler / 4), (euler, second)
+    assert np.all(errors(128, "multistep") < second / 2.5)
