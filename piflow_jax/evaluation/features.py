@@ -177,7 +177,7 @@ def load_features(name: str) -> FeatureNetwork:
     """Loads a feature space that ships with the package.
 
     Args:
-      name: `digits` (8x8x1) or `mnist` (28x28x1).
+      name: `digits` (8x8x1), `mnist` or `fashion_mnist` (28x28x1).
 
     Returns:
       The network, its weights in float32.

@@ -11,6 +11,7 @@ from piflow_jax.evaluation import frechet_distance, load_features
 
 DIGESTS = {
     "digits": "25ea0571cf5ba0e331a21050d8ec1ee4522f65451232ded0e244316b4e75cb04",
+    "fashion_mnist": "b259c656084e62942a1a3f0cda8d14bcf99138b2890fe9a7f60b0f1dd654d656",
     "mnist": "8da71a34b042d5b11b2ec6258b7fb58b1d786e7a3905cbcf1b9a4c9a952341f5",
 }
 
