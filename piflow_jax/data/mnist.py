@@ -13,7 +13,8 @@ from piflow_jax.data.source import ArraySource, labelled_pictures
 
 _PACKAGED = epath.Path("/usr/share/datasets/fashion-mnist")  # of Debian's dataset-fashion-mnist
 _DIGITS = tuple("0123456789")
-_CLOTHES = (
+_SPLITS = {"train": "train", "test": "t10k"}  # and what names of IDX files begin with
+FASHION_CLASSES = (
     *("T-shirt", "trouser", "pullover", "dress", "coat"),
     *("sandal", "shirt", "sneaker", "bag", "ankle boot"),
 )
@@ -85,7 +86,7 @@ def load_fashion_mnist_source(data_dir: str | None = None) -> ArraySource:
     """
     root = _directory(data_dir)
     for folder in (root, _PACKAGED):
-        found = _found("fashion_mnist", folder, _CLOTHES)
+        found = _found("fashion_mnist", folder, FASHION_CLASSES)
         if found is not None:
             return found
     raise FileNotFoundError(
@@ -123,17 +124,14 @@ def _found(name: str, root: epath.Path, classes: tuple[str, ...]) -> ArraySource
         parts = {split: tuple(map(read_idx, files)) for split, files in parts.items() if files}
     else:
         parts = _read_tfds(prepared)
-    if "train" not in parts:
-        return None
     sources = {split: _source(name, *part, classes) for split, part in parts.items()}
-    train, test = sources["train"], sources.get("test")
+    train, test = map(sources.get, _SPLITS)
+    if train is None:
+        return None
     text = "%s: %d images from %s, %s; %s test images"
     origin = "IDX files" if prepared is None else "TFDS"
     logging.info(text, name, len(train), origin, prepared or root, len(test) if test else "no")
     return dataclasses.replace(train, test=test)
-
-
-_SPLITS = {"train": "train", "test": "t10k"}
 
 
 def _source(

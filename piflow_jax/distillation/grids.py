@@ -9,6 +9,7 @@ from piflow_jax.evaluation import IndexSampler
 from piflow_jax.evaluation.evaluator import Sampler
 from piflow_jax.parallel import batch_sharding, local_mesh
 from piflow_jax.systems.conditioning import Condition
+from piflow_jax.systems.datasets import DATASETS
 from piflow_jax.systems.sampling import conditions_in_turn
 from piflow_jax.systems.shapes import DataShape
 
@@ -48,8 +49,10 @@ def grid_rows(
 
 
 def class_names(source: Source | None, data: DataShape) -> list[str]:
-    """The names of the classes of a source, or their numbers where it has none for them."""
+    """The names of classes, those of a source or of the data set; or their numbers."""
     names = getattr(source, "class_names", None)
+    if not names and data.name in DATASETS:
+        names = DATASETS[data.name].class_names
     return list(names or [f"class {label}" for label in range(data.num_classes)])
 
 

@@ -14,6 +14,7 @@ from piflow_jax.data import (
     load_mnist_source,
     load_prompts_source,
 )
+from piflow_jax.data.mnist import FASHION_CLASSES
 from piflow_jax.systems.shapes import DataShape
 
 __all__ = ["DATASETS", "Dataset", "dataset", "load_source"]
@@ -33,6 +34,7 @@ class Dataset:
       bundled: the source is there wherever the package is, or is small enough to be opened for its
         shape alone.
       features: the feature space that ships with the package for its images; empty if none does.
+      class_names: names of its classes, where they are the same for everybody and no numbers.
       uses: keys of `config` that this data has a use for and others have not.
     """
 
@@ -43,6 +45,7 @@ class Dataset:
     by_class: bool = True
     bundled: bool = True
     features: str = ""
+    class_names: tuple[str, ...] = ()
     uses: frozenset[str] = frozenset()
 
 
@@ -56,6 +59,7 @@ DATASETS: dict[str, Dataset] = {
     "fashion_mnist": Dataset(
         load=lambda data: load_fashion_mnist_source(data.data_dir or None),
         features="fashion_mnist",
+        class_names=FASHION_CLASSES,
         uses=frozenset({"data.data_dir"}),
     ),
     "captioned_digits": Dataset(
