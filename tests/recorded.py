@@ -45,7 +45,11 @@ from piflow_jax.training.state import TrainState
 ROOT = Path(__file__).parents[1]
 SPECS = Path(__file__).parent / "golden" / "specs.json"
 CHECKPOINTS = Path(__file__).parent / "golden" / "checkpoints"
-MNIST = DataShape(name="mnist", sample_size=28, channels=1, num_classes=10)
+# Data that may be missing on this machine.
+MNIST = {
+    name: DataShape(name=name, sample_size=28, channels=1, num_classes=10)
+    for name in ("mnist", "fashion_mnist")
+}
 
 # What no configuration of `configs/` has.
 OTHERS = {
@@ -110,7 +114,7 @@ def shape_of_data(config: Config) -> DataShape:
         return DataShape(name=config.data.name, sample_size=side, channels=3, num_classes=10)
     if not row.bundled:
         return NETWORKS[config.model.network].official
-    return MNIST if config.data.name == MNIST.name else shape_of(config, load_source(config.data))
+    return MNIST.get(config.data.name) or shape_of(config, load_source(config.data))
 
 
 def networks(config: Config, data: DataShape) -> dict:
