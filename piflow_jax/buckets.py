@@ -60,8 +60,10 @@ def fetcher(path: str | os.PathLike) -> tuple[int, Callable[[int, int], bytes]]:
 
     Raises:
       FileNotFoundError: there is no such object.
+      ImportError: see `connect`.
       OSError: the bucket cannot be read; says why, and the remedy.
     """
+    connect()
     import fsspec
 
     path, system = os.fspath(path), fsspec.filesystem("gs")

@@ -14,12 +14,12 @@ import dataclasses
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 from jax import export as jax_export
 from jax.typing import ArrayLike
 
@@ -108,7 +108,7 @@ def load_exported(path: str | os.PathLike) -> ExportedStudent:
     """Loads a student's sampler from a file of `Student.export`.
 
     Args:
-      path: the file.
+      path: the file, on a disk or in a bucket.
 
     Returns:
       The sampler, its weights on the default device.
@@ -118,7 +118,7 @@ def load_exported(path: str | os.PathLike) -> ExportedStudent:
       ValueError: it is another file, damaged, or was exported for other platforms or by a JAX whose
         programs this one does not read.
     """
-    path = Path(path)
+    path = epath.Path(path)
     arrays, metadata = open_safetensors(path)
     if DESCRIPTION not in metadata or _PROGRAM not in arrays:
         raise ValueError(f"{path} is no file of Student.export; piflow_jax.load reads weight files")

@@ -18,7 +18,7 @@ import numpy as np
 from absl import logging
 from etils import epath
 
-from piflow_jax.buckets import connect, fetcher, is_remote
+from piflow_jax.buckets import fetcher, is_remote
 from piflow_jax.convert.float8 import with_scales
 from piflow_jax.safetensors_files import LazyArray, check_here, open_safetensors
 from piflow_jax.whole_files import reading
@@ -112,7 +112,7 @@ def open_weights(path: str | os.PathLike, select: str | None = None) -> Weights:
             code, several parts of which none is the obvious one, or averages without names.
         ImportError: A PyTorch file, and PyTorch is not installed.
     """
-    path = _one_file(_path(path))
+    path = _one_file(readable(path))
     if path.name.endswith(INDEX):
         parts, metadata = _open_index(path)
     elif path.suffix == ".safetensors":
@@ -138,15 +138,26 @@ def holds_weights(path: str | os.PathLike) -> bool:
     Returns:
         Whether it is a file, or a folder with a weight file in it.
     """
-    path = _path(path)
+    path = readable(path)
     if not path.is_dir():
         return path.exists()
     return any(p.name.endswith(_ENDINGS) and p.is_file() for p in path.iterdir())
 
 
-def _path(path: str | os.PathLike) -> epath.Path:
+def readable(path: str | os.PathLike) -> epath.Path:
+    """A path whose bucket, if it is in one, can be read.
+
+    Args:
+        path: Any path, of something that may not be there.
+
+    Returns:
+        The path.
+
+    Raises:
+        ImportError: gcsfs is missing; the message names the remedy.
+        OSError: The bucket cannot be read; says why, and the remedy.
+    """
     if is_remote(path):
-        connect()
         with contextlib.suppress(FileNotFoundError):  # which is said where more is known
             fetcher(path)
     return epath.Path(path)

@@ -3,13 +3,12 @@
 import hashlib
 import os
 from collections.abc import Mapping
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from piflow_jax.convert.files import open_weights
+from piflow_jax.convert.files import open_weights, readable
 from piflow_jax.convert.kinds import Kind
 from piflow_jax.convert.rules import Rule, export_state, import_state
 from piflow_jax.models.inception import POOL_FEATURES, InceptionV3, convolutions
@@ -81,7 +80,7 @@ def read_inception(path: str | os.PathLike) -> tuple[Mapping[str, np.ndarray], s
         FileNotFoundError: There is none; says where to get it.
         ValueError: The file is damaged.
     """
-    path = Path(path)
+    path = readable(path)
     if not path.is_file():
         raise FileNotFoundError(
             f"no Inception weights at {path}: download {INCEPTION_URL} (91 MB) and put it there"

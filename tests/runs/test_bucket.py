@@ -1,5 +1,6 @@
 """A run in a bucket leaves there what it leaves on a disk, whatever goes wrong."""
 
+import hashlib
 import json
 import os
 import re
@@ -21,7 +22,13 @@ from flax import linen as nn
 import piflow_jax
 from piflow_jax.buckets import repeated_requests
 from piflow_jax.config import ConfigError, parse
-from piflow_jax.convert import open_weights, to_torch_state, write_safetensors
+from piflow_jax.convert import (
+    open_autoencoder,
+    open_weights,
+    to_torch_state,
+    write_safetensors,
+)
+from piflow_jax.convert.inception import read_inception
 from piflow_jax.evaluation import save_grid
 from piflow_jax.evaluation.kept import KeptFileError, read_kept, read_kept_json
 from piflow_jax.loading.runs import load_teacher
@@ -37,9 +44,10 @@ from piflow_jax.systems.shapes import DataShape
 from piflow_jax.whole_files import copy_file, replacing, write_json
 from tests import tiny
 from tests.buckets import names
-from tests.convert.test_files import assert_bit_equal, save_torch
+from tests.convert.test_files import assert_bit_equal, recorded, save_torch
 from tests.doors import two_processes
 from tests.doors.test_processes import two
+from tests.doors.test_weights import load, state
 from tests.saved_runs import save_run
 
 RUN = "gs://bucket/run"
@@ -319,6 +327,29 @@ def test_settings_and_notebooks_name_weights_in_a_bucket(service, tmp_path):
     with pytest.raises(ConfigError, match=f"config.teacher.weights = '{RUN}/none': .*no such"):
         load_teacher(parse(settings), data, tmp_path)
     assert not (Path.cwd() / "gs:").exists()
+
+
+def test_what_stands_beside_weights_is_found_in_a_bucket(service, tmp_path):
+    adapter, vae = state("gm_flux+lora"), recorded("autoencoder_kl.npz")
+    for folder in map(user_path, (tmp_path, RUN)):
+        for name, arrays, beside, settings in (
+            ("adapter", adapter, "adapter_config.json", {"lora_alpha": 6}),
+            ("vae", vae, "config.json", {"norm_num_groups": 4, "scaling_factor": 0.5}),
+        ):
+            (folder / name).mkdir(parents=True, exist_ok=True)
+            written(folder / name, arrays, "safetensors")
+            (folder / name / beside).write_text(json.dumps(settings))
+    plain = load("gm_flux+lora", adapter)
+    found = [load("gm_flux+lora", open_weights(f"{place}/adapter")) for place in (tmp_path, RUN)]
+    jax.tree.map(np.testing.assert_array_equal, *found)
+    with pytest.raises(AssertionError):
+        jax.tree.map(np.testing.assert_array_equal, found[0], plain)
+    (here, expected), (there, found) = (open_autoencoder(f"{p}/vae") for p in (tmp_path, RUN))
+    assert here == there and here.latent_scale == 0.5
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+    path = written(user_path(RUN), {"fc.bias": np.ones(3, np.float32)}, "pth")
+    weights, digest = read_inception(path)
+    assert digest == hashlib.sha256(path.read_bytes()).hexdigest() and list(weights) == ["fc.bias"]
 
 
 def test_each_of_two_processes_reads_its_rows_alone(service, tmp_path):
