@@ -1,16 +1,20 @@
 """Systems side by side: the same noise, labels and features for all of them."""
 
 import dataclasses
+import json
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 from absl import logging
+from etils import epath
 
 from piflow_jax.config import Config
 from piflow_jax.data import Source
+from piflow_jax.data.source import source_digest
 from piflow_jax.distillation.grids import class_names, index_sampler
 from piflow_jax.distillation.looks import Measure
 from piflow_jax.evaluation import (
@@ -22,11 +26,15 @@ from piflow_jax.evaluation import (
     measure,
     save_grid,
 )
+from piflow_jax.evaluation.kept import read_kept
+from piflow_jax.runs.fingerprints import tree_fingerprint
 from piflow_jax.runs.workdir import user_path
 from piflow_jax.systems.assembly import Systems
 from piflow_jax.systems.judges import Judge, described, real_features
 from piflow_jax.systems.sampling import conditions_in_turn, sampling_record
 from piflow_jax.systems.shapes import DataShape
+from piflow_jax.systems.spec import teacher_spec
+from piflow_jax.whole_files import replacing
 
 __all__ = ["Bench", "compare", "draw", "judged"]
 
@@ -64,6 +72,43 @@ class Bench:
         number = self._config.evaluation.num_samples
         by_index = index_sampler(self._config, self._data, sampler, self._conditions, number)
         return by_index(params, number), by_index.seconds
+
+    def sample_once(
+        self, sampler: Callable, params: Any, path: epath.Path, made: dict[str, Any]
+    ) -> tuple[np.ndarray, float]:
+        """Like `sample`, but what an earlier evaluation kept is taken if it was made the same way.
+
+        Args:
+          sampler: the system.
+          params: its parameters.
+          path: where samples are kept. Several processes share the work instead.
+          made: what the samples depend on besides weights, noise and machine, as JSON values.
+
+        Returns:
+          The samples, and the seconds that they took when they were made.
+
+        Raises:
+          KeptFileError: the file is damaged.
+        """
+        if jax.process_count() > 1:
+            return self.sample(sampler, params)
+        settings = self._config.evaluation
+        made = made | {
+            "weights": tree_fingerprint(params),
+            "noise": [settings.seed, settings.num_samples],
+            "machine": [jax.__version__, jax.devices()[0].device_kind],
+        }
+        # As JSON has them, in which tuples are lists.
+        made = json.loads(json.dumps(made))
+        if path.exists():
+            kept, samples, seconds = read_kept(path, _read_samples)
+            if kept == made:
+                logging.info("evaluation: took the samples in %s", path)
+                return samples, seconds
+        samples, seconds = self.sample(sampler, params)
+        with replacing(path) as under_way, under_way.open("wb") as file:
+            np.savez(file, made=json.dumps(made), samples=samples, seconds=seconds)
+        return samples, seconds
 
     def row(
         self,
@@ -136,6 +181,8 @@ def compare(
     teacher_params: Any,
     student_params: Any,
     workdir: str | os.PathLike,
+    *,
+    keep: bool = False,
 ) -> Report:
     """Measures teacher and student on the same noise, and writes what was found.
 
@@ -145,6 +192,8 @@ def compare(
       teacher_params: the teacher's parameters.
       student_params: the student's.
       workdir: the run's directory; process 0 writes `report.json` and `samples.png` there.
+      keep: the teacher's samples at most evaluations are kept in `teacher_samples.npz` for the next
+        comparison, which takes most of its time for them. For teachers that the settings describe.
 
     Returns:
       The report, which is also printed as a table.
@@ -156,7 +205,23 @@ def compare(
     def of_teacher(steps):
         return bench.sample(systems.teacher_sampler(steps), teacher_params)
 
-    reference, reference_seconds = of_teacher(most)
+    if keep:
+        teacher = config.teacher
+        made = teacher_spec(config, systems.data) | {
+            "source": source_digest(bench.source),
+            "steps": most,
+            "shift": config.train.shift,
+            "dtype": config.model.dtype,
+            "guidance": [
+                *(teacher.guidance_scale, *teacher.guidance_interval),
+                teacher.orthogonal_guidance,
+            ],
+        }
+        path = workdir / "teacher_samples.npz"
+        of_most = bench.sample_once(systems.teacher_sampler(most), teacher_params, path, made)
+    else:
+        of_most = of_teacher(most)
+    reference, reference_seconds = of_most
     rows, pictures = [], {most: reference}
     for steps in settings.teacher_steps[:-1]:
         pictures[steps], seconds = of_teacher(steps)
@@ -213,6 +278,14 @@ def draw(
         path = user_path(workdir) / "samples.png"
         save_grid(path, rows, columns=_in_turn(source, systems, settings.grid_samples))
         logging.info("wrote %s", path)
+
+
+def _read_samples(path: Path) -> tuple[dict[str, Any], np.ndarray, float]:
+    with np.load(path, allow_pickle=False) as archive:
+        made, samples = json.loads(str(archive["made"])), archive["samples"]
+        if not np.isfinite(samples).all():
+            raise ValueError("its samples are not finite")
+        return made, samples, float(archive["seconds"])
 
 
 def _in_turn(source: Source, systems: Systems, count: int) -> list[str]:

@@ -21,7 +21,8 @@ def evaluate(config: Config, workdir: str | os.PathLike) -> Report | AdmFigures 
 
     Args:
       config: the run's settings.
-      workdir: the run's directory; `report.json` and `samples.png` are written there.
+      workdir: the run's directory; `report.json` and `samples.png` are written there, and the
+        teacher's samples for the next evaluation, `teacher_samples.npz`.
 
     Returns:
       The report, which is also printed as a table.
@@ -40,4 +41,4 @@ def evaluate(config: Config, workdir: str | os.PathLike) -> Report | AdmFigures 
     bench = Bench(config, source, data, config_judge(config, source, workdir))
     teacher = load_teacher(config, data, workdir)
     student = load_student(config, data, workdir)
-    return compare(bench, systems, teacher, student, workdir)
+    return compare(bench, systems, teacher, student, workdir, keep=True)

@@ -1,0 +1,95 @@
+"""The teacher's samples are made once, and again when anything that they depend on has changed."""
+
+import numpy as np
+import pytest
+
+from piflow_jax.config import parse
+from piflow_jax.data import load_digits_source
+from piflow_jax.distillation.bench import Bench, _read_samples
+from piflow_jax.evaluation.kept import KeptFileError, read_kept
+from piflow_jax.modes.evaluate import evaluate
+from piflow_jax.systems.datasets import shape_of
+from tests import tiny
+from tests.saved_runs import save_run
+
+
+def settings(**changes):
+    config = tiny.get_config()
+    config.update_from_flattened_dict(changes)
+    return parse(config)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    config, source = settings(), load_digits_source()
+    return save_run(config, shape_of(config, source), tmp_path_factory.mktemp("run"))
+
+
+@pytest.fixture
+def made(monkeypatch):
+    """Of each sampler that runs, its number."""
+    asked, sample = [], Bench.sample
+
+    def counted(self, sampler, params):
+        asked.append(sampler)
+        return sample(self, sampler, params)
+
+    monkeypatch.setattr(Bench, "sample", counted)
+    return asked
+
+
+def test_samples_are_made_once(run, made):
+    first = evaluate(settings(), run)
+    assert len(made) == 3  # the teacher at 1 and 2 steps, and the student
+    again = evaluate(settings(), run)
+    assert len(made) == 5
+    for one, other in zip(first.rows, again.rows, strict=True):
+        assert (one.system, one.figures, one.endpoint_mse) == (
+            *(other.system, other.figures, other.endpoint_mse),
+        )
+    assert first.find("teacher", 2) == again.find("teacher", 2)  # its seconds too
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"evaluation.seed": 1},
+        {"teacher.guidance_scale": 2.0},
+        {"evaluation.teacher_steps": (1, 3)},
+    ],
+)
+def test_other_samples_are_made_anew(run, made, change):
+    evaluate(settings(), run)
+    del made[:]
+    other = settings(**change)
+    bench_rows = evaluate(other, run).rows
+    assert len(made) == 3 and bench_rows[1].nfe == other.evaluation.teacher_steps[-1]
+
+
+def test_other_weights_make_others(run, made, tmp_path):
+    config, data = settings(), shape_of(settings(), load_digits_source())
+    evaluate(config, run)
+    kept = (run / "teacher_samples.npz").read_bytes()
+    other = save_run(config, data, tmp_path)
+    (tmp_path / "teacher_samples.npz").write_bytes(kept)
+    del made[:]
+    evaluate(config, other)
+    assert len(made) == 2  # the same weights: taken
+    with np.load(run / "teacher_samples.npz") as archive:
+        arrays = dict(archive)
+    arrays["made"] = np.array(str(arrays["made"]).replace('"weights": "', '"weights": "0'))
+    np.savez(tmp_path / "teacher_samples.npz", **arrays)
+    del made[:]
+    evaluate(config, other)
+    assert len(made) == 3
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04", "nan"])
+def test_damage_is_named(tmp_path, content):
+    path = tmp_path / "teacher_samples.npz"
+    if content == "nan":
+        np.savez(path, made="{}", samples=np.full(3, np.nan), seconds=1.0)
+    else:
+        path.write_bytes(content)
+    with pytest.raises(KeptFileError, match=r"teacher_samples\.npz is damaged .*; delete it"):
+        read_kept(path, _read_samples)
