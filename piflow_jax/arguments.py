@@ -16,6 +16,7 @@ __all__ = [
     "ROUNDING",
     "check_between",
     "check_choice",
+    "check_no_pixels",
     "check_number",
     "check_shape",
     "class_labels",
@@ -108,6 +109,20 @@ def check_number(name: str, value: Any, *limits: float, **options: Any) -> None:
     if np.ndim(value):
         raise ValueError(f"{name} must be one number, got an array {list(np.shape(value))}")
     check_between(name, value, *limits, **options)
+
+
+def check_no_pixels(name: str, value: Any) -> None:
+    """Refuses pixels where networks see numbers about [-1, 1].
+
+    Args:
+      name: the argument's name.
+      value: an array.
+
+    Raises:
+      ValueError: it is uint8.
+    """
+    if value.dtype == np.uint8:
+        raise ValueError(f"{name} must be about [-1, 1], got uint8: turn pixels into x / 127.5 - 1")
 
 
 def check_shape(name: str, value: Any, shape: tuple[int, ...], of: str) -> None:

@@ -31,7 +31,7 @@ from piflow_jax.models.vae import picture_decoder
 from piflow_jax.runs.checkpoint import CheckpointError
 from piflow_jax.runs.workdir import user_path
 from piflow_jax.systems.datasets import DATASETS
-from piflow_jax.systems.sampling import teacher_sampler
+from piflow_jax.systems.sampling import sampling_cautions, teacher_sampler
 
 __all__ = ["Drawer", "main", "make_page", "serve"]
 
@@ -131,7 +131,7 @@ class Drawer:
 
         Returns:
           A picture, `uint8[H, W, 3]` with a row for each system, and a text with their times in
-          milliseconds, compilation not counted.
+          milliseconds, compilation not counted, and with what the student was not trained for.
 
         Raises:
           ValueError: a number is out of range.
@@ -162,7 +162,10 @@ class Drawer:
             start = time.perf_counter()
             rows.append((name, pictures()))
             times.append(f"{name}: {1e3 * (time.perf_counter() - start):.1f} ms")
-        return np.asarray(draw_grid(rows)), "\n".join(times)
+        train = self.student.settings.train
+        options = {"temperature": float(temperature)}
+        notes = sampling_cautions(train, int(nfe), **options)
+        return np.asarray(draw_grid(rows)), "\n".join([*times, *notes])
 
     def _teach(self, seed: int, labels: np.ndarray, steps: int) -> jax.Array:
         name = (len(labels), steps)

@@ -6,6 +6,7 @@ Students are those of pi-Flow, arXiv 2510.14974; sampling is its Alg. 1.
 import dataclasses
 import functools
 import os
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -16,7 +17,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 
-from piflow_jax.arguments import ROUNDING, check_between, check_number, whole
+from piflow_jax.arguments import ROUNDING, check_between, check_no_pixels, check_number, whole
 from piflow_jax.config import PolicyConfig, TrainConfig
 from piflow_jax.exported import write_exported
 from piflow_jax.flow.policies import Policy
@@ -25,7 +26,13 @@ from piflow_jax.flow.substeps import Solver, check_substeps
 from piflow_jax.keys import as_key, index_keys, index_noise
 from piflow_jax.systems.networks import Network
 from piflow_jax.systems.policies import POLICIES
-from piflow_jax.systems.sampling import student_policy, student_sampler, student_times
+from piflow_jax.systems.sampling import (
+    sampling_cautions,
+    student_policy,
+    student_rollout,
+    student_sampler,
+    student_times,
+)
 from piflow_jax.systems.spec import StudentSettings
 
 __all__ = ["Student"]
@@ -49,6 +56,20 @@ class Student:
     params: Any
     settings: StudentSettings
     devices: tuple[jax.Device, ...] | None = None
+
+    def __repr__(self) -> str:
+        """What the student is, in five lines; weights are not shown."""
+        settings = self.settings
+        data, policy, train = settings.data, settings.policy, settings.train
+        count = sum(np.size(leaf) for leaf in jax.tree.leaves(self.params))
+        shape = "of any size" if self.network.conditioning.reads_text else f"{list(data.shape)}"
+        return (
+            f"Student(\n"
+            f"  network: {settings.model.network}, {count:,} parameters\n"
+            f"  policy: {policy.kind}, trained for {train.nfe} evaluation{'s' * (train.nfe > 1)}\n"
+            f"  samples: {data.name}, {shape}, {data.num_classes} classes\n"
+            f")"
+        )
 
     def on(self, devices: Sequence[jax.Device]) -> "Student":
         """The same student with a copy of its weights on each device.
@@ -84,13 +105,13 @@ class Student:
 
         Args:
           x: `[B, H, W, C]`, states at `t`.
-          t: `[B]`, noise levels in (0, 1]; traced ones are not checked.
+          t: `[B]`, or one for all: noise levels in (0, 1]; traced ones are not checked.
           labels: `[B]`, integers in `[0, num_classes]`, of which the last is the null label; or
             embedded prompts, see `sample`. Where they are traced, others give NaN.
           params: weights in place of the student's own, to differentiate by them for instance.
 
         Returns:
-          The policy, for `piflow_jax.rollout(policy, x, ...)` from `t` down.
+          The policy, for `Student.rollout` from `t` down.
 
         Raises:
           ValueError: shapes do not belong together, or known labels or noise levels are out of
@@ -99,8 +120,39 @@ class Student:
         params = self.params if params is None else params
         x, t = (a if isinstance(a, jax.Array) else np.asarray(a) for a in (x, t))
         check_between("t", t, 0, 1, slack=ROUNDING)
+        t = jnp.broadcast_to(t, np.shape(x)[:1]) if np.ndim(t) == 0 else t
         predict = student_policy(self.network, self.settings.policy, self.settings.train)
         return predict(params, x, t, labels)
+
+    def rollout(
+        self,
+        policy: Policy,
+        x: jax.Array,
+        t_start: ArrayLike = 1.0,
+        t_end: ArrayLike = 0.0,
+        *,
+        substeps: int = 128,
+        solver: Solver = "multistep",
+    ) -> jax.Array:
+        """Integrates a policy without the network, as `sample` does.
+
+        Args:
+          policy: of `policy`.
+          x: `[B, H, W, C]`, states at `t_start`.
+          t_start: `[B]`, or one for all: noise levels in [0, 1].
+          t_end: `[B]`, or one for all, not above `t_start`.
+          substeps: see `sample`.
+          solver: see `sample`.
+
+        Returns:
+          `[B, H, W, C]`, states at `t_end`.
+
+        Raises:
+          ValueError: see `piflow_jax.rollout`, which takes raw times and a time warp.
+        """
+        for name, t in (("t_start", t_start), ("t_end", t_end)):
+            check_between(name, t, 0, 1, slack=ROUNDING)
+        return student_rollout(self.settings.train, policy, x, t_start, t_end, substeps, solver)
 
     def sample(
         self,
@@ -137,14 +189,15 @@ class Student:
             trained with.
           size: `(H, W)` in sites of latents, of a student that reads text: (128, 128) are 1024x1024
             pixels. Students of classes have one size.
-          nfe: network evaluations, at least 1; by default as trained.
+          nfe: network evaluations, at least 1; by default as trained. Others, and a `start` below
+            1, evaluate the network at noise levels that it was not trained at, which is warned of.
           substeps: policy substeps per unit of raw time. A segment's number of them is rounded up,
             as in the pi-Flow release: with `solver="euler"` and 128 samples are the release's.
-          h: stochasticity between segments, see `few_step_sample`.
+          h: stochasticity between segments, see `few_step_sample`; none with one evaluation.
           temperature: of the mixture, in all segments but the last; in (0, 1], 1 leaves it.
           start: noise level at which to start, with `x`.
-          x: `[N, H, W, C]`, clean images or latents of which noise is made up to `start`; without
-            it sampling starts at pure noise.
+          x: `[N, H, W, C]`, clean images, about [-1, 1], or latents of which noise is made up to
+            `start`; without it sampling starts at pure noise.
           noise: `[N, H, W, C]`, initial latents: standard normal noise in place of the key's,
             which is float32 `normal(fold_in(key, i))` whatever the network's dtype.
           solver: of the policy's rollouts, `multistep`, or `euler` as in training; see `rollout`.
@@ -171,6 +224,8 @@ class Student:
         size = self._size(size)
         if (x is None) != (start == 1.0):
             raise ValueError("start below 1 and x go together")
+        if x is not None:
+            check_no_pixels("x", np.asarray(x))
         shape = (number, *size, self.settings.data.channels)
         given = {name: _checked(name, a, shape) for name, a in (("x", x), ("noise", noise))}
         given = {name: a for name, a in given.items() if a is not None}
@@ -294,6 +349,8 @@ class Student:
             if temperature != 1:
                 raise ValueError(f"this student's policy ({policy.kind}) has no temperature")
             sharpened = None
+        for caution in sampling_cautions(train, nfe, h, temperature, start):
+            warnings.warn(caution, stacklevel=3)
         choice = (self.network, policy, train, shape, nfe, substeps, solver)
         return choice, (times, sharpened, np.float32(start))
 

@@ -148,7 +148,9 @@ class TeacherConfig:
     """The flow-matching teacher: how it is trained when none is given, and how it is guided."""
 
     checkpoint: str = _field(
-        "", "directory of a teacher's checkpoints; empty trains one first in <workdir>/teacher"
+        "",
+        "work directory of a run, or directory of checkpoints, with the teacher; empty trains one "
+        "first in <workdir>/teacher",
     )
     weights: str = _field(
         "",

@@ -7,6 +7,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from piflow_jax.arguments import check_no_pixels
+
 __all__ = [
     "ArraySource",
     "Source",
@@ -208,6 +210,7 @@ def as_source(data: Any, name: str = "arrays") -> Source:
     if hasattr(data, "__getitem__") and hasattr(data, "shape") and hasattr(data, "name"):
         return data
     x, condition = data if isinstance(data, tuple) else (data, None)
+    check_no_pixels(f"{name}: x", np.asarray(x))
     x = np.array(x, np.float32)
     if condition is None or isinstance(condition, Mapping):
         condition = None if condition is None else _map(np.array, condition)

@@ -35,6 +35,7 @@ from piflow_jax.systems.spec import (
     spec_of,
     student_settings,
     teacher_settings,
+    trained_with,
     updated_settings,
 )
 
@@ -82,7 +83,7 @@ def load(
         return _from_file(path, config, dtype, teacher)
     directory, step, spec, saved = find_checkpoint(path, "student")
     with _about(directory):
-        settings = student_settings(spec)
+        settings = trained_with(student_settings(spec), saved)
         if network is not None or _is_own(settings.model):
             network = _own(settings, network, teacher)
         else:

@@ -32,6 +32,7 @@ from piflow_jax.runs.checkpoint import CheckpointError
 from piflow_jax.runs.loop import Interrupted, NonFiniteLossError
 from piflow_jax.runs.workdir import check_writable, user_path
 from piflow_jax.systems.datasets import DATASETS, dataset
+from piflow_jax.systems.sampling import sampling_cautions
 from piflow_jax.systems.settings import check_choices
 
 __all__ = ["MODES", "Mode", "run"]
@@ -130,6 +131,7 @@ def run(mode: str, config: ml_collections.ConfigDict, workdir: str | os.PathLike
         if pictures:
             parsed = in_workdir(parsed, workdir)
         _start(parsed, MODES[mode], workdir)
+        _caution(parsed, MODES[mode])
         if pictures and MODES[mode].needs_data:
             prepare_missing(parsed, workdir)
         MODES[mode].run(parsed, workdir)
@@ -188,6 +190,15 @@ def _start(config: Config, mode: Mode, workdir: str | os.PathLike) -> None:
     if mode.in_workdir:
         check_writable(workdir)
         user_path(workdir).mkdir(parents=True, exist_ok=True)
+
+
+def _caution(config: Config, mode: Mode) -> None:
+    """Says what settings of sampling ask of a student that it cannot do."""
+    if "evaluation" in mode.batches and not jax.process_index():
+        settings = config.evaluation
+        options = {"temperature": settings.temperature}
+        for caution in sampling_cautions(config.train, config.sampling_nfe, **options):
+            logging.info("note: config.evaluation: %s", caution)
 
 
 def _refuse(message: str, code: int) -> int:

@@ -38,6 +38,13 @@ def sample(config: Config, workdir: str | os.PathLike) -> epath.Path | list[epat
       ConfigError: a class does not exist, or the autoencoder is missing or another one.
     """
     row, settings = dataset(config), config.evaluation
+    if config.seed not in (Config().seed, settings.seed):
+        logging.info(
+            "note: config.seed = %d is the seed of training; other samples come of "
+            "config.evaluation.seed, which is %d",
+            config.seed,
+            settings.seed,
+        )
     if not row.by_class:
         return sample_prompts(config, workdir)
     data = data_shape(config, workdir)

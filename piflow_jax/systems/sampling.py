@@ -7,12 +7,14 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from piflow_jax.config import Config, PolicyConfig, TrainConfig
 from piflow_jax.data import Source, stacked
 from piflow_jax.flow.policies import Policy
-from piflow_jax.flow.rollout import Implementation
+from piflow_jax.flow.rollout import Implementation, rollout
 from piflow_jax.flow.sampling import ode_sample, sample_segments, segment_substeps
 from piflow_jax.flow.schedule import FlowMapTimes, TimeWarp, sampling_times
 from piflow_jax.flow.substeps import Rounding, Solver
@@ -25,8 +27,10 @@ from piflow_jax.systems.shapes import DataShape
 __all__ = [
     "ROUNDING",
     "conditions_in_turn",
+    "sampling_cautions",
     "sampling_record",
     "student_policy",
+    "student_rollout",
     "student_sampler",
     "student_substeps",
     "student_times",
@@ -38,6 +42,8 @@ ROUNDING: Rounding = "ceil"
 
 # Conditions in turn of data without classes.
 _MOST_CONDITIONS = 1000
+# Of a sampler, in a message.
+_MOST_LEVELS = 8
 
 
 def student_policy(
@@ -64,9 +70,81 @@ def student_policy(
     return predict
 
 
+def student_rollout(
+    train: TrainConfig,
+    policy: Policy,
+    x: jax.Array,
+    t_start: ArrayLike,
+    t_end: ArrayLike,
+    substeps: int,
+    solver: Solver,
+) -> jax.Array:
+    """Integrates a student's policy between noise levels as its sampler does.
+
+    Args:
+      train: the settings of the distillation.
+      policy: of `student_policy`.
+      x: `[B, *sites, C]`, states at `t_start`.
+      t_start: `[B]` or one number, noise levels.
+      t_end: likewise, not above `t_start`.
+      substeps: policy substeps per unit of raw time.
+      solver: of the rollout.
+
+    Returns:
+      `[B, *sites, C]`, states at `t_end`.
+    """
+    warp = TimeWarp(train.shift)
+    start, end = (warp.unwarp(jnp.asarray(t)) for t in (t_start, t_end))
+    options = {"solver": solver, "rounding": ROUNDING}
+    return rollout(policy, x, start, end, warp, substeps, **options)[0]
+
+
 def student_times(train: TrainConfig, nfe: int, h: float = 0.0, start: float = 1.0) -> FlowMapTimes:
     """Times of a student's samples, see `sampling_times`."""
     return sampling_times(nfe, TimeWarp(train.shift), train.final_step_size_scale, h, start)
+
+
+def sampling_cautions(
+    train: TrainConfig, nfe: int, h: float = 0.0, temperature: float = 1.0, start: float = 1.0
+) -> list[str]:
+    """What a student was not trained for, and which options have no effect.
+
+    Args:
+      train: the settings of the distillation.
+      nfe: network evaluations.
+      h: stochasticity between segments.
+      temperature: of the mixture.
+      start: noise level at which sampling starts.
+
+    Returns:
+      Sentences; none where there is nothing to say.
+    """
+    cautions = []
+    trained, asked = student_times(train, train.nfe), student_times(train, nfe, h, start)
+    known, wanted = (np.stack([times.src, times.to], axis=1) for times in (trained, asked))
+    if not all(np.isclose(known, segment).all(1).any() for segment in wanted):
+        begin = "" if start == 1 else f" from start={start:g}"
+        cautions.append(
+            f"this student was trained for nfe={train.nfe}, which evaluates its network at "
+            f"{_levels(trained)}; nfe={nfe}{begin} evaluates it at {_levels(asked)}, where samples "
+            "may be poor or mere noise"
+        )
+    if nfe == 1 and temperature != 1:
+        cautions.append(
+            f"temperature={temperature:g} has no effect with nfe=1: the last segment is not "
+            "sharpened, and it is the only one"
+        )
+    if nfe == 1 and h > 0:
+        cautions.append(
+            f"h={h:g} has no effect with nfe=1: noise is renewed between segments, and there is one"
+        )
+    return cautions
+
+
+def _levels(times: FlowMapTimes) -> str:
+    """The noise levels of the evaluations, the first few of many."""
+    shown = [f"{level:.3g}" for level in times.src[:_MOST_LEVELS]]
+    return f"t = {', '.join(shown)}{', ...' if len(times.src) > _MOST_LEVELS else ''}"
 
 
 def student_substeps(

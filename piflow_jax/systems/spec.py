@@ -20,6 +20,7 @@ from piflow_jax.config import (
     TrainConfig,
     base_config,
     check_group,
+    key_types,
     parse,
 )
 from piflow_jax.systems.networks import NETWORKS, network_kind
@@ -35,6 +36,7 @@ __all__ = [
     "student_spec",
     "teacher_settings",
     "teacher_spec",
+    "trained_with",
     "updated",
     "updated_settings",
 ]
@@ -187,6 +189,29 @@ def student_settings(spec: Mapping[str, Any]) -> StudentSettings:
     settings = _settings(spec, "student")
     _check_complete(spec, student_spec(settings, settings.data))
     return settings
+
+
+def trained_with(settings: StudentSettings, saved: Mapping[str, Any]) -> StudentSettings:
+    """A student's settings with all of its training, of which a spec has what sampling needs.
+
+    Args:
+      settings: of the spec.
+      saved: the run's settings by dotted key, as the checkpoint recorded them; may be empty.
+
+    Returns:
+      The settings. What was not recorded stays; keys that there are no more are left out.
+
+    Raises:
+      ConfigError: a recorded value is none that the schema takes.
+    """
+    known, recorded = key_types(TrainConfig, "train"), dataclasses.asdict(settings.train)
+    for key, value in updated_settings(saved).items():
+        if key in known:
+            _, *groups, name = key.split(".")
+            (recorded["optimizer"] if groups else recorded)[name] = value
+    recorded |= {key: getattr(settings.train, key) for key in _SAMPLING}
+    train = check_group(TrainConfig, recorded, "train")
+    return dataclasses.replace(settings, train=train)
 
 
 def teacher_settings(spec: Mapping[str, Any]) -> tuple[ModelConfig, DataShape]:

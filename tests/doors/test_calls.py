@@ -9,9 +9,11 @@ import dataclasses
 import gc
 import os
 import pickle
+import re
 import subprocess
 import sys
 import threading
+import warnings
 import weakref
 from pathlib import Path
 
@@ -410,6 +412,14 @@ OF_STUDENTS = {
         "noise must be fin",
     ),
     "h": (lambda s: s.sample(0, LABELS, h=-1.0), "h must be at least 0"),
+    "pixels": (
+        lambda s: s.sample(0, [1], x=np.zeros((1, 8, 8, 1), np.uint8), start=0.5),
+        r"x must be about \[-1, 1\], got uint8: turn pixels into x / 127.5 - 1",
+    ),
+    "rollout above 1": (
+        lambda s: s.rollout(s.policy(s.x, 1.0, LABELS[:2]), s.x, 2.0),
+        r"t_start must be in \[0, 1\], got 2.0",
+    ),
     "long seed": (lambda s: s.sample(2**70, LABELS), "a seed has at most 64 bits"),
     "under jit": (
         lambda s: jax.jit(lambda: s.sample(0, LABELS))(),
@@ -429,6 +439,7 @@ def test_a_students_call_is_refused_in_a_sentence(student, call):
     class Case:
         x, t, params = np.zeros((2, 8, 8, 1), np.float32), ONE, student.params
         policy, sample, on = student.policy, student.sample, student.on
+        rollout = student.rollout
         teacher = piflow_jax.Teacher(
             predict=lambda *inputs: student.network.apply(*inputs).means[..., 0, :],
             shape=(8, 8, 1),
@@ -486,6 +497,57 @@ def test_a_policy_of_one_sample_is_asked_at_many_states():
     ):
         each = jnp.concatenate([ask(one, x[None]) for x in many])
         np.testing.assert_allclose(ask(one, many), each, rtol=0, atol=1e-5)
+
+
+# Options of `sample` by what is said of them; of a student that was trained for 2 evaluations.
+CAUTIONS = {
+    "": {},
+    "as trained, by hand": {"nfe": 2, "h": 0.5, "temperature": 0.5},
+    "its last segment alone": {"nfe": 1, "start": 0.5, "x": np.zeros((3, 8, 8, 1))},
+    r"trained for nfe=2, .* at t = 1, 0.5; nfe=4 evaluates it at t = 1, 0.75, 0.5, 0.25,": {
+        "nfe": 4
+    },
+    r"nfe=1 evaluates it at t = 1, where": {"nfe": 1},
+    r"nfe=2 from start=0.5 evaluates it at t = 0.5, 0.25,": {
+        "start": 0.5,
+        "x": np.zeros((3, 8, 8, 1)),
+    },
+    "temperature=0.5 has no effect with nfe=1": {"nfe": 1, "temperature": 0.5},
+    "h=0.5 has no effect with nfe=1": {"nfe": 1, "h": 0.5},
+}
+
+
+@pytest.mark.parametrize("words", CAUTIONS)
+def test_what_a_student_was_not_trained_for_is_said(student, words):
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        student.sample(0, LABELS, substeps=8, **CAUTIONS[words])
+    texts = [str(one.message) for one in found if "nfe=" in str(one.message)]
+    if " " not in words or words.startswith(("as", "its")):
+        assert not texts
+    else:
+        assert len([text for text in texts if re.search(words, text)]) == 1, texts
+        assert {one.filename for one in found} == {__file__}
+
+
+def test_a_students_rollout_is_that_of_its_samples():
+    """The same to rounding, from scalar times; the plain rollout integrates as training does."""
+    student = tiny_student(nfe=1, shift=3.2)
+    noise = np.random.default_rng(2).normal(size=(3, 8, 8, 1)).astype(np.float32)
+    expected = student.sample(0, LABELS, noise=noise, substeps=128)
+    policy = student.policy(noise, 1.0, LABELS)
+    found = student.rollout(policy, noise, substeps=128)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
+    halfway = student.rollout(policy, noise, 1.0, 0.5 * np.ones(3), substeps=128)
+    found = student.rollout(policy, halfway, 0.5, substeps=128)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=0.05)
+    assert np.abs(halfway - expected).max() > 0.1
+
+
+def test_a_student_is_shown_in_five_lines(student):
+    lines = repr(student).splitlines()
+    assert len(lines) == 5 and max(map(len, lines)) < 80
+    assert "dit" in lines[1] and "trained for 2 evaluations" in lines[2] and "digits" in lines[3]
 
 
 def test_one_number_is_the_time_of_all_samples():

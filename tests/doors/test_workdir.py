@@ -26,6 +26,7 @@ from piflow_jax.data import load_digits_source
 from piflow_jax.evaluation.image_sets import cached_features, open_images
 from piflow_jax.evaluation.kept import KeptFileError
 from piflow_jax.loading import load
+from piflow_jax.loading.runs import load_teacher
 from piflow_jax.modes import adm, command, rivals
 from piflow_jax.runs import metrics, quiet
 from piflow_jax.runs.best import BestCheckpoint
@@ -35,13 +36,14 @@ from piflow_jax.runs.metrics import MetricWriter
 from piflow_jax.runs.run_lock import RunLock
 from piflow_jax.runs.workdir import check_writable, user_path
 from piflow_jax.systems.judges import open_judge
+from piflow_jax.systems.shapes import DataShape
 from tests import tiny
 from tests.runs.test_loop import OPTIONS, make_stage
 
 LAUNCH = Path(__file__).parents[2] / "launch"
 
 
-def start(workdir, **changes):
+def start(workdir, mode="train", **changes):
     """What a start ends with: the exit status, and all that it says."""
     config = tiny.get_config()
     config.update_from_flattened_dict({k.replace("__", "."): v for k, v in changes.items()})
@@ -57,7 +59,7 @@ def start(workdir, **changes):
         patch.setattr(command, "_refuse", lambda text, code: said.append(f"error: {text}") or code)
         patch.setattr(sys.modules["piflow_jax.modes.train"], "evaluate", lambda *_: None)
         try:
-            return command.run("train", config, workdir), "\n".join(said)
+            return command.run(mode, config, workdir), "\n".join(said)
         finally:
             logger.removeHandler(handler)
             logger.setLevel(level)
@@ -311,6 +313,39 @@ def test_the_folder_of_a_step_is_loaded(made, tmp_path):
         same(load(path), student)
     with pytest.raises(AssertionError):
         same(load(made / STEPS / "4"), student)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({}, None),
+        ({"evaluation__seed": 5}, None),
+        ({"seed": 5}, r"note: config.seed = 5 is the seed of training; .* config.evaluation.seed"),
+        ({"evaluation__nfe": 2}, r"note: config.evaluation: this student was trained for nfe=1, "),
+        ({"evaluation__temperature": 0.5}, r"note: .*: temperature=0.5 has no effect with nfe=1"),
+    ],
+)
+def test_what_sampling_does_not_do_is_said(run, changes, says):
+    ended, said = start(run, "sample", evaluation__grid_samples=2, **changes)
+    assert ended == 0
+    assert "note: " not in said if says is None else re.search(says, said), said
+
+
+def test_the_settings_of_training_are_the_runs(made):
+    trained = parse(tiny.get_config()).train
+    assert trained.batch_size == 8 and trained.optimizer.warmup_steps == 2
+    for path in (made, made / NEWEST):
+        assert load(path).settings.train == trained
+
+
+def test_the_teacher_of_a_run_is_found_in_its_directory(made):
+    config = tiny.get_config()
+    weights = []
+    for place in ("", "teacher", "teacher/checkpoints", "teacher/checkpoints/6"):
+        config.teacher.checkpoint = str(made / place)
+        data = DataShape(name="digits", sample_size=8, channels=1, num_classes=10)
+        weights.append(load_teacher(parse(config), data, "elsewhere"))
+        jax.tree.map(np.testing.assert_array_equal, weights[0], weights[-1])
 
 
 @pytest.mark.parametrize(
