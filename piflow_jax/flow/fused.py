@@ -1,4 +1,4 @@
-"""The fused rollout of a Gaussian-mixture policy (paper, Alg. 1): what `kernels` needs of it."""
+"""Prepares the fused rollout of a Gaussian-mixture policy for `kernels` (paper, Alg. 1)."""
 
 import jax
 import jax.numpy as jnp
@@ -22,17 +22,17 @@ def fused_rollout(
 ) -> jax.Array:
     """Where a rollout ends; see `rollout`.
 
-    The state is followed relative to the mixture's centre, `y = x - (1 - t) r`. A step `h` of the
-    velocity `u` in the noise level moves it by `h (u + r)`, in which the centre has no part: what
-    is lost to rounding near the data is less than in `x`.
+    The rollout follows the state relative to the mixture's centre, `y = x - (1 - t) r`. A step `h`
+    of the velocity `u` in the noise level moves `y` by `h (u + r)`, in which the centre cancels.
+    Near the data, `y` therefore loses less to rounding than `x`.
 
     Args:
       policy: the mixture.
       x: `float32[B, *sites, C]`, states at the start.
-      substeps: of each sample.
+      substeps: the substeps of each sample.
       warp: raw time to noise level.
-      solver: of `rollout`.
-      most: substeps that a sample takes at most.
+      solver: see `rollout`.
+      most: upper bound on the substeps of a sample.
 
     Returns:
       `float32[B, *sites, C]`.
@@ -55,7 +55,7 @@ def fused_rollout(
     )
 
     def flat(values, axes):
-        """Sites, which come last, in one axis."""
+        """Merges the sites, which come last, into one axis."""
         return values.reshape(*values.shape[:axes], -1)
 
     center = flat(policy.center, 2)

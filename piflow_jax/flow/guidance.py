@@ -14,7 +14,7 @@ __all__ = ["guided_velocity"]
 def check_guidance(
     scale: float | jax.Array, interval: tuple[float, float], orthogonal: float
 ) -> None:
-    """Refuses guidance that is none.
+    """Refuses invalid guidance.
 
     Args:
       scale: see `guided_velocity`.
@@ -42,9 +42,9 @@ def guided_velocity(
 ) -> jax.Array:
     """Guided velocity `u_c + (w - 1)(u_c - u_u)` inside an interval of noise levels.
 
-    Interval guidance follows arXiv 2404.07724, the orthogonal part arXiv 2410.02416: the component
-    of the guidance parallel to the predicted `x_0` (per sample, over all sites and channels) is
-    scaled by `1 - orthogonal`.
+    Interval guidance follows arXiv 2404.07724. The orthogonal variant follows arXiv 2410.02416: it
+    scales the component of the guidance parallel to the predicted `x_0` (per sample, over all sites
+    and channels) by `1 - orthogonal`.
 
     Args:
       u_cond: `[B, *sites, C]`.

@@ -1,7 +1,7 @@
 """pi-ID: policy imitation distillation on one segment (arXiv 2510.14974, Sec. 3.3, Alg. 2).
 
-The detached policy is rolled out to a few intermediate states, the teacher is asked for its
-velocity there, and the differentiable policy's velocity is matched to it with a plain L2 loss.
+The detached policy is rolled out to a few intermediate states. The teacher gives its velocity at
+each of them, and a plain L2 loss matches the differentiable policy's velocity to it.
 """
 
 import math
@@ -28,7 +28,7 @@ __all__ = [
     "window_size",
 ]
 
-# Error below which the adaptive weight does not grow.
+# The adaptive weight stops growing where the error is below this.
 ADAPTIVE_EPS = 1e-3
 
 
@@ -39,7 +39,7 @@ class Intervals:
     Attributes:
       student: `[B, M]`, rolled out with the detached policy before each teacher query.
       teacher: `[B, M]`, stepped along the teacher's velocity after each query.
-      mixed: False if `teacher` is known to be zero before anything is computed; the loss then
+      mixed: False if `teacher` is known to be zero before anything is computed. The loss then
         compiles no rollout for it.
     """
 
@@ -50,7 +50,7 @@ class Intervals:
 
 @flax.struct.dataclass
 class ImitationAux:
-    """What the loss saw on its way; nothing here carries gradient.
+    """Intermediate values of the loss, without gradient.
 
     Attributes:
       x_dst: `[B, *sites, C]`, state at the segment's end, reached by the detached policy.
@@ -72,16 +72,15 @@ class ImitationAux:
 def window_size(
     segment_size: jax.Array, window_substeps: int, total_substeps: int = 128
 ) -> jax.Array:
-    """Raw-time length of the time-smoothing window, at most the segment.
+    """Raw-time length of the time-smoothing window, no longer than the segment.
 
     Args:
       segment_size: raw-time length of the segment in (0, 1], of any shape.
-      window_substeps: policy substeps in the window; 0 is no window.
+      window_substeps: policy substeps in the window; 0 means no window.
       total_substeps: policy substeps per unit of raw time.
 
     Returns:
-      The length, of the shape of `segment_size`. Where lengths are traced, a negative one gives a
-      negative window.
+      The length, shaped like `segment_size`. A traced negative length gives a negative window.
 
     Raises:
       ValueError: a number is out of range.
@@ -238,26 +237,27 @@ def imitation_loss(
       detached: the policy that visits the states, with its dropout; by default `policy` itself.
         Its gradient is stopped either way.
       total_substeps: substeps per unit of raw time.
-      solver: of the rollouts, see `rollout`; the paper's is Euler's.
+      solver: solver of the rollouts, see `rollout`; the paper uses Euler's.
       window_substeps: length of the time-smoothing window in substeps; 0 matches local velocities.
-      longest_segment: raw-time length that no `segment_size` exceeds. It bounds the differentiated
-        rollouts: their loop is as long as the compiler knows that it must be.
+      longest_segment: upper bound on every `segment_size`, in raw time. It bounds the
+        differentiated rollouts, because the compiler must know the length of their loop.
       loss_scale: factor of the loss, 3 on ImageNet and 30 on FLUX and Qwen-Image.
-      adaptive_power: `p` of a weight `1 / (error + 1e-3)^p` of each sample's mean squared error at
-        each state, without gradient (the adaptive weight of MeanFlow, arXiv 2505.13447, Sec. 4.3);
-        0 is the paper's plain loss.
-      time_power: `q` of a weight `t^q` of the noise level; an error of the velocity is one of `x_0`
-        over `t`, so 2 weighs errors of `x_0` alike at all times, and 0 those of the velocity.
-      eps: smallest difference of noise levels divided by in mean velocities.
+      adaptive_power: `p` of the weight `1 / (error + 1e-3)^p`, where `error` is a sample's mean
+        squared error at a state. The weight carries no gradient. It is the adaptive weight of
+        MeanFlow (arXiv 2505.13447, Sec. 4.3); 0 gives the paper's plain loss.
+      time_power: `q` of the weight `t^q` of the noise level. An error of the velocity is an error
+        of `x_0` divided by `t`, so 2 weighs errors of `x_0` equally at all times, and 0 weighs
+        errors of the velocity equally.
+      eps: lower bound on the difference of noise levels that mean velocities divide by.
 
     Returns:
-      `(loss[], aux)`, `loss = loss_scale * mean((prediction - target)^2) / 2`, weighted if asked.
-      Where times are traced, states that intervals lead beyond the segment's end are not brought
-      back, and NaN gives NaN.
+      `(loss[], aux)`, `loss = loss_scale * mean((prediction - target)^2) / 2`, with the weights if
+      there are any. With traced times, states that intervals lead beyond the segment's end are not
+      brought back, and NaN gives NaN.
 
     Raises:
-      ValueError: shapes do not belong together, the teacher's included, a number is out of range,
-        or known intervals are negative or longer than their segment.
+      ValueError: shapes do not match (the teacher's included), a number is out of range, or known
+        intervals are negative or longer than their segment.
     """
     check_between("loss_scale", loss_scale)
     check_between("adaptive_power", adaptive_power)
@@ -271,7 +271,7 @@ def imitation_loss(
     _check_intervals(intervals, len(x_src), segment_size)
     detached = jax.lax.stop_gradient(policy if detached is None else detached)
     window = window_size(segment_size, window_substeps, total_substeps)
-    # Without mixing the mean velocity spans the window alone.
+    # Without mixing, the mean velocity spans only the window.
     longest = max(math.ceil(longest_segment * total_substeps), 1)
     bound = longest if intervals.mixed else window_substeps
 

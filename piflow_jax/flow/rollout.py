@@ -40,10 +40,10 @@ def rollout(
 ) -> tuple[jax.Array, jax.Array]:
     """Integrates a policy from `tau_start` down to `tau_end`, per sample.
 
-    A policy with a `displacement` is integrated exactly, in one evaluation; others by substeps. A
-    sample takes `n = max(round((tau_start - tau_end) total_substeps), 1)` steps, uniform in raw
-    time and stepped in the noise level. Substep counts differ within a batch: the loop runs to a
-    common bound, and a sample that has arrived takes steps of length zero.
+    A policy with a `displacement` is integrated exactly, in one evaluation. Any other policy is
+    integrated by substeps: a sample takes `n = max(round((tau_start - tau_end) total_substeps), 1)`
+    steps, uniform in raw time and stepped in the noise level. Substep counts differ within a batch.
+    The loop runs to a common bound, and a sample that has arrived takes steps of length zero.
 
     Times are checked where their values are known. Where they are traced, a sample whose `tau_end`
     is above its `tau_start` takes one step up to it, and NaN gives NaN.
@@ -55,26 +55,26 @@ def rollout(
       tau_end: `[B]`, raw times not above `tau_start`; steps stop at 0.
       warp: raw time to noise level.
       total_substeps: substeps per unit of raw time, at most 2^24.
-      bound: trip count of the loop. None is `total_substeps`, enough for any interval within
-        [0, 1], and differentiable. An integer is a tighter static bound: a sample that would need
-        more substeps takes that many longer ones. `"traced"` runs to the largest count in the
-        batch, the fastest where no reverse-mode gradient is needed.
+      bound: trip count of the loop. None is `total_substeps`, which suffices for any interval
+        within [0, 1] and is differentiable. An integer is a tighter static bound: a sample that
+        needs more substeps takes that many, longer ones. `"traced"` runs to the largest count in
+        the batch, which is fastest where no reverse-mode gradient is needed.
       solver: `euler`, or `multistep`, of second order: two-step Adams-Bashforth, which reuses the
-        velocity of the substep before.
+        velocity of the previous substep.
       rounding: how `n` becomes a whole number: `round`, half to even, as in training, or `ceil`, as
-        pi-Flow's sampler has it since its version 0.2.0.
+        in pi-Flow's sampler since its version 0.2.0.
       implementation: `scan` is the reference, a loop over substeps of the whole batch. `fused`
-        takes a block of sites through all its substeps at once (`piflow_jax.kernels`); it is there
-        for Gaussian mixtures in float32, and derivatives are the reference's. `auto` is `fused`
-        where that is possible.
+        takes a block of sites through all its substeps at once (`piflow_jax.kernels`); it exists
+        for Gaussian mixtures in float32, and its derivatives are the reference's. `auto` is `fused`
+        where possible.
 
     Returns:
       `(x_end[B, *sites, C], sigma_end[B])`.
 
     Raises:
       ValueError: if `total_substeps` or `bound` is out of range, the solver, the rounding or the
-        implementation is unknown, `fused` is asked for where there is none, shapes do not belong
-        together, the batch is empty, or known times are out of range.
+        implementation is unknown, `fused` is asked for but does not exist for the policy, shapes do
+        not belong together, the batch is empty, or known times are out of range.
     """
     total_substeps = check_substeps(total_substeps, solver, rounding)
     if bound not in ("traced", None):
@@ -104,7 +104,8 @@ def rollout(
         x_end = reference(policy, x, substeps)
     else:
         fused = jax.custom_jvp(lambda *state: fused_rollout(*state, warp, solver, trips))
-        # Both modes of differentiation; where nothing is differentiated this is not reached.
+        # Covers both modes of differentiation. A program that differentiates nothing does not reach
+        # it.
         fused.defjvp(lambda primals, tangents: jax.jvp(reference, primals, tangents))
         x_end = fused(policy, x, substeps)
     return x_end, warp.warp(substeps.time_after(substeps.count))
@@ -113,7 +114,7 @@ def rollout(
 def _interval(
     x: jax.Array, tau_start: jax.Array, tau_end: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """States and the times `[B]` between which they are followed, checked."""
+    """Checked states, and the raw times `[B]` at which the rollout starts and ends."""
     if np.ndim(x) < 2 or not np.size(x):
         raise ValueError(f"x must hold at least one state [B, *sites, C], got shape {np.shape(x)}")
     check_between("tau_start", tau_start, 0, 1, slack=ROUNDING)
@@ -135,7 +136,7 @@ def _scan(
     trips: int,
     traced: bool,
 ) -> jax.Array:
-    """The reference: a loop over substeps, each of the whole batch."""
+    """The reference: a loop over substeps of the whole batch."""
 
     def substep(index, carry):
         x, previous = carry
@@ -153,8 +154,8 @@ def _scan(
         return jax.lax.fori_loop(0, last, substep, carry)[0]
     if trips == 1:
         return substep(jnp.zeros((), jnp.int32), carry)[0]
-    # Recomputing the velocity in the backward pass keeps the memory at one state a substep instead
-    # of K components a substep.
+    # Recomputing the velocity in the backward pass stores one state per substep instead of K
+    # components per substep.
     body = jax.checkpoint(lambda carry, index: (substep(index, carry), None), prevent_cse=False)
     return jax.lax.scan(body, carry, jnp.arange(trips))[0][0]
 
@@ -173,8 +174,9 @@ def average_velocity(
 ) -> jax.Array:
     """Mean velocity of a policy over an interval (paper, App.: time smoothing).
 
-    `(x - x_end) / max(t_start - t_end, eps)` of a rollout, or the local velocity at `tau_start`
-    where the interval is shorter than two substeps and the quotient would be ill-conditioned.
+    This is `(x - x_end) / max(t_start - t_end, eps)` of a rollout. Where the interval is shorter
+    than two substeps, the quotient would be ill-conditioned, and the local velocity at `tau_start`
+    takes its place.
 
     Args:
       policy: the velocity field; gradients flow into it.
@@ -183,9 +185,9 @@ def average_velocity(
       tau_end: `[B]`.
       warp: raw time to noise level.
       total_substeps: substeps per unit of raw time.
-      eps: smallest difference of noise levels divided by.
-      bound: static bound on the substeps, as for `rollout`; 0 or 1 says that every interval is
-        shorter than two substeps, and no rollout is compiled.
+      eps: lower bound on the difference of noise levels in the divisor.
+      bound: static bound on the substeps, as for `rollout`. 0 or 1 declares that every interval is
+        shorter than two substeps, so that no rollout is compiled.
       solver: see `rollout`.
 
     Returns:

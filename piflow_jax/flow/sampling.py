@@ -36,8 +36,8 @@ def few_step_sample(
 ) -> jax.Array:
     """Samples from a pi-Flow student (paper, Alg. 1; flow-map SDE of its Sec. 4).
 
-    A program is compiled for the given `h` and `start`. `sample_segments` is the same with times
-    that are arguments of the program.
+    The program is compiled for the given `h` and `start`. `sample_segments` does the same with
+    times that are arguments of the program.
 
     Args:
       policy_fn: `(x[B, *sites, C], sigma[B]) -> policy`, one network evaluation; traced once.
@@ -47,14 +47,14 @@ def few_step_sample(
       total_substeps: policy substeps per unit of raw time.
       final_step_size_scale: relative length of the last segment.
       h: stochasticity between segments; 0 is deterministic, `inf` renews all noise.
-      temperature: a scalar, the mixture temperature of all evaluations but the last, in (0, 1];
-        needs a policy with `with_temperature` when it is not 1. Traced, others are clipped.
-      key: PRNG key of the noise between segments, needed only when `h > 0`; one for all, or typed
-        keys `[B]`, with which a sample's noise does not depend on the others.
+      temperature: mixture temperature of all evaluations but the last, a scalar in (0, 1]. Other
+        values than 1 need a policy with `with_temperature`. A traced one is clipped.
+      key: PRNG key of the noise between segments, needed only when `h > 0`: one for all samples, or
+        typed keys `[B]`, with which a sample's noise does not depend on the other samples.
       start: noise level of `noise`; below 1 for image to image.
-      solver: of the rollouts, `euler` or `multistep`; see `rollout`.
-      rounding: of the rollouts' substeps, `round` or `ceil`; see `rollout`. pi-Flow's own sampler
-        has `ceil` since its version 0.2.0.
+      solver: solver of the rollouts, `euler` or `multistep`; see `rollout`.
+      rounding: rounding of the rollouts' substeps, `round` or `ceil`; see `rollout`. pi-Flow's own
+        sampler uses `ceil` since its version 0.2.0.
 
     Returns:
       `x_0[B, *sites, C]` in float32 or float64.
@@ -93,21 +93,22 @@ def sample_segments(
     """Samples from a pi-Flow student at given times (paper, Alg. 1); see `few_step_sample`.
 
     Traced times and temperatures are arguments of the program, which then serves all values of `h`,
-    `start` and `temperature`. Its rollouts are as long as the times say, so it has no reverse-mode
-    gradient; with known times it has one.
+    `start` and `temperature`. Their values determine the length of its rollouts, so it has no
+    reverse-mode gradient. With known times it has one.
 
     Args:
       policy_fn: see `few_step_sample`.
       noise: `[B, *sites, C]`, states at `times.src[0]`.
-      times: of `sampling_times`.
-      warp: raw time to noise level, that of the times.
+      times: from `sampling_times`.
+      warp: raw time to noise level, the same as for the times.
       total_substeps: policy substeps per unit of raw time.
       temperature: a scalar, see `few_step_sample`.
-      key: one PRNG key or `[B]`, see `few_step_sample`; needed if noise is drawn, which known times
-        say. With traced times noise is drawn where `m` is below 1 and a key is given.
+      key: one PRNG key or `[B]`, see `few_step_sample`. Known times decide whether noise is drawn
+        and a key is needed. With traced times noise is drawn where `m` is below 1 and a key is
+        given.
       solver: see `few_step_sample`.
       rounding: see `few_step_sample`.
-      implementation: of the rollouts, see `rollout`.
+      implementation: implementation of the rollouts, see `rollout`.
 
     Returns:
       `x_0[B, *sites, C]` in float32 or float64.
@@ -131,7 +132,7 @@ def sample_segments(
     tau_src, tau_dst = warp.unwarp(times.src), warp.unwarp(times.dst)
     bound = "traced"
     if not traced:
-        # The longest segment bounds every rollout; a compile-time number, as the times are.
+        # The longest segment bounds every rollout. It is a compile-time number, as the times are.
         bound = int(segment_substeps(times, warp, total_substeps, rounding).max())
     sharpened = isinstance(temperature, jax.core.Tracer) or temperature != 1
 
@@ -172,13 +173,13 @@ def sample_segments(
 def segment_substeps(
     times: FlowMapTimes, warp: TimeWarp, total_substeps: int, rounding: Rounding
 ) -> np.ndarray:
-    """Substeps of a sampler's segments (paper, Alg. 1).
+    """Number of substeps in each of a sampler's segments (paper, Alg. 1).
 
     Args:
-      times: of `sampling_times`.
+      times: from `sampling_times`.
       warp: raw time to noise level.
       total_substeps: policy substeps per unit of raw time.
-      rounding: how their number becomes a whole one.
+      rounding: how their number is rounded to an integer.
 
     Returns:
       Whole numbers `[nfe]`.
@@ -204,7 +205,7 @@ def ode_sample(
 ) -> jax.Array:
     """Samples from a flow-matching teacher by integrating its ODE from noise to data.
 
-    The Euler steps are those by which the paper's teachers sample; Heun as in arXiv 2206.00364.
+    The paper's teachers sample with these Euler steps. Heun's method follows arXiv 2206.00364.
 
     Args:
       velocity_fn: `(x[B, *sites, C], sigma[B]) -> u[B, *sites, C]`, with guidance; traced once
@@ -212,13 +213,14 @@ def ode_sample(
       noise: `[B, *sites, C]`, standard normal.
       steps: steps uniform in raw time, at least 1.
       warp: raw time to noise level.
-      solver: `euler`, one evaluation a step, or `heun`, second order, two evaluations a step.
+      solver: `euler`, one evaluation per step, or `heun`, of second order, two evaluations per
+        step.
 
     Returns:
       `x_0[B, *sites, C]` in float32 or float64.
 
     Raises:
-      ValueError: if `steps < 1`, the solver is unknown, or velocities have another shape than their
+      ValueError: if `steps < 1`, the solver is unknown, or velocities differ in shape from their
         states.
     """
     steps = whole("steps", steps, 1)

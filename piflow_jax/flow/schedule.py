@@ -23,16 +23,16 @@ class TimeWarp:
 
     Attributes:
       shift: 1 is the identity; larger values spend more raw time at high noise (1.0 on ImageNet,
-        3.2 on FLUX and Qwen-Image). A static number above 0, within what float32 can tell.
+        3.2 on FLUX and Qwen-Image). A static number above 0, within the precision of float32.
 
     Raises:
-      ValueError: the shift is another number.
+      ValueError: the shift is not such a number.
     """
 
     shift: float = flax.struct.field(pytree_node=False, default=1.0)
 
     def __post_init__(self) -> None:
-        """Refuses a shift that is no map from [0, 1] to itself."""
+        """Refuses a shift that does not map [0, 1] to itself."""
         check_between("shift", self.shift, 1e-6, 1e6)
 
     def warp(self, tau: jax.Array) -> jax.Array:
@@ -51,7 +51,7 @@ class FlowMapTimes(NamedTuple):
       src: `[nfe]`, where the network is evaluated.
       dst: `[nfe]`, where the policy's rollout ends.
       to: `[nfe]`, the level after fresh noise has been added; equal to `dst` when deterministic.
-      m: `[nfe]`, share of the signal's noise that is kept, 1 when deterministic.
+      m: `[nfe]`, share of the state's noise that is kept; 1 when deterministic.
     """
 
     src: np.ndarray
@@ -158,7 +158,7 @@ def sampling_times(
       The times, `[nfe]` each, float64 NumPy: constants of the compiled sampler.
 
     Raises:
-      ValueError: if `nfe` is below 1, `h` or the scale negative, `start` not in (0, 1], or one of
+      ValueError: if `nfe` is below 1, `h` or the scale negative, `start` not in (0, 1], or any of
         them is traced.
     """
     if any(isinstance(value, jax.core.Tracer) for value in (h, start)):
@@ -185,7 +185,7 @@ def sampling_times(
 
 
 def check_warp(warp: TimeWarp) -> None:
-    """Refuses what maps no raw times to noise levels, such as a bare shift.
+    """Refuses anything that does not map raw times to noise levels, such as a bare shift.
 
     Args:
       warp: the map.

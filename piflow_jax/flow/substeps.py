@@ -22,26 +22,26 @@ Rounding = Literal["round", "ceil"]
 The reference rounds in training, and in its sampler too before version 0.2.0, which rounds up.
 """
 
-_MOST = 2**24  # float32 counts no further
-# Raw time by which rounding errors may make an interval longer without another substep.
+_MOST = 2**24  # largest count that float32 holds exactly
+# Rounding errors may lengthen an interval by this much raw time without adding a substep.
 _CEIL_SLACK = 1e-6
 
 
 def check_substeps(
     total_substeps: int, solver: Solver = "euler", rounding: Rounding = "round"
 ) -> int:
-    """Refuses substeps that cannot be taken.
+    """Refuses invalid settings of substeps.
 
     Args:
       total_substeps: substeps per unit of raw time.
-      solver: how they are taken.
-      rounding: how their number becomes a whole one.
+      solver: solver of the rollout.
+      rounding: how their number is rounded to an integer.
 
     Returns:
       `total_substeps` as an integer.
 
     Raises:
-      ValueError: the number is not a whole one from 1 to 2^24, or a name is unknown.
+      ValueError: the number is not an integer from 1 to 2^24, or a name is unknown.
     """
     check_choice("solver", solver, get_args(Solver))
     check_choice("rounding", rounding, get_args(Rounding))
@@ -51,16 +51,16 @@ def check_substeps(
 def num_substeps(
     delta_tau: jax.Array | np.ndarray, total_substeps: int, rounding: Rounding = "round"
 ) -> jax.Array | np.ndarray:
-    """Substeps of an interval of raw time, at least one.
+    """Number of substeps in an interval of raw time, at least one.
 
     Args:
       delta_tau: length of the interval in raw time, of any shape.
       total_substeps: substeps per unit of raw time.
-      rounding: `round` or `ceil`, see `Rounding`. A millionth of raw time does not count in
-        `ceil`: an interval of 32.00002 substeps has 32.
+      rounding: `round` or `ceil`, see `Rounding`. `ceil` ignores a millionth of raw time: an
+        interval of 32.00002 substeps has 32.
 
     Returns:
-      Whole numbers of the shape and the type of `delta_tau`, in NumPy if it is there.
+      Whole numbers with the shape and type of `delta_tau`, in NumPy if `delta_tau` is.
     """
     xp = np if isinstance(delta_tau, np.ndarray) else jnp
     if rounding == "ceil":
@@ -75,9 +75,9 @@ class Substeps:
     """The substeps of each sample, uniform in raw time.
 
     Attributes:
-      tau_start: `[B]`, raw time at which the first begins.
-      length: `[B]`, raw-time length of each.
-      count: `[B]`, how many there are, as a floating-point number.
+      tau_start: `[B]`, raw time at which the first substep begins.
+      length: `[B]`, raw-time length of a substep.
+      count: `[B]`, number of substeps, as a floating-point number.
     """
 
     tau_start: jax.Array
@@ -93,14 +93,14 @@ class Substeps:
         most: int,
         rounding: Rounding = "round",
     ) -> "Substeps":
-        """The substeps of intervals of raw time.
+        """Divides intervals of raw time into substeps.
 
         Args:
-          tau_start: `[B]`, raw times at which they begin.
-          tau_end: `[B]`, raw times at which they end.
+          tau_start: `[B]`, raw times at which the intervals begin.
+          tau_end: `[B]`, raw times at which the intervals end.
           total_substeps: substeps per unit of raw time.
-          most: substeps that a sample takes at most; more would be longer ones.
-          rounding: how their number becomes a whole one.
+          most: upper bound on a sample's substeps; a sample that needs more takes longer ones.
+          rounding: how their number is rounded to an integer.
 
         Returns:
           The substeps.
@@ -113,7 +113,7 @@ class Substeps:
         """Raw time after a number of substeps, at least 0.
 
         Args:
-          steps: a scalar, `[B]`, or `[1, N]` for several of each sample.
+          steps: a scalar, `[B]`, or `[1, N]` for several per sample.
 
         Returns:
           `[B]` or `[B, N]`.
@@ -125,11 +125,11 @@ class Substeps:
     def levels(self, index: jax.Array, warp: TimeWarp) -> tuple[jax.Array, jax.Array]:
         """Noise levels at which a substep begins and ends.
 
-        A sample that has arrived is at its last substep again, with length zero: never beyond its
-        end, where the velocity may be singular and 0 * inf would poison gradients.
+        A sample that has arrived stays at its last substep, with length zero. It never goes beyond
+        its end, where the velocity may be singular and 0 * inf would poison gradients.
 
         Args:
-          index: of the substep, a scalar or `[1, N]`.
+          index: index of the substep, a scalar or `[1, N]`.
           warp: raw time to noise level.
 
         Returns:
@@ -144,13 +144,13 @@ class Substeps:
 def step_weights(
     before: jax.Array, begin: jax.Array, end: jax.Array, solver: Solver
 ) -> tuple[jax.Array, jax.Array]:
-    """Factors of a substep's velocity and of the one before in the step from `begin` to `end`.
+    """Factors of the current and the previous velocity in the substep from `begin` to `end`.
 
-    The velocity of `multistep` is a line in the noise level through the two (Adams-Bashforth); the
-    first substep, before which there is none, is one of Euler.
+    `multistep` takes the velocity to be linear in the noise level through the two
+    (Adams-Bashforth). The first substep has no previous velocity and is an Euler step.
 
     Args:
-      before: `[B]` or `[B, N]`, noise levels at which the substep before began; `begin` if there
+      before: `[B]` or `[B, N]`, noise levels at which the previous substep began; `begin` if there
         was none.
       begin: `[B]` or `[B, N]`, noise levels at which this one begins.
       end: `[B]` or `[B, N]`, noise levels at which it ends.

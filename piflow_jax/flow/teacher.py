@@ -1,8 +1,8 @@
-"""Teachers of any making: what a network predicts, and of which diffusion, as a velocity of ours.
+"""Teachers with any prediction and diffusion, converted to velocities of our convention.
 
-Every Gaussian diffusion `z_s = a(s) x_0 + b(s) eps` visits the states of ours, `x_t = (1 - t) x_0 +
-t eps`, up to a factor: at the time `s` of the same ratio of noise to signal, `b / a = t / (1 - t)`,
-`z_s = (a + b) x_t` (arXiv 2206.00364, Sec. 3; arXiv 2209.03003 for the straight path). A network's
+Every Gaussian diffusion `z_s = a(s) x_0 + b(s) eps` visits our states, `x_t = (1 - t) x_0 + t eps`,
+up to a factor: `z_s = (a + b) x_t` at the time `s` with the same ratio of noise to signal, `b / a =
+t / (1 - t)` (arXiv 2206.00364, Sec. 3; arXiv 2209.03003 for the straight path). A network's
 prediction at `z_s`, together with `z_s` itself, gives `x_0` and `eps`, and so `u = eps - x_0`.
 """
 
@@ -20,7 +20,7 @@ from piflow_jax.flow.policies.base import per_batch, per_sample, promote
 
 __all__ = ["Schedule", "Teacher"]
 
-# An `eps` says nothing of `x_0` where there is no signal, an `x_0` nothing of `eps` without noise.
+# `eps` does not determine `x_0` where there is no signal, nor `x_0` determine `eps` without noise.
 _LARGEST_FOR_EPS = 1 - 1e-3
 _SMALLEST_FOR_X0 = 1e-4
 
@@ -29,19 +29,19 @@ _SMALLEST_FOR_X0 = 1e-4
 class Schedule:
     """The diffusion that a teacher was trained on, `z_s = a(s) x_0 + b(s) eps`.
 
-    Make one with `Schedule.straight`, `.cosine`, `.variance_exploding` or `.discrete`, or of three
-    functions of your own. All work on arrays of any shape.
+    Make one with `Schedule.straight`, `.cosine`, `.variance_exploding` or `.discrete`, or from
+    three functions of your own. All of them accept arrays of any shape.
 
     Attributes:
       signal: `s -> a(s)`.
       noise: `s -> b(s)`.
-      time: `t -> s`, the teacher's time at which `b / a = t / (1 - t)`, of our noise level `t`.
-      time_scale: the network is given `s * time_scale`.
-      levels: smallest and largest noise level `t` that the teacher knows; beyond, it is asked
-        there.
-      ours: this is the straight path with data at 0, whose states and times need no conversion.
-      made_by: the method that made it, and its arguments by name, by which a checkpoint knows it;
-        None of a schedule of your own functions.
+      time: `t -> s`, from our noise level `t` to the teacher's time at which `b / a = t / (1 - t)`.
+      time_scale: the network receives `s * time_scale`.
+      levels: smallest and largest noise level `t` that the teacher knows; other levels are clamped
+        to them.
+      ours: True for the straight path with data at 0. Its states and times need no conversion.
+      made_by: the method that made it and the arguments by name, which identify it in a checkpoint;
+        None for a schedule made from your own functions.
     """
 
     signal: Callable[[jax.Array], jax.Array]
@@ -54,11 +54,11 @@ class Schedule:
 
     @classmethod
     def made(cls, method: str, arguments: Mapping[str, Any]) -> "Schedule":
-        """The schedule that a method makes, see `made_by`.
+        """Makes the schedule of a named method, see `made_by`.
 
         Args:
-          method: its name.
-          arguments: by name.
+          method: name of the method.
+          arguments: arguments by name.
 
         Returns:
           The schedule.
@@ -74,7 +74,7 @@ class Schedule:
             raise ValueError(f"the schedule {method!r} does not take {arguments}") from error
 
     def __reduce__(self) -> Any:
-        """For pickling, of all schedules but those of a caller's own functions."""
+        """Pickles a schedule by its method and arguments, if it was `made_by` one."""
         if self.made_by is None:
             return super().__reduce__()
         return _made, self.made_by
@@ -85,7 +85,7 @@ class Schedule:
 
         Args:
           data_at: the time of data; 1 where `s = 0` is noise, as in many codebases of flows.
-          time_scale: the network is given `s * time_scale`.
+          time_scale: the network receives `s * time_scale`.
 
         Returns:
           The schedule.
@@ -119,7 +119,7 @@ class Schedule:
         """The variance-preserving cosine schedule: `a = cos(pi s / 2)`, `b = sin(pi s / 2)`.
 
         Args:
-          time_scale: the network is given `s * time_scale`.
+          time_scale: the network receives `s * time_scale`.
 
         Returns:
           The schedule, `s` in [0, 1].
@@ -134,11 +134,11 @@ class Schedule:
 
     @classmethod
     def variance_exploding(cls, *, smallest: float = 2e-3, largest: float = 80.0) -> "Schedule":
-        """The schedule of EDM: `a = 1`, `b = s`, the standard deviation of the noise.
+        """The schedule of EDM: `a = 1`, `b = s`; `s` is the standard deviation of the noise.
 
         Args:
-          smallest: standard deviation of the least noise that the network knows.
-          largest: of the most.
+          smallest: smallest standard deviation of the noise that the network knows.
+          largest: largest standard deviation that it knows.
 
         Returns:
           The schedule.
@@ -160,9 +160,9 @@ class Schedule:
 
     @classmethod
     def discrete(cls, alphas_cumprod: np.ndarray) -> "Schedule":
-        """The schedule of DDPM: `a_i^2 = alphas_cumprod[i]`, `b_i^2 = 1 - a_i^2`, `i` the time.
+        """The schedule of DDPM at time `i`: `a_i^2 = alphas_cumprod[i]`, `b_i^2 = 1 - a_i^2`.
 
-        Between indices the logarithm of `b / a` is interpolated, so times are no integers.
+        Between indices it interpolates the logarithm of `b / a`, so times need not be integers.
 
         Args:
           alphas_cumprod: `[N]`, falling, in (0, 1).
@@ -199,23 +199,23 @@ def _made(method: str, arguments: tuple[tuple[str, Any], ...]) -> Schedule:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Teacher:
-    """A network that somebody trained, and what has to be known of it to imitate it.
+    """A pretrained network and the conventions that are needed to imitate it.
 
     Attributes:
       predict: `(params, z[B, *sites, C], s[B], cond) -> prediction[B, *sites, C]`, in the teacher's
         own time (times `schedule.time_scale`) and scale.
       shape: `(*sites, C)` of a sample; None where samples have several shapes.
-      prediction: what it predicts. `u` is `dz/ds`, so that it points at data where `s = 1` is data;
+      prediction: what it predicts. `u` is `dz/ds`, so it points at data where `s = 1` is data;
         `eps` the noise; `x0` the data; `v` is `a eps - b x_0` (arXiv 2202.00512).
       schedule: the diffusion it was trained on.
-      guidance_scale: classifier-free guidance of the velocity, 1 is none. It may be traced, as may
-        the interval: one program then serves all of them.
+      guidance_scale: classifier-free guidance scale of the velocity; 1 is no guidance. It may be
+        traced, as may the interval. One program then serves all values.
       guidance_interval: noise levels `t` at which to guide, both ends included.
       orthogonal_guidance: share of the guidance parallel to `x_0` that is removed, in [0, 1].
-      null_cond: what stands for no condition: `cond` of a single sample, without the axis `B`.
+      null_cond: the null condition: `cond` of a single sample, without the axis `B`.
 
     Raises:
-      ValueError: `prediction` is none of the four, a known number is out of range, or there is
+      ValueError: `prediction` is not one of the four, a known number is out of range, or there is
         guidance and no `null_cond`.
     """
 
@@ -229,7 +229,7 @@ class Teacher:
     null_cond: Any = None
 
     def __post_init__(self) -> None:
-        """Refuses what is no teacher."""
+        """Refuses invalid settings."""
         if self.prediction not in ("u", "eps", "x0", "v"):
             raise ValueError(f"prediction must be u, eps, x0 or v, got {self.prediction!r}")
         check_guidance(self.guidance_scale, self.guidance_interval, self.orthogonal_guidance)
@@ -242,7 +242,7 @@ class Teacher:
         return scale is None or bool((scale != 1).any())
 
     def velocity(self, params: Any, x: jax.Array, t: jax.Array, cond: Any = None) -> jax.Array:
-        """The guided velocity `dx/dt` of our convention: `t = 1` is noise, `t = 0` data.
+        """The guided velocity `dx/dt` in our convention: `t = 1` is noise, `t = 0` data.
 
         Args:
           params: the teacher's parameters, as `predict` takes them.
@@ -254,7 +254,7 @@ class Teacher:
           `u[B, *sites, C]`, float32 or float64.
 
         Raises:
-          ValueError: states, predictions or conditions are not of the teacher's shape, known noise
+          ValueError: states, predictions or conditions do not have the teacher's shape, known noise
             levels are out of range, or there is guidance and no `cond`.
         """
         check_between("t", t, 0, 1, slack=ROUNDING)
@@ -275,7 +275,7 @@ class Teacher:
                 raise ValueError(f"cond must be [{len(x)}, ...], got an array {jnp.shape(a)}")
 
         def pair(a, b):
-            # Side by side and not one after the other: a batch that is split over devices stays so.
+            # Interleaved, not concatenated: a batch that is split over devices stays split.
             return jnp.stack([a, b], axis=1).reshape(-1, *a.shape[1:])
 
         def nothing(a, null):
@@ -301,7 +301,7 @@ class Teacher:
         )
 
     def bind(self, params: Any, cond: Any = None) -> Callable[[jax.Array, jax.Array], jax.Array]:
-        """The teacher of one batch, as losses and samplers take it.
+        """The teacher's velocity for one batch, as losses and samplers take it.
 
         Args:
           params: the teacher's parameters.
@@ -313,7 +313,7 @@ class Teacher:
         return lambda x, t: self.velocity(params, x, t, cond)
 
     def inputs(self, x: jax.Array, t: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """What the network is asked with at a state of ours.
+        """Inputs of the network at our states.
 
         Args:
           x: `[B, *sites, C]`, states `(1 - t) x_0 + t eps`.
@@ -329,11 +329,11 @@ class Teacher:
         return scale * x, s * self.schedule.time_scale
 
     def as_velocity(self, out: jax.Array, x: jax.Array, t: jax.Array) -> jax.Array:
-        """Turns predictions into velocities of our convention, without guidance.
+        """Turns predictions into velocities in our convention, without guidance.
 
         Args:
-          out: `[B, *sites, C]`, what the network predicts for `inputs(x, t)`; or `[B, *sites, n,
-            C]`, several predictions for one state.
+          out: `[B, *sites, C]`, the network's prediction at `inputs(x, t)`; or `[B, *sites, n, C]`,
+            several predictions for one state.
           x: `[B, *sites, C]`, the states.
           t: `[B]`, their noise levels.
 
@@ -360,12 +360,12 @@ class Teacher:
         return ((a + b) * out - (a_rate + b_rate) * z) / (a * b_rate - b * a_rate)
 
     def as_asked(self) -> "Teacher":
-        """What it predicts and of which diffusion, without its network and guidance."""
+        """The same prediction and diffusion, without network and guidance."""
         return Teacher(predict=None, shape=None, prediction=self.prediction, schedule=self.schedule)
 
     @property
     def is_plain(self) -> bool:
-        """Whether its network is asked with our own states and times, and predicts our velocity."""
+        """Whether the network takes our states and times unchanged and predicts our velocity."""
         return self._ours and self.schedule.time_scale == 1
 
     @property
@@ -373,7 +373,7 @@ class Teacher:
         return self.schedule.ours and self.prediction == "u"
 
     def _time(self, t: jax.Array, dtype) -> jax.Array:
-        """The teacher's time `s[B]` of our noise levels, within what its prediction can tell."""
+        """The teacher's time `s[B]` at our noise levels, clipped to where predictions carry `u`."""
         low, high = self.schedule.levels
         if self.prediction == "eps":
             high = min(high, _LARGEST_FOR_EPS)

@@ -1,9 +1,9 @@
-"""Fused rollouts of Gaussian-mixture policies: pure array programs that know nothing of policies.
+"""Fused rollouts of Gaussian-mixture policies: pure array programs, independent of policies.
 
-Every site's differential equation is independent of the others, so a block of sites can take all
-its substeps while its mixture stays on chip. `mixture_rollout` picks the program by platform.
+The differential equation of each site is independent of the others, so a block of sites can take
+all its substeps while its mixture stays on chip. `mixture_rollout` picks the program by platform.
 
-Source: the GMFlow policy of pi-Flow (arXiv 2510.14974, Sec. 3.2) and its rollout (Alg. 1), by the
+Source: the GMFlow policy of pi-Flow (arXiv 2510.14974, Sec. 3.2) and its rollout (Alg. 1), with the
 formulas of `piflow_jax.flow.policies.GMFlowPolicy`.
 """
 

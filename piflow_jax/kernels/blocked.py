@@ -1,10 +1,10 @@
-"""The rollout by XLA alone, a block of sites at a time: the fast way on a CPU, and right anywhere.
+"""The rollout in plain XLA, one block of sites at a time: fast on CPUs, correct anywhere.
 
-What makes it fast: a block's mixture stays in a core's cache over all substeps; sites are the minor
-axis and rows of them short, so that the K components do not fall into the same set of the cache;
-the product over C is spelled out, where XLA's own reductions are scalar; maxima and sums over K are
-separate reductions, which XLA does not recompute for each component; and blocks that have arrived
-stop.
+Five things make it fast. A block's mixture stays in a core's cache over all substeps. Sites are the
+minor axis and rows of them are short, so that the K components do not fall into the same set of the
+cache. The product over C is spelled out, because XLA's own reductions are scalar. Maxima and sums
+over K are separate reductions, which XLA does not recompute for each component. Blocks that have
+arrived stop.
 
 Source: the rollout of pi-Flow (arXiv 2510.14974, Alg. 1) with its GMFlow policy.
 """
@@ -19,11 +19,11 @@ from piflow_jax.kernels.recurrence import COLUMNS, Recurrence
 
 __all__ = ["blocked_rollout", "whole_rollout"]
 
-ROW = 64  # sites of a row
-CACHE = 400_000  # bytes of a block's mixture, of the half megabyte of a usual second-level cache
-WORK = 16_384  # components of a block's sites, worth the start of its few operations
-SMALL = 100_000  # bytes of a mixture that is not worth a second thread
-MOST_LANES = 8  # loops side by side; each is compiled
+ROW = 64  # sites per row
+CACHE = 400_000  # bytes of a block's mixture; a typical second-level cache has half a megabyte
+WORK = 16_384  # fewest components of a block's sites that outweigh the start of its few operations
+SMALL = 100_000  # largest mixture in bytes that is not worth a second thread
+MOST_LANES = 8  # parallel loops; each is compiled
 
 
 def blocked_rollout(
@@ -45,11 +45,11 @@ def blocked_rollout(
     block_rows = max(min(rows // lanes, WORK // (components * row)), 1)
     block_rows = min(block_rows, max(CACHE // row_bytes, 1))
     blocks = -(-rows // (lanes * block_rows))
-    # Samples with as many substeps side by side: a block stops when its last sample has arrived.
+    # Samples with similar substep counts share a block: it stops when its last sample has arrived.
     order = jnp.argsort(trips)
 
     def arrange(values):
-        """`[B, ..., S]` as `[lanes, blocks, block_rows, ..., row]`; what is added is zero."""
+        """Arranges `[B, ..., S]` as `[lanes, blocks, block_rows, ..., row]`, padded with zeros."""
         values = _pad(values[order], -1, rows_per_sample * row)
         values = values.reshape(*values.shape[:-1], rows_per_sample, row)
         values = jnp.moveaxis(values, -2, 1)
@@ -58,11 +58,11 @@ def blocked_rollout(
     def group(values):
         values = _pad(values, 0, lanes * blocks * block_rows)
         values = values.reshape(blocks, lanes, block_rows, *values.shape[1:])
-        return jnp.moveaxis(values, 1, 0)  # each lane has long and short ones
+        return jnp.moveaxis(values, 1, 0)  # each lane gets long and short ones
 
     arrays = [arrange(a) for a in (offsets, logweights, center, residual_src, residual)]
     arrays += [group(jnp.repeat(a[order], rows_per_sample, axis=0)) for a in (table, trips)]
-    # Loops that do not depend on each other run on different threads.
+    # Independent loops run on different threads.
     ends = [
         jax.lax.map(lambda block: whole_rollout(*block), [a[lane] for a in arrays])
         for lane in range(lanes)
@@ -73,7 +73,7 @@ def blocked_rollout(
 
 
 def _cores() -> int:
-    """Cores that this process may use; macOS has no affinities."""
+    """Cores that this process may use; macOS reports no affinities."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -84,7 +84,7 @@ def _pad(values: jax.Array, axis: int, size: int) -> jax.Array:
 
 
 def _split(values: jax.Array, axis: int) -> list[jax.Array]:
-    """Slices along an axis, which is removed."""
+    """Slices along an axis and removes it."""
     pieces = jax.lax.split(values, (1,) * values.shape[axis], axis=axis)
     return [jax.lax.squeeze(piece, (axis,)) for piece in pieces]
 
@@ -98,7 +98,7 @@ def whole_rollout(
     table: jax.Array,
     trips: jax.Array,
 ) -> jax.Array:
-    """The same in one loop, whose batch may be split over devices; see `mixture_rollout`."""
+    """The same in one loop, so that the batch may be split over devices; see `mixture_rollout`."""
     table = jnp.moveaxis(table, -1, 0)
     by_channel = _split(offsets, 2)
     norms = sum(d * d for d in by_channel)

@@ -1,8 +1,8 @@
 """The rollout as a Pallas kernel for TPUs: 1,024 sites of a sample in the chip's vector memory.
 
-Sites fill the vector registers, 8 by 128, so that nothing is reduced inside of one. The mixture of
-a block is read from the main memory once, while the block before is computed; a substep reads it
-from the vector memory, and its coefficients, which are scalars, from the scalar memory.
+Sites fill the vector registers, 8 by 128, so that nothing is reduced inside a register. The kernel
+reads the mixture of a block from main memory once, while it computes the previous block. A substep
+reads the mixture from vector memory, and its coefficients, which are scalars, from scalar memory.
 
 Source: the rollout of pi-Flow (arXiv 2510.14974, Alg. 1) with its GMFlow policy.
 """
@@ -19,20 +19,20 @@ __all__ = ["fits_on_chip", "mosaic_rollout"]
 
 LANES = 128
 SUBLANES = 8
-# Of the 16 MiB of vector memory that a kernel has by default.
+# Out of the 16 MiB of vector memory that a kernel has by default.
 _MOST_BYTES = 12 * 2**20
 
 
 def fits_on_chip(components: int, channels: int) -> bool:
-    """Whether a block of sites fits the vector memory, with the next one read beside it.
+    """Whether vector memory holds a block of sites and the next one, which is being read.
 
     Args:
       components: `K`.
       channels: `C`.
 
     Returns:
-      Whether all that a kernel keeps of 1,024 sites in float32 takes 12 MiB or less, three quarters
-      of what it has by default.
+      Whether the kernel's arrays for 1,024 sites in float32 take 12 MiB or less, three quarters of
+      its default memory.
     """
     tile = 4 * SUBLANES * LANES
     read = components * channels + components + 4 * channels

@@ -1,4 +1,4 @@
-"""What a substep of a mixture's rollout computes, as numbers per sample and substep.
+"""Coefficients of the substeps of a mixture's rollout, as numbers per sample and substep.
 
 Source: the GMFlow policy of pi-Flow (arXiv 2510.14974, Sec. 3.2), as `GMFlowPolicy` computes it.
 """
@@ -12,7 +12,7 @@ __all__ = ["COLUMNS", "Recurrence"]
 
 
 class Recurrence(NamedTuple):
-    """Coefficients of a rollout's substeps, float32 `[B, N]` each, or what broadcasts to it.
+    """Coefficients of a rollout's substeps, each float32 `[B, N]` or broadcastable to it.
 
     With offsets `d_k`, log-weights `a_k`, the centre `r`, the residual at the source `y_s`, and the
     state relative to the centre `y`, a substep is
@@ -37,7 +37,7 @@ class Recurrence(NamedTuple):
     step_previous: jax.Array
 
     def table(self) -> jax.Array:
-        """All of them as `[B, 10, N]`, in the order of the fields, for `mixture_rollout`."""
+        """All coefficients as `[B, 10, N]`, in the order of the fields, for `mixture_rollout`."""
         return jnp.stack(jnp.broadcast_arrays(*self), axis=1)
 
 

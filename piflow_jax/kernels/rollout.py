@@ -1,4 +1,4 @@
-"""One function for all platforms; batches that are split over devices stay so.
+"""One function for all platforms; a batch that is split over devices stays split.
 
 Source: the rollout of pi-Flow (arXiv 2510.14974, Alg. 1) with its GMFlow policy.
 """
@@ -34,18 +34,18 @@ def mixture_rollout(
     table: jax.Array,
     trips: jax.Array,
 ) -> jax.Array:
-    """All substeps of a mixture's rollout, the mixture read from memory once.
+    """All substeps of a mixture's rollout, with the mixture read from memory once.
 
-    On TPUs it is a Mosaic kernel, on NVIDIA GPUs a Triton kernel, elsewhere XLA's own loops over
-    blocks that stay in the cache. Composes with `vmap` and `shard_map`. A batch that `jit` splits
-    over several devices stays where it is. On TPUs XLA cannot be told how to split a kernel: there
-    the batch is split by a `shard_map` over the mesh of `jax.set_mesh`, and without one, or if it
-    does not divide the batch, the program is the plain loop. It is not differentiable: its caller
-    has a reference that is.
+    The program is a Mosaic kernel on TPUs, a Triton kernel on NVIDIA GPUs, and XLA's own loops over
+    blocks that stay in the cache elsewhere. It composes with `vmap` and `shard_map`. A batch that
+    `jit` splits over several devices stays where it is. On TPUs XLA does not know how to split a
+    kernel: there a `shard_map` over the mesh of `jax.set_mesh` splits the batch. Without a mesh, or
+    if the mesh does not divide the batch, the program is the plain loop. The function is not
+    differentiable: its caller has a reference that is.
 
     Args:
       offsets: `float32[B, K, C, S]`, components relative to the centre, sites in the minor axis.
-      logweights: `float32[B, K, S]`, at least one of each site finite.
+      logweights: `float32[B, K, S]`, at least one finite per site.
       center: `float32[B, C, S]`.
       residual_src: `float32[B, C, S]`.
       residual: `float32[B, C, S]`, the state relative to the centre.
@@ -70,7 +70,7 @@ def _mappable(*arrays: jax.Array) -> jax.Array:
 
 @_mappable.def_vmap
 def _join_the_batch(size, batched, *arrays):
-    """A mapped axis in front joins the batch."""
+    """Merges a mapped axis into the batch."""
     arrays = [
         a if is_batched else jnp.broadcast_to(a, (size, *a.shape))
         for a, is_batched in zip(arrays, batched, strict=True)
@@ -80,11 +80,11 @@ def _join_the_batch(size, batched, *arrays):
 
 
 def _partitioned(local):
-    """A rollout that each device does for its samples."""
+    """A rollout that each device runs for its own samples."""
 
     def partition(mesh, arguments, result):
         del result
-        # An array that nothing has placed on the mesh that is set has no spec: it is everywhere.
+        # An array without a place on the current mesh has no spec and is replicated.
         (batch, *_) = getattr(arguments[0].sharding, "spec", None) or (None,)
         shardings = tuple(
             NamedSharding(mesh, PartitionSpec(batch, *[None] * (len(argument.shape) - 1)))
@@ -92,7 +92,7 @@ def _partitioned(local):
         )
         return mesh, local, shardings[2], shardings
 
-    # A signature of its own: how many arguments there are is read off it.
+    # An explicit signature: the number of arguments is read off it.
     @custom_partitioning
     def rollout(offsets, logweights, center, residual_src, residual, table, trips):
         return local(offsets, logweights, center, residual_src, residual, table, trips)
@@ -103,12 +103,13 @@ def _partitioned(local):
         need_replication_factors=("k", "c", "s", "w", "n"),
     )
 
-    # On several devices the program calls `partition` and has nothing of the rollout in it. Its
-    # compiled form may be kept by the program's text: a function's name tells one version of this
-    # package from another there.
+    # On several devices the program calls `partition` and contains nothing of the rollout. A cache
+    # may store the compiled program under its text. There the function's name tells versions of
+    # this package apart.
     def named(*arrays):
         explicit = AxisType.Explicit in jax.sharding.get_abstract_mesh().axis_types
-        # Of a mesh of explicit axes the arrays know how they lie, and jax 0.12 does not partition.
+        # On a mesh with explicit axes the arrays know their sharding, and jax 0.12 does not
+        # partition.
         return _mapped(local, *arrays) if explicit else rollout(*arrays)
 
     named.__name__ = f"mixture_rollout_{_SOURCE}"
@@ -124,7 +125,7 @@ def _mapped(local, *arrays: jax.Array) -> jax.Array:
 
 
 def _split_on_tpus(*arrays: jax.Array) -> jax.Array:
-    """The batch over all axes of the mesh that is set and not mapped yet, where that goes."""
+    """Splits the batch over all axes of the current mesh that are not mapped yet, if possible."""
     mesh = jax.sharding.get_abstract_mesh()
     axes = [
         name
@@ -135,7 +136,7 @@ def _split_on_tpus(*arrays: jax.Array) -> jax.Array:
     if parts == 1 or arrays[0].shape[0] % parts:
         return _tpu.bind(*arrays)
     split = PartitionSpec(tuple(axes))
-    # What is replicated over an axis cannot be told of our own primitive.
+    # JAX cannot infer the replication over an axis for our own primitive.
     local = jax.shard_map(
         _tpu.bind, in_specs=split, out_specs=split, axis_names=set(axes), check_vma=False
     )

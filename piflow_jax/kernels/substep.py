@@ -1,4 +1,4 @@
-"""One substep in a kernel: every channel and component an array of its own, of a block of sites.
+"""One substep in a kernel, for a block of sites: each channel and component is its own array.
 
 Source: the GMFlow policy of pi-Flow (arXiv 2510.14974, Sec. 3.2) in the form of `Recurrence`.
 """
@@ -18,7 +18,7 @@ class Component(NamedTuple):
     """A component of a block's mixture.
 
     Attributes:
-      offset: its offset from the centre, an array of the block's shape for each channel.
+      offset: its offset from the centre, one array of the block's shape per channel.
       logweight: its log-weight, of the block's shape.
       norm: the squared length of its offset, of the block's shape.
     """
@@ -29,7 +29,7 @@ class Component(NamedTuple):
 
 
 def _sum(terms) -> jax.Array:
-    """A sum without the zero that `sum` begins with."""
+    """A sum that starts with its first term, not with zero as `sum` does."""
     first, *rest = terms
     for term in rest:
         first = first + term
@@ -49,15 +49,15 @@ def substep(
 
     Args:
       of: the substep's coefficients, scalars.
-      y: the state relative to the centre, an array of the block's shape for each channel.
-      previous: the velocity of the substep before, relative to the centre; shaped like `y`.
+      y: the state relative to the centre, one array of the block's shape per channel.
+      previous: the velocity of the previous substep, relative to the centre; shaped like `y`.
       residual_src: the residual at the source, shaped like `y`.
       center: the centre, shaped like `y`.
-      component: the mixture's components by index; asked for twice, from fast memory.
-      components: how many there are, at least 1.
+      component: gives the mixture's components by index; called twice for each, on fast memory.
+      components: number of components, at least 1.
 
     Returns:
-      The state after the substep and the velocity of it, both shaped like `y`.
+      The state after the substep and the velocity of the substep, both shaped like `y`.
     """
     sources = list(zip(y, residual_src, center, strict=True))
     pull = [of.pull * a + of.pull_src * b + of.pull_center * c for a, b, c in sources]
@@ -84,17 +84,17 @@ def substep(
 
 
 def shaped_like(values: jax.Array, shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
-    """The shape of a result that varies over the axes of a `shard_map` as an argument does.
+    """The shape of a result that varies over the same axes of a `shard_map` as an argument.
 
     Args:
       values: the argument, of any shape.
-      shape: that of the result.
+      shape: shape of the result.
 
     Returns:
       The shape with the dtype of `values`.
     """
     aval = jax.typeof(values)
-    # The name of the keyword is younger than jax 0.10.
+    # JAX renamed the keyword after 0.10.
     for name in ("manual_axis_type", "vma"):
         if hasattr(aval, name):
             return jax.ShapeDtypeStruct(shape, aval.dtype, **{name: getattr(aval, name)})

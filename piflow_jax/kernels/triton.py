@@ -1,8 +1,8 @@
-"""The rollout as a Pallas kernel for NVIDIA GPUs: a site to a thread, its mixture in registers.
+"""The rollout as a Pallas kernel for NVIDIA GPUs: one thread per site, its mixture in registers.
 
-The mixture of a site is read from the main memory once if it fits into the registers of a thread;
-a larger one stays in the cache, from which each substep reads it. Coefficients are the same for all
-threads of a block and come from the cache too.
+The kernel reads a site's mixture from main memory once if it fits into the registers of a thread. A
+larger mixture stays in the cache, from which each substep reads it. Coefficients are the same for
+all threads of a block and come from the cache too.
 
 Source: the rollout of pi-Flow (arXiv 2510.14974, Alg. 1) with its GMFlow policy.
 """
@@ -18,7 +18,7 @@ from piflow_jax.kernels.substep import Component, shaped_like, substep
 __all__ = ["triton_rollout"]
 
 THREADS = 128
-REGISTERS = 200  # of the 255 of a thread, for the mixture
+REGISTERS = 200  # out of a thread's 255, for the mixture
 
 
 def triton_rollout(

@@ -49,7 +49,7 @@ class ArcFlowPolicy:
 
     @classmethod
     def create(cls, output: ArcOutput, x_src: jax.Array, sigma_src: jax.Array) -> "ArcFlowPolicy":
-        """Builds the policy of a network's output.
+        """Builds the policy from a network's output.
 
         Args:
           output: the mixture, `K >= 1` components.
@@ -135,7 +135,7 @@ class ArcFlowPolicy:
           The policy with log-weight `-inf` on the removed components.
 
         Raises:
-          ValueError: the mask has another shape, or fractions.
+          ValueError: the mask has another shape, or fractional values.
         """
         mask = check_mask(mask, (self.logweights.shape[0], self.logweights.shape[-1]))
         mask = mask & ~jnp.all(mask, axis=-1, keepdims=True)
@@ -144,6 +144,6 @@ class ArcFlowPolicy:
         return self.replace(logweights=jnp.where(mask, -jnp.inf, self.logweights))
 
     def _mix(self, factors: jax.Array) -> jax.Array:
-        """`sum_k w_k factor_k mu_k`, of factors `[B, *sites, K]`."""
+        """`sum_k w_k factor_k mu_k`, for factors `[B, *sites, K]`."""
         weights = jax.nn.softmax(self.logweights, axis=-1) * factors
         return jnp.sum(weights[..., None] * self.means, axis=-2)

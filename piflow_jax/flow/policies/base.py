@@ -1,6 +1,6 @@
-"""What every policy is: a network-free velocity field, and the broadcasting it relies on.
+"""The interface of every policy, a network-free velocity field, and its broadcasting helpers.
 
-Policies are those of arXiv 2510.14974, Sec. 3.1.
+Source: arXiv 2510.14974, Sec. 3.1.
 """
 
 from typing import Protocol
@@ -20,8 +20,8 @@ class Policy(Protocol):
     Implementations are frozen pytrees whose leaves are arrays, so that a policy passes through
     `jit`, `scan`, `vmap` over nothing but its leaves, and `jax.lax.stop_gradient`.
 
-    A policy whose integral is known has `displacement(x, sigma_start, sigma_end)` besides, the
-    change of the state between two noise levels; rollouts then take no substeps.
+    A policy with a known integral also has `displacement(x, sigma_start, sigma_end)`, the change of
+    the state between two noise levels. Its rollouts take no substeps.
     """
 
     def velocity(self, x: jax.Array, sigma: jax.Array) -> jax.Array:
@@ -43,10 +43,10 @@ def per_sample(value: jax.Array, ndim: int) -> jax.Array:
 
 
 def per_batch(name: str, value: jax.Array, x: jax.Array) -> jax.Array:
-    """Per-sample scalars of states; one number is that of all samples.
+    """Per-sample scalars `[B]` for a batch; a single number stands for all samples.
 
     Args:
-      name: of the scalars.
+      name: name of the scalars, for the error.
       value: a scalar, `[1]` or `[B]`.
       x: `[B, *sites, C]`.
 
@@ -54,7 +54,7 @@ def per_batch(name: str, value: jax.Array, x: jax.Array) -> jax.Array:
       `[B]`.
 
     Raises:
-      ValueError: there is another number of them.
+      ValueError: `value` has another number of entries.
     """
     if value.shape not in ((), (1,), x.shape[:1]):
         raise ValueError(f"{name} has shape {value.shape}; x of shape {x.shape} asks for [B]")
@@ -62,12 +62,12 @@ def per_batch(name: str, value: jax.Array, x: jax.Array) -> jax.Array:
 
 
 def check_query(x: jax.Array, sigma: jax.Array, states: tuple[int, ...]) -> None:
-    """Refuses states and noise levels that are not of a policy.
+    """Refuses states and noise levels that do not fit a policy.
 
     Args:
       x: `[B, *sites, C]`, the states of a query.
       sigma: `[B]`, their noise levels, or one number.
-      states: `(B, *sites, C)` of the policy; a policy of one sample is asked at any number of them.
+      states: `(B, *sites, C)` of the policy; a policy of one sample takes any number of states.
 
     Raises:
       ValueError: shapes do not belong together.
@@ -81,7 +81,7 @@ def check_query(x: jax.Array, sigma: jax.Array, states: tuple[int, ...]) -> None
 
 
 def check_mask(mask: jax.Array, shape: tuple[int, int]) -> jax.Array:
-    """A mask of components, as booleans.
+    """Converts a mask of components to booleans.
 
     Args:
       mask: `[B, K]`, booleans or integers.
@@ -91,7 +91,7 @@ def check_mask(mask: jax.Array, shape: tuple[int, int]) -> jax.Array:
       `bool[B, K]`.
 
     Raises:
-      ValueError: it has another shape, or fractions.
+      ValueError: it has another shape, or fractional values.
     """
     mask = jnp.asarray(mask)
     check_shape("mask", mask, shape, "the policy")

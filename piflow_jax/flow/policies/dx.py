@@ -18,7 +18,7 @@ Mode = Literal["grid", "polynomial"]
 
 @flax.struct.dataclass
 class DXPolicy:
-    """Velocity field that points at an `x_0` varying with time only, `u = (x_t - x_0(tau)) / t`.
+    """Velocity field towards an `x_0` that varies with time only, `u = (x_t - x_0(tau)) / t`.
 
     Make one with `DXPolicy.create`. The policy has a raw time of its own (`shift`) and a segment of
     its own (`segment_size`); both stay as trained when the number of evaluations or the schedule
@@ -32,7 +32,7 @@ class DXPolicy:
       tau_dst: `[B]`, raw time of the segment's end.
       shift: shift of the raw time.
       mode: `grid` or `polynomial`.
-      eps: smallest time and smallest segment divided by.
+      eps: lower bound on the time and on the segment length that the policy divides by.
     """
 
     x0: jax.Array
@@ -53,25 +53,24 @@ class DXPolicy:
         mode: Mode = "grid",
         eps: float = 1e-4,
     ) -> "DXPolicy":
-        """Builds the policy of a network's output.
+        """Builds the policy from a network's output.
 
         Args:
           output: `[B, *sites, N, C]` velocities at the source; each stands for
             `x0_n = x_src - sigma_src * output_n`.
           x_src: `[B, *sites, C]`, the state that the network saw.
           sigma_src: `[B]`, its noise level.
-          segment_size: raw-time length of the policy's segment, a scalar or `[B]`; a traced one
-            below 0 leads upwards.
+          segment_size: raw-time length of the policy's segment, a scalar or `[B]`; a traced
+            negative one leads to higher noise.
           shift: shift of the policy's raw time.
           mode: `grid` (linear interpolation) or `polynomial`.
-          eps: smallest time and smallest segment divided by.
+          eps: lower bound on the time and on the segment length that the policy divides by.
 
         Returns:
           The policy, in float32 or float64.
 
         Raises:
-          ValueError: on an unknown mode, shapes that do not belong together, or a known number that
-            is out of range.
+          ValueError: the mode is unknown, shapes do not match, or a known number is out of range.
         """
         check_choice("DX mode", mode, get_args(Mode))
         states = np.shape(x_src)
@@ -86,7 +85,8 @@ class DXPolicy:
         check_between("segment_size", segment_size, 0)
         check_number("eps", eps, 0)
         output, x_src, sigma_src = promote(output, x_src, sigma_src)
-        # N beside the batch: a query then reads two contiguous slabs, not a stride over sites.
+        # N comes next to the batch, so that a query reads two contiguous slabs instead of striding
+        # over sites.
         output = jnp.moveaxis(output, -2, 1)
         tau_src = TimeWarp(shift).unwarp(sigma_src)
         tau_dst = jnp.maximum(tau_src - segment_size, 0)

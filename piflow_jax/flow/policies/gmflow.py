@@ -34,15 +34,15 @@ class GMOutput:
 
 
 class MixtureCoefficients(NamedTuple):
-    """Numbers of a noise level by which a mixture gives its velocity, each `[B]` or `[B, N]`.
+    """Coefficients of a mixture's velocity at a noise level, each `[B]` or `[B, N]`.
 
-    With the policy's names, of the residual `y = x_t - (1 - t) r` at the clamped time `t`:
+    In the policy's notation, with the residual `y = x_t - (1 - t) r` at the clamped time `t`:
 
         e / den = pull y + pull_src y_s
         w       = softmax_k(a_k + <d_k, e / den - half_precision d_k>)
         u + r   = (weight y + weight_src y_s + weight_center r - sum_k w_k d_k) / denominator
 
-    and `lift` is what the clamp has added to the noise level.
+    The clamp raises the noise level by `lift`.
     """
 
     pull: jax.Array
@@ -67,9 +67,9 @@ class GMFlowPolicy:
         x0   = sum_k softmax_k(a_k + <m_k, nu - zeta m_k / 2> / den) (v nu + m_k) / den
         u    = (x_t - x0) / t
 
-    Evaluated as written this loses all digits in float32 near `t = 0`, where `nu` and `zeta m_k`
-    are large and nearly equal. What is stored is therefore relative to an arbitrary point `r` near
-    the mixture (its mean): with `d_k = m_k - r`, `y_t = x_t - alpha_t r` and `y_s` likewise,
+    Evaluated as written, this loses all digits in float32 near `t = 0`, where `nu` and `zeta m_k`
+    are large and nearly equal. The fields are therefore relative to an arbitrary point `r` near the
+    mixture (its mean). With `d_k = m_k - r`, `y_t = x_t - alpha_t r` and `y_s` likewise,
 
         e = nu - zeta r = alpha_t y_t / t^2 - alpha_s y_s / s^2
         u = ((1 - v alpha_t / t - v alpha_s^2 / s^2) y_t + v alpha_s y_s / s^2 - sum_k w_k d_k)
@@ -77,9 +77,9 @@ class GMFlowPolicy:
 
     with `w_k = softmax_k(a_k + <d_k, e - zeta d_k / 2> / den)`. The result does not depend on `r`.
 
-    Sites are the minor axes of what is stored, and sums over channels and components are spelled
-    out in the program: a query is then elementwise loops over sites, which compilers vectorise and
-    fuse on every backend (on a CPU thirty times faster than reductions over a minor K).
+    Sites are the minor axes of the fields, and the program spells out sums over channels and
+    components. A query is then a series of elementwise loops over sites, which compilers vectorise
+    and fuse on every backend (on a CPU thirty times faster than reductions over a minor K).
 
     Attributes:
       offsets: `[B, K, C, *sites]`, component means of `x_0` relative to `center`.
@@ -103,13 +103,13 @@ class GMFlowPolicy:
     def create(
         cls, output: GMOutput, x_src: jax.Array, sigma_src: jax.Array, eps: float = 1e-6
     ) -> "GMFlowPolicy":
-        """Builds the policy of a network's output.
+        """Builds the policy from a network's output.
 
         Args:
           output: the mixture, `K >= 1` components.
           x_src: `[B, *sites, C]`, the state that the network saw.
           sigma_src: `[B]`, its noise level.
-          eps: smallest time used in the formulas; the reference takes 1e-6 in training and 1e-4 in
+          eps: smallest time used in the formulas; the reference uses 1e-6 in training and 1e-4 in
             its sampler.
 
         Returns:
@@ -117,7 +117,7 @@ class GMFlowPolicy:
 
         Raises:
           ValueError: if the shapes do not belong together, there is no component, or `eps` or a
-            known noise level is no number.
+            known noise level is not a number.
         """
         _check_shapes(output, x_src, sigma_src)
         check_between("sigma_src", sigma_src)
@@ -144,7 +144,7 @@ class GMFlowPolicy:
 
     @property
     def states(self) -> tuple[int, ...]:
-        """Shape `(B, *sites, C)` of the states that it is of."""
+        """Shape `(B, *sites, C)` of the policy's states."""
         batch, channels, *sites = self.center.shape
         return batch, *sites, channels
 
@@ -154,7 +154,7 @@ class GMFlowPolicy:
         x, sigma, _ = promote(x, sigma, self.center)
         numbers = self.coefficients(sigma)
         of = MixtureCoefficients(*(per_sample(number, x.ndim) for number in numbers))
-        # Relative to where the clamped time puts the centre.
+        # Relative to the centre at the clamped time.
         lifted = per_sample(1 - sigma, x.ndim) - of.lift
         residual = jnp.moveaxis(x, -1, 1) - lifted * self.center
         pull = of.pull * residual + of.pull_src * self.residual_src
@@ -168,10 +168,10 @@ class GMFlowPolicy:
         return jnp.moveaxis(numerator / of.denominator - self.center, 1, -1)
 
     def coefficients(self, sigma: jax.Array) -> "MixtureCoefficients":
-        """What a velocity takes of a noise level: numbers per sample, no arrays of sites.
+        """Coefficients of the velocity at a noise level: numbers per sample, without site axes.
 
         Args:
-          sigma: noise levels `[B]`, or `[B, N]` for several of each sample.
+          sigma: noise levels `[B]`, or `[B, N]` for several per sample.
 
         Returns:
           The coefficients, shaped like `sigma`.
@@ -179,11 +179,11 @@ class GMFlowPolicy:
         t = jnp.maximum(sigma, self.eps)
         s = per_sample(jnp.maximum(self.sigma_src, self.eps), sigma.ndim)
         v = per_sample(self.variance, sigma.ndim)
-        snr_t, snr_s = (1 - t) / t, (1 - s) / s  # of the amplitudes: alpha / sigma
+        snr_t, snr_s = (1 - t) / t, (1 - s) / s  # ratios of amplitudes, alpha / sigma
         zeta = (snr_t - snr_s) * (snr_t + snr_s)
         raw_denominator = v * zeta + 1
         denominator = jnp.maximum(raw_denominator, self.eps)
-        # Positive only where the clamp acts, which takes a query far above the source.
+        # Positive only where the clamp acts. That takes a query far above the source.
         excess = denominator - raw_denominator
         return MixtureCoefficients(
             pull=snr_t / t / denominator,
@@ -197,12 +197,12 @@ class GMFlowPolicy:
         )
 
     def _mean_offset(self, pull: jax.Array, half_precision: jax.Array) -> jax.Array:
-        """`sum_k w_k d_k[B, C, *sites]` of `e / den [B, C, *sites]` and `zeta / (2 den)`."""
-        # Spelled out over C too: of a CPU's reductions only those along K are quick.
+        """`sum_k w_k d_k[B, C, *sites]` for `e / den [B, C, *sites]` and `zeta / (2 den)`."""
+        # Spelled out over C too: on a CPU only reductions along K are fast.
         by_channel = zip(_unstack(self.offsets, 2), _unstack(pull, 1), strict=True)
         inner = sum(d * (jnp.expand_dims(p, 1) - half_precision * d) for d, p in by_channel)
         logits = jax.lax.optimization_barrier(self.logweights + inner)
-        # Reductions of their own are not computed again for each component.
+        # As separate reductions, they are not recomputed for each component.
         largest = jax.lax.stop_gradient(jnp.max(logits, axis=1, keepdims=True))
         weights = jax.lax.optimization_barrier(jnp.exp(logits - largest))
         pairs = zip(_unstack(weights, 1), _unstack(self.offsets, 1), strict=True)
@@ -219,7 +219,7 @@ class GMFlowPolicy:
           The policy with log-weight `-inf` on the removed components.
 
         Raises:
-          ValueError: the mask has another shape, or fractions.
+          ValueError: the mask has another shape, or fractional values.
         """
         mask = check_mask(mask, self.logweights.shape[:2])
         mask = mask & ~jnp.all(mask, axis=-1, keepdims=True)
@@ -236,7 +236,7 @@ class GMFlowPolicy:
           The sharpened policy.
 
         Raises:
-          ValueError: it is several numbers, or known and not finite.
+          ValueError: it is not a single number, or it is known and not finite.
         """
         check_number("temperature", temperature)
         temperature = jnp.clip(jnp.asarray(temperature, self.variance.dtype), self.eps, 1.0)
@@ -247,7 +247,7 @@ class GMFlowPolicy:
 
 
 def _unstack(x: jax.Array, axis: int) -> list[jax.Array]:
-    """Slices along an axis whose gradient is one concatenation, not a padded sum per slice."""
+    """Slices along an axis; their gradient is one concatenation, not a padded sum per slice."""
     pieces = jax.lax.split(x, (1,) * x.shape[axis], axis=axis)
     return [jax.lax.squeeze(piece, (axis,)) for piece in pieces]
 
