@@ -8,13 +8,17 @@ service refuses for the moment.
 import importlib.util
 import logging
 import os
+import re
 from collections.abc import Callable
 from typing import Any
 
-__all__ = ["SCHEME", "connect", "fetcher", "is_remote", "refusal", "repeated_requests"]
+from etils import epath
+
+__all__ = ["SCHEME", "fetcher", "is_remote", "located", "refusal", "repeated_requests"]
 
 SCHEME = "gs://"
 
+_ANY_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _THERE = importlib.util.find_spec("gcsfs") is not None
 # Before the first path, even a local one, makes epath choose for good: it would prefer TensorFlow's
 # client, which has neither emulators nor all kinds of credentials.
@@ -27,14 +31,36 @@ def is_remote(path: str | os.PathLike) -> bool:
     return os.fspath(path).startswith(SCHEME)
 
 
-def connect() -> None:
-    """Prepares this process to read and write `gs://` paths.
+def located(path: str | os.PathLike) -> epath.Path:
+    """A path as it is opened, on a disk or in a bucket.
+
+    Args:
+      path: a local path, or `gs://bucket/...`.
+
+    Returns:
+      The same path.
 
     Raises:
-      ImportError: gcsfs is missing; the message names the remedy.
+      ValueError: it has another scheme or names no bucket, or gcsfs is missing; names the remedy.
     """
+    text = os.fsdecode(path)
+    scheme = _ANY_SCHEME.match(text)
+    if scheme is None:
+        return epath.Path(text)
+    if scheme[0] != SCHEME:
+        raise ValueError(
+            f"{text} has the unknown scheme {scheme[0]}; name a local path, or {SCHEME}..."
+        )
+    if not text.removeprefix(SCHEME).partition("/")[0]:
+        raise ValueError(f"{text} names no bucket; name one, as in {SCHEME}bucket/run")
     if not _THERE:
-        raise ImportError('paths in a bucket need gcsfs: pip install -e ".[gcs]"')
+        raise ValueError(f'{text}: paths in a bucket need gcsfs: pip install -e ".[gcs]"')
+    _connect()
+    return epath.Path(text)
+
+
+def _connect() -> None:
+    """Prepares this process to read and write `gs://` paths."""
     import fsspec
 
     # A listing is out of date as soon as TensorStore or another process writes.
@@ -60,13 +86,13 @@ def fetcher(path: str | os.PathLike) -> tuple[int, Callable[[int, int], bytes]]:
 
     Raises:
       FileNotFoundError: there is no such object.
-      ImportError: see `connect`.
+      ValueError: see `located`.
       OSError: the bucket cannot be read; says why, and the remedy.
     """
-    connect()
+    path = os.fspath(located(path))
     import fsspec
 
-    path, system = os.fspath(path), fsspec.filesystem("gs")
+    system = fsspec.filesystem("gs")
 
     def asked(request: Callable[..., Any], *words: int) -> Any:
         try:

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import shutil
 import tempfile
 import uuid
@@ -19,15 +20,17 @@ _PIECE = 2**24  # bytes of a file that are copied at a time
 
 
 @contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path, under_way: Path | None = None) -> Iterator[Path]:
     """A local path to write to, which takes the place of another when the block ends without error.
 
     Args:
-      path: The file; one that is there is replaced in one move.
+      path: The file; one that is there is replaced in one move. It stays if the block removes what
+        it wrote.
+      under_way: Where to write on a disk, a name that no other writer has; by default a hidden one
+        in the same folder.
 
     Yields:
-      A hidden path in the same folder, of a name that no other writer has; for a file in a bucket
-      one in a temporary folder.
+      That path; for a file in a bucket one in a temporary folder.
 
     Raises:
       IsADirectoryError: `path` is a folder.
@@ -38,14 +41,19 @@ def replacing(path: Path) -> Iterator[Path]:
         )
     if is_remote(path):
         with tempfile.TemporaryDirectory(prefix="piflow_jax_") as folder:
-            under_way = epath.Path(folder) / path.name
-            yield under_way
-            copy_file(under_way, path)
+            here = epath.Path(folder) / path.name
+            yield here
+            if here.exists():
+                copy_file(here, path)
         return
-    under_way = path.with_name(f".{path.stem}.{uuid.uuid4().hex}{path.suffix}")
+    if under_way is None:
+        under_way = path.with_name(f".{path.stem}.{uuid.uuid4().hex}{path.suffix}")
     try:
         yield under_way
-        under_way.replace(path)
+        if under_way.exists():
+            with open(under_way, "rb+") as file:
+                os.fsync(file.fileno())
+            under_way.replace(path)
     finally:
         under_way.unlink(missing_ok=True)
 

@@ -30,6 +30,7 @@ class Service(server.ThreadingHTTPServer):
       deny: status of the answer to every write; 0 lets them through.
       deny_all: status of every answer; 0 is no such thing.
       written: called with the name of an object that is to be written; to a True it answers 503.
+      read: called with the name of an object whose bytes are read.
     """
 
     daemon_threads = True
@@ -45,7 +46,7 @@ class Service(server.ThreadingHTTPServer):
         from gcp_storage_emulator.handlers.buckets import create_bucket
 
         self.refuse_every, self.delay, self.deny, self.deny_all = 0, 0.0, 0, 0
-        self.written = lambda name: False
+        self.written, self.read = lambda name: False, lambda name: None
         self.storage.wipe()
         create_bucket(BUCKET, self.storage)
 
@@ -69,6 +70,8 @@ def _handler(emulator):
             self.rfile = io.BytesIO(self.body)
             del self.headers["Transfer-Encoding"], self.headers["Content-Length"]
             self.headers["Content-Length"] = str(len(self.body))
+            if method == "GET" and "media" in self.query.get("alt", ()):
+                service.read(self.name())
             with service.lock:
                 service.requests += 1
                 if service.refuse_every and service.requests % service.refuse_every == 0:

@@ -26,6 +26,9 @@ if os.environ["JAX_PLATFORMS"] == "cpu":
 import jax
 import pytest
 
+from piflow_jax.runs.workdir import user_path
+from tests import buckets
+
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -48,3 +51,21 @@ def x64():
     jax.config.update("jax_enable_x64", True)
     yield
     jax.config.update("jax_enable_x64", previous)
+
+
+@pytest.fixture
+def service():
+    """An empty bucket, `gs://bucket`, and what is to go wrong with it."""
+    service = buckets.service()
+    service.reset()
+    yield service
+    service.reset()
+
+
+@pytest.fixture(params=["disk", "bucket"])
+def place(request, tmp_path):
+    """A work directory, which need not be on this machine."""
+    if request.param == "disk":
+        return user_path(tmp_path)
+    request.getfixturevalue("service")
+    return user_path("gs://bucket/run")

@@ -11,6 +11,7 @@ from typing import Any
 
 import ml_collections
 
+from piflow_jax.buckets import located
 from piflow_jax.config.networks import ModelConfig, NetworkConfig
 from piflow_jax.config.schema import Config
 
@@ -190,6 +191,10 @@ def _parse_value(value: Any, hint: Any, allowed: types.MappingProxyType, key: st
         raise ConfigError(f"{key} must have no NUL character, got {_shown(value)}")
     if isinstance(value, str):
         value = os.path.expanduser(value)  # shells leave the ~ of --key=~/path as it is
+        try:
+            located(value)
+        except ValueError as error:
+            raise ConfigError(f"{key} = {error}") from None
     low, high, above, choices = (allowed.get(name) for name in ("low", "high", "above", "choices"))
     if choices is not None and value not in choices:
         known = ", ".join(map(repr, choices))

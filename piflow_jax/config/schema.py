@@ -32,6 +32,11 @@ class DataConfig:
         "empty is `data` in the work directory; mnist and fashion_mnist: IDX files or TFDS, empty "
         "is the TFDS default",
     )
+    local_cache_gib: float = _field(
+        64.0,
+        "most GiB of the copies that a process makes of prepared data in a bucket, in TMPDIR",
+        above=0,
+    )
     images: str = _field(
         "",
         "what --mode=prepare reads, and for images --mode=train: a folder of class folders or of "

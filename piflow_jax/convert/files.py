@@ -154,7 +154,7 @@ def readable(path: str | os.PathLike) -> epath.Path:
         The path.
 
     Raises:
-        ImportError: gcsfs is missing; the message names the remedy.
+        ValueError: gcsfs is missing; the message names the remedy.
         OSError: The bucket cannot be read; says why, and the remedy.
     """
     if is_remote(path):

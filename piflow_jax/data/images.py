@@ -7,13 +7,15 @@ the pixels, uint8[H, W, C]. A set that fits is read into memory; a larger one is
 
 import concurrent.futures
 import dataclasses
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, SupportsIndex
 
 import numpy as np
+from etils import epath
 
+from piflow_jax.buckets import located
 from piflow_jax.data.picture_sets import PictureSet, center_crop
 from piflow_jax.data.pictures import PictureError
 from piflow_jax.data.records import Records
@@ -99,7 +101,13 @@ class ImagesSource:
       manifest: All that is known of the set, `images.json`.
     """
 
-    def __init__(self, directory: Path, manifest: dict[str, Any], mirror: bool):
+    def __init__(
+        self,
+        directory: epath.Path,
+        manifest: dict[str, Any],
+        mirror: bool,
+        cache_gib: float = math.inf,
+    ):
         self.name = "images"
         self.shape = (manifest["image_size"], manifest["image_size"], manifest["channels"])
         self.class_names = tuple(manifest["class_names"])
@@ -107,7 +115,9 @@ class ImagesSource:
         self.manifest = manifest
         if mirror:
             self.draw = mirrored
-        self._records = Records(directory, manifest["shards"], self._parsed, ImagesError)
+        shards = manifest["shards"]
+        self._records = Records(directory, shards, self._parsed, ImagesError, cache_gib)
+        self.stage = self._records.stage
         if len(self) * int(np.prod(self.shape)) <= _IN_MEMORY:
             self._pixels, self._labels = self._read_all()
             self.gather = self._gathered
@@ -133,6 +143,7 @@ class ImagesSource:
 
     def _read_all(self) -> tuple[np.ndarray, np.ndarray]:
         """Pixels uint8[N, H, W, C] and labels int32[N]."""
+        self.stage()
         pixels = np.empty((len(self), *self.shape), np.uint8)
         labels = np.empty(len(self), np.int32)
         for start in range(0, len(self), _READ_AT_ONCE):
@@ -149,7 +160,11 @@ class ImagesSource:
 
 
 def load_images_source(
-    directory: str | os.PathLike, *, mirror: bool = False, verify: bool = True
+    directory: str | os.PathLike,
+    *,
+    mirror: bool = False,
+    verify: bool = True,
+    cache_gib: float = math.inf,
 ) -> ImagesSource:
     """Opens a finished set.
 
@@ -158,6 +173,7 @@ def load_images_source(
       mirror: Batches show an image or its mirror image, drawn from the training step's key.
       verify: Compare all checksums, which reads the whole set. Without it only lengths of files are
         compared; a damaged record then raises when it is read.
+      cache_gib: Most GiB of the copies that a process makes of a set in a bucket.
 
     Returns:
       The source.
@@ -165,10 +181,9 @@ def load_images_source(
     Raises:
       ImagesError: If the set is unfinished, or a file is missing or differs from the manifest.
     """
-    directory = Path(directory)
     manifest = _SET.open(directory)
     _SET.verify(directory, manifest["shards"], checksums=verify)
-    return ImagesSource(directory, manifest, mirror)
+    return ImagesSource(located(directory), manifest, mirror, cache_gib)
 
 
 def plan_images(pictures: PictureSet, image_size: int, channels: int = 0) -> ImagesPlan:
@@ -206,7 +221,7 @@ def prepared_images(directory: str | os.PathLike) -> ImagesPlan | None:
     Raises:
       ImagesError: If its manifest is damaged.
     """
-    if not (Path(directory) / _SET.manifest).exists():
+    if not (located(directory) / _SET.manifest).exists():
         return None
     manifest = _SET.open(directory)
     fields = {field.name for field in dataclasses.fields(ImagesPlan)}

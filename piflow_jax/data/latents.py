@@ -8,17 +8,22 @@ The set stores raw moments. What models see is `(sample - shift) * scale`; see `
 """
 
 import dataclasses
+import math
 import os
 import reprlib
+import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, SupportsIndex
 
 import numpy as np
+from etils import epath
 
+from piflow_jax.buckets import located
 from piflow_jax.data.pictures import PictureError
 from piflow_jax.data.records import Records
 from piflow_jax.data.shards import Plan, ShardedSet, ShardsError
+from piflow_jax.whole_files import copy_file
 
 if TYPE_CHECKING:
     import jax
@@ -200,7 +205,9 @@ class LatentsSource:
       manifest: All that is known of the set, `latents.json`.
     """
 
-    def __init__(self, directory: Path, manifest: dict[str, Any]):
+    def __init__(
+        self, directory: epath.Path, manifest: dict[str, Any], cache_gib: float = math.inf
+    ):
         import tensorflow_datasets as tfds
 
         self.name = NAME
@@ -214,8 +221,11 @@ class LatentsSource:
         self.manifest = manifest
         lengths = [shard["examples"] for shard in manifest["shards"]]
         try:
-            builder = tfds.builder_from_directory(directory)
-            known = list(builder.info.splits[_SPLIT].shard_lengths)
+            with tempfile.TemporaryDirectory(prefix="piflow_jax_") as here:
+                for name in _TFDS_FILES:
+                    copy_file(directory / name, epath.Path(here) / name)
+                builder = tfds.builder_from_directory(here)
+                known = list(builder.info.splits[_SPLIT].shard_lengths)
         except Exception as error:  # of two parsers, TFDS's and that of protocol buffers
             reason = " ".join(f"{error}".split())
             raise LatentsError(
@@ -227,8 +237,9 @@ class LatentsSource:
         # Not as TFDS's files say, which others may read, but as the manifest does.
         features = _features(self.shape, manifest["dtype"], self.num_classes)
         self._examples = Records(
-            directory, manifest["shards"], features.deserialize_example_np, LatentsError
+            directory, manifest["shards"], features.deserialize_example_np, LatentsError, cache_gib
         )
+        self.stage = self._examples.stage
 
     def __len__(self) -> int:
         """Returns the number of images."""
@@ -271,6 +282,7 @@ def load_latents_source(
     expect_scale: float | tuple[float, ...] | None = None,
     expect_shift: float | tuple[float, ...] | None = None,
     verify: bool = True,
+    cache_gib: float = math.inf,
 ) -> LatentsSource:
     """Opens a finished set.
 
@@ -281,6 +293,7 @@ def load_latents_source(
       expect_shift: Shift that latents must have; None takes any.
       verify: Compare all checksums, which reads the whole set. Without it only lengths of files are
         compared; a damaged record then raises when it is read.
+      cache_gib: Most GiB of the copies that a process makes of a set in a bucket.
 
     Returns:
       The source.
@@ -289,8 +302,7 @@ def load_latents_source(
       LatentsError: If the set is unfinished, a file is missing or differs from the manifest (the
         message names it), or it was made with another autoencoder, scale or shift.
     """
-    directory = Path(directory)
-    manifest = _SET.open(directory)
+    directory, manifest = located(directory), _SET.open(directory)
     expected = {"vae": expect_vae, "scale": expect_scale, "shift": expect_shift}
     for name, value in expected.items():
         value = list(value) if isinstance(value, tuple) else value  # as JSON has them
@@ -302,7 +314,7 @@ def load_latents_source(
         if not (directory / name).exists():
             raise LatentsError(f"{directory / name} is missing")
     _SET.verify(directory, manifest["shards"], checksums=verify)
-    return LatentsSource(directory, manifest)
+    return LatentsSource(directory, manifest, cache_gib)
 
 
 def draw_latents(
@@ -387,6 +399,8 @@ def _write_tfds_files(directory: Path, plan: LatentsPlan, shards: list[dict[str,
         num_bytes=sum(shard["bytes"] for shard in shards),
         filename_template=template,
     )
+    for shard in shards:  # whose names it looks for
+        (directory / shard["file"]).touch()
     tfds.folder_dataset.write_metadata(
         data_dir=directory,
         features=_features(plan.latent_shape, plan.dtype, plan.num_classes),
@@ -396,3 +410,5 @@ def _write_tfds_files(directory: Path, plan: LatentsPlan, shards: list[dict[str,
         check_data=False,  # it would read with TensorFlow, which cannot read ArrayRecord
         description=f"Moments of autoencoder {plan.vae}. Images: {plan.source}.",
     )
+    for shard in shards:
+        (directory / shard["file"]).unlink()

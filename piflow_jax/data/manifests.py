@@ -1,18 +1,16 @@
-"""JSON files of cached sets: written whole, and read back as what they must be."""
+"""JSON files of cached sets, read back as what they must be."""
 
 import dataclasses
 import json
 import math
-import os
 import reprlib
 import types
 import typing
-import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-__all__ = ["check_entries", "read_json", "read_record", "write_json"]
+__all__ = ["check_entries", "read_json", "read_record"]
 
 
 def read_json(path: Path, error: type[ValueError]) -> dict[str, Any]:
@@ -35,16 +33,6 @@ def read_json(path: Path, error: type[ValueError]) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise error(f"{path} is damaged: it has no object in it, {reprlib.repr(content)}")
     return content
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Writes `content` as JSON to `path`, where it is as a whole or not at all."""
-    under_way = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    with open(under_way, "w", encoding="utf-8") as file:
-        file.write(json.dumps(content, indent=2) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(under_way, path)
 
 
 def read_record(cls: type, values: Mapping[str, Any], path: Path, error: type[ValueError]) -> Any:

@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from piflow_jax.data.source import Source, stacked
+from piflow_jax.data.source import Source, mapped, stacked
 
 _READ_THREADS = 4
 # Philox's second key is the epoch, with the bucket above it; the last stream shuffles turns.
@@ -132,7 +132,15 @@ class _Batches:
         bucket, turn = self._schedule(batch)
         start = turn * self._batch_size
         whole = self._orders[bucket](start, start + self._batch_size)
-        indices = self._starts[bucket] + whole[self._rows]
+        return self._read(self._starts[bucket] + whole[self._rows])
+
+    def like(self, batch: int) -> dict[str, np.ndarray]:
+        bucket, _ = self._schedule(batch)
+        example = self._read(self._starts[bucket : bucket + 1])
+        rows = len(self._rows)
+        return mapped(lambda leaf: np.broadcast_to(leaf, (rows, *leaf.shape[1:])), example)
+
+    def _read(self, indices: np.ndarray) -> dict[str, np.ndarray]:
         if hasattr(self._source, "gather"):
             return self._source.gather(indices)
         if hasattr(self._source, "__getitems__"):  # ArrayRecord reads many at once
@@ -157,6 +165,8 @@ class BatchIterator(Iterator[dict[str, np.ndarray]]):
         }
         if len(bucket_sizes(source)) > 1:
             self._identity["buckets"] = list(bucket_sizes(source))
+        if hasattr(source, "stage"):
+            source.stage()
         self._threads = 0 if hasattr(source, "gather") else _READ_THREADS
         self._source = _Batches(source, seed, batch_size, rows)
         self._start(0)
@@ -176,6 +186,10 @@ class BatchIterator(Iterator[dict[str, np.ndarray]]):
         batch = next(self._iterator)
         self._position += 1
         return batch
+
+    def like(self) -> dict[str, np.ndarray]:
+        """Returns one example, repeated to the shapes of the next batch, which is not read."""
+        return self._source.like(self._position)
 
     @property
     def epoch(self) -> float:

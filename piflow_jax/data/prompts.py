@@ -16,14 +16,16 @@ import bisect
 import collections
 import dataclasses
 import itertools
+import math
 import os
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import Any, SupportsIndex
 
 import ml_dtypes
 import numpy as np
+from etils import epath
 
+from piflow_jax.buckets import located
 from piflow_jax.data.pictures import PictureError
 from piflow_jax.data.records import Records
 from piflow_jax.data.shards import Plan, ShardedSet, ShardsError
@@ -268,7 +270,9 @@ class PromptsSource:
       manifest: All that is known of the set, `prompts.json`.
     """
 
-    def __init__(self, directory: Path, manifest: dict[str, Any]):
+    def __init__(
+        self, directory: epath.Path, manifest: dict[str, Any], cache_gib: float = math.inf
+    ):
         self.name = NAME
         self.manifest = manifest
         self.text_length = max(shard["text_length"] for shard in manifest["shards"])
@@ -284,7 +288,9 @@ class PromptsSource:
         self.buckets = tuple(tuple(size) for size in manifest["buckets"])
         self.bucket_sizes = tuple(manifest["bucket_sizes"])
         self._ends = list(itertools.accumulate(self.bucket_sizes))
-        self._records = Records(directory, manifest["shards"], self._parsed, PromptsError)
+        shards = manifest["shards"]
+        self._records = Records(directory, shards, self._parsed, PromptsError, cache_gib)
+        self.stage = self._records.stage
         self.prompts = PromptTexts(self._records, len(self))
         self.null = self._embedding(self._records[len(self)])
 
@@ -388,7 +394,11 @@ class PromptsSource:
 
 
 def load_prompts_source(
-    directory: str | os.PathLike, *, expect_encoder: str | None = None, verify: bool = True
+    directory: str | os.PathLike,
+    *,
+    expect_encoder: str | None = None,
+    verify: bool = True,
+    cache_gib: float = math.inf,
 ) -> PromptsSource:
     """Opens a finished set.
 
@@ -397,6 +407,7 @@ def load_prompts_source(
       expect_encoder: Identity of the text encoders that it must come from; None takes any.
       verify: Compare all checksums, which reads the whole set. Without it only lengths of files are
         compared; a damaged record then raises when it is read.
+      cache_gib: Most GiB of the copies that a process makes of a set in a bucket.
 
     Returns:
       The source.
@@ -405,7 +416,6 @@ def load_prompts_source(
       PromptsError: If the set is unfinished, a file is missing or differs from the manifest (the
         message names it), or it was made with other encoders.
     """
-    directory = Path(directory)
     manifest = _SET.open(directory)
     if expect_encoder is not None and manifest["encoder"] != expect_encoder:
         raise PromptsError(
@@ -413,7 +423,7 @@ def load_prompts_source(
             f"but {expect_encoder!r} was asked for"
         )
     _SET.verify(directory, manifest["shards"], checksums=verify)
-    return PromptsSource(directory, manifest)
+    return PromptsSource(located(directory), manifest, cache_gib)
 
 
 def _serialized(

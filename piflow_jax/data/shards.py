@@ -7,8 +7,8 @@ While a set is written, `preparation/` holds the plan, one small record for each
 under construction. A shard is moved to its place when it is complete, with its record before it; so
 one that is in its place is whole, and a preparation that was killed goes on with the others. Each
 writer has files of its own under construction: two preparations at once (a job started again while
-the old one still runs) share or repeat work, and do not harm each other. The directory must be
-local or mounted.
+the old one still runs) share or repeat work, and do not harm each other. A shard for a bucket is
+made in a temporary directory, and is there when it is uploaded.
 
 An example whose picture cannot be read stands as a `PictureError` among the examples of its shard.
 Such a shard is not written, or, if that is wanted, is written without it and says so.
@@ -18,13 +18,19 @@ import concurrent.futures
 import dataclasses
 import hashlib
 import os
+import tempfile
 import uuid
 from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-from piflow_jax.data.manifests import check_entries, read_json, read_record, write_json
+from etils import epath
+
+from piflow_jax.buckets import located
+from piflow_jax.data.manifests import check_entries, read_json, read_record
 from piflow_jax.data.pictures import PictureError
+from piflow_jax.data.records import num_records
+from piflow_jax.whole_files import copy_file, reading, replacing, write_json
 
 __all__ = [
     "Plan",
@@ -32,7 +38,6 @@ __all__ = [
     "ShardedSet",
     "ShardsError",
     "left_out",
-    "num_records",
     "write_all",
 ]
 
@@ -40,7 +45,7 @@ _WORK = "preparation"
 _PLAN = "plan.json"
 # One record for each read. Half-precision noise hardly compresses: 6%, and reads take twice as long
 _WRITER_OPTIONS = "group_size:1,uncompressed"
-_HASH_THREADS = 8
+_THREADS = 8
 # Entries of a shard, and of what it refused.
 _ENTRY = {"examples": int, "bytes": int, "sha256": str}
 _REFUSED = {"index": int, "picture": str, "reason": str}
@@ -150,9 +155,8 @@ class ShardedSet:
         Raises:
           ShardsError: If a preparation with another plan was begun there.
         """
-        if "://" in os.fspath(directory):
-            raise self.error(f"{directory}: sets are made in a local or mounted directory")
-        work = Path(directory) / _WORK
+        directory = self._located(directory)
+        work = directory / _WORK
         try:
             work.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -185,13 +189,16 @@ class ShardedSet:
         Raises:
           ShardsError: If a shard's small record is damaged; the message names its file.
         """
-        return [s for s in range(plan.num_shards) if not self._is_there(directory, plan, s)]
+        directory = self._located(directory)
+        with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
+            there = pool.map(lambda s: self._is_there(directory, plan, s), range(plan.num_shards))
+            return [shard for shard, whole in enumerate(there) if not whole]
 
-    def _is_there(self, directory: str | os.PathLike, plan: Plan, shard: int) -> bool:
-        path = Path(directory) / plan.shard_name(shard)
+    def _is_there(self, directory: epath.Path, plan: Plan, shard: int) -> bool:
         record = _record_path(directory, shard)
-        whole = path.exists() and record.exists()
-        return whole and path.stat().st_size == self._entry(record)["bytes"]
+        length = _length(directory / plan.shard_name(shard))
+        whole = length is not None and record.exists()
+        return whole and length == self._entry(record)["bytes"]
 
     def write(
         self,
@@ -223,11 +230,12 @@ class ShardedSet:
         """
         from array_record.python.array_record_module import ArrayRecordWriter
 
+        directory = self._located(directory)
         if self._is_there(directory, plan, shard):
             return
-        name = f"{shard:05d}.array_record"
-        under_way = Path(directory) / _WORK / f"{name}.{uuid.uuid4().hex}"
-        try:
+        name, work = f"{shard:05d}.array_record", directory / _WORK
+        mine = work / f"{name}.{uuid.uuid4().hex}"
+        with replacing(directory / plan.shard_name(shard), mine) as under_way:
             writer = ArrayRecordWriter(os.fspath(under_way), _WRITER_OPTIONS)
             indices, count, refused = plan.shard_range(shard), 0, {}
             try:
@@ -248,10 +256,9 @@ class ShardedSet:
             if refused and not skip_refused:
                 raise RefusedError(list(refused.values()))
             if self._is_there(directory, plan, shard):
+                under_way.unlink(missing_ok=True)  # the other one may have
                 return
-            with open(under_way, "rb+") as file:
-                os.fsync(file.fileno())
-            entry = {"examples": count, "bytes": under_way.stat().st_size}
+            entry = {"examples": count, "bytes": under_way.stat().length}
             entry |= {"sha256": _digest(under_way)} | {note: notes[note] for note in self.notes}
             if refused:
                 entry["refused"] = [
@@ -259,12 +266,9 @@ class ShardedSet:
                     for index, error in refused.items()
                 ]
             write_json(_record_path(directory, shard), entry)
-            os.replace(under_way, Path(directory) / plan.shard_name(shard))
-            # What killed preparations left of this shard; one that still runs does without.
-            for left in under_way.parent.glob(f"{name}*"):
-                left.unlink(missing_ok=True)
-        finally:
-            under_way.unlink(missing_ok=True)
+        # What killed preparations left of this shard; one that still runs does without.
+        for left in work.glob(f"{name}*"):
+            left.unlink(missing_ok=True)
 
     def finalize(
         self,
@@ -277,8 +281,8 @@ class ShardedSet:
 
         Args:
           directory: The set's directory.
-          describe: Called before with the directory, the plan and the shards' entries of the
-            manifest, to write what else belongs to a set.
+          describe: Called before with a folder, the plan and the shards' entries of the manifest,
+            to write there what else belongs to a set.
 
         Returns:
           The manifest.
@@ -286,7 +290,7 @@ class ShardedSet:
         Raises:
           ShardsError: If a shard is missing or not as it was written; the message names its file.
         """
-        directory = Path(directory)
+        directory = self._located(directory)
         plan = self._read_plan(directory)
         shards = []
         for shard in range(plan.num_shards):
@@ -294,20 +298,17 @@ class ShardedSet:
             if not record.exists():
                 raise self.error(f"{directory / plan.shard_name(shard)} was not written")
             shards.append({"file": plan.shard_name(shard), **self._entry(record)})
-        self.verify(directory, shards, checksums=True)
-        for entry in shards:
-            count = num_records(directory / entry["file"])
-            if count != entry["examples"]:
-                raise self.error(
-                    f"{directory / entry['file']} has {count} examples, "
-                    f"expected {entry['examples']}"
-                )
+        self.verify(directory, shards, checksums=True, counts=True)
         try:
             plan = plan.without([entry["index"] for entry in _refused(shards)])
         except ValueError as error:
             raise self.error(f"{directory} would be empty: all pictures were refused") from error
         if describe is not None:
-            describe(directory, plan, shards)
+            with tempfile.TemporaryDirectory(prefix="piflow_jax_") as here:
+                describe(Path(here), plan, shards)
+                for path in epath.Path(here).iterdir():
+                    with replacing(directory / path.name) as under_way:
+                        copy_file(path, under_way)
         manifest = {"format": self.format, **dataclasses.asdict(plan), "shards": shards}
         write_json(directory / self.manifest, manifest)
         return read_json(directory / self.manifest, self.error)
@@ -324,7 +325,7 @@ class ShardedSet:
         Raises:
           ShardsError: If the set is unfinished or its manifest is not one.
         """
-        path = Path(directory) / self.manifest
+        path = self._located(directory) / self.manifest
         if not path.exists():
             raise self.error(
                 f"{path} is missing: there are no {self.contents}, or their preparation has not "
@@ -359,7 +360,12 @@ class ShardedSet:
         return manifest
 
     def verify(
-        self, directory: str | os.PathLike, shards: list[dict[str, Any]], *, checksums: bool
+        self,
+        directory: str | os.PathLike,
+        shards: list[dict[str, Any]],
+        *,
+        checksums: bool,
+        counts: bool = False,
     ) -> None:
         """Compares lengths of all shards first, then their contents.
 
@@ -367,33 +373,44 @@ class ShardedSet:
           directory: The set's directory.
           shards: Their entries of the manifest.
           checksums: Compare contents too, which reads the whole set.
+          counts: And with them the numbers of examples.
 
         Raises:
           ShardsError: If a shard is missing or differs; the message names its file.
         """
-        directory = Path(directory)
-        for shard in shards:
-            path = directory / shard["file"]
-            if not path.exists():
-                raise self.error(f"{path} is missing")
-            if path.stat().st_size != shard["bytes"]:
-                raise self.error(
-                    f"{path} has {path.stat().st_size} bytes, expected {shard['bytes']}; remove it "
-                    "and prepare again"
-                )
-        if not checksums:
-            return
-        with concurrent.futures.ThreadPoolExecutor(_HASH_THREADS) as pool:
-            digests = pool.map(lambda shard: _digest(directory / shard["file"]), shards)
-            for shard, digest in zip(shards, digests, strict=True):
-                if digest != shard["sha256"]:
+        directory = self._located(directory)
+        paths = [directory / shard["file"] for shard in shards]
+        with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
+            for shard, path, length in zip(shards, paths, pool.map(_length, paths), strict=True):
+                if length is None:
+                    raise self.error(f"{path} is missing")
+                if length != shard["bytes"]:
                     raise self.error(
-                        f"{directory / shard['file']} differs from what was written: its SHA-256 "
-                        f"is {digest}, expected {shard['sha256']}; remove it and prepare again"
+                        f"{path} has {length} bytes, expected {shard['bytes']}; remove it and "
+                        "prepare again"
                     )
+            if checksums:
+                list(pool.map(lambda *one: self._check_contents(*one, counts), paths, shards))
 
-    def _read_plan(self, directory: str | os.PathLike) -> Plan:
-        path = Path(directory) / _WORK / _PLAN
+    def _check_contents(self, path: epath.Path, entry: dict[str, Any], counts: bool) -> None:
+        with reading(path) as here:
+            digest = _digest(here)
+            if digest != entry["sha256"]:
+                raise self.error(
+                    f"{path} differs from what was written: its SHA-256 is {digest}, expected "
+                    f"{entry['sha256']}; remove it and prepare again"
+                )
+            if counts and (count := num_records(here)) != entry["examples"]:
+                raise self.error(f"{path} has {count} examples, expected {entry['examples']}")
+
+    def _located(self, directory: str | os.PathLike) -> epath.Path:
+        try:
+            return located(directory)
+        except ValueError as error:
+            raise self.error(f"{error}") from None
+
+    def _read_plan(self, directory: epath.Path) -> Plan:
+        path = directory / _WORK / _PLAN
         if not path.exists():
             raise self.error(f"no preparation was begun in {directory}: {path} is missing")
         return read_record(self.plan, read_json(path, self.error), path, self.error)
@@ -453,17 +470,6 @@ def left_out(manifest: dict[str, Any]) -> str:
     return listed.encode(errors="backslashreplace").decode()
 
 
-def num_records(path: str | os.PathLike) -> int:
-    """Number of records of the ArrayRecord file at `path`."""
-    from array_record.python.array_record_module import ArrayRecordReader
-
-    reader = ArrayRecordReader(os.fspath(path))
-    try:
-        return reader.num_records()
-    finally:
-        reader.close()
-
-
 def _refused(shards: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [entry for shard in shards for entry in shard.get("refused", ())]
 
@@ -478,5 +484,13 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _record_path(directory: str | os.PathLike, shard: int) -> Path:
-    return Path(directory) / _WORK / f"{shard:05d}.json"
+def _length(path: epath.Path) -> int | None:
+    """Bytes of a file; None if it is not there."""
+    try:
+        return path.stat().length
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+
+
+def _record_path(directory: epath.Path, shard: int) -> epath.Path:
+    return directory / _WORK / f"{shard:05d}.json"

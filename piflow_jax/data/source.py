@@ -2,7 +2,7 @@
 
 import dataclasses
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import numpy as np
@@ -15,6 +15,7 @@ __all__ = [
     "as_source",
     "has_states",
     "labelled_pictures",
+    "mapped",
     "source_digest",
     "stacked",
 ]
@@ -34,7 +35,9 @@ class Source(Protocol):
     `num_classes` stands for no condition; `draw(key, x) -> states[B, *sites, C]`, where `x` is not
     the states themselves but what they are drawn from in a training step; `gather(indices)`, a
     stacked batch at once, which marks a source held in memory; `test`, another source of the same
-    shape, which figures compare samples with in place of this one; `class_names`, for captions.
+    shape, which figures compare samples with in place of this one; `class_names`, for captions;
+    `stage()`, called when all examples are going to be read, so that one elsewhere can be brought
+    here in the background.
 
     Attributes:
       name: short name for logs and reports.
@@ -129,7 +132,7 @@ class ArraySource:
         """
         batch = {"x": self.x[indices]}
         if self.condition is not None:
-            batch["condition"] = _map(lambda a: a[indices], self.condition)
+            batch["condition"] = mapped(lambda a: a[indices], self.condition)
         return batch
 
 
@@ -213,7 +216,7 @@ def as_source(data: Any, name: str = "arrays") -> Source:
     check_no_pixels(f"{name}: x", np.asarray(x))
     x = np.array(x, np.float32)
     if condition is None or isinstance(condition, Mapping):
-        condition = None if condition is None else _map(np.array, condition)
+        condition = None if condition is None else mapped(np.array, condition)
         return ArraySource(name=name, x=x, condition=condition)
     labels = np.asarray(condition)
     if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
@@ -237,9 +240,18 @@ def stacked(examples: list[Any]) -> Any:
     return np.stack(examples)
 
 
-def _map(function: Any, tree: Any) -> Any:
+def mapped(function: Callable[[Any], Any], tree: Any) -> Any:
+    """Applies a function to the leaves of nested mappings.
+
+    Args:
+      function: What becomes of a leaf.
+      tree: A leaf, or a mapping of them, of any depth.
+
+    Returns:
+      The same structure.
+    """
     if isinstance(tree, Mapping):
-        return {key: _map(function, value) for key, value in tree.items()}
+        return {key: mapped(function, value) for key, value in tree.items()}
     return function(tree)
 
 

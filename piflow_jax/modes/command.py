@@ -11,6 +11,7 @@ import jax
 import ml_collections
 from absl import logging
 
+from piflow_jax.buckets import is_remote
 from piflow_jax.config import Config, ConfigError, check_devices, parse
 from piflow_jax.data.pictures import PicturesError
 from piflow_jax.data.shards import ShardsError
@@ -42,6 +43,9 @@ def _prepare(config: Config, workdir: str | os.PathLike) -> None:
     row = dataset(config)
     of_classes = prepare_pixels if row.pictures else prepare_latents
     of_data = of_classes if row.by_class else prepare_prompts
+    place = config.data.data_dir
+    if is_remote(place):
+        check_writable(place, instead="name another config.data.data_dir")
     of_data(config, workdir)
 
 

@@ -60,8 +60,8 @@ def prepare(
       source: Images by index.
       vae_module: The autoencoder.
       vae_params: Its variables.
-      directory: Where the set goes, local or mounted. TFDS finds it by name, besides by path, if it
-        ends in `latents/1.0.0`.
+      directory: Where the set goes, on a disk or in a bucket. TFDS finds it by name, besides by
+        path, if it ends in `latents/1.0.0`.
       image_size: Side of the crops.
       shard_size: Images in each shard.
       batch_size: Images in each step, divisible by the number of local devices; fewer if no shard

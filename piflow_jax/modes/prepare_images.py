@@ -32,15 +32,8 @@ def in_workdir(config: Config, workdir: str | os.PathLike) -> Config:
 
     Returns:
       The settings with `config.data.data_dir`, which is by default `data` in the work directory.
-
-    Raises:
-      ConfigError: the place is in a bucket, where no set can lie.
     """
     place = config.data.data_dir or os.path.join(workdir, _FOLDER)
-    if "://" in place:
-        raise ConfigError(
-            f"config.data.data_dir must name a local or mounted directory for images, not {place}"
-        )
     return dataclasses.replace(config, data=dataclasses.replace(config.data, data_dir=place))
 
 

@@ -77,7 +77,7 @@ def encode_prompts(
     Args:
       prompts: The list.
       encoder: The text encoders.
-      directory: Where the set goes, local or mounted.
+      directory: Where the set goes, on a disk or in a bucket.
       source: What the prompts are, for the record.
       image_size: Side of a square image; others have about as many pixels.
       shard_size: Prompts in each shard.

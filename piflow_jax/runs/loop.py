@@ -293,9 +293,10 @@ class _Loop:
     ) -> tuple[TrainState, int]:
         """Trains to the stage's end, or to the step after which a signal ends it; saves that."""
         stage = self._stage
-        batch = self._next_batch()
-        self._program(state, batch)
+        # Before the first batch is read: data in a bucket is on its way meanwhile.
+        self._program(state, self._placed(stage.data.like()))
         self._all_finite = self._compile_check(state)
+        batch = self._next_batch()
         metrics = pending = None
         self._monitor.start(start)
         for step in range(start + 1, stage.steps + 1):
@@ -330,6 +331,10 @@ class _Loop:
     def _next_batch(self):
         with self._monitor.waiting():
             batch = next(self._stage.data)
+        return self._placed(batch)
+
+    def _placed(self, batch):
+        """This process's rows on its devices, as the step takes them."""
         batch = global_batch(batch, self._mesh)
         if self._several:
             # Whether this process was asked to leave travels with its share of the batch.

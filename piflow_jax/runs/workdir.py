@@ -2,7 +2,6 @@
 
 import glob
 import os
-import re
 import reprlib
 import tempfile
 import uuid
@@ -10,12 +9,11 @@ from collections.abc import Iterator
 
 from etils import epath
 
-from piflow_jax.buckets import SCHEME, connect, is_remote, refusal
+from piflow_jax.buckets import is_remote, located, refusal
 from piflow_jax.config import ConfigError
 
 __all__ = ["check_writable", "checkpoint_path", "user_path"]
 
-_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 # Bytes of a path and of a name in it, on most file systems; folders are made one inside the other.
 _LONGEST, _LONGEST_NAME, _DEEPEST = 4095, 255, 500
 
@@ -44,23 +42,18 @@ def user_path(path: str | os.PathLike, what: str = "the path") -> epath.Path:
     longest = max(map(len, names))
     if len(text) > _LONGEST or longest > _LONGEST_NAME or len(names) > _DEEPEST:
         raise ConfigError(f"{what} is too long for a file system: {shown}")
-    scheme = _SCHEME.match(text)
-    if scheme and scheme[0] != SCHEME:
-        raise ConfigError(
-            f"{what} {text} has the unknown scheme {scheme[0]}; name a local path, or gs://..."
-        )
-    if scheme and not text.removeprefix(SCHEME).partition("/")[0]:
-        raise ConfigError(f"{what} {text} names no bucket; name one, as in gs://bucket/run")
     try:
-        if scheme:
-            connect()
-            return epath.Path(text)
+        found = located(text)
+        if is_remote(found):
+            return found
         local = os.path.expanduser(text)
         if local.startswith("~"):
             raise ConfigError(f"{what} {text} is of no user here; ./{text} is a path of this name")
         return epath.Path(os.path.abspath(local))
-    except ImportError as error:
-        raise ConfigError(f"{what} {text}: {error}") from None
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(f"{what} {error}") from None
     except FileNotFoundError:
         raise ConfigError(
             f"{what} {text} is relative, and the current directory no longer exists"
@@ -99,19 +92,22 @@ def checkpoint_path(path: str | os.PathLike) -> epath.Path:
     return path if is_remote(path) else _LiteralPath(path)
 
 
-def check_writable(*directories: str | os.PathLike) -> None:
+def check_writable(
+    *directories: str | os.PathLike, instead: str = "pass another --workdir"
+) -> None:
     """Finds out before any work whether directories can be written.
 
     Args:
       directories: see `user_path`; of one that does not exist, the nearest one above it counts. In
         a bucket, which has no directories, the first one counts: an object is written and removed.
+      instead: what else a user can do, for messages.
 
     Raises:
       OSError: one is a file or cannot be written; names it and the remedy.
     """
     paths = [user_path(path) for path in directories]
     for path in [path for path in paths if is_remote(path)][:1]:
-        _probe(path)
+        _probe(path, instead)
     for path in [path for path in paths if not is_remote(path)]:
         while not os.path.lexists(path):
             path = path.parent
@@ -121,11 +117,11 @@ def check_writable(*directories: str | os.PathLike) -> None:
         except OSError as error:
             raise OSError(
                 f"cannot write to {path} ({error.strerror}); make it a directory with free space "
-                "that this user may write, or pass another --workdir"
+                f"that this user may write, or {instead}"
             ) from error
 
 
-def _probe(directory: epath.Path) -> None:
+def _probe(directory: epath.Path, instead: str) -> None:
     """Writes and removes an object; what may go wrong with a bucket goes wrong here."""
     probe = directory / f".probe-{uuid.uuid4().hex}"
     try:
@@ -133,4 +129,4 @@ def _probe(directory: epath.Path) -> None:
         probe.unlink()
     except Exception as error:  # gcsfs, aiohttp and google.auth have errors of their own
         why = refusal(directory, error, "write and remove", "roles/storage.objectUser")
-        raise OSError(f"cannot write to {directory}: {why}, or pass another --workdir") from error
+        raise OSError(f"cannot write to {directory}: {why}, or {instead}") from error

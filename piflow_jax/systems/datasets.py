@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 from piflow_jax.config import Config, DataConfig
 from piflow_jax.data import (
@@ -49,6 +50,11 @@ class Dataset:
     uses: frozenset[str] = frozenset()
 
 
+def _open(load: Callable[..., Source], data: DataConfig, **options: Any) -> Source:
+    # Comparing all checksums reads the whole set; a damaged record raises when it is read.
+    return load(data.data_dir, verify=False, cache_gib=data.local_cache_gib, **options)
+
+
 DATASETS: dict[str, Dataset] = {
     "digits": Dataset(load=lambda data: load_digits_source(), features="digits"),
     "mnist": Dataset(
@@ -66,14 +72,13 @@ DATASETS: dict[str, Dataset] = {
         load=lambda data: load_captioned_digits_source(), captions=True, features="digits"
     ),
     "images": Dataset(
-        load=lambda data: load_images_source(data.data_dir, mirror=data.mirror, verify=False),
+        load=lambda data: _open(load_images_source, data, mirror=data.mirror),
         pictures=True,
         bundled=False,
         uses=frozenset({"data.data_dir", "data.images", "data.channels", "data.mirror"}),
     ),
-    # Comparing all checksums reads the whole set; a damaged record raises when it is read.
     "latents": Dataset(
-        load=lambda data: load_latents_source(data.data_dir, verify=False),
+        load=lambda data: _open(load_latents_source, data),
         latents=True,
         bundled=False,
         uses=frozenset(
@@ -84,7 +89,7 @@ DATASETS: dict[str, Dataset] = {
         ),
     ),
     "prompts": Dataset(
-        load=lambda data: load_prompts_source(data.data_dir, verify=False),
+        load=lambda data: _open(load_prompts_source, data),
         captions=True,
         latents=True,
         by_class=False,

@@ -69,13 +69,13 @@ def test_examples_are_the_pixels_that_were_written(directory):
     assert example["condition"] == 1 and example["x"].dtype == np.float32
 
 
-def test_a_preparation_is_shared_by_processes_and_goes_on(tmp_path):
-    assert prepare_images(tmp_path, PLAN, Pictures(), process_index=1, process_count=2) is None
-    with pytest.raises(ImagesError, match=str(tmp_path)):
-        load_images_source(tmp_path)
-    assert prepare_images(tmp_path, PLAN, Pictures()) is not None
+def test_a_preparation_is_shared_by_processes_and_goes_on(place):
+    assert prepare_images(place, PLAN, Pictures(), process_index=1, process_count=2) is None
+    with pytest.raises(ImagesError, match=str(place)):
+        load_images_source(place)
+    assert prepare_images(place, PLAN, Pictures()) is not None
     np.testing.assert_array_equal(
-        load_images_source(tmp_path).gather(np.arange(7))["condition"], LABELS
+        load_images_source(place).gather(np.arange(7))["condition"], LABELS
     )
 
 

@@ -52,12 +52,12 @@ def write(directory, plan=PLAN):
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
-def test_what_is_written_is_read(tmp_path, dtype):
+def test_what_is_written_is_read(place, dtype):
     plan = dataclasses.replace(PLAN, dtype=dtype)
-    write(tmp_path, plan)
-    source = load_latents_source(tmp_path, expect_vae="abc", expect_scale=0.18215, expect_shift=0)
+    write(place, plan)
+    source = load_latents_source(place, expect_vae="abc", expect_scale=0.18215, expect_shift=0)
     assert (source.name, source.shape, source.num_classes) == ("latents", (4, 4, 2), 3)
-    assert len(source) == 7 and sorted(p.name for p in tmp_path.glob("*-of-*")) == SHARDS
+    assert len(source) == 7 and sorted(p.name for p in place.glob("*-of-*")) == SHARDS
     for index in range(7):
         expected, found = example(index, plan), source[index]
         assert set(found["x"]) == {"mean", "std"}
@@ -85,9 +85,9 @@ def test_tfds_reads_the_directory_by_path_and_by_name(tmp_path):
             assert found[index]["key"].decode() == expected["key"]
 
 
-def test_batches_cover_every_example_with_its_label(tmp_path):
-    write(tmp_path)
-    batch = next(batches(load_latents_source(tmp_path), batch_size=7, seed=0))
+def test_batches_cover_every_example_with_its_label(place):
+    write(place)
+    batch = next(batches(load_latents_source(place), batch_size=7, seed=0))
     moments, labels = batch["x"], batch["condition"]
     assert moments["mean"].shape == moments["std"].shape == (7, 2, 4, 4, 2)
     assert labels.dtype == np.int32
@@ -278,10 +278,10 @@ def encoded_at(moment, shard, calls):
         yield example(i)
 
 
-def test_two_preparations_at_once_do_not_harm_each_other(tmp_path):
+def test_two_preparations_at_once_do_not_harm_each_other(place):
     """A job started again while the old one is in the middle of a shard."""
-    write(tmp_path / "alone")
-    directory = tmp_path / "both"
+    write(place / "alone")
+    directory = place / "both"
     start_latents(directory, PLAN)
     old, new = [], []
 
@@ -296,7 +296,7 @@ def test_two_preparations_at_once_do_not_harm_each_other(tmp_path):
     assert (old, new) == ([0, 1, 2, 3, 4, 5], [3, 4, 5, 6])
     finalize_latents(directory)
     for name in SHARDS:
-        assert (directory / name).read_bytes() == (tmp_path / "alone" / name).read_bytes()
+        assert (directory / name).read_bytes() == (place / "alone" / name).read_bytes()
 
 
 def test_what_a_killed_preparation_left_does_not_stay(tmp_path):

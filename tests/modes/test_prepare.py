@@ -52,8 +52,9 @@ def whole(images, vae, tmp_path_factory):
 
 def contents(directory):
     return {
-        path.relative_to(directory): path.read_bytes()
-        for path in directory.rglob("*")
+        f"{path.relative_to(directory)}": path.read_bytes()
+        for pattern in ("*", "*/*")
+        for path in directory.glob(pattern)
         if path.is_file()
     }
 
@@ -80,23 +81,23 @@ class Killed(Exception):
     pass
 
 
-def test_killed_between_shards_it_goes_on_to_the_same_bytes(whole, images, vae, tmp_path):
+def test_killed_between_shards_it_goes_on_to_the_same_bytes(whole, images, vae, place):
     def kill(done, total):
         raise Killed
 
     for left in (3, 2):
         with pytest.raises(Killed):
-            prepare(images, *vae, tmp_path, **SETTINGS, on_progress=kill)
-        assert len(list(tmp_path.glob("*-of-*"))) == 4 - left
+            prepare(images, *vae, place, **SETTINGS, on_progress=kill)
+        assert len(list(place.glob("*-of-*"))) == 4 - left
         with pytest.raises(LatentsError, match=r"latents\.json is missing"):
-            load_latents_source(tmp_path)
+            load_latents_source(place)
     progress = []
-    prepare(images, *vae, tmp_path, **SETTINGS, on_progress=lambda *now: progress.append(now))
+    prepare(images, *vae, place, **SETTINGS, on_progress=lambda *now: progress.append(now))
     assert progress == [(1, 1)]
-    assert contents(tmp_path) == contents(whole)
+    assert contents(place) == contents(whole)
 
 
-def test_killed_within_a_shard_it_goes_on_to_the_same_bytes(whole, images, vae, tmp_path):
+def test_killed_within_a_shard_it_goes_on_to_the_same_bytes(whole, images, vae, place):
     class Dying:
         class_names, description = images.class_names, images.description
 
@@ -109,33 +110,33 @@ def test_killed_within_a_shard_it_goes_on_to_the_same_bytes(whole, images, vae, 
             return images[index]
 
     with pytest.raises(Killed):
-        prepare(Dying(), *vae, tmp_path, **SETTINGS)
-    assert len(list(tmp_path.glob("*-of-*"))) == 1
-    assert not list((tmp_path / "preparation").glob("00001.*"))
-    prepare(images, *vae, tmp_path, **SETTINGS)
-    assert contents(tmp_path) == contents(whole)
+        prepare(Dying(), *vae, place, **SETTINGS)
+    assert len(list(place.glob("*-of-*"))) == 1
+    assert not list((place / "preparation").glob("00001.*"))
+    prepare(images, *vae, place, **SETTINGS)
+    assert contents(place) == contents(whole)
 
 
-def test_two_processes_make_what_one_makes(whole, images, vae, tmp_path):
+def test_two_processes_make_what_one_makes(whole, images, vae, place):
     def run(index):
-        return prepare(images, *vae, tmp_path, **SETTINGS, process_index=index, process_count=2)
+        return prepare(images, *vae, place, **SETTINGS, process_index=index, process_count=2)
 
     assert run(1) is None
-    assert [path.name[-14:] for path in tmp_path.glob("*-of-*")] == ["00001-of-00003"]
+    assert [path.name[-14:] for path in place.glob("*-of-*")] == ["00001-of-00003"]
     manifest = run(0)
-    assert contents(tmp_path) == contents(whole)
-    assert run(1) == manifest == finalize(tmp_path)  # nothing left to do
+    assert contents(place) == contents(whole)
+    assert run(1) == manifest == finalize(place)  # nothing left to do
 
 
-def test_a_truncated_shard_is_made_again(whole, images, vae, tmp_path):
-    prepare(images, *vae, tmp_path, **SETTINGS)
-    (path,) = tmp_path.glob("*-00000-of-*")
+def test_a_truncated_shard_is_made_again(whole, images, vae, place):
+    prepare(images, *vae, place, **SETTINGS)
+    (path,) = place.glob("*-00000-of-*")
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(LatentsError, match=path.name):
-        finalize(tmp_path)
+        finalize(place)
     progress = []
-    prepare(images, *vae, tmp_path, **SETTINGS, on_progress=lambda *now: progress.append(now))
-    assert progress == [(1, 1)] and contents(tmp_path) == contents(whole)
+    prepare(images, *vae, place, **SETTINGS, on_progress=lambda *now: progress.append(now))
+    assert progress == [(1, 1)] and contents(place) == contents(whole)
 
 
 def test_going_on_with_other_weights_is_refused(whole, images, vae):

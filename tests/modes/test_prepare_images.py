@@ -213,7 +213,6 @@ def test_a_finished_set_of_something_else_is_refused(folder, tmp_path, change, m
         ("prepare", "{tmp}", "", "--mode=prepare of images needs config.data.images"),
         ("train", "{tmp}", "", "name what to prepare by config.data.images"),
         ("evaluate", "{tmp}", "", "data/images.json is missing"),
-        ("train", "gs://bucket/run", "x", "config.data.data_dir must name a local or mounted"),
     ],
 )
 def test_what_is_missing_is_said(tmp_path, mode, workdir, images, message, capfd):

@@ -5,8 +5,6 @@ from pathlib import Path
 
 import pytest
 
-from piflow_jax.runs.workdir import user_path
-from tests import buckets
 from tests.runs.checkpoints import save
 
 
@@ -21,21 +19,3 @@ def saved(tmp_path_factory):
 @pytest.fixture
 def broken(saved, tmp_path):
     return Path(shutil.copytree(saved, tmp_path / "checkpoints"))
-
-
-@pytest.fixture
-def service():
-    """An empty bucket, `gs://bucket`, and what is to go wrong with it."""
-    service = buckets.service()
-    service.reset()
-    yield service
-    service.reset()
-
-
-@pytest.fixture(params=["disk", "bucket"])
-def place(request, tmp_path):
-    """A work directory, which need not be on this machine."""
-    if request.param == "disk":
-        return user_path(tmp_path)
-    request.getfixturevalue("service")
-    return user_path("gs://bucket/run")

@@ -81,6 +81,9 @@ class Hooked:
         self._hook(self._count)
         return next(self._data)
 
+    def like(self):
+        return self._data.like()
+
     def get_state(self):
         return self._data.get_state()
 

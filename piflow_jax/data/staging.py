@@ -1,0 +1,119 @@
+"""Shards of a set in a bucket, copied to this machine when they are wanted."""
+
+import concurrent.futures
+import hashlib
+import math
+import shutil
+import tempfile
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+from etils import epath
+
+__all__ = ["Staging"]
+
+_THREADS = 8
+_PIECE = 2**24  # bytes of a shard that are copied at a time
+_GIB = 2**30
+
+
+class Staging:
+    """Local copies of shards; safe to use in threads.
+
+    A copy is a temporary file without a name: whatever ends the process, the system frees its
+    space. Copies are compared with the manifest's checksums.
+
+    Args:
+      directory: The set's directory.
+      shards: Their entries of the manifest.
+      error: What to raise of a shard that is missing or differs; the message has its path.
+      cache_gib: Most GiB of copies.
+
+    Attributes:
+      paths: Paths of the copies, which may be opened when `wait` has returned.
+
+    Raises:
+      error: The shards are more than that, or than the disk has room for.
+    """
+
+    def __init__(
+        self,
+        directory: epath.Path,
+        shards: Sequence[dict[str, Any]],
+        error: type[ValueError],
+        cache_gib: float = math.inf,
+    ):
+        needed, temporary = sum(shard["bytes"] for shard in shards) / _GIB, tempfile.gettempdir()
+        free = shutil.disk_usage(temporary).free / _GIB
+        if needed > cache_gib:
+            raise error(
+                f"{directory} has {needed:.3g} GiB, which each process copies to its disk, and "
+                f"config.data.local_cache_gib = {cache_gib:.3g} allows no more; raise it, or mount "
+                "the bucket and name the mounted directory"
+            )
+        if needed > free:
+            raise error(
+                f"{directory} has {needed:.3g} GiB, and {temporary} has {free:.3g} GiB left for "
+                "copies; set TMPDIR to a larger disk, or mount the bucket"
+            )
+        self._directory, self._shards, self._error = directory, shards, error
+        # For as long as their records are read.
+        self._files = [tempfile.TemporaryFile() for _ in shards]  # noqa: SIM115
+        self._locks = [threading.Lock() for _ in shards]
+        self._there = [False] * len(shards)
+        self.paths = [f"/dev/fd/{file.fileno()}" for file in self._files]
+
+    def start(self) -> None:
+        """Copies all shards in the background; one that is waited for comes first."""
+        shards = iter(range(len(self._shards)))
+
+        def copy() -> None:
+            for shard in shards:
+                try:
+                    self.wait(shard)
+                except Exception:  # raised again by whoever reads of it
+                    return
+
+        for _ in range(min(_THREADS, len(self._shards))):
+            threading.Thread(target=copy, name="staging", daemon=True).start()
+
+    def wait(self, *shards: int) -> None:
+        """Copies shards that are not here yet.
+
+        Args:
+          shards: Their places.
+
+        Raises:
+          error: One is missing, or differs from what was written.
+          OSError: The disk or the bucket failed.
+        """
+        missing = [shard for shard in shards if not self._there[shard]]
+        if len(missing) == 1:
+            self._copy(missing[0])
+        elif missing:
+            with concurrent.futures.ThreadPoolExecutor(min(_THREADS, len(missing))) as pool:
+                list(pool.map(self._copy, missing))
+
+    def _copy(self, shard: int) -> None:
+        with self._locks[shard]:
+            if self._there[shard]:
+                return
+            entry, file, digest = self._shards[shard], self._files[shard], hashlib.sha256()
+            path = self._directory / entry["file"]
+            file.seek(0)
+            file.truncate()
+            try:
+                with path.open("rb") as source:
+                    while piece := source.read(_PIECE):
+                        file.write(piece)
+                        digest.update(piece)
+            except FileNotFoundError as error:
+                raise self._error(f"{path} is missing") from error
+            file.flush()
+            if digest.hexdigest() != entry["sha256"]:
+                raise self._error(
+                    f"{path} differs from what was written: its SHA-256 is {digest.hexdigest()}, "
+                    f"expected {entry['sha256']}; remove it and prepare again"
+                )
+            self._there[shard] = True
