@@ -15,9 +15,9 @@ def reference() -> str:
     lines = [
         "# Configuration keys",
         "",
-        "Made by `python -m piflow_jax.config > docs/configuration.md`. Any key can be overridden",
-        "on the command line: `--config.train.steps=100`. Unknown keys, wrong types and impossible",
-        "values are refused before anything is compiled.",
+        "Every key can be set on the command line, as in `--config.train.steps=100`. Unknown keys,",
+        "wrong types and impossible values are refused before anything is compiled.",
+        "`python -m piflow_jax.config > docs/configuration.md` makes this page.",
     ]
 
     def table(cls, prefix):

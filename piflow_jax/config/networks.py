@@ -8,7 +8,7 @@ from piflow_jax.config.fields import config_field as _field
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NetworkConfig:
-    """A network's own settings; those of a network that is not in the table are in its code.
+    """The settings of one network. A network that is not in the table has its settings in code.
 
     Attributes:
       whole: a device holds all of it, and draws samples on its own.
@@ -34,14 +34,16 @@ class NetworkConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TransformerConfig(NetworkConfig):
-    """Sizes that all our networks have."""
+    """Sizes of every network here."""
 
-    patch_size: int = _field(2, "side of a patch in sites; divides the image", low=1)
+    patch_size: int = _field(
+        2, "side of a patch in sites; it must divide the side of the image", low=1
+    )
     hidden: int = _field(
         64, "width of the tokens; divisible by 4 and by num_heads", low=4, most=2**20
     )
     num_heads: int = _field(4, "attention heads", low=1)
-    depth: int = _field(3, "transformer blocks; of FLUX.1 those of two streams", low=1)
+    depth: int = _field(3, "transformer blocks; for FLUX.1, those with two streams", low=1)
 
     def shared_widths(self) -> dict[str, int]:
         """See `NetworkConfig`."""
@@ -63,8 +65,10 @@ class DiTConfig(TransformerConfig):
 
     blocks = True
 
-    mlp_ratio: float = _field(4.0, "hidden width of an MLP over `hidden`", above=0, most=1024)
-    time_scale: float = _field(1000.0, "the network sees t times this", above=0)
+    mlp_ratio: float = _field(
+        4.0, "hidden width of an MLP, relative to `hidden`", above=0, most=1024
+    )
+    time_scale: float = _field(1000.0, "factor of t at the network's input", above=0)
 
     def check(self, key: str) -> str | None:
         """See `NetworkConfig`."""
@@ -83,7 +87,7 @@ class AdaptedConfig(TransformerConfig):
     whole: ClassVar[bool] = False
 
     rope_axes: tuple[int, ...] = _field(
-        (16, 56, 56), "a head's features for frame, row, column", low=2
+        (16, 56, 56), "features of a head for frame, row and column", low=2
     )
     lora_rank: int = _field(256, "rank of the student's adapters", low=1)
     lora_dropout: float = _field(
@@ -91,13 +95,13 @@ class AdaptedConfig(TransformerConfig):
     )
     base_dtype: str = _field(
         "float32",
-        "type of the parameters that distillation leaves as they are",
+        "dtype of the parameters that distillation does not train",
         choices=("float32", "bfloat16"),
     )
     time_dtype: str = _field(
         "float32",
-        "type to which times are rounded where the network computes in it, as the releases were "
-        "trained",
+        "dtype to which times are rounded, as in the training of the releases, if the network "
+        "computes in this dtype",
         choices=("float32", "bfloat16"),
     )
 
@@ -120,9 +124,9 @@ class AdaptedConfig(TransformerConfig):
 class FluxConfig(AdaptedConfig):
     """FLUX.1 (`model.network = "flux"`)."""
 
-    single_depth: int = _field(38, "blocks of one stream, behind the others", low=1)
+    single_depth: int = _field(38, "blocks with one stream, after the others", low=1)
     distilled_guidance: float = _field(
-        3.5, "guidance scale that the network is given; 0 if it has no such input", low=0
+        3.5, "guidance scale at the network's input; 0 if it has no such input", low=0
     )
 
 
@@ -133,23 +137,24 @@ class QwenImageConfig(AdaptedConfig):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """The network that teacher and student share, but for the student's head and adapters."""
+    """The network of teacher and student. The student adds its own head, and adapters."""
 
     network: str = _field(
         "dit",
-        "dit (classes), flux or qwen_image (text), whose own settings are the group of that name; "
-        "or a function of yours as `package.module:function`, see docs/extending.md",
+        "dit (conditioned on classes), flux or qwen_image (conditioned on text), each with its "
+        "settings in the group of that name, or a function of your own as "
+        "`package.module:function`, see docs/extending.md",
     )
     dtype: str = _field("float32", "compute dtype", choices=("float32", "bfloat16"))
     remat: str = _field(
         "none",
-        "what the backward pass recomputes",
+        "what the backward pass computes again to save memory",
         choices=("none", "full", "dots", "dots_no_batch"),
     )
     scan_unroll: int = _field(1, "blocks per iteration of the scan over layers", low=1, most=256)
     attention: str = _field(
         "default",
-        "implementation; where cuDNN has none, JAX's own with a warning in the log",
+        "implementation of attention; where cuDNN has none, JAX's own is used and the log says so",
         choices=("default", "xla", "cudnn"),
     )
     dit: DiTConfig = _field(DiTConfig, "")

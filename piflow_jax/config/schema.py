@@ -16,11 +16,11 @@ _DAY = 86_400
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Which data set."""
+    """The data set."""
 
     name: str = _field(
         "digits",
-        "data set; the last two are captions with their embeddings",
+        "data set; `prompts` and `captioned_digits` are captions with their embeddings",
         choices=(
             *("digits", "mnist", "fashion_mnist", "images"),
             *("latents", "prompts", "captioned_digits"),
@@ -28,78 +28,90 @@ class DataConfig:
     )
     data_dir: str = _field(
         "",
-        "where prepared data lies (latents, or the embeddings of prompts; needed there); images: "
-        "empty is `data` in the work directory; mnist and fashion_mnist: IDX files or TFDS, empty "
-        "is the TFDS default",
+        "directory of prepared data. Latents and prompts need it. For images, empty means `data` "
+        "in the work directory. For mnist and fashion_mnist it holds IDX files or TFDS, and empty "
+        "means the default directory of TFDS",
     )
     local_cache_gib: float = _field(
         64.0,
-        "most GiB of the copies that a process makes of prepared data in a bucket, in TMPDIR",
+        "largest size in GiB of the copies, in TMPDIR, that a process makes of prepared data in a bucket",
         above=0,
     )
     images: str = _field(
         "",
-        "what --mode=prepare reads, and for images --mode=train: a folder of class folders or of "
-        "pictures, a .tar of one, or tfds:NAME",
+        "source of pictures for --mode=prepare, and for --mode=train with images: a folder of "
+        "class folders, a folder of pictures, a .tar of either, or tfds:NAME",
     )
     skip_refused: bool = _field(
-        False, "--mode=prepare leaves out pictures that cannot be read; they are listed in any case"
+        False, "leave out pictures that cannot be read; the log lists them in any case"
     )
     vae: str = _field("", "weights of the autoencoder: a .safetensors file or its folder")
     prompts: str = _field(
         "",
-        "list of prompts that --mode=prepare encodes: a .txt, .jsonl or .parquet file",
+        "list of prompts for --mode=prepare: a .txt, .jsonl or .parquet file",
     )
     text_encoder: str = _field(
         "",
-        "what encodes them: the folder of FLUX.1 or Qwen-Image, or words:D:P (hashed words)",
+        "text encoder for --mode=prepare: the folder of FLUX.1 or Qwen-Image, or words:D:P (hashed "
+        "words)",
     )
-    text_length: int = _field(0, "most tokens of a prompt; 0 is the encoder's own limit", low=0)
+    text_length: int = _field(
+        0, "largest number of tokens of a prompt; 0 means the encoder's own limit", low=0
+    )
     text_dtype: str = _field(
         "bfloat16", "type of the text encoder's weights", choices=("float32", "bfloat16")
     )
     image_size: int = _field(
         1024,
-        "side of the square crops of images, and before an autoencoder of latents; of prompts that "
-        "of square images, other shapes have about as many pixels",
+        "side of the square crop of each image, before an autoencoder if there is one. For "
+        "prompts, the side of square images; other shapes have about as many pixels",
         low=8,
         most=2**14,
     )
     channels: int = _field(
         0,
-        "images: 1 (grey) or 3 (colours); 0 is 1 if pictures have no colours, of which 64 are "
-        "looked at",
+        "for images: 1 (grey) or 3 (colours). 0 looks at 64 pictures and takes 1 if none has "
+        "colours",
         choices=(0, 1, 3),
     )
-    mirror: bool = _field(False, "images: train on mirror images too")
+    mirror: bool = _field(False, "for images: train on mirror images as well")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshConfig:
-    """How all devices of all processes share the work; the three sizes multiply to their number."""
+    """How the devices of all processes share the work; the sizes multiply to their number."""
 
-    data: int = _field(-1, "parts of the batch with parameters of their own; -1 fills", low=-1)
-    fsdp: int = _field(
-        1,
-        "parts of the batch that split the parameters, a divisor of the network's hidden and "
-        "lora_rank; -1 fills, but where data is -1 too only as far as parts of hidden "
-        "are whole tiles of 8, to 16 parts, and to the devices of a TPU slice",
+    data: int = _field(
+        -1,
+        "parts of the batch that each have a copy of the parameters; -1 takes the devices left",
         low=-1,
     )
-    tensor: int = _field(1, "parts of heads and hidden layers; -1 fills", low=-1)
-    student: str = _field("split", "parameters in training, and moments", choices=_PLACES)
-    ema: str = _field("split", "averaged parameters", choices=_PLACES)
-    teacher: str = _field("split", "the teacher's parameters when imitated", choices=_PLACES)
+    fsdp: int = _field(
+        1,
+        "parts of the batch that share one copy of the parameters, each with a part of it. It must "
+        "divide the network's hidden and lora_rank. -1 takes the devices left. If data is -1 as "
+        "well, it takes at most 16, at most the devices of a TPU slice, and only so many that each "
+        "part of hidden is a multiple of 8",
+        low=-1,
+    )
+    tensor: int = _field(
+        1, "parts of attention heads and hidden layers; -1 takes the devices left", low=-1
+    )
+    student: str = _field(
+        "split", "the student's parameters in training, and their moments", choices=_PLACES
+    )
+    ema: str = _field("split", "the student's averaged parameters", choices=_PLACES)
+    teacher: str = _field("split", "the teacher's parameters in distillation", choices=_PLACES)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ProcessesConfig:
     """Time limits of a run of several processes."""
 
-    start_seconds: int = _field(300, "until all processes have found each other", low=1, most=_DAY)
+    start_seconds: int = _field(300, "time for all processes to find each other", low=1, most=_DAY)
     heartbeat_seconds: int = _field(
         100,
-        "after which a process that does not answer is lost, and the others stop",
+        "time after which a process that does not answer counts as lost, and the others stop",
         low=5,
         most=_DAY,
     )
@@ -111,16 +123,18 @@ class PolicyConfig:
 
     kind: str = _field(
         "gm",
-        "policy: Gaussian mixture, direct x_0 grid, or ArcFlow's growing velocities",
+        "kind of policy: Gaussian mixture, grid of x_0, or ArcFlow's growing velocities",
         choices=("gm", "dx", "arc"),
     )
     num_components: int = _field(16, "K, mixture components (gm, arc)", low=1)
-    logstd_hidden: int = _field(64, "hidden width of the logstd head (gm)", low=1)
-    num_grid: int = _field(10, "N, grid points or coefficients (dx)", low=1)
-    mode: str = _field("grid", "interpolation of x_0 (dx)", choices=("grid", "polynomial"))
+    logstd_hidden: int = _field(
+        64, "hidden width of the head for the log standard deviation (gm)", low=1
+    )
+    num_grid: int = _field(10, "N, grid points or polynomial coefficients (dx)", low=1)
+    mode: str = _field("grid", "how x_0 is interpolated (dx)", choices=("grid", "polynomial"))
     segment_size: float = _field(
         0.0,
-        "raw-time length that the policy covers (dx); 0 is the longest training segment",
+        "length in raw time that the policy covers (dx); 0 means the longest training segment",
         low=0,
         high=1,
     )
@@ -128,29 +142,37 @@ class PolicyConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """Warm-up, clipping after it, and a Karras EMA that starts after it."""
+    """The optimiser. After its warm-up, gradient clipping and a Karras EMA begin."""
 
     kind: str = _field(
         "adamw",
-        "update rule; muon is for the blocks' matrices and leaves the rest to adamw",
+        "update rule; muon updates the matrices of the blocks, and adamw the rest",
         choices=("adamw", "muon"),
     )
     learning_rate: float = _field(1e-3, "peak learning rate", above=0)
-    warmup_steps: int = _field(100, "linear warm-up; clipping and EMA start at its end", low=0)
-    decay: str = _field("constant", "after warm-up", choices=("constant", "cosine", "linear"))
+    warmup_steps: int = _field(
+        100, "steps of linear warm-up; clipping and EMA start at their end", low=0
+    )
+    decay: str = _field(
+        "constant",
+        "how the learning rate decays after warm-up",
+        choices=("constant", "cosine", "linear"),
+    )
     moment_dtype: str = _field(
-        "float32", "type of the first moment's state", choices=("float32", "bfloat16")
+        "float32", "dtype of the first moment", choices=("float32", "bfloat16")
     )
     beta1: float = _field(0.9, "Adam's first decay rate", low=0, high=0.9999)
     beta2: float = _field(0.95, "Adam's second decay rate", low=0, high=0.99999)
     weight_decay: float = _field(0.0, "decoupled weight decay", low=0)
-    grad_clip: float = _field(50.0, "largest global gradient norm; 0 does not clip", low=0)
-    ema_gamma: float = _field(7.0, "gamma of the Karras EMA; larger is shorter", above=0, most=1e6)
+    grad_clip: float = _field(50.0, "largest global norm of the gradient; 0 does not clip", low=0)
+    ema_gamma: float = _field(
+        7.0, "gamma of the Karras EMA; larger means shorter", above=0, most=1e6
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TeacherConfig:
-    """The flow-matching teacher: how it is trained when none is given, and how it is guided."""
+    """The flow-matching teacher: where it comes from, how it is trained, and how it is guided."""
 
     checkpoint: str = _field(
         "",
@@ -159,25 +181,27 @@ class TeacherConfig:
     )
     weights: str = _field(
         "",
-        "official weights to take the teacher from: .safetensors, .pth, or a folder of them, on a "
-        "disk or in a bucket (gs://...)",
+        "official weights of the teacher: .safetensors, .pth, or a folder of them, on a disk or in "
+        "a bucket (gs://...)",
     )
     weights_format: str = _field(
         "",
-        "whose names the weights have: empty is pi-Flow's release or diffusers; a dit may have "
-        "those of the original DiT (and REPA), or of SiT",
+        "naming scheme of the weights. Empty means pi-Flow's release or diffusers. A dit may also "
+        "have the names of the original DiT (and REPA) or of SiT",
         choices=("", "dit", "original_dit", "original_sit"),
     )
     steps: int = _field(3000, "training steps", low=1)
-    batch_size: int = _field(128, "global batch; divisible by mesh.data times mesh.fsdp", low=1)
-    label_dropout: float = _field(0.1, "probability of the null label", low=0, high=1)
+    batch_size: int = _field(
+        128, "global batch size; divisible by mesh.data times mesh.fsdp", low=1
+    )
+    label_dropout: float = _field(0.1, "probability of the null label in training", low=0, high=1)
     optimizer: OptimizerConfig = _field(OptimizerConfig, "")
-    guidance_scale: float = _field(1.0, "guidance of the teacher; 1 is none", low=1)
+    guidance_scale: float = _field(1.0, "scale of classifier-free guidance; 1 means none", low=1)
     guidance_interval: tuple[float, float] = _field(
         (0.0, 1.0), "noise levels at which to guide, both ends included", low=0, high=1
     )
     orthogonal_guidance: float = _field(
-        0.0, "share of the guidance parallel to x_0 that is removed", low=0, high=1
+        0.0, "share that is removed of the part of the guidance parallel to x_0", low=0, high=1
     )
 
 
@@ -186,112 +210,140 @@ class TrainConfig:
     """Distillation by pi-ID."""
 
     steps: int = _field(3000, "training steps", low=1)
-    batch_size: int = _field(128, "global batch; divisible by mesh.data times mesh.fsdp", low=1)
+    batch_size: int = _field(
+        128, "global batch size; divisible by mesh.data times mesh.fsdp", low=1
+    )
     microbatches: int = _field(
-        1, "parts of a batch whose gradients are accumulated one after the other", low=1
+        1, "parts of a batch that are computed in turn, with accumulated gradients", low=1
     )
     optimizer: OptimizerConfig = _field(OptimizerConfig, "")
     initial: str = _field(
         "",
-        "work directory of a run, or directory of checkpoints, of whose student the weights are "
-        "where this one starts; empty starts at the teacher",
+        "student to start from: the work directory of a run, or a directory of checkpoints; empty "
+        "starts at the teacher",
     )
-    data_free: bool = _field(False, "start at noise and walk all segments in each step")
-    nfe: int = _field(1, "segments, which is network evaluations per sample", **_EVALUATIONS)
+    data_free: bool = _field(
+        False, "train without data: each step starts at noise and walks all segments"
+    )
+    nfe: int = _field(
+        1, "network evaluations per sample, which is the number of segments", **_EVALUATIONS
+    )
     final_step_size_scale: float = _field(
-        1.0, "length of the last segment over a base one", above=0, low=0.01, most=100
+        1.0, "length of the last segment relative to the others", above=0, low=0.01, most=100
     )
     shift: float = _field(
-        1.0, "shift of the time warp, teacher and student", above=0, low=1e-3, most=1e3
+        1.0, "shift of the time warp, for teacher and student", above=0, low=1e-3, most=1e3
     )
     total_substeps: int = _field(
         128, "policy substeps per unit of raw time in training", **_SUBSTEPS
     )
     solver: str = _field(
         "euler",
-        "of the policy's rollouts in training; multistep, of second order, needs fewer substeps",
+        "solver of the policy's rollouts in training; multistep is of second order and needs fewer "
+        "substeps",
         choices=("euler", "multistep"),
     )
     num_states: int = _field(2, "M, teacher queries per segment", **_EVALUATIONS)
-    window_substeps: int = _field(0, "time-smoothing window; at most a segment's substeps", low=0)
+    window_substeps: int = _field(
+        0, "time-smoothing window, in substeps; at most a segment's", low=0
+    )
     gm_dropout: float = _field(
-        0.05, "dropout of components in the rolled-out policy", low=0, high=0.99
+        0.05,
+        "dropout of mixture components in the policy that visits the states (gm)",
+        low=0,
+        high=0.99,
     )
     mixing_steps: int = _field(
-        0, "steps over which the teacher's share of the trajectory decays to 0; 0 has none", low=0
+        0,
+        "steps in which the teacher's share of the trajectory falls from 1 to 0; 0: no share",
+        low=0,
     )
     loss_scale: float = _field(3.0, "factor of the loss", above=0)
     adaptive_power: float = _field(
         0.0,
-        "p of a weight 1 / (error + 1e-3)^p of each sample and state; 0 is plain",
+        "p in the weight 1 / (error + 1e-3)^p of each sample and state; 0 means no weight",
         low=0,
         high=1,
     )
     time_power: float = _field(
-        0.0, "q of a weight t^q of the noise level of a state; 2 weighs x_0 alike", low=0, high=2
+        0.0,
+        "q in the weight t^q of a state at noise level t; 2 weighs errors of x_0 equally",
+        low=0,
+        high=2,
     )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
-    """What is measured, at the end and while the student trains."""
+    """What is measured at the end and during training, and how samples are drawn."""
 
-    num_samples: int = _field(5000, "samples per system; noise and label fixed by index", low=2)
+    num_samples: int = _field(
+        5000, "samples per system; the index of a sample fixes its noise and label", low=2
+    )
     batch_size: int = _field(
         500, "samples per jitted call; divisible by the devices of a process", low=1
     )
     teacher_steps: tuple[int, ...] = _field(
         (1, 2, 4, 8, 32, 128),
-        "Euler steps of the teacher; the last is the one to match",
+        "Euler steps of the teacher, a row of the report each; the last is the student's target",
         **_EULER_STEPS,
     )
     system: str = _field(
         "student",
-        "whose pictures --mode=sample makes; the teacher's take the last of teacher_steps",
+        "what --mode=sample draws from; the teacher takes the last of teacher_steps",
         choices=("student", "teacher"),
     )
     substeps: int = _field(128, "policy substeps per unit of raw time when sampling", **_SUBSTEPS)
-    nfe: int = _field(0, "the student's network evaluations; 0 is as trained", low=0, most=1024)
+    nfe: int = _field(0, "the student's network evaluations; 0 means as trained", low=0, most=1024)
     temperature: float = _field(
         1.0,
-        "of the mixture, in all evaluations but the last (gm); 1 leaves it",
+        "temperature of the mixture in all evaluations but the last (gm); 1 changes nothing",
         above=0,
         low=1e-3,
         high=1,
     )
     solver: str = _field(
-        "multistep", "of the policy's rollouts when sampling", choices=("euler", "multistep")
+        "multistep",
+        "solver of the policy's rollouts when sampling",
+        choices=("euler", "multistep"),
     )
-    seed: int = _field(0, "seed of the noise, which has its last 32 bits", **_SEED)
+    seed: int = _field(0, "seed of the noise, which uses its last 32 bits", **_SEED)
     grid_samples: int = _field(20, "columns of samples.png", low=1, most=1000)
     grid_classes: tuple[int, ...] = _field(
-        (), "classes that --mode=sample shows, a row each; empty is all", low=0, may_be_empty=True
+        (),
+        "classes that --mode=sample draws, a row each; empty means all",
+        low=0,
+        may_be_empty=True,
     )
-    every: int = _field(0, "steps between looks at the student in training; 0 has none", low=0)
-    every_samples: int = _field(1000, "samples of such a look", low=2)
+    every: int = _field(
+        0, "steps between evaluations of the student in training; 0 means none", low=0
+    )
+    every_samples: int = _field(1000, "samples of each such evaluation", low=2)
     checkpoint: str = _field(
         "latest",
-        "which checkpoint of the student; best is that of the smallest distance in training",
+        "checkpoint of the student; best has the smallest Frechet distance seen in training",
         choices=("latest", "best"),
     )
     weights: str = _field(
         "",
-        "official student weights (.safetensors, .pth; gs://... too) in place of the run's "
+        "official student weights (.safetensors or .pth, also gs://...), in place of the run's "
         "checkpoint",
     )
-    features: str = _field("", "file of the Inception weights whose features make an FID")
+    features: str = _field("", "file of the Inception weights, for FID")
     reference: str = _field(
-        "", "latents: ADM's reference statistics, such as VIRTUAL_imagenet256_labeled.npz"
+        "", "for latents: ADM's reference statistics, such as VIRTUAL_imagenet256_labeled.npz"
     )
     images: str = _field(
         "",
-        "prompts: the student's pictures, a folder of <place>-<seed>.png or an .npz file",
+        "for prompts: the student's pictures, a folder of <place>-<seed>.png or an .npz file",
     )
-    teacher_images: str = _field("", "prompts: the teacher's pictures of the same noise, likewise")
-    clip: str = _field("", "prompts: folder of the CLIP that compares pictures with prompts")
+    teacher_images: str = _field(
+        "", "for prompts: the teacher's pictures from the same noise, in the same form"
+    )
+    clip: str = _field("", "for prompts: folder of the CLIP that compares pictures with prompts")
     diversity_features: str = _field(
         "",
-        "prompts: folder of the network that compares pictures of one prompt; empty is clip",
+        "for prompts: folder of the network that compares pictures of one prompt; empty means clip",
     )
 
 
@@ -299,7 +351,7 @@ class EvaluationConfig:
 class RivalsConfig:
     """The comparison of --mode=rivals: methods at equal compute, each with the student's settings.
 
-    A method is a row of the table in `piflow_jax/rivals`, which docs/rivals.md describes.
+    docs/rivals.md describes the methods.
     """
 
     methods: tuple[str, ...] = _field(
@@ -307,25 +359,28 @@ class RivalsConfig:
             *("gm", "gm_2nfe", "gm_4nfe", "gm_adaptive", "arc"),
             *("meanflow", "shortcut", "consistency", "reflow", "dmd"),
         ),
-        "what is compared; `+teacher` behind a method adds the teacher's training to its budget",
+        "methods to compare; `+teacher` after a method adds the teacher's training to its budget",
         distinct=True,
     )
     seeds: tuple[int, ...] = _field((0, 1, 2), "seeds of each method", distinct=True, **_SEED)
     seconds: float = _field(
-        60.0, "training time of a method; on a CPU, time of its cores together", above=0, most=1e7
+        60.0,
+        "training time of a method; on a CPU, the time of all cores together",
+        above=0,
+        most=1e7,
     )
     nfes: tuple[int, ...] = _field(
-        (1, 2, 4), "evaluations per sample that are compared", distinct=True, **_EVALUATIONS
+        (1, 2, 4), "numbers of evaluations per sample to compare", distinct=True, **_EVALUATIONS
     )
     rounds: int = _field(
         10, "rounds in which the steps of all methods are timed in turn", low=1, most=10_000
     )
     pairs: int = _field(
-        5000, "pairs of noise and endpoint, for methods that learn from them", low=1
+        5000, "pairs of noise and endpoint, for the methods that learn from pairs", low=1
     )
-    pair_steps: int = _field(32, "the teacher's Euler steps for a pair", **_EULER_STEPS)
+    pair_steps: int = _field(32, "Euler steps of the teacher for each pair", **_EULER_STEPS)
     fake_updates: int = _field(
-        5, "updates of the fake network for one of the student (dmd)", low=1, most=1000
+        5, "updates of the fake network per update of the student (dmd)", low=1, most=1000
     )
 
 
@@ -347,10 +402,10 @@ class Config:
         (), "first and last step of each stage to profile", low=1, may_be_empty=True
     )
     peak_flops: float = _field(
-        0.0, "FLOP/s of a device at most, for the utilisation; 0 looks known devices up", low=0
+        0.0, "peak FLOP/s of a device, for the utilisation; 0 looks up known devices", low=0
     )
     compilation_cache: str = _field(
-        "", "directory that keeps compiled programs between runs; empty keeps none"
+        "", "directory that keeps compiled programs for later runs; empty keeps none"
     )
     topology: str = _field("", "TPU slice for --mode=compile, such as v5e:4x4")
     log_every: int = _field(20, "steps between metrics", low=1)
