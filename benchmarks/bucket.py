@@ -1,4 +1,4 @@
-"""A run in a bucket beside the same run on a disk: what the training loop waits for.
+"""A run in a bucket against the same run on a disk: how long the training loop waits.
 
     python -m benchmarks.bucket [--config=configs/digits.py:quick] [--delay=0.1] [KEY=VALUE ...]
 

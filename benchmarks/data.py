@@ -1,4 +1,4 @@
-"""Reading cached latents, beside a plain PyTorch `DataLoader` over the same examples.
+"""Reading cached latents, against a plain PyTorch `DataLoader` over the same examples.
 
     python -m benchmarks.data
 

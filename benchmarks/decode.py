@@ -1,4 +1,4 @@
-"""Decoding latents with Stable Diffusion's autoencoder, beside `diffusers` in PyTorch.
+"""Decoding latents with Stable Diffusion's autoencoder, against `diffusers` in PyTorch.
 
     python -m benchmarks.decode --size=64 --batch-size=2
     python -m benchmarks.decode --dtype=bfloat16 --batch-size=64

@@ -23,7 +23,7 @@ def block(subject: str) -> str:
             versions = ", ".join(f"{key} {value}" for key, value in case["versions"].items())
             about = f"{case['rounds']} rounds; {versions}"
             if "bound_seconds" in case:
-                about += f"; bound by {case['bound']}, {_peak(case)} measured beside it"
+                about += f"; bound by {case['bound']}, {_peak(case)} measured in the same run"
             parts.append(f"**{name}**, on {machine} ({about}):\n\n{harness.table(case)}\n")
             share = sampler.policy_share(case)
             parts += [share] if share else []

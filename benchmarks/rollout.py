@@ -1,4 +1,4 @@
-"""Rollouts: fused, by scan, and in scripted PyTorch, beside what the hardware can do at most.
+"""Rollouts: fused, by scan, and in scripted PyTorch, against the hardware's bound.
 
     python -m benchmarks.rollout
 

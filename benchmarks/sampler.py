@@ -1,4 +1,4 @@
-"""Few-step sampling from a student, beside the same sampler in plain PyTorch.
+"""Few-step sampling from a student, against the same sampler in plain PyTorch.
 
     python -m benchmarks.sampler
     python -m benchmarks.sampler --config=configs/imagenet.py:gm_repa --batch-size=64
@@ -140,7 +140,7 @@ def measure(config: Config, options, solver: Solver, substeps: int) -> dict:
 
 
 def policy_share(case: Mapping[str, Any]) -> str:
-    """What the policies cost beside the network, in words; empty if one was not measured."""
+    """The policies' cost relative to the network's, in words; empty if one was not measured."""
     rows = case["alternatives"]
     if not {EVALUATIONS, ROLLOUTS} <= set(rows):
         return ""

@@ -8,7 +8,7 @@ a processor and 3 GB, whatever its size. `v5e:8x8@64` is another mesh than the c
 
 Times are bounds: FLOPs over the chip's peak, bytes over the bandwidth of all its links, or of its
 share of the host's network between slices. Of the two efficiencies, the upper one takes transfers
-to run beside the arithmetic, the lower one after it.
+to overlap with the arithmetic, the lower one to follow it.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""A train step of a configuration, beside the same step in plain PyTorch.
+"""A train step of a configuration, against the same step in plain PyTorch.
 
     python -m benchmarks.train_step
     python -m benchmarks.train_step --config=configs/imagenet.py:gm_repa --batch-size=128

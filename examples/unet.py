@@ -17,15 +17,15 @@ WIDTH = 64
 
 
 class Block(nn.Module):
-    """Two convolutions with a residual, told of time and label in between."""
+    """Two convolutions with a residual, conditioned on time and label in between."""
 
     width: int
 
     @nn.compact
-    def __call__(self, x: jax.Array, told: jax.Array) -> jax.Array:
-        """Maps `x[B, H, W, C]` and `told[B, D]` to `[B, H, W, width]`."""
+    def __call__(self, x: jax.Array, condition: jax.Array) -> jax.Array:
+        """Maps `x[B, H, W, C]` and `condition[B, D]` to `[B, H, W, width]`."""
         h = nn.Conv(self.width, (3, 3))(nn.silu(nn.GroupNorm(8)(x)))
-        h = h + nn.Dense(self.width)(told)[:, None, None, :]
+        h = h + nn.Dense(self.width)(condition)[:, None, None, :]
         h = nn.Conv(self.width, (3, 3))(nn.silu(nn.GroupNorm(8)(h)))
         return h + nn.Dense(self.width)(x)
 
@@ -41,15 +41,15 @@ class UNet(nn.Module):
     def __call__(self, x: jax.Array, t: jax.Array, labels: jax.Array) -> jax.Array:
         """Maps `x[B, H, W, C]`, `t[B]` in [0, 1] and `labels[B]` to `[B, H, W, outputs]`."""
         angles = t[:, None] * jnp.pi * 2.0 ** jnp.arange(8)[None]
-        told = jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
+        condition = jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
         # One more than there are classes: the last label stands for none.
         label = nn.Embed(self.num_classes + 1, self.width)(labels)
-        told = nn.silu(nn.Dense(self.width)(told) + label)
+        condition = nn.silu(nn.Dense(self.width)(condition) + label)
 
-        fine = Block(self.width)(nn.Conv(self.width, (3, 3))(x), told)
-        coarse = Block(2 * self.width)(nn.avg_pool(fine, (2, 2), (2, 2)), told)
+        fine = Block(self.width)(nn.Conv(self.width, (3, 3))(x), condition)
+        coarse = Block(2 * self.width)(nn.avg_pool(fine, (2, 2), (2, 2)), condition)
         up = jax.image.resize(coarse, (*fine.shape[:3], 2 * self.width), "nearest")
-        h = Block(self.width)(jnp.concatenate([fine, up], axis=-1), told)
+        h = Block(self.width)(jnp.concatenate([fine, up], axis=-1), condition)
         return nn.Dense(self.outputs, kernel_init=nn.initializers.zeros, name="out")(nn.silu(h))
 
 

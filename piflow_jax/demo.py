@@ -1,6 +1,6 @@
 """A page to play with: `python -m piflow_jax.demo --checkpoint=runs/digits`.
 
-Shows samples of a student beside its teacher's from the same noise, with the times that they took.
+Shows samples of a student next to its teacher's, from the same noise, with the times they took.
 A student of latents takes their autoencoder, `--vae`. One that reads text takes prompts of a
 prepared set, `--prompts`, and its teacher's weights, `--teacher`; its teacher is not drawn.
 Students and their samplers are those of arXiv 2510.14974. Needs `pip install -e ".[demo]"`.
@@ -81,8 +81,8 @@ class Drawer:
           path: what `piflow_jax.load` takes.
           teacher: the same, of a student that reads text.
           prompts: directory of prepared prompts, likewise; captioned digits need none.
-          vae: weights of the autoencoder of latents, `.safetensors` or a folder; of a student of
-            latents, which is any whose samples have neither one nor three channels.
+          vae: weights of the autoencoder, `.safetensors` or a folder, for a student of latents.
+            Samples with neither one nor three channels are latents.
           dtype: compute dtype of the student's network, as of `piflow_jax.load`.
 
         Returns:
@@ -279,7 +279,7 @@ def make_page(drawer: Drawer) -> Any:
     """The page, a `gradio.Blocks` with one function, `/draw`.
 
     Values that its controls do not have are put to the nearest that they have, or refused. Calls
-    are drawn one after the other; a few may wait, and more are told that the queue is full.
+    are drawn one after the other. A few may wait; for others the page says that the queue is full.
 
     Args:
       drawer: what draws.

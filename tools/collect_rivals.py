@@ -167,7 +167,7 @@ def render(root: Path) -> str:
 def draw(report: Report, path: Path, title: str) -> None:
     """Quality against diversity: Frechet distance over recall and over diversity within a class.
 
-    Above, methods and teacher; below, the data beside them.
+    Above, methods and teacher; below, the data.
 
     Args:
       report: a comparison.

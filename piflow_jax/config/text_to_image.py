@@ -1,6 +1,6 @@
 """What the recipes of FLUX.1 and Qwen-Image have in common (arXiv 2510.14974, section 5).
 
-It is here and not beside the files in `configs/`, which are run by their path, from anywhere.
+It is not in `configs/`, because files there run by their path and from anywhere.
 """
 
 import ml_collections

@@ -27,7 +27,7 @@ __all__ = ["adapter_config", "export_adapter", "is_adapter", "load_adapter"]
 # Where pipelines and `peft` name the network and the adapter.
 _NETWORK = re.compile(r"^(?:base_model\.model\.)?(?:transformer\.)?")
 _ADAPTER = re.compile(r"\.lora_(A|B)\.\w+\.weight$")
-# The settings of an adapter: `diffusers` keeps them in the file, `peft` beside it.
+# The settings of an adapter: `diffusers` keeps them in the file, `peft` in another one.
 _METADATA = "lora_adapter_metadata"
 _BESIDE = "adapter_config.json"
 _DOWN, _UP = ".lora_A.weight", ".lora_B.weight"
@@ -61,7 +61,7 @@ def adapter_rules(module: Flux | QwenImage) -> list[Rule]:
 
 
 def _of_kernel(rule: Rule, rank: int) -> list[Rule]:
-    """The two matrices of an adapter, which split and stack as the kernel beside them does."""
+    """The two matrices of an adapter, which split and stack as the kernel that they adapt."""
     (name,) = rule.names
     layer = name.removesuffix(".weight")
     left, right = (side.strip() for side in rule.pattern.split("->"))
@@ -113,7 +113,7 @@ def load_adapter(
         module: The student, with `lora` and the head that the file is of.
         state: Arrays by official name, such as `open_weights` gives. A scale other than 1
             (`lora_alpha` over the rank, or its root) in the file's metadata, or in the
-            `adapter_config.json` beside it, is multiplied into the second matrices.
+            `adapter_config.json` next to it, is multiplied into the second matrices.
         place: See `import_state`; None keeps leaves on the default device.
 
     Returns:
@@ -244,7 +244,7 @@ def export_adapter(module: Flux | QwenImage, trained: Mapping) -> dict[str, np.n
 
 
 def adapter_config(module: Flux | QwenImage) -> dict[str, Any]:
-    """What stands in the `config.json` beside an adapter, by which official pipelines load it.
+    """The `config.json` of an adapter, by which official pipelines load it.
 
     Args:
         module: The student.

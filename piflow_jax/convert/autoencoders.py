@@ -1,4 +1,4 @@
-"""Autoencoders from their published folders: weights, and what `config.json` says beside them.
+"""Autoencoders from their published folders: weights, and the settings in `config.json`.
 
 Source: the `vae` folders of Stable Diffusion, FLUX.1 and Qwen-Image in the form of `diffusers`.
 """
@@ -21,7 +21,7 @@ from piflow_jax.models.vae import AutoencoderKL
 
 __all__ = ["open_autoencoder"]
 
-# What a loader is told: its argument by the key of `config.json`.
+# Arguments of a loader, by key of `config.json`.
 _VAE = {
     "norm_num_groups": "norm_groups",
     "scaling_factor": "latent_scale",
@@ -41,7 +41,7 @@ def open_autoencoder(
 
     Args:
         path: A weight file or its folder, see `open_weights`. Scale and shift of latents come from
-            the `config.json` beside the weights; without one they are those of Stable Diffusion,
+            the `config.json` next to the weights; without one they are those of Stable Diffusion,
             FLUX.1 or Qwen-Image.
         place: See `import_state`.
 

@@ -90,7 +90,7 @@ def open_weights(path: str | os.PathLike, select: str | None = None) -> Weights:
     the choice is logged: `ema` of DiT, SiT and REPA checkpoints (`{"model", "ema", "opt",
     "args"}`), `diffusion_ema.denoising` of pi-Flow ones, `ema_model` of ema-pytorch's. Prefixes of
     the chosen part, and wrappers such as `module.` and `_orig_mod.`, are taken off. Float8 weights
-    are multiplied by the scales that stand beside them.
+    are multiplied by their scales.
 
     Args:
         path: A `.safetensors` file; an index `*.safetensors.index.json` of shards; a `.pth`, `.pt`,

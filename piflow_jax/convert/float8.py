@@ -1,4 +1,4 @@
-"""Weights kept in float8, with the scales that stand beside them.
+"""Weights kept in float8, and their scales.
 
 Source: the names of ComfyUI's scaled files (`scale_weight`, later `weight_scale`) and those of the
 quantised checkpoints of `transformers` and `compressed-tensors` (`weight_scale`, in blocks

@@ -326,7 +326,7 @@ def draw_latents(
 ) -> "jax.Array":
     """Chooses image or mirror image with equal chances and samples its posterior; jittable.
 
-    It stands beside the format, whose second axis it resolves, and loads JAX only when called.
+    It is here because it resolves the format's second axis. It loads JAX only when called.
 
     Args:
       key: Random key.

@@ -198,7 +198,7 @@ class FluxEncoder:
 
 
 class QwenEncoder:
-    """Qwen-Image's encoder: the last hidden states of Qwen2.5-VL, told to describe an image.
+    """Qwen-Image's encoder: the last hidden states of Qwen2.5-VL, asked to describe an image.
 
     Args:
       folder: The release's, or what it has of `tokenizer` and `text_encoder`.

@@ -295,8 +295,8 @@ def rollout_error(
       substeps: per unit of raw time, rising; the last is the one in use.
       finest: substeps that stand for infinitely many.
       final_step_size_scale: relative length of the last segment.
-      solver: of the rollouts, as `Student.sample` has it unless it is told another. Substeps are
-        rounded up, as there.
+      solver: of the rollouts; the default is that of `Student.sample`. Substeps are rounded up, as
+        there.
 
     Returns:
       The errors.

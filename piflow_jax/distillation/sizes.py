@@ -190,7 +190,7 @@ class Sizes:
             numbers["evaluation.every_samples"] = settings.every_samples
         number, keys = max(numbers.values()), tuple(numbers)
         flops = self._config.sampling_nfe * self._flops(self._student)
-        if measured:  # beside the teacher, all of whose samples are kept
+        if measured:  # with the teacher, all of whose samples are kept
             self._check_figures(numbers)
             steps = settings.teacher_steps
             flops += sum(steps) * self._flops(self._teacher)

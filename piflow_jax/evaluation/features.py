@@ -205,7 +205,7 @@ def read_features(path: str | os.PathLike, name: str) -> FeatureNetwork:
 
 
 def weight_path(name: str) -> Path:
-    """Returns the file beside this module that holds the weights of a feature space."""
+    """Returns the file next to this module that holds the weights of a feature space."""
     return Path(__file__).with_name(f"features_{name}.npz")
 
 

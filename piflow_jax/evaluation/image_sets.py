@@ -2,8 +2,8 @@
 
 A set is a folder of PNG files named by the prompt's place in its list and the seed,
 `<place>-<seed>.png` or `<place>.png`, or an `.npz` file with `images`, and perhaps `place` and
-`seed`. Features are kept in chunks beside the report: an evaluation that was killed goes on, and
-one of another student does not read the teacher's pictures again.
+`seed`. Features are kept in chunks next to the report. An evaluation that was killed continues,
+and an evaluation of another student does not read the teacher's pictures again.
 """
 
 import functools

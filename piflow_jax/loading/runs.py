@@ -43,7 +43,7 @@ __all__ = [
 
 
 def data_shape(config: Config, workdir: str | os.PathLike) -> DataShape:
-    """What a student's samples look like, for which latents themselves need not be at hand.
+    """The shape of a student's samples; latents need not be on this machine for it.
 
     Args:
       config: the run's settings.
@@ -228,7 +228,7 @@ def _official(
         weights = open_weights(path)
         said = spec_of(weights.metadata)
         if said is not None:
-            # What is known of data and autoencoder depends on what is at hand.
+            # Data and autoencoder are known only as far as their files are here.
             known = {k: v for k, v in spec.items() if k not in ("data.name", "data.vae")}
             check_spec(updated(said), known, weights.path)
         elif spec["kind"] == "student":

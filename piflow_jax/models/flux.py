@@ -64,7 +64,7 @@ def flux_angles(axes: tuple[int, ...], text_length: int, height: int, width: int
 
 
 class SingleBlock(JointLayers):
-    """Self-attention and an MLP beside each other, over text and image tokens in one stream."""
+    """Parallel self-attention and MLP, over text and image tokens in one stream."""
 
     @nn.compact
     def __call__(

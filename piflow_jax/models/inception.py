@@ -215,7 +215,7 @@ def _run(branch: Branch, x: jax.Array) -> jax.Array:
 
 
 class Block(nn.Module):
-    """Branches beside each other."""
+    """Parallel branches."""
 
     branches: tuple[Branch, ...]
 

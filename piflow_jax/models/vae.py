@@ -57,7 +57,7 @@ def _norm(groups: int | None, dtype, name: str | None = None) -> nn.Module:
 
 
 class ResnetBlock(nn.Module):
-    """Two normalised convolutions beside a skip, which is a 1x1 convolution if widths differ."""
+    """Two normalised convolutions and a skip, which is a 1x1 convolution if widths differ."""
 
     features: int
     norm_groups: int | None
@@ -78,7 +78,7 @@ class ResnetBlock(nn.Module):
 
 
 class AttentionBlock(nn.Module):
-    """Self-attention of one head over all sites, beside a skip."""
+    """Self-attention of one head over all sites, and a skip."""
 
     features: int
     norm_groups: int | None

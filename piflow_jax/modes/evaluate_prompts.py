@@ -1,4 +1,4 @@
-"""`--mode=evaluate` of prompts: a student's pictures beside its teacher's, already made."""
+"""`--mode=evaluate` of prompts: a student's pictures against its teacher's, both already made."""
 
 import os
 

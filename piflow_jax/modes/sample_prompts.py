@@ -196,7 +196,7 @@ def _pictures(decode: Callable | None, samples: Sequence[np.ndarray]) -> Iterato
 
 
 def _settings(config: Config, data: DataShape, place: int) -> dict[str, Any]:
-    """What made a picture, beside its prompt and the weights themselves."""
+    """The settings that made a picture, without its prompt and the weights."""
     settings, teacher = config.evaluation, config.teacher
     record = sampling_record(config)
     made = {

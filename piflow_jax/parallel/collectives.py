@@ -87,8 +87,8 @@ def _collectives(program: Program):
 def _continuations(program: Program) -> set[str]:
     """Instances that are no transfers of their own.
 
-    One that runs beside arithmetic is written in every computation that it passes through, always
-    with the same channel; it is counted where it starts.
+    A transfer that overlaps with arithmetic is written in every computation that it passes through,
+    always with the same channel; it is counted where it starts.
     """
     starts: dict[str, set[str]] = {}
     instances: dict[str, set[str]] = {}

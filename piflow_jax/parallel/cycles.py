@@ -2,8 +2,8 @@
 
 XLA's TPU compiler notes in the optimised program how many cycles it expects of each operation. Here
 they are summed by `jax.named_scope`, loops counted as often as they run. The estimates are those by
-which the compiler chose its tilings; they are no measurement. Collectives and other transfers that
-run beside the arithmetic have none and are not in the sums.
+which the compiler chose its tilings; they are no measurement. Collectives and other transfers
+that overlap with the arithmetic have no estimate and are not in the sums.
 """
 
 import dataclasses

@@ -1,7 +1,7 @@
 """What the methods of a comparison share: the rows of their table, their states and samplers.
 
-All of them train the teacher's network with the student's optimiser and batches. What a method is
-given beside its batch is a dictionary: `teacher`, its parameters, and for regression `pairs`.
+All of them train the teacher's network with the student's optimiser and batches. In addition
+to its batch, a method gets a dictionary: `teacher`, its parameters, and for regression `pairs`.
 """
 
 import dataclasses

@@ -34,7 +34,7 @@ MeanVelocity = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 
 class TwoTimes(DiT):
-    """A DiT that takes a second time beside `t`.
+    """A DiT that takes a second time in addition to `t`.
 
     It has an embedder of its own, whose output is added to the first's (MeanFlow, arXiv 2505.13447;
     shortcut models, arXiv 2410.12557); nothing else differs.

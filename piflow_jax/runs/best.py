@@ -19,9 +19,9 @@ __all__ = ["BestCheckpoint"]
 class BestCheckpoint:
     """Keeps the checkpoint with the smallest distance; use it as a context manager.
 
-    The distance is remembered in `best.json` beside the checkpoints, so that a continued run
-    compares with what it had. A run that was killed passes steps again: where one of them is better
-    than a best of the same step or a later one, that one goes.
+    `best.json` next to the checkpoints has this distance, so a continued run compares with it. A
+    run that continues after a kill repeats some steps. If one of them is better, it replaces a best
+    checkpoint of the same step or a later one.
 
     Args:
       directory: where the checkpoints go.
@@ -37,8 +37,8 @@ class BestCheckpoint:
         self.checkpointer = Checkpointer(directory, keep=1, rewind=True)
         self._record = user_path(directory).parent / "best.json"
         self._distance = float("inf")
-        # A record alone, of a run killed between removing a best and saving a better one, is of
-        # something that is gone.
+        # A run may be killed after it removes a best checkpoint and before it saves a better one.
+        # The record is then alone and does not count.
         if self.checkpointer.latest_step() is not None and self._record.exists():
             try:
                 record = json.loads(self._record.read_text(encoding="utf-8"))

@@ -66,7 +66,7 @@ class Checkpointer:
       directory: where the steps lie; made absolute, created unless `read_only`.
       keep: how many of the latest steps to keep.
       read_only: refuse to save, and leave the directory as it is.
-      record: note the last complete step beside the directory, in `<directory>.json`. Every reader
+      record: note the last complete step next to the directory, in `<directory>.json`. Every reader
         then notices that this step was removed or renamed.
       rewind: a save removes the steps from its own on, where they hold anything else, instead of
         being refused: what a continued run finds there is of the run before it was killed.

@@ -32,7 +32,7 @@ from piflow_jax.training.state import TrainState
 __all__ = ["Interrupted", "Look", "NonFiniteLossError", "Stage", "checkpoint_dir", "run_stage"]
 
 
-# Where the processes tell each other of a signal: its place in the list, the largest counts.
+# The processes exchange signals under this name, as places in the list. The largest one decides.
 _LEAVE = "leave"
 _SIGNALS = (None, "SIGTERM", "SIGINT")
 _LONG = 1.0  # seconds of waiting that are worth a line

@@ -71,7 +71,7 @@ def latest_step(directory: epath.Path, *, report: bool = False) -> int | None:
 
 
 def recorded_step(directory: epath.Path) -> int | None:
-    """The last step that was saved in a directory, if that was recorded beside it."""
+    """The last step that was saved in a directory, if that was recorded next to it."""
     record = _record(directory)
     try:
         if not record.exists():
@@ -89,7 +89,7 @@ def recorded_step(directory: epath.Path) -> int | None:
 
 
 def write_record(directory: epath.Path, step: int) -> None:
-    """Records beside a directory the last step that was saved there."""
+    """Records next to a directory the last step that was saved there."""
     record = _record(directory)
     write_json(record, {"step": step})
 

@@ -1,7 +1,7 @@
 """Judges: the feature spaces in which samples of a run's data are measured.
 
-`open_judge` has the one of a source. Figures compare only within one, so that each is known by a
-digest, which reports have beside their figures.
+`open_judge` gives the one for a source. Figures compare only within one feature space, so reports
+name its digest.
 """
 
 import io

@@ -36,14 +36,14 @@ Velocity = Callable[[jax.Array, jax.Array], jax.Array]
 Student = Callable[..., tuple[Any, Any]]
 """`(carried, x[B, *sites, C], sigma[B], condition, key) -> (output, carried)`.
 
-`carried` is what a network has beside its parameters, such as running averages, and `key` that of
-its dropout, or None.
+`carried` is the network's other state, such as running averages, and `key` that of its dropout, or
+None.
 """
 
 PolicyFactory = Callable[[Any, jax.Array, jax.Array], Policy]
 """`(network output, x_src, sigma_src) -> policy`."""
 
-# A stream of its own beside those that are split off the same key.
+# A stream apart from those that are split off the same key.
 _ADAPTERS = 0xADA
 
 

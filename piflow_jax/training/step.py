@@ -25,7 +25,7 @@ from piflow_jax.training.state import TrainState
 
 __all__ = ["accumulate", "advance", "distill_step", "states_of", "teacher_step"]
 
-# A stream of its own beside those that the losses split off the same key.
+# A stream apart from those that the losses split off the same key.
 _POSTERIOR = 0x9057
 
 Metrics = dict[str, jax.Array]
@@ -51,7 +51,7 @@ def advance(
       loss: scalar.
       optimizer: the update rule.
       config: the settings of warm-up and average.
-      carried: what the network has beside its parameters, after the step.
+      carried: the network's other state, apart from its parameters, after the step.
 
     Returns:
       `(state, metrics)`.
