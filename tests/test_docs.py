@@ -287,7 +287,7 @@ def test_using_code_works(digits_run):
     names = {}
     for code in python_blocks(ROOT / "docs" / "using.md"):
         execute(code, "docs/using.md", names)
-    assert names["images"].shape == names["again"].shape == (40, 8, 8, 1)
+    assert names["images"].shape == names["finer"].shape == (40, 8, 8, 1)
     sampled = names["student"].sample(0, np.arange(4), noise=names["x"])
     np.testing.assert_allclose(names["end"], sampled, atol=1e-5)
 

@@ -34,7 +34,7 @@ class DataConfig:
     )
     local_cache_gib: float = _field(
         64.0,
-        "largest size in GiB of the copies, in TMPDIR, that a process makes of prepared data in a bucket",
+        "largest size in GiB of a process's copies, in TMPDIR, of prepared data in a bucket",
         above=0,
     )
     images: str = _field(

@@ -38,7 +38,7 @@ def read_idx(path: epath.Path) -> np.ndarray:
       path: the file; one that is gzipped is decompressed, whatever its name.
 
     Returns:
-      The array, in the byte order of this machine.
+      The array, of the shape in the file's header, in the byte order of this machine.
 
     Raises:
       ValueError: the file is damaged, cut short or no IDX; the message has its path.
