@@ -173,7 +173,8 @@ def main() -> None:
     """Runs the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=20)
-    rounds = parser.parse_args().rounds
+    parser.add_argument("--case", choices=("latents", "digits"), help="one of the cases alone")
+    options = parser.parse_args()
     harness.tune_allocator()
     rates = elementwise_rates()
     memory = harness.measured_peaks(()).bytes
@@ -184,6 +185,8 @@ def main() -> None:
         "digits": (32, 8, 16, 1, anywhere),
     }
     for name, sizes in cases.items():
+        if options.case not in (None, name):
+            continue
         batch, side, components, channels, ends = sizes
         sites = batch * side**2
         substeps = np.maximum(np.round((1 - ends) * SUBSTEPS), 1).mean()
@@ -198,7 +201,7 @@ def main() -> None:
             dtype="elementwise",
         )
         peaks = harness.Peaks(bytes=memory, flops={"elementwise": work.flops / seconds})
-        case = harness.compare(alternatives(*inputs(*sizes)), work, peaks, rounds=rounds)
+        case = harness.compare(alternatives(*inputs(*sizes)), work, peaks, rounds=options.rounds)
         about = {"K": components, "C": channels, "side": side, "batch": batch}
         harness.save("rollout", name, case, sizes=about, substeps=SUBSTEPS, rates=rates)
 
