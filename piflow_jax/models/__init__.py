@@ -1,4 +1,4 @@
-"""Flax networks. They know the policies' output type and no other policy mathematics."""
+"""Flax networks. They depend on the policies' output types and on no other policy mathematics."""
 
 from piflow_jax.models.dit import DiT
 from piflow_jax.models.heads import ArcHead, DXHead, GMHead, VelocityHead

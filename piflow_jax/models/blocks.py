@@ -1,7 +1,7 @@
-"""What the transformers' blocks have in common.
+"""Parts shared by the transformers' blocks.
 
-Blocks with adaptive layer norms, after DiT (arXiv 2212.09748) and MM-DiT (arXiv 2403.03206): tokens
-are shifted, scaled and gated by the conditioning around attention and around an MLP.
+The blocks have adaptive layer norms, after DiT (arXiv 2212.09748) and MM-DiT (arXiv 2403.03206):
+the conditioning shifts, scales and gates the tokens around attention and around an MLP.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -29,7 +29,7 @@ Constrain = Callable[[jax.Array, Sequence[str | None]], jax.Array]
 
 
 def unconstrained(x: jax.Array, axes: Sequence[str | None]) -> jax.Array:
-    """Leaves it to the compiler where an activation lies."""
+    """Lets the compiler choose the sharding of an activation."""
     del axes
     return x
 
@@ -40,7 +40,7 @@ def modulated(x: jax.Array, shift: jax.Array, scale: jax.Array, eps: float = NOR
 
 
 class Layers(nn.Module):
-    """What blocks have in common: their settings, and linear layers made with them.
+    """Settings shared by all blocks, and the linear layers made with them.
 
     Attributes:
         num_heads: Attention heads; must divide the width.
@@ -92,16 +92,16 @@ class Layers(nn.Module):
         prefix: str = "",
         eps: float = NORM_EPS,
     ) -> jax.Array:
-        """Adds what attention gave, then what an MLP makes of the sum.
+        """Adds the output of attention, then the output of an MLP on the sum.
 
         Args:
             tokens: `[B, T, D]`, before attention.
-            attended: `[B, T, D]`, the heads' outputs side by side.
-            modulation: `[B, 6, D]`; the gate of attention is the third, the MLP's shift, scale and
-                gate are the last three.
+            attended: `[B, T, D]`, the heads' outputs concatenated.
+            modulation: `[B, 6, D]`. The third gates attention; the last three shift, scale and gate
+                the MLP.
             mlp_hidden: Width of the MLP's hidden layer.
-            prefix: Of the layers' names.
-            eps: Of the layer norm in front of the MLP.
+            prefix: Prefix of the layers' names.
+            eps: Epsilon of the layer norm in front of the MLP.
 
         Returns:
             `[B, T, D]`.
@@ -123,8 +123,8 @@ def stacked(
     """Blocks under one scan, with parameters stacked on a leading axis.
 
     Args:
-        block: Class of the block. Its first argument is carried from block to block, the others
-            are the same for all.
+        block: Class of the block. Its first argument is carried from block to block, the others are
+            the same for all blocks.
         depth: Number of blocks.
         remat: A name in `REMAT_POLICIES`.
         unroll: Blocks per iteration.
@@ -134,13 +134,13 @@ def stacked(
         A module with the arguments of the block.
 
     Raises:
-        ValueError: Unknown remat policy.
+        ValueError: The remat policy is unknown.
     """
     if remat not in REMAT_POLICIES:
         raise ValueError(f"remat {remat!r} is not one of {sorted(REMAT_POLICIES)}")
     if remat != "none":
-        # Inside a loop the compiler cannot merge the recomputation with the forward pass, so the
-        # (costly) barrier against that is needed only when the loop is unrolled.
+        # Inside a loop the compiler cannot merge the recomputation with the forward pass. Only an
+        # unrolled loop needs the (costly) barrier against that.
         block = nn.remat(block, policy=REMAT_POLICIES[remat], prevent_cse=unroll > 1)
     scanned = nn.scan(
         block,

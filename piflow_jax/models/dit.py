@@ -1,7 +1,7 @@
 """Diffusion transformer with adaptive layer norm (DiT), the ImageNet network.
 
-Source: DiT, arXiv 2212.09748, in the form of the pi-Flow release (arXiv 2510.14974): one embedder
-of time and class shared by all blocks.
+Source: DiT, arXiv 2212.09748, in the form of the pi-Flow release (arXiv 2510.14974): all blocks
+share one embedder of time and class.
 """
 
 import jax
@@ -47,11 +47,11 @@ class DiTBlock(Layers, kw_only=True):
             conditioning: `[B, D]`, after its activation.
 
         Returns:
-            `[B, T, D]`, and None (what a scan collects).
+            `[B, T, D]`, and None for the scan to collect.
         """
         axes, zeros = ("embed", None, None), nn.initializers.zeros
         layer = self.linear((6, tokens.shape[-1]), "modulation", axes, kernel_init=zeros)
-        # Of each half: shift, scale, gate.
+        # Shift, scale and gate of each half.
         modulation = layer(conditioning)
         hidden = modulated(tokens, modulation[:, 0], modulation[:, 1], ATTENTION_NORM_EPS)
         attended = attend(*self.queries_keys_values(hidden), self.attention)
@@ -65,8 +65,8 @@ class DiTBlock(Layers, kw_only=True):
 class DiT(Network):
     """Class-conditional diffusion transformer.
 
-    The defaults are DiT-XL/2 for ImageNet 256x256 latents. Parameters of the blocks are stacked on
-    a leading `layers` axis and the blocks run under a scan.
+    The defaults are DiT-XL/2 for ImageNet 256x256 latents. The blocks run under a scan, with their
+    parameters stacked on a leading `layers` axis.
 
     Attributes:
         patch_size: Side of a patch, in sites.
@@ -74,19 +74,20 @@ class DiT(Network):
         hidden: Width of the tokens; divisible by 4 and by `num_heads`.
         num_heads: Attention heads.
         depth: Number of blocks.
-        mlp_ratio: Width of an MLP's hidden layer, over `hidden`.
+        mlp_ratio: Width of an MLP's hidden layer, divided by `hidden`.
         num_classes: Number of classes; label `num_classes` is the null label.
-        sample_size: Side, in sites, of the square input of training: it anchors the positions.
-        time_scale: The network sees `t * time_scale` (1000 for ImageNet FM, 1 for REPA weights).
+        sample_size: Side, in sites, of the square inputs in training. It anchors the positions.
+        time_scale: The network takes `t * time_scale` (1000 for ImageNet FM, 1 for REPA weights).
         head: Output head, see `piflow_jax.models.heads`.
-        dtype: Compute dtype of the blocks; None is the wider of input and parameters. Embedding,
-            layer-norm statistics, softmax and outputs are float32 at least, whatever it is.
+        dtype: Compute dtype of the blocks; None is the wider of input and parameters. The
+            embedding, layer-norm statistics, softmax and outputs are at least float32 with any
+            dtype.
         param_dtype: Dtype of fresh parameters.
-        remat: What the backward pass recomputes, a name in `REMAT_POLICIES`.
-        scan_unroll: Blocks per iteration of the scan; `depth` leaves no loop.
+        remat: What the backward pass recomputes: a name in `REMAT_POLICIES`.
+        scan_unroll: Blocks per iteration of the scan; `depth` unrolls the loop completely.
         attention: `implementation` of `jax.nn.dot_product_attention`: None, "xla" or "cudnn".
-        constrain: `(x, names of axes) -> x`, pins activations to devices; the names are `batch`,
-            `embed`, `heads`, `mlp` or None. By default it leaves them alone.
+        constrain: `(x, names of axes) -> x`, which sets the sharding of activations. The names are
+            `batch`, `embed`, `heads`, `mlp` or None. By default it changes nothing.
     """
 
     patch_size: int = 2
@@ -116,33 +117,33 @@ class DiT(Network):
             x: `[B, H, W, C]` states; `H` and `W` are multiples of `patch_size` and may differ from
                 `sample_size` and from each other.
             t: `[B]` times in [0, 1], 1 is noise.
-            labels: `[B]` integers in `[0, num_classes]`. Where they are traced, others give NaN.
+            labels: `[B]` integers in `[0, num_classes]`. Traced labels out of range give NaN.
 
         Returns:
-            What the head makes: `u[B, H, W, C]`, a `GMOutput`, an `ArcOutput`, or
-            `[B, H, W, N, C]`. Float32, or float64 with float64 parameters.
+            The head's output: `u[B, H, W, C]`, a `GMOutput`, an `ArcOutput`, or `[B, H, W, N, C]`.
+            Float32, or float64 with float64 parameters.
 
         Raises:
-            ValueError: A shape, a size, a known label or the name of a remat policy does not fit.
+            ValueError: A shape, a size, a known label or the name of the remat policy is not valid.
         """
         return self.predict(x, t, labels, self.embed_time(t))
 
     def predict(
         self, x: jax.Array, t: jax.Array, labels: jax.Array, time: jax.Array
     ) -> jax.Array | GMOutput | ArcOutput:
-        """Evaluates the network on an embedding of its times; for networks that take several.
+        """Evaluates the network on an embedding of its time, for networks that take several times.
 
         Args:
             x: `[B, H, W, C]` states, see `__call__`.
-            t: `[B]` times in [0, 1], which the head reads.
+            t: `[B]` times in [0, 1], for the head.
             labels: `[B]` integers in `[0, num_classes]`.
-            time: `[B, D]`, what `embed_time` makes of the time, or a sum of such embeddings.
+            time: `[B, D]`, the output of `embed_time`, or a sum of such embeddings.
 
         Returns:
-            What the head makes: `u[B, H, W, C]` or another shape, see `__call__`.
+            The head's output: `u[B, H, W, C]` or another shape, see `__call__`.
 
         Raises:
-            ValueError: A shape, a size or the name of a remat policy does not fit.
+            ValueError: A shape, a size or the name of the remat policy is not valid.
         """
         self._check(x, t, labels)
         embedding = time + self._embed_class(labels).astype(time.dtype)
@@ -179,7 +180,7 @@ class DiT(Network):
         )
 
     def example(self, batch: int = 1) -> tuple[jax.ShapeDtypeStruct, ...]:
-        """Shapes of inputs as in training, for `init`.
+        """Shapes of the inputs in training, for `init`.
 
         Args:
             batch: Number of examples.
@@ -195,11 +196,11 @@ class DiT(Network):
         )
 
     def embed_time(self, t: jax.Array, name: str = "time") -> jax.Array:
-        """Embeds times, in float32 at least, in float64 with such parameters.
+        """Embeds times in at least float32, and in float64 with float64 parameters.
 
         Args:
             t: `[B]` times in [0, 1].
-            name: That of the embedder's two layers; a second time has one of its own.
+            name: Name of the embedder's two layers; a second time has an embedder of its own.
 
         Returns:
             `[B, D]`.

@@ -1,7 +1,8 @@
 """FLUX.1, the text-to-image transformer of Black Forest Labs, as pi-Flow distils it.
 
 Source: the released FLUX.1 [dev] network in the form of `diffusers`, and the heads of pi-Flow
-(arXiv 2510.14974, section 5). Text comes as embeddings: T5's tokens and CLIP's pooled vector.
+(arXiv 2510.14974, section 5). Text enters as embeddings: one per token from T5, and one pooled
+vector from CLIP.
 """
 
 import jax
@@ -28,8 +29,8 @@ from piflow_jax.models.lora import AdaptedLinear, LoRA
 
 __all__ = ["FLUX_TARGETS", "Flux", "SingleBlock", "flux_angles"]
 
-# The layers that pi-Flow adapts: feed-forwards of both streams, those of the single blocks with
-# the output that they share with attention, and the embedder of time.
+# The layers that pi-Flow adapts: the feed-forwards of both streams, the feed-forwards of the single
+# blocks, including the output layer that they share with attention, and the time embedder.
 FLUX_TARGETS = (
     "image_mlp_in",
     "image_mlp_out",
@@ -40,7 +41,7 @@ FLUX_TARGETS = (
     "time_in",
     "time_out",
 )
-# Times and guidance scales reach their sinusoids multiplied by this.
+# Factor of times and guidance scales in front of their sinusoids.
 TIME_SCALE = 1000.0
 
 
@@ -78,14 +79,14 @@ class SingleBlock(JointLayers):
             table: `[2, L + T, head size / 2]` rotary table, see `JointBlock`.
 
         Returns:
-            `[B, L + T, D]`, and None (what a scan collects).
+            `[B, L + T, D]`, and None for the scan to collect.
         """
         width = tokens.shape[-1]
         # Shift, scale, gate.
         modulation = self.linear((3, width), "modulation", ("embed", None, None))(conditioning)
         hidden = modulated(tokens, modulation[:, 0], modulation[:, 1])
-        # The hidden layer is kept in pieces of the token's width: with the attention's output as
-        # one more piece it is one contraction, which tensor parallelism splits along every piece.
+        # The hidden layer stays in pieces of the token's width. With the attention's output as one
+        # more piece it is one contraction, which tensor parallelism splits along every piece.
         mlp = self.linear((MLP_RATIO, width), "mlp_in", ("embed", None, "mlp"))(hidden)
         mlp = self.constrain(nn.gelu(mlp, approximate=True), ("batch", None, None, "mlp"))
         q, k, v = self.queries_keys_values(hidden)
@@ -95,7 +96,7 @@ class SingleBlock(JointLayers):
         init = nn.initializers.variance_scaling(
             1.0, "fan_avg", "uniform", in_axis=(0, 1), out_axis=-1
         )
-        # Heads and hidden units lie alike.
+        # Heads and hidden units have the same sharding.
         axes = (None, "mlp", "embed")
         out = self.linear((width,), "out", axes, in_axes=2, kernel_init=init)(joined)
         tokens = self.constrain(tokens + modulation[:, None, 2] * out, ("batch", None, "embed"))
@@ -106,12 +107,12 @@ class SingleBlock(JointLayers):
 class Flux(Network):
     """FLUX.1: double blocks of text and image, then single blocks of both together.
 
-    The defaults are FLUX.1 [dev], 11 901 408 320 parameters. Blocks of either kind are stacked on a
-    leading `layers` axis and run under a scan.
+    The defaults are FLUX.1 [dev], 11 901 408 320 parameters. Each kind of block runs under a scan,
+    with its parameters stacked on a leading `layers` axis.
 
     Attributes:
         patch_size: Side of a patch, in sites.
-        in_channels: Channels `C` of latents, in and out.
+        in_channels: Channels `C` of latents, input and output.
         hidden: Width of the tokens.
         num_heads: Attention heads.
         double_depth: Number of double blocks.
@@ -119,17 +120,18 @@ class Flux(Network):
         text_features: Width of the text embeddings (T5).
         pooled_features: Width of the pooled text embedding (CLIP).
         guidance_embed: Whether the guidance scale is an input (distilled guidance).
-        axes_dims_rope: Features of a head that encode the three coordinates; add up to its size.
+        axes_dims_rope: Features of a head that encode each of the three coordinates; their sum is
+            the size of a head.
         head: Output head, see `piflow_jax.models.heads`.
         lora: Adapters, usually `LoRA(FLUX_TARGETS)`; None for none.
         time_dtype: Times and guidance scales are rounded to it, before and after they are scaled.
-            The released pipelines, and pi-Flow's training, round both to bfloat16 (a time of 0.9
-            is 0.8984 there).
-        dtype: Compute dtype of tokens; None is the wider of input and parameters. Conditioning
-            embedding, norms' statistics, rotations, softmax and outputs are float32 at least.
-        param_dtype: Dtype of fresh parameters of the base; the head and `final_modulation` are
-            float32 at least.
-        remat: What the backward pass recomputes, a name in `REMAT_POLICIES`.
+            The released pipelines and pi-Flow's training round both to bfloat16 (which turns a time
+            of 0.9 into 0.8984).
+        dtype: Compute dtype of tokens; None is the wider of input and parameters. The conditioning
+            embedding, the norms' statistics, rotations, softmax and outputs are at least float32.
+        param_dtype: Dtype of fresh parameters of the base; the head and `final_modulation` are at
+            least float32.
+        remat: What the backward pass recomputes: a name in `REMAT_POLICIES`.
         scan_unroll: Blocks per iteration of either scan.
         attention: `implementation` of `jax.nn.dot_product_attention`: None, "xla" or "cudnn".
         constrain: See `DiT`.
@@ -169,18 +171,18 @@ class Flux(Network):
         Args:
             x: `[B, H, W, C]` latents; `H` and `W` are multiples of `patch_size`.
             t: `[B]` times in [0, 1], 1 is noise.
-            text: `[B, L, text_features]` embeddings; all of them are attended to, as in
-                the release.
+            text: `[B, L, text_features]` embeddings. All of them are attended to, as in the
+                release.
             pooled: `[B, pooled_features]` pooled text embeddings.
-            guidance: `[B]` distilled guidance scales (3.5 is usual); None if and only if
+            guidance: `[B]` distilled guidance scales (usually 3.5); None if and only if
                 `guidance_embed` is False.
 
         Returns:
-            What the head makes: `u[B, H, W, C]`, a `GMOutput`, or `[B, H, W, N, C]`. Float32, or
+            The head's output: `u[B, H, W, C]`, a `GMOutput`, or `[B, H, W, N, C]`. Float32, or
             float64 with float64 parameters.
 
         Raises:
-            ValueError: A shape, a size or the name of a remat policy does not fit.
+            ValueError: A shape, a size or the name of the remat policy is not valid.
         """
         self._check(x, t, text, pooled, guidance)
         embedding = self._embed_condition(t, pooled, guidance)
@@ -208,7 +210,7 @@ class Flux(Network):
         )
         tokens = tokens[:, length:]
 
-        # The head and this layer are trained, and not by adapters: never less than float32.
+        # The head and this layer are trained without adapters, so they are at least float32.
         trained = jnp.promote_types(self.param_dtype, jnp.float32)
         axes = ("embed", None, None)
         last = linear((2, self.hidden), "final_modulation", axes, param_dtype=trained)

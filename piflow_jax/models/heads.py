@@ -1,9 +1,9 @@
-"""Output heads: what a network's last tokens are turned into.
+"""Output heads: they turn a network's last tokens into its output.
 
-A head consumes tokens `[B, h, w, D]` on their grid, already normalised and modulated, and the
-conditioning embedding `[B, D]`. It knows nothing of the network in front of it. Rows of an output
-layer are ordered (patch row, patch column, mixture component or grid point, channel); weights
-stored in another order are permuted once, when they are converted.
+A head takes tokens `[B, h, w, D]` on their grid, already normalised and modulated, and the
+conditioning embedding `[B, D]`. It does not depend on the network in front of it. Rows of an output
+layer are ordered (patch row, patch column, mixture component or grid point, channel). Weights
+stored in another order are permuted once, at conversion.
 
 Source: architectures of pi-Flow, arXiv 2510.14974, as released.
 """
@@ -80,7 +80,7 @@ class VelocityHead(nn.Module):
         return _project(self, "output", tokens, embedding, patch_size, (x.shape[-1],), param_dtype)
 
     def noise_shape(self, channels: int) -> None:
-        """Shape of the noise that `from_velocity` wants for `channels` channels: none."""
+        """Shape of the noise that `from_velocity` needs for `channels` channels: none."""
         del channels
 
     def from_velocity(
@@ -97,11 +97,11 @@ class DXHead(nn.Module):
     Attributes:
         num_grid: Number of grid points `N`. In grid mode point 0 is the segment's end; in
             polynomial mode point `n` is the coefficient of `(tau_src - tau)^n`.
-        input_skip: Adds `x / sigma` to every point but the first. The policy turns a velocity
-            `u_n` into `x - sigma u_n`, so with the skip a zero output row is a zero coefficient:
-            this is what lets a polynomial student start exactly at its teacher. Leave it off for
-            grid mode and for released weights, which were trained without it.
-        min_sigma: Lower bound of the divisor of the skip.
+        input_skip: Adds `x / sigma` to every point but the first. The policy turns a velocity `u_n`
+            into `x - sigma u_n`, so with the skip a zero output row is a zero coefficient. A
+            polynomial student can therefore start exactly at its teacher. Leave it off for grid
+            mode and for released weights, which were trained without it.
+        min_sigma: Lower bound of the skip's divisor.
     """
 
     num_grid: int
@@ -142,7 +142,7 @@ class DXHead(nn.Module):
         return coefficients + skip[..., None, :]
 
     def noise_shape(self, channels: int) -> None:
-        """Shape of the noise that `from_velocity` wants for `channels` channels: none."""
+        """Shape of the noise that `from_velocity` needs for `channels` channels: none."""
         del channels
 
     def from_velocity(
@@ -151,7 +151,7 @@ class DXHead(nn.Module):
         """Starts every grid point (with `input_skip`: the constant coefficient) at the teacher.
 
         Args:
-            params: The head's own parameters; none survive.
+            params: The head's own parameters; all are replaced.
             velocity: `kernel [D, p*p*C]`, `bias [p*p*C]` of the teacher's output layer.
             channels: `C`.
             noise: Unused; mixture heads take `[K, C]`.
@@ -174,13 +174,13 @@ class DXHead(nn.Module):
 class GMHead(nn.Module):
     """Predicts a Gaussian mixture of velocities per site, and one standard deviation per sample.
 
-    Fresh: zero output kernels, means' bias `N(0, 0.1^2)` per (component, channel), equal
-    log-weights, `logstd = 0`.
+    Initial values: zero output kernels, a bias of the means `N(0, 0.1^2)` per (component, channel),
+    equal log-weights, `logstd = 0`.
 
     Attributes:
         num_components: Number of mixture components `K`.
         logstd_hidden: Width of the hidden layer of the logstd head.
-        constant_logstd: A fixed log standard deviation; the logstd head is then absent.
+        constant_logstd: A fixed log standard deviation, which replaces the logstd head.
     """
 
     num_components: int
@@ -202,7 +202,7 @@ class GMHead(nn.Module):
 
         Returns:
             `GMOutput(means[B, H, W, K, C], logweights[B, H, W, K], logstd[B])` with log-weights
-            normalised over K. The log standard deviation reads the embedding without gradient.
+            normalised over K. The log standard deviation passes no gradient to the embedding.
         """
         del sigma
         k, channels = self.num_components, x.shape[-1]
@@ -234,16 +234,16 @@ class GMHead(nn.Module):
         return out(nn.silu(into(nn.silu(embedding))))[:, 0]
 
     def noise_shape(self, channels: int) -> tuple[int, int]:
-        """Shape `(K, C)` of the normal noise that `from_velocity` wants, `C` being `channels`."""
+        """Shape `(K, C)` of the normal noise that `from_velocity` needs, `C` being `channels`."""
         return (self.num_components, channels)
 
     def from_velocity(
         self, params: dict, velocity: dict, *, channels: int, noise: jax.Array | None = None
     ) -> dict:
-        """Starts every component at the teacher, apart by a little noise in the bias.
+        """Starts every component at the teacher, with a little noise in the bias to separate them.
 
         Args:
-            params: The head's own parameters; the first layer of the logstd head survives.
+            params: The head's own parameters; only the first layer of the logstd head is kept.
             velocity: `kernel [D, p*p*C]`, `bias [p*p*C]` of the teacher's output layer.
             channels: `C`.
             noise: `[K, C]` standard normal draws, scaled by 0.05 and shared over patch positions;
@@ -267,12 +267,13 @@ class GMHead(nn.Module):
 class ArcHead(nn.Module):
     """Predicts an ArcFlow mixture per site: velocities, weights and rates of growth.
 
-    Fresh: zero kernels, means' bias `N(0, 0.1^2)` per (component, channel), equal log-weights, and
-    the rates spread over `[-max_rate, max_rate] / 2`, so that components differ from the start.
+    Initial values: zero kernels, a bias of the means `N(0, 0.1^2)` per (component, channel), equal
+    log-weights, and rates spread over `[-max_rate, max_rate] / 2`, so that components differ from
+    the start.
 
     Attributes:
-      num_components: Number of mixture components `K`; the first does not grow.
-      max_rate: Bound of the rates, `g = max_rate tanh(.)`: exponents stay finite.
+      num_components: Number of mixture components `K`; the first has rate zero.
+      max_rate: Bound of the rates, `g = max_rate tanh(.)`, which keeps exponents finite.
     """
 
     num_components: int
@@ -316,22 +317,22 @@ class ArcHead(nn.Module):
         )
 
     def bounded(self, rates: jax.Array) -> jax.Array:
-        """Rates of growth within `[-max_rate, max_rate]` of unbounded `rates`, of any shape."""
+        """Maps unbounded `rates` of any shape to growth rates within `[-max_rate, max_rate]`."""
         return self.max_rate * jnp.tanh(rates)
 
     def noise_shape(self, channels: int) -> tuple[int, int]:
-        """Shape `(K, C)` of the normal noise that `from_velocity` wants, `C` being `channels`."""
+        """Shape `(K, C)` of the normal noise that `from_velocity` needs, `C` being `channels`."""
         return (self.num_components, channels)
 
     def from_velocity(
         self, params: dict, velocity: dict, *, channels: int, noise: jax.Array | None = None
     ) -> dict:
-        """Starts every component at the teacher, its rate as fresh; see `GMHead.from_velocity`.
+        """Starts every component at the teacher, with fresh rates; see `GMHead.from_velocity`.
 
-        At the source the policy's velocity is then the teacher's, whatever the rates.
+        The policy's velocity at the source is then the teacher's, for any rates.
 
         Args:
-            params: The head's own parameters; none survive.
+            params: The head's own parameters; all are replaced.
             velocity: `kernel [D, p*p*C]`, `bias [p*p*C]` of the teacher's output layer.
             channels: `C`.
             noise: `[K, C]` standard normal draws, as for `GMHead`; None adds none.
@@ -350,14 +351,14 @@ class ArcHead(nn.Module):
 
 
 def spread_rates(components: int, dtype: DTypeLike) -> jax.Array:
-    """A bias `[K]` that spreads an `ArcHead`'s rates over half of what they can be."""
+    """A bias `[K]` that spreads an `ArcHead`'s rates over half of their range."""
     return jnp.arctanh(jnp.linspace(-0.5, 0.5, components, dtype=dtype))
 
 
 def _means_from_velocity(
     velocity: dict, channels: int, components: int, noise: jax.Array | None
 ) -> dict:
-    """A layer of means, all at the velocity, apart by a little noise in the bias."""
+    """A layer of means, all at the velocity, with a little noise in the bias to separate them."""
     means = repeat_rows(velocity, channels, components)
     if noise is not None:
         offsets = TEACHER_MEANS_STD * noise.astype(means["bias"].dtype)
@@ -375,7 +376,7 @@ def _project(
     param_dtype: DTypeLike,
     bias_init=nn.initializers.zeros,
 ) -> jax.Array:
-    """Zero-initialised output layer `name` of `head`, pixels put in place."""
+    """Zero-initialised output layer `name` of `head`, with its output arranged as pixels."""
     layer = Linear(
         (patch_size * patch_size * math.prod(features),),
         axes=("embed", None),

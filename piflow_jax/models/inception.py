@@ -1,11 +1,11 @@
-"""Inception-v3 as released with TensorFlow in 2015: the feature space in which FID is defined.
+"""Inception-v3 as released with TensorFlow in 2015, whose features define FID.
 
-The architecture is of C. Szegedy et al., "Rethinking the Inception architecture for computer
-vision" (arXiv 1512.00567), in the version of the file `inception-2015-12-05`, which differs from
-later ones: average pooling leaves the padding out of its mean, the last block pools by maximum, and
-there are 1008 classes. Names are those of its PyTorch port, `pt_inception-2015-12-05`. Channels
-last; inference only, so that the normalisations' moments are parameters like the others. Parameters
-come from `piflow_jax.convert`, as model `"inception"`.
+The architecture is that of C. Szegedy et al., "Rethinking the Inception architecture for computer
+vision" (arXiv 1512.00567), in the version of the file `inception-2015-12-05`. It differs from later
+versions: average pooling leaves the padding out of its mean, the last block uses max pooling, and
+there are 1008 classes. Names follow its PyTorch port, `pt_inception-2015-12-05`. Arrays have
+channels last. The network is for inference only, so the normalisations' moments are parameters like
+the others. Parameters come from `piflow_jax.convert`, as model `"inception"`.
 """
 
 from collections.abc import Iterator
@@ -30,24 +30,24 @@ __all__ = [
 
 IMAGE_SIZE = 299
 POOL_FEATURES = 2048
-# sFID's features: the output of `mixed_6/conv` in TensorFlow's graph, whose `mixed_6` is the fourth
-# of the blocks with 17x17 sites, `Mixed_6d` here; the first channels only.
+# sFID's features are the first channels of `mixed_6/conv` in TensorFlow's graph. `mixed_6` there is
+# the fourth of the blocks with 17x17 sites, `Mixed_6d` here.
 SPATIAL_BLOCK, SPATIAL_BRANCH = "Mixed_6d", "branch1x1"
 SPATIAL_CHANNELS = 7
 NORM_EPSILON = 1e-3
-# Convolutions in full float32: the features should not depend on the machine's matrix units.
+# Convolutions in full float32, so that features do not depend on the machine's matrix units.
 _PRECISION = jax.lax.Precision.HIGHEST
 
 
 class Convolution(NamedTuple):
-    """A convolution without bias, normalised by fixed moments, and rectified.
+    """A convolution without bias, followed by a normalisation with fixed moments and a ReLU.
 
     Attributes:
         name: Name of its module in the PyTorch port.
         features: Output channels.
         kernel: Height and width of the kernel.
-        stride: Step of the output's sites along either side.
-        padding: As `jax.lax.conv_general_dilated` takes it, "SAME" or "VALID".
+        stride: Stride of the output's sites along both axes.
+        padding: "SAME" or "VALID", see `jax.lax.conv_general_dilated`.
     """
 
     name: str
@@ -57,7 +57,7 @@ class Convolution(NamedTuple):
     padding: str = "SAME"
 
 
-# A branch is a chain of convolutions, of pools by name, and of tuples of convolutions, which all
+# A branch is a chain of steps: a convolution, a pool by its name, or a tuple of convolutions, which
 # read the same input and are concatenated.
 Step = Convolution | str | tuple[Convolution, ...]
 Branch = tuple[Step, ...]
@@ -203,7 +203,7 @@ def _pool(name: str, x: jax.Array) -> jax.Array:
 
 
 def _run(branch: Branch, x: jax.Array) -> jax.Array:
-    """Applies a branch; to be called in a compact module, which owns the convolutions."""
+    """Applies a branch. Call it in a compact module, which owns the convolutions."""
     for step in branch:
         if isinstance(step, str):
             x = _pool(step, x)
@@ -227,12 +227,13 @@ class Block(nn.Module):
 
 
 class InceptionOutput(NamedTuple):
-    """What is read off an image.
+    """Features and logits of images.
 
     Attributes:
-        pool: `[B, 2048]`, the mean over sites of the last block: the features of FID.
-        spatial: `[B, h, w, 7]` of a middle layer, 17x17 sites: the features of sFID.
-        logits: `[B, 1008]`, bias included. (The Inception Score leaves it out: `class_logits`.)
+        pool: `[B, 2048]`, the mean over sites of the last block, which is FID's feature.
+        spatial: `[B, h, w, 7]` of a middle layer with 17x17 sites, which are sFID's features.
+        logits: `[B, 1008]`, bias included. (The Inception Score leaves the bias out:
+            `class_logits`.)
     """
 
     pool: jax.Array
@@ -244,7 +245,7 @@ class InceptionV3(nn.Module):
     """The network.
 
     Attributes:
-        num_classes: Logits.
+        num_classes: Number of logits.
     """
 
     num_classes: int = 1008
@@ -255,14 +256,14 @@ class InceptionV3(nn.Module):
 
         Args:
             images: `[B, H, W, 3]` with values in [0, 255], integers or floats.
-            resize: Whether to bring them to 299x299 first, as all published figures do. Without,
-                sides must be at least 75.
+            resize: Whether to resize images to 299x299 first, as all published figures do. Without
+                resizing, sides must be at least 75.
 
         Returns:
             The features, float32 (float64 for float64 images and parameters).
 
         Raises:
-            ValueError: Images of another shape, or too small.
+            ValueError: Images have another shape, or are too small.
         """
         if images.ndim != 4 or images.shape[-1] != 3:
             raise ValueError(f"`images` must be [B, H, W, 3], got {list(images.shape)}")
@@ -285,7 +286,7 @@ class InceptionV3(nn.Module):
 
 
 def class_logits(params: dict, pool: jax.Array) -> jax.Array:
-    """Logits of pooled features *without* the layer's bias, as the Inception Score takes them.
+    """Logits of pooled features *without* the layer's bias, as in the Inception Score.
 
     Args:
         params: Variables of `InceptionV3`.
@@ -298,19 +299,20 @@ def class_logits(params: dict, pool: jax.Array) -> jax.Array:
 
 
 def resize_bilinear(images: jax.Array, height: int, width: int) -> jax.Array:
-    """Bilinear resize with the corners and arithmetic of TensorFlow 1's `ResizeBilinear`.
+    """Bilinear resize with the pixel positions and arithmetic of TensorFlow 1's `ResizeBilinear`.
 
-    Output pixel `i` reads the input at `i * in / out` (in float32): neither pixel centres nor
+    Output pixel `i` reads the input at `i * in / out` (in float32). Neither pixel centres nor
     corners are aligned, nothing is averaged when an image shrinks, and the last pixel is repeated
-    beyond the border. Other libraries' resizes move an FID by more than models differ.
+    beyond the border. With another library's resize an FID changes by more than the difference
+    between models.
 
     Args:
         images: Floats `[B, H, W, C]`.
-        height: Of the output.
-        width: Of the output.
+        height: Height of the output.
+        width: Width of the output.
 
     Returns:
-        `[B, height, width, C]`, of the same type.
+        `[B, height, width, C]`, with the dtype of `images`.
     """
 
     def taps(size, out):

@@ -1,7 +1,8 @@
 """Students that start at their teacher.
 
-What both networks have is the teacher's, the output layer is the teacher's repeated, and only what
-the teacher lacks is fresh. Source: pi-Flow, arXiv 2510.14974, as released.
+Parameters that both networks have are the teacher's. The student's output layer repeats the
+teacher's, and only parameters that the teacher lacks are fresh. Source: pi-Flow, arXiv 2510.14974,
+as released.
 """
 
 import dataclasses
@@ -17,7 +18,8 @@ from piflow_jax.models.lora import DOWN, TRAINED, UP, split
 
 __all__ = ["initial_trained", "initialize_student", "student_from_teacher"]
 
-# What networks with the same parameters may differ in: their heads, and how they are computed.
+# Settings in which networks with the same parameters may differ: their heads, and how they are
+# computed.
 _FREE = ("head", "lora", "dtype", "param_dtype", "remat", "scan_unroll", "attention", "constrain")
 
 
@@ -29,20 +31,20 @@ def student_from_teacher(
     *,
     teacher: nn.Module | None = None,
 ) -> dict:
-    """Starts a student at its teacher, drawing the noise that sets mixture components apart.
+    """Starts a student at its teacher and draws the noise that separates mixture components.
 
     Args:
         key: Random key.
         student: The student's module.
         student_params: Fresh parameters of the student, as `student.init` returns them.
         teacher_params: Parameters of a teacher with a `VelocityHead`.
-        teacher: The teacher's module; given, its settings that shapes do not show are compared too.
+        teacher: The teacher's module. If given, settings that shapes do not show are compared too.
 
     Returns:
         Parameters of the student, see `initialize_student`.
 
     Raises:
-        ValueError: Teacher and student differ; the message names in what.
+        ValueError: Teacher and student differ; the message names the difference.
     """
     noise = _noise(key, student)
     return initialize_student(student, student_params, teacher_params, noise, teacher=teacher)
@@ -56,22 +58,22 @@ def initialize_student(
     *,
     teacher: nn.Module | None = None,
 ) -> dict:
-    """Deterministic part of `student_from_teacher`.
+    """The deterministic part of `student_from_teacher`.
 
     Args:
         student: The student's module.
-        student_params: Fresh parameters of the student; of them only what the teacher lacks (the
-            first layer of the logstd head) and the dtypes are used.
+        student_params: Fresh parameters of the student. Only their dtypes are used, and the
+            parameters that the teacher lacks (the first layer of the logstd head).
         teacher_params: Parameters of a teacher with a `VelocityHead`.
-        noise: `[K, C]` standard normal draws for a mixture head, None for none.
-        teacher: The teacher's module; given, its settings that shapes do not show are compared too.
+        noise: `[K, C]` standard normal draws for a mixture head; None adds none.
+        teacher: The teacher's module. If given, settings that shapes do not show are compared too.
 
     Returns:
         Parameters with the structure and dtypes of `student_params`. They share no buffer with
         either argument, so a training step may donate them.
 
     Raises:
-        ValueError: Teacher and student differ; the message names in what.
+        ValueError: Teacher and student differ; the message names the difference.
     """
     _check(student, student_params, teacher_params, teacher)
     return _at_teacher(student, student_params, teacher_params, noise)
@@ -85,23 +87,24 @@ def initial_trained(
     *,
     teacher: nn.Module | None = None,
 ) -> dict:
-    """The trained part of a student with adapters that starts at its teacher.
+    """Initial trained parameters of a student with adapters that starts at its teacher.
 
-    Nothing of the base's size is made: a 12B student starts in the memory of its adapters.
+    No array of the base's size is created: a 12B student starts in the memory of its adapters.
 
     Args:
         key: Random key.
         student: A `Flux` or `QwenImage`, with or without `lora`.
         teacher_params: Parameters of the same network with a `VelocityHead` and without adapters.
-        noise: `[K, C]` standard normal draws that set mixture components apart; None draws them.
-        teacher: The teacher's module; given, its settings that shapes do not show are compared too.
+        noise: `[K, C]` standard normal draws that separate mixture components; None draws them from
+            `key`.
+        teacher: The teacher's module. If given, settings that shapes do not show are compared too.
 
     Returns:
         `{"params": ...}` for `merge`, with the dtypes of `student`'s own fresh parameters. It
         shares no buffer with the teacher, so a training step may donate it.
 
     Raises:
-        ValueError: The teacher's parameters are not those of the student's base.
+        ValueError: The teacher's parameters do not match the student's base.
     """
     shapes = jax.eval_shape(student.init, key, *student.example())
     _check(student, shapes, teacher_params, teacher)
@@ -111,7 +114,7 @@ def initial_trained(
     if student.lora is not None:
         fresh |= _draw_adapters(keys[0], adapters, 1 / student.lora.rank)
     head = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), fresh["head"])
-    if "logstd_in" in head:  # all that a head keeps of its own fresh parameters
+    if "logstd_in" in head:  # the only fresh parameters of its own that a head keeps
         kernel = head["logstd_in"]["kernel"]
         head["logstd_in"]["kernel"] = xavier_uniform(keys[2], kernel.shape, kernel.dtype)
     noise = _noise(keys[1], student) if noise is None else noise
@@ -124,7 +127,7 @@ def _noise(key: jax.Array, student: nn.Module) -> jax.Array | None:
 
 
 def _draw_adapters(key: jax.Array, shapes: Mapping, spread: float) -> dict:
-    """Down projections `N(0, spread^2)`, zero up projections."""
+    """Down projections drawn from `N(0, spread^2)` and zero up projections."""
     leaves, tree = jax.tree_util.tree_flatten_with_path(shapes)
     drawn = []
     for (path, leaf), its_key in zip(leaves, jax.random.split(key, len(leaves)), strict=True):
@@ -138,9 +141,9 @@ def _draw_adapters(key: jax.Array, shapes: Mapping, spread: float) -> dict:
 def _at_teacher(
     student: nn.Module, fresh: Mapping, teacher_params: Mapping, noise: jax.Array | None
 ) -> dict:
-    """Fresh parameters; what the teacher has too is its own, and the head is made of its."""
+    """Fresh parameters, replaced by the teacher's where it has them; the head repeats its head."""
     ours, theirs = fresh["params"], teacher_params["params"]
-    # In bfloat16 the noise of the bias would be lost to rounding.
+    # In bfloat16, rounding would lose the noise of the bias.
     output = jax.tree.map(
         lambda a: jnp.asarray(a, jnp.promote_types(a.dtype, jnp.float32)),
         dict(theirs["head"]["output"]),
@@ -157,7 +160,7 @@ def _at_teacher(
 
 
 def _replaced(ours: Mapping, theirs: Mapping) -> dict:
-    """Our tree, with their leaves where they have some."""
+    """Our tree, with their leaves wherever they have one."""
     return {
         name: _replaced(leaf, theirs.get(name, {}))
         if isinstance(leaf, Mapping)
@@ -169,13 +172,13 @@ def _replaced(ours: Mapping, theirs: Mapping) -> dict:
 def _check(
     student: nn.Module, student_params: Mapping, teacher_params: Mapping, teacher: Any
 ) -> None:
-    """Raises ValueError for everything in which the teacher is no base of the student."""
+    """Raises ValueError if the teacher cannot be the student's base; lists all differences."""
     theirs = teacher_params["params"]
     if set(theirs["head"]) != {"output"}:
         raise ValueError(f"head: the teacher needs a VelocityHead, it has {set(theirs['head'])}")
     ours = _shapes(student_params["params"])
     theirs = _shapes(theirs)
-    # A teacher that predicts more than a velocity (say a variance) has a wider output layer.
+    # A teacher that also predicts something else (say a variance) has a wider output layer.
     pixels = student.patch_size**2 * student.in_channels
     differences = {"head": ((pixels,), theirs.pop("head/output/bias"))}
     if teacher is not None:

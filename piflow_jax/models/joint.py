@@ -1,7 +1,8 @@
-"""Blocks in which text and image tokens attend to each other, each with weights of its own.
+"""Blocks in which text and image tokens attend to each other, with separate weights for each.
 
 The double block of FLUX.1 and the block of Qwen-Image (arXiv 2508.02324, section 2), after MM-DiT
-(arXiv 2403.03206, section 4); the two differ only in rotary tables and in the masking of text.
+(arXiv 2403.03206, section 4). The two differ only in their rotary tables and in the masking of
+text.
 """
 
 from collections.abc import Sequence
@@ -30,7 +31,7 @@ class RMSNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Maps `x[..., D]` to the same shape and dtype, in float32 at least."""
+        """Maps `x[..., D]` to the same shape and dtype; computes in float32 at least."""
         init = named(nn.initializers.ones, (None,))
         scale = self.param("scale", init, x.shape[-1:], self.param_dtype)
         wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
@@ -43,15 +44,15 @@ class RMSNorm(nn.Module):
 def rotary_table(angles: np.ndarray) -> jax.Array:
     """Cosines and sines `[2, T, D / 2]` of `angles[T, D / 2]`, rounded to float32.
 
-    They are computed on the host, so that every backend uses the same numbers, and are float32 in
-    the released networks too, whatever their other precision.
+    They are computed on the host, so that every backend uses the same numbers. The released
+    networks have them in float32 too, in any precision.
     """
     wide = angles.astype(np.float64)
     return jnp.asarray(np.stack([np.cos(wide), np.sin(wide)]).astype(np.float32))
 
 
 def rotate(x: jax.Array, table: jax.Array) -> jax.Array:
-    """Rotary embedding: turns pairs of neighbouring features, in float32 at least.
+    """Rotary embedding: rotates pairs of neighbouring features, in at least float32.
 
     Args:
         x: `[B, T, heads, D]`.
@@ -69,12 +70,12 @@ def rotate(x: jax.Array, table: jax.Array) -> jax.Array:
 
 
 class JointLayers(Layers):
-    """Layers whose queries and keys are normalised."""
+    """Layers with normalised queries and keys."""
 
     def queries_keys_values(
         self, tokens: jax.Array, prefix: str = ""
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Normalised queries and keys, and values, of `tokens[B, T, D]`: `[B, T, heads, size]`."""
+        """Queries and keys, normalised, and values of `tokens[B, T, D]`: `[B, T, heads, size]`."""
         query, key, value = super().queries_keys_values(tokens, prefix)
         query = RMSNorm(self.param_dtype, name=f"{prefix}query_norm", parent=self)(query)
         key = RMSNorm(self.param_dtype, name=f"{prefix}key_norm", parent=self)(key)
@@ -82,7 +83,7 @@ class JointLayers(Layers):
 
 
 class JointBlock(JointLayers):
-    """Joint attention and two MLPs; each stream is shifted, scaled and gated on its own."""
+    """Joint attention and two MLPs; each stream has a shift, scale and gate of its own."""
 
     @nn.compact
     def __call__(
@@ -101,13 +102,13 @@ class JointBlock(JointLayers):
             key_mask: `[B, L + T]`, see `attend`.
 
         Returns:
-            The two streams, and None (what a scan collects).
+            The two streams, and None for the scan to collect.
         """
         names, text_length = ("text_", "image_"), streams[0].shape[1]
         pieces, modulations = [], []
         for tokens, prefix in zip(streams, names, strict=True):
             width = tokens.shape[-1]
-            # Of each half: shift, scale, gate.
+            # Shift, scale and gate of each half.
             layer = self.linear((6, width), f"{prefix}modulation", ("embed", None, None))
             modulation = layer(conditioning)
             hidden = modulated(tokens, modulation[:, 0], modulation[:, 1])
@@ -131,18 +132,18 @@ class JointBlock(JointLayers):
 
 
 def round_time(t: jax.Array, dtype: DTypeLike) -> jax.Array:
-    """Times rounded to a dtype and given back in float32 (float64 stays what it is)."""
+    """Rounds times to a dtype and returns them in float32 (or in float64, if they are float64)."""
     dtype = jnp.dtype(dtype)
     t = t.astype(jnp.promote_types(t.dtype, jnp.float32))
     if dtype == jnp.float32:
         return t
     info = jnp.finfo(dtype)
-    # A cast there and back is something a compiler may leave out.
+    # The compiler may remove a cast to the dtype and back.
     return jax.lax.reduce_precision(t, info.nexp, info.nmant)
 
 
 def check_rope_axes(axes: Sequence[int], hidden: int, num_heads: int) -> None:
-    """Raises ValueError if rotary axes do not fill a head exactly with pairs."""
+    """Raises ValueError if rotary axes do not exactly fill a head with pairs."""
     if hidden % num_heads or sum(axes) * num_heads != hidden or any(a % 2 for a in axes):
         raise ValueError(
             f"axes_dims_rope {tuple(axes)} must be even and add up to the size of a head, "

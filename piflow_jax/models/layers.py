@@ -1,9 +1,9 @@
 """Layers shared by the networks: linear, layer norm, time features, patches.
 
-Axes of parameters have names, by which `piflow_jax.parallel` splits them over devices: `embed` is
+Axes of parameters have names, by which `piflow_jax.parallel` splits them over devices. `embed` is
 the width of the tokens, `heads` all attention heads together, `mlp` the hidden layer of an MLP,
-`layers` the blocks of a scan, `rank` the inner size of an adapter where its factor has no `embed`.
-An axis that is named None is never split.
+`layers` the blocks of a scan, and `rank` the inner size of an adapter where its factor has no
+`embed`. An axis with the name None is never split.
 """
 
 import functools
@@ -24,12 +24,12 @@ Axes = tuple[str | None, ...]
 
 
 def named(init: Callable, axes: Axes | None) -> Callable:
-    """An initializer whose array carries the names of its axes; None leaves it without."""
+    """An initializer with axis names attached to its array; None attaches none."""
     return init if axes is None else nn.with_logical_partitioning(init, axes)
 
 
 class Network(nn.Module):
-    """A module whose fresh variables are plain arrays, although its parameters carry names."""
+    """A module with named parameter axes that returns fresh variables as plain arrays."""
 
     @nn.nowrap
     def init(self, *args: Any, **options: Any) -> Any:
@@ -37,7 +37,7 @@ class Network(nn.Module):
 
         Args:
             *args: Random key or keys, and inputs.
-            **options: Those of Flax.
+            **options: Options of Flax.
 
         Returns:
             The variables, arrays without the names of their axes.
@@ -48,8 +48,8 @@ class Network(nn.Module):
 def xavier_uniform(key: jax.Array, shape: tuple[int, ...], dtype: DTypeLike) -> jax.Array:
     """Draws a Xavier-uniform kernel `[in, *pieces, out]`.
 
-    Middle axes count as separate matrices (queries, keys and values of a fused layer each get the
-    bound of their own `[in, out]`).
+    Middle axes count as separate matrices: queries, keys and values of a fused layer each get the
+    bound of their own `[in, out]`.
 
     Args:
         key: Random key.
@@ -71,15 +71,15 @@ class Linear(nn.Module):
 
     Attributes:
         features: Output axes that replace the last axis of the input.
-        in_axes: Trailing axes of the input that are mapped together; the kernel leads with them.
+        in_axes: Number of trailing input axes that are mapped together; the kernel leads with them.
         dtype: Dtype of the operands of the product; None promotes input and kernel.
         output_dtype: Dtype of the accumulated product, the bias sum and the result; None is the
             operands' dtype. Policy outputs use it to leave a bfloat16 network in float32.
         param_dtype: Dtype of fresh parameters.
         kernel_init: Initializer of the kernel.
         bias_init: Initializer of the bias.
-        axes: Names of the kernel's axes. The bias has those of its last ones, but for `embed`: what
-            is added to tokens is whole on every device. None leaves both without names.
+        axes: Names of the kernel's axes. The bias takes the names of the last ones except `embed`,
+            because values that are added to tokens are whole on every device. None names no axes.
     """
 
     features: tuple[int, ...]
@@ -117,14 +117,14 @@ def contract(
         x: `[..., *ins]`.
         kernel: `[*ins, *features]`.
         in_axes: Length of `ins`.
-        output_dtype: Dtype of the accumulation and the result; None is that of the operands.
+        output_dtype: Dtype of the accumulation and the result; None is the dtype of the operands.
 
     Returns:
         `[..., *features]`.
     """
     ins = x.shape[-in_axes:]
-    # One contracted row axis: the kernel's gradient is then a plain matrix product, which
-    # makes a training step of a small DiT a fifth faster on a CPU than with separate axes.
+    # With one contracted row axis, the kernel's gradient is a plain matrix product. A training step
+    # of a small DiT is then a fifth faster on a CPU than with separate axes.
     axes = (tuple(range(1, in_axes + 1)), tuple(range(in_axes)))
     y = jax.lax.dot_general(
         x.reshape(-1, *ins), kernel, (axes, ((), ())), preferred_element_type=output_dtype
@@ -137,10 +137,10 @@ def layer_norm(x: jax.Array, eps: float) -> jax.Array:
 
     Args:
         x: `[..., D]`.
-        eps: Added to the (biased) variance.
+        eps: Number added to the (biased) variance.
 
     Returns:
-        Array like `x`; statistics are taken in at least float32 whatever the dtype of `x`.
+        Array like `x`. Statistics are taken in at least float32, in any dtype of `x`.
     """
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     centred = wide - wide.mean(-1, keepdims=True)
@@ -162,15 +162,16 @@ def attend(
         k: Keys, like `q`.
         v: Values, like `q`.
         implementation: `implementation` of `jax.nn.dot_product_attention`; None lets JAX choose.
-            Where "cudnn" cannot be had for these arrays, JAX chooses and the log says why.
-        key_mask: `[B, T]` booleans, False for keys that nobody sees; None shows all of them.
+            Where "cudnn" is not available for these arrays, JAX chooses and the log says why.
+        key_mask: `[B, T]` booleans, False for keys that are hidden from all queries; None hides
+            none.
 
     Returns:
         Array like `q`.
     """
     mask = None if key_mask is None else key_mask[:, None, None, :]
     if q.dtype == jnp.float64:
-        # The library's softmax is float32 whatever its input, which would hide errors of 1e-7.
+        # The library's softmax is float32 for any input, which would hide errors of 1e-7.
         logits = jnp.einsum("bthd,bshd->bhts", q, k) / math.sqrt(q.shape[-1])
         logits = logits if mask is None else jnp.where(mask, logits, -jnp.inf)
         return jnp.einsum("bhts,bshd->bthd", jax.nn.softmax(logits, axis=-1), v)
@@ -180,7 +181,7 @@ def attend(
 
 
 def _has_cudnn(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None) -> bool:
-    """Whether cuDNN has attention for these shapes and types here; JAX itself is asked."""
+    """Whether cuDNN has attention for these shapes and dtypes on this machine, according to JAX."""
     if jax.default_backend() != "gpu":
         _say_once(f"the backend is {jax.default_backend()}")
         return False
@@ -206,23 +207,23 @@ def time_features(
 ) -> jax.Array:
     """Sinusoidal features of a time, always computed in float32.
 
-    Released weights were trained on float32 sinusoids: at `t = 1000` radians one rounding of a
-    frequency moves a feature by 6e-5, so more precision here would be a different network.
+    Released weights were trained on float32 sinusoids. At `t = 1000` radians, rounding one
+    frequency moves a feature by 6e-5, so higher precision here would be a different network.
     Frequencies are `10000^(-i / half)` for `i < half` (a shift of 0, as in the original DiT; the
     `diffusers` DiT divides by `half - 1`).
 
     Args:
         t: `[B]`, in the network's own units (radians of the fastest feature).
         size: Number of features, even.
-        scale: Multiplies the angles, after the frequencies; in float32 this order is not the same
-            as scaling `t`.
+        scale: Factor of the angles, applied after the frequencies. In float32 this differs from
+            scaling `t`.
 
     Returns:
         `[B, size]` float32: cosines, then sines.
     """
     half = size // 2
-    # Rounded to float32 at the same two places as the released networks, but on the host, so that
-    # every backend uses the same numbers.
+    # Rounded to float32 at the same two places as in the released networks, but on the host, so
+    # that every backend uses the same numbers.
     exponents = np.float32(-math.log(10000.0)) * np.arange(half, dtype=np.float32)
     exponents = exponents / np.float32(half)
     frequencies = np.exp(exponents.astype(np.float64)).astype(np.float32)
@@ -235,7 +236,7 @@ def position_table(hidden: int, height: int, width: int, base: int) -> np.ndarra
     """Fixed two-dimensional sine-cosine position embedding.
 
     Coordinates are stretched so that any grid spans the `base x base` grid of training. The first
-    half of the features encodes the column, the second the row (the order of released weights).
+    half of the features encodes the column and the second half the row, as in released weights.
 
     Args:
         hidden: Number of features, divisible by 4.
@@ -262,7 +263,7 @@ def position_table(hidden: int, height: int, width: int, base: int) -> np.ndarra
 
 
 def patchify(x: jax.Array, patch_size: int) -> jax.Array:
-    """Cuts `x[B, H, W, C]` into `[B, H/p, W/p, p*p*C]`, rows of a patch first, channels last."""
+    """Cuts `x[B, H, W, C]` into `[B, H/p, W/p, p*p*C]`, a patch as (row, column, channel)."""
     b, height, width, channels = x.shape
     p = patch_size
     x = x.reshape(b, height // p, p, width // p, p, channels)
@@ -271,12 +272,12 @@ def patchify(x: jax.Array, patch_size: int) -> jax.Array:
 
 
 def unpatchify(y: jax.Array, patch_size: int, features: tuple[int, ...]) -> jax.Array:
-    """Puts pixels of patches back in place.
+    """Puts the pixels of patches back in place.
 
     Args:
         y: `[B, h, w, p * p * prod(features)]`, features in the order (row, column, *features).
         patch_size: `p`.
-        features: Axes that every pixel carries, for example `(K, C)`.
+        features: Axes of every pixel, for example `(K, C)`.
 
     Returns:
         `[B, h * p, w * p, *features]`.

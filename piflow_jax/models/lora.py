@@ -1,10 +1,10 @@
-"""Low-rank adapters (LoRA, arXiv 2106.09685) and the split of a student into base and trained.
+"""Low-rank adapters (LoRA, arXiv 2106.09685); splits a student into base and trained parameters.
 
-A student is a frozen base, which is its teacher's own parameters, plus what is trained: adapters,
-the output head and the modulation of the last norm (pi-Flow, arXiv 2510.14974, section 5). Both are
-plain trees of one network's parameters: `merge` puts them together without copying an array, so
-teacher, student and average share one base, and only what is trained has an optimiser, an average
-and checkpoints.
+A student consists of a frozen base and trained parameters (pi-Flow, arXiv 2510.14974, section 5).
+The base holds its teacher's own parameters. The trained parameters are adapters, the output head
+and the modulation of the last norm. Both are plain trees of one network's parameters. `merge`
+combines them without copying an array, so teacher, student and average share one base. Only the
+trained parameters have an optimiser state, an average and checkpoints.
 """
 
 import dataclasses
@@ -20,21 +20,21 @@ from piflow_jax.models.layers import Axes, Linear, contract, named
 __all__ = ["AdaptedLinear", "LoRA", "fuse", "merge", "split"]
 
 DOWN, UP = "lora_a", "lora_b"
-# Top-level modules that are trained as they are, besides the adapters.
+# Top-level modules that are trained directly, in addition to the adapters.
 TRAINED = ("head", "final_modulation")
 
 
 @dataclasses.dataclass(frozen=True)
 class LoRA:
-    """Which layers of a network have adapters, and of what kind.
+    """Layers of a network that have adapters, and the adapters' settings.
 
     Attributes:
         targets: Names of the layers.
         rank: Inner size `r` of an adapter.
         scale: Factor of the adapters' outputs (alpha / rank; 1 in pi-Flow).
-        dropout: Probability with which an input of an adapter is dropped in training. It is active
-            where `apply` gets an rng called "dropout".
-        param_dtype: Dtype of fresh adapters, whatever that of the base.
+        dropout: Probability of dropping an input of an adapter in training. Dropout is active where
+            `apply` gets an rng called "dropout".
+        param_dtype: Dtype of fresh adapters, for any dtype of the base.
     """
 
     targets: tuple[str, ...]
@@ -45,10 +45,10 @@ class LoRA:
 
 
 class AdaptedLinear(Linear):
-    """A linear layer with an adapter if it is a target: `x W + b + scale (x A) B`.
+    """A linear layer, with an adapter if it is a target: `x W + b + scale (x A) B`.
 
-    `A[*ins, r]` starts at `N(0, 1 / r^2)`, `B[r, *features]` at zero, as in the release. They have
-    the kernel's axes, and the axis `rank` where that leaves them without `embed`.
+    `A[*ins, r]` starts at `N(0, 1 / r^2)` and `B[r, *features]` at zero, as in the release. Both
+    take the kernel's axis names, and the name `rank` where that leaves them without `embed`.
 
     Attributes:
         lora: The network's adapters; None for none.
@@ -85,14 +85,14 @@ class AdaptedLinear(Linear):
 
 
 def split(params: Mapping) -> tuple[dict, dict]:
-    """Parts a student's parameters.
+    """Splits a student's parameters into base and trained.
 
     Args:
         params: `{"params": ...}`.
 
     Returns:
-        `(base, trained)`, both `{"params": ...}`, of the same arrays. The base lacks the trained
-        modules altogether.
+        `(base, trained)`, both `{"params": ...}`, with the same arrays. The base has no entries for
+        the trained modules.
     """
     base, trained = _split(params["params"])
     return {"params": base}, {"params": trained}
@@ -114,11 +114,11 @@ def _split(tree: Mapping, top: bool = True) -> tuple[dict, dict]:
 
 
 def merge(base: Mapping, trained: Mapping) -> dict:
-    """Puts a student's parameters together; no array is copied.
+    """Combines a student's parameters without copying an array.
 
     Args:
-        base: `{"params": ...}` of the teacher, or the base that `split` gave. Its own output head
-            and last modulation are left out.
+        base: `{"params": ...}` of the teacher, or the base from `split`. Its own output head and
+            last modulation are left out.
         trained: `{"params": ...}`.
 
     Returns:
@@ -147,14 +147,14 @@ def _merge(base: Mapping, trained: Mapping, path: tuple[str, ...]) -> dict:
 
 
 def fuse(params: Mapping, scale: float = 1.0) -> dict:
-    """Adds the adapters into the kernels, for networks without adapters (merged weights).
+    """Adds the adapters to the kernels, for networks without adapters (merged weights).
 
     Args:
         params: `{"params": ...}` of a student.
         scale: See `LoRA`.
 
     Returns:
-        `{"params": ...}` without adapters. Products are taken in float32 at least and the sum is
+        `{"params": ...}` without adapters. Products are taken in at least float32, and the sum is
         rounded once, to the dtype of the kernel.
     """
     return {"params": _fuse(params["params"], scale)}
@@ -167,7 +167,7 @@ def _fuse(tree: Mapping, scale: float) -> dict:
     kernel, down, up = fused["kernel"], fused.pop(DOWN), fused.pop(UP)
     wide = jnp.promote_types(down.dtype, jnp.float32)
     rank, ins = down.shape[-1], kernel.ndim - fused["bias"].ndim
-    # What a stacked adapter has beyond its input axes and its rank is the axis of the layers.
+    # In addition to its input axes and rank, a stacked adapter has the axis of the layers.
     lead = kernel.shape[:1] if down.ndim - 1 > ins else (1,)
     left = jnp.asarray(down, wide).reshape(*lead, -1, rank)
     right = jnp.asarray(up, wide).reshape(*lead, rank, -1)

@@ -1,7 +1,7 @@
 """Qwen-Image, the text-to-image transformer of Alibaba (arXiv 2508.02324), as pi-Flow distils it.
 
 Source: the released network in the form of `diffusers`, and the heads of pi-Flow (arXiv 2510.14974,
-section 5). Text comes as the hidden states of Qwen2.5-VL.
+section 5). Text enters as the hidden states of Qwen2.5-VL.
 """
 
 import jax
@@ -26,9 +26,10 @@ from piflow_jax.models.lora import AdaptedLinear, LoRA
 
 __all__ = ["QWEN_TARGETS", "QwenImage", "qwen_angles"]
 
-# The layers that pi-Flow adapts: feed-forwards of both streams and the embedder of time. It leaves
-# out the text's in the last block, whose text tokens nobody reads; here that block's text adapters
-# exist, as one slice of a stack, get no gradient and are not exported.
+# The layers that pi-Flow adapts: the feed-forwards of both streams and the time embedder. pi-Flow
+# leaves out the text feed-forward of the last block, because nothing reads its text tokens. Here
+# that block's text adapters exist as one slice of a stack. They get no gradient and are not
+# exported.
 QWEN_TARGETS = (
     "image_mlp_in",
     "image_mlp_out",
@@ -41,10 +42,12 @@ TIME_SCALE = 1000.0
 
 
 def qwen_angles(axes: tuple[int, ...], text_length: int, height: int, width: int) -> np.ndarray:
-    """Rotary angles: image tokens around the origin, text on the diagonal beyond them.
+    """Rotary angles: image tokens around the origin, text tokens on the diagonal beyond them.
 
-    Rows run from `-ceil(height / 2)` to `floor(height / 2) - 1`, columns likewise, the frame is 0;
-    text token `i` is at `max(height, width) // 2 + i` in all three coordinates.
+    Rows run from `-ceil(height / 2)` to `floor(height / 2) - 1`, columns likewise, and the frame is
+    0. Text token `i` is at `max(height, width)
+
+    2 + i` in all three coordinates.
 
     Args:
         axes: Features of a head for each of the three coordinates.
@@ -53,8 +56,8 @@ def qwen_angles(axes: tuple[int, ...], text_length: int, height: int, width: int
         width: Columns of image tokens.
 
     Returns:
-        `[text_length + height * width, sum(axes) / 2]` float32 radians. The released network makes
-        them in float32, which at position 1000 is 3e-5 away from the exact angle.
+        `[text_length + height * width, sum(axes) / 2]` float32 radians. The released network
+        computes them in float32, which at position 1000 is 3e-5 away from the exact angle.
     """
     rows, columns = np.meshgrid(
         np.arange(height) - (height - height // 2),
@@ -75,30 +78,31 @@ def qwen_angles(axes: tuple[int, ...], text_length: int, height: int, width: int
 class QwenImage(Network):
     """Qwen-Image: joint blocks of text and image, conditioned on time alone.
 
-    The defaults are the released network, 20 430 401 088 parameters. Blocks are stacked on a
-    leading `layers` axis and run under a scan.
+    The defaults are the released network, 20 430 401 088 parameters. The blocks run under a scan,
+    with their parameters stacked on a leading `layers` axis.
 
     Padded text is masked: no token attends to it, so an image does not depend on the length to
-    which prompts were padded. So do the pi-Flow release and `diffusers` from 0.37 on; before, a
-    padded token's embedding moved their output.
+    which prompts were padded. The pi-Flow release and `diffusers` from 0.37 on do the same. In
+    earlier versions a padded token's embedding changed the output.
 
     Attributes:
         patch_size: Side of a patch, in sites.
-        in_channels: Channels `C` of latents, in and out.
+        in_channels: Channels `C` of latents, input and output.
         hidden: Width of the tokens.
         num_heads: Attention heads.
         depth: Number of blocks.
         text_features: Width of the text embeddings.
-        axes_dims_rope: Features of a head that encode frame, row and column; add up to its size.
+        axes_dims_rope: Features of a head that encode frame, row and column; their sum is the size
+            of a head.
         head: Output head, see `piflow_jax.models.heads`.
         lora: Adapters, usually `LoRA(QWEN_TARGETS)`; None for none.
-        time_dtype: Times are rounded to it before they are scaled. The released pipelines, and
-            pi-Flow's training, round them to bfloat16 (a time of 0.889 is 0.890625 there).
-        dtype: Compute dtype of tokens; None is the wider of input and parameters. Conditioning
-            embedding, norms' statistics, rotations, softmax and outputs are float32 at least.
-        param_dtype: Dtype of fresh parameters of the base; the head and `final_modulation` are
-            float32 at least.
-        remat: What the backward pass recomputes, a name in `REMAT_POLICIES`.
+        time_dtype: Times are rounded to it before they are scaled. The released pipelines and
+            pi-Flow's training round them to bfloat16 (which turns a time of 0.889 into 0.890625).
+        dtype: Compute dtype of tokens; None is the wider of input and parameters. The conditioning
+            embedding, the norms' statistics, rotations, softmax and outputs are at least float32.
+        param_dtype: Dtype of fresh parameters of the base; the head and `final_modulation` are at
+            least float32.
+        remat: What the backward pass recomputes: a name in `REMAT_POLICIES`.
         scan_unroll: Blocks per iteration of the scan.
         attention: `implementation` of `jax.nn.dot_product_attention`: None, "xla" or "cudnn".
         constrain: See `DiT`.
@@ -130,17 +134,17 @@ class QwenImage(Network):
         Args:
             x: `[B, H, W, C]` latents; `H` and `W` are multiples of `patch_size`.
             t: `[B]` times in [0, 1], 1 is noise.
-            text: `[B, L, text_features]` text embeddings, from position 0 on; what is padding may
-                hold any finite numbers.
-            mask: `[B, L]`, zero or False where `text` is padding. None hides nothing, which is what
-                the pi-Flow release computed with `diffusers` before 0.37.
+            text: `[B, L, text_features]` text embeddings, from position 0 on. Padding may hold any
+                finite numbers.
+            mask: `[B, L]`, zero or False where `text` is padding. None hides nothing, as in the
+                pi-Flow release with `diffusers` before 0.37.
 
         Returns:
-            What the head makes: `u[B, H, W, C]`, a `GMOutput`, or `[B, H, W, N, C]`. Float32, or
+            The head's output: `u[B, H, W, C]`, a `GMOutput`, or `[B, H, W, N, C]`. Float32, or
             float64 with float64 parameters.
 
         Raises:
-            ValueError: A shape, a size or the name of a remat policy does not fit.
+            ValueError: A shape, a size or the name of the remat policy is not valid.
         """
         self._check(x, t, text, mask)
         embedding = self._embed_time(t)
@@ -165,7 +169,7 @@ class QwenImage(Network):
             key_mask = jnp.concatenate([mask.astype(bool), shown], axis=1)
         (_, tokens), _ = self._blocks(dtype)(streams, conditioning, table, key_mask)
 
-        # The head and this layer are trained, and not by adapters: never less than float32.
+        # The head and this layer are trained without adapters, so they are at least float32.
         trained = jnp.promote_types(self.param_dtype, jnp.float32)
         axes = ("embed", None, None)
         last = linear((2, self.hidden), "final_modulation", axes, param_dtype=trained)
@@ -196,7 +200,7 @@ class QwenImage(Network):
         return tuple(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes)
 
     def _embed_time(self, t: jax.Array) -> jax.Array:
-        """Embedding `[B, D]` of time, at least float32, float64 with such parameters."""
+        """Embedding `[B, D]` of time in at least float32, in float64 with float64 parameters."""
         features = time_features(round_time(t, self.time_dtype), scale=TIME_SCALE)
 
         def linear(name, axes):

@@ -1,10 +1,10 @@
-"""The autoencoder of Stable Diffusion (arXiv 2112.10752, section 3.1), and those that came from it.
+"""The autoencoder of Stable Diffusion (arXiv 2112.10752, section 3.1) and its descendants.
 
-The latent spaces of DiT teachers (`sd-vae-ft-ema` and `sd-vae-ft-mse`, whose sizes are the
-defaults), of FLUX.1 (16 channels, no convolutions around the latents) and of Qwen-Image. The last
-is an autoencoder of videos, causal in time (arXiv 2508.02324, section 2.3); a picture is its first
-frame, before which it sees zeros, so of each kernel only the last slice in time matters, and what
-remains is this network with other norms and upsampling that halves widths.
+It serves the latent spaces of DiT teachers (`sd-vae-ft-ema` and `sd-vae-ft-mse`, which set the
+default sizes), of FLUX.1 (16 channels, no convolutions around the latents) and of Qwen-Image.
+Qwen-Image has an autoencoder of videos, causal in time (arXiv 2508.02324, section 2.3). A picture
+is its first frame, with zeros before it, so only the last slice in time of each kernel matters. The
+result is this network with other norms and with upsampling that halves widths.
 
 Channels last. Parameters come from `piflow_jax.convert`, as models `"vae"` and `"qwen_vae"`.
 """
@@ -41,7 +41,7 @@ class ChannelNorm(nn.Module):
         """Maps x[..., C] to the same shape; statistics are float32 at least."""
         scale = self.param("scale", nn.initializers.ones, x.shape[-1:])
         wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-        # Norms are cut off at 1e-12, as in the release: sites of zeros stay zeros.
+        # Norms are bounded below by 1e-12, as in the release, so that sites of zeros stay zeros.
         square = jnp.maximum(jnp.sum(wide * wide, axis=-1, keepdims=True), 1e-24)
         wide = wide * jax.lax.rsqrt(square) * x.shape[-1] ** 0.5 * jnp.expand_dims(scale, (0, 1, 2))
         return wide.astype(self.dtype or jnp.promote_types(x.dtype, scale.dtype))
@@ -50,7 +50,7 @@ class ChannelNorm(nn.Module):
 def _norm(groups: int | None, dtype, name: str | None = None) -> nn.Module:
     if groups is None:
         return ChannelNorm(dtype, name=name)
-    # The fast variance loses digits where a channel's mean is large; decoders have such channels.
+    # The fast variance loses digits where a channel's mean is large, as in decoders.
     return nn.GroupNorm(
         groups, epsilon=NORM_EPSILON, dtype=dtype, use_fast_variance=False, name=name
     )
@@ -99,7 +99,7 @@ class AttentionBlock(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Image to the posterior's mean and log-variance, before `quant_conv`."""
+    """Maps an image to the posterior's mean and log-variance, before `quant_conv`."""
 
     channels: tuple[int, ...]
     layers_per_block: int
@@ -131,7 +131,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Latents, after `post_quant_conv`, to an image."""
+    """Maps latents, after `post_quant_conv`, to an image."""
 
     channels: tuple[int, ...]
     layers_per_block: int
@@ -168,16 +168,16 @@ class AutoencoderKL(nn.Module):
     """The whole autoencoder.
 
     Attributes:
-        channels: Widths by level; each level but the last halves the resolution.
-        layers_per_block: Residual blocks by level of the encoder (the decoder has one more).
+        channels: Width of each level; every level but the last halves the resolution.
+        layers_per_block: Residual blocks per level of the encoder (the decoder has one more).
         latent_channels: `C` of the latents.
         in_channels: `C` of the images.
         norm_groups: Groups of every normalisation; divides all widths. None normalises the channels
             of each site (Qwen-Image).
         quant_convs: Whether a 1x1 convolution follows the encoder and precedes the decoder.
-        halving_upsample: Whether the decoder's convolutions that upsample halve the width.
-        latent_scale: What diffusion models see is `(latents - latent_shift) * latent_scale`; a
-            number, or one for each channel.
+        halving_upsample: Whether the decoder's upsampling convolutions halve the width.
+        latent_scale: Diffusion models use `(latents - latent_shift) * latent_scale`; a number, or
+            one per channel.
         latent_shift: See `latent_scale`.
         dtype: Compute dtype; None is the wider of input and parameters.
     """
@@ -215,11 +215,11 @@ class AutoencoderKL(nn.Module):
 
     @property
     def downsampling(self) -> int:
-        """Sites of an image per site of its latents, along one side."""
+        """Number of image sites per latent site, along one side."""
         return 2 ** (len(self.channels) - 1)
 
     def encode(self, image: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Posterior of an image's raw latents.
+        """Posterior over an image's raw latents.
 
         Args:
             image: `[B, H, W, in_channels]` in [-1, 1]; `H` and `W` divisible by `downsampling`.
@@ -228,7 +228,7 @@ class AutoencoderKL(nn.Module):
             Mean and logarithm of the variance, each `[B, H / f, W / f, latent_channels]`.
 
         Raises:
-            ValueError: The image's sides are not divisible.
+            ValueError: The image's sides are not divisible by `downsampling`.
         """
         if image.shape[1] % self.downsampling or image.shape[2] % self.downsampling:
             raise ValueError(
@@ -242,28 +242,28 @@ class AutoencoderKL(nn.Module):
         return mean, jnp.clip(logvar, *LOGVAR_RANGE)
 
     def decode(self, latents: jax.Array) -> jax.Array:
-        """Image of raw latents.
+        """Decodes raw latents to an image.
 
         Args:
             latents: `[B, h, w, latent_channels]`, not scaled.
 
         Returns:
-            `[B, f h, f w, in_channels]`, about [-1, 1], not clipped.
+            `[B, f h, f w, in_channels]`, roughly in [-1, 1], not clipped.
         """
         return self.decoder(self.post_quant_conv(latents) if self.quant_convs else latents)
 
     def scaled(self, latents: jax.Array) -> jax.Array:
-        """What diffusion models see of raw `latents[..., latent_channels]`; the same shape."""
+        """Scales raw `latents[..., latent_channels]` as diffusion models use them; same shape."""
         scale, shift = self._scale_and_shift(latents)
         return (latents - shift) * scale
 
     def raw(self, latents: jax.Array) -> jax.Array:
-        """Raw latents of what diffusion models see, `latents[..., latent_channels]`; that shape."""
+        """Raw latents from scaled `latents[..., latent_channels]`; same shape."""
         scale, shift = self._scale_and_shift(latents)
         return latents / scale + shift
 
     def __call__(self, image: jax.Array) -> jax.Array:
-        """Reconstruction of an image from the posterior's mean; initialises all parameters.
+        """Reconstructs an image from the posterior's mean; initialises all parameters.
 
         Args:
             image: See `encode`; `[B, H, W, in_channels]` in [-1, 1].
@@ -275,7 +275,7 @@ class AutoencoderKL(nn.Module):
 
 
 def sample_posterior(key: jax.Array, mean: jax.Array, std: jax.Array) -> jax.Array:
-    """A sample of raw latents.
+    """Draws raw latents from the posterior.
 
     Args:
         key: Random key.
@@ -293,14 +293,14 @@ def decode_in_chunks(
 ) -> jax.Array:
     """Decodes a batch a few latents at a time, in the memory of those few; jittable.
 
-    Part `i` of `n` takes the latents `i, i + n, ...`, so a batch that is split over devices keeps
-    all of them busy and nothing moves.
+    Part `i` of `n` takes the latents `i, i + n, ...`. A batch that is split over devices therefore
+    keeps all of them busy, and no latent moves between devices.
 
     Args:
         module: The autoencoder.
         params: Its variables.
         latents: Raw latents `[B, h, w, C]`.
-        chunk: Latents decoded at once, at most; fewer if their number divides the batch.
+        chunk: Upper bound on the latents decoded at once; fewer if their number divides the batch.
 
     Returns:
         Images `[B, f h, f w, in_channels]`.
@@ -316,17 +316,17 @@ def decode_in_chunks(
 def picture_decoder(
     module: AutoencoderKL, params: dict, devices: Sequence[jax.Device] | None = None
 ) -> Callable[[ArrayLike], jax.Array]:
-    """What turns samples into pictures, compiled once for each shape.
+    """A function that decodes samples to pictures, compiled once per shape.
 
     Args:
         module: The autoencoder.
         params: Its variables.
-        devices: Of this process, which decode an image each at a time (those of 1024x1024 images
-            take gigabytes each); the first one by default.
+        devices: Devices of this process, each decoding one image at a time (images of 1024x1024
+            take gigabytes each); the first device by default.
 
     Returns:
-        `latents [B, h, w, C]`, as diffusion models see them, to images `[B, f h, f w,
-        in_channels]`. A batch is filled up to a multiple of the number of devices.
+        A function from `latents [B, h, w, C]`, scaled as diffusion models use them, to images `[B,
+        f h, f w, in_channels]`. It pads a batch to a multiple of the number of devices.
     """
     devices = jax.local_devices()[:1] if devices is None else devices
     mesh = Mesh(np.asarray(devices), ("data",), axis_types=(AxisType.Auto,))
