@@ -1,4 +1,4 @@
-"""Teacher and student of a run as values, before their weights, and how they sample."""
+"""Teacher and student of a run, without their weights, and their samplers."""
 
 import dataclasses
 
@@ -15,15 +15,16 @@ __all__ = ["Systems", "guided"]
 
 
 def guided(network: Network, settings: TeacherConfig, null: Condition | None) -> Teacher | None:
-    """A network that predicts velocities as a teacher, guided as the settings say.
+    """Makes a teacher of a network that predicts velocities, with the guidance in the settings.
 
     Args:
       network: the network.
       settings: guidance scale, interval and orthogonal share.
-      null: the condition that stands for none, of a single example.
+      null: the null condition of a single example.
 
     Returns:
-      The teacher; its parameters are the network's variables. None where it is guided by nothing.
+      The teacher; its parameters are the network's variables. None if it is guided but has no null
+      condition.
     """
     if settings.guidance_scale != 1 and null is None:
         return None
@@ -43,11 +44,11 @@ class Systems:
 
     Attributes:
       config: the run's settings.
-      data: what networks know of the data.
-      teacher: the teacher with its guidance; None where that lacks the condition for none.
-      student_network: predicts policies.
-      teacher_network: the teacher's network, where it is one of ours or is to be trained here.
-      null: the condition that stands for none; of captions None where the set is not open.
+      data: shape and conditions of the data.
+      teacher: the teacher with its guidance; None if it is guided but has no null condition.
+      student_network: the network that predicts policies.
+      teacher_network: the teacher's network, if it is one of ours or is to be trained here.
+      null: the null condition; None for a set of captions that is not open.
     """
 
     config: Config
@@ -65,12 +66,12 @@ class Systems:
         caption: Condition | None = None,
         constrain: Constrain | None = None,
     ) -> "Systems":
-        """The systems of a configuration.
+        """Builds the systems of a configuration.
 
         Args:
           config: the run's settings.
-          data: what networks know of the data.
-          caption: the empty caption of a set of captions; needed for guidance only.
+          data: shape and conditions of the data.
+          caption: the empty caption of a set of captions; only guidance needs it.
           constrain: see `constrained`.
 
         Returns:
@@ -89,7 +90,7 @@ class Systems:
         return systems if constrain is None else systems.constrained(constrain)
 
     def constrained(self, constrain: Constrain) -> "Systems":
-        """The same with activations of networks pinned to a mesh, for parameters that are split."""
+        """The same systems with activations pinned to a mesh, for parameters that are split."""
         teacher, network, student = self.teacher, self.teacher_network, self.student_network
         if network is not None:
             network = network.constrained(constrain)
@@ -103,7 +104,7 @@ class Systems:
         return teacher_sampler(self.teacher, self.config.train.shift, steps)
 
     def student_sampler(self) -> Sampler:
-        """The student's sampler, at its trained NFE or that of `config.evaluation.nfe`."""
+        """The student's sampler, at its trained NFE or at `config.evaluation.nfe`."""
         train, settings = self.config.train, self.config.evaluation
         sample = student_sampler(
             self.student_network,
@@ -118,7 +119,7 @@ class Systems:
         )
 
     def sampler(self) -> Sampler:
-        """That of `config.evaluation.system`, a teacher's at the most of its `teacher_steps`."""
+        """The sampler of `config.evaluation.system`; a teacher takes its most `teacher_steps`."""
         if self.config.evaluation.system == "student":
             return self.student_sampler()
         return self.teacher_sampler(self.config.evaluation.teacher_steps[-1])

@@ -1,10 +1,10 @@
-"""What a network is conditioned on: classes, text, arrays of a user's own, or nothing.
+"""Conditioning of networks: classes, text, arrays of a user's own, or nothing.
 
-A *condition* is what an example of a source has under `condition`: labels `int[B]`, or embedded
-captions, a mapping of `text[B, L, D]`, padded behind its `text_length[B]` tokens, and where the
-encoders make one `pooled[B, P]`; of FLUX.1 also `guidance[B]`, by default its network's own.
-Everything but the network passes it on as it is; a `Conditioning`
-turns it into the keyword arguments of one of our networks.
+A *condition* is the value under `condition` in an example of a source. It is either labels `int[B]`
+or embedded captions. Captions are a mapping of `text[B, L, D]`, padded behind its `text_length[B]`
+tokens, and `pooled[B, P]` if the encoders make one. For FLUX.1 it also holds `guidance[B]`, which
+defaults to the network's own guidance scale. All code except the network passes a condition on
+unchanged. A `Conditioning` turns it into the keyword arguments of one of our networks.
 """
 
 import dataclasses
@@ -37,10 +37,10 @@ Condition = Any
 
 
 class Conditioning(Protocol):
-    """How a network reads a condition.
+    """Turns conditions into the arguments of a network.
 
     Attributes:
-      reads_text: conditions are embedded captions, and samples have no size of their own.
+      reads_text: True if conditions are embedded captions. Samples then have no size of their own.
     """
 
     reads_text: bool
@@ -50,9 +50,9 @@ class Conditioning(Protocol):
         ...
 
     def null(self, data: DataShape, caption: Condition | None) -> Condition:
-        """The condition that stands for none, of a single example.
+        """The null condition of a single example.
 
-        `caption` is the empty one of a set of captions.
+        `caption` is the empty caption of a set of captions.
         """
         ...
 
@@ -61,16 +61,16 @@ class Conditioning(Protocol):
         ...
 
     def checked(self, condition: Condition, data: DataShape) -> tuple[Condition, int]:
-        """A caller's condition as arrays on the host, and the number of samples that it is for.
+        """A caller's condition as arrays on the host, and the number of samples that it describes.
 
-        ValueError says what it should be.
+        A ValueError says what the condition should be.
         """
         ...
 
 
 @dataclasses.dataclass(frozen=True)
 class ClassLabels:
-    """Labels in `[0, num_classes)`; label `num_classes` stands for none."""
+    """Labels in `[0, num_classes)`; label `num_classes` is the null label."""
 
     reads_text = False
 
@@ -100,7 +100,7 @@ class ClassLabels:
 
 @dataclasses.dataclass(frozen=True)
 class Unconditional:
-    """Samples without a condition, of which a caller gives the number."""
+    """Samples without a condition. The caller gives their number instead."""
 
     reads_text = False
 
@@ -125,12 +125,12 @@ class Unconditional:
 
 @dataclasses.dataclass(frozen=True)
 class Arrays:
-    """Arrays of any names and shapes, of networks that are not ours; see `DataShape.conditions`."""
+    """Arrays of any names and shapes, for networks of a user's own; see `DataShape.conditions`."""
 
     reads_text = False
 
     def __call__(self, condition):
-        """See `Conditioning`; a condition without a name has none here either."""
+        """See `Conditioning`; a condition that is a single array is named `condition`."""
         return dict(condition) if isinstance(condition, Mapping) else {"condition": condition}
 
     def null(self, data, caption):
@@ -168,7 +168,7 @@ class Arrays:
 
 
 def described(condition: Condition) -> tuple[str, ...]:
-    """Names, types and shapes of the condition of one example; see `DataShape.conditions`."""
+    """Names, dtypes and shapes of one example's condition; see `DataShape.conditions`."""
     arrays = condition if isinstance(condition, Mapping) else {"": condition}
     arrays = {name: np.asarray(array) for name, array in arrays.items()}
     return tuple(f"{name}:{a.dtype}:{'x'.join(map(str, a.shape))}" for name, a in arrays.items())
@@ -180,7 +180,7 @@ def _read(text: str) -> tuple[str, np.dtype, tuple[int, ...]]:
 
 
 def conditioning_of(data: DataShape) -> Conditioning:
-    """How networks that are not ours read the conditions of their data."""
+    """The conditioning of a user's own network, from the conditions of its data."""
     if data.conditions:
         return Arrays()
     return ClassLabels() if data.num_classes else Unconditional()
@@ -191,9 +191,9 @@ class Text:
     """Embedded captions.
 
     Attributes:
-      pooled: the network takes the pooled embedding too.
-      masked: the network does not see padding; otherwise it sees all of the text.
-      guidance: distilled guidance scale that the network is given; 0 if it has no such input.
+      pooled: the network also takes the pooled embedding.
+      masked: padding is hidden from the network; otherwise the network reads all of the text.
+      guidance: distilled guidance scale for the network; 0 if it has no such input.
     """
 
     pooled: bool = False
@@ -203,7 +203,7 @@ class Text:
 
     @property
     def _axes(self) -> dict[str, int]:
-        """What captions hold, and how many axes each has."""
+        """Entries of captions, with the number of axes of each."""
         return {"text": 3, "text_length": 1} | ({"pooled": 2} if self.pooled else {})
 
     def _check(self, condition):
@@ -224,7 +224,8 @@ class Text:
         if self.pooled:
             arguments["pooled"] = jnp.asarray(condition["pooled"])
         if self.guidance > 0:
-            # A student's sampler has it among its arguments; others have one for all.
+            # A student's sampler has the scale among its arguments; others use one scale for all
+            # samples.
             own = jnp.full(text.shape[:1], self.guidance, jnp.float32)
             arguments["guidance"] = jnp.asarray(condition.get("guidance", own))
         return arguments

@@ -1,4 +1,4 @@
-"""The table of data sets: everything that depends on which one a run is about."""
+"""The table of data sets: everything that depends on the choice of a data set."""
 
 import dataclasses
 from collections.abc import Callable
@@ -30,13 +30,14 @@ class Dataset:
       captions: conditions are embedded captions instead of labels.
       latents: states are an autoencoder's latents.
       pictures: states are the pixels of pictures that the user names, prepared once.
-      by_class: samples can be drawn of every class. Of a set without classes, pictures are drawn
-        and measured by a list of prompts, and no teacher is trained on it.
-      bundled: the source is there wherever the package is, or is small enough to be opened for its
-        shape alone.
-      features: the feature space that ships with the package for its images; empty if none does.
-      class_names: names of its classes, where they are the same for everybody and no numbers.
-      uses: keys of `config` that this data has a use for and others have not.
+      by_class: every class can be sampled. For a set without classes, pictures are drawn and
+        measured by a list of prompts, and no teacher is trained on it.
+      bundled: the source is available wherever the package is, or is small enough to be opened just
+        for its shape.
+      features: the feature space that ships with the package for its images; empty if there is
+        none.
+      class_names: names of its classes, if they are fixed and not numbers.
+      uses: keys of `config` that only this data uses.
     """
 
     load: Callable[[DataConfig], Source]
@@ -106,7 +107,7 @@ DATASETS: dict[str, Dataset] = {
 
 
 def dataset(config: Config) -> Dataset:
-    """The row of a run's data."""
+    """The row of `DATASETS` for a run's data."""
     return DATASETS[config.data.name]
 
 
@@ -114,18 +115,18 @@ def load_source(data: DataConfig) -> Source:
     """Opens a run's data.
 
     Args:
-      data: its settings.
+      data: the settings of the data.
 
     Returns:
       The source.
 
     Raises:
       FileNotFoundError: the data is not on this machine; the message says how to get it.
-      ShardsError: a prepared set is unfinished or damaged.
+      ShardsError: a prepared set is incomplete or damaged.
     """
     return DATASETS[data.name].load(data)
 
 
 def shape_of(config: Config, source: Source) -> DataShape:
-    """What a network has to know of a run's data."""
+    """The shape and conditions of a run's data, as networks need them."""
     return DataShape.of(config.data.name, source)

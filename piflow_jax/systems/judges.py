@@ -1,7 +1,7 @@
-"""Judges: the feature spaces in which samples of a run's data are measured.
+"""Judges: the feature spaces that measure samples of a run's data.
 
-`open_judge` gives the one for a source. Figures compare only within one feature space, so reports
-name its digest.
+`open_judge` returns the feature space of a source. Figures are comparable only within one space, so
+each space has a digest, which reports store with their figures.
 """
 
 import io
@@ -42,21 +42,21 @@ __all__ = [
 ]
 
 FEATURES_FILE = "features.npz"
-# Real samples in figures; precision and recall compare each with each.
+# Most real samples in figures, because precision and recall compare all pairs.
 _MOST_REAL = 10_000
 _BATCH = 512
-# What the recipe of feature networks needs: sites of a side, images, and of a class on average.
+# Least data for training a feature network: sites per side, images, and mean images per class.
 _SMALLEST_SIDE, _LEAST_IMAGES, _LEAST_OF_A_CLASS = 8, 256, 8
-_IMAGES_PER_DEVICE = 64  # that Inception sees at a time
-_LOG_EVERY = 200  # steps of a feature network's training
+_IMAGES_PER_DEVICE = 64  # images that Inception takes at a time
+_LOG_EVERY = 200  # training steps of a feature network
 
 
 class Judge(Protocol):
     """A feature space.
 
     Attributes:
-      name: what reports call it.
-      digest: identity of its weights; figures compare only between equal ones.
+      name: its name in reports.
+      digest: identity of its weights; figures are comparable only between equal digests.
     """
 
     name: str
@@ -68,7 +68,7 @@ class Judge(Protocol):
 
 
 class InceptionJudge:
-    """The pooled features of Inception, of images in [-1, 1], grey or colour.
+    """The pooled features of Inception, for images in [-1, 1], grey or colour.
 
     Args:
       network: the feature network.
@@ -87,7 +87,7 @@ class InceptionJudge:
 
 
 def described(judge: Judge) -> str:
-    """A judge in a few words: its name, and enough of its digest to tell it from others."""
+    """A judge in a few words: its name and enough of its digest to identify it."""
     return f"{judge.name}, sha256 {judge.digest[:12]}"
 
 
@@ -97,26 +97,27 @@ def open_judge(
     settings: EvaluationConfig | None = None,
     shipped: str = "",
 ) -> Judge | None:
-    """The feature space for samples of a source, which is made where there is none.
+    """Opens the feature space for samples of a source, or makes one if there is none.
 
     Args:
       source: the data, images `[H, W, 1]` or `[H, W, 3]` in [-1, 1].
-      directory: where the space that is made of the source is kept, as `features.npz`; all
-        processes have to call this.
-      settings: `features` names Inception's weights, which take the place of all others; None
-        names none.
-      shipped: name of the space that ships with the package for this data; empty if none does.
+      directory: where the space made from the source is stored, as `features.npz`. All processes
+        must call this.
+      settings: `features` gives Inception's weights, which replace all other spaces; None gives
+        none.
+      shipped: name of the space that ships with the package for this data; empty if there is none.
 
     Returns:
-      Inception if its weights are given; the shipped space; a network that is trained on the
-      labelled images; or, where these are too few, too small or without classes, the principal
-      components of their pixels. None if states are no images or too few for figures, which is
-      logged.
+      The first of these that is available: Inception, if its weights are given; the shipped space;
+      a network trained on the labelled images; the principal components of their pixels, if images
+      are too few, too small or without classes. None if states are not images or too few for
+      figures; the log says so.
 
     Raises:
-      ConfigError: a file is no Inception, or the space of another source; or none can be made.
-      FileNotFoundError: Inception's weights are not there; says what to put there.
-      KeptFileError: the space that was kept is damaged.
+      ConfigError: a file does not hold Inception or holds the space of another source, or no space
+        can be made.
+      FileNotFoundError: Inception's weights are missing; the message says what to put there.
+      KeptFileError: the stored space is damaged.
     """
     problem = _no_figures(source)
     if problem:
@@ -133,7 +134,7 @@ def open_judge(
 
 
 def config_judge(config: Config, source: Source, workdir: str | os.PathLike) -> Judge:
-    """The feature space of a run's data, where nothing can be done without; see `open_judge`."""
+    """The feature space of a run's data, for uses that require one; see `open_judge`."""
     judge = open_judge(source, workdir, config.evaluation, dataset(config).features)
     if judge is None:
         raise ConfigError(f"config.data.name = {config.data.name!r} has no images to measure")
@@ -141,7 +142,7 @@ def config_judge(config: Config, source: Source, workdir: str | os.PathLike) -> 
 
 
 def load_inception(settings: EvaluationConfig) -> InceptionNetwork:
-    """The feature network of `config.evaluation.features` on every device of this process.
+    """Loads the feature network of `config.evaluation.features` on every device of this process.
 
     Args:
       settings: the settings of evaluation.
@@ -150,8 +151,8 @@ def load_inception(settings: EvaluationConfig) -> InceptionNetwork:
       The network.
 
     Raises:
-      ConfigError: none is given, or the file is not one.
-      FileNotFoundError: it is not there; says what to put there.
+      ConfigError: no file is given, or the file does not hold one.
+      FileNotFoundError: the file is missing; the message says what to put there.
     """
     path = settings.features
     if not path:
@@ -174,16 +175,16 @@ def load_inception(settings: EvaluationConfig) -> InceptionNetwork:
 
 
 def real_features(source: Source, judge: Judge) -> tuple[np.ndarray, np.ndarray]:
-    """Features of the real images of figures.
+    """Features of the real images that figures compare with.
 
     Args:
       source: the images.
       judge: the feature space.
 
     Returns:
-      `(features[N, D], labels int32[N])` of all test images, or where there are none of all images;
-      of a larger set of 10,000 that depend on its length alone. Labels are 0 where there are no
-      classes.
+      `(features[N, D], labels int32[N])` of all test images, or of all images if there are no test
+      images. A larger set is reduced to 10,000 images, chosen by its length alone. Labels are 0
+      without classes.
     """
     test = getattr(source, "test", None) or source
     pairs = [(judge.extract(images), labels) for images, labels in _real_batches(test)]
@@ -197,7 +198,7 @@ def _real_batches(source: Source) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     if len(source) > _MOST_REAL:
         words = np.random.Philox(key=0).random_raw(len(source))
         indices = np.sort(np.argsort(words, kind="stable")[:_MOST_REAL])
-    labels = getattr(source, "labels", None)  # captions of classes know them besides
+    labels = getattr(source, "labels", None)  # captions made from classes also have labels
     for part in np.split(indices, range(_BATCH, len(indices), _BATCH)):
         if hasattr(source, "gather"):
             batch = source.gather(part)
@@ -213,7 +214,7 @@ def _real_batches(source: Source) -> Iterator[tuple[np.ndarray, np.ndarray]]:
 
 
 def _no_figures(source: Source) -> str:
-    """Why samples of a source cannot be measured; empty if they can."""
+    """Why figures cannot be measured for a source; empty if they can."""
     name, shape = source.name, tuple(source.shape)
     if len(shape) != 3 or shape[-1] not in (1, 3):
         return f"the states of {name!r}, {list(shape)}, are no images [H, W, 1] or [H, W, 3]"
@@ -239,7 +240,7 @@ def _shipped(name: str, source: Source) -> Judge:
 
 
 def _kept(source: Source, path: epath.Path) -> Judge:
-    """The space in a file, which is made if it is not there."""
+    """Reads the space from a file, or makes and writes it if the file is missing."""
     if jax.process_index() == 0 and not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         _write(path, source, *_made(source))
@@ -251,7 +252,7 @@ def _kept(source: Source, path: epath.Path) -> Judge:
 
 
 def _no_network(source: Source) -> str:
-    """Why no feature network can be trained on the images of a source; empty if one can."""
+    """Why no feature network can be trained on a source's images; empty if one can."""
     classes, count, side = getattr(source, "num_classes", 0), len(source), min(source.shape[:2])
     if classes < 2:
         return f"{source.name!r} has {'one class' if classes else 'no classes'}"
@@ -295,7 +296,7 @@ def _made(source: Source) -> tuple[str, dict[str, np.ndarray]]:
 
 
 def _identity(source: Source) -> dict[str, Any]:
-    """By what a source is known again."""
+    """Values that identify a source."""
     return {
         "images": len(source),
         "shape": list(source.shape),

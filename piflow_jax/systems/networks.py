@@ -1,7 +1,7 @@
-"""The table of networks: everything that depends on which one teacher and student share.
+"""The table of networks: everything that depends on the network of teacher and student.
 
-A `Network` is what the rest of the package knows of one: pure functions of its variables. Ours are
-Flax modules; networks of other making are in `piflow_jax.systems.own`.
+The rest of the package uses a `Network`: pure functions of its variables. Ours are Flax modules; a
+user's own networks are in `piflow_jax.systems.own`.
 """
 
 import dataclasses
@@ -46,11 +46,11 @@ class Network(Protocol):
     """A network as pure functions of its variables.
 
     Attributes:
-      conditioning: how it reads conditions.
-      adapted: what is trained of a student are adapters on its teacher's variables.
-      drops: it takes a key for dropout in training.
-      carries: it has variables besides its parameters, see `train`.
-      spec: what its checkpoint says of it, beyond settings and data.
+      conditioning: turns conditions into the network's arguments.
+      adapted: a student trains adapters on its teacher's variables.
+      drops: training takes a key for dropout.
+      carries: it has other variables besides its parameters, see `train`.
+      spec: its entries in a checkpoint, beyond settings and data.
     """
 
     conditioning: Conditioning
@@ -64,13 +64,13 @@ class Network(Protocol):
         ...
 
     def named(self, key: jax.Array) -> Variables:
-        """The same, each parameter in a box (`flax.linen.Partitioned`) if its axes have names."""
+        """The same, in boxes (`flax.linen.Partitioned`) where parameters have named axes."""
         ...
 
     def apply(self, variables: Variables, x: jax.Array, t: jax.Array, condition: Condition) -> Any:
         """The output at states `x[B, *sites, C]` of noise levels `t[B]`.
 
-        It is a velocity `u[B, *sites, C]`, or what the policy's row takes.
+        It is a velocity `u[B, *sites, C]`, or an output that the policy's row takes.
         """
         ...
 
@@ -82,24 +82,25 @@ class Network(Protocol):
         condition: Condition,
         key: jax.Array | None,
     ) -> tuple[Any, Any]:
-        """The output in training, with the dropout of `key`, and what is carried to the next call.
+        """The output in training, with the dropout of `key`, and variables for the next call.
 
-        What is carried are variables that no gradient changes: running averages, random state.
+        These carried variables change without gradients: running averages, random state.
         """
         ...
 
     def trained(self, variables: Variables) -> Variables:
-        """What gradients change of variables, or of their shapes."""
+        """The part of variables, or of their shapes, that gradients change."""
         ...
 
     def carried(self, variables: Variables) -> Any:
-        """What the first call in training is handed; see `train`."""
+        """The carried variables for the first call in training; see `train`."""
         ...
 
     def with_base(self, trained: Variables, base: Any) -> Variables:
         """The inverse of `trained`; copies nothing.
 
-        `base` is the teacher's variables where the network is adapted, otherwise what is carried.
+        `base` is the teacher's variables if the network is adapted, otherwise the carried
+        variables.
         """
         ...
 
@@ -112,9 +113,9 @@ class Network(Protocol):
         ...
 
     def check(self, teacher: "Network | None" = None) -> None:
-        """Refuses, before anything is trained, what only a call can tell; computes little.
+        """Refuses, before any training, errors that only a call can reveal; computes little.
 
-        `teacher` is the network at which a student starts.
+        `teacher` is the network where a student starts.
         """
         ...
 
@@ -125,7 +126,7 @@ class BuiltIn:
 
     Attributes:
       module: a `DiT`, `Flux` or `QwenImage`.
-      conditioning: how it reads conditions.
+      conditioning: turns conditions into the module's arguments.
     """
 
     module: nn.Module
@@ -157,7 +158,7 @@ class BuiltIn:
         return self.module.apply(variables, x, t, **self.conditioning(condition))
 
     def train(self, variables, x, t, condition, key):
-        """See `Network`; nothing is carried."""
+        """See `Network`; there are no carried variables."""
         rngs = None if key is None else {"dropout": key}
         return self.module.apply(variables, x, t, **self.conditioning(condition), rngs=rngs), ()
 
@@ -167,7 +168,7 @@ class BuiltIn:
         return ()
 
     def trained(self, variables: Variables) -> Variables:
-        """See `Network`; of a student with adapters these, the head and the last modulation."""
+        """See `Network`; with adapters: the adapters, the head and the last modulation."""
         return split(variables)[1] if self.adapted else variables
 
     def with_base(self, trained: Variables, base: Variables) -> Variables:
@@ -188,7 +189,7 @@ class BuiltIn:
         return dataclasses.replace(self, module=self.module.clone(constrain=constrain))
 
     def check(self, teacher: Network | None = None) -> None:
-        """See `Network`; the schema has seen to ours."""
+        """See `Network`; the schema has already checked our networks."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -196,16 +197,16 @@ class NetworkKind:
     """A row of `NETWORKS`.
 
     Attributes:
-      network: makes the network of settings, data and what a student predicts; None for a teacher.
-      conditioning: how it reads conditions, of its own settings.
-      spec: keys of its own settings without which a checkpoint's weights mean nothing.
-      data_spec: fields of `DataShape` likewise.
-      official: what official weights are for; None where there are none.
-      formats: official layouts of a teacher's weights, the first by default.
-      targets: layers with adapters in a student; None if all of it is trained.
-      added: keys of `spec` that older checkpoints lack, and what that means.
-      named: whether a spec says which network it is; those of a DiT never did.
-      of_caller: a function makes it that only the caller has.
+      network: makes the network from settings, data and the student's policy; None for a teacher.
+      conditioning: makes the conditioning from the network's own settings.
+      spec: keys of the network's own settings without which a checkpoint's weights mean nothing.
+      data_spec: fields of `DataShape` without which they mean nothing.
+      official: data of the official weights; None if there are none.
+      formats: official layouts of a teacher's weights; the first is the default.
+      targets: layers with adapters in a student; None if all of its layers are trained.
+      added: keys of `spec` that older checkpoints lack, with the value that this means.
+      named: whether a spec names the network; the spec of a DiT never did.
+      of_caller: True if a function makes it that only the caller has.
     """
 
     network: Callable[[ModelConfig, DataShape, PolicyConfig | None], Network]
@@ -224,7 +225,7 @@ Module = Callable[[ModelConfig, DataShape, Mapping[str, Any]], nn.Module]
 
 
 def _built_in(module: Module) -> Callable[..., BuiltIn]:
-    """Networks of a module of ours, of settings, data and the fields that all of them share."""
+    """Makes networks of one of our modules, from settings, data and the fields that all share."""
 
     def network(model: ModelConfig, data: DataShape, policy: PolicyConfig | None) -> BuiltIn:
         kind, own = NETWORKS[model.network], model.own
@@ -279,7 +280,7 @@ def _reading_text(model: ModelConfig, data: DataShape) -> dict[str, Any]:
     return {
         "text_features": data.text_features,
         "axes_dims_rope": tuple(own.rope_axes),
-        # What is computed in float32 sees the time that it is given.
+        # Float32 computations see the time exactly as given.
         "time_dtype": jnp.promote_types(model.dtype, own.time_dtype),
         "param_dtype": jnp.dtype(own.base_dtype),
     }
@@ -297,7 +298,7 @@ NETWORKS: dict[str, NetworkKind] = {
             *("name", "sample_size", "channels", "num_classes"),
             *("latent_scale", "latent_shift", "vae"),
         ),
-        # 256x256 images under the autoencoder of Stable Diffusion.
+        # 256x256 images, encoded by the autoencoder of Stable Diffusion.
         official=DataShape(
             released=True,
             name="latents",
@@ -315,7 +316,7 @@ NETWORKS: dict[str, NetworkKind] = {
         spec=(*_SIZES, "single_depth", "rope_axes", "distilled_guidance", "time_dtype"),
         added={"time_dtype": "float32"},
         data_spec=_TEXT_DATA,
-        # 1024x1024 images, captions by T5 and CLIP.
+        # 1024x1024 images, with captions embedded by T5 and CLIP.
         official=DataShape(
             released=True,
             name="prompts",
@@ -333,7 +334,7 @@ NETWORKS: dict[str, NetworkKind] = {
         spec=(*_SIZES, "rope_axes", "time_dtype"),
         added={"time_dtype": "float32"},
         data_spec=_TEXT_DATA,
-        # 1024x1024 images, captions by Qwen2.5-VL.
+        # 1024x1024 images, with captions embedded by Qwen2.5-VL.
         official=DataShape(
             released=True, name="prompts", sample_size=128, channels=16, text_features=3584
         ),
@@ -342,7 +343,7 @@ NETWORKS: dict[str, NetworkKind] = {
     ),
 }
 
-# The spec of such a network is its name and its data; its own settings are in its code.
+# The spec of such a network consists of its name and its data; its own settings are in its code.
 _OF_FUNCTIONS = NetworkKind(
     network=lambda model, data, policy: network_of_function(model.network, data, policy),
     conditioning=lambda own: ClassLabels(),
@@ -353,7 +354,7 @@ _OF_FUNCTIONS = NetworkKind(
 
 
 def network_kind(model: ModelConfig) -> NetworkKind:
-    """The row of a network of ours, or the one of all that a function makes.
+    """The row of one of our networks, or the row shared by all networks that a function makes.
 
     Args:
       model: the network's settings.
@@ -362,7 +363,7 @@ def network_kind(model: ModelConfig) -> NetworkKind:
       The row.
 
     Raises:
-      ConfigError: there is none of that name; the nearest is named.
+      ConfigError: no network has this name; the message gives the nearest name.
     """
     if model.network in NETWORKS:
         return NETWORKS[model.network]
@@ -381,24 +382,24 @@ def teacher_network(model: ModelConfig, data: DataShape) -> Network:
 
     Args:
       model: the network's settings.
-      data: what it has to know of its data.
+      data: shape and conditions of the data.
 
     Returns:
       The network.
 
     Raises:
-      ConfigError: `model.network` is no row of `NETWORKS` and no function.
+      ConfigError: `model.network` is neither a row of `NETWORKS` nor a function.
     """
     return network_kind(model).network(model, data, None)
 
 
 def student_network(model: ModelConfig, policy: PolicyConfig, data: DataShape) -> Network:
-    """The network that predicts policies; of some networks, the teacher's with adapters.
+    """The network that predicts policies; for some networks, the teacher's with adapters.
 
     Args:
       model: the network's settings.
       policy: the policy's settings.
-      data: what it has to know of its data.
+      data: shape and conditions of the data.
 
     Returns:
       The network.
@@ -415,5 +416,5 @@ def abstract_variables(network: Network) -> Variables:
 
 
 def named_variables(network: Network) -> Variables:
-    """The same, in boxes with the names of their axes where they have some."""
+    """The same, in boxes with the names of their axes if they have any."""
     return jax.eval_shape(network.named, seed_key(0))

@@ -1,9 +1,9 @@
-"""Networks of a user's own: Flax Linen, Flax NNX, or two functions; as teachers and as students.
+"""A user's own networks: Flax Linen, Flax NNX, or two functions, as teachers and as students.
 
-Such a network maps `(x[B, *sites, C], t[B], labels[B])` to `[B, *sites, outputs]`; a condition that
-is a mapping comes by keywords, and none is left out. A student's outputs are laid out as the row of
-its policy says (`policy_outputs`). The one log standard deviation of a mixture comes from a small
-function of time, which is trained along.
+Such a network maps `(x[B, *sites, C], t[B], labels[B])` to `[B, *sites, outputs]`. A condition that
+is a mapping is passed by keywords; without a condition nothing is passed. The row of a student's
+policy defines the layout of its outputs (`policy_outputs`). A mixture's single log standard
+deviation comes from a small function of time, which is trained along with the network.
 """
 
 import dataclasses
@@ -35,23 +35,23 @@ _TIME_SCALE = 1000.0
 class Functions(Protocol):
     """A network as functions of its variables `{"params": ..., "carried": ...}`.
 
-    Gradients change the first; running averages and random state are in the second.
+    Gradients change the first part. The second part holds running averages and random state.
     """
 
     def init(self, key: jax.Array, data: DataShape) -> dict[str, Any]:
-        """Fresh variables; parameters are in boxes where their axes have names."""
+        """Fresh variables; parameters are in boxes if their axes have names."""
         ...
 
     def apply(
         self, variables: Any, x: jax.Array, t: jax.Array, condition: Condition, training: bool
     ) -> tuple[jax.Array, Any]:
-        """The output, and what is carried to the next call in training."""
+        """The output, and the carried variables for the next call in training."""
         ...
 
 
 @dataclasses.dataclass(frozen=True)
 class _Linen:
-    """A `flax.linen.Module`; all of its collections but `params` are carried."""
+    """A `flax.linen.Module`; it carries all of its collections except `params`."""
 
     module: nn.Module
 
@@ -74,7 +74,7 @@ class _Linen:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Nnx:
-    """A `flax.nnx.Module`, which starts at its own values; all but `nnx.Param` is carried."""
+    """A `flax.nnx.Module`, which starts at its own values and carries all but `nnx.Param`."""
 
     module: Any
 
@@ -88,7 +88,7 @@ class _Nnx:
     def init(self, key, data):
         del key, data
         _, params, rest, *_ = self._split
-        # Keys of random streams are arrays of their own type, which checkpoints do not take.
+        # Keys of random streams have a dtype of their own, which checkpoints do not accept.
         return {"params": jax.tree.map(jnp.copy, params), "carried": _raw(rest)}
 
     def apply(self, variables, x, t, condition, training):
@@ -114,7 +114,7 @@ class _Nnx:
 
 @dataclasses.dataclass(frozen=True)
 class _Pair:
-    """`init(key) -> params` and `apply(params, x, t, ...)`; nothing is carried."""
+    """`init(key) -> params` and `apply(params, x, t, ...)`; it carries nothing."""
 
     make: Callable[[jax.Array], Any]
     call: Callable[..., jax.Array]
@@ -158,16 +158,17 @@ class _TimeLogstd(nn.Module):
 
 @dataclasses.dataclass(frozen=True)
 class OwnNetwork:
-    """A network of a user's own; see `piflow_jax.systems.networks.Network`.
+    """A user's own network; see `piflow_jax.systems.networks.Network`.
 
     Attributes:
-      name: what messages and checkpoints call it, `package.module:name`.
+      name: its name in messages and checkpoints, `package.module:name`.
       functions: the network.
       data: the shape of samples, and their conditions.
-      policy: what a student predicts; None for a teacher, whose outputs are its predictions.
-      asked: the teacher in whose scale and time a student is asked, and whose predictions its
-        means are; None asks with `(x, t)` for velocities. A student that starts at a teacher's
-        weights then predicts what the teacher does.
+      policy: the policy that a student predicts; None for a teacher, whose outputs are its
+        predictions.
+      asked: the teacher that sets the scale and time of a student's inputs and the kind of
+        prediction of its means. A student that starts at the teacher's weights then predicts the
+        same as the teacher. With None the inputs are `(x, t)` and the means are velocities.
     """
 
     name: str
@@ -185,7 +186,7 @@ class OwnNetwork:
 
     @property
     def outputs(self) -> int:
-        """Numbers per site that the network has to make."""
+        """Numbers per site that the network must predict."""
         if self.policy is None:
             return self.data.channels
         return POLICIES[self.policy.kind].outputs(self.policy, self.data.channels)
@@ -197,7 +198,7 @@ class OwnNetwork:
 
     @property
     def spec(self) -> dict[str, Any]:
-        """See `Network`: how it is asked."""
+        """See `Network`: the scale and time of its inputs, and its prediction."""
         if self.asked is None:
             return {}
         method, arguments = self.asked.schedule.made_by or (None, ())
@@ -227,7 +228,7 @@ class OwnNetwork:
         return self._called(variables, x, t, condition, training=False)[0]
 
     def train(self, variables, x, t, condition, key):
-        """See `Network`; random state of its own is carried."""
+        """See `Network`; it carries random state of its own."""
         del key
         return self._called(variables, x, t, condition, training=True)
 
@@ -269,7 +270,7 @@ class OwnNetwork:
         return {"params": trained, "carried": base}
 
     def constrained(self, constrain):
-        """See `Network`; activations lie where the compiler puts them."""
+        """See `Network`; the compiler chooses the sharding of activations."""
         del constrain
         return self
 
@@ -278,19 +279,19 @@ class OwnNetwork:
         return self.start_at(key, teacher.trained(teacher_variables))
 
     def start_at(self, key: jax.Array, initial: Any) -> Any:
-        """The trained part of a student that starts at parameters of its teacher or of a student.
+        """The trained part of a student that starts at its teacher's or a student's parameters.
 
         Args:
           key: PRNG key.
-          initial: parameters. They are copied where path and shape agree. A last axis of `m C`
-            where the student has `m outputs` is of the layer that predicts: its rows are repeated
-            as the policy's row says (DESIGN 3.7).
+          initial: parameters. Those with the same path and shape are copied. A last axis of `m C`,
+            where the student has `m outputs`, belongs to the layer that predicts. Its rows are
+            repeated as the policy's row defines (DESIGN 3.7).
 
         Returns:
           The parameters.
 
         Raises:
-          ConfigError: parameters fit neither way; it lists them.
+          ConfigError: some parameters fit neither way; the message lists them.
         """
         keys = jax.random.split(key)
         fresh = self.init(keys[0])["params"]
@@ -300,14 +301,14 @@ class OwnNetwork:
         return fresh | {"network": self._started(fresh["network"], initial, keys[1])}
 
     def check(self, teacher: "OwnNetwork | None" = None) -> None:
-        """See `Network`: parameters, outputs, a null label that is embedded, and the start."""
+        """See `Network`: checks parameters, outputs, an embedded null label, and the start."""
         given = None
         if teacher is not None:
             given = teacher.trained(jax.eval_shape(teacher.init, seed_key(0)))
         self.check_start(given)
 
     def check_start(self, initial: Any = None) -> None:
-        """`check`, of a start at parameters or at their shapes; None is no start."""
+        """Runs `check` with a start at parameters or at their shapes; None is no start."""
         key, data = seed_key(0), self.data
         variables = jax.jit(self.init)(key)
         x, t = jnp.zeros((1, *data.shape), jnp.float32), jnp.ones(1, jnp.float32)
@@ -329,7 +330,7 @@ class OwnNetwork:
         return self.policy is not None and POLICIES[self.policy.kind].predicts_std
 
     def _started(self, own: Any, theirs: Any, key: jax.Array) -> Any:
-        """The student's tree with the values of another; see `start_at`."""
+        """The student's tree with the values of another tree; see `start_at`."""
         row, channels = POLICIES[self.policy.kind], self.data.channels
         noise = jax.random.normal(key, (max(row.droppable(self.policy), 1), channels))
         rest, problems, leaves = dict(_by_path(theirs)), [], []
@@ -340,7 +341,7 @@ class OwnNetwork:
                 leaves.append(jnp.array(given, leaf.dtype, copy=True))
             elif shape and _predicts(shape, leaf.shape, channels, self.outputs):
                 rows = given.reshape(*shape[:-1], -1, channels)
-                # A bias, a vector, sets components apart.
+                # The bias is a vector; its noise separates the components.
                 repeated = row.start(self.policy, rows, None if shape[:-1] else noise)
                 leaves.append(repeated.reshape(leaf.shape).astype(leaf.dtype))
             else:
@@ -358,20 +359,20 @@ class OwnNetwork:
 
 
 def network_of_function(name: str, data: DataShape, policy: PolicyConfig | None) -> OwnNetwork:
-    """The network that a user's function makes.
+    """Makes a network with a user's function.
 
     Args:
       name: `package.module:function`, of a `function(outputs, shape, num_classes)` that returns a
         `flax.linen.Module`, called as `module.apply(variables, x, t, labels)`. Labels are 0 to
-        `num_classes`, of which the last stands for none.
+        `num_classes`; the last one is the null label.
       data: the shape of samples, and the number of their classes.
-      policy: what it predicts; None for the velocity of a teacher.
+      policy: the policy that it predicts; None for the velocity of a teacher.
 
     Returns:
       The network.
 
     Raises:
-      ConfigError: there is no such function, or it makes no network.
+      ConfigError: there is no such function, or it does not make a network.
     """
     place, _, function = name.partition(":")
     try:
@@ -391,14 +392,14 @@ def own_network(
     policy: PolicyConfig | None,
     asked: Teacher | None = None,
 ) -> OwnNetwork:
-    """A network of a user's own.
+    """Wraps a user's own network.
 
     Args:
-      name: what messages call it.
+      name: its name in messages.
       network: a `flax.linen.Module`, a `flax.nnx.Module`, a pair `(init, apply)`, or a function
         `(outputs, shape, num_classes)` that makes one of these.
       data: the shape of samples, and their conditions.
-      policy: what it predicts; None for a teacher.
+      policy: the policy that it predicts; None for a teacher.
       asked: see `OwnNetwork`.
 
     Returns:
@@ -413,7 +414,7 @@ def own_network(
         outputs = OwnNetwork(name, None, data, policy).outputs
         try:
             inspect.signature(network).bind(outputs, data.shape, data.num_classes)
-        except ValueError:  # of a function without a signature, which may take them
+        except ValueError:  # a function without a signature may take them
             pass
         except TypeError as error:
             raise ConfigError(
@@ -424,7 +425,7 @@ def own_network(
 
 
 def params_of(given: Any) -> Any:
-    """Parameters of a network of any making as its own tree: of Linen's variables, NNX's state."""
+    """Parameters of any network in its own tree, from Linen's variables or NNX's state."""
     if isinstance(given, Mapping) and "params" in given:
         return given["params"]
     from flax import nnx
@@ -433,7 +434,7 @@ def params_of(given: Any) -> Any:
 
 
 def _arguments(condition: Condition) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Positional and named arguments behind state and time."""
+    """Positional and keyword arguments after state and time."""
     if condition is None:
         return (), {}
     return ((), dict(condition)) if isinstance(condition, Mapping) else ((condition,), {})
@@ -457,7 +458,7 @@ def _typed(tree: Any, like: Any) -> Any:
 
 
 def _predicts(theirs: tuple[int, ...], ours: tuple[int, ...], channels: int, outputs: int) -> bool:
-    """Whether a last axis is `m channels` there and `m outputs` here."""
+    """Whether the last axes are `m channels` in theirs and `m outputs` in ours."""
     if theirs[:-1] != ours[:-1] or theirs[-1] % channels or ours[-1] % outputs:
         return False
     return theirs[-1] // channels == ours[-1] // outputs

@@ -1,9 +1,9 @@
-"""The table of policies: everything that depends on which one a student predicts.
+"""The table of policies: everything that depends on the policy that a student predicts.
 
-A row says how a network's output becomes a policy, which head of ours makes that output, and how a
-network that is not ours lays it out: per site `outputs(config, C)` numbers, in the order that
-`read` documents. Policies are those of pi-Flow (arXiv 2510.14974, section 3.1) and of ArcFlow
-(arXiv 2602.09014).
+A row defines three things: how a network's output becomes a policy, which of our heads makes that
+output, and how a user's own network lays it out (per site `outputs(config, C)` numbers, in the
+order that `read` documents). Policies are those of pi-Flow (arXiv 2510.14974, section 3.1) and of
+ArcFlow (arXiv 2602.09014).
 """
 
 import abc
@@ -29,7 +29,7 @@ from piflow_jax.models.heads import TEACHER_MEANS_STD, spread_rates
 
 __all__ = ["POLICIES", "PolicyFactory", "PolicyKind", "policy_factory", "policy_outputs"]
 
-# Of the reference: policies in training, policies in its sampler.
+# From the reference: the bound of policies in training and in its sampler.
 TRAIN_EPS = 1e-6
 SAMPLE_EPS = 1e-4
 
@@ -41,7 +41,7 @@ AsVelocity = Callable[[jax.Array], jax.Array]
 
 
 class PolicyKind(abc.ABC):
-    """A row of `POLICIES`; what it does not define is that of a policy the release does not have.
+    """A row of `POLICIES`; defaults fit a policy that the release does not have.
 
     Attributes:
       spec: keys of `config.policy` without which a checkpoint's weights mean nothing.
@@ -67,11 +67,11 @@ class PolicyKind(abc.ABC):
         sigma: jax.Array,
         eps: float,
     ) -> Policy:
-        """The policy of an output at `(x, sigma)`; `eps` bounds its divisions from below."""
+        """The policy for an output at `(x, sigma)`; `eps` bounds its divisions from below."""
 
     @abc.abstractmethod
     def outputs(self, config: PolicyConfig, channels: int) -> int:
-        """Numbers per site that a network of any making has to predict."""
+        """Numbers per site that any network must predict."""
 
     @abc.abstractmethod
     def read(
@@ -83,7 +83,7 @@ class PolicyKind(abc.ABC):
         sigma: jax.Array,
         as_velocity: AsVelocity,
     ) -> Any:
-        """The output that `create` takes, of `values[B, *sites, outputs]`."""
+        """Turns `values[B, *sites, outputs]` into the output that `create` takes."""
 
     @abc.abstractmethod
     def start(self, config: PolicyConfig, rows: jax.Array, noise: jax.Array | None) -> jax.Array:
@@ -98,12 +98,12 @@ class PolicyKind(abc.ABC):
         return 0
 
     def official(self, config: PolicyConfig, train: TrainConfig) -> dict[str, Any]:
-        """What files of the release say of a student's policy."""
+        """Entries of the release's files that describe a student's policy."""
         del train
         return {"type": config.kind}
 
     def unnamed(self, config: PolicyConfig) -> str | None:
-        """Why the release has no names for such a student's weights; None if it has."""
+        """Why the release has no names for such a student's weights; None if it has names."""
         return (
             f"config.policy.kind = {config.kind!r} has no official names to be exported under; "
             "piflow_jax.load reads the run's directory"
@@ -156,13 +156,13 @@ class GaussianMixture(PolicyKind):
 class DirectX0(PolicyKind):
     """DX: `N` velocities `(N, C)`, a grid over the segment or coefficients of a polynomial.
 
-    A network that is not ours starts a polynomial at its teacher by the input skip of `DXHead`.
+    The input skip of `DXHead` starts a polynomial of a user's own network at its teacher.
     """
 
     spec = ("kind", "num_grid", "mode", "segment_size")
 
     def head(self, config):
-        # Polynomial coefficients beyond the first start at zero only with the skip.
+        # Only with the skip do polynomial coefficients beyond the first start at zero.
         return DXHead(config.num_grid, input_skip=self._skips(config))
 
     def create(self, config, train, output, x, sigma, eps):
@@ -224,7 +224,7 @@ class DirectX0(PolicyKind):
 
 
 class ArcFlow(PolicyKind):
-    """ArcFlow: `K` means `(K, C)`, then `K` logits, then `K` rates of growth before their bound."""
+    """ArcFlow: `K` means `(K, C)`, then `K` logits, then `K` unbounded rates of growth."""
 
     spec = ("kind", "num_components")
 
@@ -266,12 +266,12 @@ POLICIES: dict[str, PolicyKind] = {
 def policy_factory(
     policy: PolicyConfig, train: TrainConfig, *, sampling: bool = False
 ) -> PolicyFactory:
-    """How a network's output becomes a policy.
+    """Makes the function that turns a network's output into a policy.
 
     Args:
       policy: the policy's settings.
       train: the distillation's settings; segments and shift stay as trained when sampling.
-      sampling: take the lower bound of the reference's sampler in place of the one of its training.
+      sampling: use the lower bound of the reference's sampler instead of its bound in training.
 
     Returns:
       The factory.
@@ -288,20 +288,20 @@ def policy_outputs(config: Any, channels: int) -> int:
       channels: `C`, the channels of a sample.
 
     Returns:
-      The number: of a Gaussian mixture `K` means `(K, C)` and then `K` logits, `K (C + 1)`; of a
-      DX policy `N C`; of ArcFlow `K` rates more than a mixture.
+      The number per site. A Gaussian mixture has `K` means `(K, C)` and then `K` logits, `K (C +
+      1)`. A DX policy has `N C`. ArcFlow has `K` rates in addition to a mixture's numbers.
     """
     return POLICIES[config.policy.kind].outputs(config.policy, channels)
 
 
 def _mixture(values: jax.Array, components: int, channels: int) -> tuple[jax.Array, jax.Array]:
-    """Means `[..., K, C]` and logits `[..., K]` of the numbers of a site."""
+    """Means `[..., K, C]` and logits `[..., K]` from the numbers per site."""
     means = values[..., : components * channels]
     return means.reshape(*means.shape[:-1], components, channels), values[..., means.shape[-1] :]
 
 
 def _means(rows: jax.Array, components: int, noise: jax.Array | None) -> jax.Array:
-    """The teacher's rows for each component, set apart by a little noise."""
+    """The teacher's rows repeated for each component, with a little noise to separate them."""
     means = jnp.tile(rows, components)
     if noise is None:
         return means

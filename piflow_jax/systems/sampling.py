@@ -1,4 +1,4 @@
-"""What a student does with its policy: the one sampler of notebooks, the page and the command line.
+"""Samples from a student's policy: the one sampler of notebooks, the page and the command line.
 
 Source: pi-Flow, arXiv 2510.14974, Alg. 1.
 """
@@ -38,11 +38,11 @@ __all__ = [
 ]
 
 ROUNDING: Rounding = "ceil"
-"""Of a student's substeps, as in the pi-Flow release."""
+"""Rounding of a student's substeps, as in the pi-Flow release."""
 
-# Conditions in turn of data without classes.
+# Most conditions to cycle through for data without classes.
 _MOST_CONDITIONS = 1000
-# Of a sampler, in a message.
+# Most noise levels of a sampler in a message.
 _MOST_LEVELS = 8
 
 
@@ -83,12 +83,12 @@ def student_rollout(
 
     Args:
       train: the settings of the distillation.
-      policy: of `student_policy`.
+      policy: from `student_policy`.
       x: `[B, *sites, C]`, states at `t_start`.
-      t_start: `[B]` or one number, noise levels.
-      t_end: likewise, not above `t_start`.
+      t_start: noise levels, `[B]` or a scalar.
+      t_end: noise levels, `[B]` or a scalar, not above `t_start`.
       substeps: policy substeps per unit of raw time.
-      solver: of the rollout.
+      solver: solver of the rollout.
 
     Returns:
       `[B, *sites, C]`, states at `t_end`.
@@ -107,17 +107,17 @@ def student_times(train: TrainConfig, nfe: int, h: float = 0.0, start: float = 1
 def sampling_cautions(
     train: TrainConfig, nfe: int, h: float = 0.0, temperature: float = 1.0, start: float = 1.0
 ) -> list[str]:
-    """What a student was not trained for, and which options have no effect.
+    """Warns where a student was not trained for the options, or where they have no effect.
 
     Args:
       train: the settings of the distillation.
       nfe: network evaluations.
       h: stochasticity between segments.
-      temperature: of the mixture.
+      temperature: temperature of the mixture.
       start: noise level at which sampling starts.
 
     Returns:
-      Sentences; none where there is nothing to say.
+      Sentences; empty if there is nothing to warn of.
     """
     cautions = []
     trained, asked = student_times(train, train.nfe), student_times(train, nfe, h, start)
@@ -142,7 +142,7 @@ def sampling_cautions(
 
 
 def _levels(times: FlowMapTimes) -> str:
-    """The noise levels of the evaluations, the first few of many."""
+    """The noise levels of the evaluations, shortened if there are many."""
     shown = [f"{level:.3g}" for level in times.src[:_MOST_LEVELS]]
     return f"t = {', '.join(shown)}{', ...' if len(times.src) > _MOST_LEVELS else ''}"
 
@@ -150,13 +150,13 @@ def _levels(times: FlowMapTimes) -> str:
 def student_substeps(
     train: TrainConfig, nfe: int, substeps: int, rounding: Rounding = ROUNDING
 ) -> np.ndarray:
-    """Substeps of each segment of a student's samples.
+    """Number of substeps in each segment of a student's samples.
 
     Args:
       train: the settings of the distillation.
       nfe: network evaluations.
       substeps: policy substeps per unit of raw time.
-      rounding: how their number becomes a whole one.
+      rounding: how their number is rounded to an integer.
 
     Returns:
       Whole numbers `[nfe]`.
@@ -181,8 +181,8 @@ def student_sampler(
       policy: the policy's settings.
       train: the settings of the distillation.
       substeps: policy substeps per unit of raw time.
-      solver: of the policy's rollouts.
-      implementation: of the policy's rollouts, see `rollout`.
+      solver: solver of the policy's rollouts.
+      implementation: implementation of the policy's rollouts, see `rollout`.
 
     Returns:
       `(params, noise[B, *sites, C], condition, times, temperature=1.0, key=None) -> x_0`, see
@@ -190,7 +190,7 @@ def student_sampler(
     """
     predict = student_policy(network, policy, train)
 
-    # What runs between the network's evaluations is the policy's.
+    # The time between the network's evaluations belongs to the policy.
     @jax.named_scope("policy")
     def sample(params, noise, condition, times, temperature=1.0, key=None):
         return sample_segments(
@@ -214,7 +214,7 @@ def teacher_sampler(teacher: Teacher, shift: float, steps: int) -> Callable[...,
 
     Args:
       teacher: the teacher.
-      shift: of the time warp.
+      shift: shift of the time warp.
       steps: Euler steps.
 
     Returns:
@@ -226,15 +226,15 @@ def teacher_sampler(teacher: Teacher, shift: float, steps: int) -> Callable[...,
 
 
 def sampling_record(config: Config) -> dict[str, Any]:
-    """The settings that samples depend on, but for those of network, policy and weights.
+    """The settings that samples depend on, except those of network, policy and weights.
 
-    What says of samples or figures how they were made has these settings from here.
+    Records of how samples or figures were made take these settings from here.
 
     Args:
       config: the run's settings.
 
     Returns:
-      Values by name. Names are those of files: they stay.
+      Values by name. The names occur in files and must not change.
     """
     train, settings = config.train, config.evaluation
     return {
@@ -251,15 +251,15 @@ def sampling_record(config: Config) -> dict[str, Any]:
 
 
 def conditions_in_turn(source: Source, data: DataShape) -> tuple[Condition, np.ndarray]:
-    """The conditions that samples of figures have in turn, and their labels.
+    """The conditions that samples of figures cycle through, and their labels.
 
     Args:
       source: the data.
-      data: what networks know of it.
+      data: shape and conditions of the data.
 
     Returns:
-      `(conditions, labels int32[n])`: one of each class; without classes those of the first
-      examples, all labelled 0; and a single None without conditions.
+      `(conditions, labels int32[n])`: one condition per class; without classes, the conditions of
+      the first examples, all with label 0; without conditions, a single None.
     """
     if data.num_classes:
         labels = np.arange(data.num_classes, dtype=np.int32)

@@ -1,4 +1,4 @@
-"""Checks of a configuration that depend on what is chosen in it, row by row of the tables."""
+"""Checks of a configuration that depend on its choices, row by row of the tables."""
 
 from piflow_jax.config import Config, ConfigError
 from piflow_jax.flow.schedule import Segments
@@ -10,13 +10,13 @@ __all__ = ["check_choices", "check_ours"]
 
 
 def check_choices(config: Config) -> None:
-    """Refuses choices that do not belong together, and settings that a choice has no use for.
+    """Refuses choices that do not fit together, and settings that a choice does not use.
 
     Args:
       config: a parsed configuration.
 
     Raises:
-      ConfigError: names the key and what is allowed.
+      ConfigError: the message names the key and the allowed values.
     """
     model, train, policy = config.model, config.train, config.policy
     kind, row, data = network_kind(model), POLICIES[policy.kind], dataset(config)
@@ -69,14 +69,14 @@ def check_choices(config: Config) -> None:
 
 
 def check_ours(config: Config, mode: str) -> None:
-    """Refuses a network of the user's own in a mode that knows networks of this package alone.
+    """Refuses a user's own network in a mode that works only with networks of this package.
 
     Args:
       config: the run's settings.
-      mode: what is refused.
+      mode: the mode, for the error.
 
     Raises:
-      ConfigError: the network is of a function.
+      ConfigError: the network comes from a function.
     """
     if network_kind(config.model).official is None:
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""What a network has to know of its data."""
+"""The shape and conditions of data, as networks need them."""
 
 import dataclasses
 from typing import Any
@@ -9,34 +9,34 @@ __all__ = ["DataShape"]
 
 
 def _number(default: Any = dataclasses.MISSING, **bounds: float) -> Any:
-    """A field with the bounds that `check_group` keeps."""
+    """A field with bounds, which `check_group` enforces."""
     return dataclasses.field(default=default, metadata=bounds)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataShape:
-    """What a network has to know of its data.
+    """The shape and conditions of data, as networks need them.
 
     Attributes:
-      name: the data set.
-      channels: `C`.
-      sample_size: side of square images, in sites; of captions the longest side of any shape.
+      name: name of the data set.
+      channels: channels `C` of a sample.
+      sample_size: side of square images, in sites; for captions the longest side of any shape.
       sites: site axes of samples that are not square images; None for `(sample_size,) * 2`.
       num_classes: label `num_classes` is the null label.
-      latent_scale: networks see `(latent - latent_shift) * latent_scale`, a number or one for each
+      latent_scale: networks take `(latent - latent_shift) * latent_scale`, a number or one per
         channel; 1 for images.
       latent_shift: see `latent_scale`; 0 for images.
-      vae: identity of the autoencoder that made the latents; empty for images, or if not known.
-      conditions: names, types and shapes of conditions that are neither labels nor captions, such
-        as `pose:float32:3x4`; one without a name is a condition that is a single array.
+      vae: identity of the autoencoder that made the latents; empty for images, or if unknown.
+      conditions: names, dtypes and shapes of conditions that are neither labels nor captions, such
+        as `pose:float32:3x4`. A condition that is a single array has no name.
       text_features: width of the embeddings of captions' tokens; 0 for data with classes.
       pooled_features: width of the captions' pooled embeddings; 0 where there are none.
-      released: this is what official weights are for, and of no set that was prepared here.
+      released: the official weights are for this data, and it is not a set prepared here.
     """
 
     name: str
     channels: int = _number(low=1, most=2**16)
-    # The table of positions grows by its square, whatever is in the weights.
+    # The table of positions grows with its square, for any weights.
     sample_size: int = _number(0, low=0, most=2**12)
     sites: tuple[int, ...] | None = _number(None, low=1, may_be_empty=True)
     num_classes: int = _number(0, low=0)
@@ -55,14 +55,14 @@ class DataShape:
         return (*sites, self.channels)
 
     def decoder(self, autoencoder: AutoencoderKL) -> AutoencoderKL:
-        """The autoencoder as it decodes samples of these latents.
+        """The autoencoder with the scale and shift for decoding samples of these latents.
 
         Args:
-          autoencoder: with the scale and shift of its own settings.
+          autoencoder: an autoencoder with the scale and shift in its own settings.
 
         Returns:
-          It with those of the prepared set. Official weights go by the autoencoder's own, and so do
-          latents of prompts, which the set has already scaled.
+          The autoencoder with the scale and shift of the prepared set. Official weights use the
+          autoencoder's own, and so do latents of prompts, which the set has already scaled.
         """
         if self.released or self.text_features:
             return autoencoder
@@ -70,7 +70,7 @@ class DataShape:
 
     @classmethod
     def of(cls, name: str, source: Any) -> "DataShape":
-        """What a source, known as `name`, says of its samples."""
+        """Reads the shape and conditions of a source with this `name`."""
         *sites, channels = source.shape
         square = len(sites) == 2 and sites[0] == sites[1]
         known = {key: getattr(source, key) for key in _OPTIONAL if hasattr(source, key)}
@@ -83,7 +83,7 @@ class DataShape:
         )
 
 
-# What a source may know besides its shape.
+# Further facts that a source may state in addition to its shape.
 _OPTIONAL = (
     *("num_classes", "latent_scale", "latent_shift", "vae"),
     *("text_features", "pooled_features"),

@@ -1,4 +1,4 @@
-"""Where parameters of teacher and student lie on a run's mesh."""
+"""Sharding of the parameters of teacher and student over a run's mesh."""
 
 from typing import Any
 
@@ -12,13 +12,13 @@ __all__ = ["student_shardings", "teacher_shardings"]
 
 
 def teacher_shardings(config: Config, mesh: Mesh, teacher: Network) -> Any:
-    """Where a teacher's parameters lie while it is imitated; see `config.mesh.teacher`."""
+    """Sharding of a teacher's parameters during distillation; see `config.mesh.teacher`."""
     split = config.mesh.teacher == "split"
     return parameter_shardings(mesh, named_variables(teacher), split=split)
 
 
 def student_shardings(config: Config, mesh: Mesh, state: Any, student: Network) -> Any:
-    """Where a student's state lies; see `config.mesh.student` and `config.mesh.ema`."""
+    """Sharding of a student's state; see `config.mesh.student` and `config.mesh.ema`."""
     trained, rules = student.trained(named_variables(student)), config.mesh
     split, ema = rules.student == "split", rules.ema == "split"
     return state_shardings(mesh, state, trained, split=split, ema=ema)

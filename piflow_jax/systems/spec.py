@@ -1,8 +1,8 @@
-"""The spec by which a checkpoint says what it holds.
+"""The spec that describes a checkpoint's weights.
 
-A spec is a flat dictionary of JSON values in a checkpoint's metadata: everything that changes what
-the weights mean, and nothing that does not (compute dtype, remat, attention). Its keys do not
-follow the configuration when that changes, so that old checkpoints are still read.
+A spec is a flat dictionary of JSON values in a checkpoint's metadata. It holds everything that
+changes the meaning of the weights and nothing else (no compute dtype, remat or attention). Its keys
+stay the same when the configuration changes, so that old checkpoints remain readable.
 """
 
 import dataclasses
@@ -42,15 +42,15 @@ __all__ = [
 ]
 
 _SAMPLING = ("nfe", "final_step_size_scale", "shift", "total_substeps")
-# Values that were called otherwise in older specs, and a key that they lack.
+# Values with other names in older specs, and a key that they lack.
 _RENAMED = {"data.name": {"imagenet": "latents"}}
 _ADDED = {"data.vae": ""}
-# Settings of a student's run that came later, and what they were before.
+# Settings of a student's run that were added later, with their earlier values.
 _LATER = {"train.initial": "", "train.solver": "euler"}
 
 
 def updated(spec: Mapping[str, Any]) -> dict[str, Any]:
-    """A spec, of any age, under today's names and with what has been added since."""
+    """Brings a spec of any age up to date: today's names, and values for keys added since."""
     network = spec.get("model.network", ModelConfig.network)
     kind = NETWORKS.get(network) if isinstance(network, str) else None
     added = {}
@@ -66,14 +66,14 @@ def _renamed(key: str, value: Any) -> Any:
 
 
 def model_settings(model: ModelConfig) -> dict[str, Any]:
-    """Settings of the network that is chosen, as nested values: common ones, and its own group."""
+    """Settings of the chosen network as nested values: the common ones and its own group."""
     groups = {field.name for field in dataclasses.fields(model) if field.name in NETWORKS}
     values = {key: value for key, value in vars(model).items() if key not in groups}
     return values | ({model.network: vars(model.own)} if model.network in groups else {})
 
 
 def updated_settings(saved: Mapping[str, Any]) -> dict[str, Any]:
-    """A run's settings as a checkpoint recorded them, of any age, under today's keys."""
+    """A run's settings from a checkpoint of any age, under today's keys."""
     network = saved.get("model.network", ModelConfig.network)
     own = {field.name for field in dataclasses.fields(own_settings(network))}
     common = {field.name for field in dataclasses.fields(ModelConfig)}
@@ -82,7 +82,7 @@ def updated_settings(saved: Mapping[str, Any]) -> dict[str, Any]:
         value = _renamed(key, value)
         group, _, name = key.partition(".")
         if group == "model" and name not in common and "." not in name:
-            # Once all networks' settings were in one group.
+            # Older runs have the settings of all networks in one group.
             if name not in own:
                 continue
             key = f"model.{network}.{name}"
@@ -111,12 +111,12 @@ def _model_spec(model: ModelConfig, data: DataShape) -> dict[str, Any]:
 
 
 def teacher_spec(config: Config, data: DataShape) -> dict[str, Any]:
-    """What a teacher's checkpoint says of itself."""
+    """The spec of a teacher's checkpoint."""
     return {"kind": "teacher"} | _model_spec(config.model, data)
 
 
 def student_spec(config: Config, data: DataShape) -> dict[str, Any]:
-    """What a student's checkpoint says of itself: network, policy and how it samples."""
+    """The spec of a student's checkpoint: network, policy and sampling."""
     model, policy = config.model, config.policy
     adapted = network_kind(model).targets is not None
     return (
@@ -130,15 +130,15 @@ def student_spec(config: Config, data: DataShape) -> dict[str, Any]:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StudentSettings:
-    """A student's settings as its checkpoint has them.
+    """A student's settings as recorded in its checkpoint.
 
     Attributes:
-      model: the network's.
-      policy: the policy's.
-      train: the distillation's.
-      data: what the network knows of its data.
-      asked: of a network of a user's own what it is asked as, `prediction` and `schedule`; see
-        `OwnNetwork.spec`. Empty for all others.
+      model: the network's settings.
+      policy: the policy's settings.
+      train: the distillation's settings.
+      data: shape and conditions of the data.
+      asked: for a user's own network, the `prediction` and `schedule` that define its inputs and
+        outputs; see `OwnNetwork.spec`. Empty for our networks.
     """
 
     model: ModelConfig
@@ -158,7 +158,7 @@ def spec_of(metadata: Mapping[str, str]) -> Mapping[str, Any] | None:
 
 
 def check_policy_config(text: str | None, policy: PolicyConfig, train: TrainConfig) -> None:
-    """Raises ConfigError if a file says something else of its policy than the settings do."""
+    """Raises ConfigError if a file describes another policy than the settings do."""
     try:
         found = {} if text is None else dict(json.loads(text))
     except (ValueError, TypeError, RecursionError) as error:
@@ -174,17 +174,17 @@ def check_policy_config(text: str | None, policy: PolicyConfig, train: TrainConf
 
 
 def student_settings(spec: Mapping[str, Any]) -> StudentSettings:
-    """Reads a student's spec back.
+    """Reads a student's spec.
 
     Args:
-      spec: what `student_spec` made, after a trip through JSON.
+      spec: the result of `student_spec`, after a round trip through JSON.
 
     Returns:
-      The settings; what has been added to specs since this one was made has its default.
+      The settings; values added to specs since this one was made have their defaults.
 
     Raises:
-      ConfigError: the spec is not a student's, something is missing in it, or it holds what the
-        schema of configurations refuses.
+      ConfigError: the spec is not a student's, is incomplete, or holds values that the schema of
+        configurations refuses.
     """
     settings = _settings(spec, "student")
     _check_complete(spec, student_spec(settings, settings.data))
@@ -192,17 +192,18 @@ def student_settings(spec: Mapping[str, Any]) -> StudentSettings:
 
 
 def trained_with(settings: StudentSettings, saved: Mapping[str, Any]) -> StudentSettings:
-    """A student's settings with all of its training, of which a spec has what sampling needs.
+    """Completes a student's settings for training; a spec holds only those that sampling needs.
 
     Args:
-      settings: of the spec.
+      settings: settings of the spec.
       saved: the run's settings by dotted key, as the checkpoint recorded them; may be empty.
 
     Returns:
-      The settings. What was not recorded stays; keys that there are no more are left out.
+      The settings. Settings without a record stay as they are; records of keys that no longer exist
+      are ignored.
 
     Raises:
-      ConfigError: a recorded value is none that the schema takes.
+      ConfigError: the schema refuses a recorded value.
     """
     known, recorded = key_types(TrainConfig, "train"), dataclasses.asdict(settings.train)
     for key, value in updated_settings(saved).items():
@@ -215,14 +216,14 @@ def trained_with(settings: StudentSettings, saved: Mapping[str, Any]) -> Student
 
 
 def teacher_settings(spec: Mapping[str, Any]) -> tuple[ModelConfig, DataShape]:
-    """Reads a teacher's spec back, see `student_settings`."""
+    """Reads a teacher's spec, see `student_settings`."""
     settings = _settings(spec, "teacher")
     _check_complete(spec, teacher_spec(settings, settings.data))
     return settings.model, settings.data
 
 
 def _settings(spec: Mapping[str, Any], kind: str) -> StudentSettings:
-    """The settings of a spec, checked by the schema as those of a configuration."""
+    """The settings of a spec, which the schema checks like a configuration."""
     if not isinstance(spec, Mapping) or spec.get("kind") != kind:
         found = spec.get("kind") if isinstance(spec, Mapping) else spec
         raise ConfigError(f"this holds a {found}, not a {kind}")
@@ -237,7 +238,7 @@ def _settings(spec: Mapping[str, Any], kind: str) -> StudentSettings:
             raise ConfigError(f"unknown key {key}; this version reads {', '.join(groups)}")
     data = check_group(DataShape, groups.pop("data"), "data", complete=False)
     asked = groups.pop("asked")
-    own = groups.pop("model")  # in a spec its own settings are in no group
+    own = groups.pop("model")  # in a spec, a network's own settings have no group
     network = own.pop("network", ModelConfig.network)
     config["model"]["network"] = network
     if not isinstance(network, str) or (network not in NETWORKS and (":" not in network or own)):

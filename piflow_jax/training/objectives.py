@@ -1,7 +1,7 @@
 """Losses of the two stages: flow matching for the teacher, pi-ID for the student.
 
-Random draws are separate from losses, so that a test can put the reference's draws in. The named
-scopes `student`, `teacher` and `policy` are what `parallel.cycles` and profilers sum by.
+Random draws are separate from the losses, so that a test can substitute the reference's draws.
+`parallel.cycles` and profilers sum over the named scopes `student`, `teacher` and `policy`.
 """
 
 import functools
@@ -28,7 +28,7 @@ __all__ = [
 ]
 
 Condition = Any
-"""What an example is conditioned on: arrays `[B, ...]` in any structure, or None."""
+"""An example's condition: arrays `[B, ...]` in any structure, or None."""
 
 Velocity = Callable[[jax.Array, jax.Array], jax.Array]
 """`(x[B, *sites, C], sigma[B]) -> u[B, *sites, C]`."""
@@ -36,14 +36,14 @@ Velocity = Callable[[jax.Array, jax.Array], jax.Array]
 Student = Callable[..., tuple[Any, Any]]
 """`(carried, x[B, *sites, C], sigma[B], condition, key) -> (output, carried)`.
 
-`carried` is the network's other state, such as running averages, and `key` that of its dropout, or
-None.
+`carried` holds a network's variables other than parameters, such as running averages. `key` is the
+key of its dropout, or None.
 """
 
 PolicyFactory = Callable[[Any, jax.Array, jax.Array], Policy]
 """`(network output, x_src, sigma_src) -> policy`."""
 
-# A stream apart from those that are split off the same key.
+# A separate random stream, independent of those split off the same key.
 _ADAPTERS = 0xADA
 
 
@@ -64,17 +64,18 @@ def flow_matching_loss(
       carried: see `Student`.
       key: PRNG key.
       x0: `[B, *sites, C]`, data.
-      condition: of the batch.
-      null: replaces an example's condition with probability `dropout`; of a single example.
-      dropout: see `null`.
+      condition: conditions of the batch.
+      null: condition of a single example that replaces an example's condition with probability
+        `dropout`.
+      dropout: probability of replacing a condition, see `null`.
       warp: raw time to noise level.
 
     Returns:
-      The loss, a scalar, and `carried` after it.
+      The loss, a scalar, and `carried` after the call.
     """
     time_key, noise_key, label_key = jax.random.split(key, 3)
     batch = x0.shape[0]
-    # One draw per stratum: the same distribution, less variance of the gradient.
+    # One draw per stratum has the same distribution, and the gradient has less variance.
     offsets = jax.random.uniform(time_key, (batch,))
     sigma = warp.warp((jnp.arange(batch) + offsets) / batch)
     noise = jax.random.normal(noise_key, x0.shape, x0.dtype)
@@ -99,9 +100,10 @@ class Draws:
     Attributes:
       student: `[B, M]` uniforms of the student's intervals.
       teacher: `[B, M - 1]` uniforms of the teacher's intervals.
-      dropout: `[B, K]` uniforms of the mixture dropout; a component is dropped below its rate.
-      adapters: `[B]` keys for the dropout of the student's adapters, of which the first counts;
-        None for a student without.
+      dropout: `[B, K]` uniforms of the mixture dropout; a component is dropped if its uniform is
+        below the rate.
+      adapters: `[B]` keys for the dropout of the student's adapters, of which only the first is
+        used; None for a student without adapters.
     """
 
     student: jax.Array
@@ -124,7 +126,7 @@ def sample_draws(
 
 
 def teacher_ratio(step: jax.Array, mixing_steps: int) -> float | jax.Array:
-    """Share of the trajectory walked by the teacher, `1 - min(step, N) / N`; 0 without mixing."""
+    """Share of the trajectory that the teacher walks, `1 - min(step, N) / N`; 0 without mixing."""
     if mixing_steps == 0:
         return 0
     return 1 - jnp.minimum(step, mixing_steps) / mixing_steps
@@ -140,7 +142,7 @@ def _make_policy(student, carried, policy_factory, x, sigma, condition, draws):
 
 @jax.named_scope("policy")
 def _segment_loss(policy, teacher, x_src, tau_src, segment_size, draws, ratio, config):
-    """pi-ID on one segment under a config; the loss and where the segment ends."""
+    """The pi-ID loss on one segment with the settings of a config, and the state at its end."""
     window = window_size(segment_size, config.window_substeps, config.total_substeps)
     intervals = intervals_from_uniforms(draws.student, draws.teacher, segment_size, window, ratio)
     detached = None
@@ -184,17 +186,17 @@ def data_dependent_loss(
       student: the student, with its parameters bound.
       carried: see `Student`.
       teacher: the guided teacher.
-      policy_factory: makes the policy of the student's output.
+      policy_factory: makes the policy from the student's output.
       x0: `[B, *sites, C]`, data.
-      condition: of the batch.
+      condition: conditions of the batch.
       tau: `[B]`, raw times in (0, 1], snapped up to the start of their segment.
       noise: `[B, *sites, C]`.
       draws: the segment's random numbers.
-      ratio: share of the trajectory walked by the teacher.
+      ratio: share of the trajectory that the teacher walks.
       config: the distillation's settings.
 
     Returns:
-      The loss, a scalar, and `carried` after it.
+      The loss, a scalar, and `carried` after the call.
     """
     tau_src, segment_size = segment_start(tau, config.nfe, config.final_step_size_scale)
     sigma = TimeWarp(config.shift).warp(tau_src)
@@ -219,24 +221,24 @@ def data_free_loss_and_grads(
 ):
     """pi-ID from pure noise through all segments, without data (paper, Sec. 3.4).
 
-    Each segment has its own student evaluation and its own gradient; the state is handed over
-    without gradient, by the detached policy. Segments are scanned with the gradient taken inside,
+    Each segment has its own student evaluation and its own gradient. The detached policy leads the
+    state to the next segment without gradient. The gradient is taken inside the scan over segments,
     so memory does not grow with their number.
 
     Args:
       student_fn: `(params, carried, x, sigma, condition, key) -> (output, carried)`, see `Student`.
-      params: the student's parameters that are trained.
+      params: the student's trained parameters.
       carried: see `Student`.
       teacher: the guided teacher.
-      policy_factory: makes the policy of the student's output.
-      condition: of the batch.
-      noise: `[B, *sites, C]`, where the walk starts.
+      policy_factory: makes the policy from the student's output.
+      condition: conditions of the batch.
+      noise: `[B, *sites, C]`, the states at the start.
       draws: the segments' random numbers, stacked on a leading axis of length `nfe`.
-      ratio: share of the trajectory walked by the teacher.
+      ratio: share of the trajectory that the teacher walks.
       config: the distillation's settings.
 
     Returns:
-      `(loss, segment_losses[nfe], grads, carried)`; the loss and the gradients weigh each segment
+      `(loss, segment_losses[nfe], grads, carried)`. The loss and the gradients weigh each segment
       by its raw-time length.
     """
     nfe = config.nfe

@@ -22,12 +22,12 @@ __all__ = [
 WARMUP_START = 1e-3
 # Share of the peak at which a cosine or linear decay ends.
 DECAY_END = 0.02
-# Root mean square of Muon's updates before the learning rate: about that of Adam's.
+# Root mean square of Muon's updates before the learning rate, close to Adam's.
 MUON_RMS = 0.2
 
 
 class ClipState(NamedTuple):
-    """Steps done."""
+    """Number of steps done."""
 
     count: jax.Array
 
@@ -59,12 +59,12 @@ def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
 def clip_after(max_norm: float, start: int) -> optax.GradientTransformation:
     """Clips by global norm, but not in the first `start` steps.
 
-    Early gradients are large by nature (heads start at zero) and warm-up tames them; clipping them
-    would change their direction relative to each other in Adam's moments.
+    Early gradients are naturally large (heads start at zero), and warm-up already limits the steps.
+    Clipping early gradients would change their relative sizes in Adam's moments.
 
     Args:
-      max_norm: largest global norm; 0 does not clip, with a state of the same structure.
-      start: steps that are left alone.
+      max_norm: largest global norm. 0 does not clip, but has a state of the same structure.
+      start: number of steps without clipping.
 
     Returns:
       The transformation.
@@ -88,16 +88,16 @@ def clip_after(max_norm: float, start: int) -> optax.GradientTransformation:
 def muon_matrices(params):
     """Which parameters Muon updates, and along which axes they are matrices.
 
-    These are the kernels of the transformer blocks: from the token's width (the axis after the
-    layers') to the features of one output (the last axis). Axes between them number several outputs
-    of one layer, such as query, key and value; each is a matrix of its own.
+    Muon updates the kernels of the transformer blocks. Each maps the token's width (the axis after
+    the layers') to the features of one output (the last axis). Axes between them count several
+    outputs of one layer, such as query, key and value; each output is a separate matrix.
 
     Args:
       params: the network's parameters; those under `blocks` have a leading axis of layers.
 
     Returns:
-      A tree of the same structure with `MuonDimensionNumbers`, or None for a parameter that is left
-      to AdamW.
+      A tree of the same structure with `MuonDimensionNumbers`, or None where AdamW updates a
+      parameter.
     """
 
     def matrix(path, leaf):
@@ -107,18 +107,18 @@ def muon_matrices(params):
             return MuonDimensionNumbers(reduction_axis=1, output_axis=leaf.ndim - 1)
         return None
 
-    # optax hides the parameters of other groups behind nodes without leaves.
+    # optax replaces the parameters of other groups by nodes without leaves.
     return jax.tree_util.tree_map_with_path(
         matrix, params, is_leaf=lambda x: isinstance(x, optax.MaskedNode)
     )
 
 
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """The update rule with warm-up and, after it, clipping.
+    """The optimiser with warm-up, and with clipping after the warm-up.
 
-    `adamw` is that of the reference. `muon` orthogonalises the momentum of the blocks' matrices
-    (Jordan, 2024), scaled to Adam's root mean square (2502.16982), and is AdamW elsewhere; both
-    with Nesterov momentum.
+    `adamw` is the optimiser of the reference. `muon` orthogonalises the momentum of the blocks'
+    matrices (Jordan, 2024), scales it to Adam's root mean square (2502.16982), and uses AdamW for
+    all other parameters. Both use Nesterov momentum.
 
     Args:
       config: the settings.
@@ -128,7 +128,7 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
       The transformation.
     """
     rate = learning_rate(config, steps)
-    # None is the parameters' own type, which is float64 in tests.
+    # None means the parameters' own dtype, which is float64 in tests.
     moment_dtype = None if config.moment_dtype == "float32" else config.moment_dtype
     if config.kind == "muon":
         rule = muon(
@@ -156,9 +156,9 @@ def karras_decay(step: jax.Array, start: int, gamma: float) -> jax.Array:
     """Weight of the old average, `(1 - 1 / max(step + 1 - start, 1))^(gamma + 1)` (2312.02696).
 
     Args:
-      step: zero-based step whose parameters are being averaged in.
+      step: zero-based step of the parameters that enter the average.
       start: step at which averaging starts; before it the average is a copy.
-      gamma: larger is a shorter average.
+      gamma: larger values give a shorter average.
 
     Returns:
       The weight in [0, 1), of the default float type.

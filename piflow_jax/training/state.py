@@ -19,8 +19,8 @@ class TrainState:
     Attributes:
       step: int32 scalar, optimiser steps done.
       params: variables of the module, `{"params": ...}`.
-      ema_params: their Karras average, same structure; of several networks that train together
-        (DMD2), that of the student alone.
+      ema_params: their Karras average, same structure; if several networks train together (DMD2),
+        the average of the student alone.
       opt_state: state of the optax transformation.
     """
 
@@ -29,7 +29,7 @@ class TrainState:
     ema_params: Any
     opt_state: Any
 
-    # What the network has besides its parameters: nothing, see `CarryingState`.
+    # Variables of the network other than its parameters: none here, see `CarryingState`.
     carried = ()
 
     @classmethod
@@ -46,7 +46,7 @@ class TrainState:
         return state.carrying(carried)
 
     def carrying(self, carried: Any) -> "TrainState":
-        """The same state with what the network carries; itself where that is nothing."""
+        """The same state with the network's carried variables; unchanged if there are none."""
         if not jax.tree.leaves(carried):
             return self
         return CarryingState(self.step, self.params, self.ema_params, self.opt_state, carried)
@@ -54,10 +54,10 @@ class TrainState:
 
 @flax.struct.dataclass
 class CarryingState(TrainState):
-    """The state of a network that has more than parameters; of ours none does.
+    """The state of a network with more variables than its parameters; none of ours has any.
 
     Attributes:
-      carried: variables that no gradient changes, such as running averages and random state.
+      carried: variables that change without gradients, such as running averages and random state.
     """
 
     carried: Any

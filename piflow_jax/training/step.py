@@ -1,4 +1,4 @@
-"""Train steps: pure functions of state and batch, one jit each."""
+"""Train steps: pure functions of state and batch, each in a single jit."""
 
 from collections.abc import Callable
 from typing import Any
@@ -25,13 +25,13 @@ from piflow_jax.training.state import TrainState
 
 __all__ = ["accumulate", "advance", "distill_step", "states_of", "teacher_step"]
 
-# A stream apart from those that the losses split off the same key.
+# A separate random stream, independent of those that the losses split off the same key.
 _POSTERIOR = 0x9057
 
 Metrics = dict[str, jax.Array]
 StepFn = Callable[..., tuple[TrainState, Metrics]]
 Draw = Callable[[jax.Array, Any], jax.Array]
-"""`(key, x) -> states[B, *sites, C]`, of a source whose `x` is what states are drawn from."""
+"""`(key, x) -> states[B, *sites, C]`, for a source with distributions of states in `x`."""
 
 
 @jax.named_scope("optimizer")
@@ -43,15 +43,15 @@ def advance(
     config: OptimizerConfig,
     carried: Any = (),
 ) -> tuple[TrainState, Metrics]:
-    """The state after an optimiser's step, its average included, and what the loop reports.
+    """The state after an optimiser step, including its average, and the metrics for the loop.
 
     Args:
       state: the state before.
-      grads: gradients by `state.params`.
+      grads: gradients with respect to `state.params`.
       loss: scalar.
       optimizer: the update rule.
       config: the settings of warm-up and average.
-      carried: the network's other state, apart from its parameters, after the step.
+      carried: the network's variables other than its parameters, after the step.
 
     Returns:
       `(state, metrics)`.
@@ -64,25 +64,26 @@ def advance(
 
 
 def states_of(x: Any, key: jax.Array, draw: Draw | None) -> jax.Array:
-    """What networks see of a batch's `x`, `[B, *sites, C]` in float32 at least."""
+    """States `[B, *sites, C]` from a batch's `x`, in at least float32."""
     if draw is not None:
         return draw(jax.random.fold_in(key, _POSTERIOR), x)
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 def accumulate(loss_and_grads: Callable, batch, count: int, carried: Any = ()):
-    """Mean loss and gradients of a batch, in `count` parts one after the other.
+    """Mean loss and gradients of a batch, computed in `count` parts one after the other.
 
-    Every part has the same number of examples, so the result is that of the whole batch; memory is
-    that of one part. Part `i` takes the examples `i, i + count, ...`: a batch that is split over
-    devices then has equally many of each part on each of them, and nothing moves between devices.
+    All parts have the same number of examples, so the result equals that of the whole batch, with
+    the memory of one part. Part `i` takes the examples `i, i + count, ...`. A batch that is split
+    over devices then has equally many examples of each part on every device, and nothing moves
+    between devices.
 
     Args:
-      loss_and_grads: `(part, carried) -> ((loss, grads), carried)`, the first two means over the
-        examples of the part.
-      batch: arrays with the examples in front.
+      loss_and_grads: `(part, carried) -> ((loss, grads), carried)`; loss and gradients are means
+        over the examples of the part.
+      batch: arrays with examples on the leading axis.
       count: number of parts; divides the number of examples.
-      carried: what one part hands to the next.
+      carried: variables that one part hands to the next.
 
     Returns:
       `((loss, grads), carried)`.
@@ -120,8 +121,8 @@ def teacher_step(
       network: the teacher, which predicts velocities.
       optimizer: its optimiser.
       config: the run's settings.
-      null: the condition that stands for none, of a single example; None drops no condition.
-      draw: of a source that has one, see `Source`.
+      null: the null condition of a single example; None drops no condition.
+      draw: draws states, for a source that has it, see `Source`.
 
     Returns:
       `(state, root_key, batch) -> (state, metrics)`, to be jitted with the state donated. A batch
@@ -163,8 +164,8 @@ def distill_step(
 ) -> StepFn:
     """The pi-ID step of the student.
 
-    A student with adapters has its teacher's parameters as its base: they are one argument of the
-    step, used by both, and the state holds nothing of their size.
+    A student with adapters has its teacher's parameters as its base. They are a single argument of
+    the step for both, and the state holds nothing of their size.
 
     Args:
       student: the student, which predicts policies.
@@ -172,12 +173,12 @@ def distill_step(
       optimizer: the student's optimiser.
       config: the run's settings.
       channels: `C` of a state.
-      draw: of a source that has one, see `Source`.
+      draw: draws states, for a source that has it, see `Source`.
 
     Returns:
       `(state, teacher_params, root_key, batch) -> (state, metrics)`, to be jitted with the state
-      donated and the teacher's parameters not. A batch has `x` and `condition`, see `Source`; an
-      `x[B, *sites, 0]` says what the size of samples is, for training without data.
+      donated and the teacher's parameters not. A batch has `x` and `condition`, see `Source`. For
+      training without data, `x[B, *sites, 0]` gives the size of samples.
     """
     train = config.train
     factory = policy_factory(config.policy, train)
@@ -195,7 +196,7 @@ def distill_step(
 
         if train.data_free:
             draws = jax.vmap(sample)(jax.random.split(keys[1], train.nfe))
-            # Segments are the leading axis; microbatches are taken from the one behind it.
+            # Segments are the leading axis; microbatches are taken from the axis after it.
             draws = jax.tree.map(lambda a: jnp.swapaxes(a, 0, 1), draws)
         else:
             draws = sample(keys[1])
