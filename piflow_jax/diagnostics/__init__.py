@@ -1,10 +1,11 @@
-"""Why a student is poor: four measurements on the same noise, and one figure of them.
+"""Diagnosis of a poor student: four measurements on the same noise, and one figure of them.
 
-A student can fail for reasons that need different cures. Its *network* may not have learned what
-its policy could express: the velocity gap along its own trajectory is large, and a free policy,
-fitted without a network, is better (after the toy experiment of arXiv 2510.14974). The *policy* may
-be too small: then the free one is as poor. The mixture may have *collapsed* to one component. Or
-the *rollout* is too coarse: the endpoint moves when substeps are added.
+A student can fail for reasons that need different cures. Its *network* may not have learned
+everything that its policy could express. Then the velocity gap along its own trajectory is large,
+and a free policy, fitted without a network, is better (after the toy experiment of arXiv
+2510.14974). The *policy* may be too small. Then the free policy is equally poor. The mixture may
+have *collapsed* to one component. Or the *rollout* is too coarse. Then the endpoint moves when
+substeps are added.
 """
 
 import dataclasses
@@ -43,12 +44,12 @@ VelocityFn = Callable[[jax.Array, jax.Array], jax.Array]
 
 @dataclasses.dataclass(frozen=True)
 class VelocityGap:
-    """How far policy and teacher are apart where the student's own trajectory leads.
+    """The distance between policy and teacher velocities along the student's own trajectory.
 
     Attributes:
       t: shape `[nfe, P]`, noise levels, falling.
       gap: shape `[nfe, P]`, mean squares of the difference of velocities.
-      power: shape `[nfe, P]`, mean squares of the teacher's velocity, to compare with.
+      power: shape `[nfe, P]`, mean squares of the teacher's velocity, for comparison.
     """
 
     t: np.ndarray
@@ -66,7 +67,7 @@ class Capacity:
     """How well free policies, without a network, fit the teacher on fixed noise.
 
     Attributes:
-      loss: shape `[steps]`, the pi-ID loss while they are fitted.
+      loss: shape `[steps]`, the pi-ID loss during the fit.
       error: mean squared distance of their endpoints from the teacher's.
     """
 
@@ -76,7 +77,7 @@ class Capacity:
 
 @dataclasses.dataclass(frozen=True)
 class RolloutError:
-    """The endpoint's error in two parts: the student's own, and that of too few substeps.
+    """The endpoint's error in two parts: the student's own, and the part from too few substeps.
 
     Attributes:
       substeps: shape `[S]`, substeps per unit of raw time.
@@ -96,12 +97,14 @@ class Diagnosis:
     """All measurements of one student; `plot_diagnosis` draws them.
 
     Attributes:
-      gap: by time and by segment.
-      rollout: against substeps.
+      gap: the velocity gap by time and by segment.
+      rollout: the error against the number of substeps.
       naive: mean squared distance of the teacher's endpoints at as many evaluations as the student.
-      capacity: of a free policy of the same kind over one segment, or None if not asked for.
-      components: shape `[N]`, effective components at all sites, or None if it is no mixture.
-      num_components: `K`, or 0.
+      capacity: the fit of a free policy of the same kind over one segment, or None if not
+        requested.
+      components: shape `[N]`, effective components at all sites, or None if the policy is not a
+        mixture.
+      num_components: `K`, or 0 if the policy is not a mixture.
     """
 
     gap: VelocityGap
@@ -112,7 +115,7 @@ class Diagnosis:
     num_components: int
 
     def reasons(self) -> list[str]:
-        """What stands out, a sentence each, the largest part of the error first."""
+        """The notable findings, one sentence each, with the largest part of the error first."""
         found = []
         at_use = float(self.rollout.rollout[-1])
         if at_use > 0.25 * self.rollout.student and at_use > 0.01 * self.naive:
@@ -124,7 +127,7 @@ class Diagnosis:
             if own > 4 * free and own > 0.01 * self.naive:
                 text = f"network: a free policy reaches {free:.2g}, the student {own:.2g}: train on"
                 found.append((own - free, text))
-            # A student with several evaluations may be better than any policy of one.
+            # With several evaluations a student may be better than any policy with one evaluation.
             if free > 0.1 * self.naive and own > 0.5 * free:
                 text = (
                     f"policy: even a free one stays {free:.2g} away: more components or evaluations"
@@ -150,7 +153,7 @@ def velocity_gap(
     total_substeps: int = 128,
     final_step_size_scale: float = 1.0,
 ) -> VelocityGap:
-    """Asks policy and teacher for velocities along the student's own trajectory.
+    """Compares velocities of policy and teacher along the student's own trajectory.
 
     Args:
       policy_fn: `(x[B, *sites, C], t[B]) -> policy`, one network evaluation.
@@ -158,7 +161,7 @@ def velocity_gap(
       noise: `[B, *sites, C]`, standard normal.
       nfe: network evaluations, at least 1.
       warp: raw time to noise level.
-      points: queries per segment, the first at its start, evenly spaced in raw time.
+      points: queries per segment, evenly spaced in raw time from the segment's start.
       total_substeps: policy substeps per unit of raw time.
       final_step_size_scale: relative length of the last segment.
 
@@ -210,19 +213,19 @@ def policy_capacity(
 
     Args:
       make_policy: `(output, x, t) -> policy`.
-      output: arrays `[B, ...]` that a network would predict for the batch; where the fit starts.
+      output: arrays `[B, ...]` like a network's prediction for the batch, at which the fit starts.
       teacher: `(x[B, *sites, C], t[B]) -> u[B, *sites, C]`.
       noise: `[B, *sites, C]`.
       warp: raw time to noise level.
       steps: Adam steps; the rate decays to zero along a cosine.
-      learning_rate: at the start.
+      learning_rate: learning rate at the start.
       num_states: teacher queries per step.
       total_substeps: policy substeps per unit of raw time.
-      reference: `[B, *sites, C]`, the teacher's endpoints; by default of 128 Euler steps.
-      seed: of the times of the queries.
+      reference: `[B, *sites, C]`, the teacher's endpoints; by default from 128 Euler steps.
+      seed: seed of the query times.
 
     Returns:
-      The loss along the fit and the error that is left.
+      The loss along the fit and the remaining error.
 
     Raises:
       ValueError: `steps`, `num_states` or `total_substeps` is below 1.
@@ -245,7 +248,8 @@ def policy_capacity(
         def step(carry, key):
             output, state = carry
             loss, grads = jax.value_and_grad(loss_fn)(output, key)
-            # Outputs are free of each other, so the size of the batch is no part of their rate.
+            # Outputs are independent of each other, so their learning rate must not depend on the
+            # batch size.
             updates, state = optimizer.update(grads, state)
             return (optax.apply_updates(output, updates), state), loss
 
@@ -265,7 +269,7 @@ def effective_components(policy: GMFlowPolicy) -> jax.Array:
       policy: a mixture.
 
     Returns:
-      `[B, *sites]`, between 1 (one component has all the weight) and `K` (all have the same).
+      `[B, *sites]`, between 1 (one component has all the weight) and `K` (all weights are equal).
     """
     logs = jax.nn.log_softmax(policy.logweights, axis=1)
     weights = jnp.exp(logs)
@@ -284,7 +288,7 @@ def rollout_error(
     final_step_size_scale: float = 1.0,
     solver: Solver = "multistep",
 ) -> RolloutError:
-    """Splits the endpoint's error into the student's own and that of its rollout.
+    """Splits the endpoint's error into the student's own error and the error of its rollout.
 
     Args:
       policy_fn: `(x[B, *sites, C], t[B]) -> policy`.
@@ -292,11 +296,11 @@ def rollout_error(
       reference: `[B, *sites, C]`, the teacher's endpoints from the same noise.
       nfe: network evaluations, at least 1.
       warp: raw time to noise level.
-      substeps: per unit of raw time, rising; the last is the one in use.
-      finest: substeps that stand for infinitely many.
+      substeps: numbers of substeps per unit of raw time, rising; the last is the one in use.
+      finest: number of substeps that stands for infinitely many.
       final_step_size_scale: relative length of the last segment.
-      solver: of the rollouts; the default is that of `Student.sample`. Substeps are rounded up, as
-        there.
+      solver: solver of the rollouts, by default the same as in `Student.sample`. Substeps are
+        rounded up, as there.
 
     Returns:
       The errors.
@@ -345,7 +349,7 @@ def diagnose(
     capacity_steps: int = 500,
     solver: Solver = "multistep",
 ) -> Diagnosis:
-    """Measures a student against its teacher in every way of this module.
+    """Measures a student against its teacher with all methods of this module.
 
     Args:
       policy_fn: `(x[B, *sites, C], t[B]) -> policy`, with the batch's conditions.
@@ -353,12 +357,13 @@ def diagnose(
       noise: `[B, *sites, C]`, standard normal.
       nfe: network evaluations, at least 1.
       warp: raw time to noise level.
-      free: `make_policy` and `output` of `policy_capacity`; without it there is no capacity.
+      free: `make_policy` and `output` of `policy_capacity`; without it the capacity is not
+        measured.
       substeps: policy substeps per unit of raw time in use.
       final_step_size_scale: relative length of the last segment.
-      capacity_steps: Adam steps of the fit of the free policy.
-      solver: of the student's samples; the gap and the free policies are measured along Euler's
-        trajectories, on which students are trained.
+      capacity_steps: Adam steps of the free policy's fit.
+      solver: solver of the student's samples. The gap and the free policies are measured along
+        Euler trajectories, because students are trained on them.
 
     Returns:
       The measurements.
@@ -402,13 +407,13 @@ def plot_diagnosis(diagnosis: Diagnosis) -> Any:
     """Draws a diagnosis in four panels.
 
     Args:
-      diagnosis: what `diagnose` found.
+      diagnosis: the result of `diagnose`.
 
     Returns:
       The matplotlib `Figure`.
 
     Raises:
-      ImportError: matplotlib is not there; `pip install -e ".[notebooks]"`.
+      ImportError: matplotlib is not installed; `pip install -e ".[notebooks]"`.
     """
     from matplotlib.figure import Figure
 

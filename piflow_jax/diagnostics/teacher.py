@@ -1,9 +1,9 @@
-"""Is a teacher what its description says? Its denoising error against what data promise.
+"""Checks a teacher's description: its denoising error against the error that data allow.
 
-A network that was described with a wrong prediction, sign, direction or clock still gives
-velocities, and a student imitates them. The error of the clean samples that they point at gives it
-away: whatever the network is, it must not be worse than the best linear estimate, whose
-error follows from the variance of the data alone. Denoising errors are those of arXiv 2206.00364.
+A network with a wrong description (prediction, sign, direction or time scale) still gives
+velocities, and a student imitates them. The error of the clean samples reveals it. No useful
+network is worse than the best linear estimate, and the error of that estimate follows from the
+variance of the data alone. Denoising errors are those of arXiv 2206.00364.
 """
 
 import dataclasses
@@ -22,9 +22,10 @@ from piflow_jax.keys import as_key
 __all__ = ["TeacherReport", "check_teacher"]
 
 _LEVELS = (0.1, 0.2, 0.35, 0.5, 0.65, 0.8, 0.9)
-# A teacher is in doubt if its error is so many times the linear estimate's. Another reading of the
-# same network is named if it has so small a share of that error, and of the error that a network of
-# zeros has under it: one that has hardly learned is nearly such a network.
+# A teacher is in doubt if its error exceeds this multiple of the linear estimate's error. Another
+# reading of the same network is reported if its error is below this share of the teacher's. It must
+# also be below this share of the error that a network of zeros has under the same reading: a
+# network that has hardly learned is close to zero.
 _DOUBTFUL, _BETTER, _LEARNED = 1.3, 0.5, 0.8
 
 
@@ -35,8 +36,8 @@ class TeacherReport:
     Attributes:
       levels: noise levels `t`.
       error: mean squared error of `x_0 = x_t - t u` at each.
-      linear: that of the best linear estimate per coordinate.
-      problem: what is wrong with the description, in a sentence; None if nothing was found.
+      linear: error of the best linear estimate per coordinate, at each level.
+      problem: the fault in the description, in a sentence; None if there is none.
     """
 
     levels: tuple[float, ...]
@@ -46,11 +47,11 @@ class TeacherReport:
 
     @property
     def ratio(self) -> float:
-        """Error over the linear estimate's, the mean over levels; below 1 for a useful teacher."""
+        """Error over the linear estimate's error, mean over levels; a useful teacher is below 1."""
         return float(np.mean(np.divide(self.error, self.linear)))
 
     def __str__(self) -> str:
-        """A table, and the problem."""
+        """A table, and the problem if there is one."""
         rows = zip(self.levels, self.error, self.linear, strict=True)
         lines = [f"{t:5.2f}  {error:10.4g}  {linear:10.4g}" for t, error, linear in rows]
         head = "    t       error      linear"
@@ -60,18 +61,18 @@ class TeacherReport:
 def check_teacher(
     teacher: Teacher, params: Any, source: Source | Any, *, examples: int = 64, seed: int = 0
 ) -> TeacherReport:
-    """Compares a teacher's denoising error with what its description promises.
+    """Compares a teacher's denoising error with its description.
 
     Args:
-      teacher: the teacher; its guidance is left out.
+      teacher: the teacher; its guidance is ignored.
       params: its parameters.
-      source: data that it was trained on, see `Source`, or arrays, see `data.as_source`.
-      examples: how many are denoised, at each of seven levels.
-      seed: of the noise.
+      source: the data that it was trained on, see `Source`, or arrays, see `data.as_source`.
+      examples: number of examples to denoise at each of seven levels.
+      seed: seed of the noise.
 
     Returns:
-      The report. `problem` names another prediction, sign, direction or time scale under which the
-      same network denoises much better, where there is one.
+      The report. `problem` names another prediction, sign, direction or time scale if the same
+      network denoises much better with it.
 
     Raises:
       ValueError: the network does not take the data, or predicts another shape.
@@ -125,7 +126,7 @@ def _errors(teacher: Teacher, params, x0, noise, condition) -> list[float]:
 
 
 def _readings(teacher: Teacher) -> Iterator[tuple[str, Teacher]]:
-    """Other descriptions of the same network."""
+    """Other possible descriptions of the same network."""
     for prediction in ("u", "eps", "x0", "v"):
         if prediction != teacher.prediction:
             yield (

@@ -1,1 +1,1 @@
-"""Distillation: the stages of a run, what is seen of them, and `piflow_jax.distill`."""
+"""Distillation: the stages of a run, their looks at samples, and `piflow_jax.distill`."""

@@ -1,4 +1,4 @@
-"""Systems side by side: the same noise, labels and features for all of them."""
+"""Comparison of systems on the same noise, labels and features."""
 
 import dataclasses
 import json
@@ -40,7 +40,7 @@ __all__ = ["Bench", "compare", "draw", "judged"]
 
 
 def judged(source: Source, judge: Judge | None) -> Measure | None:
-    """The figures of a look in a feature space; None without one."""
+    """Measures the figures of a look in a feature space; None without one."""
     if judge is None:
         return None
     real, _ = real_features(source, judge)
@@ -57,7 +57,7 @@ class Bench:
     Args:
       config: the run's settings.
       source: real data.
-      data: what networks know of it.
+      data: shape and conditions of the data.
       judge: the feature space.
     """
 
@@ -68,7 +68,7 @@ class Bench:
         self._labels = labels[np.arange(config.evaluation.num_samples) % len(labels)]
 
     def sample(self, sampler: Callable, params) -> tuple[np.ndarray, float]:
-        """A system's samples `[N, *sites, C]` and the seconds that they took."""
+        """A system's samples `[N, *sites, C]` and the seconds that sampling took."""
         number = self._config.evaluation.num_samples
         by_index = index_sampler(self._config, self._data, sampler, self._conditions, number)
         return by_index(params, number), by_index.seconds
@@ -76,16 +76,17 @@ class Bench:
     def sample_once(
         self, sampler: Callable, params: Any, path: epath.Path, made: dict[str, Any]
     ) -> tuple[np.ndarray, float]:
-        """Like `sample`, but what an earlier evaluation kept is taken if it was made the same way.
+        """Like `sample`, but reuses an earlier evaluation's samples if they were made the same way.
 
         Args:
-          sampler: the system.
+          sampler: the system's sampler.
           params: its parameters.
-          path: where samples are kept. Several processes share the work instead.
-          made: what the samples depend on besides weights, noise and machine, as JSON values.
+          path: file for the samples. Several processes share the work instead.
+          made: values that the samples depend on in addition to weights, noise and machine, as
+            JSON.
 
         Returns:
-          The samples, and the seconds that they took when they were made.
+          The samples, and the seconds that making them took.
 
         Raises:
           KeptFileError: the file is damaged.
@@ -98,7 +99,7 @@ class Bench:
             "noise": [settings.seed, settings.num_samples],
             "machine": [jax.__version__, jax.devices()[0].device_kind],
         }
-        # As JSON has them, in which tuples are lists.
+        # As JSON stores them, with lists for tuples.
         made = json.loads(json.dumps(made))
         if path.exists():
             kept, samples, seconds = read_kept(path, _read_samples)
@@ -118,7 +119,7 @@ class Bench:
         seconds: float,
         reference: np.ndarray | None,
     ) -> Row:
-        """Figures of samples; `reference` are the endpoints to compare with, if any."""
+        """Figures of samples; `reference` are the endpoints to compare with, if there are any."""
         mse = None if reference is None else float(np.mean(np.square(samples - reference)))
         return Row(
             system=system,
@@ -129,7 +130,7 @@ class Bench:
         )
 
     def of_training_data(self) -> list[Row]:
-        """The figures of training images where the real ones are test images: a system's floor."""
+        """Figures of training images if the real images are test images: a system's floor."""
         if getattr(self.source, "test", None) is None:
             return []
         number = min(self._config.evaluation.num_samples, len(self.source))
@@ -141,14 +142,14 @@ class Bench:
         ]
 
     def of_data(self) -> dict[str, Any]:
-        """The real data's own diversity, and their half against half."""
+        """The real data's own diversity, and one half of the data against the other."""
         return {
             "data_diversity": class_diversity(self._real, self._real_labels),
             "floor": half_split_floor(self._real),
         }
 
     def protocol(self) -> dict[str, Any]:
-        """Everything that the figures depend on."""
+        """All settings that the figures depend on."""
         config, settings = self._config, self._config.evaluation
         record = sampling_record(config)
         return {
@@ -184,7 +185,7 @@ def compare(
     *,
     keep: bool = False,
 ) -> Report:
-    """Measures teacher and student on the same noise, and writes what was found.
+    """Measures teacher and student on the same noise and writes a report.
 
     Args:
       bench: noise, conditions and the feature space.
@@ -192,8 +193,9 @@ def compare(
       teacher_params: the teacher's parameters.
       student_params: the student's.
       workdir: the run's directory; process 0 writes `report.json` and `samples.png` there.
-      keep: the teacher's samples at most evaluations are kept in `teacher_samples.npz` for the next
-        comparison, which takes most of its time for them. For teachers that the settings describe.
+      keep: the teacher's samples at most evaluations are stored in `teacher_samples.npz` for the
+        next comparison, because making them takes most of its time. For teachers that the settings
+        describe.
 
     Returns:
       The report, which is also printed as a table.
@@ -252,7 +254,7 @@ def draw(
     student_params: Any,
     workdir: str | os.PathLike,
 ) -> None:
-    """Samples of teacher and student of the same noise, as `samples.png`, without figures.
+    """Draws teacher and student from the same noise as `samples.png`, without figures.
 
     Args:
       systems: teacher and student.
@@ -289,6 +291,6 @@ def _read_samples(path: Path) -> tuple[dict[str, Any], np.ndarray, float]:
 
 
 def _in_turn(source: Source, systems: Systems, count: int) -> list[str]:
-    """The names of the classes of the first samples; none without classes."""
+    """Class names of the first samples; empty without classes."""
     names = class_names(source, systems.data)
     return [names[index % len(names)] for index in range(count)] if names else []

@@ -1,4 +1,4 @@
-"""Samples of figures and grids: by index, and in rows."""
+"""Samples for figures and grids: by index, and in rows."""
 
 import jax
 import numpy as np
@@ -19,15 +19,15 @@ __all__ = ["class_names", "grid_rows", "index_sampler"]
 def grid_rows(
     config: Config, source: Source | None, data: DataShape
 ) -> tuple[list[str], Condition]:
-    """The rows of a grid, sample `i` being in row `i` modulo their number.
+    """The rows of a grid; sample `i` is in row `i` modulo their number.
 
     Args:
-      config: the run's settings; `config.evaluation.grid_classes` are the classes that are shown.
-      source: the data; needed where conditions are no labels.
-      data: what networks know of it.
+      config: the run's settings; `config.evaluation.grid_classes` selects the classes.
+      source: the data; needed if conditions are not labels.
+      data: shape and conditions of the data.
 
     Returns:
-      Names of the rows and their conditions, for `IndexSampler`. Without classes it is one row.
+      Names of the rows and their conditions, for `IndexSampler`. Without classes there is one row.
 
     Raises:
       ConfigError: a class does not exist.
@@ -49,7 +49,7 @@ def grid_rows(
 
 
 def class_names(source: Source | None, data: DataShape) -> list[str]:
-    """The names of classes, those of a source or of the data set; or their numbers."""
+    """Names of the classes from the source or the data set; otherwise their numbers."""
     names = getattr(source, "class_names", None)
     if not names and data.name in DATASETS:
         names = DATASETS[data.name].class_names
@@ -59,14 +59,14 @@ def class_names(source: Source | None, data: DataShape) -> list[str]:
 def index_sampler(
     config: Config, data: DataShape, sampler: Sampler, conditions: Condition, number: int
 ) -> IndexSampler:
-    """Samples by index as `config.evaluation` says, on all devices of this process.
+    """Makes a sampler by index with `config.evaluation`, on all devices of this process.
 
     Args:
       config: the run's settings.
-      data: what networks know of the data.
-      sampler: the system.
-      conditions: conditions in turn, see `conditions_in_turn`.
-      number: the most samples that are asked for at once.
+      data: shape and conditions of the data.
+      sampler: the system's sampler.
+      conditions: conditions to cycle through, see `conditions_in_turn`.
+      number: most samples that are requested at once.
 
     Returns:
       The sampler.

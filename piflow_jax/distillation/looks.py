@@ -1,4 +1,4 @@
-"""What is seen of a student while it trains: a grid of samples, and figures by a judge."""
+"""Looks at a student while it trains: a grid of samples, and figures from a judge."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -19,17 +19,17 @@ from piflow_jax.systems.shapes import DataShape
 
 __all__ = ["Measure", "look_by"]
 
-# Columns of a grid; more would be too small to see in TensorBoard.
+# Columns of a grid; with more, images would be too small in TensorBoard.
 _COLUMNS = 8
 
 
 @dataclasses.dataclass(frozen=True)
 class Measure:
-    """How a look measures its samples.
+    """Measures the samples of a look.
 
     Attributes:
       figures: `(sampler, params, labels) -> figures` of `config.evaluation.every_samples` samples.
-      space: the feature space, for the log.
+      space: name of the feature space, for the log.
     """
 
     figures: Callable[[IndexSampler, Any, np.ndarray], Mapping[str, float]]
@@ -44,15 +44,15 @@ def look_by(
     measure: Measure | None,
     others: tuple[Any, ...] = (),
 ) -> Callable[[Any], Look]:
-    """How to look at a student.
+    """Makes the function that looks at a student.
 
     Args:
       config: the run's settings.
       source: the data.
-      data: what they look like.
-      sampler: the student's, of pictures.
-      measure: makes figures; None makes none.
-      others: parameters that the sampler takes behind the student's, such as an autoencoder's.
+      data: shape and conditions of the data.
+      sampler: the student's sampler, which makes pictures.
+      measure: computes figures; None computes none.
+      others: parameters that the sampler takes after the student's, such as an autoencoder's.
 
     Returns:
       `params -> Look`, compiled at its first call.

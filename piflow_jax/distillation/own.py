@@ -1,8 +1,8 @@
-"""`piflow_jax.distill` and `piflow_jax.train_teacher`: a run of a caller's own networks and data.
+"""`piflow_jax.distill` and `piflow_jax.train_teacher`: runs with a caller's own networks and data.
 
-The machinery is that of the command line: checkpoints, exact continuation, meshes, several
-processes, metrics, looks and a report. Networks, teachers and sources are the caller's values.
-Distillation is pi-Flow's, arXiv 2510.14974, Alg. 2 and Sec. 3.4.
+They use the command line's machinery: checkpoints, exact continuation, meshes, several processes,
+metrics, looks and a report. Networks, teachers and sources are the caller's values. Distillation
+follows pi-Flow, arXiv 2510.14974, Alg. 2 and Sec. 3.4.
 """
 
 import contextlib
@@ -89,40 +89,43 @@ def distill(
     initial_params: Any = None,
     on_metrics: OnMetrics | None = None,
 ) -> Student:
-    """Distils a teacher into a student that needs a few evaluations, or one.
+    """Distils a teacher into a student that needs only one or a few evaluations.
 
-    Called again with the same arguments it continues where it was, to the same bits.
+    Another call with the same arguments continues where the last one stopped, with bitwise the same
+    result.
 
     Args:
-      config: settings, `base_config()` with changes to `policy`, `train`, `evaluation`, `mesh` and
-        to what is in no group. A changed key that has no meaning here is refused.
-      workdir: the run's directory: `student/` with checkpoints and metrics, `samples.png`, and
-        where figures can be had `report.json`.
-      teacher: what the network predicts, of which diffusion, and its guidance.
+      config: settings: `base_config()` with changes to `policy`, `train`, `evaluation`, `mesh` and
+        to keys outside all groups. A change to any other key is refused.
+      workdir: the run's directory. It receives `student/` with checkpoints and metrics,
+        `samples.png`, and `report.json` if figures can be measured.
+      teacher: the network's prediction, its diffusion and its guidance.
       teacher_params: its parameters, as `teacher.predict` takes them.
-      network: the student's: a `flax.linen.Module`, a `flax.nnx.Module`, a pair `(init, apply)`,
-        or a function `(outputs, shape, num_classes)` that makes one of these. It is called with
-        `(x[B, *sites, C], t[B], labels[B])`, with the arrays of a mapping as keywords, or with `(x,
-        t)` alone, and makes `[B, *sites, policy_outputs(config, C)]`: of a mixture `K` means `(K,
-        C)`, then `K` logits. Of NNX only `nnx.Param` is trained and averaged; other state is
-        carried along and saved.
-      source: data, a `piflow_jax.data.Source`; arrays `x[N, *sites, C]`; or `(x, condition)`. None
+      network: the student's network: a `flax.linen.Module`, a `flax.nnx.Module`, a pair `(init,
+        apply)`, or a function `(outputs, shape, num_classes)` that makes one of these. It is called
+        with `(x[B, *sites, C], t[B], labels[B])`, with the arrays of a mapping as keywords, or with
+        `(x, t)` alone. It returns `[B, *sites, policy_outputs(config, C)]`; for a mixture these are
+        `K` means `(K, C)` and then `K` logits. With NNX only `nnx.Param` is trained and averaged;
+        other state is carried along and saved.
+      source: data: a `piflow_jax.data.Source`, arrays `x[N, *sites, C]`, or `(x, condition)`. None
         with `config.train.data_free` and a teacher without conditions.
-      test_source: data of figures; by default `source`.
-      initial_params: parameters at which the student starts. Where they are the teacher's, it is
-        asked with the teacher's own input and time, and its means are converted as the teacher's
-        predictions are: its first policy is the teacher. A `Student` starts where that one ended.
-        By default the network starts afresh and is asked with `(x, t)`.
-      on_metrics: `(stage, step, scalars) -> None`, called in process 0 with what metrics have.
+      test_source: data for figures; by default `source`.
+      initial_params: parameters at which the student starts. If they are the teacher's, the student
+        takes the teacher's own input and time, and its means are converted like the teacher's
+        predictions, so that its first policy is the teacher. A `Student` starts where that student
+        ended. By default the network has fresh parameters and takes `(x, t)`.
+      on_metrics: `(stage, step, scalars) -> None`, called in process 0 with the scalars of the
+        metrics file.
 
     Returns:
-      The student of the averaged weights; later `piflow_jax.load(workdir, network=network)`.
+      The student with the averaged weights; `piflow_jax.load(workdir, network=network)` loads it
+      later.
 
     Raises:
-      BlockingIOError: another run is at work in the directory.
-      CheckpointError: a checkpoint is unusable, or of other settings, networks or data.
-      ConfigError: settings, networks or data do not fit; said before anything is trained.
-      Interrupted: a signal came; the state is saved.
+      BlockingIOError: another run is working in the directory.
+      CheckpointError: a checkpoint is unusable, or comes from other settings, networks or data.
+      ConfigError: settings, networks or data do not fit together; raised before any training.
+      Interrupted: a signal arrived; the state is saved.
       NonFiniteLossError: the loss became NaN or infinite.
     """
     parsed = _parsed(config, (*_OF_BOTH, *_OF_STUDENT))
@@ -182,23 +185,24 @@ def train_teacher(
     source: Any,
     on_metrics: OnMetrics | None = None,
 ) -> tuple[Teacher, Any]:
-    """Trains a teacher by flow matching; see `distill`, which takes what it returns.
+    """Trains a teacher by flow matching; `distill` takes the result.
 
     Args:
-      config: settings, `base_config()` with changes to `teacher`, `train.shift`, `mesh` and to what
-        is in no group.
-      workdir: the run's directory: `teacher/` with checkpoints and metrics.
-      network: see `distill`; it makes `[B, *sites, C]`, the velocity `eps - x_0` at `(1 - t) x_0 +
-        t eps`. Of data with classes, label `num_classes` stands for none.
+      config: settings: `base_config()` with changes to `teacher`, `train.shift`, `mesh` and to keys
+        outside all groups.
+      workdir: the run's directory. It receives `teacher/` with checkpoints and metrics.
+      network: see `distill`. It returns `[B, *sites, C]`, the velocity `eps - x_0` at `(1 - t) x_0
+        + t eps`. For data with classes, label `num_classes` is the null label.
       source: data, see `distill`.
       on_metrics: see `distill`.
 
     Returns:
-      The teacher, without guidance (`dataclasses.replace(teacher, guidance_scale=...)` has some),
-      and its averaged parameters; later `piflow_jax.load_teacher(workdir, network=network)`.
+      The teacher, without guidance (`dataclasses.replace(teacher, guidance_scale=...)` adds it),
+      and its averaged parameters. `piflow_jax.load_teacher(workdir, network=network)` loads them
+      later.
 
     Raises:
-      BlockingIOError: see `distill`, as for all others.
+      BlockingIOError: see `distill`.
       CheckpointError: see `distill`.
       ConfigError: see `distill`.
       Interrupted: see `distill`.
@@ -248,12 +252,12 @@ class _NoData:
 
 
 def _parsed(config: ConfigDict, applies: tuple[str, ...]) -> Config:
-    """Parsed settings, of which only those that apply were changed."""
+    """Parses settings and refuses changes to keys that do not apply."""
     parsed = parse(config, jax.device_count())
     base = flat_settings(base_config().to_dict())
     given = config.to_dict() if isinstance(config, ConfigDict) else dict(config)
     changed = [key for key, value in flat_settings(given).items() if base.get(key) != value]
-    # Of `initial_params` the command line has a path.
+    # The command line has a path for `initial_params`.
     strange = [key for key in changed if not key.startswith(applies) or key == "train.initial"]
     if strange:
         raise ConfigError(
@@ -282,7 +286,7 @@ def _source(given: Any, teacher: Teacher, config: Config) -> Source:
 
 
 def _shape_of(source: Source) -> DataShape:
-    """What a network has to know of a source, conditions included."""
+    """The shape of a source, its conditions included."""
     data, condition = DataShape.of(source.name, source), source[0].get("condition")
     if condition is None:
         return dataclasses.replace(data, num_classes=0)
@@ -294,7 +298,7 @@ def _shape_of(source: Source) -> DataShape:
 def _student_systems(
     config: Config, source: Source, teacher: Teacher, network: Any, initial: Any
 ) -> tuple[Config, Systems, Any]:
-    """Settings, teacher and student, and the parameters at which the student starts."""
+    """Settings, teacher and student, and the parameters where the student starts."""
     data = _shape_of(source)
     guidance = dataclasses.replace(
         config.teacher,
@@ -319,7 +323,7 @@ def _student_systems(
 
 
 def _named(config: Config, network: Any) -> Config:
-    """Settings that name the network, as checkpoints do."""
+    """Adds the network's name to the settings, as in checkpoints."""
     one = network[-1] if isinstance(network, tuple) else network
     kind = one if hasattr(one, "__qualname__") else type(one)
     name = f"{kind.__module__}:{kind.__qualname__}"
@@ -331,7 +335,7 @@ def _as_array(leaf: Any) -> Any:
 
 
 def _placed(params: Any, mesh: Any, split: bool) -> Any:
-    """Parameters on the devices of a mesh, of all processes."""
+    """Places parameters on the devices of a mesh, of all processes."""
 
     def put(leaf, sharding):
         if sharding.is_fully_addressable:
@@ -352,7 +356,7 @@ def _start(network: OwnNetwork):
 
 
 def _identity(network: OwnNetwork, source: Source) -> dict[str, Any]:
-    """What a run that goes on must find again, besides the tree of its checkpoint."""
+    """Values that a continued run must find unchanged, in addition to its checkpoint's tree."""
     asked = hashlib.sha256(json.dumps(network.spec, sort_keys=True).encode()).hexdigest()
     return {"source": f"digest {source_digest(source)}", "asked": f"digest {asked}"}
 
@@ -364,7 +368,7 @@ def _look(systems: Systems, test: Source, judge: Judge | None):
 
 @contextlib.contextmanager
 def _locked(workdir: str | os.PathLike, *stages: str) -> Iterator[epath.Path]:
-    """The run's directory, which no other run works in and which can be written."""
+    """Locks the run's directory against other runs and checks that it can be written."""
     workdir = user_path(workdir)
     with RunLock(workdir):
         places = [checkpoint_dir(workdir, stage) for stage in stages]

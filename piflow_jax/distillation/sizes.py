@@ -1,7 +1,7 @@
-"""What settings take at least, against what the devices have; said before anything is compiled.
+"""Compares the least needs of the settings with the devices, before anything is compiled.
 
-Bytes and operations are lower bounds, by the settings alone. What is refused could not have run;
-what is not may still be too large, which the compiler or the allocator finds out.
+Bytes and operations are lower bounds, computed from the settings alone. A run that is refused could
+not have worked. A run that passes may still be too large; the compiler or the allocator then fails.
 """
 
 import dataclasses
@@ -29,19 +29,19 @@ from piflow_jax.training.state import TrainState
 __all__ = ["Machine", "Sizes"]
 
 GIB = 2**30
-# A step or an evaluation, which give nothing before they end, is not waited for longer.
+# Longest wait for a step or an evaluation, which give no result before they end.
 _MOST_DAYS = 7
-# Above what a core of a CPU, and an accelerator that is not in the table, does in a second.
+# Upper bounds on the operations per second of a CPU core and of an unlisted accelerator.
 _CORE_FLOPS, _UNKNOWN_FLOPS = 2e11, 1e16
 
 
 @dataclasses.dataclass(frozen=True)
 class Machine:
-    """What devices have all together.
+    """Memory and speed of all devices together.
 
     Attributes:
-      memory: bytes; infinite where it is not known.
-      flops: operations a second, more than they do.
+      memory: bytes; infinite if unknown.
+      flops: operations per second, an upper bound.
     """
 
     memory: float
@@ -49,7 +49,7 @@ class Machine:
 
     @classmethod
     def here(cls) -> "Machine":
-        """The devices of all processes; those that are CPUs share their host's memory."""
+        """The devices of all processes; CPU devices share the memory of their host."""
         device, hosts = jax.local_devices()[0], jax.process_count()
         if device.platform == "cpu":
             return cls(hosts * _host_memory(), hosts * (os.cpu_count() or 1) * _CORE_FLOPS)
@@ -72,16 +72,16 @@ class _Part:
 
 
 class Sizes:
-    """Refuses what the devices cannot hold or not end.
+    """Refuses settings that exceed the devices' memory or would not finish.
 
-    Every check raises ConfigError with the amount, and of the keys that it grows with the one that
-    is farthest above its default.
+    Every check raises ConfigError with the amount. Of the keys that the amount grows with, the
+    error names the key farthest above its default.
 
     Args:
       systems: teacher and student.
-      source: the data, where it is there.
+      source: the data, if available.
       machine: the devices; by default those of this run.
-      teacher: the teacher's parameters, where its network is not known.
+      teacher: the teacher's parameters, if its network is unknown.
 
     Raises:
       ConfigError: patches do not divide the samples.
@@ -99,9 +99,9 @@ class Sizes:
         self._machine = machine or Machine.here()
         self._given = teacher
         model = systems.config.model
-        # Of captions there may be several.
+        # A set of captions may have several shapes.
         self._shapes = getattr(source, "buckets", [systems.data.shape[:-1]])
-        self._patch = getattr(model.own, "patch_size", 0)  # 0 is not known, of a user's network
+        self._patch = getattr(model.own, "patch_size", 0)  # 0 if unknown, for a user's own network
         for side in sorted({side for shape in self._shapes for side in shape}):
             if self._patch and side % self._patch:
                 raise ConfigError(
@@ -125,7 +125,7 @@ class Sizes:
         return max(map(math.prod, self._shapes))
 
     def check_run(self) -> None:
-        """Checks all parts of a run, before the first of them begins."""
+        """Checks all parts of a run before its first part begins."""
         settings, row = self._config.evaluation, dataset(self._config)
         if row.by_class and not (self._config.teacher.checkpoint or self._config.teacher.weights):
             self.check_teacher_training()
@@ -134,7 +134,7 @@ class Sizes:
             self.check_evaluation()
 
     def check_distillation(self, measured: bool) -> None:
-        """Checks a student's training and, where it is measured, its evaluation."""
+        """Checks a student's training and, if it is measured, its evaluation."""
         self.check_student_training()
         if measured:
             self.check_evaluation(measured)
@@ -165,7 +165,7 @@ class Sizes:
         )
 
     def check_sampling(self, number: int) -> None:
-        """Checks a batch of so many samples, of `config.evaluation.batch_size` at most."""
+        """Checks a batch of `number` samples, of `config.evaluation.batch_size` at most."""
         settings = self._config.evaluation
         variables, outputs, keys = self._teacher, self._data.channels, self._of_network
         if settings.system == "student":
@@ -177,10 +177,11 @@ class Sizes:
         self._check_memory("a batch of samples", *parts)
 
     def check_evaluation(self, measured: bool | None = None) -> None:
-        """Checks the evaluation, and that its figures have the samples that they need.
+        """Checks the evaluation, and that it draws enough samples for its figures.
 
         Args:
-          measured: samples are compared with the data's; by default unless those are latents.
+          measured: whether samples are compared with the data's; by default unless those are
+            latents.
         """
         settings = self._config.evaluation
         if measured is None:
@@ -190,7 +191,7 @@ class Sizes:
             numbers["evaluation.every_samples"] = settings.every_samples
         number, keys = max(numbers.values()), tuple(numbers)
         flops = self._config.sampling_nfe * self._flops(self._student)
-        if measured:  # with the teacher, all of whose samples are kept
+        if measured:  # the teacher also runs, and all its samples are kept
             self._check_figures(numbers)
             steps = settings.teacher_steps
             flops += sum(steps) * self._flops(self._teacher)
@@ -229,7 +230,7 @@ class Sizes:
 
     def _check_step(self, group: str, state: _Part, outputs: int, microbatches: int) -> None:
         batch, keys = getattr(self._config, group).batch_size, (f"{group}.batch_size",)
-        # Outputs and their gradient, of a part of the batch.
+        # Outputs and their gradient, for one microbatch.
         evaluated = 2 * batch / microbatches * self._sites * outputs * self._width
         self._check_memory(
             f"a step of the {'teacher' if group == 'teacher' else 'student'}'s training",
@@ -240,7 +241,7 @@ class Sizes:
 
     @property
     def _width(self) -> int:
-        """Bytes of a number that a network computes."""
+        """Bytes per number in a network's compute dtype."""
         return jnp.dtype(self._config.model.dtype).itemsize
 
     def _flops(self, variables: Any) -> float:
@@ -279,13 +280,13 @@ class Sizes:
 
 
 def _numeric(name: str, group: Any) -> tuple[str, ...]:
-    """Keys of a group's numbers."""
+    """Keys of a group that hold numbers."""
     values = dataclasses.asdict(group).items()
     return tuple(f"{name}.{key}" for key, value in values if type(value) in (int, float))
 
 
 def _state_bytes(trained: Any, settings: Any) -> int:
-    """Of the state of training and the gradient."""
+    """Bytes of the training state and the gradient."""
     optimizer = make_optimizer(settings.optimizer, settings.steps)
     state = jax.eval_shape(lambda trained: TrainState.create(trained, optimizer), trained)
     return _bytes(state) + _bytes(trained)

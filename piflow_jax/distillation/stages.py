@@ -1,6 +1,6 @@
-"""Training of teacher and student as stages: what each starts with, steps by and keeps.
+"""Training of teacher and student as stages: their initial state, steps and checkpoints.
 
-The command line's modes and `piflow_jax.distill` train by the same two.
+The command line's modes and `piflow_jax.distill` share these two stages.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ from piflow_jax.training.optimizer import make_optimizer
 from piflow_jax.training.state import TrainState
 from piflow_jax.training.step import distill_step, teacher_step
 
-# Streams of randomness, folded into the seed, so that no two uses share numbers.
+# Random streams, folded into the seed, so that no two uses share numbers.
 TEACHER_INIT, TEACHER_STEPS, STUDENT_INIT, STUDENT_STEPS, STUDENT_DATA, PAIRS = range(6)
 
 
@@ -36,7 +36,7 @@ def run_here(
     mesh: Mesh,
     on_metrics: OnMetrics | None = None,
 ) -> TrainState:
-    """Runs a stage of training as the settings say; returns its last state."""
+    """Runs a stage of training with the run's settings; returns its last state."""
     return run_stage(
         stage,
         workdir,
@@ -52,7 +52,7 @@ def run_here(
 
 
 def stream_key(config: Config, stream: int) -> jax.Array:
-    """The key of one of the streams of randomness of a run's seed."""
+    """The key of one of the random streams of a run's seed."""
     return jax.random.fold_in(seed_key(config.seed), stream)
 
 
@@ -69,9 +69,9 @@ def flat_settings(groups: dict[str, Any]) -> dict[str, Any]:
     return flat
 
 
-# How networks are computed, not what.
+# Settings that change how networks are computed, but not their result.
 _COMPUTED_BY = ("model.remat", "model.attention", "model.scan_unroll")
-# What a teacher's parameters come of, and the identity that they give a student.
+# The identity of a teacher's parameters in a student's run, and the settings that made them.
 _TEACHER = "teacher.parameters"
 _TEACHER_MADE_BY = tuple(
     f"teacher.{key}"
@@ -79,7 +79,7 @@ _TEACHER_MADE_BY = tuple(
 )
 
 
-# Settings of an optimiser that may change while a stage goes on.
+# Optimiser settings that may change when a stage continues.
 _TUNABLE = ("learning_rate", "warmup_steps", "grad_clip")
 
 
@@ -88,7 +88,7 @@ def _tunable(stage: str) -> tuple[str, ...]:
 
 
 def _extensible(stage: str, decay: str) -> tuple[str, ...]:
-    """A run may be made longer, unless its learning rate depends on its length."""
+    """Settings that may change: the number of steps too, unless the learning rate depends on it."""
     return _COMPUTED_BY + ((f"{stage}.steps",) if decay == "constant" else ())
 
 
@@ -101,7 +101,7 @@ def teacher_stage(
       systems: what is trained.
       source: data.
       mesh: the devices.
-      identity: what a run that goes on must find again, beyond the settings.
+      identity: values that a continued run must find unchanged, in addition to the settings.
 
     Returns:
       The stage.
@@ -154,15 +154,15 @@ def student_stage(
     """Training of the student by pi-ID.
 
     Args:
-      systems: what is trained, and its teacher.
-      source: data, or shapes of samples for training without.
+      systems: the student and its teacher.
+      source: data, or shapes of samples for training without data.
       teacher_params: the teacher's parameters.
       mesh: the devices.
-      look: what is seen of the student's averaged variables on the way; see `student_look`.
+      look: looks at the student's averaged variables during training; see `student_look`.
       start: `(key, initial) -> trained`, the trained part of the student's first variables; by
-        default it starts at its teacher.
-      initial: what the student starts at; by default the teacher's parameters.
-      identity: what a run that goes on must find again, beyond the settings.
+        default the student starts at its teacher.
+      initial: where the student starts; by default the teacher's parameters.
+      identity: values that a continued run must find unchanged, in addition to the settings.
 
     Returns:
       The stage.
@@ -183,7 +183,7 @@ def student_stage(
         return TrainState.create(start(key, initial), optimizer, carried)
 
     def look_at(trained, carried):
-        # Of the base too one copy on this process's devices: the teacher lies on the mesh.
+        # One copy of the base on this process's devices: the teacher's parameters lie on the mesh.
         base = gathered(teacher_params, mesh) if student.adapted else carried
         return look(student.with_base(trained, base))
 
@@ -193,7 +193,7 @@ def student_stage(
     flat = flat_settings(groups)
     made_by = tuple(key for key in flat if key.startswith(_TEACHER_MADE_BY))
     extensible = _extensible("train", settings.optimizer.decay)
-    # Each part has a key of its own for the dropout of adapters.
+    # Each microbatch has its own key for the dropout of adapters.
     if not student.drops:
         extensible += ("train.microbatches",)
     channels = systems.data.channels
@@ -220,15 +220,15 @@ def student_stage(
 
 
 def _of_data(systems: Systems) -> dict[str, Any]:
-    """What both stages record of their data."""
+    """Entries that both stages record about their data."""
     config = systems.config
     groups = {"seed": config.seed, "data.name": systems.data.name}
-    # Older runs, and those of other data, do not know the key.
+    # Older runs do not have the key, nor do runs with other data.
     return groups | ({"data.mirror": True} if config.data.mirror else {})
 
 
 def stage_batches(mesh: Mesh, source, batch_size: int, seed: int):
-    """Endless batches of a source, of each the rows that this process's devices need."""
+    """Endless batches of a source, with only the rows that this process's devices need."""
     return batches(source, batch_size=batch_size, seed=seed, rows=local_rows(mesh, batch_size))
 
 

@@ -1,4 +1,4 @@
-"""Figures for generated images in a fixed feature space, and pictures of them."""
+"""Figures for generated images in a fixed feature space, and grids of such images."""
 
 from piflow_jax.evaluation.diversity import class_diversity
 from piflow_jax.evaluation.evaluator import (

@@ -1,13 +1,13 @@
-"""ADM's figures: FID, sFID, Inception Score, precision and recall, with the protocol behind them.
+"""ADM's figures with their protocol: FID, sFID, Inception Score, precision and recall.
 
-The procedure of P. Dhariwal and A. Nichol, "Diffusion models beat GANs on image synthesis" (arXiv
-2105.05233), whose reference files and evaluator ImageNet papers share. Frechet distances are of the
-Inception network's pooled features (FID, M. Heusel et al., 1706.08500) and of 7 channels of a
-middle layer with their 17x17 sites (sFID, C. Nash et al., 2103.03841). A figure is called FID only
-if the features are those of the published weights; see `AdmFigures.names`.
+The procedure follows P. Dhariwal and A. Nichol, "Diffusion models beat GANs on image synthesis"
+(arXiv 2105.05233); ImageNet papers share its reference files and evaluator. Frechet distances
+compare the Inception network's pooled features (FID, M. Heusel et al., 1706.08500) and 7 channels
+of a middle layer with their 17x17 sites (sFID, C. Nash et al., 2103.03841). A figure is called FID
+only if the features come from the published weights; see `AdmFigures.names`.
 
-One known difference: ADM's evaluator compares squared distances rounded to float16 in precision and
-recall; here they are float32.
+There is one known difference. For precision and recall ADM's evaluator rounds squared distances to
+float16; here they are float32.
 """
 
 import dataclasses
@@ -62,7 +62,7 @@ _SPLIT = 5000
 
 @dataclasses.dataclass(frozen=True)
 class Moments:
-    """Count, mean and scatter of features, built up from batches and shards in float64.
+    """Count, mean and scatter of features, accumulated from batches and shards in float64.
 
     Attributes:
       count: Number of samples.
@@ -76,20 +76,20 @@ class Moments:
 
     @classmethod
     def empty(cls, dimension: int) -> "Moments":
-        """Moments of no samples of `dimension` features."""
+        """Moments of no samples with `dimension` features."""
         return cls(0, np.zeros(dimension), np.zeros((dimension, dimension)))
 
     def add(self, features: ArrayLike) -> "Moments":
-        """Moments with a batch of samples added.
+        """Adds a batch of samples.
 
         Args:
           features: [N, D], `N >= 1`.
 
         Returns:
-          The moments of both together.
+          The moments of all samples together.
 
         Raises:
-          ValueError: If `features` is malformed, of another dimension, or has a NaN or infinity.
+          ValueError: If `features` is malformed, has another dimension, or has a NaN or infinity.
         """
         features = checked_features(features, "features", minimum=1)
         check_same_dimension(features, self.mean, ("features", "self.mean"))
@@ -98,16 +98,16 @@ class Moments:
         return self.merge(Moments(len(features), mean, centred.T @ centred))
 
     def merge(self, other: "Moments") -> "Moments":
-        """Moments of two disjoint sets of samples together (T. Chan et al., 1979).
+        """Combines the moments of two disjoint sets of samples (T. Chan et al., 1979).
 
         Args:
           other: Moments of the other set.
 
         Returns:
-          The moments of both together.
+          The moments of all samples together.
 
         Raises:
-          ValueError: If `other` is of another dimension.
+          ValueError: If `other` has another dimension.
         """
         check_same_dimension(other.mean, self.mean, ("other", "self"))
         count = self.count + other.count
@@ -133,7 +133,7 @@ class Moments:
 
 
 class Activations(NamedTuple):
-    """Features of images: `pool` float32[N, 2048] of FID, `spatial` float32[N, 2023] of sFID."""
+    """Features of images: `pool` float32[N, 2048] for FID, `spatial` float32[N, 2023] for sFID."""
 
     pool: np.ndarray
     spatial: np.ndarray
@@ -146,8 +146,8 @@ class InceptionNetwork:
     Attributes:
       params: Variables of `InceptionV3`, see `piflow_jax.convert`.
       digest: SHA-256 of the file of weights, 64 hexadecimal digits.
-      batch_size: Images at a time; the last batch is padded.
-      sharding: How a batch lies on the devices; by default it is on one.
+      batch_size: Images per batch; the last batch is padded.
+      sharding: Sharding of a batch over devices; by default it is on one device.
     """
 
     params: dict
@@ -157,20 +157,20 @@ class InceptionNetwork:
 
     @property
     def published(self) -> bool:
-        """Whether the weights are the published ones, whose features alone make an FID."""
+        """Whether the weights are the published ones; only their features give an FID."""
         return is_published(self.digest)
 
     def activations(self, images: np.ndarray) -> Activations:
         """Features of images.
 
         Args:
-          images: uint8[N, H, W, 3]; resized to 299x299 as TensorFlow 1 did.
+          images: uint8[N, H, W, 3], which are resized to 299x299 as in TensorFlow 1.
 
         Returns:
           The features.
 
         Raises:
-          ValueError: If `images` is no such array (`to_uint8` makes it from [-1, 1]).
+          ValueError: If `images` is not such an array (`to_uint8` makes one from [-1, 1]).
         """
         images = np.asarray(images)
         if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
@@ -204,8 +204,8 @@ def inception_score(logits: ArrayLike, split_size: int = _SPLIT) -> float:
     """Inception Score (T. Salimans et al., 1606.03498) in ADM's splits.
 
     Args:
-      logits: [N, classes], in an order that says nothing about the class.
-      split_size: Samples of a split. A last, smaller one counts like the others.
+      logits: [N, classes], in an order that does not depend on the class.
+      split_size: Samples per split. A smaller last split counts like the others.
 
     Returns:
       The mean over splits of `exp(mean_x KL(p(y | x) | p(y)))`, between 1 and the number of
@@ -228,10 +228,10 @@ def inception_score(logits: ArrayLike, split_size: int = _SPLIT) -> float:
 
 
 def to_uint8(images: ArrayLike) -> np.ndarray:
-    """Images as bytes: 127.5 x + 128 rounded down, as DiT writes them.
+    """Images as bytes: 127.5 x + 128 rounded down, as in DiT.
 
     Args:
-      images: Of any shape, in [-1, 1] or clipped to it.
+      images: Images of any shape, in [-1, 1] or clipped to it.
 
     Returns:
       uint8 in [0, 255], of the same shape.
@@ -247,18 +247,18 @@ def to_uint8(images: ArrayLike) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Protocol:
-    """Everything that ADM's figures of one system depend on.
+    """Everything that the ADM figures of a system depend on.
 
     Attributes:
       samples: Number of samples.
-      label_rule: How a sample's label follows from its index.
-      seed: Seed of the noise, which depends on it and the index alone.
-      nfe: Network evaluations of a sample.
-      substeps: Policy substeps of the whole path.
-      solver: What integrates the policy.
-      temperature: Temperature of the mixture in all evaluations but the last; 1 leaves it.
-      guidance: Guidance scale while sampling; 1 is none.
-      decoder: The autoencoder that makes pixels.
+      label_rule: Rule that gives a sample's label from its index.
+      seed: Seed of the noise. The noise depends on the seed and the sample's index alone.
+      nfe: Network evaluations per sample.
+      substeps: Policy substeps over the whole path.
+      solver: Solver that integrates the policy.
+      temperature: Temperature of the mixture in all evaluations but the last; 1 has no effect.
+      guidance: Guidance scale in sampling; 1 is no guidance.
+      decoder: The autoencoder that decodes latents to pixels.
       dtype: Precision of network and decoder.
       feature_network: SHA-256 of the feature network's weights.
       reference: Name of the reference file.
@@ -280,7 +280,7 @@ class Protocol:
     reference_digest: str
 
     def __str__(self) -> str:
-        """All of it in words."""
+        """All entries in words."""
         evaluations = "evaluation" if self.nfe == 1 else "evaluations"
         return (
             f"{self.samples} samples, labels {self.label_rule}, noise by index with seed "
@@ -302,10 +302,11 @@ class AdmFigures:
       frechet: Frechet distance of pooled features.
       spatial_frechet: Frechet distance of spatial features.
       inception_score: Inception Score.
-      precision: Share of samples in the manifold of the reference's images; None without images.
-      recall: Share of the reference's images in the samples' manifold; None without images.
-      reference_images: Images that these two are against.
-      protocol: What the figures depend on.
+      precision: Share of samples inside the manifold of the reference's images; None without
+        images.
+      recall: Share of the reference's images inside the samples' manifold; None without images.
+      reference_images: Number of reference images for precision and recall.
+      protocol: Everything that the figures depend on.
     """
 
     frechet: float
@@ -318,7 +319,7 @@ class AdmFigures:
 
     @property
     def names(self) -> tuple[str, str, str]:
-        """What the first three may be called: FID and so on only for the published features."""
+        """Names of the first three figures: FID and so on only for the published features."""
         if is_published(self.protocol.feature_network):
             return "FID", "sFID", "Inception Score"
         space = f"of features {self.protocol.feature_network[:8]}"
@@ -344,20 +345,20 @@ def measure_adm(
     reference: Reference,
     protocol: Protocol,
 ) -> AdmFigures:
-    """ADM's figures of samples.
+    """Measures ADM's figures of samples.
 
     Args:
-      batches: Arrays uint8[B, H, W, 3], such as `image_batches` of the samples' file.
+      batches: Arrays uint8[B, H, W, 3], such as `image_batches` of a file of samples.
       network: The feature network.
-      reference: Real data; statistics it lacks are taken from its images.
-      protocol: How the samples were made.
+      reference: Real data. Statistics that it lacks are computed from its images.
+      protocol: Description of how the samples were made.
 
     Returns:
       The figures.
 
     Raises:
-      ValueError: The reference is of another feature network, or the protocol does not name this
-        network, this reference and this number of samples.
+      ValueError: The reference belongs to another feature network, or the protocol does not name
+        this network, this reference and this number of samples.
     """
     reference.check(network.digest)
     named = (protocol.feature_network, protocol.reference_digest)

@@ -1,8 +1,8 @@
-"""Files of ADM's evaluator: references and samples as `.npz`, with hashes of what was read.
+"""Files of ADM's evaluator: references and samples as `.npz`, with hashes of the files read.
 
-Layout as in openai/guided-diffusion: statistics `mu, sigma` of FID's features and `mu_s, sigma_s`
-of sFID's, images in `arr_0`, labels in `arr_1`. Statistics of our own carry two keys more, `count`
-and `feature_network`.
+The layout is that of openai/guided-diffusion: statistics `mu, sigma` of FID's features and `mu_s,
+sigma_s` of sFID's, images in `arr_0`, labels in `arr_1`. Our own statistics have two more keys,
+`count` and `feature_network`.
 """
 
 import contextlib
@@ -27,13 +27,13 @@ REFERENCE_URL = (
     "https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/imagenet/256/"
     "VIRTUAL_imagenet256_labeled.npz"
 )
-# First digits of the SHA-256 of `pt_inception-2015-12-05-6726825d.pth`, as its name says.
+# First digits of the SHA-256 of `pt_inception-2015-12-05-6726825d.pth`, as in its name.
 _PUBLISHED_WEIGHTS = "6726825d"
 _STATISTICS = ("mu", "sigma", "mu_s", "sigma_s")
 
 
 def is_published(feature_network: str) -> bool:
-    """Whether a hash of weights is that of the published network, whose features make an FID."""
+    """Whether a hash of weights belongs to the published network, which alone gives an FID."""
     return feature_network.startswith(_PUBLISHED_WEIGHTS)
 
 
@@ -50,11 +50,13 @@ class Reference:
     Attributes:
       path: The file.
       digest: SHA-256 of its bytes.
-      pool: Mean and covariance of FID's features; None if the file has images alone.
-      spatial: Likewise of sFID's features.
-      count: Samples that the statistics are of; None if the file does not say (ADM's do not).
-      feature_network: Hash of the feature network; None in ADM's files, which are of the published.
-      images: Number of images in the file, which give precision and recall; ADM's have 10,000.
+      pool: Mean and covariance of FID's features; None if the file only has images.
+      spatial: Mean and covariance of sFID's features; None if the file only has images.
+      count: Number of samples behind the statistics; None if the file has no count (ADM's files
+        have none).
+      feature_network: Hash of the feature network; None in ADM's files, which use the published
+        network.
+      images: Number of images in the file, for precision and recall; ADM's files have 10,000.
     """
 
     path: Path
@@ -66,7 +68,7 @@ class Reference:
     images: int
 
     def check(self, feature_network: str) -> None:
-        """Raises ValueError unless the statistics are of the network hashed `feature_network`."""
+        """Raises ValueError unless the statistics come from the network with this hash."""
         if self.pool is None or self.feature_network == feature_network:
             return
         if self.feature_network is not None:
@@ -85,15 +87,15 @@ def read_reference(path: str | os.PathLike) -> Reference:
     """Opens a reference: `mu, sigma, mu_s, sigma_s`, or images in `arr_0`, or both.
 
     Args:
-      path: An `.npz` of ADM, or of `write_statistics`, or of `write_samples`.
+      path: An `.npz` from ADM, `write_statistics` or `write_samples`.
 
     Returns:
-      The reference; images are not read yet.
+      The reference, with its images not yet read.
 
     Raises:
-      FileNotFoundError: There is none; says what to put there.
-      ValueError: The file is damaged, has neither statistics nor images, only some of the
-        statistics, or statistics that are of another shape or not finite.
+      FileNotFoundError: The file is missing; the message says what to put there.
+      ValueError: The file is damaged, has neither statistics nor images, lacks some of the
+        statistics, or its statistics have another shape or are not finite.
     """
     path = Path(path)
     if not path.is_file():
@@ -136,7 +138,7 @@ def read_reference(path: str | os.PathLike) -> Reference:
 
 @contextlib.contextmanager
 def _about(path: Path) -> Iterator[None]:
-    """Names the file in what NumPy, zipfile and zlib raise of a damaged one, whatever that is."""
+    """Adds the file's name to any error of NumPy, zipfile and zlib about a damaged file."""
     try:
         yield
     except (OSError, MemoryError):
@@ -149,7 +151,7 @@ def _about(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _open_member(path: Path, name: str):
-    """Shape, dtype and a stream of the bytes of one array in an `.npz`."""
+    """Shape, dtype and byte stream of one array in an `.npz`."""
     with (
         _about(path),
         zipfile.ZipFile(path) as archive,
@@ -166,17 +168,17 @@ def _open_member(path: Path, name: str):
 
 
 def image_batches(path: str | os.PathLike, batch_size: int = 512) -> Iterator[np.ndarray]:
-    """Images of an `.npz`, a few at a time in memory.
+    """Yields the images of an `.npz` in batches, so that only a few are in memory.
 
     Args:
       path: A file with `arr_0` uint8[N, H, W, 3].
-      batch_size: Images of a batch; the last one may be smaller.
+      batch_size: Images per batch; the last one may be smaller.
 
     Yields:
       uint8[B, H, W, 3].
 
     Raises:
-      ValueError: `arr_0` is another array, damaged or cut short.
+      ValueError: `arr_0` is another kind of array, damaged or truncated.
     """
     with _open_member(Path(path), "arr_0") as (shape, stream):
         for start in range(0, shape[0], batch_size):
@@ -190,15 +192,15 @@ def image_batches(path: str | os.PathLike, batch_size: int = 512) -> Iterator[np
 def write_samples(
     path: str | os.PathLike, batches: Iterable[np.ndarray], labels: ArrayLike
 ) -> None:
-    """Writes samples as ADM's evaluator reads them: `arr_0` images, `arr_1` labels.
+    """Writes samples in the format of ADM's evaluator: `arr_0` images, `arr_1` labels.
 
     Args:
-      path: File to write, `.npz`; replaced in one move.
-      batches: Arrays uint8[B, H, W, 3], written as they come.
-      labels: Integers [N], one for each image of all batches.
+      path: File to write, `.npz`; replaced atomically.
+      batches: Arrays uint8[B, H, W, 3], written one after the other.
+      labels: Integers [N], one per image of all batches.
 
     Raises:
-      ValueError: Batches are other arrays, of different sizes, or not N images in all.
+      ValueError: Batches are other arrays, differ in image size, or do not have N images in total.
     """
     path, labels = epath.Path(path), np.asarray(labels)
     if labels.ndim != 1 or not len(labels) or not np.issubdtype(labels.dtype, np.integer):
@@ -238,9 +240,9 @@ def write_statistics(
     """Writes statistics of real data in ADM's format, with the count and the network's hash.
 
     Args:
-      path: File to write, `.npz`; replaced in one move.
+      path: File to write, `.npz`; replaced atomically.
       pool: Mean and covariance of FID's features.
-      spatial: Of sFID's features of the same images.
+      spatial: Mean and covariance of sFID's features of the same images.
       count: Number of images.
       feature_network: SHA-256 of the network's weights.
     """

@@ -1,6 +1,6 @@
-"""Images averaged over areas: features of large images at the cost of those of small ones.
+"""Averages images over areas, so that features of large images cost no more than of small ones.
 
-Source: what OpenCV calls `INTER_AREA`.
+Source: the `INTER_AREA` interpolation of OpenCV.
 """
 
 import jax
@@ -12,14 +12,14 @@ __all__ = ["area_averaged", "sites_within"]
 
 
 def sites_within(shape: tuple[int, ...], most: int) -> tuple[int, int]:
-    """The largest `(H, W)` of the same proportions with no side above a limit.
+    """The largest `(H, W)` with the same proportions and no side above a limit.
 
     Args:
       shape: `(H, W, C)`.
-      most: the longest side.
+      most: upper limit for the longest side.
 
     Returns:
-      `(H, W)`, of at least 1; those of `shape` if they are within the limit.
+      `(H, W)`, each at least 1; those of `shape` if they are within the limit.
     """
     height, width = shape[:2]
     scale = min(most / max(height, width), 1.0)
@@ -27,14 +27,14 @@ def sites_within(shape: tuple[int, ...], most: int) -> tuple[int, int]:
 
 
 def area_averaged(images: ArrayLike, sites: tuple[int, int]) -> jax.Array:
-    """Means over the rectangles that divide images evenly; a pixel on a border counts by its share.
+    """Means over rectangles that divide images evenly; a pixel on a border counts by its share.
 
     Args:
       images: `[B, H, W, C]`.
       sites: `(h, w)`, neither above `(H, W)`.
 
     Returns:
-      `[B, h, w, C]`; the images themselves if they have these sites.
+      `[B, h, w, C]`; the images themselves if they already have these sites.
     """
     images = jnp.asarray(images)
     if images.shape[1:3] == tuple(sites):
@@ -45,7 +45,7 @@ def area_averaged(images: ArrayLike, sites: tuple[int, int]) -> jax.Array:
 
 
 def _shares(intervals: int, pixels: int) -> np.ndarray:
-    """Share `float32[intervals, pixels]` of each pixel of a line in each interval."""
+    """Share `float32[intervals, pixels]` that each interval takes of each pixel of a line."""
     edges = np.linspace(0, pixels, intervals + 1)
     left, right = edges[:-1, None], edges[1:, None]
     pixel = np.arange(pixels)

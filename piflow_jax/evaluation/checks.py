@@ -1,15 +1,15 @@
-"""Checks that the statistics of this room share."""
+"""Checks shared by the statistics of this package."""
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 
 def checked_features(features: ArrayLike, argument: str, minimum: int = 2) -> np.ndarray:
-    """Returns features as an array, or says what is wrong with them.
+    """Returns features as an array, or raises an error that names the fault.
 
     Args:
-      features: Anything that converts to a real array [N, D].
-      argument: Its name, for the message.
+      features: Any value that converts to a real array [N, D].
+      argument: Name of the argument, for the error.
       minimum: Smallest permitted N.
 
     Returns:

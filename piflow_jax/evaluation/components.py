@@ -1,6 +1,6 @@
-"""Principal components (arXiv 1404.1100) of the pixels as a feature space, without labels.
+"""Principal components (arXiv 1404.1100) of pixels: a feature space without labels.
 
-Without labels no feature network can be trained for the data; see `feature_training`.
+It serves data without labels, for which no feature network can be trained; see `feature_training`.
 """
 
 import dataclasses
@@ -18,8 +18,10 @@ from piflow_jax.evaluation.features import checked_images, weight_digest
 __all__ = ["PrincipalComponents"]
 
 _MOST = 48
-_MOST_NUMBERS = 1024  # of an image whose covariance is taken; larger ones are averaged to it
-# Smallest variance of a component against the largest's: below are rounding and compression.
+# Numbers per image for the covariance; larger images are averaged down to this.
+_MOST_NUMBERS = 1024
+# Smallest variance of a component relative to the largest. Smaller ones are due to rounding and
+# compression.
 _SMALLEST_SHARE = 1e-6
 _BATCH = 512
 
@@ -28,16 +30,17 @@ _BATCH = 512
 class PrincipalComponents:
     """The leading principal components of images, standardised over the real data.
 
-    They see means, contrasts and coarse shapes, and little of what a person sees: figures in this
-    space say whether distributions agree to second order.
+    They capture means, contrasts and coarse shapes, and little of what a person sees. Figures in
+    this space show whether distributions agree to second order.
 
     Attributes:
-      shape: `(H, W, C)` of the images it takes.
+      shape: `(H, W, C)` of the images.
       sites: `(h, w)` to which images are averaged first.
       mean: float32[S], of flattened images.
-      axes: float32[S, D], directions over their standard deviations.
-      digest: SHA-256 of both, 64 hexadecimal digits. Figures compare only between equal digests.
-      name: what reports call it.
+      axes: float32[S, D], directions divided by their standard deviations.
+      digest: SHA-256 of both, 64 hexadecimal digits. Figures are comparable only between equal
+        digests.
+      name: its name in reports.
     """
 
     shape: tuple[int, int, int]
@@ -49,17 +52,17 @@ class PrincipalComponents:
 
     @classmethod
     def of(cls, batches: Iterable[ArrayLike]) -> "PrincipalComponents":
-        """The components of real images.
+        """Computes the components of real images.
 
         Args:
-          batches: images `[N, H, W, C]` in [-1, 1], at least two of them, in batches of any size.
+          batches: images `[N, H, W, C]` in [-1, 1], at least two in total, in batches of any size.
 
         Returns:
-          The space, of at most 48 dimensions. Grey images with a side above 32, and colour images
-          with one above 18, are averaged to that.
+          The space, of at most 48 dimensions. Grey images with a side above 32 are averaged down to
+          32, and colour images with a side above 18 down to 18.
 
         Raises:
-          ValueError: all images are the same, or one is not finite.
+          ValueError: all images are equal, or one is not finite.
         """
         moments, shape, sites = Moments.empty(0), (), (0, 0)
         for images in batches:
@@ -78,7 +81,7 @@ class PrincipalComponents:
             raise ValueError("all images are the same: they have no principal components")
         kept = int(np.sum(variances > _SMALLEST_SHARE * variances[0]))
         directions = directions[:, :kept]
-        # The sign of a component is the library's whim.
+        # The sign of a component depends on the library.
         largest = np.abs(directions).argmax(axis=0)
         directions = directions * np.sign(directions[largest, np.arange(kept)])
         axes = directions / np.sqrt(variances[:kept])
@@ -86,10 +89,10 @@ class PrincipalComponents:
 
     @classmethod
     def of_arrays(cls, arrays: Mapping[str, ArrayLike]) -> "PrincipalComponents":
-        """The space that has been kept.
+        """Restores a space that was saved.
 
         Args:
-          arrays: what `arrays` made: `shape [3]`, `sites [2]`, `mean [S]`, `axes [S, D]`.
+          arrays: the result of `arrays`: `shape [3]`, `sites [2]`, `mean [S]`, `axes [S, D]`.
 
         Returns:
           The space.
@@ -102,7 +105,7 @@ class PrincipalComponents:
         return cls(shape, sites, **kept, digest=weight_digest(kept))
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """What has to be kept, arrays by name, see `of_arrays`."""
+        """The arrays to save, by name, see `of_arrays`."""
         sizes = {"shape": np.array(self.shape, np.int32), "sites": np.array(self.sites, np.int32)}
         return {**sizes, "mean": self.mean, "axes": self.axes}
 
@@ -110,13 +113,13 @@ class PrincipalComponents:
         """Features of images.
 
         Args:
-          images: `[N, H, W, C]`, any N; values are clipped to [-1, 1] first, as pictures are.
+          images: `[N, H, W, C]` with any N; values are first clipped to [-1, 1], as in pictures.
 
         Returns:
           float32[N, D].
 
         Raises:
-          ValueError: images are not finite, or of another shape.
+          ValueError: images are not finite, or have another shape.
         """
         images = checked_images(images, self.shape, self.name)
         outputs = [np.zeros((0, self.axes.shape[1]), np.float32)]

@@ -1,8 +1,8 @@
-"""Diversity within a class: how far apart two samples of the same label are on average.
+"""Diversity within a class: the mean distance between two samples of the same label.
 
-The counterpart within a class of the pairwise LPIPS diversity of J.-Y. Zhu et al., "Toward
-multimodal image-to-image translation" (arXiv 1711.11586), with the Euclidean distance of a feature
-space. A student that has lost modes of its teacher shows it here first.
+It transfers the pairwise LPIPS diversity of J.-Y. Zhu et al., "Toward multimodal image-to-image
+translation" (arXiv 1711.11586), to classes, with the Euclidean distance of a feature space. A
+student that lost modes of its teacher shows it here first.
 """
 
 import numpy as np
@@ -20,7 +20,7 @@ def class_diversity(features: ArrayLike, labels: ArrayLike) -> float:
 
     Returns:
       The mean over classes of the mean distance over unordered pairs of distinct samples, in units
-      of the features. Duplicates of a sample count, at distance zero.
+      of the features. Duplicates of a sample count as pairs at distance zero.
 
     Raises:
       ValueError: If `features` is malformed or has a NaN or infinity, `labels` does not fit it, or
@@ -41,8 +41,8 @@ def class_diversity(features: ArrayLike, labels: ArrayLike) -> float:
 
 
 def _mean_pairwise_distance(points: np.ndarray) -> float:
-    """Mean distance float over pairs of distinct rows of `points`: float64[n, D]."""
-    points = points - points.mean(axis=0)  # keeps the cancellation below small
+    """Mean distance between distinct rows of `points`: float64[n, D], as a float."""
+    points = points - points.mean(axis=0)  # limits the cancellation below
     squares = np.einsum("nd,nd->n", points, points)
     distances = squares[:, None] + squares[None, :] - 2 * points @ points.T
     np.fill_diagonal(distances, 0)

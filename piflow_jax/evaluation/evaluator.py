@@ -1,4 +1,4 @@
-"""Sampling by index and the figures of a set of samples."""
+"""Sampling by index, and figures of a set of samples."""
 
 import contextlib
 import dataclasses
@@ -27,7 +27,7 @@ __all__ = [
     "measure",
 ]
 
-# Which neighbour sets the radii of precision and recall.
+# The neighbour that sets the radii of precision and recall.
 _NEIGHBOUR = 3
 
 Sampler = Callable[..., jax.Array]
@@ -36,10 +36,10 @@ Sampler = Callable[..., jax.Array]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Figures:
-    """What is measured of one system's samples.
+    """Figures of one system's samples.
 
     Attributes:
-      frechet: Frechet distance of the features to the real data's.
+      frechet: Frechet distance between the features and those of real data.
       precision: share of samples inside the real manifold.
       recall: share of real images inside the samples' manifold.
       diversity: mean pairwise feature distance within a class.
@@ -52,10 +52,10 @@ class Figures:
 
 
 def index_labels(num_samples: int, num_classes: int) -> np.ndarray:
-    """Labels in turn, so that every prefix is balanced.
+    """Labels that cycle through the classes, so that every prefix is balanced.
 
     Args:
-      num_samples: How many.
+      num_samples: number of labels.
       num_classes: Number of classes.
 
     Returns:
@@ -67,18 +67,18 @@ def index_labels(num_samples: int, num_classes: int) -> np.ndarray:
 class IndexSampler:
     """Samples by index: noise and condition depend on the index alone, in one compiled shape.
 
-    Compilation happens at the first call and is not repeated, whatever the parameters' values.
+    The system is compiled at the first call and never again, for any values of the parameters.
 
     Args:
-      sampler: the system.
+      sampler: the system's sampler.
       shape: `(*sites, C)` of the noise.
-      conditions: conditions in turn, arrays `[n, ...]` in any structure, such as labels; sample `i`
-        has row `i % n`. None for none.
+      conditions: conditions to cycle through, such as labels: arrays `[n, ...]` in any structure.
+        Sample `i` has row `i % n`. None for a system without conditions.
       batch_size: samples per call of the system; the last call of a range is padded.
-      num_samples: the most samples that are asked for in a range, of which a batch then need not
-        have more; by default not known.
+      num_samples: largest number of samples requested in a range, which bounds the batch; unknown
+        by default.
       seed: seed of the noise.
-      sharding: how a batch lies on the devices; by default it is on one.
+      sharding: sharding of a batch over devices; by default it is on one device.
     """
 
     def __init__(
@@ -110,14 +110,15 @@ class IndexSampler:
     def batches(self, params: Any, indices: range) -> Iterator[np.ndarray]:
         """Yields the samples of consecutive indices.
 
-        Time spent is added to the attribute `seconds`, compilation left out.
+        Adds the time spent to the attribute `seconds`, without compilation.
 
         Args:
           params: Parameters of the system.
-          indices: Numbers of the samples, a step of 1 apart.
+          indices: A range of sample numbers with step 1.
 
         Yields:
-          `[b, H, W, C]` with `b = batch_size`, less for the last; of the system's own dtype.
+          `[b, H, W, C]` with `b = batch_size`, or fewer for the last batch, in the system's own
+          dtype.
         """
         for start in range(indices.start, indices.stop, self.batch_size):
             count = min(self.batch_size, indices.stop - start)
@@ -125,7 +126,7 @@ class IndexSampler:
             numbers[count:] = start  # padding
             numbers = jax.device_put(numbers, self._sharding)
             if self._compiled is None:
-                with self._on_mesh():  # kernels split their batch over it
+                with self._on_mesh():  # kernels split their batch over the mesh
                     self._compiled = self._run.lower(params, numbers).compile()
             began = time.perf_counter()
             samples = np.asarray(self._compiled(params, numbers))[:count]
@@ -137,13 +138,13 @@ class IndexSampler:
         return jax.set_mesh(self._sharding.mesh) if several else contextlib.nullcontext()
 
     def __call__(self, params: Any, num_samples: int) -> np.ndarray:
-        """The first samples.
+        """Returns the first samples.
 
-        Processes share the work, and all of them get all samples; all have to call it.
+        Processes share the work and each receives all samples, so all of them must call this.
 
         Args:
           params: Parameters of the system.
-          num_samples: How many, from index 0 on.
+          num_samples: Number of samples, from index 0 on.
 
         Returns:
           `float32[num_samples, H, W, C]`.
@@ -152,7 +153,7 @@ class IndexSampler:
         share = -(-num_samples // count)
         start = min(jax.process_index() * share, num_samples)
         mine = range(start, min(start + share, num_samples))
-        # One that has nothing left to do still needs the shape of a sample.
+        # A process without work left still needs the shape of a sample.
         batches = list(self.batches(params, mine or range(1)))
         samples = np.concatenate(batches).astype(np.float32)[: len(mine)]
         if count == 1:
@@ -162,38 +163,39 @@ class IndexSampler:
 
 
 def least_samples(num_classes: int) -> int:
-    """The fewest samples, by `index_labels`, that `measure` takes.
+    """The fewest samples, with labels from `index_labels`, that `measure` accepts.
 
     Args:
       num_classes: Number of classes.
 
     Returns:
-      How many have two of a class, for the diversity, and `k` neighbours each, for the recall.
+      The smallest number with two samples per class for the diversity, and with `k` neighbours per
+      sample for the recall.
     """
     return max(num_classes, _NEIGHBOUR) + 1
 
 
 def least_real_samples() -> int:
-    """Returns the fewest real samples whose halves can be compared, see `half_split_floor`."""
+    """Returns the fewest real samples that split into comparable halves, see `half_split_floor`."""
     return 2 * least_samples(0)
 
 
 def measure(
     samples: np.ndarray, labels: np.ndarray, real_features: np.ndarray, network: FeatureNetwork
 ) -> Figures:
-    """Figures of samples against real data.
+    """Measures figures of samples against real data.
 
     Args:
       samples: `[N, H, W, C]`; clipped to [-1, 1] by the feature network.
       labels: `int[N]`.
-      real_features: `[M, D]`, from the same network.
+      real_features: `[M, D]`, from the same feature space.
       network: the feature space.
 
     Returns:
       The figures.
 
     Raises:
-      ValueError: if the samples are not finite or of another shape.
+      ValueError: if the samples are not finite or have another shape.
     """
     features = network.extract(samples)
     coverage = precision_recall(real_features, features, k=_NEIGHBOUR)

@@ -1,12 +1,12 @@
-"""Trains a feature space of any labelled set of images, in which samples are then measured.
+"""Trains a feature space on any labelled set of images, for measuring samples.
 
-A small convolutional network learns to name the class *and* to restore the clean image from a
-shifted and noised one, with a penalty on correlated features; the features are its penultimate
-layer, see `piflow_jax.evaluation.features`. Figures in such a space compare within it only: between
-systems that were measured with the same weights, whose digest every report prints.
+A small convolutional network learns to predict the class *and* to restore the clean image from a
+shifted and noised one, with a penalty on correlated features. The features are its penultimate
+layer, see `piflow_jax.evaluation.features`. Figures in such a space are comparable only between
+systems that were measured with the same weights. Every report prints the digest of the weights.
 
-`tools/train_features.py` made the spaces that ship with the package, and has their figures. The
-penalty on correlations is that of Barlow Twins (arXiv 2103.03230).
+`tools/train_features.py` made the spaces that ship with the package, and contains their figures.
+The penalty on correlations is that of Barlow Twins (arXiv 2103.03230).
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ from piflow_jax.keys import seed_key
 __all__ = ["Recipe", "forward", "logits", "recipe_for", "stored_arrays", "train_network"]
 
 DIMENSION = 32
-LONGEST_SIDE = 64  # of the images that a network sees; larger ones are averaged to it
+LONGEST_SIDE = 64  # of the network's input images; larger images are averaged down to it
 BATCH = 128
 PEAK_RATE = 3e-3
 WEIGHT_DECAY = 1e-2
@@ -41,15 +41,15 @@ DECORRELATION = 0.5  # weight of the squared correlations between features
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """How a feature network is shaped and trained.
+    """Shape and training of a feature network.
 
     Attributes:
       strides: stride of each convolution.
       widths: outputs of each convolution.
       max_shift: largest shift of an image in training, in pixels.
       steps: training steps.
-      border: what lies beyond an image that is moved: `-1`, or its own edge for None.
-      sites: `(h, w)` to which images are averaged first; None for images as they are.
+      border: values beyond an image that is moved: `-1`, or the image's own edge for None.
+      sites: `(h, w)` to which images are averaged first; None leaves images as they are.
     """
 
     strides: tuple[int, ...]
@@ -61,13 +61,13 @@ class Recipe:
 
 
 def recipe_for(shape: tuple[int, ...]) -> Recipe:
-    """The recipe for images of a shape: as many halvings as leave about 4x4 sites.
+    """The recipe for images of a shape: it halves the sides until about 4x4 sites remain.
 
     Args:
       shape: `(H, W, C)`.
 
     Returns:
-      The recipe; images with a side above 64 are averaged to 64.
+      The recipe; images with a side above 64 are averaged down to 64.
     """
     sites = sites_within(shape, LONGEST_SIDE)
     side = min(sites)
@@ -101,7 +101,7 @@ def _initial_parameters(key, shape, recipe: Recipe, classes: int):
 
 
 def _shifted(images, offsets, angles, log_scales, border: float | None):
-    """Images [B, H, W, C] moved, turned (radians) and scaled, bilinearly."""
+    """Images [B, H, W, C] moved, rotated (radians) and scaled, bilinearly."""
     _, height, width, _ = images.shape
     rows, columns = jnp.meshgrid(jnp.arange(height), jnp.arange(width), indexing="ij")
     centre = jnp.array([(height - 1) / 2, (width - 1) / 2])
@@ -121,7 +121,7 @@ def _shifted(images, offsets, angles, log_scales, border: float | None):
 
 
 def _augmented(key, images, recipe: Recipe):
-    """Returns (noised, clean) views of images, randomly shifted, turned and scaled a little."""
+    """Returns (noised, clean) views of images with small random shifts, rotations and scales."""
     keys = jax.random.split(key, 5)
     count, shift = len(images), recipe.max_shift
     clean = _shifted(
@@ -139,7 +139,7 @@ def logits(parameters: Any, features: jax.Array) -> jax.Array:
     """Logits of the classification head.
 
     Args:
-      parameters: of `train_network`.
+      parameters: parameters from `train_network`.
       features: `[B, D]`.
 
     Returns:
@@ -154,13 +154,13 @@ def train_network(
     seed: int = 0,
     on_step: Callable[[int], None] | None = None,
 ) -> Any:
-    """Trains a feature network, heads included.
+    """Trains a feature network, including its heads.
 
     Args:
       source: labelled images `[H, W, C]` in [-1, 1], see `Source`.
-      recipe: its shape and training.
+      recipe: shape and training of the network.
       seed: root of all randomness.
-      on_step: called with the number of each step that is done.
+      on_step: called with the number of each finished step.
 
     Returns:
       The parameters, see `penultimate`; `class_*` and `image_*` are the heads.
@@ -209,12 +209,12 @@ def train_network(
 
 @functools.partial(jax.jit, static_argnames="recipe")
 def forward(parameters: Any, images: jax.Array, recipe: Recipe):
-    """Features before standardisation, compiled once for a shape.
+    """Features before standardisation, compiled once per shape.
 
     Args:
       parameters: arrays by name, see `penultimate`.
       images: `[B, H, W, C]`.
-      recipe: as in training.
+      recipe: the recipe of the training.
 
     Returns:
       `[B, D]`.
@@ -226,12 +226,12 @@ def forward(parameters: Any, images: jax.Array, recipe: Recipe):
 def stored_arrays(
     parameters: Any, batches: Iterable[np.ndarray], recipe: Recipe
 ) -> dict[str, np.ndarray]:
-    """What is kept of a network: its layers up to the features, and the standardisation.
+    """The arrays to save of a network: its layers up to the features, and the standardisation.
 
     Args:
-      parameters: of `train_network`.
-      batches: images float32[N, H, W, C] in batches, over which features get mean 0 and variance 1.
-      recipe: as in training.
+      parameters: parameters from `train_network`.
+      batches: batches of images float32[N, H, W, C], over which features get mean 0 and variance 1.
+      recipe: the recipe of the training.
 
     Returns:
       Arrays by name, weights in float16, for `FeatureNetwork.of_arrays`.

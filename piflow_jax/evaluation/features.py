@@ -1,12 +1,12 @@
-"""Feature spaces in which samples are measured, fixed by the digest of their weights.
+"""Feature spaces for measuring samples, identified by the digest of their weights.
 
-Each is a small convolutional network that was trained to name the class *and* to restore the clean
-image from a shifted and noised one, with a penalty on correlated features (see `feature_training`).
-Classification alone would let the images of one class collapse onto a point, where recall and
-diversity see nothing. The features are the penultimate layer, standardised over the real data:
-every dimension has mean 0 and variance 1 there, so a squared distance between two unrelated images
-is about twice the dimension. Two of them ship with the package, made by `tools/train_features.py`:
-figures in these compare between runs and machines.
+Each one is a small convolutional network. It was trained to predict the class *and* to restore the
+clean image from a shifted and noised one, with a penalty on correlated features (see
+`feature_training`). Classification alone would let the images of one class collapse onto a point,
+which would make recall and diversity blind. The features are the penultimate layer, standardised
+over the real data. Every dimension has mean 0 and variance 1 there, so a squared distance between
+two unrelated images is about twice the dimension. The spaces that ship with the package were made
+by `tools/train_features.py`; figures in them are comparable between runs and machines.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ from piflow_jax.evaluation.area import area_averaged
 
 Parameters = dict[str, jax.Array]
 
-_BATCH = 512  # one shape, hence one compilation, whatever is asked for
+_BATCH = 512  # one shape and hence one compilation, for any number of images
 SHIPPED = ("digits", "mnist", "fashion_mnist")
 
 
@@ -33,17 +33,18 @@ def penultimate(parameters: Parameters, images: jax.Array, strides: tuple[int, .
     """The network up to its features, before standardisation.
 
     Args:
-      parameters: `conv{i}_kernel [3, 3, in, out]`, `conv{i}_bias [out]` for each stride, then
-        `dense_kernel [flattened, D]`, `dense_bias [D]`.
+      parameters: `conv{i}_kernel [3, 3, in, out]` and `conv{i}_bias [out]` for each stride, then
+        `dense_kernel [flattened, D]` and `dense_bias [D]`.
       images: float32[B, H, W, C] in [-1, 1].
       strides: Stride of each convolution.
 
     Returns:
-      float32[B, D]. Every activation is SiLU, smooth and never dead, except for the last layer,
-      which is linear: its values are sums over many units and close to Gaussian, which is what the
-      Frechet distance assumes.
+      float32[B, D]. Every activation is SiLU, which is smooth and never dead. The last layer is
+      linear: its values are sums over many units and close to Gaussian, as the Frechet distance
+      assumes.
     """
-    exact = jax.lax.Precision.HIGHEST  # the same figures on machines with TF32 or bfloat16 units
+    # Gives the same figures on machines with TF32 or bfloat16 units.
+    exact = jax.lax.Precision.HIGHEST
     hidden = images
     for index, stride in enumerate(strides):
         hidden = jax.lax.conv_general_dilated(
@@ -65,13 +66,13 @@ class FeatureNetwork:
     """A trained feature space.
 
     Attributes:
-      name: What reports call it, such as the data set that it belongs to.
-      shape: Shape `(H, W, C)` of the images it takes.
+      name: Its name in reports, such as the name of its data set.
+      shape: Shape `(H, W, C)` of the images.
       sites: `(h, w)` to which images are averaged first, see `area_averaged`.
       strides: Stride of each convolution.
-      parameters: Weights, see `penultimate`; `mean [D]` and `scale [D]` of the standardisation.
-      digest: SHA-256 of the weights, 64 hexadecimal digits. Reports print it: figures compare only
-        between equal digests.
+      parameters: Weights, see `penultimate`, and `mean [D]` and `scale [D]` of the standardisation.
+      digest: SHA-256 of the weights, 64 hexadecimal digits. Reports print it, because figures are
+        comparable only between equal digests.
     """
 
     name: str
@@ -83,14 +84,14 @@ class FeatureNetwork:
 
     @property
     def dimension(self) -> int:
-        """Number of features of an image."""
+        """Number of features per image."""
         return self.parameters["mean"].shape[0]
 
     def extract(self, images: ArrayLike) -> np.ndarray:
         """Returns the features of images.
 
         Args:
-          images: [N, H, W, C], any N; values are clipped to [-1, 1] first, as pictures are.
+          images: [N, H, W, C] with any N; values are first clipped to [-1, 1], as in pictures.
 
         Returns:
           float32[N, D].
@@ -110,15 +111,15 @@ class FeatureNetwork:
 
     @classmethod
     def of_arrays(cls, arrays: Mapping[str, np.ndarray], name: str) -> "FeatureNetwork":
-        """The network that has been kept.
+        """Restores a network that was saved.
 
         Args:
-          arrays: What `feature_training.stored_arrays` made: `shape [3]`, `strides`, `sites [2]`
-            if images are averaged, and those of `parameters`.
-          name: What reports call it.
+          arrays: The result of `feature_training.stored_arrays`: `shape [3]`, `strides`, `sites
+            [2]` if images are averaged, and those of `parameters`.
+          name: Its name in reports.
 
         Returns:
-          The network, its weights in float32.
+          The network, with weights in float32.
 
         Raises:
           KeyError: An array is missing.
@@ -146,10 +147,10 @@ def _standardised(
 
 
 def checked_images(images: ArrayLike, shape: tuple[int, int, int], name: str) -> np.ndarray:
-    """Returns images as float32 if they are what a feature space takes.
+    """Returns images as float32 if they fit a feature space.
 
     Args:
-      images: What should be `[N, H, W, C]`.
+      images: Images that should be `[N, H, W, C]`.
       shape: `(H, W, C)`.
       name: Name of the feature space, for the message.
 
@@ -157,7 +158,7 @@ def checked_images(images: ArrayLike, shape: tuple[int, int, int], name: str) ->
       `float32[N, H, W, C]`.
 
     Raises:
-      ValueError: If they have another shape, or a NaN or infinity.
+      ValueError: If they have another shape, a NaN or infinity.
     """
     images = np.asarray(images)
     if images.shape[1:] != tuple(shape) or images.ndim != 4:
@@ -180,10 +181,10 @@ def load_features(name: str) -> FeatureNetwork:
       name: `digits` (8x8x1), `mnist` or `fashion_mnist` (28x28x1).
 
     Returns:
-      The network, its weights in float32.
+      The network, with weights in float32.
 
     Raises:
-      ValueError: If there is no feature space of that name.
+      ValueError: If no feature space has that name.
     """
     if name not in SHIPPED:
         raise ValueError(f"unknown feature space {name!r}; choose one of {list(SHIPPED)}")
@@ -194,11 +195,11 @@ def read_features(path: str | os.PathLike, name: str) -> FeatureNetwork:
     """Reads a feature space from a file.
 
     Args:
-      path: What `feature_training.stored_arrays` made, in an `.npz` file.
-      name: What reports call it.
+      path: An `.npz` file of the result of `feature_training.stored_arrays`.
+      name: Its name in reports.
 
     Returns:
-      The network, its weights in float32.
+      The network, with weights in float32.
     """
     with np.load(path, allow_pickle=False) as archive:
         return FeatureNetwork.of_arrays(dict(archive), name)

@@ -1,4 +1,4 @@
-"""The floor of the figures: what real data scores against other real data."""
+"""The floor of the figures: real data measured against other real data."""
 
 import dataclasses
 
@@ -9,7 +9,7 @@ from piflow_jax.evaluation.checks import checked_features
 from piflow_jax.evaluation.frechet import frechet_distance
 from piflow_jax.evaluation.precision_recall import precision_recall
 
-_SPLIT_KEY = 20251  # fixes the splits for ever
+_SPLIT_KEY = 20251  # fixes the splits forever
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -18,10 +18,10 @@ class Floor:
 
     Attributes:
       frechet: Mean squared Frechet distance between the halves.
-      frechet_std: Its standard deviation over the splits, a measure of its chance.
+      frechet_std: Its standard deviation over the splits, which shows its random variation.
       precision: Mean precision of one half against the other.
-      recall: Mean recall; equals the precision up to chance.
-      half_size: Samples in a half. The distance is biased by roughly `1 / half_size`, so a model
+      recall: Mean recall; equals the precision up to random variation.
+      half_size: Samples per half. The distance has a bias of roughly `1 / half_size`, so a model
         measured with more samples can fall below this floor.
       splits: Number of splits.
     """
@@ -35,15 +35,15 @@ class Floor:
 
 
 def half_split_floor(features: ArrayLike, *, splits: int = 4, k: int = 3) -> Floor:
-    """Splits real data into random halves and compares them like a model with its data.
+    """Splits real data into random halves and compares them as a model with its data.
 
     Args:
-      features: Features [N, D] of real data; an odd one is left out of each split.
+      features: Features [N, D] of real data; for odd N each split leaves one out.
       splits: Number of splits. They are the same for equal N on every machine.
-      k: Neighbour that sets the radius of precision and recall.
+      k: The neighbour that sets the radius of precision and recall.
 
     Returns:
-      The averages.
+      The figures, averaged over splits.
 
     Raises:
       ValueError: If `features` is malformed, has fewer than `2 (k + 1)` samples or a NaN or

@@ -42,7 +42,7 @@ def frechet_distance(features_a: ArrayLike, features_b: ArrayLike) -> float:
     """Returns the (squared) Frechet distance between Gaussians fitted to two sets of features.
 
     The estimate is biased upwards, by about `D (D + 1) / 4 (1/N + 1/M)` for whitened features of
-    equal distributions; compare figures taken at the same sample counts only.
+    equal distributions. Compare only figures with the same sample counts.
 
     Args:
       features_a: [N, D], `N >= 2`.
@@ -68,9 +68,9 @@ def frechet_distance_from_statistics(
 ) -> float:
     """Returns the (squared) Frechet distance between two Gaussians.
 
-    `tr((C_a C_b)^(1/2))` is taken as the trace of the root of the symmetric matrix
-    `C_a^(1/2) C_b C_a^(1/2)`, which has the same eigenvalues. Unlike a root of the product it needs
-    no invertible covariance and has no imaginary part to drop.
+    `tr((C_a C_b)^(1/2))` is computed as the trace of the root of the symmetric matrix `C_a^(1/2)
+    C_b C_a^(1/2)`, which has the same eigenvalues. Unlike a root of the product, it works with
+    singular covariances and has no imaginary part to drop.
 
     Args:
       statistics_a: `(mean [D], covariance [D, D])`.
@@ -80,8 +80,8 @@ def frechet_distance_from_statistics(
       The distance, in squared units of the features.
 
     Raises:
-      ValueError: If shapes do not fit, a value is NaN or infinite, or a covariance is not symmetric
-        or clearly not positive semi-definite.
+      ValueError: If shapes do not match, a value is NaN or infinite, or a covariance is not
+        symmetric or clearly not positive semi-definite.
     """
     mean_a, covariance_a = _checked_statistics(statistics_a, "statistics_a")
     mean_b, covariance_b = _checked_statistics(statistics_b, "statistics_b")

@@ -1,9 +1,10 @@
-"""Sets of pictures made from prompts, and features of them that are computed once.
+"""Sets of pictures made from prompts, and their features, computed only once.
 
-A set is a folder of PNG files named by the prompt's place in its list and the seed,
-`<place>-<seed>.png` or `<place>.png`, or an `.npz` file with `images`, and perhaps `place` and
-`seed`. Features are kept in chunks next to the report. An evaluation that was killed continues,
-and an evaluation of another student does not read the teacher's pictures again.
+A set is a folder of PNG files or an `.npz` file. The name of a PNG file gives the prompt's place in
+its list and the seed, `<place>-<seed>.png` or `<place>.png`. An `.npz` file has `images`, and
+optionally `place` and `seed`. Features are kept in chunks next to the report. An evaluation that
+was killed continues, and an evaluation of another student does not read the teacher's pictures
+again.
 """
 
 import functools
@@ -23,21 +24,21 @@ from piflow_jax.whole_files import replacing
 
 __all__ = ["ImageSet", "cached_features", "centre_patch", "open_images", "resized"]
 
-# Side of what Inception sees.
+# Side of Inception's input.
 PATCH = 299
 
-_NAME = re.compile(r"([0-9]{1,18})(?:-([0-9]{1,18}))?\.png")  # numbers of 64 bits
+_NAME = re.compile(r"([0-9]{1,18})(?:-([0-9]{1,18}))?\.png")  # 64-bit numbers
 _CHUNK = 64
-# Features of pictures that were read in another way are of other pictures.
+# Part of the cache key: features depend on how pictures are read.
 _READING = "upright, 8 bits, on white"
 
 
 class ImageSet:
-    """Pictures by number, in the order of prompts and then of seeds; made by `open_images`.
+    """Pictures by number, ordered by prompt and then by seed; made by `open_images`.
 
     Attributes:
-      places: int[N], each one's prompt, by its place in the list.
-      seeds: int[N].
+      places: int[N], the place of each picture's prompt in the list.
+      seeds: int[N], the seed of each picture.
     """
 
     def __init__(
@@ -56,11 +57,11 @@ class ImageSet:
         return len(self.places)
 
     def __getitem__(self, number: int) -> np.ndarray:
-        """Returns one picture, uint8[H, W, 3]; read anew each time."""
+        """Returns one picture, uint8[H, W, 3]; reads it anew each time."""
         return self._read(self._order[number])
 
     def digest(self, numbers: range) -> str:
-        """Hash of which files the pictures `numbers` are: their names, lengths and times."""
+        """Hash of the files of the pictures `numbers`: their names, lengths and times."""
         parts = [_READING, *(self._fingerprint(self._order[number]) for number in numbers)]
         return hashlib.sha256("\n".join(parts).encode(errors="surrogateescape")).hexdigest()
 
@@ -69,7 +70,7 @@ def open_images(path: str | os.PathLike) -> ImageSet:
     """Opens a set.
 
     Args:
-      path: A folder of PNG files, or an `.npz` file with `images: uint8[N, H, W, 3]` and perhaps
+      path: A folder of PNG files, or an `.npz` file with `images: uint8[N, H, W, 3]` and optionally
         `place: int[N]` (by default 0, 1, ...) and `seed: int[N]` (by default 0).
 
     Returns:
@@ -77,9 +78,9 @@ def open_images(path: str | os.PathLike) -> ImageSet:
 
     Raises:
       FileNotFoundError: There is no such file or folder.
-      ValueError: It has no pictures, a file's name is not like `12-0.png`, or arrays have other
-        shapes or types; or two pictures have the same place and seed. Pictures that cannot be
-        read raise a `PictureError` when they are.
+      ValueError: It has no pictures, a file's name is not like `12-0.png`, arrays have other shapes
+        or dtypes, or two pictures have the same place and seed. An unreadable picture raises a
+        `PictureError` when it is read.
     """
     path = Path(path)
     if not path.exists():
@@ -106,7 +107,7 @@ def _open_folder(path: Path) -> ImageSet:
     def fingerprint(i):
         try:
             status = files[i].stat()
-        except OSError as error:  # a link to nothing
+        except OSError as error:  # a dangling link
             raise PictureError(f"{files[i]}", error.strerror) from error
         return f"{files[i].name} {status.st_size} {status.st_mtime_ns}"
 
@@ -121,7 +122,7 @@ def _open_archive(path: Path) -> ImageSet:
     try:
         with np.load(path, allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in archive.files}
-    # Of a damaged file zipfile, zlib and NumPy raise whatever they run into.
+    # A damaged file makes zipfile, zlib and NumPy raise errors of any kind.
     except Exception as error:
         raise ValueError(f"{path} is a damaged .npz file: {error!r}") from error
     images = arrays.get("images")
@@ -141,7 +142,7 @@ def _open_archive(path: Path) -> ImageSet:
 
 
 def resized(image: np.ndarray) -> np.ndarray:
-    """A picture in the size that Inception sees, by Pillow's bicubic filter, antialiased.
+    """Resizes a picture to Inception's input size with Pillow's antialiased bicubic filter.
 
     Args:
       image: uint8[H, W, 3].
@@ -156,7 +157,7 @@ def resized(image: np.ndarray) -> np.ndarray:
 
 
 def centre_patch(image: np.ndarray) -> np.ndarray:
-    """The centre of a picture in the size that Inception sees, not scaled.
+    """Cuts the centre of a picture in Inception's input size, without scaling.
 
     Args:
       image: uint8[H, W, 3].
@@ -165,7 +166,7 @@ def centre_patch(image: np.ndarray) -> np.ndarray:
       uint8[299, 299, 3].
 
     Raises:
-      ValueError: If the picture is smaller.
+      ValueError: If the picture is smaller than that.
     """
     height, width = image.shape[:2]
     if min(height, width) < PATCH:
@@ -181,20 +182,20 @@ def cached_features(
     key: str,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> np.ndarray:
-    """Features of all pictures of a set, from the cache as far as it goes.
+    """Features of all pictures of a set, read from the cache as far as possible.
 
     Args:
       images: The pictures.
-      extract: Features `[B, D]` of a list of B pictures.
-      directory: Where chunks are kept; made if need be.
-      key: What the features are: network, its weights and how pictures reach it.
-      on_progress: Called after each chunk with the number of pictures done and of all.
+      extract: Maps a list of B pictures to features `[B, D]`.
+      directory: Directory for the chunks; created if missing.
+      key: Identity of the features: network, its weights and the preprocessing of pictures.
+      on_progress: Called after each chunk with the number of finished pictures and the total.
 
     Returns:
       float32[N, D].
 
     Raises:
-      KeptFileError: A chunk in the cache is damaged.
+      KeptFileError: A cached chunk is damaged.
     """
     directory = epath.Path(directory)
     directory.mkdir(parents=True, exist_ok=True)

@@ -1,8 +1,8 @@
-"""Image and text features of released PyTorch networks, and the figures that rest on them.
+"""Image and text features of released PyTorch networks, and figures computed from them.
 
-CLIP (A. Radford et al., arXiv 2103.00020) measures how well a picture fits its prompt; CLIP or
-DINOv2 (M. Oquab et al., arXiv 2304.07193) how much pictures of one prompt differ. The networks are
-those of `transformers`, from folders on this machine; it comes with the extra `text`.
+CLIP (A. Radford et al., arXiv 2103.00020) measures how well a picture fits its prompt. CLIP or
+DINOv2 (M. Oquab et al., arXiv 2304.07193) measures how much pictures of one prompt differ. The
+networks are loaded by `transformers`, from folders on this machine; it comes with the extra `text`.
 """
 
 import hashlib
@@ -23,15 +23,15 @@ _CLIP = "clip"
 
 
 class ImageNetwork:
-    """A released network from its folder; made by `load_image_network`.
+    """A released network, loaded from its folder by `load_image_network`.
 
-    Pictures reach it as its `preprocessor_config.json` says: shorter side resized by Pillow's
-    bicubic filter, centre cut out, channels standardised.
+    Pictures are preprocessed as in its `preprocessor_config.json`: the shorter side is resized with
+    Pillow's bicubic filter, the centre is cut out, and channels are standardised.
 
     Attributes:
       name: Kind of network and name of the folder.
       digest: SHA-256 of the folder's weights and settings.
-      reads_text: Whether it has text features too.
+      reads_text: Whether it also has text features.
     """
 
     def __init__(self, folder: Path, kind: str, device: str):
@@ -58,10 +58,10 @@ class ImageNetwork:
         """Features of pictures.
 
         Args:
-          images: Arrays uint8[H, W, 3], of any sizes.
+          images: Arrays uint8[H, W, 3] of any size.
 
         Returns:
-          float32[N, D], of length 1.
+          float32[N, D], normalised to length 1.
         """
         pixels = np.stack([self._pixels(image) for image in images]).transpose(0, 3, 1, 2)
         with self._torch.inference_mode():
@@ -74,16 +74,16 @@ class ImageNetwork:
         return _unit(features.float().cpu().numpy())
 
     def text_features(self, prompts: Sequence[str]) -> np.ndarray:
-        """Features of prompts, of which CLIP reads 77 tokens.
+        """Features of prompts; CLIP reads their first 77 tokens.
 
         Args:
           prompts: The prompts.
 
         Returns:
-          float32[N, D], of length 1.
+          float32[N, D], normalised to length 1.
 
         Raises:
-          ValueError: If the network reads no text.
+          ValueError: If the network does not read text.
         """
         if not self.reads_text:
             raise ValueError(f"{self.name} reads no text; CLIP does")
@@ -118,9 +118,9 @@ def load_image_network(folder: str | os.PathLike, device: str = "") -> ImageNetw
     """Loads a network.
 
     Args:
-      folder: A release of CLIP, DINOv2 or a vision transformer, as `transformers` saves it, with
-        its `preprocessor_config.json`.
-      device: PyTorch's name of the device; empty is the first GPU, or the CPU.
+      folder: A release of CLIP, DINOv2 or a vision transformer in the layout of `transformers`,
+        with its `preprocessor_config.json`.
+      device: Device name of PyTorch; empty means the first GPU, or the CPU if there is none.
 
     Returns:
       The network, in float32.
@@ -128,7 +128,7 @@ def load_image_network(folder: str | os.PathLike, device: str = "") -> ImageNetw
     Raises:
       FileNotFoundError: There is no such folder.
       ImportError: PyTorch or `transformers` is not installed.
-      ValueError: The folder is not of a release.
+      ValueError: The folder does not hold such a release.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -148,7 +148,7 @@ def load_image_network(folder: str | os.PathLike, device: str = "") -> ImageNetw
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         return ImageNetwork(folder, kind, device)
-    # Of its preprocessor's settings; what is wrong with its other files says so itself.
+    # This covers its preprocessor's settings; errors in its other files explain themselves.
     except (
         *(AttributeError, KeyError, OSError, RecursionError, TypeError, UnicodeError),
         json.JSONDecodeError,
@@ -157,17 +157,17 @@ def load_image_network(folder: str | os.PathLike, device: str = "") -> ImageNetw
 
 
 def clip_similarity(image_features: ArrayLike, text_features: ArrayLike) -> float:
-    """Mean cosine of each picture's features with those of its prompt.
+    """Mean cosine between each picture's features and its prompt's features.
 
     Args:
       image_features: [N, D].
-      text_features: [N, D], row by row of the pictures' prompts.
+      text_features: [N, D], features of the pictures' prompts, row by row.
 
     Returns:
       The mean, in [-1, 1].
 
     Raises:
-      ValueError: If shapes do not fit, or a value is NaN or infinite.
+      ValueError: If shapes do not match, or a value is NaN or infinite.
     """
     images = checked_features(image_features, "image_features", minimum=1)
     texts = checked_features(text_features, "text_features", minimum=1)
@@ -178,20 +178,21 @@ def clip_similarity(image_features: ArrayLike, text_features: ArrayLike) -> floa
 
 
 def prompt_diversity(features: ArrayLike, places: ArrayLike) -> float:
-    """Mean dissimilarity of two pictures of one prompt, averaged over prompts.
+    """Mean dissimilarity of two pictures of the same prompt, averaged over prompts.
 
-    The figure of OneIG-Bench (arXiv 2506.07977, section 3.2), whose dissimilarity is DreamSim's;
-    here it is one minus the cosine of whatever features are given.
+    This is the figure of OneIG-Bench (arXiv 2506.07977, section 3.2) with another dissimilarity:
+    DreamSim there, one minus the cosine of the given features here.
 
     Args:
       features: [N, D].
-      places: Integers [N], each picture's prompt. Prompts with one picture are left out.
+      places: Integers [N], the place of each picture's prompt. Prompts with one picture are left
+        out.
 
     Returns:
       The mean over prompts of the mean over their pairs, in [0, 2].
 
     Raises:
-      ValueError: If shapes do not fit, a value is NaN or infinite, or no prompt has two pictures.
+      ValueError: If shapes do not match, a value is NaN or infinite, or no prompt has two pictures.
     """
     features = _unit(checked_features(features, "features"))
     places = np.asarray(places)
@@ -202,7 +203,7 @@ def prompt_diversity(features: ArrayLike, places: ArrayLike) -> float:
         members = features[places == place]
         count = len(members)
         if count > 1:
-            # The sum over ordered pairs of distinct members.
+            # Sum over ordered pairs of distinct members.
             cosines = np.square(members.sum(axis=0)).sum() - count
             means.append(1 - cosines / (count * (count - 1)))
     if not means:
@@ -215,7 +216,7 @@ def _unit(features: np.ndarray) -> np.ndarray:
 
 
 def _side(size: int | dict[str, int], key: str) -> int:
-    """A side from settings, which old releases give as a number."""
+    """A side from settings; old releases give it as a plain number."""
     return size if isinstance(size, int) else size.get(key, size.get("height"))
 
 

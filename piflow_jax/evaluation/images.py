@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from piflow_jax.whole_files import replacing
 
-_TARGET = 48  # pixels an image should take at least, when no scale is given
+_TARGET = 48  # least size in pixels of an image if no scale is given
 _FONT_SIZE = 15
 _COLUMN_FONT_SIZE = 12
 _LINE = 20
@@ -34,11 +34,11 @@ def save_grid(
     Args:
       path: File to write; its directory must exist.
       rows: Captions and images `[N, H, W, C]`.
-      scale: Screen pixels of an image's pixel.
-      columns: Captions of the columns.
+      scale: Screen pixels per image pixel.
+      columns: Captions above the columns.
 
     Raises:
-      ValueError: As `draw_grid` does.
+      ValueError: See `draw_grid`.
     """
     with replacing(epath.Path(path)) as under_way:
         draw_grid(rows, scale, columns).save(under_way, format="PNG", optimize=True)
@@ -47,14 +47,14 @@ def save_grid(
 def draw_grid(
     rows: Sequence[tuple[str, ArrayLike]], scale: int | None = None, columns: Sequence[str] = ()
 ) -> Image.Image:
-    """Draws rows of images, each with a caption at its left.
+    """Draws rows of images, each with a caption on its left.
 
     Args:
-      rows: Pairs of a caption and images [N, H, W, C] in [-1, 1] (clipped to it), C 1 (grey) or 3
-        (RGB). Rows may differ in N and in the image size. Long captions are wrapped.
-      scale: Screen pixels of an image's pixel, nearest neighbour. By default the smallest that
-        makes the smallest image 48 pixels high or more, and as wide as the captions above it.
-      columns: Captions above the images of the first row, such as the names of their classes.
+      rows: Pairs of a caption and images [N, H, W, C] in [-1, 1] (clipped to it), with C = 1 (grey)
+        or 3 (RGB). Rows may differ in N and in the image size. Long captions are wrapped.
+      scale: Screen pixels per image pixel, nearest neighbour. By default the smallest scale that
+        makes the smallest image at least 48 pixels high and as wide as the caption above it.
+      columns: Captions above the images of the first row, such as names of classes.
 
     Returns:
       The picture, in RGB.
@@ -104,14 +104,15 @@ def draw_grid(
 
 
 def as_pictures(samples: ArrayLike) -> np.ndarray:
-    """Samples of any shape as something to look at.
+    """Samples of any shape as pictures for display.
 
     Args:
       samples: `[N, *sites, C]`.
 
     Returns:
-      `[N, H, W, 1 or 3]`: images as they are, or their first three channels; the middle slice of
-      volumes; sequences and points as rows of grey, one column a site, one row a channel.
+      `[N, H, W, 1 or 3]`. Images stay as they are, or keep their first three channels. Volumes show
+      their middle slice. Sequences and points become grey images with one column per site and one
+      row per channel.
     """
     samples = np.asarray(samples, np.float32)
     while samples.ndim > 4:
@@ -138,7 +139,7 @@ def _as_bytes(caption: str, images: ArrayLike) -> np.ndarray:
 
 
 def _strip(images: np.ndarray) -> np.ndarray:
-    """Images uint8[N, H, W, 3] side by side, `_GAP` pixels of paper between them."""
+    """Joins images uint8[N, H, W, 3] side by side, with `_GAP` pixels of paper between them."""
     count, height, width, _ = images.shape
     strip = np.full((height, count * (width + _GAP) - _GAP, 3), _PAPER, np.uint8)
     for index, image in enumerate(images):

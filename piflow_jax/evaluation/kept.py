@@ -1,4 +1,4 @@
-"""Files that a run keeps for its next start: read back whole, or named as damaged."""
+"""Files that a run keeps for its next start, read back whole or reported as damaged."""
 
 import json
 import os
@@ -21,16 +21,16 @@ class KeptFileError(Exception):
 
 
 def read_kept(path: str | os.PathLike, read: Callable[[Path], T], remedy: str = _REMEDY) -> T:
-    """Reads a file that an earlier start left.
+    """Reads a file from an earlier start.
 
     Args:
       path: The file.
-      read: Reads and checks it as a whole; of a file in a bucket it gets a copy. What it raises is
+      read: Reads and checks the whole file; for a file in a bucket it gets a copy. Its errors mean
         damage, unless the system or the memory failed.
-      remedy: What the message says to do; for files without which others mean nothing.
+      remedy: The remedy in the message; for files that others depend on.
 
     Returns:
-      What `read` returns.
+      The result of `read`.
 
     Raises:
       KeptFileError: The file is damaged.
@@ -40,13 +40,13 @@ def read_kept(path: str | os.PathLike, read: Callable[[Path], T], remedy: str = 
             return read(here)
     except (OSError, MemoryError):
         raise
-    # Of a damaged file zipfile, zlib, json and NumPy raise whatever they run into.
+    # A damaged file makes zipfile, zlib, json and NumPy raise errors of any kind.
     except Exception as error:
         raise KeptFileError(f"{path} is damaged ({error!r}); {remedy}") from error
 
 
 def read_kept_json(path: str | os.PathLike, kind: type[T], remedy: str = _REMEDY) -> T:
-    """Reads a JSON file that an earlier start left.
+    """Reads a JSON file from an earlier start.
 
     Args:
       path: The file.
@@ -54,7 +54,7 @@ def read_kept_json(path: str | os.PathLike, kind: type[T], remedy: str = _REMEDY
       remedy: See `read_kept`.
 
     Returns:
-      Its content.
+      Its contents.
 
     Raises:
       KeptFileError: See `read_kept`.

@@ -1,10 +1,10 @@
 """Improved precision and recall: coverage of one set's k-NN balls by the other's samples.
 
 T. Kynkaanniemi et al., "Improved precision and recall metric for assessing generative models"
-(arXiv 1904.06991). Precision is the share of generated samples that fall into the manifold of the
-real ones, recall the share of real samples that fall into the manifold of the generated ones; a
-manifold is the union of balls around samples that reach to the k-th nearest neighbour within the
-same set.
+(arXiv 1904.06991). Precision is the share of generated samples inside the manifold of the real
+ones. Recall is the share of real samples inside the manifold of the generated ones. A manifold is
+the union of balls around samples. Each ball reaches to the k-th nearest neighbour within the same
+set.
 """
 
 import functools
@@ -17,7 +17,7 @@ from numpy.typing import ArrayLike
 
 from piflow_jax.evaluation.checks import check_same_dimension, checked_features
 
-_CHUNK_ELEMENTS = 2**20  # distances held at once, 4 MiB: stays in a core's cache
+_CHUNK_ELEMENTS = 2**20  # distances held at once, 4 MiB, which stay in a core's cache
 _LANES = 32
 
 
@@ -29,27 +29,28 @@ class PrecisionRecall(NamedTuple):
 
 
 def precision_recall(real: ArrayLike, generated: ArrayLike, *, k: int = 3) -> PrecisionRecall:
-    """Measures how much of each set the other one covers.
+    """Measures the share of each set that the other set covers.
 
-    Recall grows with the number of generated samples; compare figures at equal counts only.
+    Recall grows with the number of generated samples. Compare only figures with equal counts.
 
     Args:
       real: Features [N, D], `N > k`.
-      generated: Features [M, D], `M > k`, of the same feature space.
-      k: Which nearest neighbour (itself excluded) sets a sample's radius; the paper takes 3.
+      generated: Features [M, D], `M > k`, in the same feature space.
+      k: The nearest neighbour (excluding the sample itself) that sets a sample's radius; 3 in the
+        paper.
 
     Returns:
       `PrecisionRecall(precision, recall)`.
 
     Raises:
-      ValueError: If an argument is malformed, has too few samples, or a NaN or infinity.
+      ValueError: If an argument is malformed, has too few samples, a NaN or infinity.
     """
     if not isinstance(k, (int, np.integer)) or k < 1:
         raise ValueError(f"`k` must be a positive integer, got {k!r}")
     real = checked_features(real, "real", minimum=k + 1)
     generated = checked_features(generated, "generated", minimum=k + 1)
     check_same_dimension(real, generated, ("real", "generated"))
-    centre = real.mean(axis=0)  # in float64, so that the float32 products below cancel less
+    centre = real.mean(axis=0)  # in float64, to reduce cancellation in the float32 products below
     real = jnp.asarray(real - centre, jnp.float32)
     generated = jnp.asarray(generated - centre, jnp.float32)
     real_radii = _squared_radii(real, k)
@@ -61,7 +62,7 @@ def precision_recall(real: ArrayLike, generated: ArrayLike, *, k: int = 3) -> Pr
 
 
 def _squared_distances(rows: jax.Array, columns: jax.Array) -> jax.Array:
-    """Squared Euclidean distances [R, C] of `rows: [R, D]` to `columns: [C, D]`."""
+    """Squared Euclidean distances [R, C] between `rows: [R, D]` and `columns: [C, D]`."""
     products = jnp.matmul(rows, columns.T, precision=jax.lax.Precision.HIGHEST)
     row_squares = jnp.sum(rows * rows, axis=1)[:, None]
     column_squares = jnp.sum(columns * columns, axis=1)[None, :]
@@ -77,10 +78,11 @@ def _in_chunks(rows: jax.Array, columns: int) -> tuple[jax.Array, jax.Array]:
 
 
 def _kth_smallest(values: jax.Array, k: int) -> jax.Array:
-    """The k-th smallest [R] of each row of `values: [R, C]`, duplicates counted, `k <= C`.
+    """The k-th smallest value [R] in each row of `values: [R, C]`, counting duplicates, `k <= C`.
 
-    `jax.lax.top_k` takes 200 ns an element on a CPU. This first keeps the k smallest of each of a
-    few lanes by an insertion that vectorises over lanes and rows, and sorts only those.
+    `jax.lax.top_k` takes 200 ns per element on a CPU. This function first keeps the k smallest
+    values in each of a few lanes, by an insertion that vectorises over lanes and rows. It then
+    sorts only these.
     """
     rows, columns = values.shape
     groups = -(-columns // _LANES)
@@ -102,7 +104,7 @@ def _kth_smallest(values: jax.Array, k: int) -> jax.Array:
 
 @functools.partial(jax.jit, static_argnames="k")
 def _squared_radii(points: jax.Array, k: int) -> jax.Array:
-    """Squared distance [N] of each of `points: [N, D]` to its k-th neighbour, itself excluded."""
+    """Squared distance [N] of each of `points: [N, D]` to its k-th neighbour except itself."""
 
     def chunk(rows_and_indices):
         rows, indices = rows_and_indices
@@ -116,7 +118,7 @@ def _squared_radii(points: jax.Array, k: int) -> jax.Array:
 
 @jax.jit
 def _covered(queries: jax.Array, centres: jax.Array, squared_radii: jax.Array) -> jax.Array:
-    """Share of `queries: [M, D]` within a ball around any of `centres: [N, D]`."""
+    """Share of `queries: [M, D]` inside a ball around any of `centres: [N, D]`."""
 
     def chunk(rows_and_indices):
         rows, indices = rows_and_indices

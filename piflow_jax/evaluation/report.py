@@ -1,4 +1,4 @@
-"""The report: systems side by side on the same noise and labels, as table, JSON and picture."""
+"""The report: systems compared on the same noise and labels, as table, JSON and picture."""
 
 import dataclasses
 import os
@@ -17,15 +17,15 @@ __all__ = ["Report", "Row"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Row:
-    """One system of a report.
+    """One system in a report.
 
     Attributes:
       system: its name, such as `teacher`.
       nfe: network evaluations per sample.
-      figures: what was measured.
-      endpoint_mse: mean squared distance of its (unclipped) endpoints to those of the teacher at
+      figures: its measured figures.
+      endpoint_mse: mean squared distance of its (unclipped) endpoints from those of the teacher at
         its largest number of evaluations; None for that system itself.
-      seconds: sampling time in seconds, compilation left out.
+      seconds: sampling time in seconds, without compilation.
     """
 
     system: str
@@ -42,7 +42,7 @@ class Report:
     Attributes:
       rows: the systems.
       data_diversity: the real data's own diversity.
-      floor: the real data's half against half.
+      floor: one half of the real data against the other.
       protocol: everything that the figures depend on.
     """
 
@@ -62,7 +62,7 @@ class Report:
           The first such row.
 
         Raises:
-          KeyError: There is none.
+          KeyError: There is no such row.
         """
         for row in self.rows:
             if (row.system, row.nfe) == (system, nfe):
@@ -74,11 +74,11 @@ class Report:
         return dataclasses.asdict(self)
 
     def write(self, path: str | os.PathLike) -> None:
-        """Writes the report as JSON to `path`; a file that is there is replaced in one move."""
+        """Writes the report as JSON to `path`; an existing file is replaced atomically."""
         write_json(epath.Path(path), self.as_dict())
 
     def table(self) -> str:
-        """The report for people, in fixed-width columns that are also Markdown, with its space."""
+        """The report for people, in fixed-width columns that are also Markdown; names the space."""
         head = ("system", "NFE", "Frechet", "precision", "recall", "diversity", "endpoint", "sec")
         cells = [head]
         for row in self.rows:

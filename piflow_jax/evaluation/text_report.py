@@ -1,4 +1,4 @@
-"""The report of pictures made from prompts: figures, and the protocol that they depend on.
+"""The report on pictures made from prompts: figures, and the protocol that they depend on.
 
 Source: the figures of pi-Flow's text-to-image tables (arXiv 2510.14974, section 5.2).
 """
@@ -25,16 +25,16 @@ _TITLES = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TextReport:
-    """Figures of a student's pictures; None where what they need was not given.
+    """Figures of a student's pictures; None if their inputs were not given.
 
     Attributes:
-      teacher_fid: Frechet distance to the teacher's pictures, whole ones resized.
-      patch_fid: Frechet distance to the teacher's pictures, of central patches.
-      clip: Mean cosine of picture and prompt.
-      teacher_clip: The same of the teacher's pictures.
-      diversity: Mean dissimilarity of two pictures of one prompt.
-      teacher_diversity: The same of the teacher's pictures.
-      protocol: All that the figures depend on.
+      teacher_fid: Frechet distance to the teacher's pictures, resized as a whole.
+      patch_fid: Frechet distance to the teacher's pictures, on central patches.
+      clip: Mean cosine between picture and prompt.
+      teacher_clip: The same for the teacher's pictures.
+      diversity: Mean dissimilarity of two pictures of the same prompt.
+      teacher_diversity: The same for the teacher's pictures.
+      protocol: Everything that the figures depend on.
     """
 
     teacher_fid: float | None = None
@@ -46,7 +46,7 @@ class TextReport:
     protocol: dict[str, Any]
 
     def table(self) -> str:
-        """The figures that there are, one a line; FID only if the features are the published."""
+        """The available figures, one per line; called FID only with the published features."""
         published = self.protocol.get("inception", {}).get("published")
         fid = "FID" if published else "Frechet distance"
         figures = [(title.format(fid=fid), getattr(self, name)) for name, title in _TITLES.items()]
@@ -55,9 +55,9 @@ class TextReport:
         )
 
     def write(self, path: str | os.PathLike) -> None:
-        """Writes the report as JSON, as a whole or not at all.
+        """Writes the report as JSON, completely or not at all.
 
         Args:
-          path: The file; one that exists is replaced.
+          path: The file; an existing one is replaced.
         """
         write_json(epath.Path(path), dataclasses.asdict(self))

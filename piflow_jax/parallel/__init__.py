@@ -1,4 +1,4 @@
-"""Devices: the mesh, and how batches and states lie on it."""
+"""Devices: the mesh, and the sharding of batches and states over it."""
 
 from piflow_jax.parallel.mesh import (
     batch_sharding,

@@ -1,9 +1,9 @@
-"""What a program compiled for TPUs moves between devices, read off its text.
+"""Data that a program compiled for TPUs moves between devices, read from its text.
 
-Counted is what a device sends if a collective over `n` devices runs as a ring: `(n - 1) / n` of an
-all-gather's result, of a reduce-scatter's argument and of an all-to-all's, twice that of an
-all-reduce's, all of a permutation's. Between slices the compiler has turned collectives into
-transfers by the hosts; of these, all is counted.
+The count is the data that a device sends if a collective over `n` devices runs as a ring. That is
+`(n - 1) / n` of the result of an all-gather and of the argument of a reduce-scatter or an
+all-to-all, twice that for an all-reduce, and all of a permutation's argument. Between slices the
+compiler has replaced collectives by transfers between hosts; these are counted in full.
 """
 
 import functools
@@ -17,7 +17,7 @@ from piflow_jax.parallel.program import Instruction, Program, Walk, parse_progra
 __all__ = ["BETWEEN_SLICES", "collective_bytes"]
 
 BETWEEN_SLICES = "between slices"
-"""The name of what hosts send."""
+"""The name of data sent by hosts."""
 
 _BITS = {"pred": 8}
 _START = 'custom_call_target="AsyncCollectiveStart"'
@@ -39,7 +39,7 @@ def collective_bytes(
 
     Raises:
       UnknownTripCountError: the length of a loop is neither in the program nor in `traced_trips`.
-      ValueError: the text is not that of a program, or names a group in a way not known here.
+      ValueError: the text is not that of a program, or names a group in an unknown notation.
     """
     program = parse_program(text)
     skipped, scattered = _continuations(program), _scattered(program)
@@ -85,10 +85,10 @@ def _collectives(program: Program):
 
 
 def _continuations(program: Program) -> set[str]:
-    """Instances that are no transfers of their own.
+    """Instances that are not transfers of their own.
 
-    A transfer that overlaps with arithmetic is written in every computation that it passes through,
-    always with the same channel; it is counted where it starts.
+    A transfer that overlaps with arithmetic appears in every computation that it passes through,
+    always with the same channel. It is counted where it starts.
     """
     starts: dict[str, set[str]] = {}
     instances: dict[str, set[str]] = {}
@@ -108,7 +108,7 @@ def _continuations(program: Program) -> set[str]:
 
 
 def _scattered(program: Program) -> set[str]:
-    """All-reduces of which every device keeps a part only: reduce-scatters in the hardware."""
+    """All-reduces after which every device keeps only a part: reduce-scatters in the hardware."""
     return {
         instruction.name
         for name, _, instruction in _collectives(program)
@@ -119,14 +119,14 @@ def _scattered(program: Program) -> set[str]:
 def _result_bytes(instruction: Instruction) -> int:
     shapes = _shapes(instruction.shape)
     if instruction.opcode in ("all-gather-start", "collective-permute-start"):
-        # Arguments, results, and perhaps the hardware's counters.
+        # Arguments, results, and possibly the hardware's counters.
         shapes = shapes[len(instruction.operands) : 2 * len(instruction.operands)]
     return sum(shapes)
 
 
 @functools.cache
 def _shapes(shape: str) -> list[int]:
-    """Bytes of each array of a shape as written."""
+    """Bytes of each array in a printed shape."""
     return [
         math.prod(int(n) for n in sizes.split(",") if n) * _bits(dtype) // 8
         for dtype, sizes in re.findall(r"\b(pred|[a-z]+\d+\w*)\[([\d,]*)\]", shape)
@@ -151,6 +151,6 @@ def _group_size(attributes: str) -> int:
     if groups[3]:
         return int(groups[3])
     sizes = dict(re.findall(r"'(\w+)'=(\d+)", groups[4]))
-    # A part of an axis is written with what is left of it, and its size: 'data':(2)4.
+    # A part of an axis is printed with the number of devices left and its size: 'data':(2)4.
     axes = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", groups[5])
     return math.prod(int(part or sizes[axis]) for axis, part in axes)

@@ -1,8 +1,8 @@
-"""Where a program compiled for TPUs spends its time, by the compiler's own estimates.
+"""The time that a program compiled for TPUs spends in each part, as estimated by the compiler.
 
-XLA's TPU compiler notes in the optimised program how many cycles it expects of each operation. Here
-they are summed by `jax.named_scope`, loops counted as often as they run. The estimates are those by
-which the compiler chose its tilings; they are no measurement. Collectives and other transfers
+XLA's TPU compiler writes the cycles that it expects for each operation into the optimised program.
+This module sums them by `jax.named_scope`, with loops counted as often as they run. The compiler
+chose its tilings by these estimates; they are not measurements. Collectives and other transfers
 that overlap with the arithmetic have no estimate and are not in the sums.
 """
 
@@ -15,7 +15,7 @@ from piflow_jax.parallel.program import Walk, parse_program
 __all__ = ["OTHER", "Cycles", "estimated_cycles"]
 
 OTHER = "other"
-"""The name of what belongs to no scope."""
+"""The name of operations outside all scopes."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,8 +23,8 @@ class Cycles:
     """Estimated cycles of one run of a program, on each device.
 
     Attributes:
-      by_scope: cycles by scope, all scopes asked for and `other`.
-      traced: `op_name` of each loop whose length is known only when it runs.
+      by_scope: cycles by scope: all requested scopes and `other`.
+      traced: `op_name` of each loop with a length known only at run time.
     """
 
     by_scope: Mapping[str, int]
@@ -46,16 +46,16 @@ def estimated_cycles(
 ) -> Cycles:
     """Sums the compiler's estimates by named scope.
 
-    An operation belongs to the innermost of the scopes in its `op_name`; `transpose(jvp(scope))` is
-    in the scope too. One that has none (a copy or a conversion of the compiler's own) belongs to
-    what is fused in it, else to the loop that it runs in, else to what uses it, else to what it
-    uses.
+    An operation belongs to the innermost of the scopes in its `op_name`; `transpose(jvp(scope))`
+    also belongs to the scope. An operation without a scope (a copy or a conversion of the
+    compiler's own) takes it from the first of these that has one: the operations fused in it, its
+    loop, its users, its operands.
 
     Args:
       text: the optimised program, `compiled.as_text()`.
       scopes: names given to `jax.named_scope`.
-      traced_trips: by scope, iterations to count for its loops of a length that is known only when
-        they run.
+      traced_trips: by scope, the iterations to count for loops with a length known only at run
+        time.
 
     Returns:
       The sums.

@@ -1,6 +1,6 @@
 """Floating point operations of a program, counted from its trace.
 
-XLA's own count is of no use here: it counts the body of a loop once, and layers are a loop.
+XLA's own count is not usable here: it counts the body of a loop once, and the layers are a loop.
 """
 
 import dataclasses
@@ -16,9 +16,9 @@ from absl import logging
 __all__ = ["OTHER", "Flops", "flops"]
 
 OTHER = "other"
-"""The name of what belongs to no scope."""
+"""The name of operations outside all scopes."""
 
-# JAX's own scope around what `jax.checkpoint` computes again in the backward pass.
+# JAX's own scope around the recomputations of `jax.checkpoint` in the backward pass.
 _RECOMPUTED = "rematted_computation"
 # Operations that hide products from the trace.
 _OPAQUE = ("ffi_call", "io_callback", "pure_callback", "ragged_dot_general", "scaled_matmul")
@@ -26,11 +26,11 @@ _OPAQUE = ("ffi_call", "io_callback", "pure_callback", "ragged_dot_general", "sc
 
 @dataclasses.dataclass(frozen=True)
 class Flops:
-    """Floating point operations of one run of a program, on all devices together.
+    """Floating point operations in one run of a program, on all devices together.
 
     Attributes:
-      by_scope: those that the results need, by scope: all scopes asked for and `other`.
-      recomputed: those that `jax.checkpoint` repeats in the backward pass.
+      by_scope: operations that the results need, by scope: all requested scopes and `other`.
+      recomputed: operations that `jax.checkpoint` repeats in the backward pass.
     """
 
     by_scope: Mapping[str, int]
@@ -38,29 +38,29 @@ class Flops:
 
     @property
     def needed(self) -> int:
-        """All but what is recomputed."""
+        """All operations except recomputations."""
         return sum(self.by_scope.values())
 
     @property
     def total(self) -> int:
-        """All that the program does."""
+        """All operations of the program."""
         return self.needed + self.recomputed
 
 
 def flops(function: Callable, *args: Any, scopes: Sequence[str] = ()) -> Flops:
     """Counts the FLOPs of a program's matrix products and convolutions.
 
-    Two operations per multiply-add. The program is the one that JAX hands to the compiler: scans
-    count as often as they run, kernels as often as their grid has points, the bodies of
-    `shard_map` on all devices, and of the branches of a condition the dearest. `while` loops, whose
-    length the trace does not know, count once. Operations that hide products from the trace are
-    left out, with a warning that names them.
+    A multiply-add counts as two operations. The program is the one that JAX hands to the compiler.
+    Scans count as often as they run, kernels as often as their grid has points, and the bodies of
+    `shard_map` on all devices. Of the branches of a condition only the most expensive counts.
+    `while` loops count once, because the trace does not know their length. Operations that hide
+    products from the trace are left out, with a warning that names them.
 
     Args:
-      function: what to trace; nothing is computed.
+      function: function to trace; nothing is computed.
       *args: its arguments, or their shapes.
-      scopes: names given to `jax.named_scope`. A product belongs to the innermost of them, and its
-        derivatives do too.
+      scopes: names given to `jax.named_scope`. A product and its derivatives belong to the
+        innermost scope.
 
     Returns:
       The counts.
@@ -88,7 +88,7 @@ Stack = tuple[str, ...]
 
 
 def _products(jaxpr, stack: Stack, repeats: int) -> Iterator[tuple[Stack, str, int | None]]:
-    """Scopes, operation and FLOPs of each product; FLOPs are None where they cannot be known."""
+    """Scopes, operation and FLOPs of each product; FLOPs are None if unknown."""
     for equation in jaxpr.eqns:
         name, params = equation.primitive.name.removesuffix("_wrapper"), equation.params
         within = (*stack, str(equation.source_info.name_stack))
@@ -107,7 +107,7 @@ def _products(jaxpr, stack: Stack, repeats: int) -> Iterator[tuple[Stack, str, i
 
 
 def _trips(name: str, params: Mapping[str, Any]) -> int:
-    """How often the body of an operation runs."""
+    """Number of times that the body of an operation runs."""
     if name == "scan":
         return params["length"]
     if name == "pallas_call":
@@ -130,7 +130,7 @@ def _convolution(equation) -> int:
 
 
 def _attention(products: int) -> Callable[[Any], int]:
-    """So many products of the size of queries `[B, T, heads, D]` with keys `[B, S, heads, D]`."""
+    """FLOPs of `products` products of queries `[B, T, heads, D]` with keys `[B, S, heads, D]`."""
 
     def count(equation) -> int:
         query, key = (variable.aval.shape for variable in equation.invars[:2])
@@ -142,7 +142,7 @@ def _attention(products: int) -> Callable[[Any], int]:
 _COUNTS: dict[str, Callable[[Any], int]] = {
     "dot_general": _dot,
     "conv_general_dilated": _convolution,
-    # cuDNN's; of the backward pass without the product that it repeats.
+    # cuDNN's attention; the backward pass counts without the product that it repeats.
     "dot_product_attention_fwd": _attention(2),
     "dot_product_attention_bwd": _attention(4),
 }

@@ -1,4 +1,4 @@
-"""The mesh of all devices, and how batches lie on it."""
+"""The mesh of all devices, and the sharding of batches over it."""
 
 import functools
 from collections.abc import Collection
@@ -29,17 +29,17 @@ AXES = ("data", "fsdp", "tensor")
 
 
 def device_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -> Mesh:
-    """Devices on three axes: batches are split over the first two, see `sharding`.
+    """Arranges devices on three axes; batches are split over the first two, see `sharding`.
 
     Args:
-      data: size of the axis `data`; -1 takes the devices that are left.
+      data: size of the axis `data`; -1 takes the remaining devices.
       fsdp: size of the axis `fsdp`.
       tensor: size of the axis `tensor`.
-      devices: by default all of all processes.
+      devices: by default all devices of all processes.
 
     Returns:
-      The mesh. Neighbours are on the last axis, which talks most. Of several TPU slices, whose
-      network between them is slow, each has its own part of `data`.
+      The mesh. Neighbouring devices share the last axis, which communicates most. Several TPU
+      slices have a slow network between them, so each slice has its own part of `data`.
 
     Raises:
       ValueError: The sizes do not multiply to the number of devices, or TPU slices do not divide
@@ -63,13 +63,13 @@ def device_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) ->
 
 
 def slice_count(devices=None) -> int:
-    """How many TPU slices devices are of; those that are no TPUs are as one slice.
+    """Number of TPU slices among devices; devices other than TPUs count as one slice.
 
-    JAX numbers the hosts of GPUs as slices, too. But a mesh may lie across these in any way, and
-    has to where a network takes more than one host.
+    JAX also numbers the hosts of GPUs as slices. But a mesh may cross them in any way, and must
+    where a network needs more than one host.
 
     Args:
-      devices: by default all of all processes.
+      devices: by default all devices of all processes.
 
     Returns:
       Their number, at least 1.
@@ -83,15 +83,15 @@ def config_mesh(config: Config, devices=None, groups: Collection[str] = ()) -> M
 
     Args:
       config: the run's settings.
-      devices: by default all of all processes.
-      groups: settings whose batches all of the devices share, see `check_devices`.
+      devices: by default all devices of all processes.
+      groups: settings with batches that all devices share, see `check_devices`.
 
     Returns:
       See `device_mesh`.
 
     Raises:
       ConfigError: The sizes do not fit the devices or their slices, or a batch cannot be divided;
-        names the key.
+        the message names the key.
     """
     devices = jax.devices() if devices is None else devices
     slices = slice_count(devices)
@@ -100,7 +100,7 @@ def config_mesh(config: Config, devices=None, groups: Collection[str] = ()) -> M
 
 
 def local_mesh() -> Mesh:
-    """The devices of this process, data-parallel; for work that processes share by turns."""
+    """This process's devices, data-parallel, for work that processes divide among themselves."""
     return device_mesh(devices=jax.local_devices())
 
 
@@ -110,28 +110,28 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def gathered(tree: Any, mesh: Mesh) -> Any:
-    """Copies arrays that lie on a mesh to one device of this process; all processes take part.
+    """Copies arrays on a mesh to one device of this process; all processes must call it.
 
     Args:
-      tree: arrays that lie on the mesh in any way.
+      tree: arrays on the mesh with any sharding.
       mesh: from `device_mesh`.
 
     Returns:
-      Each array whole, on the same device.
+      Whole arrays, all on the same device.
     """
     whole = moved(tree, replicated(mesh))
     return jax.tree.map(lambda leaf: leaf.addressable_data(0), whole)
 
 
 def moved(tree: Any, shardings: Any) -> Any:
-    """Puts arrays on other parts of the devices they lie on; all processes take part.
+    """Changes the sharding of arrays over the same devices; all processes must call it.
 
     Args:
       tree: arrays on a mesh.
-      shardings: where they go, a tree or one sharding of all; of the same devices.
+      shardings: new shardings, a tree or one for all arrays, over the same devices.
 
     Returns:
-      The arrays there.
+      The arrays with the new shardings.
     """
     return jax.jit(_identity, out_shardings=shardings)(tree)
 
@@ -147,7 +147,7 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 @functools.lru_cache
 def _local_parts(mesh: Mesh, process: int) -> tuple[int, ...]:
-    """Which of the batch's equal parts, in their order, lie on the devices of a process."""
+    """Indices of the batch's equal parts, in order, on the devices of a process."""
     count = mesh.shape["data"] * mesh.shape["fsdp"]
     parts = batch_sharding(mesh).devices_indices_map((count,))
     here = [part for device, part in parts.items() if device.process_index == process]
@@ -155,15 +155,15 @@ def _local_parts(mesh: Mesh, process: int) -> tuple[int, ...]:
 
 
 def local_rows(mesh: Mesh, batch_size: int, process: int | None = None) -> np.ndarray:
-    """The rows of a batch that lie on the devices of a process.
+    """Rows of a batch on the devices of a process.
 
-    Processes that differ in their places on `tensor` alone have the same ones. Devices that are
-    neighbours in a slice need not be in the batch, so the rows need not be a block.
+    Processes that differ only in their place on `tensor` have the same rows. Neighbours in a slice
+    need not be neighbours in the batch, so the rows need not be contiguous.
 
     Args:
       mesh: from `device_mesh`.
-      batch_size: of the global batch, divisible by `data` times `fsdp`.
-      process: by default this one.
+      batch_size: size of the global batch, divisible by `data` times `fsdp`.
+      process: index of the process; by default this one.
 
     Returns:
       `int64[rows]`, ascending.
@@ -178,7 +178,7 @@ def global_batch(batch: Any, mesh: Mesh) -> Any:
     """Puts this process's rows of a batch on its devices.
 
     Args:
-      batch: arrays with the rows of `local_rows` in front, in any structure.
+      batch: arrays in any structure, with the rows of `local_rows` on the leading axis.
       mesh: from `device_mesh`.
 
     Returns:
@@ -194,7 +194,8 @@ def global_batch(batch: Any, mesh: Mesh) -> Any:
             start = parts.index((index[0].start or 0) // size) * size
             return value[start : start + size]
 
-        # `make_array_from_process_local_data` wants of any two processes the same rows or none.
+        # `make_array_from_process_local_data` requires that two processes have the same rows or
+        # none in common.
         return jax.make_array_from_callback(whole, batch_sharding(mesh), of_device)
 
     return jax.tree.map(put, batch)

@@ -1,14 +1,14 @@
-"""Many processes as one program: how they find each other, and how they end together.
+"""Many processes as one program: how they connect, and how they end together.
 
-Every process runs the same command. Who it is, it learns from its environment, in this order:
+Every process runs the same command. It learns its place from its environment, in this order:
 
 * `JAX_COORDINATOR_ADDRESS`, `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID`, set by hand;
-* Slurm's variables of a step (`srun`), read by JAX;
-* Open MPI's or PMI's (MPICH, Intel) rank and size, with `JAX_COORDINATOR_ADDRESS` where JAX cannot
-  tell the address;
+* Slurm's variables for a step (`srun`), read by JAX;
+* rank and size from Open MPI or PMI (MPICH, Intel), with `JAX_COORDINATOR_ADDRESS` where JAX cannot
+  find the address;
 * the metadata of a Cloud TPU or of GKE, read by JAX.
 
-Without any of these there is one process, and nothing is started.
+Without any of these there is a single process, and nothing is started.
 """
 
 import contextlib
@@ -38,19 +38,19 @@ __all__ = ["Place", "ProcessError", "end", "find", "lost", "over_devices", "star
 _ADDRESS, _COUNT, _INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
 # Variables of MPI launchers: size and rank.
 _MPI = (("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"), ("PMI_SIZE", "PMI_RANK"))
-# The same among the processes of a host: of Open MPI, of MPICH and Intel, of Cray.
+# The same among the processes of a host: for Open MPI, for MPICH and Intel, for Cray.
 _MPI_LOCAL = (
     ("OMPI_COMM_WORLD_LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
     ("MPI_LOCALNRANKS", "MPI_LOCALRANKID"),
     ("PMI_LOCAL_SIZE", "PMI_LOCAL_RANK"),
 )
 _DEVICES = "JAX_LOCAL_DEVICE_IDS"
-_ORTE = "OMPI_MCA_orte_hnp_uri"  # Open MPI up to 4: JAX reads the address off it
+_ORTE = "OMPI_MCA_orte_hnp_uri"  # Open MPI up to 4: JAX reads the address from it
 _LARGEST_PORT = 2**16 - 1
-_MOST = 10**6  # processes; JAX has memory for each before it looks for the first
-# What carries data and news between processes, as its errors call it.
+_MOST = 10**6  # processes; JAX allocates memory for each before it looks for the first
+# Names in error messages of the systems that carry data and messages between processes.
 _CARRIERS = re.compile(r"\bGloo |\bNCCL\b|[Cc]oordination ?[Ss]ervice|\bBarrier\b")
-# That process 0 alone still writes a report is no failure; that it died, heartbeats tell.
+# A report that process 0 still writes alone is no failure. Heartbeats tell if it died.
 _SHUTDOWN_SECONDS = 7 * 24 * 3600
 
 
@@ -60,14 +60,14 @@ class ProcessError(RuntimeError):
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """Where a process stands among the others.
+    """The place of a process among the others.
 
     Attributes:
-      source: what said so: `environment`, `slurm`, `mpi` or `tpu`.
-      address: `host:port` of process 0; None leaves it to JAX.
-      count: number of processes; None leaves it to JAX.
-      index: this process; None leaves it to JAX.
-      gpu: the one GPU of its host that is this process's; None leaves it to JAX.
+      source: where the place comes from: `environment`, `slurm`, `mpi` or `tpu`.
+      address: `host:port` of process 0; None lets JAX find it.
+      count: number of processes; None lets JAX find it.
+      index: index of this process; None lets JAX find it.
+      gpu: the only GPU of its host that this process uses; None lets JAX choose.
     """
 
     source: str
@@ -78,17 +78,17 @@ class Place:
 
 
 def find(environ: Mapping[str, str], *, tpu: bool = False) -> Place | None:
-    """Reads this process's place off its environment.
+    """Reads this process's place from its environment.
 
     Args:
       environ: the environment.
-      tpu: whether the machine has TPUs, which is no matter of the environment.
+      tpu: whether the machine has TPUs, which the environment does not show.
 
     Returns:
-      The place, or None if there is one process only.
+      The place, or None if there is only one process.
 
     Raises:
-      ConfigError: the variables contradict each other, or some are missing; names them.
+      ConfigError: variables contradict each other, or some are missing; the message names them.
     """
     if devices := environ.get(_DEVICES):
         for device in devices.split(","):
@@ -100,15 +100,15 @@ def find(environ: Mapping[str, str], *, tpu: bool = False) -> Place | None:
         return _place(
             "environment", environ[_ADDRESS], (_COUNT, environ[_COUNT]), (_INDEX, environ[_INDEX])
         )
-    alone = False  # a launcher says that it started one process
-    # SLURM_NTASKS would be there in a batch script too, which is one process and no step.
+    alone = False  # a launcher declares that it started one process
+    # SLURM_NTASKS also exists in a batch script, which is one process and not a step.
     if "SLURM_STEP_NODELIST" in environ and "SLURM_PROCID" in environ:
         size = environ.get("SLURM_STEP_NUM_TASKS") or environ.get("SLURM_NTASKS", "1")
         place = _place(
             "slurm", None, ("SLURM_STEP_NUM_TASKS", size), ("SLURM_PROCID", environ["SLURM_PROCID"])
         )
         if place is not None:
-            for name in ("SLURM_JOB_ID", "SLURM_LOCALID"):  # of which JAX makes port and GPU
+            for name in ("SLURM_JOB_ID", "SLURM_LOCALID"):  # from which JAX computes port and GPU
                 _integer(name, environ.get(name, ""))
             return place
         alone = True
@@ -141,10 +141,10 @@ def _incomplete(given: Sequence[str]) -> ConfigError:
 
 
 def _mpi_gpu(environ: Mapping[str, str]) -> int | None:
-    """Of several processes on a host each has one GPU, as JAX does it by itself on Slurm."""
+    """One GPU for each of several processes on a host, as JAX itself does on Slurm."""
     visible = environ.get("CUDA_VISIBLE_DEVICES")
     if environ.get(_DEVICES) or (visible is not None and "," not in visible):
-        return None  # the launcher gave it its own
+        return None  # the launcher gave the process its own GPU
     for size, rank in _MPI_LOCAL:
         if rank in environ:
             return None if environ.get(size) == "1" else _integer(rank, environ[rank])
@@ -178,21 +178,21 @@ def _place(
 
 
 def start(settings: ProcessesConfig, environ: Mapping[str, str] | None = None) -> None:
-    """Connects this process with the others, if there are any; before JAX has looked at devices.
+    """Connects this process with the others, if any; call it before JAX looks at devices.
 
-    Ends with a sum over all devices, so that a network that connects but does not carry data is
-    found before anything is compiled. Processes other than the first log warnings only.
+    It ends with a sum over all devices, so that a network that connects but does not carry data
+    fails before anything is compiled. Processes other than the first log warnings only.
 
     Args:
       settings: time limits.
       environ: by default this process's environment.
 
-    If the others are not found or do not answer in time, the process ends with an error and status
-    1: what waits for them cannot be interrupted, and JAX's own limit is an abort without words.
+    If the others are not found or do not answer in time, the process exits with an error and status
+    1. The wait for them cannot be interrupted, and JAX's own time limit aborts without a message.
 
     Raises:
-      ConfigError: this process's environment does not say where it stands, see `find`.
-      ProcessError: connecting or the sum failed at once.
+      ConfigError: the environment does not give this process's place, see `find`.
+      ProcessError: connecting or the sum failed immediately.
     """
     environ = os.environ if environ is None else environ
     place = find(environ, tpu=_has_tpu(environ))
@@ -200,9 +200,10 @@ def start(settings: ProcessesConfig, environ: Mapping[str, str] | None = None) -
         return
     if place.index:
         logging.set_verbosity(logging.WARNING)
-    std_logging.getLogger("jax._src.distributed").setLevel(std_logging.ERROR)  # it says proxies
-    # Its handler of SIGTERM would swallow the signal outside of training as well; the loop agrees
-    # on a step by itself (`runs.loop`).
+    # It warns about proxies.
+    std_logging.getLogger("jax._src.distributed").setLevel(std_logging.ERROR)
+    # JAX's own SIGTERM handler would swallow the signal outside training as well. The training loop
+    # agrees on a step by itself (`runs.loop`).
     jax.config.update("jax_enable_preemption_service", False)
     method = {"slurm": "slurm", "mpi": "ompi", "tpu": None, "environment": "deactivate"}
     unconnected = _unconnected(place, environ)
@@ -214,11 +215,11 @@ def start(settings: ProcessesConfig, environ: Mapping[str, str] | None = None) -
                 place.index,
                 None if place.gpu is None else [place.gpu],
                 cluster_detection_method="deactivate" if place.address else method[place.source],
-                initialization_timeout=2 * settings.start_seconds,  # ours comes first
+                initialization_timeout=2 * settings.start_seconds,  # our own limit comes first
                 heartbeat_timeout_seconds=settings.heartbeat_seconds,
                 shutdown_timeout_seconds=_SHUTDOWN_SECONDS,
             )
-    except Exception as error:  # JAX reads variables of its own, and checks none of them
+    except Exception as error:  # JAX reads further variables and checks none of them
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         raise ProcessError(f"{unconnected} ({reason})") from error
     ctypes.pythonapi.PyOS_setsig(signal.SIGABRT, _on_abort(_name(place)))
@@ -258,25 +259,25 @@ def _name(place: Place) -> str:
 
 
 def lost(error: BaseException) -> str | None:
-    """What to say of an error that only tells that another process is gone.
+    """The message for an error that only shows that another process is gone.
 
-    Whatever failed when it went, such as a save, is not to blame.
+    The operation that failed at that moment, such as a save, is not the cause.
 
     Args:
-      error: what was raised, with its causes.
+      error: the error, with its causes.
 
     Returns:
-      A sentence, or None if there is one process only or the error is another one.
+      A sentence, or None if there is only one process or the error has another cause.
     """
     if not jax.distributed.is_initialized():
         return None
     found, link = None, error
     while link is not None:
         text = " ".join(str(link).split())
-        # Both of these quote paths, which may have any name.
+        # Both of these quote paths, which may contain any name.
         files = isinstance(link, OSError) or "tensorstore" in text
         if not files and _CARRIERS.search(text):
-            found = text  # the last is the first cause
+            found = text  # the last one is the first cause
         link = link.__cause__ or link.__context__
     if found is None:
         return None
@@ -291,9 +292,9 @@ def _gone(process: str, what: str) -> str:
     )
 
 
-@functools.cache  # keeps what C calls
+@functools.cache  # keeps the callback that C calls
 def _on_abort(process: str):
-    """A handler of SIGABRT: by it JAX ends who loses process 0, without asking Python first."""
+    """A handler of SIGABRT, with which JAX ends a process that lost process 0, bypassing Python."""
     text = _gone(process, "was ended by JAX, see above; most likely it lost another one")
 
     @ctypes.CFUNCTYPE(None, ctypes.c_int)
@@ -305,11 +306,11 @@ def _on_abort(process: str):
 
 
 def over_devices(values: np.ndarray, mesh=None) -> jax.Array:
-    """An array with one entry for each device, this process's entries given.
+    """An array with one entry per device, from the entries of this process's devices.
 
     Args:
       values: `[devices of this process]`.
-      mesh: by default one of all devices.
+      mesh: by default a mesh of all devices.
 
     Returns:
       A global array `[devices]`.
@@ -333,10 +334,10 @@ def _preflight(place: Place, settings: ProcessesConfig) -> None:
 
 
 def _has_tpu(environ: Mapping[str, str]) -> bool:
-    """Whether JAX would use TPUs of this machine."""
+    """Whether JAX would use TPUs on this machine."""
     platforms = environ.get("JAX_PLATFORMS", "tpu")
     chips = [*Path("/dev").glob("accel*"), *Path("/dev").glob("vfio/[0-9]*")]
-    # GPUs handed through to a virtual machine are in /dev/vfio as well.
+    # GPUs passed through to a virtual machine are also in /dev/vfio.
     gpu = Path("/dev/nvidiactl").exists()
     return "tpu" in platforms.split(",") and bool(chips) and not gpu
 
@@ -344,15 +345,15 @@ def _has_tpu(environ: Mapping[str, str]) -> bool:
 def end(code: int) -> int:
     """Ends this process's part in the run.
 
-    After a success it waits for the others. After an error it does not return: Python's own way
-    out would wait for processes that are waiting for this one. They notice at once that its
+    After a success it waits for the others. After an error it does not return, because Python's
+    normal exit would wait for processes that wait for this one. The others notice at once that its
     connections are closed, or after `config.processes.heartbeat_seconds`.
 
     Args:
       code: the exit status.
 
     Returns:
-      The same status.
+      The same exit status.
     """
     if not jax.distributed.is_initialized():
         return code

@@ -1,4 +1,4 @@
-"""Optimised programs as XLA prints them, and a walk through one that knows how often loops run."""
+"""Optimised programs as XLA prints them, and a walk through one that counts loop iterations."""
 
 import dataclasses
 import functools
@@ -18,10 +18,10 @@ class Instruction:
     """An operation of an optimised program."""
 
     name: str
-    shape: str  # as written, a tuple's in brackets
+    shape: str  # as printed, a tuple's in brackets
     opcode: str
     operands: tuple[str, ...]
-    literal: str  # between the brackets, as written
+    literal: str  # between the brackets, as printed
     attributes: str
     is_root: bool
 
@@ -34,19 +34,19 @@ class Instruction:
 
     @functools.cached_property
     def op_name(self) -> str:
-        """Where it comes from, scopes included; may be empty."""
+        """The origin of the operation, with its scopes; may be empty."""
         match = re.search(r'op_name="([^"]*)"', self.attributes)
         return match[1] if match else ""
 
     @functools.cached_property
     def cycles(self) -> int | None:
-        """The compiler's estimate, if there is one."""
+        """The compiler's estimate, or None."""
         match = re.search(r'"estimated_cycles":"?(\d+)', self.attributes)
         return int(match[1]) if match else None
 
     @functools.cached_property
     def index(self) -> int:
-        """Which element a `get-tuple-element` takes."""
+        """Index of the element that a `get-tuple-element` takes."""
         return int(re.search(r"\bindex=(\d+)", self.attributes)[1])
 
 
@@ -59,7 +59,7 @@ class Computation:
 
     @functools.cached_property
     def users(self) -> dict[str, list[Instruction]]:
-        """What uses each operation, by its name."""
+        """Users of each operation, by its name."""
         users: dict[str, list[Instruction]] = {}
         for instruction in self.instructions.values():
             for operand in instruction.operands:
@@ -69,7 +69,7 @@ class Computation:
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """All computations by name, and the one that starts."""
+    """All computations by name, and the entry computation."""
 
     computations: Mapping[str, Computation]
     entry: Computation
@@ -110,7 +110,7 @@ def parse_program(text: str) -> Program:
 
 
 def _instruction(start: re.Match, line: str) -> Instruction:
-    begin = position = start.end()  # at the shape, a tuple's in brackets
+    begin = position = start.end()  # at the shape; a tuple's shape is in brackets
     position = _closing(line, position) if line[position] == "(" else line.index(" ", position)
     opcode = _OPCODE.match(line, position)
     if opcode is None:
@@ -130,7 +130,7 @@ def _instruction(start: re.Match, line: str) -> Instruction:
 
 
 def _closing(line: str, position: int) -> int:
-    """Position behind the bracket that closes the one at `position`."""
+    """Position after the bracket that closes the one at `position`."""
     depth = 0
     for bracket in re.finditer(r"[()]", line[position:]):
         depth += 1 if bracket[0] == "(" else -1
@@ -139,25 +139,25 @@ def _closing(line: str, position: int) -> int:
     raise ValueError(f"brackets do not close: {line.strip()[:200]}")
 
 
-# Operations that hand on the number in their operand.
+# Operations that pass on the number in their operand.
 _HAND_ON = {"copy", "bitcast", "reshape", "convert", "copy-done", "copy-start"}
-# Numbers that are known of the loop's state, by position in its tuple.
+# Known numbers in the state of a loop, by position in its tuple.
 _Known = Mapping[int, int]
 
 
 class Walk:
-    """One pass over a program, which adds up what operations cost, loops as often as they run.
+    """One pass over a program that adds up costs of operations, with loops as often as they run.
 
     Args:
       program: the program.
       scopes: names given to `jax.named_scope`.
-      traced_trips: by scope, iterations to count for its loops of a length that is known only when
-        they run.
-      cost: what an operation costs, by name, given its scope; None where that is the sum of the
-        computations that it calls.
+      traced_trips: by scope, the iterations to count for loops with a length known only at run
+        time.
+      cost: cost of an operation, by name, given its scope; None where it is the sum over the
+        computations that the operation calls.
 
     Attributes:
-      traced: `op_name` of each loop whose length was taken from `traced_trips`.
+      traced: `op_name` of each loop with a length taken from `traced_trips`.
     """
 
     def __init__(
@@ -190,7 +190,7 @@ class Walk:
                 start = self._start_of(instruction, computation, known)
                 body = self._called(instruction, "body")[0]
                 trips = self._trips(instruction, body, start, mine)
-                # A loop's own name says where it stands; ops in it may be in a scope further in.
+                # A loop's own name shows its position; its operations may be in an inner scope.
                 within = self._named(instruction) or scope
                 inner = self._computation(body, within, self._kept(body, start))
                 for name, cycles in inner.items():
@@ -236,7 +236,7 @@ class Walk:
         return next(self._neighbours(instruction, computation), None)
 
     def _neighbours(self, instruction: Instruction, computation: Computation) -> Iterator[str]:
-        """Scopes of what uses an operation, then of what it uses."""
+        """Scopes of an operation's users, then of its operands."""
         uses = [computation.instructions.get(name) for name in instruction.operands]
         for other in [*computation.users.get(instruction.name, ()), *filter(None, uses)]:
             found = self._named(other)
@@ -261,7 +261,7 @@ class Walk:
         )
 
     def _counted(self, loop: Instruction, body: Computation, start: _Known) -> int | None:
-        """Iterations of `while i < limit: i += step` with numbers that are in the program."""
+        """Iterations of `while i < limit: i += step` with numbers from the program."""
         known = self._kept(body, start)
         condition = self._called(loop, "condition")[0]
         test = condition.root
@@ -283,7 +283,7 @@ class Walk:
     def _start_of(
         self, loop: Instruction, computation: Computation, known: _Known
     ) -> dict[int, int]:
-        """Numbers in the tuple that a loop starts with."""
+        """Numbers in the initial tuple of a loop."""
         tuple_name = self._origin(computation, loop.operands[0])
         elements = computation.instructions[tuple_name]
         if elements.opcode != "tuple":
@@ -292,7 +292,7 @@ class Walk:
         return {i: number for i, number in enumerate(numbers) if number is not None}
 
     def _kept(self, body: Computation, start: _Known) -> dict[int, int]:
-        """Those numbers of the state that iterations leave as they are."""
+        """Numbers of the state that iterations do not change."""
         return {i: number for i, number in start.items() if self._is_kept(body, i)}
 
     def _is_kept(self, body: Computation, index: int) -> bool:
@@ -301,13 +301,13 @@ class Walk:
         return self._position(body, body.root.operands[index]) == index
 
     def _origin(self, computation: Computation, name: str) -> str:
-        """Follows copies to where a value comes from."""
+        """Follows copies to the origin of a value."""
         while computation.instructions[name].opcode in _HAND_ON:
             name = computation.instructions[name].operands[0]
         return name
 
     def _position(self, computation: Computation, name: str) -> int | None:
-        """Which element of the computation's argument a value is."""
+        """Index of the value among the elements of the computation's argument."""
         value = computation.instructions[self._origin(computation, name)]
         if value.opcode != "get-tuple-element":
             return None
@@ -315,7 +315,7 @@ class Walk:
         return value.index if source.opcode == "parameter" else None
 
     def _number(self, computation: Computation, name: str, known: _Known) -> int | None:
-        """The integer that a value is, if the program says so."""
+        """The integer value, if the program contains it."""
         value = computation.instructions[self._origin(computation, name)]
         if value.opcode == "constant":
             return int(value.literal) if re.fullmatch(r"-?\d+", value.literal.strip()) else None

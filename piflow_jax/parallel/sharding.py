@@ -1,11 +1,11 @@
-"""Where arrays lie: from the names of parameters' axes to the axes of the mesh.
+"""Sharding of arrays: from the names of parameters' axes to the axes of the mesh.
 
-Fully sharded data parallelism (`fsdp`) splits every parameter along the width of the tokens, or an
-adapter's factor that lacks it along the rank, and gathers one layer at a time; tensor parallelism
-(`tensor`) splits heads and hidden layers, and the work with them. Batches are split over `data` and
-`fsdp` together. Parameters get their names from `flax.linen.with_logical_partitioning`, see
-`piflow_jax.models.layers`; one without names is split over `fsdp` along its largest axis that
-divides.
+Fully sharded data parallelism (`fsdp`) splits every parameter along the width of the tokens and
+gathers one layer at a time. An adapter's factor without that axis is split along the rank. Tensor
+parallelism (`tensor`) splits heads and hidden layers, together with their work. Batches are split
+over `data` and `fsdp` together. Parameters get their names from
+`flax.linen.with_logical_partitioning`, see `piflow_jax.models.layers`. A parameter without names is
+split over `fsdp` along its largest divisible axis.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 __all__ = ["RULES", "ActivationSharding", "parameter_shardings", "state_shardings"]
 
 BATCH = ("data", "fsdp")
-# From an axis's name to the axis of the mesh that splits it; names that are not here stay whole.
+# From an axis's name to the mesh axis that splits it; axes with other names stay whole.
 RULES: dict[str, str] = {
     "embed": "fsdp",
     "rank": "fsdp",
@@ -33,17 +33,17 @@ def parameter_shardings(mesh: Mesh, params: Any, *, split: bool = True) -> Any:
 
     Args:
       mesh: with the axes `data`, `fsdp` and `tensor`.
-      params: any tree of arrays or their shapes, each with the names of its axes (in a box of
+      params: a tree of arrays or their shapes, each with the names of its axes (in a box of
         `flax.linen.Partitioned`) or without.
-      split: False keeps all of it whole on every device.
+      split: False keeps all parameters whole on every device.
 
     Returns:
-      A tree of `NamedSharding`, without boxes. Of arrays without names, vectors and those that have
-      no axis that `fsdp` divides are whole.
+      A tree of `NamedSharding`, without boxes. Among arrays without names, vectors stay whole, and
+      so do arrays without an axis that `fsdp` divides.
 
     Raises:
-      ValueError: An axis of the mesh does not divide one that is named for it, or a parameter has
-        not as many names as axes; the message names it.
+      ValueError: A mesh axis does not divide an axis that it splits, or the numbers of a
+        parameter's names and axes differ; the message names the parameter.
     """
 
     def sharding(path, leaf):
@@ -76,7 +76,7 @@ def _by_name(
                 f"{parameter}, which has the size {size}"
             )
     axes = [RULES.get(name) for name in names]
-    # An axis of the mesh splits one axis of a parameter, the first that is named for it.
+    # A mesh axis splits one axis of a parameter, the first with a matching name.
     return [None if axis in axes[:i] else axis for i, axis in enumerate(axes)]
 
 
@@ -91,20 +91,20 @@ def _by_size(mesh: Mesh, shape: tuple[int, ...]) -> list[str | None]:
 def state_shardings(
     mesh: Mesh, state: Any, params: Any, *, split: bool = True, ema: bool = True
 ) -> Any:
-    """Shardings of a train state, its average by a rule of its own.
+    """Shardings of a train state, with a separate rule for its average.
 
-    An array belongs to the parameter on whose path its own path ends, if it has its shape: so
-    averages and the optimiser's moments lie as their parameters do.
+    An array belongs to the parameter with the same shape whose path is the end of the array's path.
+    Averages and optimiser moments therefore have the shardings of their parameters.
 
     Args:
       mesh: see `parameter_shardings`.
       state: a `TrainState` of arrays or shapes.
       params: the parameters in it, see `parameter_shardings`.
       split: whether parameters and the optimiser's state are split.
-      ema: whether the average is.
+      ema: whether the average is split.
 
     Returns:
-      A `TrainState` of `NamedSharding`. Arrays that are no parameter's (counters) are whole.
+      A `TrainState` of `NamedSharding`. Arrays that belong to no parameter (counters) are whole.
 
     Raises:
       ValueError: see `parameter_shardings`.
@@ -134,9 +134,9 @@ def _path(path: Sequence[Any]) -> tuple[str, ...]:
 
 @dataclasses.dataclass(frozen=True)
 class ActivationSharding:
-    """Pins activations to the mesh, for the field `constrain` of a network.
+    """Sets the sharding of activations over the mesh, for the field `constrain` of a network.
 
-    Without it the compiler may prefer to move activations where weights lie, which are smaller.
+    Without it the compiler may prefer to move activations to the weights, because they are smaller.
 
     Attributes:
       mesh: see `parameter_shardings`.

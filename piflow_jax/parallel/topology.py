@@ -1,4 +1,4 @@
-"""What accelerators can do, and TPU slices that are not here, to compile for ahead of time."""
+"""Performance limits of accelerators, and absent TPU slices for ahead-of-time compilation."""
 
 import dataclasses
 import importlib.util
@@ -10,12 +10,12 @@ __all__ = ["CHIPS", "Chip", "peak_flops", "topology_devices"]
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """What a chip can do at most, as its maker says.
+    """Upper limits of a chip, from its maker.
 
     Attributes:
       memory: bytes of high-bandwidth memory.
       flops: bfloat16 operations per second.
-      links: bytes per second that a chip sends to its neighbours, over all links together.
+      links: bytes per second that a chip sends to its neighbours, summed over all links.
       network: bytes per second of a chip's share of its host's network, between slices.
     """
 
@@ -25,7 +25,7 @@ class Chip:
     network: float
 
 
-# By the part of a topology's name before the colon. A v5p and a v6e device is one chip.
+# By the part of a topology's name before the colon. A device of v5p and v6e is one chip.
 CHIPS = {
     "v5e": Chip(16 * 2**30, 197e12, 1600e9 / 8, 25e9 / 8),
     "v5p": Chip(95 * 2**30, 459e12, 4800e9 / 8, 50e9 / 8),
@@ -33,8 +33,8 @@ CHIPS = {
 }
 
 
-# The makers' bfloat16 rates of dense products, by what JAX's `device_kind` starts with. A longer
-# name comes before what it starts with. A v2 or v3 device is half a chip.
+# The makers' bfloat16 rates of dense products, by the beginning of JAX's `device_kind`. A longer
+# name comes before its own beginning. A v2 or v3 device is half a chip.
 _PEAKS = {
     "TPU v2": 23e12,
     "TPU v3": 61.5e12,
@@ -57,13 +57,13 @@ _PEAKS = {
 
 
 def peak_flops(device) -> float | None:
-    """The bfloat16 operations per second that a device can do at most, as its maker says.
+    """The maker's limit on bfloat16 operations per second of a device.
 
     Args:
       device: one of JAX's devices.
 
     Returns:
-      The rate; None for a device that is not in the table, such as a CPU.
+      The rate; None for a device without an entry in the table, such as a CPU.
     """
     for start, rate in _PEAKS.items():
         if device.device_kind.startswith(start):
@@ -78,10 +78,10 @@ def topology_devices(topology: str) -> list:
       topology: such as `v5e:4x4`, `v5p:2x2x1` or `v6e:2x4`; `v5e:16x16*4` is four such slices.
 
     Returns:
-      The devices, for `device_mesh`; programs can be lowered and compiled for them, not run.
+      The devices, for `device_mesh`. Programs can be lowered and compiled for them, but not run.
 
     Raises:
-      ValueError: the name is not one that `libtpu` knows, or `libtpu` is not installed.
+      ValueError: `libtpu` does not know the name, or is not installed.
     """
     from jax.experimental import topologies  # loads libtpu
 
@@ -91,12 +91,12 @@ def topology_devices(topology: str) -> list:
             f"unknown topology {topology!r}; it is a chip ({', '.join(CHIPS)}), a colon and the "
             "slice's shape, such as v5e:4x4, and *N for N slices"
         )
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # not on a TPU VM: there is no metadata
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # outside a TPU VM there is no metadata
     try:
         name, _, slices = topology.partition("*")
         several = {"num_slices": int(slices)} if slices else {}
         description = topologies.get_topology_desc(platform="tpu", topology_name=name, **several)
-    except Exception as error:  # jax raises its own runtime errors here, of no common class
+    except Exception as error:  # jax raises various runtime errors here, without a common class
         remedy = "name the shape of a slice that there is, such as v5e:4x4"
         if importlib.util.find_spec("libtpu") is None:
             remedy = 'compiling for TPUs needs libtpu: pip install -e ".[tpu]"'

@@ -1,7 +1,7 @@
-"""pi-Flow (arXiv 2510.14974) and its rivals: the table of the methods that can be compared.
+"""pi-Flow (arXiv 2510.14974) and its rivals: the table of methods for comparison.
 
-A method is a file of this folder, with its loss, its step and its row, and a place in `METHODS`.
-Times are ours: `t = 1` is noise and `t = 0` data, whatever a paper has.
+A method is a file in this folder, with its loss, its step and its row, and an entry in `METHODS`.
+Times are ours, `t = 1` for noise and `t = 0` for data, whatever a paper uses.
 """
 
 import dataclasses
@@ -20,22 +20,22 @@ __all__ = ["CREDIT", "METHODS", "Method", "Rival", "find_method"]
 
 _ROWS = (GM, ARC, MEANFLOW, SHORTCUT, CONSISTENCY, REFLOW, REGRESSION, DMD, PDD)
 METHODS: dict[str, Method] = {row.name: row for row in _ROWS}
-# Behind a method's name: the teacher's training is added to its budget.
+# A suffix of a method's name: the method's budget also includes the teacher's training.
 CREDIT = "+teacher"
 
 
 def find_method(name: str) -> Method:
-    """The row of a method.
+    """Looks up the row of a method.
 
     Args:
-      name: a key of `METHODS`, or one with an ending that its row knows, such as `gm_2nfe`; with
-        `CREDIT` behind it or not.
+      name: a key of `METHODS`, or a key with an ending that its row knows, such as `gm_2nfe`; with
+        or without the suffix `CREDIT`.
 
     Returns:
       The row.
 
     Raises:
-      ValueError: there is no such method; the message names those that there are, and the nearest.
+      ValueError: there is no such method; the message lists the methods and suggests the nearest.
     """
     alone = name.removesuffix(CREDIT)
     rows = [METHODS.get(alone)]

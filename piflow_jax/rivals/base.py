@@ -1,7 +1,7 @@
-"""What the methods of a comparison share: the rows of their table, their states and samplers.
+"""Parts shared by the methods of a comparison: the rows of their table, states and samplers.
 
-All of them train the teacher's network with the student's optimiser and batches. In addition
-to its batch, a method gets a dictionary: `teacher`, its parameters, and for regression `pairs`.
+All methods train the teacher's network with the student's optimiser and batches. In addition to its
+batch, a method gets a dictionary: `teacher`, the teacher's parameters, and for regression `pairs`.
 """
 
 import dataclasses
@@ -51,7 +51,7 @@ Velocity = Callable[[jax.Array, jax.Array], jax.Array]
 
 
 def changed(config: Any, settings: Mapping[str, Any]) -> Any:
-    """A group of settings with others in their places.
+    """A group of settings with some of them replaced.
 
     Args:
       config: the group, such as the run's `Config`.
@@ -69,15 +69,15 @@ def changed(config: Any, settings: Mapping[str, Any]) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """What every objective is made of.
+    """The inputs of every objective.
 
     Attributes:
-      network: the network that trains.
-      teacher: the teacher's.
+      network: the network in training.
+      teacher: the teacher's network.
       optimizer: the update rule.
       config: the run's settings.
-      data: what the data look like.
-      draw: of a source that has one, see `Source`.
+      data: shape and conditions of the data.
+      draw: draws states, for a source that has it, see `Source`.
     """
 
     network: BuiltIn
@@ -88,12 +88,12 @@ class Setting:
     draw: Draw | None = None
 
     def guided(self, params: Any, labels: jax.Array) -> Velocity:
-        """The guided teacher `(x, t) -> u` of its `params` and of `labels[B]`."""
+        """The guided teacher `(x, t) -> u` for its `params` and `labels[B]`."""
         null = self.teacher.conditioning.null(self.data, None)
         return guided(self.teacher, self.config.teacher, null).bind(params, labels)
 
     def bind(self, params: Any, labels: jax.Array) -> Callable[..., jax.Array]:
-        """The network `(x, t, ...) -> u` of its `params` and of `labels[B]`."""
+        """The network `(x, t, ...) -> u` for its `params` and `labels[B]`."""
         return lambda x, t, *others: self.network.module.apply(params, x, t, labels, *others)
 
 
@@ -122,21 +122,21 @@ def copy_of_teacher(setting: Setting, key: jax.Array, teacher_params: Any) -> Tr
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Method:
-    """A row of the table: everything that depends on which method it is.
+    """A row of the table: everything that depends on the method.
 
-    A row that is no `Rival` is a student of this package, which pi-ID trains.
+    A row that is not a `Rival` is a student of this package, trained by pi-ID.
 
     Attributes:
-      name: what `config.rivals.methods` calls it.
-      title: what tables and pictures call it.
-      given: what it learns from besides the batches: nothing, the teacher, or pairs of it.
-      settings: the settings that it changes, by dotted key.
-      follows: `nfe -> bool`, whether its samples are to be compared with the teacher's endpoints of
-        the same noise.
-      timed_as: the method whose step takes the same time; empty is itself.
-      credit: whether its budget has the teacher's training on top.
-      endings: examples of what may stand behind its name, for messages.
-      variant: `ending -> row`, None for an ending that there is not.
+      name: its name in `config.rivals.methods`.
+      title: its name in tables and pictures.
+      given: its inputs in addition to the batches: nothing, the teacher, or the teacher's pairs.
+      settings: changes to the settings, by dotted key.
+      follows: `nfe -> bool`, whether to compare its samples with the teacher's endpoints from the
+        same noise.
+      timed_as: another method with the same time per step; empty means itself.
+      credit: whether its budget also includes the teacher's training.
+      endings: examples of endings of its name, for messages.
+      variant: `ending -> row`, None for an unknown ending.
     """
 
     name: str
@@ -152,16 +152,15 @@ class Method:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rival(Method):
-    """A method with a step of its own.
+    """A method with its own training step.
 
     Attributes:
       step: makes its step, `(state, given, root_key, batch) -> (state, metrics)`.
-      sample: `(network, noise, nfe, warp) -> x_0`, of a network whose parameters and labels are
-        bound.
+      sample: `(network, noise, nfe, warp) -> x_0`, for a network with bound parameters and labels.
       init: `(setting, key, teacher_params) -> state`, its first state.
-      network: makes its network, of which the default is the teacher's.
-      nfes: `config -> numbers of evaluations` at which it is compared.
-      rate: its learning rate over that of `config.train.optimizer`.
+      network: makes its network; the default is the teacher's network.
+      nfes: `config -> numbers of evaluations` for the comparison.
+      rate: its learning rate divided by that of `config.train.optimizer`.
     """
 
     step: Callable[[Setting], StepFn]
@@ -173,7 +172,7 @@ class Rival(Method):
 
 
 def gradient_step(loss: Callable[..., jax.Array]) -> Callable[[Setting], StepFn]:
-    """What makes a step that follows the gradient of one loss.
+    """Makes the maker of a step that follows the gradient of one loss.
 
     Args:
       loss: `(setting, params, state, given, key, x0[B, H, W, C], labels[B]) -> loss`.
@@ -204,7 +203,7 @@ def interpolate(x0: jax.Array, noise: jax.Array, t: jax.Array) -> jax.Array:
 
 @flax.struct.dataclass
 class Pairs:
-    """Noise and where the teacher's paths from it end; a pytree.
+    """Noise and the endpoints of the teacher's paths from it; a pytree.
 
     Attributes:
       noise: `[N, H, W, C]`.
@@ -220,18 +219,18 @@ class Pairs:
 def endpoint_pairs(
     config: Config, data: DataShape, key: jax.Array, count: int, params: Any, index: jax.Array
 ) -> Pairs:
-    """Pairs of the teacher, so many in a call.
+    """Makes `count` pairs of the teacher in one call.
 
     Args:
       config: the run's settings; the teacher takes `rivals.pair_steps` Euler steps.
-      data: what the data look like.
+      data: shape and conditions of the data.
       key: PRNG key of the noise.
-      count: pairs of a call.
+      count: pairs per call.
       params: the teacher's parameters.
       index: number of the call, a scalar.
 
     Returns:
-      The pairs, of classes in turn. Each depends on its number alone, not on `count`.
+      The pairs, cycling through the classes. Each depends on its number alone, not on `count`.
     """
     numbers = jnp.asarray(index * count, jnp.uint32) + jnp.arange(count, dtype=jnp.uint32)
     noise = index_noise(index_keys(key, numbers), data.shape)
@@ -247,21 +246,21 @@ def rival_setting(
     constrain: Constrain = unconstrained,
     draw: Draw | None = None,
 ) -> Setting:
-    """Networks and optimiser of a method.
+    """Builds networks and optimiser of a method.
 
     Args:
-      config: the run's settings; `train.steps` and `train.optimizer` are the method's.
-      data: what the data look like.
+      config: the run's settings, with the method's `train.steps` and `train.optimizer`.
+      data: shape and conditions of the data.
       rival: the method.
       constrain: see `DiT`.
-      draw: of a source that has one, see `Source`.
+      draw: draws states, for a source that has it, see `Source`.
 
     Returns:
-      The setting, its learning rate that of the method.
+      The setting, with the method's learning rate.
     """
     rate = rival.rate * config.train.optimizer.learning_rate
     config = changed(config, {"train.optimizer.learning_rate": rate})
-    # Forward-mode derivatives, which some take, are not to be had of cuDNN's attention.
+    # Some methods take forward-mode derivatives, which cuDNN's attention does not have.
     network = rival.network(config.model, data).constrained(constrain)
     network = dataclasses.replace(network, module=network.module.clone(attention=None))
     teacher = teacher_network(config.model, data).constrained(constrain)
@@ -270,11 +269,11 @@ def rival_setting(
 
 
 def rival_spec(config: Config, data: DataShape, method: str) -> dict[str, Any]:
-    """What a rival's checkpoint says of itself; no student, whose network predicts a policy.
+    """The spec of a rival's checkpoint; it is not a student, whose network predicts a policy.
 
     Args:
       config: the run's settings.
-      data: what the data look like.
+      data: shape and conditions of the data.
       method: the method's name.
 
     Returns:
@@ -289,9 +288,9 @@ def rival_sampler(config: Config, data: DataShape, rival: Rival, nfe: int) -> Ca
 
     Args:
       config: the run's settings.
-      data: what the data look like.
+      data: shape and conditions of the data.
       rival: the method.
-      nfe: evaluations.
+      nfe: network evaluations.
 
     Returns:
       The sampler.
@@ -310,12 +309,12 @@ def rival_sampler(config: Config, data: DataShape, rival: Rival, nfe: int) -> Ca
 def descend(
     step: Callable[..., jax.Array], noise: jax.Array, nfe: int, warp: TimeWarp
 ) -> jax.Array:
-    """Samples by steps from one level to the next, at levels uniform in raw time.
+    """Samples in steps from one level to the next, at levels uniform in raw time.
 
     Args:
       step: `(x[B, *sites, C], t, r, index) -> x[B, *sites, C]`, from the level `t` to `r`.
       noise: `[B, *sites, C]`, standard normal.
-      nfe: steps.
+      nfe: number of steps.
       warp: raw time to noise level.
 
     Returns:
@@ -330,18 +329,18 @@ def descend(
 def renoised_sample(
     velocity: Velocity, noise: jax.Array, nfe: int, warp: TimeWarp, key: jax.Array | None = None
 ) -> jax.Array:
-    """Samples by `x_0 = x_t - t u(x_t, t)` and fresh noise up to the next level.
+    """Samples by `x_0 = x_t - t u(x_t, t)`, with fresh noise up to the next level.
 
-    The multistep sampler of consistency models (arXiv 2303.01469, Alg. 1) and of DMD2 (arXiv
-    2405.14867, Sec. 4.4).
+    This is the multistep sampler of consistency models (arXiv 2303.01469, Alg. 1) and of DMD2
+    (arXiv 2405.14867, Sec. 4.4).
 
     Args:
       velocity: `(x[B, *sites, C], t[B]) -> u[B, *sites, C]`; traced once.
       noise: `[B, *sites, C]`, standard normal.
-      nfe: evaluations, at levels uniform in raw time.
+      nfe: network evaluations, at levels uniform in raw time.
       warp: raw time to noise level.
-      key: typed PRNG keys `[B]` of the fresh noise, one for each sample. By default they are made
-        of the sample's own first noise, so that it depends on nothing but the sample.
+      key: typed PRNG keys `[B]` of the fresh noise, one per sample. By default they are derived
+        from the sample's own first noise, so that it depends on nothing but the sample.
 
     Returns:
       `x_0[B, *sites, C]`.

@@ -1,10 +1,10 @@
 """Continuous-time consistency distillation in its stabilised form, sCM (arXiv 2410.11081).
 
-The paper works on the circle: `z_a = cos(a) x_0 + sin(a) eps` (TrigFlow, Sec. 3) with a network `F`
-that predicts `dz/da`, and the consistency function `f = cos(a) z - sin(a) F` (its `sigma_d` is 1,
-the standard deviation of the noise here). Our straight path visits the same states up to a factor,
-`x_t = z_a / (cos a + sin a)` at `t = sin a / (cos a + sin a)`, so `trigflow` turns a network of
-velocities into `F` without loss.
+The paper works on the circle: `z_a = cos(a) x_0 + sin(a) eps` (TrigFlow, Sec. 3). A network `F`
+predicts `dz/da`, and the consistency function is `f = cos(a) z - sin(a) F` (`sigma_d` is 1 here,
+the standard deviation of the noise). Our straight path visits the same states up to a factor, `x_t
+= z_a / (cos a + sin a)` at `t = sin a / (cos a + sin a)`. `trigflow` therefore turns a velocity
+network into `F` without loss.
 """
 
 import jax
@@ -21,14 +21,14 @@ __all__ = [
     "trigflow",
 ]
 
-# Of the normalised tangent, Sec. 4.2.
+# Constant of the normalised tangent, Sec. 4.2.
 TANGENT_EPS = 0.1
 # Share of the training over which the tangent warms up.
 WARMUP_SHARE = 0.25
 
 
 def trigflow(velocity: Velocity) -> Velocity:
-    """A network of our velocities as the paper's `F(z, a) = dz/da` (Sec. 3, Eq. 4).
+    """Our velocity network as the paper's `F(z, a) = dz/da` (Sec. 3, Eq. 4).
 
     Args:
       velocity: `(x[B, *sites, C], t[B]) -> u[B, *sites, C]`, `u = eps - x_0`.
@@ -56,9 +56,9 @@ def consistency_times(
     Args:
       key: a PRNG key.
       batch: `B`.
-      mean: mean of `log tan a`: the paper's -1.0 for a `sigma_d` of 0.5, where `tan a` is divided
-        by it.
-      std: its standard deviation.
+      mean: mean of `log tan a`. The paper has -1.0 with a `sigma_d` of 0.5, by which it divides
+        `tan a`.
+      std: standard deviation of `log tan a`.
 
     Returns:
       `a[B]` in (0, pi / 2).
@@ -73,22 +73,22 @@ def consistency_tangent(
     angle: jax.Array,
     warmup: float | jax.Array = 1.0,
 ) -> tuple[jax.Array, jax.Array]:
-    """`cos(a) df/da` along the teacher's path, rearranged for small products (Eq. 7, Alg. 1).
+    """`cos(a) df/da` along the teacher's path, rearranged to keep products small (Eq. 7, Alg. 1).
 
         g = -cos(a)^2 (F - dz/da) - r cos(a) sin(a) (z + dF/da)
 
-    Both products with `cos(a) sin(a)` are taken inside the Jacobian-vector product, whose tangents
-    then stay bounded as `a` nears `pi / 2`.
+    Both products with `cos(a) sin(a)` are taken inside the Jacobian-vector product. Its tangents
+    then stay bounded as `a` approaches `pi / 2`.
 
     Args:
-      network: `F`, see `trigflow`.
-      teacher: the teacher's, which gives `dz/da`.
+      network: `F` of the student, see `trigflow`.
+      teacher: `F` of the teacher, which gives `dz/da`.
       z: `[B, *sites, C]`, states at `a`.
       angle: `[B]`.
-      warmup: `r`, a scalar from 0 to 1 over the first steps of training.
+      warmup: `r`, a scalar that rises from 0 to 1 over the first steps of training.
 
     Returns:
-      `(F[B, *sites, C], g[B, *sites, C])`; the tangent is not normalised.
+      `(F[B, *sites, C], g[B, *sites, C])`, with the tangent `g` not normalised.
     """
     cosine, sine = (per_sample(f(angle), z.ndim) for f in (jnp.cos, jnp.sin))
     slope = teacher(z, angle)
@@ -107,14 +107,14 @@ def consistency_loss(
 ) -> tuple[jax.Array, jax.Array]:
     """The sCM objective with tangent normalisation (Eq. 8, Alg. 1), without its learned weight.
 
-    `|F - stop(F + g / (|g| + 0.1))|^2 / D`. The factor `cos(a)` of the tangent is the paper's prior
-    weight `1 / tan(a)` of the consistency function's own gradient, `-sin(a)`. The weight that it
-    learns besides, of the time alone, is left out: normalised tangents make the loss nearly
-    constant over time.
+    `|F - stop(F + g / (|g| + 0.1))|^2 / D`. The tangent's factor `cos(a)` is the paper's prior
+    weight `1 / tan(a)`, applied to the consistency function's own gradient, `-sin(a)`. The paper
+    also learns a weight that depends on time alone. It is left out here, because normalised
+    tangents make the loss nearly constant over time.
 
     Args:
       network: `F` of the student.
-      teacher: that of the teacher, guided; it gets no gradient.
+      teacher: `F` of the guided teacher; it gets no gradient.
       z: `[B, *sites, C]`, states at `a`.
       angle: `[B]`.
       warmup: a scalar, see `consistency_tangent`.
@@ -150,7 +150,7 @@ CONSISTENCY = Rival(
     name="consistency",
     title="consistency (sCM)",
     given="teacher",
-    follows=lambda nfe: nfe == 1,  # fresh noise leaves nothing to compare
+    follows=lambda nfe: nfe == 1,  # fresh noise leaves no common endpoint to compare
     step=gradient_step(_loss),
     sample=renoised_sample,
     rate=0.3,

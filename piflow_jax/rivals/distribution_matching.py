@@ -1,10 +1,10 @@
-"""DMD2: the student's distribution pulled to the teacher's (arXiv 2405.14867).
+"""DMD2: moves the student's distribution towards the teacher's (arXiv 2405.14867).
 
-The gradient of the divergence between the two, at noised samples of the student, is the difference
-of their scores (Eq. 1); the student's own is that of a second network, kept up to date by flow
-matching on what the student generates, several updates for each of the student's (Sec. 4.2). The
-GAN loss of the paper's Sec. 4.3 is left out: it needs a discriminator and adds real data, whereas
-this package compares distillations of one teacher.
+The gradient of the divergence between the two distributions, at noised samples of the student, is
+the difference of their scores (Eq. 1). A second network gives the student's own score. Flow
+matching on the student's samples keeps it up to date, with several updates per update of the
+student (Sec. 4.2). The GAN loss of the paper's Sec. 4.3 is left out: it needs a discriminator and
+adds real data, but this package compares distillations of one teacher.
 """
 
 from collections.abc import Sequence
@@ -31,17 +31,17 @@ from piflow_jax.training.step import StepFn, advance
 
 __all__ = ["DMD", "backward_simulation", "distribution_matching_loss"]
 
-# Noise levels at which scores are compared: at the ends one of them says nothing.
+# Noise levels at which scores are compared. At the ends one of the scores carries no information.
 MATCHED_LEVELS = (0.02, 0.98)
 
 
 def distribution_matching_loss(
     generated: jax.Array, real: Velocity, fake: Velocity, noise: jax.Array, t: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """A loss whose gradient by the samples is the difference of scores (Eq. 1; DMD, 2311.18828).
+    """A loss whose gradient with respect to samples is a score difference (Eq. 1; DMD, 2311.18828).
 
-    Scores are compared as predictions of `x_0`, `x_t - t u`, in units of the mean distance of the
-    sample to the teacher's (DMD, Eq. 8).
+    Scores are compared as predictions of `x_0`, `x_t - t u`, in units of the mean distance between
+    the sample and the teacher's prediction (DMD, Eq. 8).
 
     Args:
       generated: `[B, *sites, C]`, samples of the student; gradients flow into them.
@@ -66,16 +66,16 @@ def distribution_matching_loss(
 def backward_simulation(
     generator: Velocity, key: jax.Array, noise: jax.Array, nfes: Sequence[int]
 ) -> tuple[jax.Array, jax.Array]:
-    """States at which the student is trained: those that it meets when it samples (Sec. 4.5).
+    """States for training the student, taken from its own sampling (Sec. 4.5).
 
-    A number of evaluations and one of its steps are drawn for every sample, and the steps before
-    are simulated without gradient: predict `x_0`, noise it anew to the next level.
+    For every sample a number of evaluations and one of its steps are drawn. The earlier steps are
+    simulated without gradient: predict `x_0`, then add noise up to the next level.
 
     Args:
       generator: the student's velocity, `(x[B, *sites, C], t[B]) -> u[B, *sites, C]`.
       key: a PRNG key.
-      noise: `[B, *sites, C]`, standard normal, the first states.
-      nfes: numbers of evaluations at which the student will sample; levels are `1 - i / nfe`.
+      noise: `[B, *sites, C]`, standard normal, used as the first states.
+      nfes: numbers of evaluations for later sampling; levels are `1 - i / nfe`.
 
     Returns:
       `(x[B, *sites, C], t[B])`, without gradient.
@@ -101,13 +101,13 @@ def backward_simulation(
 
 
 def _optimizer(setting: Setting) -> optax.GradientTransformation:
-    """The update rule of the network that follows the student, at a constant rate."""
+    """The optimiser of the network that follows the student, at a constant rate."""
     train = changed(setting.config.train, {"optimizer.decay": "constant"})
     return make_optimizer(train.optimizer, train.steps)
 
 
 def _init(setting: Setting, key: jax.Array, teacher_params) -> TrainState:
-    """Both networks start at the teacher; parameters and moments are dictionaries of both."""
+    """Both networks start at the teacher; parameters and moments are dictionaries with both."""
     state = copy_of_teacher(setting, key, teacher_params)
     return state.replace(
         params={"student": state.params, "fake": jax.tree.map(jnp.copy, state.params)},
@@ -116,7 +116,7 @@ def _init(setting: Setting, key: jax.Array, teacher_params) -> TrainState:
 
 
 def _step(setting: Setting) -> StepFn:
-    """One update of the student, then several of the network of its distribution."""
+    """Makes one update of the student, then several of the network of its distribution."""
     config, data = setting.config, setting.data
     settings, fake_optimizer = config.train.optimizer, _optimizer(setting)
 
@@ -177,7 +177,7 @@ def _step(setting: Setting) -> StepFn:
 
 
 def _sample(velocity: Velocity, noise: jax.Array, nfe: int, warp: TimeWarp) -> jax.Array:
-    del warp  # it is trained at levels uniform in t
+    del warp  # the student is trained at levels uniform in t
     return renoised_sample(velocity, noise, nfe, TimeWarp())
 
 
@@ -185,7 +185,7 @@ DMD = Rival(
     name="dmd",
     title="DMD2",
     given="teacher",
-    follows=lambda nfe: False,  # a distribution has no paths
+    follows=lambda nfe: False,  # distributions have no paths to compare
     step=_step,
     sample=_sample,
     init=_init,

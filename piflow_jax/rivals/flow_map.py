@@ -1,7 +1,7 @@
-"""What methods share that learn mean velocities `u(x_t, t, t - r)` from data alone.
+"""Parts shared by methods that learn mean velocities `u(x_t, t, t - r)` from data alone.
 
-Their network takes the length of a step besides the time, guidance is built into what it learns
-(MeanFlow, arXiv 2505.13447, Sec. 4.2), and it samples by jumps along the flow.
+Their network takes the length of a step in addition to the time. It learns velocities with guidance
+built in (MeanFlow, arXiv 2505.13447, Sec. 4.2) and samples by jumps along the flow.
 """
 
 import dataclasses
@@ -36,8 +36,8 @@ MeanVelocity = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 class TwoTimes(DiT):
     """A DiT that takes a second time in addition to `t`.
 
-    It has an embedder of its own, whose output is added to the first's (MeanFlow, arXiv 2505.13447;
-    shortcut models, arXiv 2410.12557); nothing else differs.
+    The second time has an embedder of its own. The output of this embedder is added to that of the
+    first (MeanFlow, arXiv 2505.13447; shortcut models, arXiv 2410.12557). Nothing else differs.
     """
 
     @nn.compact
@@ -53,10 +53,10 @@ class TwoTimes(DiT):
             second: `[B]` second times in [0, 1].
 
         Returns:
-            What the head makes, `u[B, H, W, C]` or another shape, see `DiT`.
+            The head's output, `u[B, H, W, C]` or another shape, see `DiT`.
 
         Raises:
-            ValueError: A shape or a size does not fit.
+            ValueError: A shape or a size is not valid.
         """
         if second.shape != t.shape:
             raise ValueError(f"second {second.shape} must have the shape of t, {t.shape}")
@@ -64,7 +64,7 @@ class TwoTimes(DiT):
         return self.predict(x, t, labels, time)
 
     def example(self, batch: int = 1) -> tuple[jax.ShapeDtypeStruct, ...]:
-        """Shapes of inputs as in training, of so many examples as `batch` says; see `DiT`."""
+        """Shapes of the inputs in training, for `batch` examples; see `DiT`."""
         x, t, labels = super().example(batch)
         return x, t, labels, t
 
@@ -74,7 +74,7 @@ def two_times(model: ModelConfig, data: DataShape) -> BuiltIn:
 
     Args:
       model: the network's settings.
-      data: what the data look like.
+      data: shape and conditions of the data.
 
     Returns:
       The network.
@@ -93,18 +93,17 @@ def guided_target(
     omega: float | jax.Array,
     kappa: float | jax.Array = 0.0,
 ) -> jax.Array:
-    """Velocity with guidance built in, in place of the conditional one (Sec. 4.2 and App. B.1).
+    """Velocity with built-in guidance, which replaces the conditional one (Sec. 4.2 and App. B.1).
 
-    `omega v + kappa u_c + (1 - omega - kappa) u_u`, with the network's own velocities at `r = t`;
-    the guidance scale that comes of it is `omega / (1 - kappa)`. It costs no evaluations when
-    sampling.
+    `omega v + kappa u_c + (1 - omega - kappa) u_u`, with the network's own velocities at `r = t`.
+    The resulting guidance scale is `omega / (1 - kappa)`. It costs no evaluations in sampling.
 
     Args:
       velocity: `[B, *sites, C]`, `eps - x_0`.
-      cond: `[B, *sites, C]`, the network's velocity `u(x, t, t)` under the label.
-      uncond: `[B, *sites, C]`, that without a label.
+      cond: `[B, *sites, C]`, the network's velocity `u(x, t, t)` with the label.
+      uncond: `[B, *sites, C]`, the network's velocity without a label.
       omega: share of the sample's own velocity, a scalar or `[B]`.
-      kappa: share of the network's, a scalar or `[B]`.
+      kappa: share of the network's velocity, a scalar or `[B]`.
 
     Returns:
       `[B, *sites, C]`, without gradient.
@@ -122,13 +121,13 @@ def flow_states(
     t: jax.Array,
     labels: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """States of a batch and their velocities, with guidance as the teacher's settings have it.
+    """States of a batch and their velocities, with the guidance of the teacher's settings.
 
     Args:
-      setting: the method's.
-      network: the mean velocity of labels.
-      keys: the PRNG key of the noise, and that of the labels that are dropped, as often as the
-        teacher's.
+      setting: the method's setting.
+      network: maps labels to a mean velocity.
+      keys: the PRNG key of the noise, and the key for dropping labels, with the teacher's
+        probability.
       x0: `[B, *sites, C]`, data.
       t: `[B]`.
       labels: `[B]`.
@@ -159,7 +158,7 @@ def flow_map_sample(
     Args:
       mean_velocity: `(x[B, *sites, C], t[B], t - r [B]) -> u[B, *sites, C]`; traced once.
       noise: `[B, *sites, C]`, standard normal.
-      nfe: evaluations, in steps uniform in raw time.
+      nfe: network evaluations, in steps uniform in raw time.
       warp: raw time to noise level.
 
     Returns:
@@ -178,5 +177,5 @@ def flow_map_sample(
 
 
 def flow_map_rival(**row: Any) -> Rival:
-    """The row of a method that learns mean velocities from data; `row` is what else it says."""
+    """The row of a method that learns mean velocities from data; `row` has its further entries."""
     return Rival(given="data", init=fresh, network=two_times, **row)

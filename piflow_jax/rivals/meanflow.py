@@ -1,9 +1,9 @@
 """MeanFlow: mean velocities learned from their own derivative (arXiv 2505.13447).
 
-The mean velocity over `[r, t]` is `u(x_t, r, t) = (x_t - x_r) / (t - r)` on a path of the flow
-(Eq. 3). Differentiating by `t` gives the MeanFlow identity `u = v - (t - r) du/dt` (Eq. 6), whose
-right-hand side, with the network in it and without gradient, is the target of a regression. Its
-times are ours: `t = 1` is noise.
+The mean velocity over `[r, t]` is `u(x_t, r, t) = (x_t - x_r) / (t - r)` on a path of the flow (Eq.
+3). Differentiating by `t` gives the MeanFlow identity `u = v - (t - r) du/dt` (Eq. 6). Its
+right-hand side, evaluated with the network and without gradient, is the target of a regression.
+Times are ours: `t = 1` is noise.
 """
 
 import functools
@@ -26,9 +26,9 @@ def meanflow_times(
     Args:
       key: a PRNG key.
       batch: `B`.
-      share: share of samples with `r < t`; the others have `r = t`, which is flow matching.
+      share: share of samples with `r < t`; the others have `r = t`, which gives flow matching.
       mean: mean of the logits.
-      std: their standard deviation.
+      std: standard deviation of the logits.
 
     Returns:
       `(t[B], r[B])`.
@@ -58,16 +58,16 @@ def meanflow_loss(
     Args:
       network: the mean velocity.
       x: `[B, *sites, C]`, states at `t`.
-      velocity: `[B, *sites, C]`, `eps - x_0`, or that with guidance.
+      velocity: `[B, *sites, C]`, `eps - x_0`, or the velocity with guidance.
       t: `[B]`, noise levels.
       r: `[B]`, noise levels at most `t`.
-      power: `p` of the weight `1 / (|residual|^2 + eps)^p`, with the sum of squares of a sample; 0
-        is the plain squared error.
-      eps: `c` of the weight.
+      power: `p` of the weight `1 / (|residual|^2 + eps)^p`, where `|residual|^2` sums over a
+        sample; 0 gives the plain squared error.
+      eps: `eps` of the weight, `c` in the paper.
 
     Returns:
-      `(loss[], residual[B, *sites, C])`; the loss is a mean over samples, the residual that of the
-      prediction to its target.
+      `(loss[], residual[B, *sites, C])`; the loss is a mean over samples, the residual is the
+      prediction minus its target.
     """
     interval = t - r
 

@@ -1,13 +1,14 @@
-"""Parallel decoding distillation, PDD: one output for each interval of time (arXiv 2607.26004).
+"""Parallel decoding distillation, PDD: one output per interval of time (arXiv 2607.26004).
 
-Raw time is cut into intervals, and the network has an output layer for each. From the state at the
-start of a block it predicts the mean velocities over all of the block's intervals at once, which
-add up to the state at any of their ends. Each is taught by one step of the teacher at the state
-that the student's own velocities lead to, by plain regression. Outputs belong to intervals and not
-to blocks, so that one network samples with as many evaluations as blocks can be made.
+Raw time is divided into intervals, and the network has an output layer for each. From the state at
+the start of a block it predicts the mean velocities over all of the block's intervals at once.
+Their sum gives the state at the end of any of these intervals. Each output learns one step of the
+teacher by plain regression, at the state that the student's own velocities lead to. Outputs belong
+to intervals and not to blocks, so one network can sample with as many evaluations as there are ways
+to form blocks.
 
-The paper fuses the output layers of a block into one when it samples; here their outputs are added,
-which are the same numbers.
+In sampling, the paper fuses the output layers of a block into one. Here their outputs are added,
+which gives the same numbers.
 """
 
 import dataclasses
@@ -27,24 +28,24 @@ from piflow_jax.systems.shapes import DataShape
 
 __all__ = ["PDD", "block_bounds", "decode", "decoding_indices", "decoding_loss", "interval_levels"]
 
-# Of the paper's ImageNet run whose teacher takes midpoint steps.
+# From the paper's ImageNet run, where the teacher takes midpoint steps.
 INTERVALS = 64
 
 
 def interval_levels(warp: TimeWarp, intervals: int = INTERVALS) -> jax.Array:
-    """Noise levels `[N + 1]` of the ends of the `intervals`, from 1 to 0, uniform before `warp`."""
+    """Noise levels `[N + 1]` at the ends of the `intervals`, from 1 to 0, uniform before `warp`."""
     return jnp.asarray(warp.warp(np.linspace(1, 0, intervals + 1)), jnp.result_type(float))
 
 
 def block_bounds(nfe: int, intervals: int = INTERVALS) -> np.ndarray:
-    """Indices `[nfe + 1]` of the intervals at which the blocks of `nfe` evaluations begin and end.
+    """Indices `[nfe + 1]` of the intervals where the blocks of `nfe` evaluations begin and end.
 
     Args:
-      nfe: evaluations.
+      nfe: network evaluations.
       intervals: `N`.
 
     Returns:
-      `[nfe + 1]`, from 0 to `N`; blocks are as equal as whole intervals let them be.
+      `[nfe + 1]`, from 0 to `N`; blocks are as equal as whole intervals allow.
     """
     return np.round(np.linspace(0, intervals, nfe + 1)).astype(np.int32)
 
@@ -52,17 +53,17 @@ def block_bounds(nfe: int, intervals: int = INTERVALS) -> np.ndarray:
 def decoding_indices(
     key: jax.Array, batch: int, nfes: Sequence[int], intervals: int = INTERVALS
 ) -> tuple[jax.Array, jax.Array]:
-    """Draws where a block starts and which of the intervals behind it is taught.
+    """Draws the start of a block and one of the intervals after it for training.
 
     Args:
       key: a PRNG key.
       batch: `B`.
-      nfes: numbers of evaluations at which the student will sample.
+      nfes: numbers of evaluations for later sampling.
       intervals: `N`.
 
     Returns:
-      `(start[B], index[B])`: starts of all blocks are equally likely, and then all intervals that a
-      longest block from there has.
+      `(start[B], index[B])`. All block starts are equally likely, and so are all intervals in the
+      longest block from a start.
     """
     start_key, index_key = jax.random.split(key)
     starts = np.unique(np.concatenate([block_bounds(nfe, intervals)[:-1] for nfe in nfes]))
@@ -82,7 +83,7 @@ def decode(
       x: `[B, *sites, C]`, states at the start of the interval `start`.
       levels: `[N + 1]`, see `interval_levels`.
       start: `[B]`, the first interval of the sum.
-      stop: `[B]`, that behind the last one.
+      stop: `[B]`, the interval after the last one.
 
     Returns:
       `[B, *sites, C]`, states at the start of the interval `stop`.
@@ -102,16 +103,16 @@ def decoding_loss(
     start: jax.Array,
     index: jax.Array,
 ) -> jax.Array:
-    """`|u_k - v_k|^2` of one interval, with the teacher's midpoint step at the student's own state.
+    """`|u_k - v_k|^2` on one interval, with the teacher's midpoint step at the student's own state.
 
     Args:
       network: `(x[B, *sites, C], t[B]) -> u[B, *sites, N, C]`.
       teacher: `(x[B, *sites, C], t[B]) -> v[B, *sites, C]`; no gradient flows through it, nor into
-        the state at which it is asked.
+        the state that it is evaluated at.
       x: `[B, *sites, C]`, states at the start of the interval `start`.
       levels: `[N + 1]`, see `interval_levels`.
-      start: `[B]`, where the block starts.
-      index: `[B]`, `k`, the interval that is taught.
+      start: `[B]`, the first interval of the block.
+      index: `[B]`, `k`, the interval in training.
 
     Returns:
       The loss, a scalar.

@@ -17,8 +17,8 @@ def reflow_loss(
 ) -> jax.Array:
     """Flow matching on the teacher's own pairs of noise and endpoint (Eq. 1, Sec. 2.2).
 
-    `|u(x_t, t) - (eps - x_0)|^2` on the straight line between the two. At `t = 1` alone it is the
-    paper's distillation of a flow into one step: regression of endpoints on noise.
+    `|u(x_t, t) - (eps - x_0)|^2` on the straight line between the two. At `t = 1` alone this is the
+    paper's distillation of a flow into one step, the regression of endpoints on noise.
 
     Args:
       network: `(x[B, *sites, C], t[B]) -> u[B, *sites, C]`.
@@ -34,7 +34,7 @@ def reflow_loss(
 
 
 def _loss(setting: Setting, params, state, given, key, x0, labels, *, straight: bool):
-    """Over all times, or at the noise alone."""
+    """The loss over all times, or at the noise alone."""
     del state, labels
     index_key, time_key = jax.random.split(key)
     pairs, batch = given["pairs"], x0.shape[0]

@@ -1,8 +1,8 @@
-"""Shortcut models: a long step is two short ones (arXiv 2410.12557).
+"""Shortcut models: one long step equals two short ones (arXiv 2410.12557).
 
-A network `s(x, t, d)` gives the mean velocity of a step of length `d`; at `d = 0` it is trained by
-flow matching, and beyond by its own two steps of half the length (Eqs. 4 and 5). The paper has data
-at `t = 1`; here steps go down, `x_{t-d} = x_t - d s(x_t, t, d)`.
+A network `s(x, t, d)` gives the mean velocity of a step of length `d`. At `d = 0` it is trained by
+flow matching, and at larger `d` by its own two steps of half the length (Eqs. 4 and 5). The paper
+has data at `t = 1`. Here steps go down: `x_{t-d} = x_t - d s(x_t, t, d)`.
 """
 
 import functools
@@ -18,13 +18,13 @@ from piflow_jax.rivals.flow_map import MeanVelocity, flow_map_rival, flow_map_sa
 
 __all__ = ["SHORTCUT", "shortcut_steps", "shortcut_target"]
 
-# Shortest step, and the share of a batch that bootstraps (Sec. 4).
+# The shortest step, and the share of a batch that bootstraps (Sec. 4).
 SHORTEST = 128
 BOOTSTRAP_SHARE = 4
 
 
 def shortcut_steps(key: jax.Array, batch: int, smallest: int = 128) -> tuple[jax.Array, jax.Array]:
-    """Draws lengths of half steps, and the times at which the whole ones start (Sec. 3.2).
+    """Draws lengths of half steps, and the times at which the whole steps start (Sec. 3.2).
 
     Args:
       key: a PRNG key.
@@ -36,7 +36,7 @@ def shortcut_steps(key: jax.Array, batch: int, smallest: int = 128) -> tuple[jax
       `2 d` in `(0, 1]`.
 
     Raises:
-      ValueError: if `smallest` is no power of two above 1.
+      ValueError: if `smallest` is not a power of two above 1.
     """
     levels = smallest.bit_length() - 1
     if smallest < 2 or smallest != 1 << levels:
@@ -56,14 +56,14 @@ def shortcut_target(
     d: jax.Array,
     smallest: int = 128,
 ) -> jax.Array:
-    """What a step of `2 d` should be: the mean of two steps of `d` (Eq. 4).
+    """The target of a step of `2 d`: the mean of two steps of `d` (Eq. 4).
 
     Args:
-      network: `(x[B, *sites, C], t[B], d[B]) -> s[B, *sites, C]`; the paper asks averaged weights.
+      network: `(x[B, *sites, C], t[B], d[B]) -> s[B, *sites, C]`; the paper uses averaged weights.
       x: `[B, *sites, C]`, states at `t`.
       t: `[B]`, at least `2 d`.
       d: `[B]`, lengths of the half steps.
-      smallest: `M`; steps of `1 / M` are asked as `d = 0`, where flow matching has taught them.
+      smallest: `M`; steps of `1 / M` use `d = 0`, which flow matching trains.
 
     Returns:
       `[B, *sites, C]`, without gradient.
@@ -76,7 +76,7 @@ def shortcut_target(
 
 
 def _coded(network: Callable[..., jax.Array]) -> MeanVelocity:
-    """A network that sees of a length its logarithm, from 1 / 8 to 1, and 0 for 0."""
+    """Encodes a length by its logarithm, from 1 / 8 to 1, and a length of 0 by 0."""
 
     def coded(x, t, d):
         levels = SHORTEST.bit_length()
@@ -99,7 +99,7 @@ def _loss(setting: Setting, params, state, given, key, x0, labels):
 
     averaged = functools.partial(bound, state.ema_params)
     x, velocity, dropped = flow_states(setting, averaged, keys[2:], x0, t, labels)
-    # Longer steps are taught with their labels: the flow beneath has the guidance built in.
+    # Longer steps keep their labels, because the underlying flow has the guidance built in.
     labels = jnp.concatenate([labels[:boot], dropped[boot:]])
     target = shortcut_target(averaged(labels[:boot]), x[:boot], t_boot, d_boot, SHORTEST)
     target = jnp.concatenate([target, velocity[boot:]])
@@ -108,7 +108,7 @@ def _loss(setting: Setting, params, state, given, key, x0, labels):
 
 
 def _sample(network: MeanVelocity, noise: jax.Array, nfe: int, warp: TimeWarp) -> jax.Array:
-    del warp  # it is trained at levels uniform in t
+    del warp  # the network is trained at levels uniform in t
     return flow_map_sample(_coded(network), noise, nfe, TimeWarp())
 
 
