@@ -2,26 +2,27 @@
 
     python -m piflow_jax.main --config=configs/digits.py --workdir=runs/digits
 
-trains the teacher (flow matching), distils it (pi-ID), and compares both.
+This trains the teacher (flow matching), distils it (pi-ID), and compares both.
 
 Variants, as in `--config=configs/digits.py:dx`:
 
     gm        Gaussian-mixture policy, 1 evaluation (the default)
-    quick     the same student trained for a sixth of the steps: a first look
+    quick     the same student trained for a sixth of the steps, for a first look
     dx        grid of x_0, 1 evaluation; needs the time-smoothing window
     gm_2nfe   Gaussian-mixture policy, 2 evaluations
     datafree  the same from pure noise: the student's training sees no image
     guided    the teacher guided with scale 2 in [0, 0.6], distilled into 1 evaluation
     rivals    pi-Flow against other few-step methods at equal compute, with --mode=rivals;
-              docs/rivals.md has what came of it
+              docs/rivals.md has the results
 
-Expect a student whose Frechet distance at 1 evaluation is 1.04 times its teacher's at 128 and a
-fifteenth of its teacher's at 1, with precision lower by 0.01, recall by 0.02 and endpoints at a
-mean squared distance of 0.0035; docs/results.md has every seed and variant. On two CPU cores (AMD
-EPYC, 2026-11-24) the default took 5 minutes 33 seconds, 8 minutes 20 seconds of both cores' time,
-and 1.7 GiB. On a day when they were less than half as fast, 62 ms for a student's step, it would
-have taken about 12 minutes; `quick` took 6 minutes 11 seconds then, for a distance of 1.17 times
-its teacher's.
+The student's Frechet distance at 1 evaluation is 1.04 times its teacher's at 128, and a fifteenth
+of its teacher's at 1. Its precision is lower by 0.01, its recall by 0.02, and its endpoints are at
+a mean squared distance of 0.0035. docs/results.md has every seed and variant.
+
+On two cores of a shared server (AMD EPYC, 2026-11-24) the default took 5 minutes 33 seconds, 8
+minutes 20 seconds of both cores' time, and 1.7 GiB. With cores less than half as fast (62 ms for a
+student's step) `quick` took 6 minutes 11 seconds, for a distance of 1.17 times its teacher's, and
+the default would take about 12 minutes.
 """
 
 import ml_collections

@@ -1,17 +1,17 @@
 r"""FLUX.1 [dev] at 4 and 8 network evaluations: the recipes of the paper's section 5.
 
-Prompts' embeddings once (docs/text_to_image.md), then a student of the official weights, the folder
-`transformer` of FLUX.1 [dev]:
+First prepare the embeddings of the prompts (docs/text_to_image.md). Then distil the official
+weights, the folder `transformer` of FLUX.1 [dev]:
 
     python -m piflow_jax.main --config=configs/flux.py:datafree --workdir=runs/flux \
         --config.data.data_dir=data/prompts_flux --config.teacher.weights=FLUX.1-dev/transformer
 
-What its step takes on a TPU slice that need not be attached:
+This compiles the step for a TPU slice that need not be attached, and reports memory and FLOPs:
 
     python -m piflow_jax.main --config=configs/flux.py:datafree --workdir=runs/compile \
         --mode=compile --config.topology=v5p:4x4x4
 
-(`--mode=compile_sampling` is the sampler's.)
+`--mode=compile_sampling` does the same for the sampler.
 
 Variants:
 
@@ -22,8 +22,8 @@ Variants:
     runlocal  datafree's program at toy size on captioned digits, teacher included
 
 Students are adapters (rank 256), the output head and the last modulation; everything else is the
-teacher's. No official weights were on the machine that this was written on: at full size these
-programs have been compiled, not run. docs/text_to_image.md says what has been shown.
+teacher's. At full size these programs have been compiled and not run, because no official weights
+were available. docs/text_to_image.md says what has been shown.
 """
 
 import ml_collections

@@ -1,22 +1,23 @@
 r"""ImageNet 256 in the latents of Stable Diffusion: the recipes of the paper's Table 2.
 
-Latents once (`data.images` is a folder of class folders, the official tar, or tfds:imagenet2012):
+First prepare the latents (`data.images` is a folder of class folders, the official tar, or
+tfds:imagenet2012):
 
     python -m piflow_jax.main --config=configs/imagenet.py --workdir=runs/prepare --mode=prepare \
         --config.data.images=ILSVRC2012_img_train.tar --config.data.vae=sd-vae-ft-ema.safetensors \
         --config.data.data_dir=data/imagenet/latents/1.0.0
 
-A student of official teacher weights:
+Then distil official teacher weights:
 
     python -m piflow_jax.main --config=configs/imagenet.py:gm_repa --workdir=runs/gm_repa \
         --config.data.data_dir=data/imagenet/latents/1.0.0 --config.teacher.weights=teacher.pth
 
-(REPA's own `.pth` also needs `--config.teacher.weights_format=original_dit`.) Every
-`evaluation.every` steps it decodes a grid for TensorBoard (with `data.vae`), and with
-`evaluation.features` and `evaluation.reference` measures FID and keeps the best checkpoint.
+REPA's own `.pth` also needs `--config.teacher.weights_format=original_dit`. Every
+`evaluation.every` steps, the run decodes a grid for TensorBoard (with `data.vae`). With
+`evaluation.features` and `evaluation.reference` it also measures FID and keeps the best checkpoint.
 
-FID, sFID, IS, precision and recall of 50,000 samples, of that run or, with `evaluation.weights`, of
-official student weights alone; samples.npz is what ADM's own evaluator reads:
+This measures FID, sFID, IS, precision and recall of 50,000 samples, of that run or, with
+`evaluation.weights`, of official student weights alone. ADM's own evaluator can read samples.npz:
 
     python -m piflow_jax.main --config=configs/imagenet.py:gm_repa --workdir=runs/gm_repa \
         --mode=evaluate --config.data.vae=sd-vae-ft-ema.safetensors \
@@ -26,7 +27,7 @@ official student weights alone; samples.npz is what ADM's own evaluator reads:
 
 `--mode=sample` needs `data.vae` only, and `--mode=export` writes official names.
 
-What its step takes on a TPU slice that need not be attached:
+This compiles the step for a TPU slice that need not be attached, and reports memory and FLOPs:
 
     python -m piflow_jax.main --config=configs/imagenet.py:gm_repa --workdir=runs/compile \
         --mode=compile --config.topology=v5e:4x4
@@ -40,12 +41,12 @@ Variants:
     dx_repa_20    grid of 20, window 5
     dx_repa_40    grid of 40, window 3
     runlocal      gm_repa's recipe at toy size on the digits, teacher included; 75 seconds on two
-                  cores, after which the student at 1 evaluation is about where its (guided,
-                  undertrained) teacher is at 32
+                  cores; the student at 1 evaluation is then about as good as its (guided,
+                  undertrained) teacher at 32
 
-The paper's figures are its authors'. Neither ImageNet nor official weights were on the machine that
-this was written on: no figure of ours exists, and training, sampling and evaluation have run on
-small files in the official formats only.
+The figures in brackets are the paper's. There are none of ours, because neither ImageNet nor
+official weights were available: training, sampling and evaluation have run on small files in the
+official formats only.
 """
 
 import ml_collections

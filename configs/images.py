@@ -3,16 +3,16 @@
     python -m piflow_jax.main --config=configs/images.py --workdir=runs/mine \
         --config.data.images=FOLDER
 
-decodes the pictures once into `runs/mine/data`, trains the teacher (flow matching), distils it
-(pi-ID), and compares both. Killed and started again, it continues wherever it was.
+This decodes the pictures once into `runs/mine/data`, trains the teacher (flow matching), distils it
+(pi-ID), and compares both. After a kill, the same command continues.
 
-`data.images` is a folder of class folders, or of pictures, which are one class then; a `.tar` of
-such a folder; or `tfds:NAME`, a set that TFDS has prepared as ArrayRecord. Pictures may be of any
-size and of any format of Pillow: `data.image_size` (32) is the side of the crop at their centre.
-What cannot be read is listed by path, and left out with `--config.data.skip_refused`. Sets without
-colours are trained on in grey, see `data.channels`; `--config.data.mirror` shows mirror images too.
+`data.images` is a folder of class folders, a folder of pictures (then a single class), a `.tar` of
+either, or `tfds:NAME`, a set that TFDS has prepared as ArrayRecord. Pictures may have any size and
+any format that Pillow reads. `data.image_size` (32) is the side of the crop at their centre. Files
+that cannot be read are listed by path, and left out with `--config.data.skip_refused`. Sets without
+colours become grey (`data.channels`). `--config.data.mirror` adds mirror images.
 
-The pixels can be prepared beforehand, by several processes too, and shared between runs:
+The pixels can also be prepared before, by several processes, and shared between runs:
 
     python -m piflow_jax.main --config=configs/images.py --workdir=runs/prepare --mode=prepare \
         --config.data.images=FOLDER --config.data.data_dir=data/mine
@@ -25,11 +25,11 @@ Variants, as in `--config=configs/images.py:quick`:
     quick  a small network for a first look on a CPU
 
 On the 2,000 tiles of `python -m benchmarks.picture_tiles FOLDER`, `quick` took 12 minutes 46
-seconds of CPU time: decoding, teacher, student, a feature space for these pictures, figures and
-a grid. On two cores that were shared with much other work this was 23 minutes (2026-11-29). In
-that feature space the student at 1 evaluation had a Frechet distance of 2.35, its teacher 2.98
-at 32 and 25.0 at 1, and half of the data 0.77 from the other half. A teacher so briefly trained
-shows its patches, and its student draws them as they are. The default variant has not been run.
+seconds of CPU time for decoding, teacher, student, a feature space for these pictures, figures and
+a grid. This was 23 minutes on two cores that were shared with much other work (2026-11-29). In that
+feature space the student at 1 evaluation had a Frechet distance of 2.35, and its teacher 2.98 at 32
+and 25.0 at 1. Half of the data had 0.77 from the other half. A teacher so briefly trained shows its
+patches, and its student draws them as they are. The default variant has not been run.
 """
 
 import ml_collections

