@@ -68,7 +68,7 @@ class Reference:
     images: int
 
     def check(self, feature_network: str) -> None:
-        """Raises ValueError unless the statistics come from the network with this hash."""
+        """Raises ValueError unless the statistics use the network hashed `feature_network`."""
         if self.pool is None or self.feature_network == feature_network:
             return
         if self.feature_network is not None:

@@ -23,7 +23,7 @@ _CLIP = "clip"
 
 
 class ImageNetwork:
-    """A released network, loaded from its folder by `load_image_network`.
+    """A released network from its folder; made by `load_image_network`.
 
     Pictures are preprocessed as in its `preprocessor_config.json`: the shorter side is resized with
     Pillow's bicubic filter, the centre is cut out, and channels are standardised.
