@@ -1,6 +1,6 @@
 """Files in the `.safetensors` format: names, types and shapes first, tensors one by one.
 
-Files on a disk are mapped into memory; of an object in a bucket ranges of bytes are asked for.
+Tensors are ranges of bytes, of files on a disk and of objects in a bucket alike.
 
 Source: the format's own description: eight bytes of length, a header in JSON, the tensors' bytes.
 Its Python library reads into types of numpy alone, which has no float8, and keeps the last of two
@@ -10,6 +10,7 @@ tensors of one name.
 import json
 import math
 import os
+import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -129,7 +130,7 @@ def open_safetensors(path: epath.Path) -> tuple[dict[str, LazyArray], dict[str, 
             rows, *others = *index, *(slice(None),) * (len(whole) - len(index))
             begin, end, _ = rows.indices(whole[0])
             data = read(start + first + begin * row, start + first + end * row)
-            array = np.array(data).view(dtype).reshape(end - begin, *whole[1:])
+            array = data.view(dtype).reshape(end - begin, *whole[1:])
             return np.ascontiguousarray(array[:, *others]) if index else array.reshape(shape)
 
         at_once = _REQUESTS if is_remote(path) else 1
@@ -145,9 +146,23 @@ def _bytes_of(path: epath.Path) -> tuple[int, Callable[[int, int], np.ndarray]]:
     """The size of a file, and what reads the bytes between two places."""
     if is_remote(path):
         size, fetch = fetcher(path)
-        return size, lambda first, last: np.frombuffer(fetch(first, last), np.uint8)
-    memory = np.memmap(path, np.uint8, "r")
-    return len(memory), lambda first, last: memory[first:last]
+        # A copy, since bytes cannot be written to and need not lie where numbers may begin.
+        return size, lambda first, last: np.array(np.frombuffer(fetch(first, last), np.uint8))
+    file = os.open(path, os.O_RDONLY)
+
+    def read(first: int, last: int) -> np.ndarray:
+        # Not mapped: pages of a map count as the process's memory for as long as it stands.
+        data = np.empty(last - first, np.uint8)
+        left = memoryview(data)
+        while len(left):
+            count = os.preadv(file, [left], last - len(left))
+            if not count:
+                raise OSError(f"{path} was cut short while it was read")
+            left = left[count:]
+        return data
+
+    weakref.finalize(read, os.close, file)
+    return os.fstat(file).st_size, read
 
 
 def check_here(path: epath.Path) -> None:

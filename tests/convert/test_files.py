@@ -2,7 +2,9 @@
 
 import argparse
 import builtins
+import gc
 import json
+import os
 import pickle
 import stat
 import subprocess
@@ -179,6 +181,31 @@ def test_a_file_cut_short_is_named(tmp_path, suffix, keep):
     path.write_bytes(path.read_bytes()[:keep])
     with pytest.raises(ValueError, match=r"x(\.legacy)?\.(safetensors|pth) is damaged"):
         open_weights(path)
+
+
+def test_a_file_cut_short_while_it_is_read_is_named(tmp_path):
+    path = tmp_path / "w.safetensors"
+    write_safetensors(path, {"w": np.arange(9.0)})
+    arrays = open_weights(path)
+    with path.open("r+b") as file:
+        file.truncate(path.stat().st_size - 8)
+    with pytest.raises(OSError, match=rf"{path} was cut short while it was read"):
+        np.asarray(arrays["w"])
+
+
+def test_files_that_are_no_longer_needed_are_closed(tmp_path):
+    path = tmp_path / "w.safetensors"
+    write_safetensors(path, {"w": np.arange(9.0)})
+
+    def opened():
+        links = [Path("/proc/self/fd") / name for name in os.listdir("/proc/self/fd")]
+        return sum(os.path.realpath(link) == os.path.realpath(path) for link in links)
+
+    arrays = open_weights(path)
+    assert opened() == 1
+    del arrays
+    gc.collect()
+    assert opened() == 0
 
 
 def test_missing_and_unknown_files(tmp_path):
