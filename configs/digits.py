@@ -36,7 +36,7 @@ def get_config(variant: str = "gm") -> ml_collections.ConfigDict:
     """The configuration of a variant.
 
     Args:
-      variant: what follows the colon of `--config`.
+      variant: the part of `--config` after the colon.
 
     Returns:
       The configuration.
@@ -54,7 +54,7 @@ def get_config(variant: str = "gm") -> ml_collections.ConfigDict:
     config.model.dit.depth = 3
     config.model.scan_unroll = 3  # no loop over layers: a fifth faster on a CPU
 
-    # Batches of 64: their activations stay in a core's cache, those of 128 do not.
+    # Batches of 64: their activations fit into a core's cache, those of 128 do not.
     config.teacher.steps = 2400
     config.teacher.batch_size = 64
     config.teacher.optimizer.learning_rate = 1e-3
@@ -62,13 +62,14 @@ def get_config(variant: str = "gm") -> ml_collections.ConfigDict:
     config.policy.kind = "gm"
     config.policy.num_components = 16
     config.train.steps = 8800
-    config.train.batch_size = 32  # twice the steps of 64 in the same time learn more
-    # At 1,500 steps Muon's student follows its teacher as closely as AdamW's at twice as many.
+    # Makes twice the steps of batches of 64 in the same time, and learns more.
+    config.train.batch_size = 32
+    # After 1,500 steps Muon's student follows its teacher as closely as AdamW's after 3,000.
     config.train.optimizer.kind = "muon"
     config.train.optimizer.learning_rate = 3e-3
     config.train.optimizer.beta2 = 0.99
     config.train.optimizer.decay = "cosine"
-    # Over the last fortieth: at a rate that falls to zero, a longer average only lags behind.
+    # The average covers the last fortieth: with a rate that falls to zero, a longer one only lags.
     config.train.optimizer.ema_gamma = 40.0
     config.train.total_substeps = 128
     config.train.gm_dropout = 0.05
@@ -90,17 +91,18 @@ def get_config(variant: str = "gm") -> ml_collections.ConfigDict:
     elif variant == "datafree":
         config.train.data_free = True
         config.train.nfe = 2
-        config.train.steps = 1000  # two segments, so two student evaluations, in each
+        config.train.steps = 1000  # each step has two segments, and so two student evaluations
     elif variant == "guided":
         config.teacher.guidance_scale = 2.0
         config.teacher.guidance_interval = (0.0, 0.6)
         config.train.steps = 3000
     elif variant == "rivals":
-        # Eleven methods with three seeds: a network that learns in seconds instead of minutes.
+        # Eleven methods with three seeds need a network that trains in seconds instead of minutes.
         config.model.dit.hidden = 32
         config.model.dit.depth = 2
         config.model.scan_unroll = 2
-        # Derivatives by the time, which some rivals learn from, are wild under a scale of 1000.
+        # Some rivals learn from derivatives with respect to time, which vary wildly at a scale of
+        # 1000.
         config.model.dit.time_scale = 1.0
         config.policy.num_components = 8
         config.train.total_substeps = 32

@@ -62,7 +62,7 @@ VARIANTS = (
     "dx_repa_40",
     "runlocal",
 )
-# Grid points of the DX policy to the window without which its training diverges.
+# Grid points of the DX policy, and the window that its training needs in order not to diverge.
 DX_WINDOWS = {10: 10, 20: 5, 40: 3}
 
 
@@ -70,7 +70,7 @@ def get_config(variant: str = "gm_repa") -> ml_collections.ConfigDict:
     """The configuration of a variant.
 
     Args:
-      variant: what follows the colon of `--config`.
+      variant: the part of `--config` after the colon.
 
     Returns:
       The configuration.
@@ -115,7 +115,7 @@ def get_config(variant: str = "gm_repa") -> ml_collections.ConfigDict:
 
     config.evaluation.num_samples = 50_000
     config.evaluation.batch_size = 256
-    # The eight classes that DiT's authors show.
+    # The eight classes in the figures of DiT's authors.
     config.evaluation.grid_classes = (207, 360, 387, 974, 88, 979, 417, 279)
     config.evaluation.grid_samples = 8
     config.evaluation.every_samples = 5000
@@ -141,7 +141,7 @@ def get_config(variant: str = "gm_repa") -> ml_collections.ConfigDict:
         config.model.scan_unroll = 3
         config.model.dtype = "float32"
         config.model.remat = "none"
-        config.model.dit.time_scale = 1000.0  # its teacher is trained here, not REPA's
+        config.model.dit.time_scale = 1000.0  # this teacher is trained here and is not REPA's
         config.teacher.steps = 600
         config.teacher.batch_size = 64
         config.policy.num_components = 8

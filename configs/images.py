@@ -43,7 +43,7 @@ def get_config(variant: str = "gm") -> ml_collections.ConfigDict:
     """The configuration of a variant.
 
     Args:
-      variant: what follows the colon of `--config`.
+      variant: the part of `--config` after the colon.
 
     Returns:
       The configuration.
@@ -77,7 +77,8 @@ def get_config(variant: str = "gm") -> ml_collections.ConfigDict:
     config.train.optimizer.decay = "cosine"
     config.train.total_substeps = 32
     config.train.gm_dropout = 0.05
-    # Otherwise a network of pixels spends itself near the data, where little is decided any more.
+    # Otherwise a network of pixels spends its capacity near the data, where little is left to
+    # decide.
     config.train.time_power = 1.0
 
     config.evaluation.batch_size = 250

@@ -38,7 +38,7 @@ def get_config(variant: str = "gm_4nfe") -> ml_collections.ConfigDict:
     """The configuration of a variant.
 
     Args:
-      variant: what follows the colon of `--config`.
+      variant: the part of `--config` after the colon.
 
     Returns:
       The configuration.

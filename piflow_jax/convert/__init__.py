@@ -1,6 +1,6 @@
-"""Weights of released PyTorch networks in and out.
+"""Import and export of the weights of released PyTorch networks.
 
-The names are those of the releases of pi-Flow (arXiv 2510.14974) and of the networks it builds on.
+Names follow the releases of pi-Flow (arXiv 2510.14974) and of the networks that it builds on.
 """
 
 from collections.abc import Callable, Mapping
@@ -25,28 +25,29 @@ from piflow_jax.safetensors_files import write_safetensors
 def load_torch_state(
     state: Mapping[str, np.ndarray], model: str, **sizes: Any
 ) -> tuple[nn.Module, dict]:
-    """Turns weights under official names into a Flax module and its parameters.
+    """Turns weights with official names into a Flax module and its parameters.
 
     Args:
-        state: Arrays by official name, in PyTorch layout (linear weights `[out, in]`), such as
-            `open_weights` gives.
-        model: A name in `KINDS`, or that of a student such as "gm_dit".
-        sizes: What shapes do not show, see the loader of `model` (`load_dit`: `num_heads`,
+        state: Arrays by official name, in PyTorch layout (linear weights `[out, in]`), for example
+            from `open_weights`.
+        model: A name in `KINDS`, or the name of a student such as "gm_dit".
+        sizes: Sizes that shapes do not show, see the loader of `model` (`load_dit`: `num_heads`,
             `sample_size`, `time_scale`, `constant_logstd`; `load_vae`: `norm_groups`,
             `latent_scale`, `latent_shift`; `load_qwen_vae`: `latents_mean`, `latents_std`;
             `load_flux` and `load_qwen_image`: `axes_dims_rope`, `constant_logstd`). Sizes of a
-            transformer that they do show may be given and are then checked. `place` (not of
-            Inception) puts every leaf where it belongs as soon as it is built, see
+            transformer that shapes do show are optional and are checked. `place` (not for
+            Inception) puts each leaf on its devices as soon as it is built, see
             `rules.import_state`.
 
     Returns:
-        The module, and its parameters for `module.apply`. Dtypes are those of `state` (float64
-        only under `jax_enable_x64`).
+        The module, and its parameters for `module.apply`. Dtypes are those of `state` (float64 only
+        with `jax_enable_x64`).
 
     Raises:
-        ValueError: Unknown model; weights of something else, which is named; names, shapes or
-            types that do not fit (faults are listed); or numbers that are not finite.
-        TypeError: A size that the loader cannot read off the shapes is not given.
+        ValueError: The model is unknown; the weights belong to another network, which the message
+            names; names, shapes or dtypes do not match (the message lists the faults); or numbers
+            are not finite.
+        TypeError: A size that shapes do not show is missing.
     """
     kind, head = named(model)
     state = network_of(state, model)
@@ -59,19 +60,19 @@ def load_params(
     model: str,
     place: Callable[[tuple[str, ...], np.ndarray], Any] | None = None,
 ) -> dict:
-    """Reads weights that are to be those of a network which is there already.
+    """Reads weights for an existing network.
 
     Args:
         module: A `DiT`, `Flux` or `QwenImage`.
         state: Arrays by official name, see `load_torch_state`.
-        model: A name in `KINDS`, or that of a student such as "gm_dit".
-        place: Puts every leaf where it belongs, see `rules.import_state`.
+        model: A name in `KINDS`, or the name of a student such as "gm_dit".
+        place: Puts each leaf on its devices, see `rules.import_state`.
 
     Returns:
         The module's parameters.
 
     Raises:
-        ValueError: Unknown model; or the weights are those of a network of other sizes or with
+        ValueError: The model is unknown, or the weights belong to a network with other sizes or
             another head.
     """
     sizes = {name: getattr(module, name) for name in kind_of(module).sizes}
@@ -86,17 +87,17 @@ def load_params(
 
 
 def to_torch_state(module: nn.Module, params: Mapping) -> dict[str, np.ndarray]:
-    """Turns parameters (or gradients) of a module into arrays under official names.
+    """Turns parameters (or gradients) of a module into arrays with official names.
 
     Args:
-        module: A module of a kind that is written, see `KINDS`.
+        module: A module of a kind that can be exported, see `KINDS`.
         params: Its variables, `{"params": ...}`.
 
     Returns:
         Arrays by official name, in PyTorch layout, bit for bit.
 
     Raises:
-        ValueError: The module has no official counterpart, or the parameters are not its own.
+        ValueError: The module has no official counterpart, or the parameters do not belong to it.
     """
     return kind_of(module).export(module, params)
 

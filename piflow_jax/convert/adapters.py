@@ -1,8 +1,8 @@
-"""pi-Flow's released adapters of FLUX.1 and Qwen-Image, in and out.
+"""Import and export of pi-Flow's released adapters of FLUX.1 and Qwen-Image.
 
-Source: names and layouts of the pi-Flow release (arXiv 2510.14974), which are those of `peft`: of a
-layer `x W^T + b + (x A^T) B^T` the arrays `lora_A.weight [rank, in]` and `lora_B.weight [out,
-rank]`. Beside the adapters a file holds the output head and the modulation of the last norm.
+Source: names and layouts of the pi-Flow release (arXiv 2510.14974), which follow `peft`: a layer `x
+W^T + b + (x A^T) B^T` has the arrays `lora_A.weight [rank, in]` and `lora_B.weight [out, rank]`. In
+addition to the adapters, a file holds the output head and the modulation of the last norm.
 """
 
 import json
@@ -24,7 +24,7 @@ from piflow_jax.safetensors_files import LazyArray
 
 __all__ = ["adapter_config", "export_adapter", "is_adapter", "load_adapter"]
 
-# Where pipelines and `peft` name the network and the adapter.
+# Prefixes and infixes by which pipelines and `peft` name the network and the adapter.
 _NETWORK = re.compile(r"^(?:base_model\.model\.)?(?:transformer\.)?")
 _ADAPTER = re.compile(r"\.lora_(A|B)\.\w+\.weight$")
 # The settings of an adapter: `diffusers` keeps them in the file, `peft` in another one.
@@ -38,7 +38,7 @@ _READ = (
 
 
 def adapter_rules(module: Flux | QwenImage) -> list[Rule]:
-    """The table of the trained part of a student with adapters.
+    """The table for the trained part of a student with adapters.
 
     Args:
         module: The student, with `lora`.
@@ -61,7 +61,7 @@ def adapter_rules(module: Flux | QwenImage) -> list[Rule]:
 
 
 def _of_kernel(rule: Rule, rank: int) -> list[Rule]:
-    """The two matrices of an adapter, which split and stack as the kernel that they adapt."""
+    """The two matrices of an adapter, which split and stack like the kernel that they adapt."""
     (name,) = rule.names
     layer = name.removesuffix(".weight")
     left, right = (side.strip() for side in rule.pattern.split("->"))
@@ -85,7 +85,7 @@ def _of_kernel(rule: Rule, rank: int) -> list[Rule]:
 
 
 def _groups(side: str) -> tuple[str, str]:
-    """Output and input axes of a weight's pattern, each one axis or one in brackets."""
+    """Output and input axes of a weight's pattern, each a single axis or a group in brackets."""
     if side.startswith("("):
         outs, _, ins = side.partition(") ")
         return f"{outs})", ins
@@ -110,18 +110,20 @@ def load_adapter(
     """Loads the trained part of a student.
 
     Args:
-        module: The student, with `lora` and the head that the file is of.
-        state: Arrays by official name, such as `open_weights` gives. A scale other than 1
-            (`lora_alpha` over the rank, or its root) in the file's metadata, or in the
+        module: The student, with `lora` and the same head as the file.
+        state: Arrays by official name, for example from `open_weights`. A scale other than 1
+            (`lora_alpha` over the rank, or over its root) in the file's metadata, or in the
             `adapter_config.json` next to it, is multiplied into the second matrices.
-        place: See `import_state`; None keeps leaves on the default device.
+        place: Puts each leaf on its devices, see `import_state`; None keeps leaves on the default
+            device.
 
     Returns:
         `{"params": ...}` for `models.lora.merge`.
 
     Raises:
-        ValueError: It is no adapter of a student, which is said; its settings are damaged; names,
-            shapes or types do not fit (faults are listed); or numbers are not finite.
+        ValueError: The file is not an adapter of a student, which the message says; its settings
+            are damaged; names, shapes or dtypes do not match (the message lists the faults); or
+            numbers are not finite.
     """
     if not is_adapter(state):
         raise ValueError(f"there are no LoRA matrices; {_READ}")
@@ -140,16 +142,16 @@ def load_adapter(
 
 
 def is_adapter(state: Mapping[str, Any]) -> bool:
-    """Whether a state is an adapter.
+    """Whether a state holds an adapter.
 
     Args:
-        state: Arrays by name, such as `open_weights` gives.
+        state: Arrays by name, for example from `open_weights`.
 
     Returns:
-        Whether there are LoRA matrices, under the names that `load_adapter` reads.
+        Whether there are LoRA matrices with the names that `load_adapter` reads.
 
     Raises:
-        ValueError: They have other names; says whose.
+        ValueError: The matrices have names of another format, which the message gives.
     """
     what = adapter_of(state)
     if what is not None and not any(name.endswith(_DOWN) for name in _renamed(state)):
@@ -158,12 +160,12 @@ def is_adapter(state: Mapping[str, Any]) -> bool:
 
 
 def _renamed(state: Mapping[str, Any]) -> dict[str, Any]:
-    """The arrays without the names of network and adapter."""
+    """The arrays, with the names of network and adapter removed."""
     return {_ADAPTER.sub(r".lora_\1.weight", _NETWORK.sub("", n)): a for n, a in state.items()}
 
 
 def _check_kind(module: Flux | QwenImage, found: Mapping[str, Any]) -> None:
-    """Names the cause where nearly every name or shape would be refused."""
+    """Raises an error that names the cause if nearly every name or shape is wrong."""
     ranks = {a.shape[0] for n, a in found.items() if n.endswith(_DOWN) and a.ndim}
     mixture, means = isinstance(module.head, GMHead), "proj_out_means.weight" in found
     if not means and "proj_out.weight" not in found:
@@ -180,7 +182,7 @@ def _check_kind(module: Flux | QwenImage, found: Mapping[str, Any]) -> None:
 
 
 def _scales(state: Mapping[str, Any], rank: int) -> Callable[[str], float]:
-    """Scale by name of a layer, as the adapter's own settings have it; 1 without any."""
+    """Scale by layer name, from the adapter's own settings; 1 without settings."""
     text, where = getattr(state, "metadata", {}).get(_METADATA), _METADATA
     path = getattr(state, "path", None)
     if text is None and path is not None and path.with_name(_BESIDE).is_file():
@@ -190,7 +192,7 @@ def _scales(state: Mapping[str, Any], rank: int) -> Callable[[str], float]:
         found = {} if text is None else json.loads(text)
         settings = {key.removeprefix("transformer."): value for key, value in found.items()}
         root = math.sqrt if settings.get("use_rslora") else float
-        # As `peft` looks names up: the end of a layer's, the first that fits.
+        # As in `peft`: a pattern matches the end of a layer's name, and the first match counts.
         alphas = dict(settings.get("alpha_pattern") or {}) | {".*": settings.get("lora_alpha")}
         alphas = {re.compile(rf"(.*\.)?({key})$"): value for key, value in alphas.items()}
         wrong = [v for v in alphas.values() if v is not None and not 0 < float(v) < math.inf]
@@ -223,17 +225,17 @@ def _times(factor: float, array: Any) -> LazyArray:
 
 
 def export_adapter(module: Flux | QwenImage, trained: Mapping) -> dict[str, np.ndarray]:
-    """Turns the trained part of a student into arrays under official names.
+    """Turns the trained part of a student into arrays with official names.
 
     Args:
         module: The student, with `lora`.
-        trained: `{"params": ...}` as `models.lora.split` gives it.
+        trained: `{"params": ...}` from `models.lora.split`.
 
     Returns:
-        Arrays by official name, in PyTorch layout, dtypes kept.
+        Arrays by official name, in PyTorch layout, with unchanged dtypes.
 
     Raises:
-        ValueError: The parameters are not this module's, or there are no official names for them.
+        ValueError: The parameters do not belong to this module, or have no official names.
     """
     if module.lora is not None and module.lora.scale != 1:
         raise ValueError(f"adapters of the release have the scale 1, not {module.lora.scale}")
@@ -244,16 +246,16 @@ def export_adapter(module: Flux | QwenImage, trained: Mapping) -> dict[str, np.n
 
 
 def adapter_config(module: Flux | QwenImage) -> dict[str, Any]:
-    """The `config.json` of an adapter, by which official pipelines load it.
+    """The `config.json` of an adapter, with which official pipelines load it.
 
     Args:
         module: The student.
 
     Returns:
-        The class of the network in the release and its arguments.
+        The network's class in the release and its arguments.
 
     Raises:
-        ValueError: There is no official class for its head.
+        ValueError: The release has no class for its head.
     """
     head, release = module.head, kind_of(module).release(module)
     name = release.pop("_class_name")
@@ -266,8 +268,8 @@ def adapter_config(module: Flux | QwenImage) -> dict[str, Any]:
         "axes_dims_rope": list(module.axes_dims_rope),
     } | release
     if isinstance(head, DXHead):
-        # No class of its own: the plain network with more outputs. One side of a patch is a factor
-        # of Qwen-Image's outputs and none of FLUX.1's.
+        # The release has no class of its own for it, only the plain network with more outputs. The
+        # outputs of Qwen-Image contain the side of a patch as a factor, those of FLUX.1 do not.
         outputs = {"patch_size": 1, "out_channels": head.num_grid * patches}
         return {"_class_name": name} | outputs | common
     if not isinstance(head, GMHead) or head.constant_logstd is not None:

@@ -30,14 +30,14 @@ _VAE = {
 _QWEN_VAE = {"latents_mean": "latents_mean", "latents_std": "latents_std"}
 _SIGNED = ("shift_factor", "latents_mean")
 _WHOLE = ("norm_num_groups",)
-# Of numbers of float32, in which latents are scaled; Python's compare with any whole number.
+# Bounds of float32, in which latents are scaled. As Python numbers they compare with any integer.
 _TINIEST, _HIGHEST = (float(getattr(np.finfo(np.float32), name)) for name in ("tiny", "max"))
 
 
 def open_autoencoder(
     path: str | os.PathLike, place: Place | None = None
 ) -> tuple[AutoencoderKL, dict]:
-    """Loads an autoencoder of either kind, which the names of its weights tell.
+    """Loads an autoencoder of either kind; the names of its weights show which.
 
     Args:
         path: A weight file or its folder, see `open_weights`. Scale and shift of latents come from
@@ -46,18 +46,18 @@ def open_autoencoder(
         place: See `import_state`.
 
     Returns:
-        The module, and its variables `{"params": ...}`.
+        The module and its variables, `{"params": ...}`.
 
     Raises:
-        FileNotFoundError: No such file.
-        ValueError: It is no autoencoder, or `config.json` is damaged.
+        FileNotFoundError: There is no such file.
+        ValueError: The file is not an autoencoder, or `config.json` is damaged.
     """
     weights = open_weights(path)
     qwen = any(re.search(r"\.time_conv\.|\.gamma$", name) for name in weights)
     kind, keys = (QWEN_VAE, _QWEN_VAE) if qwen else (VAE, _VAE)
     beside = weights.path.parent / "config.json"
     settings: dict[str, Any] = {}
-    # A link to nothing is no autoencoder without settings.
+    # A dangling link does not count as missing settings.
     if beside.exists() or os.path.islink(beside):
         try:
             written = json.loads(beside.read_text(encoding="utf-8"))
@@ -70,7 +70,7 @@ def open_autoencoder(
 
 
 def _check(setting: Any, key: str, path: Path) -> None:
-    """Raises ValueError if a setting, or that of a channel, is not the number that it must be."""
+    """Raises ValueError if a setting, or an entry for a channel, is not a valid number."""
     by_channel = key in _QWEN_VAE and isinstance(setting, list)
     for value in setting if by_channel else [setting]:
         number = isinstance(value, int | float) and not isinstance(value, bool)

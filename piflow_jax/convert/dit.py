@@ -1,4 +1,4 @@
-"""Weights of the DiT family under their official names.
+"""Weights of the DiT family with their official names.
 
 Source: parameter names and layouts of the pi-Flow release (arXiv 2510.14974) and of the `diffusers`
 DiT checkpoints that it starts from.
@@ -24,7 +24,7 @@ OUTPUT = "proj_out_2"
 
 
 def dit_rules(module: DiT) -> list[Rule]:
-    """The table of a DiT.
+    """The table for a DiT.
 
     Args:
         module: A DiT with any of the heads of `piflow_jax.models.heads`.
@@ -85,28 +85,29 @@ def load_dit(
 ) -> tuple[DiT, dict]:
     """Loads a network of the DiT family.
 
-    Besides the release's own layout, a teacher may have two older ones: checkpoints of `diffusers`
-    (an embedder per block, of which the first is kept, and predicted variances, which are dropped)
-    and GMDiT-V1 with one Gaussian (its log-weight channel is dropped).
+    In addition to the release's own layout, a teacher may have one of two older layouts.
+    Checkpoints of `diffusers` have an embedder per block, of which only the first is kept, and
+    predicted variances, which are dropped. GMDiT-V1 with one Gaussian has a log-weight channel,
+    which is dropped.
 
     Args:
         state: Arrays by official name.
         head: A name in `HEADS`.
         num_heads: Attention heads.
-        sample_size: Side, in sites, of the square input of training.
+        sample_size: Side, in sites, of the square inputs in training.
         time_scale: See `DiT`.
-        place: Puts every leaf in its place as soon as it is built, see `import_state`; None keeps
-            them on the default device.
-        **given: Sizes otherwise read off the shapes, as a check: `patch_size`, `in_channels`,
-            `hidden`, `depth`, `mlp_ratio`, `num_classes`, `num_components`, `logstd_hidden`,
-            `num_grid`. A mixture without a logstd head needs `constant_logstd`.
+        place: Puts each leaf on its devices as soon as it is built, see `import_state`; None keeps
+            leaves on the default device.
+        **given: Sizes that shapes show, as a check: `patch_size`, `in_channels`, `hidden`, `depth`,
+            `mlp_ratio`, `num_classes`, `num_components`, `logstd_hidden`, `num_grid`. A mixture
+            without a logstd head needs `constant_logstd`.
 
     Returns:
         The module, and `{"params": ...}` as JAX arrays with the dtypes of `state`.
 
     Raises:
-        ValueError: Names, shapes or types do not fit (faults are listed), numbers are not finite,
-            or a given size contradicts the weights.
+        ValueError: Names, shapes or dtypes do not match (the message lists the faults), numbers are
+            not finite, or a given size contradicts the weights.
     """
     state = _shared_embedder(dict(state))
     sizes = _read_sizes(state)
@@ -121,17 +122,18 @@ def load_dit(
 
 
 def export_dit(module: DiT, params: Mapping) -> dict[str, np.ndarray]:
-    """Turns parameters of a DiT into arrays under official names, the inverse of `load_dit`.
+    """Turns parameters of a DiT into arrays with official names, the inverse of `load_dit`.
 
     Args:
         module: The module.
-        params: `{"params": ...}`, or anything of that structure, such as gradients.
+        params: `{"params": ...}`, or any tree with that structure, such as gradients.
 
     Returns:
-        Arrays by official name, in PyTorch layout, dtypes kept.
+        Arrays by official name, in PyTorch layout, with unchanged dtypes.
 
     Raises:
-        ValueError: The parameters are not this module's, or its head has no official counterpart.
+        ValueError: The parameters do not belong to this module, or its head has no official
+            counterpart.
     """
     check_exportable(module)
     return export_state(params["params"], dit_rules(module), module.depth)
@@ -153,7 +155,7 @@ def _read_sizes(state: Mapping[str, np.ndarray]) -> dict:
 
 
 def _shared_embedder(state: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Replaces the embedders that `diffusers` keeps in every block by the first block's."""
+    """Replaces the embedders that `diffusers` has in every block by the first block's."""
     first = {n: a for n, a in state.items() if n.startswith(FIRST_BLOCK_EMBEDDER)}
     if CLASS_EMBED in state or not first:
         return state
@@ -162,7 +164,7 @@ def _shared_embedder(state: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def _keep_velocity_rows(state: dict[str, np.ndarray], pixels: int, channels: int) -> None:
-    """Drops output rows beyond the first C of a pixel, where a known older layout has them."""
+    """Drops output rows beyond the first C of a pixel if a known older layout has them."""
     for name in (f"{OUTPUT}.weight", f"{OUTPUT}.bias"):
         rows = np.asarray(state[name]) if name in state else None
         # C + 1: GMDiT-V1 with one Gaussian; 2 C: the original DiT's predicted variance.
@@ -172,7 +174,7 @@ def _keep_velocity_rows(state: dict[str, np.ndarray], pixels: int, channels: int
 
 
 def _drop_position_table(state: dict[str, np.ndarray], module: DiT) -> None:
-    """Drops the fixed position table, which some exports store, if it is the one we compute."""
+    """Drops the fixed position table of some exports if it equals the one that we compute."""
     if POSITIONS not in state:
         return
     side = module.sample_size // module.patch_size

@@ -1,6 +1,6 @@
-"""Weight files of PyTorch releases, opened lazily: names and shapes first, tensors one by one.
+"""Weight files of PyTorch releases, opened lazily: names and shapes first, then single tensors.
 
-Source: layout of the pi-Flow release (arXiv 2510.14974) and of facebookresearch/DiT checkpoints.
+Source: layouts of the pi-Flow release (arXiv 2510.14974) and of facebookresearch/DiT checkpoints.
 """
 
 import argparse
@@ -27,15 +27,15 @@ INDEX = ".safetensors.index.json"
 PICKLES = (".pth", ".pt", ".bin", ".ckpt")
 _ENDINGS = (INDEX, ".safetensors", *PICKLES)
 
-# Wrappers that training puts around a network, the first kind around parts of it as well.
+# Wrappers that training puts around a network. The first kind also wraps parts of it.
 _INNER_WRAPPER = re.compile(
     r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
 )
 _WRAPPER = "module."
-# mmcv checkpoints of pi-Flow hold several networks: diffusion, its average, sometimes the teacher;
-# those of ema-pytorch the average and what is averaged.
+# mmcv checkpoints of pi-Flow hold several networks: the diffusion, its average and sometimes the
+# teacher. Those of ema-pytorch hold the average and the averaged network.
 _NETWORK = re.compile(r"(?:.+\.)?denoising\.|(?:ema|online)_model\.")
-# Parts that are averages, and the parts of which they are.
+# Parts that are averages, with the parts that they average.
 _AVERAGES = {
     "ema": "model",
     "diffusion_ema.denoising.": "diffusion.denoising.",
@@ -45,13 +45,13 @@ _SHARD = re.compile(r"-\d+-of-\d+\.safetensors")
 
 
 class Weights(Mapping[str, LazyArray]):
-    """Lazily read arrays by name; made by `open_weights`.
+    """Lazily read arrays by name, made by `open_weights`.
 
     Attributes:
         path: The file or directory.
-        metadata: Text that the file carries besides its tensors; released pi-Flow students keep
-            their policy's settings there, as JSON under `policy_config`.
-        selected: Which part of a file that holds several networks this is, "" for all of it.
+        metadata: Text that the file contains in addition to its tensors. Released pi-Flow students
+            store their policy's settings there, as JSON under `policy_config`.
+        selected: The selected part of a file with several networks, "" for the whole file.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class Weights(Mapping[str, LazyArray]):
         self._arrays = dict(arrays)
 
     def __getitem__(self, name: str) -> LazyArray:
-        """The array of a name, not read yet."""
+        """Returns the array of a name, not yet read."""
         return self._arrays[name]
 
     def __iter__(self) -> Iterator[str]:
@@ -79,38 +79,38 @@ class Weights(Mapping[str, LazyArray]):
         return len(self._arrays)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of the array called `name`; reads nothing."""
+        """Shape of the array called `name`, without reading it."""
         return self._arrays[name].shape
 
 
 def open_weights(path: str | os.PathLike, select: str | None = None) -> Weights:
     """Opens a weight file without reading its tensors.
 
-    Checkpoints of training runs hold more than one network. Averaged weights are preferred, and
-    the choice is logged: `ema` of DiT, SiT and REPA checkpoints (`{"model", "ema", "opt",
-    "args"}`), `diffusion_ema.denoising` of pi-Flow ones, `ema_model` of ema-pytorch's. Prefixes of
-    the chosen part, and wrappers such as `module.` and `_orig_mod.`, are taken off. Float8 weights
-    are multiplied by their scales.
+    Checkpoints of training runs hold several networks. Averaged weights are preferred, and the
+    choice is logged: `ema` in DiT, SiT and REPA checkpoints (`{"model", "ema", "opt", "args"}`),
+    `diffusion_ema.denoising` in pi-Flow's, `ema_model` in ema-pytorch's. The prefix of the chosen
+    part and wrappers such as `module.` and `_orig_mod.` are removed. Float8 weights are multiplied
+    by their scales.
 
     Args:
         path: A `.safetensors` file; an index `*.safetensors.index.json` of shards; a `.pth`, `.pt`,
-            `.bin` or `.ckpt` file of PyTorch; or a directory with exactly one of these. In a
-            bucket (`gs://...`) as well: `.safetensors` is read by ranges of bytes, files of PyTorch
-            are copied to a temporary directory first.
-        select: The part to take where a file holds several: a key such as "model", or a prefix of
-            names such as "diffusion.denoising" or "teacher.denoising". "" takes all names and
-            arrays as they are.
+            `.bin` or `.ckpt` file of PyTorch; or a directory with exactly one of these. The path
+            may be in a bucket (`gs://...`): `.safetensors` is then read by ranges of bytes, and
+            files of PyTorch are first copied to a temporary directory.
+        select: The part to take from a file with several: a key such as "model", or a prefix of
+            names such as "diffusion.denoising" or "teacher.denoising". "" takes all arrays under
+            their own names.
 
     Returns:
-        The arrays by name. Those of a PyTorch file are mapped from the disk (those written before
-        PyTorch 1.6 are held in memory); either kind is copied out when it is read.
+        The arrays by name. Arrays of a PyTorch file are mapped from the disk (or held in memory, if
+        the file is older than PyTorch 1.6). Both kinds are copied when they are read.
 
     Raises:
-        FileNotFoundError: No such file, or a shard of an index is missing.
-        OSError: The bucket cannot be read; says why, and the remedy.
-        ValueError: The file is damaged, of an unknown kind, holds Python objects that could run
-            code, several parts of which none is the obvious one, or averages without names.
-        ImportError: A PyTorch file, and PyTorch is not installed.
+        FileNotFoundError: There is no such file, or a shard of an index is missing.
+        OSError: The bucket cannot be read; the message says why and gives the remedy.
+        ValueError: The file is damaged or of an unknown kind, or holds Python objects that could
+            run code, several parts without an obvious choice, or averages without names.
+        ImportError: The file is PyTorch's, and PyTorch is not installed.
     """
     path = _one_file(readable(path))
     if path.name.endswith(INDEX):
@@ -130,13 +130,13 @@ def open_weights(path: str | os.PathLike, select: str | None = None) -> Weights:
 
 
 def holds_weights(path: str | os.PathLike) -> bool:
-    """Whether `open_weights` has something to open.
+    """Whether there is anything for `open_weights` to open.
 
     Args:
         path: Any path.
 
     Returns:
-        Whether it is a file, or a folder with a weight file in it.
+        Whether the path is a file, or a folder that contains a weight file.
     """
     path = readable(path)
     if not path.is_dir():
@@ -145,26 +145,26 @@ def holds_weights(path: str | os.PathLike) -> bool:
 
 
 def readable(path: str | os.PathLike) -> epath.Path:
-    """A path whose bucket, if it is in one, can be read.
+    """Returns a path after checking that its bucket, if it has one, can be read.
 
     Args:
-        path: Any path, of something that may not be there.
+        path: Any path, whether or not it exists.
 
     Returns:
         The path.
 
     Raises:
-        ValueError: gcsfs is missing; the message names the remedy.
-        OSError: The bucket cannot be read; says why, and the remedy.
+        ValueError: gcsfs is missing; the message gives the remedy.
+        OSError: The bucket cannot be read; the message says why and gives the remedy.
     """
     if is_remote(path):
-        with contextlib.suppress(FileNotFoundError):  # which is said where more is known
+        with contextlib.suppress(FileNotFoundError):  # the caller, which knows more, reports this
             fetcher(path)
     return epath.Path(path)
 
 
 def _one_file(path: epath.Path) -> epath.Path:
-    """The weight file that a path means: itself, or the one in a directory."""
+    """The weight file of a path: the path itself, or the only weight file in a directory."""
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such weight file or directory")
     if not path.is_dir():
@@ -179,7 +179,7 @@ def _one_file(path: epath.Path) -> epath.Path:
         if found:
             return found[0]
     inside = [p.name for p in sorted(path.iterdir()) if p.is_dir() and holds_weights(p)]
-    # That of a network comes before those of what stands around it in a pipeline.
+    # The network comes before the other parts of its pipeline.
     inside.sort(key=lambda name: not name.startswith("transformer"))
     hint = "".join(f"{', ' if i else '; look in '}{name}/" for i, name in enumerate(inside))
     raise FileNotFoundError(f"{path}: a directory without weight files{hint}")
@@ -214,7 +214,7 @@ def _open_index(path: epath.Path) -> tuple[dict[str, LazyArray], dict[str, str]]
 
 
 def _open_pickle(path: epath.Path) -> dict:
-    """Opens a PyTorch file: nested dicts with lazy arrays in place of tensors."""
+    """Opens a PyTorch file: nested dicts with lazy arrays instead of tensors."""
     try:
         import torch
     except ImportError as error:
@@ -223,9 +223,9 @@ def _open_pickle(path: epath.Path) -> dict:
         ) from error
     check_here(path)
     try:
-        # Checkpoints of DiT, SiT and REPA keep their command line: a Namespace holds plain
-        # values, and its own construction runs nothing.
-        # What is mapped stays so when a bucket's copy is removed.
+        # Checkpoints of DiT, SiT and REPA store their command line. A Namespace holds plain values,
+        # and constructing one runs no foreign code. Mapped arrays stay mapped when a bucket's copy
+        # is removed.
         with torch.serialization.safe_globals([argparse.Namespace]), reading(path) as here:
             content = torch.load(
                 here, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(here)
@@ -238,7 +238,7 @@ def _open_pickle(path: epath.Path) -> dict:
         ) from error
     except MemoryError:
         raise
-    except Exception as error:  # of a damaged file PyTorch raises whatever it runs into
+    except Exception as error:  # a damaged file makes PyTorch raise errors of any kind
         raise ValueError(f"{path} is damaged or cut short, fetch it again: {error!r}") from error
     if not isinstance(content, Mapping):
         raise ValueError(f"{path} holds a {type(content).__name__}, not tensors by name")
@@ -249,7 +249,7 @@ def _open_pickle(path: epath.Path) -> dict:
 
 
 def _unsupported(message: str) -> str:
-    """What PyTorch refused, out of a message that is mostly advice to load it all the same."""
+    """The types that PyTorch refused, without its advice to load the file anyway."""
     found = re.search(r"GLOBAL ([\w.]+)", message)
     reason = re.search(r"WeightsUnpickler error:\s*(.+)", message)
     return found[1] if found else repr(reason[1] if reason else message.splitlines()[0])
@@ -268,7 +268,7 @@ def _without_tensors(value: Any) -> Any:
 def _lazy_tensor(tensor: Any) -> LazyArray:
     import torch
 
-    # numpy knows neither type, so their bits change hands.
+    # numpy has neither of these types, so their bits are reinterpreted.
     bits = {
         torch.bfloat16: (torch.int16, ml_dtypes.bfloat16),
         torch.float8_e4m3fn: (torch.uint8, ml_dtypes.float8_e4m3fn),
@@ -294,14 +294,14 @@ def _arrays_in(content: Mapping) -> dict[str, LazyArray]:
 def _select(
     path: epath.Path, content: Mapping, select: str | None
 ) -> tuple[dict[str, LazyArray], str]:
-    """The arrays of one network, without prefixes, and the name of the part they come from."""
+    """The arrays of one network, without prefixes, and the name of the part that holds them."""
     if select is None and _has_nameless_average(content):
         raise ValueError(
             f"{path} holds its averages as a list without names (shadow_params): write them under "
             "the network's names, or take what was not averaged by open_weights(path, select=...)"
         )
     arrays, selected = _arrays_in(content), []
-    # Tensors of an optimiser lie one level deeper, so its key is never among these.
+    # Tensors of an optimiser lie one level deeper, so its key never appears here.
     keys = [k for k, v in content.items() if isinstance(v, Mapping) and _arrays_in(v)]
     if keys:
         key = select if select in keys else _preferred(path, keys, select)
@@ -336,27 +336,27 @@ def _select(
 
 
 def _has_nameless_average(content: Mapping) -> bool:
-    """Whether the averages of `diffusers` or torch_ema, a list, are somewhere in a checkpoint."""
+    """Whether a checkpoint contains averages of `diffusers` or torch_ema, which are a list."""
     return "shadow_params" in content or any(
         _has_nameless_average(value) for value in content.values() if isinstance(value, Mapping)
     )
 
 
 def _unwrapped(arrays: Mapping[str, LazyArray], select: str | None) -> dict[str, LazyArray]:
-    """The arrays under names without wrappers, but for one that is asked for."""
+    """Removes wrappers from names, except wrappers in the requested part."""
     names = list(arrays)
     asked = "" if select is None else f"{select}."
     if not _INNER_WRAPPER.search(asked):
         names = [_INNER_WRAPPER.sub("", name) for name in names]
     while names and not asked.startswith(_WRAPPER) and all(n.startswith(_WRAPPER) for n in names):
         names = [_INNER_WRAPPER.sub("", name.removeprefix(_WRAPPER)) for name in names]
-    if len(set(names)) < len(names):  # then it is no wrapper
+    if len(set(names)) < len(names):  # then it is not a wrapper
         return dict(arrays)
     return dict(zip(names, arrays.values(), strict=True))
 
 
 def _preferred(path: epath.Path, parts: list[str], select: str | None) -> str:
-    """The average if the other part is what is averaged; the only part; else an error."""
+    """The average of the only other part, or the only part; otherwise an error."""
     if len(parts) == 1:
         return parts[0]
     for average, averaged in _AVERAGES.items():

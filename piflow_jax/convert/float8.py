@@ -1,8 +1,8 @@
-"""Weights kept in float8, and their scales.
+"""Weights stored in float8, and their scales.
 
-Source: the names of ComfyUI's scaled files (`scale_weight`, later `weight_scale`) and those of the
-quantised checkpoints of `transformers` and `compressed-tensors` (`weight_scale`, in blocks
-`weight_scale_inv`); a weight is the stored number times its scale in all of them.
+Source: the names in ComfyUI's scaled files (`scale_weight`, later `weight_scale`) and in the
+quantised checkpoints of `transformers` and `compressed-tensors` (`weight_scale`, for blocks
+`weight_scale_inv`). In all of them a weight is the stored number times its scale.
 """
 
 from collections.abc import Mapping
@@ -14,21 +14,20 @@ from piflow_jax.safetensors_files import LazyArray
 
 FLOAT8 = tuple(map(np.dtype, (ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2)))
 _SCALES = ("scale_{}", "{}_scale", "{}_scale_inv")
-# What such files hold besides: scales of activations, marks of the format.
+# Further entries of such files: scales of activations, and marks of the format.
 _UNREAD = ("scale_input", "input_scale", "scaled_fp8", "comfy_quant")
-# The side of a block that has a scale of its own.
+# Side of a block with its own scale.
 _BLOCK = 128
 
 
 def with_scales(arrays: Mapping[str, LazyArray]) -> dict[str, LazyArray]:
-    """Multiplies float8 arrays by their scales, when they are read.
+    """Multiplies float8 arrays by their scales when they are read.
 
     Args:
         arrays: The arrays of a network by name.
 
     Returns:
-        The arrays, without scales. Those that have one are float32 now; the others are as they
-        were.
+        The arrays without scales. Arrays with a scale become float32; the others are unchanged.
 
     Raises:
         ValueError: A scale does not fit its array.

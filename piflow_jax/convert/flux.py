@@ -1,8 +1,9 @@
-"""Weights of FLUX.1 and of its pi-Flow students under their official names.
+"""Weights of FLUX.1 and of its pi-Flow students with their official names.
 
 Source: parameter names and layouts of `diffusers` (`FluxTransformer2DModel`) and of the pi-Flow
-release (arXiv 2510.14974). The release orders the entries of a patch (channel, row, column) and the
-rows of an output layer (K, channel, row, column); here channels are last, so both are permuted.
+release (arXiv 2510.14974). The release orders the entries of a patch as (channel, row, column) and
+the rows of an output layer as (K, channel, row, column). Here channels are last, so both are
+permuted.
 """
 
 from collections.abc import Mapping
@@ -18,7 +19,7 @@ from piflow_jax.models.flux import Flux
 from piflow_jax.models.heads import DXHead, GMHead, VelocityHead
 from piflow_jax.models.layers import TIME_FEATURES
 
-# The released networks have latents of 2 x 2 patches; their weights cannot tell.
+# The released networks have latents in patches of 2 x 2, which their weights do not show.
 PATCH_SIZE = 2
 AXES_DIMS_ROPE = (16, 56, 56)
 OUTPUT = "proj_out"
@@ -29,7 +30,7 @@ DOUBLE, SINGLE = "transformer_blocks.{layer}.", "single_transformer_blocks.{laye
 
 
 def flux_rules(module: Flux) -> list[Rule]:
-    """The table of a FLUX.1 without adapters.
+    """The table for a FLUX.1 without adapters.
 
     Args:
         module: A `Flux` with any of the heads of `piflow_jax.models.heads`.
@@ -66,12 +67,12 @@ def flux_rules(module: Flux) -> list[Rule]:
     return rules
 
 
-# Names of one stream's attention: queries, keys and values; norms of the first two.
+# Names in one stream's attention: queries, keys and values; norms of queries and keys.
 ATTENTION = (
     (("to_q", "to_k", "to_v"), ("norm_q", "norm_k")),
     (("add_q_proj", "add_k_proj", "add_v_proj"), ("norm_added_q", "norm_added_k")),
 )
-# And of the stream's other layers: attention, output, modulation, MLP.
+# Names of the stream's other layers: attention, output, modulation, MLP.
 STREAMS = (
     (ATTENTION[0], "to_out.0", "norm1.linear", "ff"),
     (ATTENTION[1], "to_add_out", "norm1_context.linear", "ff_context"),
@@ -79,7 +80,7 @@ STREAMS = (
 
 
 def attention_rules(path, prefix, module, names, d, head_size, depth) -> list[Rule]:
-    """Rules of fused queries, keys and values `{prefix}qkv`, and of the norms of the first two."""
+    """Rules for fused queries, keys and values `{prefix}qkv`, and norms of the first two."""
     layers, norms = names
     rules = linear(
         tuple(f"{module}{n}" for n in layers), (*path, f"{prefix}qkv"), d, d, depth=depth
@@ -91,7 +92,7 @@ def attention_rules(path, prefix, module, names, d, head_size, depth) -> list[Ru
 
 
 def stream_rules(blocks, prefix, d, head_size, depth, names) -> list[Rule]:
-    """Rules of one stream of the joint blocks `blocks`."""
+    """Rules for one stream of the joint blocks `blocks`."""
     attention, out, modulation, mlp = names
     path, mlp = (blocks,), f"{DOUBLE}{mlp}.net"
     return [
@@ -106,13 +107,13 @@ def stream_rules(blocks, prefix, d, head_size, depth, names) -> list[Rule]:
 
 
 def embedder_rules(official: str, ours: str, d: int, in_: int) -> list[Rule]:
-    """Rules of a two-layer embedder of a condition."""
+    """Rules for a two-layer embedder of a condition."""
     first = linear(official.format(1), (f"{ours}_in",), d, in_)
     return first + linear(official.format(2), (f"{ours}_out",), d, d)
 
 
 def patch_rules(name: str, module) -> list[Rule]:
-    """Rules of the layer `patch_embed`."""
+    """Rules for the layer `patch_embed`."""
     p = module.patch_size
     sizes = {"o": module.hidden, "c": module.in_channels, "p": p, "q": p}
     kernel, bias = ("patch_embed", "kernel"), ("patch_embed", "bias")
@@ -123,7 +124,7 @@ def patch_rules(name: str, module) -> list[Rule]:
 
 
 def head_rules(module) -> list[Rule]:
-    """Rules of the output head of a FLUX.1 or Qwen-Image.
+    """Rules for the output head of a FLUX.1 or Qwen-Image.
 
     Args:
         module: A network with `head`, `hidden`, `in_channels` and `patch_size`.
@@ -169,25 +170,25 @@ def load_flux(
     place: Place | None = None,
     **given: float,
 ) -> tuple[Flux, dict]:
-    """Loads a FLUX.1 or a student of it whose adapters are part of its weights.
+    """Loads a FLUX.1, or a student of it with adapters merged into its weights.
 
     Args:
         state: Arrays by official name.
         head: A name in `HEADS`.
         axes_dims_rope: See `Flux`; small networks need it.
-        place: Puts every leaf in its place as soon as it is built, see `import_state`; None keeps
-            them on the default device.
-        **given: Sizes otherwise read off the shapes, as a check: `patch_size`, `in_channels`,
-            `hidden`, `num_heads`, `double_depth`, `single_depth`, `text_features`,
-            `pooled_features`, `guidance_embed`, `num_components`, `logstd_hidden`, `num_grid`. A
-            mixture without a logstd head needs `constant_logstd`.
+        place: Puts each leaf on its devices as soon as it is built, see `import_state`; None keeps
+            leaves on the default device.
+        **given: Sizes that shapes show, as a check: `patch_size`, `in_channels`, `hidden`,
+            `num_heads`, `double_depth`, `single_depth`, `text_features`, `pooled_features`,
+            `guidance_embed`, `num_components`, `logstd_hidden`, `num_grid`. A mixture without a
+            logstd head needs `constant_logstd`.
 
     Returns:
         The module, and `{"params": ...}` as JAX arrays with the dtypes of `state`.
 
     Raises:
-        ValueError: Names, shapes or types do not fit (faults are listed), numbers are not finite,
-            or a given size contradicts the weights.
+        ValueError: Names, shapes or dtypes do not match (the message lists the faults), numbers are
+            not finite, or a given size contradicts the weights.
     """
     state = dict(state)
     sizes = read_width(state, "x_embedder") | {
@@ -204,18 +205,18 @@ def load_flux(
 
 
 def export_flux(module: Flux, params: Mapping) -> dict[str, np.ndarray]:
-    """Turns parameters of a FLUX.1 into arrays under official names, the inverse of `load_flux`.
+    """Turns parameters of a FLUX.1 into arrays with official names, the inverse of `load_flux`.
 
     Args:
         module: The module.
-        params: `{"params": ...}`, or anything of that structure, such as gradients.
+        params: `{"params": ...}`, or any tree with that structure, such as gradients.
 
     Returns:
-        Arrays by official name, in PyTorch layout, dtypes kept.
+        Arrays by official name, in PyTorch layout, with unchanged dtypes.
 
     Raises:
-        ValueError: The parameters are not this module's, it has adapters (fuse them, or export
-            them on their own), or its head has no official counterpart.
+        ValueError: The parameters do not belong to this module, it has adapters (fuse them, or
+            export them separately), or its head has no official counterpart.
     """
     check_exportable(module)
     return export_state(params["params"], flux_rules(module), 0)

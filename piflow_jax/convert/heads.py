@@ -1,4 +1,4 @@
-"""The table of output heads in official weights: what a network predicts, and how that is read."""
+"""The table of output heads in official weights: each network's prediction and how to read it."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -14,7 +14,7 @@ from piflow_jax.models.heads import DXHead, GMHead, VelocityHead
 __all__ = ["HEADS", "Head", "check_exportable", "read_head"]
 
 Read = Callable[[Mapping[str, np.ndarray], Kind, int, int, dict[str, Any]], tuple[nn.Module, dict]]
-"""`(state, kind, patch^2, channels, given) -> (head, sizes that were read)`."""
+"""`(state, kind, patch^2, channels, given) -> (head, sizes read from the weights)`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,9 +22,9 @@ class Head:
     """A row of `HEADS`.
 
     Attributes:
-        read: Reads the head; takes sizes of `given` out that it alone knows.
-        mark: An array of every such head and of no other; empty if there is none.
-        first: An array without which it cannot be read, where there is a mark.
+        read: Reads the head; removes from `given` the sizes that only it uses.
+        mark: An array that only this head has, in all of its networks; empty if there is none.
+        first: An array that reading needs, if there is a mark.
     """
 
     read: Read
@@ -64,7 +64,7 @@ def _grid(state, kind, pixels, channels, given):
     return DXHead(**sizes), sizes
 
 
-# By what stands before a network's name: nothing for a teacher, a policy for its student.
+# By the prefix of a network's name: none for a teacher, a policy for its student.
 HEADS = {
     "": Head(_velocity),
     "gm": Head(_mixture, mark="proj_out_means.weight", first="proj_out_logweights.bias"),
@@ -75,28 +75,28 @@ HEADS = {
 def read_head(
     state: Mapping[str, np.ndarray], head: str, kind: Kind, sizes: Mapping[str, Any], given: dict
 ) -> tuple[nn.Module, dict]:
-    """The head that the output layers are of, and its sizes.
+    """The head that the output layers belong to, and its sizes.
 
     Args:
         state: Arrays by official name.
         head: A name in `HEADS`.
-        kind: Whose weights they are.
+        kind: The kind of the network.
         sizes: `patch_size` and `in_channels` of the network.
-        given: Sizes that are known; `constant_logstd`, which is taken out, is needed if and only if
-            a mixture has no logstd head.
+        given: Known sizes. `constant_logstd` is removed from them; it is needed if and only if a
+            mixture has no logstd head.
 
     Returns:
-        A head of `piflow_jax.models.heads`, and the sizes that were read for it.
+        A head of `piflow_jax.models.heads`, and the sizes read from its weights.
 
     Raises:
-        ValueError: An output layer is missing or of another head, or `constant_logstd` does not fit
-            the state.
+        ValueError: An output layer is missing or belongs to another head, or `constant_logstd` does
+            not fit the state.
     """
     return HEADS[head].read(state, kind, sizes["patch_size"] ** 2, sizes["in_channels"], given)
 
 
 def check_exportable(module: nn.Module) -> None:
-    """Refuses what official networks have no layout for.
+    """Refuses modules for which official networks have no layout.
 
     Args:
         module: The network.

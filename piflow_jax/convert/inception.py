@@ -1,4 +1,4 @@
-"""Weights of the Inception network of FID under the names of its PyTorch port."""
+"""Weights of the Inception network of FID with the names of its PyTorch port."""
 
 import hashlib
 import os
@@ -22,7 +22,7 @@ _NORM = {"weight": "scale", "bias": "bias", "running_mean": "mean", "running_var
 
 
 def inception_rules(module: InceptionV3) -> list[Rule]:
-    """The table of the network; it covers every parameter once."""
+    """The table for the network; it covers every parameter once."""
     classes = {"o": module.num_classes}
     rules = [
         Rule(("fc.weight",), ("fc_kernel",), "o i -> i o", {**classes, "i": POOL_FEATURES}),
@@ -41,18 +41,18 @@ def inception_rules(module: InceptionV3) -> list[Rule]:
 
 
 def load_inception(state: Mapping[str, np.ndarray]) -> tuple[InceptionV3, dict]:
-    """Loads the network; the number of classes is read off the shapes.
+    """Loads the network; shapes show the number of classes.
 
     Args:
-        state: Arrays by official name. `num_batches_tracked`, counters that inference does not
-            read, are left out.
+        state: Arrays by official name. `num_batches_tracked`, counters that inference does not use,
+            are left out.
 
     Returns:
         The module, and `{"params": ...}` as JAX arrays with the dtypes of `state`.
 
     Raises:
-        ValueError: Names, shapes or types do not fit (faults are listed), or numbers are not
-            finite.
+        ValueError: Names, shapes or dtypes do not match (the message lists the faults), or numbers
+            are not finite.
     """
     state = {n: array for n, array in state.items() if not n.endswith(".num_batches_tracked")}
     classes = np.shape(state["fc.bias"])[0] if np.ndim(state.get("fc.bias")) else 1008
@@ -62,22 +62,22 @@ def load_inception(state: Mapping[str, np.ndarray]) -> tuple[InceptionV3, dict]:
 
 
 def export_inception(module: InceptionV3, params: Mapping) -> dict[str, np.ndarray]:
-    """Turns parameters into arrays under official names, the inverse of `load_inception`."""
+    """Turns parameters into arrays with official names, the inverse of `load_inception`."""
     return export_state(params["params"], inception_rules(module), 0)
 
 
 def read_inception(path: str | os.PathLike) -> tuple[Mapping[str, np.ndarray], str]:
-    """Opens the published file of weights; needs PyTorch.
+    """Opens the published weight file; needs PyTorch.
 
     Args:
         path: The file.
 
     Returns:
-        Its arrays (read when they are used), for `load_torch_state(state, "inception")`, and the
-        SHA-256 of its bytes. The published file's begins with the digits at the end of its name.
+        Its arrays (read on use), for `load_torch_state(state, "inception")`, and the SHA-256 of its
+        bytes. The hash of the published file begins with the digits at the end of its name.
 
     Raises:
-        FileNotFoundError: There is none; says where to get it.
+        FileNotFoundError: The file is missing; the message says where to get it.
         ValueError: The file is damaged.
     """
     path = readable(path)

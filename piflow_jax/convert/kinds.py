@@ -1,4 +1,4 @@
-"""What the table of official weights has a row of, and whose adapters a state holds."""
+"""Rows of the table of official weights, and the names of foreign adapters."""
 
 import dataclasses
 import re
@@ -22,20 +22,20 @@ def _none_unread(module: nn.Module) -> str:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Kind:
-    """A row of `KINDS`: everything that depends on whose weights are read or written.
+    """A row of `KINDS`: everything that depends on the network of the weights.
 
     Attributes:
-        name: What `load_torch_state` calls it.
-        mark: An array that every network of the kind has, and of no other kind.
-        load: `(state, **sizes) -> (module, {"params": ...})`; of networks with students
-            `(state, head, **sizes)`, where `head` is a name in `HEADS`.
-        module: The class of ours.
-        export: `(module, params) -> state`, the inverse; None if these names are only read.
+        name: Its name in `load_torch_state`.
+        mark: An array that all networks of this kind have, and no others.
+        load: `(state, **sizes) -> (module, {"params": ...})`; for networks with students `(state,
+            head, **sizes)`, where `head` is a name in `HEADS`.
+        module: Its class in this package.
+        export: `(module, params) -> state`, the inverse; None if these names can only be read.
         output: The output layer of networks with students; empty for others.
-        sizes: Fields of the module that `load` takes, shown by the weights or not.
-        rules: The table of a module's parameters; needed for adapters.
-        unread: Where the names of layers begin whose adapters the release leaves out.
-        release: The class of the release, and arguments of it that others of its family lack.
+        sizes: Fields of the module that `load` takes, whether the weights show them or not.
+        rules: The table for a module's parameters; needed for adapters.
+        unread: Prefix of the layers with adapters that the release leaves out.
+        release: The class in the release, and arguments that the others of its family lack.
     """
 
     name: str
@@ -51,13 +51,13 @@ class Kind:
 
 
 def adapter_of(state: Mapping[str, Any]) -> str | None:
-    """Whose matrices of adapters a state holds.
+    """Names the origin of the adapter matrices in a state.
 
     Args:
         state: Arrays by name.
 
     Returns:
-        What to call them in a message; None if there are none.
+        The origin, for a message; None if there are no adapter matrices.
     """
     names = [name for name in state if _LORA_MATRIX.search(name)]
     if not names:

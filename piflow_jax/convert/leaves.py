@@ -1,4 +1,4 @@
-"""Flax leaves that are read, in whole or in part, from the PyTorch arrays they are made of."""
+"""Flax leaves that are read, in whole or in part, from their PyTorch arrays."""
 
 import functools
 import math
@@ -18,24 +18,25 @@ __all__ = ["Leaf", "dtype_of"]
 
 
 class Leaf(LazyArray):
-    """A Flax leaf as numpy array, read when it is asked for.
+    """A Flax leaf as a numpy array, read on request.
 
-    The arrays of one layer are in memory at a time; of a bucket, which answers late, those of
-    several layers. Numbers are checked as they are read, of a part no others.
+    Only the arrays of one layer are in memory at a time; from a bucket, which answers slowly, those
+    of several layers. Numbers are checked as they are read. Reading a part checks only the numbers
+    of that part.
 
     Args:
         pattern: See `piflow_jax.convert.rules.Rule`.
-        sizes: Likewise.
-        names: Of each layer the names of its arrays.
+        sizes: See `piflow_jax.convert.rules.Rule`.
+        names: The names of the arrays of each layer.
         state: Arrays by name.
 
     Raises:
-        ValueError: Layers do not lead on both sides of the pattern; of reading, that numbers are
-            not finite.
+        ValueError: Layers do not lead on both sides of the pattern; or, in reading, numbers are not
+            finite.
 
     Attributes:
-        rows: Axes along which a part needs some of the arrays alone, or some of their rows;
-            outermost in the files first. Of a part along another axis the rows are read whole.
+        rows: Axes along which a part needs only some of the arrays, or only some of their rows; the
+            outermost in the files comes first. A part along any other axis reads whole rows.
     """
 
     rows: tuple[int, ...]
@@ -47,7 +48,7 @@ class Leaf(LazyArray):
         names: Sequence[Sequence[str]],
         state: Mapping[str, np.ndarray],
     ):
-        """Pairs the axes of the leaf with those of the arrays; reads nothing."""
+        """Matches the axes of the leaf with those of the arrays; reads nothing."""
         left, right = (
             einops.parsing.ParsedExpression(side).composition for side in pattern.split("->")
         )
@@ -68,7 +69,7 @@ class Leaf(LazyArray):
         )
 
     def reads(self, index: tuple[slice, ...] = ()) -> list[tuple[str, slice]]:
-        """What is read of a part, without reading it.
+        """The arrays and rows that reading a part needs; reads nothing itself.
 
         Args:
             index: Slices of leading axes.
@@ -81,7 +82,7 @@ class Leaf(LazyArray):
         return [(name, rows) for name in names for rows in self._runs(parts)]
 
     def _parts(self, index: tuple[slice, ...]) -> tuple[dict[str, range], list[slice]]:
-        """Parts of the arrays' axes, and what is to be cut of those that a leaf has joined."""
+        """Parts of the arrays' axes, and the slices to cut from the leaf's joined axes."""
         cut = [*index, *[slice(None)] * (self.ndim - len(index))]
         parts = {axis: range(size) for axis, size in self._sizes.items()}
         for i, group in enumerate(self._leaf):
@@ -90,7 +91,7 @@ class Leaf(LazyArray):
         return parts, cut
 
     def _runs(self, parts: Mapping[str, range]) -> list[slice]:
-        """Rows of an array that hold the parts, those that follow each other together."""
+        """Rows of an array that hold the parts, with consecutive rows joined."""
         sizes = [self._sizes[axis] for axis in self._array[0]]
         rows = np.arange(math.prod(sizes)).reshape(sizes)[_slices(parts, self._array[0])].ravel()
         runs = np.split(rows, np.flatnonzero(np.diff(rows) > 1) + 1)
@@ -112,7 +113,7 @@ class Leaf(LazyArray):
         return leaf
 
     def _layer(self, names: Sequence[str], parts: Mapping[str, range]) -> np.ndarray:
-        """Parts of the axes of a layer, in the order of the leaf."""
+        """Parts of a layer's axes, in the order of the leaf."""
         arrays = [self._array_of(names[i], parts) for i in parts["n"]]
         stacked = np.stack(arrays) if len(arrays) > 1 else arrays[0][None]
         del arrays
@@ -123,7 +124,7 @@ class Leaf(LazyArray):
         return einops.rearrange(stacked, f"n {left} -> n {right}")[0]
 
     def _array_of(self, name: str, parts: Mapping[str, range]) -> np.ndarray:
-        """Parts of the axes of an array, each axis apart."""
+        """Parts of an array's axes, with each axis separate."""
         array = self._state[name]
         array = array if isinstance(array, LazyArray) else np.asarray(array)
         read = [_finite(name, array[(rows,)]) for rows in self._runs(parts)]
@@ -139,7 +140,7 @@ def _slices(parts: Mapping[str, range], axes: Sequence[str]) -> tuple[slice, ...
 
 
 def dtype_of(array: Any) -> np.dtype:
-    """The dtype of an array, which may be a lazy one, or a list.
+    """The dtype of an array, which may be lazy or a list.
 
     Args:
         array: The array.
@@ -152,18 +153,18 @@ def dtype_of(array: Any) -> np.dtype:
 
 
 def _kept_dtype(dtype: np.dtype) -> np.dtype:
-    """The dtype of a leaf: nothing is computed in float8, all of whose numbers bfloat16 has."""
+    """The dtype of a leaf: bfloat16 instead of float8, whose numbers it can all represent."""
     return np.dtype(ml_dtypes.bfloat16) if dtype in FLOAT8 else dtype
 
 
 def _common_dtype(arrays: Iterable[Any]) -> np.dtype:
     dtypes = {_kept_dtype(dtype_of(array)) for array in arrays}
-    # numpy has no common type of float16 and bfloat16.
+    # numpy has no common type for float16 and bfloat16.
     return dtypes.pop() if len(dtypes) == 1 else functools.reduce(jnp.promote_types, dtypes)
 
 
 def _finite(name: str, read: np.ndarray) -> np.ndarray:
-    """What was read; ValueError if JAX, whose float64 is float32, would see numbers not finite."""
+    """The numbers read; ValueError if they are not finite in JAX, where float64 becomes float32."""
     read = read.astype(_kept_dtype(read.dtype), copy=False)
     with np.errstate(over="ignore"):
         seen = read.astype(np.float32) if read.dtype == np.float64 else read

@@ -1,11 +1,11 @@
-"""Weights under the names of facebookresearch/DiT, which SiT and REPA kept.
+"""Weights with the names of facebookresearch/DiT, which SiT and REPA also use.
 
-The networks are the ones of `convert.dit` under other names, with fused queries, keys and values.
-Order of the modulations (shift, scale, gate of attention, then of the MLP; shift, scale of the
-output), of the time features (cosines, then sines) and of the output rows (row, column, channel)
-is the same on both sides.
+The networks are those of `convert.dit` with other names, and with fused queries, keys and values.
+Three orders are the same on both sides: the modulations (shift, scale, gate of attention, then of
+the MLP; shift, scale of the output), the time features (cosines, then sines) and the output rows
+(row, column, channel).
 
-What the weights *mean* differs, and no shape shows it:
+The *meaning* of the weights differs, and no shape shows it:
 
 | weights | predict | time | load as |
 | --- | --- | --- | --- |
@@ -13,14 +13,14 @@ What the weights *mean* differs, and no shape shows it:
 | SiT | velocity data - noise | 1 is data | "original_sit" |
 | DiT | noise of a discrete diffusion | integers up to 999 | "original_dit", `time_scale=1000` |
 
-A DiT is therefore no teacher of a flow, only a start for training one. SiT's time and sign are
-absorbed into the weights, exactly: `cos(f (1 - t))` and `sin(f (1 - t))` are rotations of
-`cos(f t)` and `sin(f t)`, so the first layer of the time embedder is rotated, and the output layer
-is negated. REPA checkpoints trained with the cosine path are no linear flow and do not belong here.
+A DiT is therefore not a flow teacher, only a start for training one. SiT's time and sign are
+absorbed into the weights exactly. `cos(f (1 - t))` and `sin(f (1 - t))` are rotations of `cos(f t)`
+and `sin(f t)`, so the first layer of the time embedder is rotated, and the output layer is negated.
+REPA checkpoints trained with the cosine path are not linear flows and cannot be used here.
 
-Two differences to the original remain, both shared with the pi-Flow release: the norm before the
-MLP adds 1e-5 to the variance where the original adds 1e-6, and the fixed position table is computed
-rather than read (averaging over a training run moves the stored one by rounding).
+Two differences from the original remain, and the pi-Flow release shares both. The norm before the
+MLP adds 1e-5 to the variance where the original adds 1e-6. The fixed position table is computed
+instead of read (averaging over a training run changes the stored table by rounding).
 
 Source: DiT, arXiv 2212.09748; SiT, arXiv 2401.08740; REPA, arXiv 2410.06940.
 """
@@ -41,7 +41,7 @@ from piflow_jax.safetensors_files import LazyArray
 
 TIME_IN = "t_embedder.mlp.0.weight"
 POSITIONS = "pos_embed"
-# REPA's heads onto the features of an image encoder; only its training loss needs them.
+# REPA's projections to the features of an image encoder; only its training loss needs them.
 PROJECTORS = "projectors."
 
 _LINEAR = {
@@ -59,7 +59,7 @@ _BLOCK_LINEAR = {
 }
 _QKV = "attn.qkv"
 _CLASSES = "y_embedder.embedding_table.weight"
-# The averaged table of a long training run is off by 2e-4; a wrong one is off by about 1.
+# The averaged table of a long training run is off by 2e-4, a wrong table by about 1.
 _POSITION_TOLERANCE = 1e-3
 
 
@@ -73,26 +73,26 @@ def load_original_dit(
     place: Place | None = None,
     **given: float,
 ) -> tuple[DiT, dict]:
-    """Loads a DiT, SiT or REPA checkpoint; see the table above for what becomes of its meaning.
+    """Loads a DiT, SiT or REPA checkpoint; see the module's table for the meaning of its weights.
 
     Predicted variances and REPA's projectors are dropped.
 
     Args:
         state: Arrays by name in the original repositories.
         num_heads: Attention heads (16 in the XL and L networks).
-        sample_size: Side, in sites, of the square input of training (32 for 256 pixels).
+        sample_size: Side, in sites, of the square inputs in training (32 for 256 pixels).
         time_scale: See `DiT`; 1 for REPA and SiT.
-        turned: Turns a velocity network with data at t = 1 into one with data at t = 0, as
-            everywhere here. Otherwise weights are taken as they are.
-        place: Puts every leaf in its place as soon as it is built, see `import_state`.
-        **given: Sizes to be checked, see `load_dit`.
+        turned: Converts a velocity network with data at t = 1 to one with data at t = 0, as
+            everywhere here. If False, weights are loaded unchanged.
+        place: Puts each leaf on its devices as soon as it is built, see `import_state`.
+        **given: Sizes to check, see `load_dit`.
 
     Returns:
         The module, and `{"params": ...}` as JAX arrays with the dtypes of `state`.
 
     Raises:
-        ValueError: Names or shapes do not fit (all are listed), a given size contradicts them, or
-            `time_scale` is not 1 for a network that is turned.
+        ValueError: Names or shapes do not match (the message lists all), a given size contradicts
+            them, or `time_scale` is not 1 with `turned`.
     """
     state = {n: a for n, a in state.items() if not n.startswith(PROJECTORS)}
     _check_names(state)
@@ -113,7 +113,7 @@ def load_original_dit(
 
 
 def _check_names(state: Mapping[str, np.ndarray]) -> None:
-    """Lists missing and unexpected names, as the original calls them."""
+    """Lists missing and unexpected names, in the original's notation."""
     layers = [re.match(r"blocks\.(\d+)\.", name) for name in state]
     depth = 1 + max((int(match[1]) for match in layers if match), default=0)
     modules = list(_LINEAR)
@@ -128,7 +128,7 @@ def _check_names(state: Mapping[str, np.ndarray]) -> None:
 
 
 def _drop_positions(state: dict[str, np.ndarray], sample_size: int) -> None:
-    """Drops the stored position table, if it is the one we compute."""
+    """Drops the stored position table if it equals the one we compute."""
     if POSITIONS not in state:
         return
     stored = np.asarray(state.pop(POSITIONS), np.float32)
@@ -145,7 +145,7 @@ def _drop_positions(state: dict[str, np.ndarray], sample_size: int) -> None:
 
 
 def _turn_time(state: dict[str, np.ndarray]) -> None:
-    """Rotates the time features by a whole unit of time and negates the output."""
+    """Rotates the time features by one unit of time and negates the output."""
     weight = np.asarray(state[TIME_IN])
     half = TIME_FEATURES // 2
     if weight.ndim != 2 or weight.shape[1] != TIME_FEATURES:
@@ -159,7 +159,7 @@ def _turn_time(state: dict[str, np.ndarray]) -> None:
 
 
 def _official_names(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Renames, and parts the fused queries, keys and values without reading them."""
+    """Renames arrays, and splits fused queries, keys and values without reading them."""
     renamed = {}
     for name, array in state.items():
         module, _, which = name.rpartition(".")
@@ -179,7 +179,7 @@ def _official_names(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def _third(name: str, array: np.ndarray, i: int) -> LazyArray:
-    """Rows of queries, keys or values; copied out, so that the fused array can be let go."""
+    """Rows of queries, keys or values, copied so that the fused array can be freed."""
     shape = np.shape(array)
     if not shape or shape[0] % 3:
         raise ValueError(f"{name} has shape {shape}, expected a multiple of 3 rows")

@@ -1,7 +1,7 @@
-"""Weights of Qwen-Image and of its pi-Flow students under their official names.
+"""Weights of Qwen-Image and of its pi-Flow students with their official names.
 
 Source: parameter names and layouts of `diffusers` (`QwenImageTransformer2DModel`) and of the
-pi-Flow release (arXiv 2510.14974). Patches and rows of output layers are ordered as FLUX.1's are.
+pi-Flow release (arXiv 2510.14974). Patches and rows of output layers are ordered as in FLUX.1.
 """
 
 from collections.abc import Mapping
@@ -27,7 +27,7 @@ from piflow_jax.convert.sizes import check_given, count_layers, linear_sizes
 from piflow_jax.models.layers import TIME_FEATURES
 from piflow_jax.models.qwen_image import QwenImage
 
-# Of one stream: attention, output, modulation, MLP.
+# Names in one stream: attention, output, modulation, MLP.
 STREAMS = (
     (ATTENTION[0], "to_out.0", "img_mod.1", "img_mlp"),
     (ATTENTION[1], "to_add_out", "txt_mod.1", "txt_mlp"),
@@ -35,7 +35,7 @@ STREAMS = (
 
 
 def qwen_image_rules(module: QwenImage) -> list[Rule]:
-    """The table of a Qwen-Image without adapters.
+    """The table for a Qwen-Image without adapters.
 
     Args:
         module: A `QwenImage` with any of the heads of `piflow_jax.models.heads`.
@@ -68,24 +68,24 @@ def load_qwen_image(
     place: Place | None = None,
     **given: float,
 ) -> tuple[QwenImage, dict]:
-    """Loads a Qwen-Image or a student of it whose adapters are part of its weights.
+    """Loads a Qwen-Image, or a student of it with adapters merged into its weights.
 
     Args:
         state: Arrays by official name.
         head: A name in `HEADS`.
         axes_dims_rope: See `QwenImage`; small networks need it.
-        place: Puts every leaf in its place as soon as it is built, see `import_state`; None keeps
-            them on the default device.
-        **given: Sizes otherwise read off the shapes, as a check: `patch_size`, `in_channels`,
-            `hidden`, `num_heads`, `depth`, `text_features`, `num_components`, `logstd_hidden`,
-            `num_grid`. A mixture without a logstd head needs `constant_logstd`.
+        place: Puts each leaf on its devices as soon as it is built, see `import_state`; None keeps
+            leaves on the default device.
+        **given: Sizes that shapes show, as a check: `patch_size`, `in_channels`, `hidden`,
+            `num_heads`, `depth`, `text_features`, `num_components`, `logstd_hidden`, `num_grid`. A
+            mixture without a logstd head needs `constant_logstd`.
 
     Returns:
         The module, and `{"params": ...}` as JAX arrays with the dtypes of `state`.
 
     Raises:
-        ValueError: Names, shapes or types do not fit (faults are listed), numbers are not finite,
-            or a given size contradicts the weights.
+        ValueError: Names, shapes or dtypes do not match (the message lists the faults), numbers are
+            not finite, or a given size contradicts the weights.
     """
     state = dict(state)
     sizes = read_width(state, "img_in") | {
@@ -99,13 +99,13 @@ def load_qwen_image(
 
 
 def export_qwen_image(module: QwenImage, params: Mapping) -> dict[str, np.ndarray]:
-    """Turns parameters of a Qwen-Image into arrays under official names; see `export_flux`."""
+    """Turns parameters of a Qwen-Image into arrays with official names; see `export_flux`."""
     check_exportable(module)
     return export_state(params["params"], qwen_image_rules(module), 0)
 
 
 def _unread(module: QwenImage) -> str:
-    """What becomes of the text in the last block nobody reads."""
+    """Prefix of the text MLP in the last block, which nothing reads."""
     return f"transformer_blocks.{module.depth - 1}.txt_mlp."
 
 

@@ -1,8 +1,8 @@
-"""Weights of Qwen-Image's autoencoder under the names of `diffusers`, for single frames.
+"""Weights of Qwen-Image's autoencoder with the names of `diffusers`, for single frames.
 
 Source: the release's `AutoencoderKLQwenImage` (arXiv 2508.02324, section 2.3). Its convolutions are
-three-dimensional and causal: before a picture there are zeros, so the last slice in time of each
-kernel does all the work. The other slices, and convolutions in time alone, are not read.
+three-dimensional and causal. A picture has zeros before it, so only the last slice in time of each
+kernel has an effect. The other slices, and convolutions in time alone, are not read.
 """
 
 import re
@@ -25,7 +25,7 @@ __all__ = [
     "qwen_vae_rules",
 ]
 
-# Of the release, channel by channel: latents are `(raw - mean) / std`.
+# From the release, per channel: latents are `(raw - mean) / std`.
 LATENTS_MEAN = (
     *(-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508),
     *(0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921),
@@ -67,10 +67,10 @@ def _middle(half: str, width: int) -> list[Rule]:
 
 
 def qwen_vae_rules(module: AutoencoderKL) -> list[Rule]:
-    """The table of an autoencoder, for states as `flattened` makes them.
+    """The table for an autoencoder, for states from `flattened`.
 
     Args:
-        module: The autoencoder, as `load_qwen_vae` makes it.
+        module: The autoencoder from `load_qwen_vae`.
 
     Returns:
         Rules that cover every parameter once.
@@ -89,7 +89,7 @@ def qwen_vae_rules(module: AutoencoderKL) -> list[Rule]:
         *_middle("decoder", widths[-1]),
     ]
     width, place = widths[0], 0
-    for level, features in enumerate(widths):  # residual blocks and downsampling in one list
+    for level, features in enumerate(widths):  # residual blocks and downsampling are in one list
         for layer in range(module.layers_per_block):
             path = ("encoder", f"down_{level}_resnet_{layer}")
             rules += _resnet(f"encoder.down_blocks.{place}", path, features, width)
@@ -119,21 +119,21 @@ def load_qwen_vae(
     latents_std: Sequence[float] = LATENTS_STD,
     place: Place | None = None,
 ) -> tuple[AutoencoderKL, dict]:
-    """Loads what Qwen-Image's autoencoder does to pictures; sizes are read off the shapes.
+    """Loads the part of Qwen-Image's autoencoder that acts on pictures; shapes show its sizes.
 
     Args:
         state: Arrays by official name.
-        latents_mean: Mean of raw latents, by channel.
-        latents_std: Standard deviation of raw latents, by channel.
-        place: Puts every leaf in its place as soon as it is built, see `import_state`; None keeps
-            them on the default device.
+        latents_mean: Mean of raw latents, per channel.
+        latents_std: Standard deviation of raw latents, per channel.
+        place: Puts each leaf on its devices as soon as it is built, see `import_state`; None keeps
+            leaves on the default device.
 
     Returns:
         The module, and `{"params": ...}` as JAX arrays with the dtypes of `state`.
 
     Raises:
-        ValueError: Names, shapes or types do not fit (faults are listed), or numbers are not
-            finite.
+        ValueError: Names, shapes or dtypes do not match (the message lists the faults), or numbers
+            are not finite.
     """
     needed = ("encoder.conv_in.weight", "decoder.conv_in.weight")
     found = [(int(m[1]), m[2], name) for name in state if (m := _FIRST.fullmatch(name))]
@@ -169,19 +169,19 @@ def load_qwen_vae(
 
 
 def flattened(state: Mapping[str, np.ndarray]) -> dict[str, LazyArray]:
-    """The state of a network of pictures: what of each array the first frame uses.
+    """The state of a network for pictures: the part of each array that the first frame uses.
 
     Args:
         state: Arrays by official name.
 
     Returns:
-        Arrays, cut out when they are read: two-dimensional kernels, linear layers in attention
-        (queries, keys and values apart), flat scales; nothing of convolutions in time.
+        Arrays, sliced when they are read: two-dimensional kernels, linear layers in attention
+        (separate queries, keys and values), and flat scales, without convolutions in time.
     """
     flat = {}
     for name, array in state.items():
         shape = np.shape(array)
-        if ".time_conv." in name:  # the first frame goes past it
+        if ".time_conv." in name:  # the first frame bypasses it
             continue
         if name.endswith(".gamma"):
             flat[name] = _lazy(array, (shape[0],), lambda a: a.reshape(len(a)))

@@ -1,7 +1,7 @@
-"""Tables that pair weight names and layouts of a PyTorch release with leaves of Flax parameters.
+"""Tables that map weight names and layouts of a PyTorch release to leaves of Flax parameters.
 
-A rule is read in both directions: an `einops` pattern is inverted by exchanging its sides, so what
-is imported can be exported without a second table.
+A rule works in both directions: exchanging the sides of its `einops` pattern inverts it. Imported
+weights can therefore be exported without a second table.
 """
 
 import dataclasses
@@ -21,31 +21,32 @@ _LISTED = 20
 
 @dataclasses.dataclass(frozen=True)
 class LazyPlace:
-    """A `place` that is called before a leaf is read, with a `Leaf` in place of a numpy array.
+    """A `place` that receives a `Leaf` before it is read, instead of a numpy array.
 
     Attributes:
-        place: `(path, leaf) -> what the leaf becomes`.
+        place: `(path, leaf) -> placed leaf`.
     """
 
     place: Callable[[tuple[str, ...], Leaf], Any]
 
 
-# Puts a leaf where it belongs, given its path.
+# Puts a leaf on its devices, given its path.
 Place = Callable[[tuple[str, ...], np.ndarray], Any] | LazyPlace
 
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """One Flax leaf and the PyTorch arrays it is made of.
+    """One Flax leaf and its PyTorch arrays.
 
     Attributes:
-        names: PyTorch names. Several are stacked on a leading axis `n` of the pattern's left side.
-            A name with `{layer}` stands for one array per layer, stacked on a leading axis `l`.
+        names: PyTorch names. Several arrays are stacked on a leading axis `n` of the pattern's left
+            side. A name with `{layer}` stands for one array per layer, stacked on a leading axis
+            `l`.
         path: Keys of the Flax leaf.
         pattern: `einops` pattern from the (stacked) PyTorch layout to the Flax layout.
         sizes: Length of every axis in the pattern except `l` and `n`.
-        depth: Number of its layers, where a network has stacks of several depths; None is the
-            `depth` that the functions below get.
+        depth: Number of layers, for a network with stacks of several depths; None is the `depth`
+            argument of the functions below.
     """
 
     names: tuple[str, ...]
@@ -67,14 +68,14 @@ class Rule:
         return tuple(math.prod(self.sizes[axis] for axis in group) for group in axes)
 
     def torch_names(self, depth: int) -> list[str]:
-        """All PyTorch names of the leaf, layers outermost."""
+        """All PyTorch names for the leaf, layers outermost."""
         if not self.layered:
             return list(self.names)
         depth = depth if self.depth is None else self.depth
         return [name.format(layer=i) for i in range(depth) for name in self.names]
 
     def leaf(self, state: Mapping[str, np.ndarray], depth: int) -> Leaf:
-        """Pairs the Flax leaf with PyTorch arrays, without reading them."""
+        """Makes the Flax leaf from PyTorch arrays without reading them."""
         names, many = self.torch_names(depth), len(self.names)
         layers = [names[i : i + many] for i in range(0, len(names), many)]
         return Leaf(self.pattern, self.sizes, layers, state)
@@ -85,7 +86,7 @@ class Rule:
         inverse = f"{right.strip()} -> {left.strip()}"
         stacked = einops.rearrange(np.asarray(leaf), inverse, **self._known())
         arrays = stacked.reshape((-1, *self.torch_shape))
-        # Copies: a view would keep the whole stack alive and is not contiguous for every writer.
+        # A view would keep the whole stack alive and is not contiguous for every writer, so copy.
         return {n: np.array(a) for n, a in zip(self.torch_names(depth), arrays, strict=True)}
 
     def _known(self) -> dict[str, int]:
@@ -104,15 +105,15 @@ def linear(
     pieces: int = 1,
     depth: int | None = None,
 ) -> list[Rule]:
-    """Rules of the weight and the bias of a linear layer (or of several fused ones).
+    """Rules for the weight and the bias of a linear layer (or of several fused layers).
 
     Args:
-        name: PyTorch module name, `{layer}` in it where layers are stacked; a tuple of names is
+        name: PyTorch module name, with `{layer}` in it if layers are stacked. A tuple of names is
             fused into a kernel `[in, n, out]`.
         path: Flax module path.
         out: Output features of one PyTorch module, or of one piece of it.
         in_: Input features.
-        pieces: The PyTorch module's outputs are this many consecutive pieces, kept apart in Flax
+        pieces: Number of consecutive pieces in the PyTorch module's outputs, kept separate in Flax
             as a kernel `[in, s, out]`.
         depth: See `Rule`.
 
@@ -145,25 +146,26 @@ def import_state(
 ) -> dict:
     """Turns a PyTorch state into nested Flax parameters.
 
-    Names, shapes and types are checked before any array is read, numbers when they are read. Of
-    lazy arrays, those of one layer are in memory at a time, besides the leaf that they go into.
+    Names, shapes and dtypes are checked before any array is read, and numbers when they are read.
+    With lazy arrays, only those of one layer are in memory at a time, plus the leaf that receives
+    them.
 
     Args:
-        state: Arrays by PyTorch name, lazy ones too (anything with a shape that numpy can read).
+        state: Arrays by PyTorch name, possibly lazy (anything with a shape that numpy can read).
         rules: The table.
         depth: Number of layers.
         place: Called with the path of a leaf, such as `("blocks", "qkv", "kernel")`, and the leaf
-            as numpy array, as soon as it is built; its result is the leaf. Putting the leaf on its
-            devices there keeps the host from holding more than one. Of a `LazyPlace` that
-            is called before the leaf is read, see there.
+            as a numpy array, as soon as it is built; its result becomes the leaf. If it moves the
+            leaf to its devices, the host never holds more than one. A `LazyPlace` is called before
+            the leaf is read.
 
     Returns:
-        Nested dict of numpy arrays, dtypes as in `state` (but bfloat16 for float8), or of what
-        `place` returned.
+        Nested dict of numpy arrays with the dtypes of `state` (but bfloat16 for float8), or of the
+        results of `place`.
 
     Raises:
-        ValueError: Names, shapes or types do not fit (the first 20 faults are listed), or numbers
-            are not finite.
+        ValueError: Names, shapes or dtypes do not match (the message lists the first 20 faults), or
+            numbers are not finite.
     """
     rules = list(rules)
     expected = {name: rule.torch_shape for rule in rules for name in rule.torch_names(depth)}
@@ -202,13 +204,13 @@ def import_state(
 
 
 def listed(faults: list[str]) -> str:
-    """Faults under each other, not more than a screen holds."""
+    """Faults on separate lines, at most a screenful."""
     more = [f"and {len(faults) - _LISTED} more"] if len(faults) > _LISTED else []
     return "".join(f"\n  {line}" for line in [*faults[:_LISTED], *more])
 
 
 def as_jax(path: tuple[str, ...], leaf: np.ndarray) -> jax.Array:
-    """The usual `place`: an array on the default device."""
+    """The default `place`: an array on the default device."""
     del path
     return jnp.asarray(leaf)
 
@@ -222,7 +224,7 @@ def export_state(params: Mapping, rules: Iterable[Rule], depth: int) -> dict[str
         depth: Number of layers.
 
     Returns:
-        Arrays by PyTorch name, dtypes as in `params`.
+        Arrays by PyTorch name, with the dtypes of `params`.
 
     Raises:
         ValueError: The parameters have leaves that the table lacks, or the reverse.

@@ -1,4 +1,4 @@
-"""Sizes of a network, read off the shapes of its weights, and what does not fit in them."""
+"""Sizes of a network from the shapes of its weights, and errors for shapes that do not match."""
 
 import re
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ def shape_of(state: Mapping[str, np.ndarray], name: str, rank: int) -> tuple[int
 
 
 def divided(name: str, entries: int, by: int) -> int:
-    """How many times `by` there is in the entries of an array; ValueError if not a whole number."""
+    """Entries of an array divided by `by`; ValueError if the quotient is not a whole number."""
     times, rest = divmod(entries, by)
     if rest or not times:
         raise ValueError(f"{name} has {entries} entries, not a multiple of {by}")
@@ -29,13 +29,13 @@ def linear_sizes(state: Mapping[str, np.ndarray], name: str) -> tuple[int, int]:
 
     Args:
         state: Arrays by name.
-        name: The layer's.
+        name: Name of the layer.
 
     Returns:
         The shape of its weight.
 
     Raises:
-        ValueError: Weight or bias is missing, or they do not belong together.
+        ValueError: Weight or bias is missing, or they do not match.
     """
     shape = shape_of(state, f"{name}.weight", 2)
     (rows,) = shape_of(state, f"{name}.bias", 1)
@@ -46,7 +46,7 @@ def linear_sizes(state: Mapping[str, np.ndarray], name: str) -> tuple[int, int]:
 
 
 def grid_points(name: str, entries: int, by: int, given: int | None) -> int:
-    """How many points a grid has; ValueError if its one point may be a velocity as well."""
+    """Number of points of a grid; ValueError if a single point could also be a velocity."""
     points = divided(name, entries, by)
     if points == 1 and given != 1:
         raise ValueError(
@@ -57,7 +57,7 @@ def grid_points(name: str, entries: int, by: int, given: int | None) -> int:
 
 
 def count_layers(state: Mapping[str, np.ndarray], blocks: str) -> int:
-    """One more than the highest number of a block."""
+    """Highest block number plus one."""
     found = [re.match(rf"{blocks}\.(\d+)\.", name) for name in state]
     numbers = [int(match[1]) for match in found if match]
     if not numbers:
@@ -68,7 +68,7 @@ def count_layers(state: Mapping[str, np.ndarray], blocks: str) -> int:
 
 
 def check_given(given: Mapping[str, float], sizes: Mapping[str, float]) -> None:
-    """Raises ValueError for given sizes that are unknown or not those of the state."""
+    """Raises ValueError for given sizes that are unknown or contradict the state."""
     unknown = sorted(set(given) - set(sizes))
     if unknown:
         raise ValueError(f"unknown sizes {unknown}; known are {sorted(sizes)}")

@@ -1,4 +1,4 @@
-"""The table of official weights: whose they are, and what they are instead of what was expected."""
+"""The table of official weights, and the names of weights that are something else than expected."""
 
 import re
 from collections.abc import Mapping
@@ -21,7 +21,7 @@ __all__ = ["KINDS", "kind_of", "named", "network_of"]
 
 _ROWS = (DIT, ORIGINAL_DIT, ORIGINAL_SIT, FLUX, QWEN_IMAGE, VAE, QWEN_VAE, INCEPTION)
 KINDS: dict[str, Kind] = {row.name: row for row in _ROWS}
-# An array of networks that are not read.
+# An array that identifies networks that are not supported.
 _FOREIGN = {
     "double_blocks.0.img_attn.qkv.weight": (
         "FLUX.1 under its first names, which are not read; take the folder transformer of the "
@@ -39,13 +39,14 @@ _SHARD = re.compile(r"-\d+-of-0*(?:[2-9]|1\d)\d*\.safetensors$")
 
 
 def named(model: str) -> tuple[Kind, str]:
-    """The kind of a network, and the head in `HEADS` that stands before its name.
+    """Splits a model name into the kind of the network and the head in `HEADS`.
 
     Args:
-        model: A name in `KINDS`, or that of a student such as "gm_dit".
+        model: A name in `KINDS`, or the name of a student such as "gm_dit".
 
     Returns:
-        The row, and the name of the head: empty for a teacher, or for a network without students.
+        The row, and the name of the head, which is empty for a teacher or a network without
+        students.
 
     Raises:
         ValueError: There is no such name.
@@ -58,7 +59,7 @@ def named(model: str) -> tuple[Kind, str]:
 
 
 def kind_of(module: nn.Module) -> Kind:
-    """The kind under whose names a module's parameters are written.
+    """The kind with the official names for a module's parameters.
 
     Args:
         module: The network.
@@ -67,7 +68,7 @@ def kind_of(module: nn.Module) -> Kind:
         The row.
 
     Raises:
-        ValueError: There are none for such a module.
+        ValueError: There are no official names for such a module.
     """
     written = {row.module: row for row in _ROWS if row.export is not None}
     if type(module) not in written:
@@ -77,18 +78,18 @@ def kind_of(module: nn.Module) -> Kind:
 
 
 def network_of(state: Mapping[str, Any], model: str) -> Mapping[str, Any]:
-    """The arrays of a network of a kind, without a prefix that all its names have.
+    """The arrays of a network of a kind, without a prefix that all its names share.
 
     Args:
         state: Arrays by name.
         model: See `named`.
 
     Returns:
-        `state`, or the part of it behind the only prefix under which there is such a network.
+        `state`, or the part of it under the only prefix with such a network.
 
     Raises:
-        ValueError: There are several such networks; or these are weights of something else, which
-            is named.
+        ValueError: There are several such networks, or the weights belong to something else, which
+            the message names.
     """
     path = getattr(state, "path", None)
     if path is not None and _SHARD.search(path.name):
@@ -112,7 +113,7 @@ def network_of(state: Mapping[str, Any], model: str) -> Mapping[str, Any]:
 
 
 def _check_head(state: Mapping[str, Any], kind: Kind, head: str, model: str) -> None:
-    """Refuses a student that predicts something else, where an array shows it."""
+    """Refuses a student with another prediction, if an array shows it."""
     marked = [name for name, row in HEADS.items() if row.mark and row.mark in state]
     if marked and head not in marked:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Weights of the autoencoders of Stable Diffusion and FLUX.1 under the names of `diffusers`."""
+"""Weights of the autoencoders of Stable Diffusion and FLUX.1 with the names of `diffusers`."""
 
 import re
 from collections.abc import Mapping
@@ -9,8 +9,8 @@ from piflow_jax.convert.kinds import Kind
 from piflow_jax.convert.rules import Place, Rule, as_jax, export_state, import_state, linear
 from piflow_jax.models.vae import AutoencoderKL
 
-# Attention had other names, and 1x1 convolutions in place of linear layers, in early releases of
-# `diffusers`; the published files of `sd-vae-ft-ema` and `sd-vae-ft-mse` still have them.
+# In early releases of `diffusers`, attention had other names, and 1x1 convolutions instead of
+# linear layers. The published files of `sd-vae-ft-ema` and `sd-vae-ft-mse` still have them.
 _OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 _OLD_NAME = re.compile(r"(.*mid_block\.attentions\.0\.)(query|key|value|proj_attn)(\..*)")
 
@@ -20,7 +20,7 @@ _FLUX = (0.3611, 0.1159)
 
 
 def conv(name: str, path: tuple[str, ...], out: int, in_: int, size: int = 3) -> list[Rule]:
-    """Rules of the weight and the bias of a convolution with kernels of `size` by `size`."""
+    """Rules for the weight and the bias of a convolution with kernels of `size` by `size`."""
     sizes = {"o": out, "i": in_, "h": size, "w": size}
     return [
         Rule((f"{name}.weight",), (*path, "kernel"), "o i h w -> h w i o", sizes),
@@ -60,7 +60,7 @@ def _middle(half: str, features: int) -> list[Rule]:
 
 
 def vae_rules(module: AutoencoderKL) -> list[Rule]:
-    """The table of an autoencoder; it covers every parameter once."""
+    """The table for an autoencoder; it covers every parameter once."""
     widths, latent = module.channels, module.latent_channels
     rules = [
         *conv("encoder.conv_in", ("encoder", "conv_in"), widths[0], module.in_channels),
@@ -101,23 +101,23 @@ def load_vae(
     latent_shift: float | None = None,
     place: Place | None = None,
 ) -> tuple[AutoencoderKL, dict]:
-    """Loads an autoencoder; widths, depth and channels are read off the shapes.
+    """Loads an autoencoder; shapes show its widths, depth and channels.
 
     Args:
         state: Arrays by official name, new or old.
         norm_groups: Groups of every normalisation, which shapes do not show.
-        latent_scale: Scale of latents, which shapes do not show either; None is that of FLUX.1 if
-            there are no convolutions around the latents, else that of Stable Diffusion.
-        latent_shift: Shift of latents, likewise.
-        place: Puts every leaf in its place as soon as it is built, see `import_state`; None keeps
-            them on the default device.
+        latent_scale: Scale of latents, which shapes do not show either. None is the scale of FLUX.1
+            if there are no convolutions around the latents, otherwise that of Stable Diffusion.
+        latent_shift: Shift of latents, with the same default.
+        place: Puts each leaf on its devices as soon as it is built, see `import_state`; None keeps
+            leaves on the default device.
 
     Returns:
         The module, and `{"params": ...}` as JAX arrays with the dtypes of `state`.
 
     Raises:
-        ValueError: Names, shapes or types do not fit (faults are listed), or numbers are not
-            finite.
+        ValueError: Names, shapes or dtypes do not match (the message lists the faults), or numbers
+            are not finite.
     """
     state = _new_names(state)
     widths = {}
@@ -157,7 +157,7 @@ def load_vae(
 
 
 def export_vae(module: AutoencoderKL, params: Mapping) -> dict[str, np.ndarray]:
-    """Turns parameters into arrays under official (new) names, the inverse of `load_vae`.
+    """Turns parameters into arrays with official (new) names, the inverse of `load_vae`.
 
     Args:
         module: The autoencoder.
@@ -167,7 +167,7 @@ def export_vae(module: AutoencoderKL, params: Mapping) -> dict[str, np.ndarray]:
         Arrays by official name.
 
     Raises:
-        ValueError: It is Qwen-Image's, of whose weights only those for one frame were read.
+        ValueError: It is Qwen-Image's autoencoder. Only its weights for one frame were read.
     """
     if module.norm_groups is None:
         raise ValueError("Qwen-Image's autoencoder was read for one frame and cannot be exported")
