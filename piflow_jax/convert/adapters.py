@@ -121,9 +121,8 @@ def load_adapter(
         `{"params": ...}` for `models.lora.merge`.
 
     Raises:
-        ValueError: The file is not an adapter of a student, which the message says; its settings
-            are damaged; names, shapes or dtypes do not match (the message lists the faults); or
-            numbers are not finite.
+        ValueError: The file does not hold an adapter of a student; its settings are damaged; names,
+            shapes or dtypes do not match (the message lists the faults); or numbers are not finite.
     """
     if not is_adapter(state):
         raise ValueError(f"there are no LoRA matrices; {_READ}")

@@ -98,7 +98,7 @@ def teacher_stage(
     """Training of the teacher by flow matching.
 
     Args:
-      systems: what is trained.
+      systems: the teacher to train, and its settings.
       source: data.
       mesh: the devices.
       identity: values that a continued run must find unchanged, in addition to the settings.

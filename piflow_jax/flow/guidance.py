@@ -59,8 +59,8 @@ def guided_velocity(
       `u[B, *sites, C]`.
 
     Raises:
-      ValueError: if `orthogonal` is used without `x`, shapes do not belong together, or a known
-        number is out of range.
+      ValueError: if `orthogonal` is used without `x`, shapes do not match, or a known number is out
+        of range.
     """
     check_guidance(scale, interval, orthogonal)
     check_shape("u_uncond", u_uncond, u_cond.shape, "u_cond")

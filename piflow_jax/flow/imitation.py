@@ -114,7 +114,7 @@ def intervals_from_uniforms(
       window longer than its segment makes them negative.
 
     Raises:
-      ValueError: if the shapes do not belong together, or known values are out of range.
+      ValueError: if the shapes do not match, or known values are out of range.
     """
     check_between("student_u", student_u, 0, 1)
     check_between("teacher_u", teacher_u, 0, 1)

@@ -74,7 +74,7 @@ def rollout(
     Raises:
       ValueError: if `total_substeps` or `bound` is out of range, the solver, the rounding or the
         implementation is unknown, `fused` is asked for but does not exist for the policy, shapes do
-        not belong together, the batch is empty, or known times are out of range.
+        not match, the batch is empty, or known times are out of range.
     """
     total_substeps = check_substeps(total_substeps, solver, rounding)
     if bound not in ("traced", None):

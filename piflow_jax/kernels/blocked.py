@@ -21,8 +21,8 @@ __all__ = ["blocked_rollout", "whole_rollout"]
 
 ROW = 64  # sites per row
 CACHE = 400_000  # bytes of a block's mixture; a typical second-level cache has half a megabyte
-WORK = 16_384  # fewest components of a block's sites that outweigh the start of its few operations
-SMALL = 100_000  # largest mixture in bytes that is not worth a second thread
+WORK = 16_384  # most components of a block's sites; they outweigh the start of its few operations
+SMALL = 100_000  # a mixture of fewer bytes is not worth a second thread
 MOST_LANES = 8  # parallel loops; each is compiled
 
 
@@ -35,7 +35,7 @@ def blocked_rollout(
     table: jax.Array,
     trips: jax.Array,
 ) -> jax.Array:
-    """All substeps of a mixture's rollout; arguments and result as those of `mixture_rollout`."""
+    """All substeps of a mixture's rollout; see `mixture_rollout` for arguments and result."""
     batch, components, channels, sites = offsets.shape
     row = min(ROW, sites)
     rows_per_sample = -(-sites // row)

@@ -32,7 +32,7 @@ def triton_rollout(
     *,
     interpret: bool = False,
 ) -> jax.Array:
-    """All substeps of a mixture's rollout; arguments and result as those of `mixture_rollout`.
+    """All substeps of a mixture's rollout; see `mixture_rollout` for arguments and result.
 
     Args:
       interpret: runs the kernel's operations one by one, on any platform.

@@ -45,9 +45,7 @@ def qwen_angles(axes: tuple[int, ...], text_length: int, height: int, width: int
     """Rotary angles: image tokens around the origin, text tokens on the diagonal beyond them.
 
     Rows run from `-ceil(height / 2)` to `floor(height / 2) - 1`, columns likewise, and the frame is
-    0. Text token `i` is at `max(height, width)
-
-    2 + i` in all three coordinates.
+    0. Text token `i` is at `max(height, width) // 2 + i` in all three coordinates.
 
     Args:
         axes: Features of a head for each of the three coordinates.

@@ -50,7 +50,7 @@ _LARGEST_PORT = 2**16 - 1
 _MOST = 10**6  # processes; JAX allocates memory for each before it looks for the first
 # Names in error messages of the systems that carry data and messages between processes.
 _CARRIERS = re.compile(r"\bGloo |\bNCCL\b|[Cc]oordination ?[Ss]ervice|\bBarrier\b")
-# A report that process 0 still writes alone is no failure. Heartbeats tell if it died.
+# Long enough for process 0 to write a report alone. If it died, heartbeats show it sooner.
 _SHUTDOWN_SECONDS = 7 * 24 * 3600
 
 

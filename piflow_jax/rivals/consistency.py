@@ -56,8 +56,8 @@ def consistency_times(
     Args:
       key: a PRNG key.
       batch: `B`.
-      mean: mean of `log tan a`. The paper has -1.0 with a `sigma_d` of 0.5, by which it divides
-        `tan a`.
+      mean: mean of `log tan a`. The paper draws `log(sigma_d tan a)` with mean -1.0 and has a
+        `sigma_d` of 0.5, which gives about -0.3.
       std: standard deviation of `log tan a`.
 
     Returns:

@@ -60,7 +60,7 @@ class ArcFlowPolicy:
           The policy, in float32 or float64.
 
         Raises:
-          ValueError: if the shapes do not belong together, or there is no component.
+          ValueError: if the shapes do not match, or there is no component.
         """
         batch, *sites, channels = x_src.shape
         components = output.means.shape[-2]

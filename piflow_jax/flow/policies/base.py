@@ -17,8 +17,8 @@ __all__ = ["Policy", "check_mask", "check_query", "per_batch", "per_sample", "pr
 class Policy(Protocol):
     """A velocity field predicted once at a segment's source and queried at later times.
 
-    Implementations are frozen pytrees whose leaves are arrays, so that a policy passes through
-    `jit`, `scan`, `vmap` over nothing but its leaves, and `jax.lax.stop_gradient`.
+    Implementations are frozen pytrees with arrays as leaves. A policy therefore passes through
+    `jit`, `scan` and `jax.lax.stop_gradient`, and `vmap` maps over its leaves.
 
     A policy with a known integral also has `displacement(x, sigma_start, sigma_end)`, the change of
     the state between two noise levels. Its rollouts take no substeps.
@@ -70,7 +70,7 @@ def check_query(x: jax.Array, sigma: jax.Array, states: tuple[int, ...]) -> None
       states: `(B, *sites, C)` of the policy; a policy of one sample takes any number of states.
 
     Raises:
-      ValueError: shapes do not belong together.
+      ValueError: shapes do not match.
     """
     if np.shape(x)[1:] != states[1:] or states[0] not in (1, *np.shape(x)[:1]):
         raise ValueError(f"x has shape {np.shape(x)}; the policy is of states {states}")

@@ -116,8 +116,8 @@ class GMFlowPolicy:
           The policy, in float32 or float64.
 
         Raises:
-          ValueError: if the shapes do not belong together, there is no component, or `eps` or a
-            known noise level is not a number.
+          ValueError: if the shapes do not match, there is no component, or `eps` or a known noise
+            level is not a number.
         """
         _check_shapes(output, x_src, sigma_src)
         check_between("sigma_src", sigma_src)
