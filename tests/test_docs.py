@@ -1,10 +1,13 @@
 """The documentation says what is so: links, keys, code blocks, and tables made of reports."""
 
 import ast
+import html
 import importlib.util
 import json
 import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -109,6 +112,7 @@ def test_mentioned_configs_parse():
 
 def test_readme_opens_with_the_two_commands():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 130
     run, test = re.findall(r"```bash\n(.*?)```", text, flags=re.S)[:2]
     main = "python -m piflow_jax.main --config=configs/digits.py --workdir=runs/digits"
     assert run == f"pip install -e . && {main}\n"
@@ -162,6 +166,51 @@ def test_readme_code_works(digits_run):
     (sampling,) = python_blocks(ROOT / "README.md")
     execute(sampling, "README.md", {})
     assert Path("digits.png").exists()
+
+
+FEWER_STEPS = {
+    "teacher.steps": 2,
+    "train.steps": 2,
+    "train.optimizer.warmup_steps": 1,
+    "teacher.optimizer.warmup_steps": 1,
+    "evaluation.num_samples": 64,
+    "evaluation.teacher_steps": "(1,2)",
+}
+
+
+@pytest.mark.slow
+def test_readme_run_leaves_its_picture_and_a_student(tmp_path, monkeypatch):
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    command = re.search(r"&& python (-m piflow_jax.main .*)", text)[1].split()
+    fewer = [f"--config.{key}={value}" for key, value in FEWER_STEPS.items()]
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    subprocess.run([sys.executable, *command, *fewer], check=True)
+    assert Path("runs/digits/samples.png").exists()
+    (sampling,) = python_blocks(ROOT / "README.md")
+    execute(sampling, "README.md", {})
+    assert Path("digits.png").exists()
+
+
+@pytest.mark.slow  # continuous integration has the extra `docs` only then
+def test_formulas_of_the_site_are_set():
+    pytest.importorskip("latex2mathml")
+    site_math = load_module(ROOT / "tools" / "site_math.py")
+    formulas = []
+    for path in sorted((ROOT / "docs").rglob("*.md")):
+        text = path.read_text(encoding="utf-8")
+        fences = re.findall(r"^```math\n(.*?)^```$", text, flags=re.M | re.S)
+        formulas += [("div", "[", "]", latex) for latex in fences]
+        prose = re.sub(r"`[^`]*`", "", without_code(text))
+        inline = re.findall(r"(?<!\$)\$([^$\n]+)\$", prose)
+        formulas += [("span", "(", ")", latex) for latex in inline]
+    assert len(formulas) > 50
+    for tag, opening, closing, latex in formulas:
+        inside = rf"\{opening}{html.escape(latex)}\{closing}"
+        mathml = site_math.on_page_content(f'<{tag} class="arithmatex">{inside}</{tag}>')
+        # What the converter does not know, it leaves as text.
+        assert "<math" in mathml and "\\" not in mathml and "<mi>&</mi>" not in mathml, latex
 
 
 @pytest.mark.slow
