@@ -239,7 +239,7 @@ class TrainConfig:
     )
     solver: str = _field(
         "euler",
-        "solver of the policy's rollouts in training; multistep is of second order and needs fewer "
+        "solver of the policy's rollouts in training; multistep has second order and needs fewer "
         "substeps",
         choices=("euler", "multistep"),
     )
