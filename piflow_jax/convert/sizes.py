@@ -7,7 +7,7 @@ import numpy as np
 
 
 def shape_of(state: Mapping[str, np.ndarray], name: str, rank: int) -> tuple[int, ...]:
-    """Shape of an array; ValueError if it is missing, empty, or has not `rank` axes."""
+    """Shape of an array; ValueError if it is missing, empty, or does not have `rank` axes."""
     if name not in state:
         raise ValueError(f"the state does not fit the model: missing {name}, no size can be read")
     shape = np.shape(state[name])

@@ -14,12 +14,13 @@ from piflow_jax.flow.schedule import TimeWarp
 __all__ = ["Rounding", "Solver", "Substeps", "num_substeps", "step_weights"]
 
 Solver = Literal["euler", "multistep"]
-"""First order, or second order by the velocity of the substep before."""
+"""First order, or second order with the velocity of the previous substep."""
 
 Rounding = Literal["round", "ceil"]
-"""How an interval's substeps become a whole number: half to even, or up.
+"""Rounding of an interval's number of substeps to an integer: half to even, or up.
 
-The reference rounds in training, and in its sampler too before version 0.2.0, which rounds up.
+The reference uses `round` in training. Its sampler used `round` too before version 0.2.0, and uses
+`ceil` since.
 """
 
 _MOST = 2**24  # largest count that float32 holds exactly

@@ -144,7 +144,7 @@ def _split_on_tpus(*arrays: jax.Array) -> jax.Array:
 
 
 _tpu = Primitive("mixture_rollout")
-"""The rollout on TPUs, which is chosen when a program's devices are known."""
+"""The rollout on TPUs. Its form is chosen once a program's devices are known."""
 
 
 @_tpu.def_abstract_eval

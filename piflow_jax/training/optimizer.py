@@ -86,7 +86,7 @@ def clip_after(max_norm: float, start: int) -> optax.GradientTransformation:
 
 
 def muon_matrices(params):
-    """Which parameters Muon updates, and along which axes they are matrices.
+    """Selects the parameters that Muon updates, and the axes along which they are matrices.
 
     Muon updates the kernels of the transformer blocks. Each maps the token's width (the axis after
     the layers') to the features of one output (the last axis). Axes between them count several
