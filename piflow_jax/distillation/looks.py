@@ -62,8 +62,10 @@ def look_by(
     """
     settings, (names, shown) = config.evaluation, grid_rows(config, source, data)
     conditions, labels = conditions_in_turn(source, data)
-    grid_sampler = index_sampler(config, data, sampler, shown, _COLUMNS * len(names))
     all_sampler = index_sampler(config, data, sampler, conditions, settings.every_samples)
+    grid_sampler = all_sampler
+    if settings.grid_classes:
+        grid_sampler = index_sampler(config, data, sampler, shown, _COLUMNS * len(names))
     labels = labels[np.arange(settings.every_samples) % len(labels)]
     others = jax.device_put(others, replicated(local_mesh()))
 
