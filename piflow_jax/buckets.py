@@ -14,7 +14,7 @@ from typing import Any
 
 from etils import epath
 
-__all__ = ["SCHEME", "fetcher", "is_remote", "located", "refusal", "repeated_requests"]
+__all__ = ["SCHEME", "fetcher", "is_file", "is_remote", "located", "refusal", "repeated_requests"]
 
 SCHEME = "gs://"
 
@@ -29,6 +29,11 @@ if _THERE:
 def is_remote(path: str | os.PathLike) -> bool:
     """Whether a path lies in a bucket: what is written there is an object, whole or not there."""
     return os.fspath(path).startswith(SCHEME)
+
+
+def is_file(path: epath.Path) -> bool:
+    """Whether there is a file to read: no folder, and no pipe, which a reader might wait for."""
+    return path.is_file() if is_remote(path) else os.path.isfile(path)
 
 
 def located(path: str | os.PathLike) -> epath.Path:

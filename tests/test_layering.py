@@ -226,20 +226,21 @@ def test_the_library_loads_neither_tensorflow_nor_torch():
     assert not [module for module in loaded if within(module, LATE)]
 
 
-# Rooms whose paths may lie in a bucket. (Not yet: weights and data, in convert and data.)
-ANYWHERE = ("runs", "modes", "distillation", "systems", "loading", "evaluation")
+# Rooms whose paths may lie in a bucket.
+ANYWHERE = ("data", "runs", "modes", "distillation", "systems", "loading", "evaluation", "convert")
 # Modules that open something else, or that still read local files only.
 OPEN_LOCALLY = {
+    "data/picture_sets.py": "names in local folders; sets of TFDS: local",
+    "data/pictures.py": "pictures of a disk, which may be pipes or links to nothing",
+    "data/text_encoders.py": "networks of transformers: local",
+    "evaluation/features.py": "a file of the package",
+    "evaluation/image_sets.py": "times of local files, to the nanosecond",
+    "evaluation/image_text.py": "networks of transformers: local",
     "runs/lease.py": "what the system says of processes",
     "runs/metrics.py": "lines, in the local directory of a spool",
     "runs/run_lock.py": "the lock of a local directory",
     "runs/spool.py": "its own temporary directory",
     "runs/workdir.py": "the one place that makes users' paths",
-    "evaluation/features.py": "a file of the package",
-    "evaluation/adm_files.py": "references of FID: local",
-    "evaluation/image_sets.py": "pictures to measure: local",
-    "evaluation/image_text.py": "networks of transformers: local",
-    "modes/adm.py": "references of FID: local",
 }
 OPENERS = {"open", "Path", "os.open", "os.listdir", "os.scandir", "os.stat", "os.makedirs"}
 OPENERS |= {"os.path.exists", "os.path.isfile", "os.path.isdir", "os.path.lexists", "io.open"}
@@ -268,5 +269,5 @@ def test_paths_of_users_are_opened_by_epath():
 def test_planted_openings_are_found(tmp_path, code):
     plant(tmp_path, "modes/x.py", code)
     plant(tmp_path, "runs/x.py", "epath.Path(p).open()\np.open('rb')\nuser_path(p).exists()")
-    plant(tmp_path, "data/x.py", code)
+    plant(tmp_path, "flow/x.py", code)
     assert list(local_openings(tmp_path)) == ["modes/x.py"]

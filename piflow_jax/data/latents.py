@@ -13,7 +13,6 @@ import os
 import reprlib
 import tempfile
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, SupportsIndex
 
 import numpy as np
@@ -387,7 +386,9 @@ def _serialized(
         yield features.serialize_example(example | {"key": key})
 
 
-def _write_tfds_files(directory: Path, plan: LatentsPlan, shards: list[dict[str, Any]]) -> None:
+def _write_tfds_files(
+    directory: epath.Path, plan: LatentsPlan, shards: list[dict[str, Any]]
+) -> None:
     import tensorflow_datasets as tfds
 
     template = tfds.core.ShardedFileTemplate(

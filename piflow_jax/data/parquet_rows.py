@@ -10,9 +10,11 @@ import itertools
 import os
 import threading
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
+from etils import epath
+
+from piflow_jax.buckets import is_remote
 from piflow_jax.data.pictures import PictureError, PictureFile
 
 __all__ = ["EmbeddedPicture", "ParquetRows"]
@@ -68,7 +70,7 @@ class ParquetRows:
       ValueError: It is no Parquet file, or damaged.
     """
 
-    def __init__(self, path: Path, columns: Sequence[str], picture: str):
+    def __init__(self, path: epath.Path, columns: Sequence[str], picture: str):
         try:
             import pyarrow
             from pyarrow import parquet
@@ -81,7 +83,7 @@ class ParquetRows:
         self._lock = threading.Lock()
         self._group: tuple[int, Any] = (-1, None)  # the row group that was read last
         with self._named(f"{path}"):
-            self._file = parquet.ParquetFile(path)
+            self._file = parquet.ParquetFile(path.open("rb") if is_remote(path) else path)
             groups = [self._file.metadata.row_group(i) for i in range(self._file.num_row_groups)]
             self._ends = list(itertools.accumulate(group.num_rows for group in groups))
             schema = self._file.schema_arrow

@@ -6,6 +6,7 @@ file sort by that key, so both give the same pictures in the same order. All are
 threads.
 """
 
+import concurrent.futures
 import hashlib
 import os
 import tarfile
@@ -15,7 +16,9 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from absl import logging
+from etils import epath
 
+from piflow_jax.buckets import fetcher, is_remote, located
 from piflow_jax.data.pictures import PicturesError, is_picture, read_picture
 
 __all__ = [
@@ -28,6 +31,7 @@ __all__ = [
     "open_pictures",
 ]
 
+_THREADS = 16
 _TFDS = "tfds"
 # Between what is named and a version of a TFDS set may be the set and its configuration.
 _TFDS_INFO = tuple(f"{'*/' * depth}dataset_info.json" for depth in range(4))
@@ -153,7 +157,7 @@ class PictureFolder(_Listed):
     """
 
     def __init__(self, directory: str | os.PathLike):
-        self._root = Path(directory)
+        self._root = located(directory)
         if not self._root.exists():
             raise FileNotFoundError(f"{directory}: there is no such folder of images")
         if not self._root.is_dir():
@@ -161,24 +165,30 @@ class PictureFolder(_Listed):
                 f"{directory} is neither a folder of images or class folders nor a .tar file"
             )
         groups, loose = [], []
-        for entry in os.scandir(self._root):
-            if entry.is_dir():
-                groups.append(entry.name)
-            elif is_picture(entry.name):
-                loose.append(entry.name)
-            elif not os.path.exists(entry.path):  # without this class, others had other labels
-                raise PicturesError(f"{entry.path} is a link to nothing")
+        with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
+            names = _names(self._root)
+            for name, folder in zip(names, pool.map(self._is_folder, names), strict=True):
+                if folder:
+                    groups.append(name)
+                elif is_picture(name):
+                    loose.append(name)
+                elif not (self._root / name).exists():  # without it, others had other labels
+                    raise PicturesError(f"{self._root / name} is a link to nothing")
+            listed = list(pool.map(lambda group: _names(self._root / group), groups))
         if not groups and not loose:
             raise PicturesError(f"{directory} has neither images nor folders of them")
         entries = [_Entry("", name) for name in loose if not groups]
-        for group in groups:
-            files = filter(is_picture, os.listdir(self._root / group))
-            of_group = [_Entry(group, file) for file in files]
+        for group, files in zip(groups, listed, strict=True):
+            of_group = [_Entry(group, file) for file in filter(is_picture, files)]
             if not of_group:
                 raise PicturesError(f"no images in {self._root / group}")
             entries += of_group
         _warn_of_loose(directory, loose if groups else ())
         super().__init__(entries)
+
+    def _is_folder(self, name: str) -> bool:
+        # In a bucket each question is a request, of which a set of pictures would take as many.
+        return not (is_remote(self._root) and is_picture(name)) and (self._root / name).is_dir()
 
     def __getitem__(self, index: int) -> LabelledPicture:
         """Reads and decodes one picture."""
@@ -202,10 +212,13 @@ class PictureTar(_Listed):
     """
 
     def __init__(self, path: str | os.PathLike):
-        self._path = os.fspath(path)
-        if not os.path.exists(path):
+        self._path = located(path)
+        if not self._path.exists():
             raise FileNotFoundError(f"{path}: there is no such file of images")
-        self._file = open(path, "rb")  # noqa: SIM115  # for as long as the set lives
+        self._file = self._path.open("rb")  # for as long as the set lives
+        self._fetch = self._read
+        if is_remote(self._path):
+            _, self._fetch = fetcher(self._path)
         try:
             with tarfile.open(fileobj=self._file, mode="r:") as outer:
                 files = [member for member in outer if member.isfile()]
@@ -221,12 +234,17 @@ class PictureTar(_Listed):
         _warn_of_loose(path, [member.name for member in loose])
         super().__init__(entries)
 
+    def _read(self, first: int, last: int) -> bytes:
+        return os.pread(self._file.fileno(), last - first, first)
+
     def _inner(self, outer: tarfile.TarFile, tar: tarfile.TarInfo) -> list[_Entry]:
         """The pictures of a tar of one class."""
-        group = Path(tar.name).stem
+        group = PurePosixPath(tar.name).stem
         with tarfile.open(fileobj=outer.extractfile(tar), mode="r:") as inner:
             entries = [
-                _Entry(group, Path(one.name).name, tar.offset_data + one.offset_data, one.size)
+                _Entry(
+                    group, PurePosixPath(one.name).name, tar.offset_data + one.offset_data, one.size
+                )
                 for one in inner
                 if one.isfile() and is_picture(one.name)
             ]
@@ -237,9 +255,16 @@ class PictureTar(_Listed):
     def __getitem__(self, index: int) -> LabelledPicture:
         """Reads and decodes one picture."""
         entry = self._entries[index]
-        data = os.pread(self._file.fileno(), entry.size, entry.offset)
+        data = self._fetch(entry.offset, entry.offset + entry.size)
         image = read_picture(data, f"{self._path}: {entry.key}")
         return LabelledPicture(image, self._labels[entry.group], entry.key)
+
+
+def _names(folder: epath.Path) -> list[str]:
+    """Names of what lies in a folder; in a bucket its own marker is there too, without a name."""
+    if is_remote(folder):
+        return [path.name for path in folder.iterdir() if path != folder]
+    return os.listdir(folder)
 
 
 def _grouped(
@@ -361,8 +386,8 @@ def open_pictures(location: str) -> PictureSet:
     """Opens pictures wherever they are.
 
     Args:
-      location: A folder of class folders, or of pictures; a file ending in `.tar`; or `tfds:NAME`,
-        see `TfdsPictures`.
+      location: A folder of class folders, or of pictures, or a file ending in `.tar`, on a disk or
+        in a bucket; or `tfds:NAME`, see `TfdsPictures`.
 
     Returns:
       The pictures by index.
@@ -374,7 +399,7 @@ def open_pictures(location: str) -> PictureSet:
     kind, _, name = location.partition(":")
     if kind == _TFDS:
         return TfdsPictures(name)
-    if location.endswith(".tar") and not os.path.isdir(location):
+    if location.endswith(".tar") and not located(location).is_dir():
         return PictureTar(location)
     return PictureFolder(location)
 

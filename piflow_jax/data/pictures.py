@@ -10,10 +10,12 @@ import io
 import os
 import stat
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import PurePath
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 
 import numpy as np
+
+from piflow_jax.buckets import is_remote, located
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -86,7 +88,7 @@ def is_picture(name: str) -> bool:
     Returns:
       True for the usual endings of formats that Pillow reads, in lower or upper case.
     """
-    return Path(name).suffix.lower() in _SUFFIXES
+    return PurePath(name).suffix.lower() in _SUFFIXES
 
 
 def read_picture(
@@ -178,6 +180,11 @@ def _opened(file: PictureFile, name: str) -> Iterator["Image.Image"]:
 
 
 def _open_file(file: str | os.PathLike, name: str) -> BinaryIO:
+    if is_remote(file):
+        try:
+            return io.BytesIO(located(file).read_bytes())
+        except (FileNotFoundError, IsADirectoryError) as error:
+            raise PictureError(name, "there is no such object") from error
     try:
         if stat.S_ISREG(os.stat(file).st_mode):  # opening a pipe might never end
             return open(file, "rb")

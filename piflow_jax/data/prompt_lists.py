@@ -11,9 +11,11 @@ import math
 import os
 import reprlib
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
+from etils import epath
+
+from piflow_jax.buckets import is_file, located
 from piflow_jax.data.parquet_rows import EmbeddedPicture, ParquetRows
 from piflow_jax.data.pictures import PictureFile
 
@@ -80,7 +82,7 @@ def read_prompts(path: str | os.PathLike) -> list[Prompt]:
       ValueError: The file is of another kind, damaged, has no prompts, or an entry is not one; the
         message says which.
     """
-    path = Path(path)
+    path = located(path)
     suffix = path.suffix.lower()
     if suffix not in _FORMATS:
         raise ValueError(
@@ -89,7 +91,7 @@ def read_prompts(path: str | os.PathLike) -> list[Prompt]:
         )
     if not path.exists():
         raise FileNotFoundError(f"{path}: there is no such list of prompts")
-    if not path.is_file():
+    if not is_file(path):
         raise ValueError(f"{path} is no file")
     entries = {".txt": _plain_lines, ".jsonl": _json_lines, ".parquet": _rows}[suffix](path)
     prompts = [_prompt(where, entry) for where, entry in entries]
@@ -132,7 +134,7 @@ def list_digest(prompts: Sequence[Prompt]) -> str:
     return digest.hexdigest()
 
 
-def _lines(path: Path) -> Iterator[tuple[str, str]]:
+def _lines(path: epath.Path) -> Iterator[tuple[str, str]]:
     """Lines that are not empty, each with what messages call it."""
     # Unlike those of str, lines of bytes end at \n, \r\n and \r only.
     for number, line in enumerate(path.read_bytes().splitlines(), start=1):
@@ -147,12 +149,12 @@ def _lines(path: Path) -> Iterator[tuple[str, str]]:
             yield where, text
 
 
-def _plain_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def _plain_lines(path: epath.Path) -> Iterator[tuple[str, dict[str, Any]]]:
     for where, line in _lines(path):
         yield where, {"prompt": line.strip()}
 
 
-def _json_lines(path: Path) -> Iterator[tuple[str, Any]]:
+def _json_lines(path: epath.Path) -> Iterator[tuple[str, Any]]:
     for where, line in _lines(path):
         try:
             yield where, json.loads(line)
@@ -162,7 +164,7 @@ def _json_lines(path: Path) -> Iterator[tuple[str, Any]]:
             raise ValueError(f"{where}: {error}") from error
 
 
-def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def _rows(path: epath.Path) -> Iterator[tuple[str, dict[str, Any]]]:
     return iter(ParquetRows(path, _KEYS, picture="image"))
 
 

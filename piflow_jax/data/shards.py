@@ -21,7 +21,7 @@ import os
 import tempfile
 import uuid
 from collections.abc import Callable, Collection, Iterable, Sequence
-from pathlib import Path
+from pathlib import PurePosixPath
 from typing import Any, ClassVar
 
 from etils import epath
@@ -273,7 +273,7 @@ class ShardedSet:
     def finalize(
         self,
         directory: str | os.PathLike,
-        describe: Callable[[Path, Plan, list[dict[str, Any]]], None] | None = None,
+        describe: Callable[[epath.Path, Plan, list[dict[str, Any]]], None] | None = None,
     ) -> dict[str, Any]:
         """Verifies all shards and writes the manifest.
 
@@ -305,7 +305,7 @@ class ShardedSet:
             raise self.error(f"{directory} would be empty: all pictures were refused") from error
         if describe is not None:
             with tempfile.TemporaryDirectory(prefix="piflow_jax_") as here:
-                describe(Path(here), plan, shards)
+                describe(epath.Path(here), plan, shards)
                 for path in epath.Path(here).iterdir():
                     with replacing(directory / path.name) as under_way:
                         copy_file(path, under_way)
@@ -348,7 +348,7 @@ class ShardedSet:
             if set(shard) - {"refused"} != {"file", *_ENTRY, *self.notes}:
                 raise self.error(f"{path} does not have all of {shard['file']}")
             self._check_entry(shard, path)
-            if Path(shard["file"]).name != shard["file"]:
+            if PurePosixPath(shard["file"]).name != shard["file"]:
                 raise self.error(
                     f"{path} names a shard outside of its directory, {shard['file']!r}"
                 )
@@ -415,13 +415,13 @@ class ShardedSet:
             raise self.error(f"no preparation was begun in {directory}: {path} is missing")
         return read_record(self.plan, read_json(path, self.error), path, self.error)
 
-    def _entry(self, record: Path) -> dict[str, Any]:
+    def _entry(self, record: epath.Path) -> dict[str, Any]:
         """What the small record of a shard says of it."""
         entry = read_json(record, self.error)
         self._check_entry(entry, record)
         return entry
 
-    def _check_entry(self, entry: dict[str, Any], path: Path) -> None:
+    def _check_entry(self, entry: dict[str, Any], path: epath.Path) -> None:
         check_entries(entry, _ENTRY | dict.fromkeys(self.notes, int), path, self.error)
         check_entries({"refused": [], **entry}, {"refused": list}, path, self.error)
         for refused in entry.get("refused", ()):
@@ -479,8 +479,8 @@ def _listed(refused: Sequence[PictureError]) -> str:
     return "\n".join(lines + [f"and {len(refused) - _LISTED} more"] * (len(refused) > _LISTED))
 
 
-def _digest(path: Path) -> str:
-    with open(path, "rb") as file:
+def _digest(path: epath.Path) -> str:
+    with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

@@ -18,9 +18,10 @@ import numpy as np
 from etils import epath
 from numpy.typing import ArrayLike
 
+from piflow_jax.buckets import is_file, located
 from piflow_jax.evaluation.frechet import GaussianStatistics
 from piflow_jax.models.inception import POOL_FEATURES, SPATIAL_CHANNELS
-from piflow_jax.whole_files import replacing
+from piflow_jax.whole_files import reading, replacing
 
 SPATIAL_FEATURES = 17 * 17 * SPATIAL_CHANNELS
 REFERENCE_URL = (
@@ -39,7 +40,7 @@ def is_published(feature_network: str) -> bool:
 
 def file_digest(path: str | os.PathLike) -> str:
     """SHA-256 of the bytes of the file at `path`, 64 hexadecimal digits."""
-    with open(path, "rb") as file:
+    with located(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -59,7 +60,7 @@ class Reference:
       images: Number of images in the file, for precision and recall; ADM's files have 10,000.
     """
 
-    path: Path
+    path: epath.Path
     digest: str
     pool: GaussianStatistics | None
     spatial: GaussianStatistics | None
@@ -97,14 +98,19 @@ def read_reference(path: str | os.PathLike) -> Reference:
       ValueError: The file is damaged, has neither statistics nor images, lacks some of the
         statistics, or its statistics have another shape or are not finite.
     """
-    path = Path(path)
-    if not path.is_file():
+    path = located(path)
+    if not is_file(path):
         raise FileNotFoundError(
             f"no reference statistics at {path}: for ImageNet 256x256, download {REFERENCE_URL} "
             "and put it there"
         )
+    with reading(path) as here:
+        return _read_reference(path, here)
+
+
+def _read_reference(path: epath.Path, here: Path) -> Reference:
     pool = spatial = None
-    with _about(path), np.load(path, allow_pickle=False) as archive:
+    with _about(path), np.load(here, allow_pickle=False) as archive:
         names = set(archive.files)
         found = [name for name in _STATISTICS if name in names]
         if len(found) < len(_STATISTICS) and (found or "arr_0" not in names):
@@ -123,11 +129,11 @@ def read_reference(path: str | os.PathLike) -> Reference:
         feature_network = str(archive["feature_network"]) if "feature_network" in names else None
     images = 0
     if "arr_0" in names:
-        with _open_member(path, "arr_0") as (shape, _):
+        with _open_member(path, here, "arr_0") as (shape, _):
             images = shape[0]
     return Reference(
         path=path,
-        digest=file_digest(path),
+        digest=file_digest(here),
         pool=pool,
         spatial=spatial,
         count=count,
@@ -150,11 +156,11 @@ def _about(path: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _open_member(path: Path, name: str):
-    """Shape, dtype and byte stream of one array in an `.npz`."""
+def _open_member(path: epath.Path, here: Path, name: str):
+    """Shape and byte stream of one array in an `.npz`, read from `here`."""
     with (
         _about(path),
-        zipfile.ZipFile(path) as archive,
+        zipfile.ZipFile(here) as archive,
         archive.open(f"{name}.npy") as stream,
     ):
         headers = {
@@ -180,7 +186,8 @@ def image_batches(path: str | os.PathLike, batch_size: int = 512) -> Iterator[np
     Raises:
       ValueError: `arr_0` is another kind of array, damaged or truncated.
     """
-    with _open_member(Path(path), "arr_0") as (shape, stream):
+    path = located(path)
+    with reading(path) as here, _open_member(path, here, "arr_0") as (shape, stream):
         for start in range(0, shape[0], batch_size):
             wanted = (min(batch_size, shape[0] - start), *shape[1:])
             data = stream.read(math.prod(wanted))
@@ -202,7 +209,7 @@ def write_samples(
     Raises:
       ValueError: Batches are other arrays, differ in image size, or do not have N images in total.
     """
-    path, labels = epath.Path(path), np.asarray(labels)
+    path, labels = located(path), np.asarray(labels)
     if labels.ndim != 1 or not len(labels) or not np.issubdtype(labels.dtype, np.integer):
         raise ValueError(f"`labels` must be integers [N], got {labels.dtype}{list(labels.shape)}")
     count, size = 0, None
@@ -248,5 +255,5 @@ def write_statistics(
     """
     values = (*pool, *spatial)
     extra = {"count": np.int64(count), "feature_network": np.str_(feature_network)}
-    with replacing(epath.Path(path)) as under_way, under_way.open("wb") as file:
+    with replacing(located(path)) as under_way, under_way.open("wb") as file:
         np.savez(file, **dict(zip(_STATISTICS, values, strict=True)), **extra)

@@ -18,9 +18,10 @@ from pathlib import Path
 import numpy as np
 from etils import epath
 
+from piflow_jax.buckets import is_file, is_remote, located
 from piflow_jax.data.pictures import PictureError, read_picture
 from piflow_jax.evaluation.kept import read_kept
-from piflow_jax.whole_files import replacing
+from piflow_jax.whole_files import reading, replacing
 
 __all__ = ["ImageSet", "cached_features", "centre_patch", "open_images", "resized"]
 
@@ -82,7 +83,7 @@ def open_images(path: str | os.PathLike) -> ImageSet:
         or dtypes, or two pictures have the same place and seed. An unreadable picture raises a
         `PictureError` when it is read.
     """
-    path = Path(path)
+    path = located(path)
     if not path.exists():
         raise FileNotFoundError(f"{path}: there are no such pictures")
     images = _open_folder(path) if path.is_dir() else _open_archive(path)
@@ -94,7 +95,7 @@ def open_images(path: str | os.PathLike) -> ImageSet:
     return images
 
 
-def _open_folder(path: Path) -> ImageSet:
+def _open_folder(path: epath.Path) -> ImageSet:
     files = sorted(path.glob("*.png"))
     matches = [_NAME.fullmatch(file.name) for file in files]
     for file, match in zip(files, matches, strict=True):
@@ -106,25 +107,36 @@ def _open_folder(path: Path) -> ImageSet:
 
     def fingerprint(i):
         try:
-            status = files[i].stat()
+            return _state(files[i])
         except OSError as error:  # a dangling link
             raise PictureError(f"{files[i]}", error.strerror) from error
-        return f"{files[i].name} {status.st_size} {status.st_mtime_ns}"
 
     places = np.array([int(match[1]) for match in matches], int)
     seeds = np.array([int(match[2] or 0) for match in matches], int)
     return ImageSet(places, seeds, read, fingerprint)
 
 
-def _open_archive(path: Path) -> ImageSet:
-    if not (path.is_file() and zipfile.is_zipfile(path)):
+def _state(path: epath.Path) -> str:
+    """Name, length and time of a file; of an object the time is in seconds."""
+    if is_remote(path):
+        status = path.stat()
+        return f"{path.name} {status.length} {status.mtime}"
+    status = os.stat(path)
+    return f"{path.name} {status.st_size} {status.st_mtime_ns}"
+
+
+def _open_archive(path: epath.Path) -> ImageSet:
+    if not is_file(path):
         raise ValueError(f"{path} is no folder of PNG files and no .npz file")
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            arrays = {name: archive[name] for name in archive.files}
-    # A damaged file makes zipfile, zlib and NumPy raise errors of any kind.
-    except Exception as error:
-        raise ValueError(f"{path} is a damaged .npz file: {error!r}") from error
+    with reading(path) as here:
+        if not zipfile.is_zipfile(here):
+            raise ValueError(f"{path} is no folder of PNG files and no .npz file")
+        try:
+            with np.load(here, allow_pickle=False) as archive:
+                arrays = {name: archive[name] for name in archive.files}
+        # A damaged file makes zipfile, zlib and NumPy raise errors of any kind.
+        except Exception as error:
+            raise ValueError(f"{path} is a damaged .npz file: {error!r}") from error
     images = arrays.get("images")
     fits = images is not None and images.dtype == np.uint8 and images.ndim == 4
     if not fits or images.shape[-1] != 3 or 0 in images.shape[1:]:
@@ -136,8 +148,7 @@ def _open_archive(path: Path) -> ImageSet:
             raise ValueError(f"{path}: `{name}` must be {len(images)} integers")
         if numbers.min(initial=0) < 0:
             raise ValueError(f"{path}: `{name}` must not be negative")
-    status = path.stat()
-    fingerprint = f"{path.name} {status.st_size} {status.st_mtime_ns}"
+    fingerprint = _state(path)
     return ImageSet(places, seeds, images.__getitem__, lambda i: f"{fingerprint} {i}")
 
 

@@ -3,7 +3,6 @@
 import dataclasses
 import os
 from collections.abc import Iterator
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -11,6 +10,7 @@ from absl import logging
 from etils import epath
 from jax.experimental import multihost_utils
 
+from piflow_jax.buckets import located
 from piflow_jax.config import Config, ConfigError
 from piflow_jax.data.picture_sets import PictureSet, center_crop, open_pictures
 from piflow_jax.distillation.grids import index_sampler
@@ -227,7 +227,7 @@ def _check_plan(folder: epath.Path, plan: dict) -> None:
         )
 
 
-def write_reference(config: Config, workdir: str | os.PathLike) -> Path:
+def write_reference(config: Config, workdir: str | os.PathLike) -> epath.Path:
     """`--mode=statistics`: `config.evaluation.reference` from the images in `config.data.images`.
 
     Args:
@@ -246,7 +246,7 @@ def write_reference(config: Config, workdir: str | os.PathLike) -> Path:
     for key, value in (("data.images", config.data.images), ("evaluation.reference", path)):
         if not value:
             raise ConfigError(f"--mode=statistics needs config.{key}")
-    if Path(path).exists():
+    if located(path).exists():
         raise ConfigError(f"config.evaluation.reference = {path!r} exists; remove it first")
     network = load_inception(config.evaluation)
     images = open_pictures(config.data.images)
@@ -262,7 +262,7 @@ def write_reference(config: Config, workdir: str | os.PathLike) -> Path:
         feature_network=network.digest,
     )
     logging.info("wrote %s: statistics of %d images", path, len(images))
-    return Path(path)
+    return located(path)
 
 
 def _crops(images: PictureSet, image_size: int, batch_size: int) -> Iterator[np.ndarray]:

@@ -1,17 +1,26 @@
-"""Sets in a bucket: which shards a process copies, when, how many, and what it says of others."""
+"""Data in a bucket: which shards a process copies, and what sets are made of and measured by."""
 
+import hashlib
+import io
+import json
+import tarfile
 import threading
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from piflow_jax.config import DataConfig
 from piflow_jax.data import batches
 from piflow_jax.data.images import prepare_images
 from piflow_jax.data.latents import LatentsError, load_latents_source
-from piflow_jax.data.prompt_lists import Prompt
+from piflow_jax.data.picture_sets import open_pictures
+from piflow_jax.data.pictures import PictureError, PicturesError, read_picture
+from piflow_jax.data.prompt_lists import Prompt, read_prompts
 from piflow_jax.data.prompts import load_prompts_source
 from piflow_jax.data.text_encoders import WordEncoder
+from piflow_jax.evaluation.adm_files import image_batches, read_reference, write_samples
+from piflow_jax.evaluation.image_sets import open_images
 from piflow_jax.modes import command
 from piflow_jax.modes.prepare_prompts import encode_prompts
 from piflow_jax.runs.workdir import user_path
@@ -157,3 +166,79 @@ def test_a_preparation_in_no_bucket_is_one_sentence(service, capfd):
     said = capfd.readouterr().err
     assert "there is no bucket gs://other; create it, or name another config.data.data_dir" in said
     assert len(said.splitlines()) == 1
+
+
+# --- What sets are made of ------------------------------------------------------------------------
+
+
+@pytest.fixture
+def pictures(place):
+    """A folder of two classes."""
+    root = place / "pictures"
+    for name, shade in (("light", 200), ("dark", 20)):
+        (root / name).mkdir(parents=True)
+        for index in range(2):
+            buffer = io.BytesIO()
+            Image.new("RGB", (16, 16), (shade + index,) * 3).save(buffer, format="PNG")
+            (root / name / f"{index}.png").write_bytes(buffer.getvalue())
+    return root
+
+
+def test_pictures_are_read_where_they_lie(pictures):
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as tar:
+        for path in sorted(pictures.glob("*/*.png")):
+            info = tarfile.TarInfo(f"x/{path.parent.name}/{path.name}")
+            info.size = path.stat().length
+            tar.addfile(info, io.BytesIO(path.read_bytes()))
+    (pictures.parent / "x.tar").write_bytes(buffer.getvalue())
+    for location in (pictures, pictures.parent / "x.tar"):
+        found = open_pictures(str(location))
+        assert found.class_names == ("dark", "light") and len(found) == 4
+        read = [(int(p.image[0, 0, 0]), p.label, p.key) for p in map(found.__getitem__, range(4))]
+        expected = [(20, 0, "dark/0.png"), (21, 0, "dark/1.png")]
+        assert read == [*expected, (200, 1, "light/0.png"), (201, 1, "light/1.png")]
+    folder = open_pictures(str(pictures))
+    (pictures / "dark" / "1.png").unlink()
+    with pytest.raises(PictureError, match=f"{pictures}/dark/1.png is not a readable image"):
+        folder[1]
+    with pytest.raises(PicturesError, match="neither a folder of images"):
+        open_pictures(str(pictures / "dark" / "0.png"))
+    with pytest.raises(FileNotFoundError, match="there is no such folder of images"):
+        open_pictures(str(pictures / "grey"))
+
+
+def test_lists_and_their_pictures_are_read_where_they_lie(pictures):
+    pyarrow, parquet = map(pytest.importorskip, ("pyarrow", "pyarrow.parquet"))
+    rows = [{"prompt": "fox", "image": "dark/0.png"}, {"prompt": "hen", "image": "light/1.png"}]
+    (pictures / "a.txt").write_text("fox\nhen\n")
+    (pictures / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    buffer = io.BytesIO()
+    parquet.write_table(pyarrow.Table.from_pylist(rows), buffer)
+    (pictures / "a.parquet").write_bytes(buffer.getvalue())
+    for suffix in ("txt", "jsonl", "parquet"):
+        listed = read_prompts(f"{pictures}/a.{suffix}")
+        assert [prompt.text for prompt in listed] == ["fox", "hen"]
+    assert [int(read_picture(*one.picture(pictures))[0, 0, 0]) for one in listed] == [20, 201]
+
+
+def test_pictures_to_measure_and_references_lie_anywhere(place):
+    folder, pixels = place / "samples", np.arange(4 * 2 * 2 * 3, dtype=np.uint8).reshape(4, 2, 2, 3)
+    folder.mkdir(parents=True)
+    for index, image in enumerate(pixels):
+        buffer = io.BytesIO()
+        Image.fromarray(image).save(buffer, format="PNG")
+        (folder / f"{index}-0.png").write_bytes(buffer.getvalue())
+    buffer = io.BytesIO()
+    np.savez(buffer, images=pixels)
+    (place / "samples.npz").write_bytes(buffer.getvalue())
+    for location in (folder, place / "samples.npz"):
+        images = open_images(location)
+        np.testing.assert_array_equal([images[i] for i in range(4)], pixels)
+        before = images.digest(range(4))
+        assert before == open_images(location).digest(range(4)) != images.digest(range(3))
+    write_samples(place / "batch.npz", [pixels], np.arange(4))
+    reference = read_reference(place / "batch.npz")
+    assert (reference.images, reference.pool) == (4, None)
+    assert reference.digest == hashlib.sha256((place / "batch.npz").read_bytes()).hexdigest()
+    np.testing.assert_array_equal(np.concatenate([*image_batches(place / "batch.npz", 3)]), pixels)
