@@ -1,10 +1,12 @@
 """Installation: `pip install -e .`; its extras are in `EXTRAS_REQUIRE`."""
 
+import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
+INIT = (ROOT / "piflow_jax" / "__init__.py").read_text(encoding="utf-8")
 
 # Lower bounds are the releases whose API the code needs; Python 3.11 resolves to jax 0.10, 3.12 and
 # later to jax 0.12.
@@ -68,12 +70,14 @@ EXTRAS_REQUIRE = {
 
 setup(
     name="piflow_jax",
-    version="0.1.0",
+    version=re.search(r'^__version__ = "(.+)"$', INIT, re.MULTILINE)[1],
     description="pi-Flow in JAX: few-step image generation by policy-based imitation distillation",
     long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
-    packages=find_packages(include=["piflow_jax", "piflow_jax.*"]),
+    packages=[*find_packages(include=["piflow_jax", "piflow_jax.*"]), "piflow_jax.configs"],
+    # `--config=digits` works without a checkout, too.
+    package_dir={"piflow_jax.configs": "configs"},
     package_data={"piflow_jax.evaluation": ["*.npz"]},
     # `.ci/run` is tried with the oldest and the newest whenever dependencies move.
     python_requires=">=3.11",

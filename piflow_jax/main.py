@@ -17,7 +17,8 @@ from piflow_jax.config.command_line import load_config, override
 _CONFIG = flags.DEFINE_string(
     "config",
     None,
-    "Config file, such as configs/digits.py or, with a variant, configs/digits.py:dx. "
+    "Config file, such as configs/digits.py, or the name of one that ships with the package, such "
+    "as digits; with a variant, digits:dx. "
     "--config.KEY=VALUE overrides one of its keys.",
     required=True,
 )

@@ -1,9 +1,9 @@
 """Who may import whom. Reads the source with `ast`; the checker is itself tested on planted faults.
 
-Rooms from the ground up: arguments, keys, whole_files and safetensors_files, on which all others
-stand; kernels, flow, models, config; then data, convert, parallel and evaluation beside each other;
-then systems, training, runs, loading, rivals, modes, main. A room imports lower rooms only, and of
-these only the ones listed here.
+Rooms from the ground up: arguments, keys, origin, progress, whole_files and safetensors_files, on
+which all others stand; kernels, flow, models, config; then data, convert, parallel and evaluation
+beside each other; then systems, training, runs, loading, rivals, modes, main. A room imports lower
+rooms only, and of these only the ones listed here.
 """
 
 import ast
@@ -17,11 +17,13 @@ PACKAGE = Path(__file__).parents[1] / "piflow_jax"
 NAME = "piflow_jax"
 MAX_LINES = 500
 
-GROUND = {"arguments", "buckets", "keys", "safetensors_files", "whole_files"}
+GROUND = {"arguments", "buckets", "keys", "origin", "progress", "safetensors_files", "whole_files"}
 MATHEMATICS = {"flow", "kernels"}
 ROOMS = {
     "__init__": set(),
     "arguments": set(),
+    "origin": set(),
+    "progress": set(),
     "keys": {"arguments"},
     "buckets": set(),
     "safetensors_files": {"buckets", "whole_files"},
@@ -133,6 +135,12 @@ def faults(package):
 def test_no_room_imports_a_higher_one():
     assert len(list(PACKAGE.rglob("*.py"))) > 30
     assert not faults(PACKAGE)
+
+
+def test_every_folder_of_modules_is_a_package():
+    """Others would be missing in a wheel."""
+    folders = {path.parent for path in PACKAGE.rglob("*.py")}
+    assert not [str(folder) for folder in folders if not (folder / "__init__.py").exists()]
 
 
 @pytest.mark.parametrize(

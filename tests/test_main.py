@@ -14,7 +14,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import piflow_jax
 import piflow_jax.runs.checkpoint as checkpoint
+from piflow_jax.origin import commit
 
 ROOT = Path(__file__).parents[1]
 CONFIG = Path(__file__).parent / "tiny.py"
@@ -86,6 +88,9 @@ def test_job_writes_report_picture_and_metrics(whole_run):
     assert systems == [("teacher", 1), ("teacher", 2), ("student", 1)]
     assert report["protocol"]["features_sha256"] and report["protocol"]["samples"] == 20
     assert report["rows"][-1]["endpoint_mse"] > 0
+    assert report["protocol"]["steps"] == {"teacher": 6, "student": STEPS}
+    assert report["protocol"]["version"] == piflow_jax.__version__
+    assert report["protocol"]["commit"] == commit()
     assert Image.open(workdir / "samples.png").size[0] > 480
     for stage, steps in (("teacher", 6), ("student", STEPS)):
         lines = [json.loads(x) for x in (workdir / stage / "metrics.jsonl").open()]
@@ -107,6 +112,27 @@ def test_console_is_for_people(whole_run):
     for noise in ("Traceback", "Warning", "WARNING", "oneDNN", "orbax", "backend", "E0000"):
         assert noise not in done.stderr, done.stderr
     assert re.search(rf"student +{STEPS}/{STEPS} +loss \d.*ms/step", done.stderr)
+
+
+def test_console_says_what_is_done_and_what_comes_next(whole_run):
+    workdir, done = whole_run
+    lines = iter(done.stderr.splitlines())
+    for expected in (
+        rf"piflow_jax {re.escape(piflow_jax.__version__)}.*, jax .*, 1 device \(cpu\)",
+        rf"work directory: {workdir} \(no checkpoint yet\)",
+        r"parameters of the dit: teacher 10,100, student 10,449",
+        rf"makes: teacher \(6 steps\), student \({STEPS} steps\), figures and samples",
+        r"teacher: 6 steps; compiling",
+        r"teacher  step compiled in",
+        r"teacher  checkpoint of step 3",
+        rf"student: {STEPS} steps; compiling",
+        rf"student  checkpoint of step {STEPS}",
+        r"evaluation: 3 systems, 20 samples each",
+        r"teacher, 2 NFE: compiling",
+        r"student, 1 NFE: compiling",
+        rf"next: look at {workdir}/.*piflow_jax\.load\('{workdir}'\)",
+    ):
+        assert any(re.match(expected, line) for line in lines), (expected, done.stderr)
 
 
 def test_sampling_again_needs_only_the_student(whole_run):

@@ -30,7 +30,7 @@ COMPILED_BEGIN, COMPILED_END = "<!-- compile:begin -->", "<!-- compile:end -->"
 MAIN_VARIANT = "gm"
 README_CONFIG = "digits"  # the one table of README.md; all others are in docs/results.md
 # Seeds of a variant may differ in these and in nothing else that figures depend on.
-FREE_PROTOCOL = ("seed", "device", "jax")
+FREE_PROTOCOL = ("seed", "device", "jax", "version", "commit")
 
 HEAD = """\
 # Results

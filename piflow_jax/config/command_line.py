@@ -37,7 +37,8 @@ def load_config(name: str) -> ml_collections.ConfigDict:
     """Loads a config file: what its function `get_config` returns.
 
     Args:
-      name: the file's path; a colon and a variant, the argument of `get_config`, may follow.
+      name: the file's path, or the name of one that ships with the package, such as `digits`; a
+        colon and a variant, the argument of `get_config`, may follow.
 
     Returns:
       The configuration.
@@ -75,13 +76,30 @@ def _split(name: str) -> tuple[str, tuple[str, ...]]:
         path = name[:end]
         if os.path.exists(path) and not os.path.isdir(path):
             return path, (name[end + 1 :],) if end < len(name) else ()
-    path = name.partition(":")[0]
+    path, *variant = name.split(":", 1)
+    shipped = _shipped()
+    if path in shipped:
+        return shipped[path], tuple(variant)
     what = "is a directory" if os.path.isdir(path) else "does not exist or cannot be read"
     others = glob.glob(os.path.join(glob.escape(os.path.dirname(path)), "*.py"))
-    raise ConfigError(
-        f"--config must name a config file, such as configs/digits.py, but {path!r} {what}"
-        f"{nearest(_stem(path), map(_stem, others))}"
+    meant = nearest(_stem(path), map(_stem, others)) or nearest(
+        os.path.basename(_stem(path)), shipped
     )
+    raise ConfigError(
+        f"--config must name a config file, or one of {', '.join(shipped)}, which ship with the "
+        f"package, but {path!r} {what}{meant}"
+    )
+
+
+def _shipped() -> dict[str, str]:
+    """Paths of the config files that ship with the package, by name.
+
+    They are `configs/` of a checkout, which a wheel has inside of the package.
+    """
+    package = Path(__file__).parents[1]
+    places = (package / "configs", package.parent / "configs")
+    found = next((files for place in places if (files := sorted(place.glob("*.py")))), [])
+    return {path.stem: os.fspath(path) for path in found}
 
 
 def _stem(path: str) -> str:

@@ -12,6 +12,7 @@ import numpy as np
 from absl import logging
 from etils import epath
 
+from piflow_jax import __version__
 from piflow_jax.config import Config
 from piflow_jax.data import Source
 from piflow_jax.data.source import source_digest
@@ -27,7 +28,10 @@ from piflow_jax.evaluation import (
     save_grid,
 )
 from piflow_jax.evaluation.kept import read_kept
+from piflow_jax.origin import commit
 from piflow_jax.runs.fingerprints import tree_fingerprint
+from piflow_jax.runs.loop import checkpoint_dir
+from piflow_jax.runs.steps import latest_step
 from piflow_jax.runs.workdir import user_path
 from piflow_jax.systems.assembly import Systems
 from piflow_jax.systems.judges import Judge, described, real_features
@@ -67,20 +71,21 @@ class Bench:
         self._real, self._real_labels = real_features(source, judge)
         self._labels = labels[np.arange(config.evaluation.num_samples) % len(labels)]
 
-    def sample(self, sampler: Callable, params) -> tuple[np.ndarray, float]:
+    def sample(self, sampler: Callable, params, name: str) -> tuple[np.ndarray, float]:
         """A system's samples `[N, *sites, C]` and the seconds that sampling took."""
-        number = self._config.evaluation.num_samples
-        by_index = index_sampler(self._config, self._data, sampler, self._conditions, number)
+        number, conditions = self._config.evaluation.num_samples, self._conditions
+        by_index = index_sampler(self._config, self._data, sampler, conditions, number, name)
         return by_index(params, number), by_index.seconds
 
     def sample_once(
-        self, sampler: Callable, params: Any, path: epath.Path, made: dict[str, Any]
+        self, sampler: Callable, params: Any, name: str, path: epath.Path, made: dict[str, Any]
     ) -> tuple[np.ndarray, float]:
         """Like `sample`, but reuses an earlier evaluation's samples if they were made the same way.
 
         Args:
           sampler: the system's sampler.
           params: its parameters.
+          name: the system's name, for the progress line.
           path: file for the samples. Several processes share the work instead.
           made: values that the samples depend on in addition to weights, noise and machine, as
             JSON.
@@ -92,7 +97,7 @@ class Bench:
           KeptFileError: the file is damaged.
         """
         if jax.process_count() > 1:
-            return self.sample(sampler, params)
+            return self.sample(sampler, params, name)
         settings = self._config.evaluation
         made = made | {
             "weights": tree_fingerprint(params),
@@ -106,7 +111,7 @@ class Bench:
             if kept == made:
                 logging.info("evaluation: took the samples in %s", path)
                 return samples, seconds
-        samples, seconds = self.sample(sampler, params)
+        samples, seconds = self.sample(sampler, params, name)
         with replacing(path) as under_way, under_way.open("wb") as file:
             np.savez(file, made=json.dumps(made), samples=samples, seconds=seconds)
         return samples, seconds
@@ -172,6 +177,8 @@ class Bench:
             "dtype": record["dtype"],
             "device": jax.devices()[0].device_kind,
             "jax": jax.__version__,
+            "version": __version__,
+            "commit": commit(),
             "seed": config.seed,
         }
 
@@ -201,11 +208,14 @@ def compare(
       The report, which is also printed as a table.
     """
     config, settings, workdir = systems.config, systems.config.evaluation, user_path(workdir)
-    logging.info("evaluation: %d samples per system", settings.num_samples)
+    count = len(settings.teacher_steps) + 1
+    logging.info("evaluation: %d systems, %s samples each", count, f"{settings.num_samples:,}")
     most, nfe = settings.teacher_steps[-1], config.sampling_nfe
 
     def of_teacher(steps):
-        return bench.sample(systems.teacher_sampler(steps), teacher_params)
+        return bench.sample(
+            systems.teacher_sampler(steps), teacher_params, _named("teacher", steps)
+        )
 
     if keep:
         teacher = config.teacher
@@ -220,7 +230,9 @@ def compare(
             ],
         }
         path = workdir / "teacher_samples.npz"
-        of_most = bench.sample_once(systems.teacher_sampler(most), teacher_params, path, made)
+        of_most = bench.sample_once(
+            systems.teacher_sampler(most), teacher_params, _named("teacher", most), path, made
+        )
     else:
         of_most = of_teacher(most)
     reference, reference_seconds = of_most
@@ -229,16 +241,19 @@ def compare(
         pictures[steps], seconds = of_teacher(steps)
         rows.append(bench.row("teacher", steps, pictures[steps], seconds, reference))
     rows.append(bench.row("teacher", most, reference, reference_seconds, None))
-    samples, seconds = bench.sample(systems.student_sampler(), student_params)
+    samples, seconds = bench.sample(
+        systems.student_sampler(), student_params, _named("student", nfe)
+    )
     rows.append(bench.row("student", nfe, samples, seconds, reference))
 
     rows += bench.of_training_data()
-    report = Report(rows=rows, **bench.of_data(), protocol=bench.protocol())
+    protocol = bench.protocol() | {"steps": _steps(settings.checkpoint, workdir)}
+    report = Report(rows=rows, **bench.of_data(), protocol=protocol)
     if jax.process_index() == 0:
         report.write(workdir / "report.json")
-        shown = [(f"teacher, {most} NFE", most), (f"teacher, {nfe} NFE", nfe)]
+        shown = [(_named("teacher", steps), steps) for steps in (most, nfe)]
         grid = [(name, pictures[key]) for name, key in shown if key in pictures]
-        grid.append((f"student, {nfe} NFE", samples))
+        grid.append((_named("student", nfe), samples))
         count = settings.grid_samples
         rows = [(name, as_pictures(images[:count])) for name, images in grid]
         save_grid(workdir / "samples.png", rows, columns=_in_turn(bench.source, systems, count))
@@ -266,20 +281,31 @@ def draw(
     config, settings = systems.config, systems.config.evaluation
     conditions, _ = conditions_in_turn(source, systems.data)
 
-    def samples(sampler, params):
+    def samples(sampler, params, name):
         number = settings.grid_samples
-        by_index = index_sampler(config, systems.data, sampler, conditions, number)
-        return as_pictures(by_index(params, number))
+        by_index = index_sampler(config, systems.data, sampler, conditions, number, name)
+        return name, as_pictures(by_index(params, number))
 
     most, nfe = settings.teacher_steps[-1], config.sampling_nfe
     rows = [
-        (f"teacher, {most} NFE", samples(systems.teacher_sampler(most), teacher_params)),
-        (f"student, {nfe} NFE", samples(systems.student_sampler(), student_params)),
+        samples(systems.teacher_sampler(most), teacher_params, _named("teacher", most)),
+        samples(systems.student_sampler(), student_params, _named("student", nfe)),
     ]
     if jax.process_index() == 0:
         path = user_path(workdir) / "samples.png"
         save_grid(path, rows, columns=_in_turn(source, systems, settings.grid_samples))
         logging.info("wrote %s", path)
+
+
+def _steps(checkpoint: str, workdir: epath.Path) -> dict[str, int | None]:
+    """Steps of training of what was measured; None of a stage of another run."""
+    student = "student/best" if checkpoint == "best" else "student"
+    places = {"teacher": "teacher", "student": student}
+    return {name: latest_step(checkpoint_dir(workdir, place)) for name, place in places.items()}
+
+
+def _named(system: str, nfe: int) -> str:
+    return f"{system}, {nfe} NFE"
 
 
 def _read_samples(path: Path) -> tuple[dict[str, Any], np.ndarray, float]:

@@ -57,7 +57,12 @@ def class_names(source: Source | None, data: DataShape) -> list[str]:
 
 
 def index_sampler(
-    config: Config, data: DataShape, sampler: Sampler, conditions: Condition, number: int
+    config: Config,
+    data: DataShape,
+    sampler: Sampler,
+    conditions: Condition,
+    number: int,
+    name: str = "samples",
 ) -> IndexSampler:
     """Makes a sampler by index with `config.evaluation`, on all devices of this process.
 
@@ -67,6 +72,7 @@ def index_sampler(
       sampler: the system's sampler.
       conditions: conditions to cycle through, see `conditions_in_turn`.
       number: most samples that are requested at once.
+      name: the system's name, for the progress line.
 
     Returns:
       The sampler.
@@ -80,4 +86,5 @@ def index_sampler(
         num_samples=number,
         seed=settings.seed,
         sharding=batch_sharding(local_mesh()),
+        name=name,
     )

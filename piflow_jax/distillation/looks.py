@@ -62,7 +62,9 @@ def look_by(
     """
     settings, (names, shown) = config.evaluation, grid_rows(config, source, data)
     conditions, labels = conditions_in_turn(source, data)
-    all_sampler = index_sampler(config, data, sampler, conditions, settings.every_samples)
+    all_sampler = index_sampler(
+        config, data, sampler, conditions, settings.every_samples, "look at the student"
+    )
     grid_sampler = all_sampler
     if settings.grid_classes:
         grid_sampler = index_sampler(config, data, sampler, shown, _COLUMNS * len(names))

@@ -18,6 +18,7 @@ from piflow_jax.evaluation.features import FeatureNetwork
 from piflow_jax.evaluation.frechet import frechet_distance
 from piflow_jax.evaluation.precision_recall import precision_recall
 from piflow_jax.keys import index_keys, index_noise, seed_key
+from piflow_jax.progress import Progress
 
 __all__ = [
     "Figures",
@@ -102,6 +103,7 @@ class IndexSampler:
         by default.
       seed: seed of the noise.
       sharding: sharding of a batch over devices; by default it is on one device.
+      name: the system's name, for the progress line.
     """
 
     def __init__(
@@ -114,12 +116,14 @@ class IndexSampler:
         num_samples: int | None = None,
         seed: int = 0,
         sharding: jax.sharding.Sharding | None = None,
+        name: str = "samples",
     ):
         if num_samples is not None:
             devices = 1 if sharding is None else sharding.num_devices
             batch_size = min(batch_size, -(-num_samples // devices) * devices)
         self.batch_size = batch_size
         self.seconds = 0.0
+        self._name = name
         self._sharding = sharding
         self._compiled = None
 
@@ -143,18 +147,22 @@ class IndexSampler:
           `[b, H, W, C]` with `b = batch_size`, or fewer for the last batch, in the system's own
           dtype.
         """
-        for start in range(indices.start, indices.stop, self.batch_size):
-            count = min(self.batch_size, indices.stop - start)
-            numbers = np.arange(start, start + self.batch_size, dtype=np.uint32)
-            numbers[count:] = start  # padding
-            numbers = jax.device_put(numbers, self._sharding)
-            if self._compiled is None:
-                with self._on_mesh():  # kernels split their batch over the mesh
-                    self._compiled = _compiled(self._run.lower(params, numbers), self._sharding)
-            began = time.perf_counter()
-            samples = np.asarray(self._compiled(params, numbers))[:count]
-            self.seconds += time.perf_counter() - began
-            yield samples
+        with Progress(self._name, len(indices)) as progress:
+            for start in range(indices.start, indices.stop, self.batch_size):
+                count = min(self.batch_size, indices.stop - start)
+                numbers = np.arange(start, start + self.batch_size, dtype=np.uint32)
+                numbers[count:] = start  # padding
+                numbers = jax.device_put(numbers, self._sharding)
+                if self._compiled is None:
+                    progress.compiling()
+                    with self._on_mesh():  # kernels split their batch over the mesh
+                        self._compiled = _compiled(self._run.lower(params, numbers), self._sharding)
+                    progress.start()
+                began = time.perf_counter()
+                samples = np.asarray(self._compiled(params, numbers))[:count]
+                self.seconds += time.perf_counter() - began
+                progress.advance(count)
+                yield samples
 
     def _on_mesh(self) -> contextlib.AbstractContextManager:
         several = isinstance(self._sharding, jax.sharding.NamedSharding)

@@ -41,6 +41,7 @@ from piflow_jax.modes.autoencoder import (
     tree_digest,
 )
 from piflow_jax.parallel import local_mesh, replicated
+from piflow_jax.progress import tracked
 from piflow_jax.runs.workdir import user_path
 from piflow_jax.systems.assembly import Systems
 from piflow_jax.systems.judges import load_inception
@@ -143,7 +144,8 @@ def evaluate_latents(config: Config, workdir: str | os.PathLike) -> AdmFigures |
     logging.info("evaluation: features of %d samples", number)
     made = protocol(config, data, autoencoder, network, reference, number)
     with reading(samples) as here:
-        figures = measure_adm(image_batches(here), network, reference, made)
+        batches = tracked(image_batches(here), "features", number)
+        figures = measure_adm(batches, network, reference, made)
     path = user_path(workdir) / "adm.json"
     write_json(path, {"names": figures.names, **dataclasses.asdict(figures)})
     logging.info("%s", figures)
@@ -186,6 +188,7 @@ def _samples(
             pixel_sampler(sampler, autoencoder.module, data),
             np.arange(data.num_classes, dtype=np.int32),
             min(_SHARD, settings.num_samples),
+            "student",
         )
         everything = jax.device_put((params, autoencoder.params), replicated(local_mesh()))
         for number, path in enumerate(todo, start=1):

@@ -65,6 +65,7 @@ class Mode:
         nothing is sampled while a student is; None for the same.
       here: it computes on this machine's devices, not for a slice that need not be attached.
       in_workdir: what it makes lies in the run's directory, not where the settings say.
+      begins: it makes that directory, before there is anything to put into it.
       wants: keys of which the data must have a use for one; empty for any data.
       needs_data: pictures that are not prepared yet are prepared first.
     """
@@ -74,15 +75,16 @@ class Mode:
     batches_of_prompts: tuple[str, ...] | None = None
     here: bool = True
     in_workdir: bool = True
+    begins: bool = True
     wants: frozenset[str] = frozenset()
     needs_data: bool = False
 
 
 MODES: dict[str, Mode] = {
     "train": Mode(run=train, batches_of_prompts=("train",), needs_data=True),
-    "evaluate": Mode(run=_evaluate, batches=("evaluation",), batches_of_prompts=()),
-    "sample": Mode(run=sample, batches=("evaluation",)),
-    "export": Mode(run=export, batches=()),
+    "evaluate": Mode(run=_evaluate, batches=("evaluation",), batches_of_prompts=(), begins=False),
+    "sample": Mode(run=sample, batches=("evaluation",), begins=False),
+    "export": Mode(run=export, batches=(), begins=False),
     "prepare": Mode(
         run=_prepare,
         batches=(),
@@ -105,6 +107,7 @@ _OF_THE_RUN = (
     *(CheckpointError, KeptFileError, NonFiniteLossError, OSError),
     processes.ProcessError,
 )
+_STOPPED = "stopped by Ctrl-C; what was saved stays, and the same command goes on from there"
 # What neither the settings' sizes nor the compiler foresaw.
 _NO_MEMORY = (
     "not enough memory ({error}); lower the batch sizes of config.train, config.teacher or "
@@ -139,6 +142,8 @@ def run(mode: str, config: ml_collections.ConfigDict, workdir: str | os.PathLike
         if pictures and MODES[mode].needs_data:
             prepare_missing(parsed, workdir)
         MODES[mode].run(parsed, workdir)
+    except KeyboardInterrupt:
+        return _refuse(_STOPPED, 130)
     except Interrupted as stop:
         logging.info("%s", stop)
         return processes.end(0 if stop.signal == "SIGTERM" else 130)
@@ -193,6 +198,7 @@ def _start(config: Config, mode: Mode, workdir: str | os.PathLike) -> None:
         check_devices(config, *here, groups=groups)
     if mode.in_workdir:
         check_writable(workdir)
+    if mode.in_workdir and mode.begins:
         user_path(workdir).mkdir(parents=True, exist_ok=True)
 
 

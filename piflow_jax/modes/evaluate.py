@@ -9,12 +9,15 @@ from piflow_jax.evaluation import Report
 from piflow_jax.evaluation.adm import AdmFigures
 from piflow_jax.loading.runs import load_student, load_teacher
 from piflow_jax.modes.adm import evaluate_latents
+from piflow_jax.modes.header import say_header, say_next
 from piflow_jax.systems.assembly import Systems
 from piflow_jax.systems.datasets import dataset, load_source, shape_of
 from piflow_jax.systems.judges import config_judge
 
 
-def evaluate(config: Config, workdir: str | os.PathLike) -> Report | AdmFigures | None:
+def evaluate(
+    config: Config, workdir: str | os.PathLike, *, header: bool = True
+) -> Report | AdmFigures | None:
     """Measures the averaged weights of teacher and student on the same noise and labels.
 
     Of latents, it measures the student alone as ADM does; see `evaluate_latents`.
@@ -23,6 +26,7 @@ def evaluate(config: Config, workdir: str | os.PathLike) -> Report | AdmFigures 
       config: the run's settings.
       workdir: the run's directory; `report.json` and `samples.png` are written there, and the
         teacher's samples for the next evaluation, `teacher_samples.npz`.
+      header: whether to say first where it is and what comes; training has said it.
 
     Returns:
       The report, which is also printed as a table.
@@ -38,7 +42,11 @@ def evaluate(config: Config, workdir: str | os.PathLike) -> Report | AdmFigures 
     data = shape_of(config, source)
     systems = Systems.of(config, data, getattr(source, "null", None))
     Sizes(systems, source).check_evaluation()
-    bench = Bench(config, source, data, config_judge(config, source, workdir))
+    if header:
+        say_header(systems, workdir, "report.json, samples.png")
     teacher = load_teacher(config, data, workdir)
     student = load_student(config, data, workdir)
-    return compare(bench, systems, teacher, student, workdir, keep=True)
+    bench = Bench(config, source, data, config_judge(config, source, workdir))
+    report = compare(bench, systems, teacher, student, workdir, keep=True)
+    say_next(workdir, "samples.png")
+    return report

@@ -130,6 +130,7 @@ def evaluate_images(config: Config, workdir: str | os.PathLike) -> TextReport | 
             "pictures of two seeds or more of a prompt for diversity_features"
         )
     report = TextReport(**figures, protocol=protocol)
+    workdir.mkdir(parents=True, exist_ok=True)
     report.write(workdir / _REPORT)
     logging.info("\n%s\n", report.table())
     logging.info("wrote %s", workdir / _REPORT)

@@ -74,6 +74,7 @@ def export(config: Config, workdir: str | os.PathLike) -> list[epath.Path]:
         "piflow_jax": json.dumps(student_spec(config, data)),
         "policy_config": json.dumps(row.official(config.policy, config.train)),
     }
+    workdir.mkdir(parents=True, exist_ok=True)
     paths = []
     module = student.module
     if student.adapted:

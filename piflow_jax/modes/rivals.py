@@ -301,7 +301,7 @@ class _Comparison:
         wall = time.perf_counter() - began
         rows = []
         for nfe, sampler, params in self._samplers(method, config, place):
-            samples, seconds = bench.sample(sampler, params)
+            samples, seconds = bench.sample(sampler, params, f"{name}, {nfe} NFE")
             ends = reference if method.follows(nfe) else None
             row = dataclasses.asdict(bench.row(name, nfe, samples, seconds, ends))
             del row["system"]
@@ -330,7 +330,8 @@ class _Comparison:
         teacher, systems = load_teacher(config, data, self._workdir), Systems.of(config, data)
         rows, reference = [], None
         for steps in reversed(config.evaluation.teacher_steps):
-            samples, seconds = bench.sample(systems.teacher_sampler(steps), teacher)
+            sampler = systems.teacher_sampler(steps)
+            samples, seconds = bench.sample(sampler, teacher, f"teacher, {steps} NFE")
             rows.append(
                 dataclasses.asdict(bench.row("teacher", steps, samples, seconds, reference))
             )

@@ -12,6 +12,7 @@ from piflow_jax.distillation.sizes import Sizes
 from piflow_jax.evaluation import as_pictures, save_grid
 from piflow_jax.loading.runs import data_shape, load_system
 from piflow_jax.modes.autoencoder import check_autoencoder, load_autoencoder, pixel_sampler
+from piflow_jax.modes.header import say_header
 from piflow_jax.modes.sample_prompts import sample_prompts
 from piflow_jax.runs.workdir import user_path
 from piflow_jax.systems.assembly import Systems
@@ -23,7 +24,7 @@ __all__ = ["sample"]
 def sample(config: Config, workdir: str | os.PathLike) -> epath.Path | list[epath.Path]:
     """Writes `<workdir>/student.png`, one row per class; of prompts see `sample_prompts`.
 
-    With `config.evaluation.system` it is `teacher.png`.
+    With `config.evaluation.system` it is `teacher.png`; of another seed `student-seed7.png`.
 
     Args:
       config: the run's settings; `config.evaluation.seed` chooses the noise, `grid_classes` the
@@ -54,6 +55,9 @@ def sample(config: Config, workdir: str | os.PathLike) -> epath.Path | list[epat
     number = settings.grid_samples * len(names)
     systems = Systems.of(config, data, getattr(source, "null", None))
     Sizes(systems, source).check_sampling(number)
+    from_seed = f"-seed{settings.seed}" if settings.seed else ""
+    path = user_path(workdir) / f"{settings.system}{from_seed}.png"
+    say_header(systems, workdir, path.name)
     sampler = systems.sampler()
     if row.latents:
         autoencoder = load_autoencoder(config)
@@ -62,10 +66,11 @@ def sample(config: Config, workdir: str | os.PathLike) -> epath.Path | list[epat
         params = (load_system(config, data, workdir), autoencoder.params)
     else:
         params = load_system(config, data, workdir)
-    run = index_sampler(config, data, sampler, conditions, number)
+    run = index_sampler(config, data, sampler, conditions, number, settings.system)
     images = as_pictures(run(params, number))
-    path = user_path(workdir) / f"{settings.system}.png"
     if jax.process_index() == 0:
+        path.parent.mkdir(parents=True, exist_ok=True)
         save_grid(path, [(name, images[i :: len(names)]) for i, name in enumerate(names)])
         logging.info("wrote %s: %d samples in %.2f s", path, len(images), run.seconds)
+        logging.info("next: other samples by --config.evaluation.seed=%d", settings.seed + 1)
     return path

@@ -21,6 +21,7 @@ from piflow_jax.loading.runs import load_initial, load_teacher, student_dir
 from piflow_jax.modes.adm import load_reference
 from piflow_jax.modes.autoencoder import check_autoencoder, load_autoencoder
 from piflow_jax.modes.evaluate import evaluate
+from piflow_jax.modes.header import say_header
 from piflow_jax.modes.look import student_look
 from piflow_jax.parallel import config_mesh
 from piflow_jax.runs.checkpoint import CheckpointError
@@ -70,10 +71,14 @@ def _train(config: Config, workdir: str | os.PathLike) -> None:
             "variant datafree), or prepare the set from a list with images and config.data.vae"
         )
     Sizes(systems, source).check_run()
+    given = config.teacher.checkpoint or config.teacher.weights
+    stages = f"student ({config.train.steps:,} steps)"
+    if not given:
+        stages = f"teacher ({config.teacher.steps:,} steps), {stages}"
+    say_header(systems, workdir, stages + (", figures and samples" if row.by_class else ""))
     judge = None
     if pixels:
         judge = open_judge(source, workdir, config.evaluation, row.features)
-    given = config.teacher.checkpoint or config.teacher.weights
     if given:
         logging.info("teacher: given, %s", given)
     elif not row.by_class:
@@ -94,7 +99,7 @@ def _train(config: Config, workdir: str | os.PathLike) -> None:
     if not row.by_class:
         logging.info("trained; --mode=sample draws its pictures, --mode=evaluate measures them")
     elif judge or (row.latents and config.evaluation.features):
-        evaluate(config, workdir)
+        evaluate(config, workdir, header=False)
     elif pixels:
         logging.info("trained; --mode=sample draws its pictures")
     else:

@@ -176,6 +176,8 @@ def run_stage(
             shardings = jax.tree.map(lambda _: replicated(mesh), abstract)
         else:
             shardings = stage.shardings(abstract)
+        if (checkpointer.latest_step() or 0) < stage.steps:
+            logging.info("%s: %s steps; compiling", stage.name, f"{stage.steps:,}")
         state, step, changes = _first_state(stage, checkpointer, abstract, shardings)
         if step < stage.steps:
             checkpointers = [checkpointer]
@@ -357,6 +359,8 @@ class _Loop:
         """The step, compiled for batches of this shape, and the FLOPs of its networks."""
         shapes = tuple(leaf.shape for leaf in jax.tree.leaves(batch))
         if shapes not in self._programs:
+            if self._programs:
+                self._writer.say(f"{self._stage.name}  compiling for batches of another shape")
             with self._monitor.aside() if self._programs else contextlib.nullcontext():
                 self._programs[shapes] = self._compile(state, batch)
         return self._programs[shapes]
@@ -467,6 +471,7 @@ class _Loop:
     def _save(self, step: int, state: TrainState) -> None:
         self._save_to(step, state, self._checkpointer)
         self._last_saved = step
+        self._writer.say(f"{self._stage.name}  checkpoint of step {step:,}")
 
     def _save_to(
         self,

@@ -21,6 +21,7 @@ import numpy as np
 from absl import logging
 from etils import epath
 
+from piflow_jax.progress import clock, live_line
 from piflow_jax.runs.spool import Spool
 from piflow_jax.runs.steps import cause
 from piflow_jax.runs.workdir import user_path
@@ -86,7 +87,7 @@ class MetricWriter:
             self._spool = Spool(self._directory)
             self._spool.fetch("metrics.jsonl")
             self._lines = _open_lines(self._spool.here / "metrics.jsonl", first_step)
-        self._bar = _progress_bar(stage, first_step, total_steps) if sys.stderr.isatty() else None
+        self._bar = live_line(stage, first_step, total_steps)
         self._printed = first_step
         self._rate = _Rate()
         # One worker: events stay in order, and behind the opening of their file.
@@ -280,36 +281,8 @@ class _Rate:
         return (end - start) / (last_step - step)
 
 
-def clock(seconds: float) -> str:
-    """A duration as people write it.
-
-    Args:
-      seconds: the duration.
-
-    Returns:
-      Such as `0:38`, `12:05` or `1:02:03`.
-    """
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
-
-
 def _step_time(seconds: float) -> str:
     return f"{seconds * 1e3:.3g} ms/step" if seconds < 1 else f"{seconds:.3g} s/step"
-
-
-def _progress_bar(stage: str, first_step: int, total_steps: int):
-    from tqdm import tqdm
-
-    return tqdm(
-        desc=stage,
-        initial=first_step,
-        total=total_steps,
-        dynamic_ncols=True,
-        mininterval=0.2,
-        bar_format="{desc}  {n_fmt}/{total_fmt} |{bar:20}| {postfix}",
-        file=sys.stderr,
-    )
 
 
 def _open_lines(path: epath.Path, first_step: int):

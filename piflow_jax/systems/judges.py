@@ -27,6 +27,7 @@ from piflow_jax.evaluation.feature_training import recipe_for, stored_arrays, tr
 from piflow_jax.evaluation.features import FeatureNetwork, load_features
 from piflow_jax.evaluation.kept import read_kept
 from piflow_jax.parallel import batch_sharding, local_mesh, replicated
+from piflow_jax.progress import Progress, tracked
 from piflow_jax.systems.datasets import dataset
 from piflow_jax.whole_files import replacing
 
@@ -48,7 +49,6 @@ _BATCH = 512
 # Least data for training a feature network: sites per side, images, and mean images per class.
 _SMALLEST_SIDE, _LEAST_IMAGES, _LEAST_OF_A_CLASS = 8, 256, 8
 _IMAGES_PER_DEVICE = 64  # images that Inception takes at a time
-_LOG_EVERY = 200  # training steps of a feature network
 
 
 class Judge(Protocol):
@@ -83,7 +83,12 @@ class InceptionJudge:
         """See `Judge`; images are rounded to 8 bits and resized to 299x299."""
         pixels = to_uint8(images)
         pixels = np.broadcast_to(pixels, (*pixels.shape[:-1], 3))
-        return self._network.activations(np.ascontiguousarray(pixels)).pool
+        batches = (pixels[first : first + _BATCH] for first in range(0, len(pixels), _BATCH))
+        found = [
+            self._network.activations(np.ascontiguousarray(batch)).pool
+            for batch in tracked(batches, "features of Inception", len(pixels))
+        ]
+        return np.concatenate(found)
 
 
 def described(judge: Judge) -> str:
@@ -275,11 +280,8 @@ def _made(source: Source) -> tuple[str, dict[str, np.ndarray]]:
             "features: training a network on %d images for %d steps", len(source), recipe.steps
         )
 
-        def on_step(step):
-            if step % _LOG_EVERY == 0:
-                logging.info("features: step %d of %d", step, recipe.steps)
-
-        params = train_network(source, recipe, on_step=on_step)
+        with Progress("features: training", recipe.steps) as progress:
+            params = train_network(source, recipe, on_step=lambda step: progress.advance())
         arrays = stored_arrays(params, (images for images, _ in _real_batches(source)), recipe)
         if np.isfinite(arrays["mean"]).all() and (arrays["scale"] > 0).all():
             return f"a network trained on {source.name!r}", arrays

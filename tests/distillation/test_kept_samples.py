@@ -30,9 +30,9 @@ def made(monkeypatch):
     """Of each sampler that runs, its number."""
     asked, sample = [], Bench.sample
 
-    def counted(self, sampler, params):
+    def counted(self, sampler, params, name):
         asked.append(sampler)
-        return sample(self, sampler, params)
+        return sample(self, sampler, params, name)
 
     monkeypatch.setattr(Bench, "sample", counted)
     return asked

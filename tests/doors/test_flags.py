@@ -230,6 +230,10 @@ REFUSED_NAMES = [
     ("x" * 5000, "does not exist or cannot be read"),
     ("\udcff.py", "does not exist or cannot be read"),
     ("/dev/null", "/dev/null is no config file"),
+    # From another directory than the checkout's.
+    ("digit", r"one of digits, fashion_mnist, .*'digit' does not exist .*; did you mean digits\?"),
+    ("configs/digits.py", r"'configs/digits.py' does not exist .*; did you mean digits\?"),
+    ("digits:guide", r"digits.py: there are the variants .*, not 'guide'; did you mean guided\?"),
     (f"{TINY}:gm", "tiny.py has no variants, got 'gm'"),
     *(
         (f"{ROOT}/configs/{name}.py:{variant}x", f"not '{variant}x'; did you mean {variant}?")
@@ -244,6 +248,15 @@ REFUSED_NAMES = [
 @pytest.mark.parametrize(("name", "words"), REFUSED_NAMES)
 def test_names_of_config_files_that_are_refused(refused, name, words):
     refused(words, f"--config={name}", "--workdir=run")
+
+
+def test_a_config_that_ships_with_the_package_is_found_by_its_name(settings):
+    assert settings("--config=digits").policy.kind == "gm"
+    assert settings("--config=digits:dx").policy.kind == "dx"
+    Path("digits").mkdir()  # a work directory of this name is no config file
+    assert settings("--config=digits:dx").policy.kind == "dx"
+    Path("mnist").write_text("def get_config():\n  return {'seed': 3}")
+    assert settings("--config=mnist").seed == 3
 
 
 def test_a_config_file_is_read_anew_and_may_have_a_colon_in_its_path(settings):

@@ -57,7 +57,7 @@ def start(workdir, mode="train", **changes):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(command.processes, "start", lambda settings: None)
         patch.setattr(command, "_refuse", lambda text, code: said.append(f"error: {text}") or code)
-        patch.setattr(sys.modules["piflow_jax.modes.train"], "evaluate", lambda *_: None)
+        patch.setattr(sys.modules["piflow_jax.modes.train"], "evaluate", lambda *_, **__: None)
         try:
             return command.run(mode, config, workdir), "\n".join(said)
         finally:
@@ -329,6 +329,13 @@ def test_what_sampling_does_not_do_is_said(run, changes, says):
     ended, said = start(run, "sample", evaluation__grid_samples=2, **changes)
     assert ended == 0
     assert "note: " not in said if says is None else re.search(says, said), said
+
+
+def test_samples_of_other_seeds_are_other_files(run):
+    for seed in (0, 5):
+        assert start(run, "sample", evaluation__grid_samples=2, evaluation__seed=seed)[0] == 0
+    student, other = run / "student.png", run / "student-seed5.png"
+    assert student.read_bytes() != other.read_bytes()
 
 
 def test_the_settings_of_training_are_the_runs(made):

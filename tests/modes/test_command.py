@@ -1,6 +1,7 @@
 """What is common to all modes: what they check before they start, and how they say no."""
 
 import builtins
+import dataclasses
 
 import jax
 import pytest
@@ -58,6 +59,28 @@ def refusal(capsys, mode, config, workdir):
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1
     return error
+
+
+@pytest.mark.parametrize("mode", ["train", "evaluate", "sample"])
+def test_ctrl_c_is_one_sentence(tmp_path, capsys, monkeypatch, mode):
+    def interrupted(config, workdir):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command.processes, "start", lambda settings: None)
+    row = dataclasses.replace(command.MODES[mode], run=interrupted)
+    monkeypatch.setitem(command.MODES, mode, row)
+    assert command.run(mode, tiny.get_config(), tmp_path) == 130
+    error = capsys.readouterr().err
+    assert error.startswith("error: stopped by Ctrl-C; what was saved stays")
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("mode", ["sample", "evaluate", "export"])
+def test_what_reads_a_run_makes_no_directory(tmp_path, capsys, monkeypatch, mode):
+    monkeypatch.setattr(command.processes, "start", lambda settings: None)
+    assert command.run(mode, tiny.get_config(), tmp_path / "nowhere") == 1
+    assert "nowhere" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_prompt_in_place_of_a_list_is_refused_in_a_sentence(tmp_path, capsys, monkeypatch):

@@ -12,8 +12,9 @@ import jax
 import numpy as np
 import pytest
 
+from piflow_jax.progress import clock
 from piflow_jax.runs import metrics
-from piflow_jax.runs.metrics import MetricWriter, clock
+from piflow_jax.runs.metrics import MetricWriter
 
 
 class FakeEvents:

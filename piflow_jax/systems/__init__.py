@@ -1,0 +1,1 @@
+"""What can be chosen, as tables: networks, policies, conditions, data sets and judges."""
