@@ -1,10 +1,10 @@
-"""Counts lines of code: those that hold more than documentation, comments and blanks.
+"""Counts lines of code, without documentation, comments and blank lines.
 
     python tools/code_lines.py                          # piflow_jax by folder
     python tools/code_lines.py --against=81be43c        # and how many there were then
     python tools/code_lines.py piflow_jax tests tools   # several roots
 
-A string that is a statement of its own is documentation, wherever it stands.
+A string that is a statement by itself counts as documentation.
 """
 
 import argparse
@@ -24,7 +24,7 @@ BLANK |= {tokenize.ENDMARKER}
 
 
 def code_lines(source: str) -> int:
-    """How many lines of a module's source hold code."""
+    """Number of lines of a module's source that have code."""
     documentation = {
         line
         for node in ast.walk(ast.parse(source))
@@ -50,7 +50,7 @@ def by_folder(files: Iterable[tuple[PurePosixPath, str]]) -> Counter[str]:
 
 
 def now(root: Path, names: Sequence[str]) -> Counter[str]:
-    """The lines that stand in the working tree."""
+    """Lines of the working tree."""
     paths = [path for name in names for path in sorted((root / name).rglob("*.py"))]
     return by_folder(
         (PurePosixPath(path.relative_to(root)), path.read_text(encoding="utf-8")) for path in paths
@@ -58,7 +58,7 @@ def now(root: Path, names: Sequence[str]) -> Counter[str]:
 
 
 def then(root: Path, names: Sequence[str], revision: str) -> Counter[str]:
-    """The lines that stood in a revision; a root that it lacks had none."""
+    """Lines of a revision; a root that it lacks has none."""
 
     def git(*arguments: str) -> bytes:
         command = ["git", "-C", str(root), *arguments]

@@ -5,11 +5,11 @@
     python tools/collect_reports.py --check    # exit 1 if they are not what the reports say
 
 A report's file is called `<config>_<variant>_seed<k>.json`, as in `digits_gm_2nfe_seed1.json`.
-What `--mode=compile` wrote is called `compile_<variant>-<anything>.json`, as in
-`compile_gm_repa-v5e_4x4.json`, and makes the table of `docs/imagenet.md`; those of FLUX.1 and
-Qwen-Image lie in `docs/results/text_to_image/` as `<network>-<step or sampling>-<anything>.json`
-and make the table of `docs/text_to_image.md`. The output is a pure function of the files. It takes
-the standard library only.
+Reports of `--mode=compile` are called `compile_<variant>-<anything>.json`, as in
+`compile_gm_repa-v5e_4x4.json`. They make the table of `docs/imagenet.md`. Those of FLUX.1 and
+Qwen-Image are in `docs/results/text_to_image/` as `<network>-<step or sampling>-<anything>.json`,
+and make the table of `docs/text_to_image.md`. The output is a pure function of the files. The
+script needs the standard library only.
 """
 
 import argparse
@@ -29,7 +29,7 @@ TEXT_NAME = re.compile(r"(?P<network>flux|qwen_image)-(?P<program>step|sampling)
 COMPILED_BEGIN, COMPILED_END = "<!-- compile:begin -->", "<!-- compile:end -->"
 MAIN_VARIANT = "gm"
 README_CONFIG = "digits"  # the one table of README.md; all others are in docs/results.md
-# Seeds of a variant may differ in these and in nothing else that figures depend on.
+# Seeds of a variant may differ in these, and in nothing else that figures depend on.
 FREE_PROTOCOL = ("seed", "device", "jax", "version", "commit")
 
 HEAD = """\
@@ -134,7 +134,7 @@ def _check_comparable(name: str, seeds: dict[int, Report]) -> None:
 
 
 def load_compiled(directory: Path) -> list[tuple[str, Report]]:
-    """Reads what `--mode=compile` wrote.
+    """Reads the reports of `--mode=compile`.
 
     Args:
       directory: where the JSON files lie.
@@ -199,7 +199,7 @@ def compiled_row(variant: str, report: Report) -> list[str]:
 
 
 def compiled_block(reports: Sequence[tuple[str, Report]]) -> str:
-    """What stands between the markers of `docs/imagenet.md`."""
+    """The text between the markers of `docs/imagenet.md`."""
     if not reports:
         return "No step has been compiled yet.\n"
     head = ["variant", "slice", "devices", "batch per device, in parts", "remat", "first moment"]
@@ -218,7 +218,7 @@ def compiled_block(reports: Sequence[tuple[str, Report]]) -> str:
 
 
 def load_text_compiled(directory: Path) -> list[tuple[str, str, Report]]:
-    """Reads what `--mode=compile` and `--mode=compile_sampling` wrote of networks that read text.
+    """Reads the reports of `--mode=compile` and `--mode=compile_sampling` for text networks.
 
     Args:
       directory: where the JSON files lie.
@@ -246,7 +246,7 @@ def load_text_compiled(directory: Path) -> list[tuple[str, str, Report]]:
 
 
 def text_compiled_row(network: str, program: str, report: Report) -> list[str]:
-    """Cells of one compiled program of a network that reads text."""
+    """Cells of one compiled program of a text network."""
     memory, flops, shares = report["memory_bytes"], report["flops"], report["cycles"]["shares"]
     fits = "" if memory["peak"] <= memory["chip"] else ", does not fit"
     parts = f" in {report['microbatches']}" if "microbatches" in report else ""
@@ -265,7 +265,7 @@ def text_compiled_row(network: str, program: str, report: Report) -> list[str]:
 
 
 def text_compiled_block(reports: Sequence[tuple[str, str, Report]]) -> str:
-    """What stands between the markers of `docs/text_to_image.md`."""
+    """The text between the markers of `docs/text_to_image.md`."""
     if not reports:
         return "No program has been compiled yet.\n"
     head = ["network", "program", "slice", "mesh", "images, in parts", "GiB per device"]
@@ -404,7 +404,7 @@ def results_page(reports: dict[str, dict[str, dict[int, Report]]]) -> str:
 
 
 def readme_block(reports: dict[str, dict[str, dict[int, Report]]]) -> str:
-    """What stands between the markers of `README.md`."""
+    """The text between the markers of `README.md`."""
     seeds = reports.get(README_CONFIG, {}).get(MAIN_VARIANT)
     if seeds is None:
         return "No report has been collected yet.\n"
@@ -436,13 +436,13 @@ def readme_block(reports: dict[str, dict[str, dict[int, Report]]]) -> str:
 
 
 def render(root: Path) -> dict[Path, str]:
-    """Texts of the files that the reports decide, by path.
+    """Texts of the files that depend on the reports, by path.
 
     Args:
       root: the repository.
 
     Returns:
-      `docs/results.md`, `README.md`, `docs/imagenet.md` and, where there is something for it,
+      `docs/results.md`, `README.md`, `docs/imagenet.md` and, if it has reports,
       `docs/text_to_image.md`.
 
     Raises:

@@ -4,8 +4,8 @@
     python tools/collect_rivals.py             # rewrite the tables and the pictures
     python tools/collect_rivals.py --check     # exit 1 if the tables are not what the reports say
 
-The tables stand between markers and are a pure function of the files `docs/results/rivals_*.json`;
-pictures take matplotlib. What methods are called stands in their rows, in `piflow_jax/rivals`.
+The tables are between markers and are a pure function of the files `docs/results/rivals_*.json`.
+Pictures need Matplotlib. Methods have their names in their rows, in `piflow_jax/rivals`.
 """
 
 import argparse
@@ -34,7 +34,7 @@ def load(path: Path) -> Report:
     """Reads a comparison, its rows with their figures among the other keys.
 
     Args:
-      path: what `--mode=rivals` wrote.
+      path: a file of `--mode=rivals`.
 
     Returns:
       The report.
@@ -59,7 +59,7 @@ def load(path: Path) -> Report:
 
 
 def name_of(method: str) -> str:
-    """A method as people call it; what it was trained for stands in a column of its own."""
+    """The usual name of a method; the evaluations that it was trained for have their own column."""
     row = find_method(method)
     return row.title + (" + teacher's time" if row.credit else "")
 
@@ -121,7 +121,7 @@ def ablation(reports: dict[str, Report]) -> list[str]:
 
 
 def blocks(root: Path) -> dict[str, str]:
-    """What stands between the markers of the page, by name."""
+    """The texts between the markers of the page, by name."""
     results, texts, reports = root / "docs" / "results", {}, {}
     for data in DATA_SETS:
         path = results / f"rivals_{data}.json"

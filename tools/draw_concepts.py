@@ -2,8 +2,8 @@
 
     python tools/draw_concepts.py            # writes docs/images/concept_*.png; a minute on a core
 
-`examples/plane.py` is run, and its networks, policies and rollouts are what is drawn. Intervals are
-the package's own. Needs `pip install -e ".[notebooks]"` (Matplotlib).
+The script runs `examples/plane.py` and draws its networks, policies and rollouts. Intervals are
+those of the package. Needs `pip install -e ".[notebooks]"` (Matplotlib).
 """
 
 import runpy
@@ -47,7 +47,7 @@ def path_of(velocity, x: jax.Array, steps: int = 128) -> np.ndarray:
 
 
 def plane(ax, names: Mapping[str, Any], title: str) -> None:
-    """The teacher's six modes, and the frame that all panels have in common."""
+    """The teacher's six modes, and the common frame of all panels."""
     ax.plot(*names["centres"].T, "o", ms=13, mfc="none", mec="0.6", zorder=0)
     ax.set(xlim=(-LIMIT, LIMIT), ylim=(-LIMIT, LIMIT), aspect="equal", xticks=[], yticks=[])
     ax.set_title(title, fontsize=10)
@@ -74,7 +74,7 @@ def draw_trajectories(names: Mapping[str, Any]):
 def component_weights(policy, states: np.ndarray, times: np.ndarray) -> np.ndarray:
     """Weights `[T, K]` of a policy's components at the states `[T, 2]` of one sample.
 
-    They are the formulas of docs/method.md as they stand there, in float64.
+    This computes the formulas of docs/method.md literally, in float64.
     """
     means = np.asarray(policy.offsets + policy.center[:, None], np.float64)[0]
     variance, s = float(policy.variance[0]), float(policy.sigma_src[0])
@@ -88,7 +88,7 @@ def component_weights(policy, states: np.ndarray, times: np.ndarray) -> np.ndarr
 
 
 def draw_mixture(names: Mapping[str, Any]):
-    """What one evaluation predicts for one noise, and which component leads when."""
+    """The prediction of one evaluation for one noise, and the leading component over time."""
     start = jnp.array([[0.25, 0.35]])
     policy = names["policy_at"](names["params"], start, jnp.ones(1))
     path, times = path_of(policy.velocity, start)[:-1, 0], np.linspace(1, 0, 129)[:-1]
@@ -111,7 +111,7 @@ def draw_mixture(names: Mapping[str, Any]):
 
 
 def draw_imitation(names: Mapping[str, Any]):
-    """Who walks to the states where the teacher is asked, by the share of trajectory mixing."""
+    """How policy and teacher share the way to the queried states, by the mixing ratio."""
     del names
     figure, ax = plt.subplots(figsize=(9, 3), layout="constrained")
     states, window, one = 3, 0.08, jnp.ones(1)

@@ -1,10 +1,10 @@
 """Runs every notebook from a clean kernel, as on a fresh machine.
 
-    python tools/run_notebooks.py            # fails when a cell does, or when outputs are missing
-    python tools/run_notebooks.py --write    # and puts the outputs into the files
+    python tools/run_notebooks.py            # fails if a cell fails or outputs are missing
+    python tools/run_notebooks.py --write    # also writes the outputs into the files
 
-Notebooks run in a temporary copy, one after the other: those that train share what the first has
-trained. Needs `pip install -e ".[notebooks]"`.
+Notebooks run in a temporary copy, one after the other, and share the runs that the first one
+trains. Needs `pip install -e ".[notebooks]"`.
 """
 
 import argparse
@@ -30,7 +30,7 @@ def pictures(notebook) -> int:
 
 
 def faults(path: Path) -> list[str]:
-    """What is wrong with the outputs that a notebook was committed with."""
+    """Faults of the outputs in a committed notebook."""
     notebook = nbformat.read(path, as_version=4)
     counts = [cell.execution_count for cell in notebook.cells if cell.cell_type == "code"]
     found = []
@@ -48,7 +48,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--write", action="store_true", help="put the outputs into the files")
     write = parser.parse_args(arguments).write
-    # As the tests: with libtpu installed and no TPU, JAX would look for one and fail.
+    # As in the tests: with libtpu installed and no TPU, JAX would look for one and fail.
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     # Compiles in half the time, for programs that run for seconds; not for times that are kept. An
     # XLA of another version may not know the flag, and ends at it.

@@ -10,7 +10,7 @@ from typing import Any
 
 from latex2mathml.converter import convert
 
-# What `pymdownx.arithmatex` leaves with `generic: true`.
+# The form in which `pymdownx.arithmatex` leaves formulas with `generic: true`.
 FORMULA = re.compile(
     r'<(?P<tag>span|div) class="arithmatex">\\[(\[](?P<latex>.*?)\\[)\]]</(?P=tag)>', re.S
 )

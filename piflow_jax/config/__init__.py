@@ -1,4 +1,4 @@
-"""What a configuration may say: one schema, checked before anything is compiled.
+"""Configurations: one schema, checked before anything is compiled.
 
 `configs/*.py` fill an `ml_collections.ConfigDict` made by `base_config`; `parse` turns it into
 frozen dataclasses, or refuses it with the key and the allowed range. Each field's metadata is its

@@ -1,4 +1,4 @@
-"""A config file, and the words of a command line that override its keys."""
+"""Config files, and the words of a command line that override their keys."""
 
 import ast
 import glob
@@ -27,14 +27,14 @@ from piflow_jax.config.schema import Config
 
 __all__ = ["load_config", "override"]
 
-# `--config.key=value` or `--config.key value`; of a switch, `--config.key` or `--noconfig.key`.
+# `--config.key=value` or `--config.key value`; for a switch, `--config.key` or `--noconfig.key`.
 _OVERRIDE = re.compile(r"--?(?P<no>no)?(?P<key>config\.[^=]*)(=(?P<text>.*))?", re.DOTALL)
 # The module of a config file, by the name that dataclasses and pickle look it up.
 _MODULE = "piflow_jax_config_file"
 
 
 def load_config(name: str) -> ml_collections.ConfigDict:
-    """Loads a config file: what its function `get_config` returns.
+    """Loads a config file and calls its function `get_config`.
 
     Args:
       name: the file's path, or the name of one that ships with the package, such as `digits`; a
@@ -70,7 +70,7 @@ def load_config(name: str) -> ml_collections.ConfigDict:
 
 
 def _split(name: str) -> tuple[str, tuple[str, ...]]:
-    """The path of a config file, which may have colons, and the variant behind it, if any."""
+    """The path of a config file, which may contain colons, and the variant after it, if any."""
     ends = [len(name), *(match.start() for match in re.finditer(":", name))]
     for end in ends:
         path = name[:end]
@@ -107,7 +107,7 @@ def _stem(path: str) -> str:
 
 
 def _run(path: str, call: Callable[[], Any]) -> Any:
-    """Runs a part of a config file; where that fails, the line is all that its author needs."""
+    """Runs a part of a config file; the message of a failure has the line."""
     try:
         return call()
     except ConfigError as error:
@@ -125,15 +125,15 @@ def _run(path: str, call: Callable[[], Any]) -> Any:
 def override(
     config: ml_collections.ConfigDict, words: Iterable[str], known_flags: Iterable[str] = ()
 ) -> None:
-    """Sets keys of a configuration as a command line says; of a key given twice, the last counts.
+    """Sets keys of a configuration from a command line; if a key is given twice, the last counts.
 
-    A text that is no value of a key's type is set as it is, for `parse` to refuse. Where another
-    network is chosen, what the file says of its own is dropped.
+    A text that is no value of a key's type is set unchanged, and `parse` refuses it. If another
+    network is chosen, the file's settings of its own network are dropped.
 
     Args:
       config: the configuration, which is changed.
-      words: of the command line, but for the program's name and flags that are no keys.
-      known_flags: names of the latter, which others may have been meant for.
+      words: the command line without the program's name and without flags that are no keys.
+      known_flags: names of these flags, to suggest one of them for an unknown word.
 
     Raises:
       ConfigError: a word is no override, its key is unknown, or lacks a value.
@@ -198,7 +198,7 @@ _READERS = {
 
 
 def _value(text: str, hint: Any) -> Any:
-    """The value of a type that a text stands for; the text where it stands for none."""
+    """The value of a type that a text stands for, or the text if it stands for none."""
     read = _READERS.get(typing.get_origin(hint) or hint, ast.literal_eval)
     try:
         return read(text)

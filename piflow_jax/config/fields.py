@@ -18,7 +18,7 @@ def config_field(
 ):
     """A config field with its documentation and its allowed values (bounds are inclusive).
 
-    `high` is the end of what has a meaning, `most` of what can be computed.
+    Values above `high` have no meaning, and values above `most` cannot be computed.
     """
     metadata = dict(
         doc=doc,

@@ -1,4 +1,4 @@
-"""The schema of networks: the settings of each, and what all of them have."""
+"""The schema of networks: the settings of each, and those that all of them have."""
 
 import dataclasses
 from typing import ClassVar
@@ -11,8 +11,8 @@ class NetworkConfig:
     """The settings of one network. A network that is not in the table has its settings in code.
 
     Attributes:
-      whole: a device holds all of it, and draws samples on its own.
-      blocks: its own parameters are trained, and those of `blocks` are matrices for Muon.
+      whole: a device holds the whole network and draws samples alone.
+      blocks: the network's own parameters are trained, and those in `blocks` are matrices for Muon.
     """
 
     whole: ClassVar[bool] = True
@@ -23,10 +23,10 @@ class NetworkConfig:
         return {}
 
     def check(self, key: str) -> str | None:
-        """What is wrong with values that are possible alone and not together; `key` is the group's.
+        """Finds values that are possible alone and contradict each other; `key` is the group's.
 
         Returns:
-          A sentence, or None.
+          A sentence that names them, or None.
         """
         del key
         return None
@@ -163,6 +163,6 @@ class ModelConfig:
 
     @property
     def own(self) -> NetworkConfig:
-        """The settings of the network that is chosen."""
+        """The settings of the chosen network."""
         own = vars(self).get(self.network)
         return own if isinstance(own, NetworkConfig) else NetworkConfig()

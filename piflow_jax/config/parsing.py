@@ -1,4 +1,4 @@
-"""From a `ConfigDict` to the frozen schema, or to the refusal with the key and what is allowed."""
+"""Turns a `ConfigDict` into the frozen schema, or refuses it with key and allowed values."""
 
 import dataclasses
 import difflib
@@ -15,17 +15,17 @@ from piflow_jax.buckets import located
 from piflow_jax.config.networks import ModelConfig, NetworkConfig
 from piflow_jax.config.schema import Config
 
-# Of the tiles in which a TPU keeps matrices, whatever their type.
+# Rows of the tiles in which a TPU keeps matrices, whatever their type.
 _TILE_ROWS = 8
-# What JAX counts with.
+# The largest integer that JAX counts with.
 _LARGEST = 2**31 - 1
-# Of the normal numbers of float32.
+# Range of the normal numbers of float32.
 _TINIEST, _HIGHEST = 2.0**-126, (2 - 2.0**-23) * 2.0**127
-# Characters of a value in a message.
+# A message shows this many characters of a value.
 _LONGEST = 200
-# Share of letters in common from which on words are taken for one another.
+# Words with at least this share of letters in common count as similar.
 _ALIKE = 0.6
-# Into which parameters are split where nothing is said; a power of two.
+# The largest number of parts of a parameter by default; a power of two.
 _MOST_PARTS = 16
 
 
@@ -52,8 +52,8 @@ def parse(
     """Checks a configuration and freezes it.
 
     Args:
-      config: what a config file made and flags changed.
-      num_devices: devices of all processes; None leaves them to `check_devices`.
+      config: the configuration of a config file, with the changes of flags.
+      num_devices: devices of all processes; with None, `check_devices` checks them later.
 
     Returns:
       The frozen configuration.
@@ -73,10 +73,10 @@ def check_group(cls: type, values: Any, name: str, *, complete: bool = True) -> 
     """Checks the values of one group of keys against its dataclass, and of the groups inside it.
 
     Args:
-      cls: the dataclass; metadata of its fields, where there is some, is that of the schema.
-      values: plain values by key, as a `ConfigDict` or JSON has them; lists are taken for tuples.
+      cls: the dataclass. If its fields have metadata, it is that of the schema.
+      values: plain values by key, as in a `ConfigDict` or JSON; lists count as tuples.
       name: of the group, such as `config.train`, for messages.
-      complete: whether every key must be there; keys that are not get their default otherwise.
+      complete: whether every key must be present; otherwise missing keys get their default.
 
     Returns:
       An instance of the dataclass.
@@ -111,7 +111,7 @@ def _check_group(cls: type, values: Any, name: str, complete: bool, types: dict[
 
 
 def key_types(cls: type, name: str) -> dict[str, Any]:
-    """Types by dotted key of a group's keys, and of those of the groups inside it."""
+    """Types by dotted key, of a group's keys and of the keys of the groups inside it."""
     types, hints = {}, typing.get_type_hints(cls)
     for field in dataclasses.fields(cls):
         key, hint = f"{name}.{field.name}", hints[field.name]
@@ -122,7 +122,7 @@ def key_types(cls: type, name: str) -> dict[str, Any]:
 
 
 def unknown_key(key: str, known: Collection[str]) -> ConfigError:
-    """The refusal of a dotted key, with the most similar of the known keys and all of its group."""
+    """The message for an unknown dotted key: the most similar one, and all keys of its group."""
     group = key
     while group and not any(other.startswith(f"{group}.") for other in known):
         group = group.rpartition(".")[0]
@@ -131,7 +131,7 @@ def unknown_key(key: str, known: Collection[str]) -> ConfigError:
 
 
 def check_variant(variant: str, variants: Collection[str]) -> None:
-    """Raises ConfigError for a variant of a config file that is none of them."""
+    """Raises ConfigError if a config file has no such variant."""
     if variant not in variants:
         raise ConfigError(
             f"there are the variants {', '.join(variants)}, not {variant!r}"
@@ -140,10 +140,10 @@ def check_variant(variant: str, variants: Collection[str]) -> None:
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """`; did you mean X?` of the known word most like another one; empty if none is like it.
+    """`; did you mean X?` with the most similar known word, or nothing if none is similar.
 
-    Dotted keys are alike if their last names are, or if the dots alone are wrong; of several, that
-    in the most similar group is meant.
+    Dotted keys are similar if their last names are, or if only the dots are wrong. Among several,
+    the one in the most similar group is chosen.
     """
 
     def likeness(other: str) -> tuple[float, float]:
@@ -211,7 +211,7 @@ def _parse_value(value: Any, hint: Any, allowed: types.MappingProxyType, key: st
 
 
 def _float(value: float, key: str) -> float:
-    """A number that is still one to float32, in which all is computed."""
+    """A number that float32, in which everything is computed, can represent."""
     try:
         value = float(value)
     except OverflowError:  # of a whole number
@@ -224,7 +224,7 @@ def _float(value: float, key: str) -> float:
 
 
 def _shown(value: Any) -> str:
-    """A value in a message: as it is written in Python, but no pages of it."""
+    """A value for a message: its Python form, cut if it is long."""
     try:
         text = repr(value)
     except ValueError:  # of a whole number with thousands of digits
@@ -238,13 +238,13 @@ def mesh_sizes(config: Config, num_devices: int, num_slices: int = 1) -> dict[st
     Args:
       config: the parsed configuration.
       num_devices: devices of all processes.
-      num_slices: TPU slices that they are of.
+      num_slices: TPU slices to which the devices belong.
 
     Returns:
       `data`, `fsdp` and `tensor`, whose product is the number of devices.
 
     Raises:
-      ConfigError: a size is 0, more than one is -1 (but for `data` with `fsdp`), they do not
+      ConfigError: a size is 0, more than one is -1 (except `data` with `fsdp`), they do not
         multiply to that number, or the slices do not divide `data`.
     """
     sizes = {axis: getattr(config.mesh, axis) for axis in ("data", "fsdp", "tensor")}
@@ -252,8 +252,8 @@ def mesh_sizes(config: Config, num_devices: int, num_slices: int = 1) -> dict[st
         if size == 0:
             raise ConfigError(f"config.mesh.{axis} must be at least 1, or -1 to fill, got 0")
     if sizes["data"] == sizes["fsdp"] == -1 and sizes["tensor"] > 0:
-        # Finer parts than whole tiles are padded, more than a few save little memory, and of groups
-        # as large as a slice the compiler makes worse programs, see docs/scaling.md.
+        # Parts smaller than a tile are padded, and many parts save little more memory. For groups
+        # as large as a slice, the compiler makes worse programs (docs/scaling.md).
         widths = dict(config.model.own.shared_widths())
         tiles, rest = divmod(widths.pop("hidden", 1), _TILE_ROWS)
         room = max(num_devices // (sizes["tensor"] * num_slices), 1)
@@ -286,12 +286,12 @@ def check_devices(
     num_slices: int = 1,
     groups: Collection[str] | None = None,
 ) -> dict[str, int]:
-    """Refuses a mesh and batches that do not fit the devices.
+    """Refuses a mesh or batches that do not fit the devices.
 
     Args:
       config: the parsed configuration.
       num_devices: devices of all processes.
-      num_processes: processes, which take turns in sampling, each on its own devices.
+      num_processes: number of processes. Each samples on its own devices.
       num_slices: see `mesh_sizes`.
       groups: those of `train`, `teacher` and `evaluation` whose batches are used; by default those
         of training.
@@ -341,7 +341,7 @@ def check_devices(
 
 
 def _check_together(config: Config) -> None:
-    """Refuses values that are possible alone and not together."""
+    """Refuses values that are possible alone and contradict each other."""
     model, train, teacher = config.model, config.train, config.teacher
     _check_other_networks(model)
     group = f"config.model.{model.network}"
@@ -390,7 +390,7 @@ def _check_together(config: Config) -> None:
 
 
 def _check_other_networks(model: ModelConfig) -> None:
-    """Refuses changed settings of a network that is not chosen."""
+    """Refuses changed settings of networks that are not chosen."""
     groups = {key: own for key, own in vars(model).items() if isinstance(own, NetworkConfig)}
     others = {key: own for key, own in groups.items() if own is not model.own}
     if len(others) == len(groups) and ":" not in model.network:

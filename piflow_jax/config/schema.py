@@ -6,7 +6,7 @@ from piflow_jax.config.fields import config_field as _field
 from piflow_jax.config.networks import ModelConfig
 
 _PLACES = ("split", "whole")
-# Seeds of the data's order are 64 bits, of which streams of their own take the last few.
+# Seeds of the data's order have 64 bits. Streams with own seeds use the last few of them.
 _SEED = {"low": 0, "most": 2**63 - 1}
 _SUBSTEPS = {"low": 1, "most": 2**16}  # more are none to float32
 _EVALUATIONS = {"low": 1, "most": 1024}

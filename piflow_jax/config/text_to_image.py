@@ -1,4 +1,4 @@
-"""What the recipes of FLUX.1 and Qwen-Image have in common (arXiv 2510.14974, section 5).
+"""The common part of the recipes of FLUX.1 and Qwen-Image (arXiv 2510.14974, section 5).
 
 It is not in `configs/`, because files there run by their path and from anywhere.
 """
@@ -13,11 +13,11 @@ VARIANTS = ("gm_4nfe", "gm_8nfe", "dx_4nfe", "datafree", "runlocal")
 
 
 def text_to_image(network: str, variant: str) -> ml_collections.ConfigDict:
-    """A configuration at full size, but for depth, guidance, number of steps and of states.
+    """A configuration at full size, without depth, guidance, and numbers of steps and states.
 
     Args:
       network: key of `config.model`.
-      variant: one of `VARIANTS`; of `runlocal` the program that `miniature` shrinks.
+      variant: one of `VARIANTS`; `runlocal` gives the program that `miniature` shrinks.
 
     Returns:
       The configuration.
@@ -81,7 +81,7 @@ def text_to_image(network: str, variant: str) -> ml_collections.ConfigDict:
 
 
 def miniature(config: ml_collections.ConfigDict) -> None:
-    """Shrinks all but the depth for two cores, and takes captions of ten kinds of digits."""
+    """Shrinks everything except the depth for two cores, with captions of ten kinds of digits."""
     config.data.name = "captioned_digits"
     own = config.model[config.model.network]
     own.hidden = 48
