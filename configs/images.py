@@ -24,12 +24,12 @@ Variants, as in `--config=configs/images.py:quick`:
     gm     Gaussian-mixture policy, 1 evaluation, for an accelerator (the default)
     quick  a small network for a first look on a CPU
 
-On the 2,000 tiles of `python -m benchmarks.picture_tiles FOLDER`, `quick` took 12 minutes 46
-seconds of CPU time for decoding, teacher, student, a feature space for these pictures, figures and
-a grid. This was 23 minutes on two cores that were shared with much other work (2026-11-29). In that
-feature space the student at 1 evaluation had a Frechet distance of 2.35, and its teacher 2.98 at 32
-and 25.0 at 1. Half of the data had 0.77 from the other half. A teacher so briefly trained shows its
-patches, and its student draws them as they are. The default variant has not been run.
+On the 2,000 tiles of `python -m benchmarks.picture_tiles FOLDER`, `quick` took 7 minutes 28 seconds
+on two cores (2026-11-29): decoding, teacher, student, a feature space for these pictures, figures
+and a grid. In that feature space the student at 1 evaluation had a Frechet distance of 2.35, and
+its teacher 2.98 at 32 and 25.0 at 1. Half of the data had 0.77 from the other half. A teacher so
+briefly trained shows its patches, and its student draws them as they are. The default variant has
+not been run.
 """
 
 import ml_collections
