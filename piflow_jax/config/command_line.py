@@ -82,9 +82,10 @@ def _split(name: str) -> tuple[str, tuple[str, ...]]:
         return shipped[path], tuple(variant)
     what = "is a directory" if os.path.isdir(path) else "does not exist or cannot be read"
     others = glob.glob(os.path.join(glob.escape(os.path.dirname(path)), "*.py"))
-    meant = nearest(_stem(path), map(_stem, others)) or nearest(
-        os.path.basename(_stem(path)), shipped
-    )
+    there = [_stem(other) for other in others]
+    if not os.path.dirname(path):
+        there += shipped
+    meant = nearest(_stem(path), there) or nearest(os.path.basename(_stem(path)), shipped)
     raise ConfigError(
         f"--config must name a config file, or one of {', '.join(shipped)}, which ship with the "
         f"package, but {path!r} {what}{meant}"

@@ -232,6 +232,7 @@ REFUSED_NAMES = [
     ("/dev/null", "/dev/null is no config file"),
     # From another directory than the checkout's.
     ("digit", r"one of digits, fashion_mnist, .*'digit' does not exist .*; did you mean digits\?"),
+    ("digts", r"did you mean digits\?"),
     ("configs/digits.py", r"'configs/digits.py' does not exist .*; did you mean digits\?"),
     ("digits:guide", r"digits.py: there are the variants .*, not 'guide'; did you mean guided\?"),
     (f"{TINY}:gm", "tiny.py has no variants, got 'gm'"),
@@ -247,6 +248,7 @@ REFUSED_NAMES = [
 
 @pytest.mark.parametrize(("name", "words"), REFUSED_NAMES)
 def test_names_of_config_files_that_are_refused(refused, name, words):
+    Path("edit.py").touch()  # also similar to "digts", but less so than "digits"
     refused(words, f"--config={name}", "--workdir=run")
 
 
