@@ -202,9 +202,19 @@ def warp(tau: Tensor, shift: float) -> Tensor:
 
 
 def rollout(
-    policy: GMPolicy, x: Tensor, start: Tensor, end: Tensor, shift: float, total: int
+    policy: GMPolicy,
+    x: Tensor,
+    start: Tensor,
+    end: Tensor,
+    shift: float,
+    total: int,
+    solver: str = "euler",
 ) -> Tensor:
-    """Euler steps from `start[B]` down to `end[B]`; a sample that has arrived stands still."""
+    """Steps from `start[B]` down to `end[B]`; a sample that has arrived stands still.
+
+    `multistep` is the two-step method of Adams and Bashforth.
+    """
+    before = previous = None
     count = ((start - end) * total).round().clamp(min=1)
     size = (start - end) / count
     for index in range(int(count.max().item())):
@@ -212,7 +222,14 @@ def rollout(
         sigma = warp(now, shift)
         after = warp((start - size * torch.clamp(count, max=index + 1)).clamp(min=0), shift)
         step = torch.where(index < count, after - sigma, 0)
-        x = x + _expand(step, x) * policy.velocity(x, sigma)
+        velocity = policy.velocity(x, sigma)
+        slope = 0
+        if solver == "multistep" and previous is not None:
+            gap = sigma - before
+            ratio = step / (2 * torch.where(gap == 0, torch.ones_like(gap), gap))
+            slope = _expand(ratio, x) * (velocity - previous)
+        x = x + _expand(step, x) * (velocity + slope)
+        before, previous = sigma, velocity
     return x
 
 
@@ -368,7 +385,7 @@ class Distillation:
         for index in range(train.num_states):
             with torch.no_grad():
                 end = (tau - lengths[:, index]).clamp(min=0)
-                x = rollout(detached, x, tau, end, train.shift, train.total_substeps)
+                x = rollout(detached, x, tau, end, train.shift, train.total_substeps, train.solver)
                 tau, sigma = end, warp(end, train.shift)
                 target = self.guided(x, sigma, labels)
             loss = loss + F.mse_loss(policy.velocity(x, sigma), target)

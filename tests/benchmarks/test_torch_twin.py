@@ -1,5 +1,6 @@
 """The PyTorch twin of the benchmarks does our work: loss, gradients and samples in float64."""
 
+import dataclasses
 import functools
 
 import jax
@@ -62,8 +63,10 @@ def networks(config, modules, params):
     return student, twin.from_flax(modules[1], params[1])
 
 
-def test_loss_and_gradients_are_ours(system):
+@pytest.mark.parametrize("solver", ["euler", "multistep"])
+def test_loss_and_gradients_are_ours(system, solver):
     config, modules, params, rng = system
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, solver=solver))
     images, noise = rng.standard_normal((2, BATCH, 4, 4, 3))
     labels = np.array([0, 4, 2])
     tau, student_u = np.array([0.9, 0.2, 0.6]), rng.uniform(size=(BATCH, 2))
