@@ -18,6 +18,7 @@ from piflow_jax.data import Source
 from piflow_jax.data.source import source_digest
 from piflow_jax.distillation.grids import class_names, index_sampler
 from piflow_jax.distillation.looks import Measure
+from piflow_jax.distillation.page import write_page
 from piflow_jax.evaluation import (
     Report,
     Row,
@@ -199,7 +200,8 @@ def compare(
       systems: teacher and student.
       teacher_params: the teacher's parameters.
       student_params: the student's.
-      workdir: the run's directory; process 0 writes `report.json` and `samples.png` there.
+      workdir: the run's directory; process 0 writes `report.html`, `report.json` and
+        `samples.png` there.
       keep: the teacher's samples at most evaluations are stored in `teacher_samples.npz` for the
         next comparison, because making them takes most of its time. For teachers that the settings
         describe.
@@ -258,7 +260,8 @@ def compare(
         rows = [(name, as_pictures(images[:count])) for name, images in grid]
         save_grid(workdir / "samples.png", rows, columns=_in_turn(bench.source, systems, count))
         logging.info("\n%s\n", report.table())
-        logging.info("wrote %s and %s", workdir / "report.json", workdir / "samples.png")
+        page = write_page(config, workdir, report)
+        logging.info("wrote %s, report.json and samples.png there", page)
     return report
 
 
@@ -294,7 +297,7 @@ def draw(
     if jax.process_index() == 0:
         path = user_path(workdir) / "samples.png"
         save_grid(path, rows, columns=_in_turn(source, systems, settings.grid_samples))
-        logging.info("wrote %s", path)
+        logging.info("wrote %s and %s", path, write_page(config, workdir, None))
 
 
 def _steps(checkpoint: str, workdir: epath.Path) -> dict[str, int | None]:

@@ -98,7 +98,7 @@ def distill(
       config: settings: `base_config()` with changes to `policy`, `train`, `evaluation`, `mesh` and
         to keys outside all groups. A change to any other key is refused.
       workdir: the run's directory. It receives `student/` with checkpoints and metrics,
-        `samples.png`, and `report.json` if figures can be measured.
+        `samples.png`, `report.html`, and `report.json` if figures can be measured.
       teacher: the network's prediction, its diffusion and its guidance.
       teacher_params: its parameters, as `teacher.predict` takes them.
       network: the student's network: a `flax.linen.Module`, a `flax.nnx.Module`, a pair `(init,

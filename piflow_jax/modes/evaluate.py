@@ -24,8 +24,8 @@ def evaluate(
 
     Args:
       config: the run's settings.
-      workdir: the run's directory; `report.json` and `samples.png` are written there, and the
-        teacher's samples for the next evaluation, `teacher_samples.npz`.
+      workdir: the run's directory; `report.html`, `report.json` and `samples.png` are written
+        there, and the teacher's samples for the next evaluation, `teacher_samples.npz`.
       header: whether to say first where it is and what comes; training has said it.
 
     Returns:
@@ -43,10 +43,10 @@ def evaluate(
     systems = Systems.of(config, data, getattr(source, "null", None))
     Sizes(systems, source).check_evaluation()
     if header:
-        say_header(systems, workdir, "report.json, samples.png")
+        say_header(systems, workdir, "report.html, report.json, samples.png")
     teacher = load_teacher(config, data, workdir)
     student = load_student(config, data, workdir)
     bench = Bench(config, source, data, config_judge(config, source, workdir))
     report = compare(bench, systems, teacher, student, workdir, keep=True)
-    say_next(workdir, "samples.png")
+    say_next(workdir, "report.html")
     return report

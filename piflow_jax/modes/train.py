@@ -41,7 +41,7 @@ def train(config: Config, workdir: str | os.PathLike) -> None:
     Args:
       config: the run's settings.
       workdir: the run's directory: `teacher/` and `student/` with checkpoints and metrics,
-        `report.json`, `samples.png`.
+        `report.json`, `report.html`, `samples.png`.
 
     Raises:
       BlockingIOError: another run is at work in the directory.

@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
 import jax
 import numpy as np
@@ -320,15 +321,35 @@ def _forget_events(spool: Spool, first_step: int) -> None:
             continue
         if first_step == 0:
             path.unlink()
-        elif any(step > first_step for step, _ in _records(path)):
+        elif any(event.step > first_step for event, _ in _records(path)):
             rewritten = path.with_name("events.tmp")  # no name of an event file, to TensorBoard
             with rewritten.open("wb") as file:
-                file.writelines(record for step, record in _records(path) if step <= first_step)
+                file.writelines(
+                    record for event, record in _records(path) if event.step <= first_step
+                )
             rewritten.replace(path)
 
 
-def _records(path: epath.Path) -> Iterator[tuple[int, bytes]]:
-    """The records of an event file with their steps, to the first that is damaged or cut short.
+def logged_images(directory: epath.Path) -> list[tuple[int, bytes]]:
+    """The images that a stage wrote while it trained.
+
+    Args:
+      directory: the stage's directory, with its event files.
+
+    Returns:
+      `(step, PNG)` in the order of the steps; of each step the last image.
+    """
+    found = {}
+    for path in sorted(directory.glob("events.out.tfevents.*")):
+        for event, _ in _records(path):
+            for value in event.summary.value:
+                if value.metadata.plugin_data.plugin_name == "images":
+                    found[event.step] = value.tensor.string_val[2]  # behind width and height
+    return sorted(found.items())
+
+
+def _records(path: epath.Path) -> Iterator[tuple[Any, bytes]]:
+    """The events of an event file with their records, to the first that is damaged or cut short.
 
     A record is the length of an event (8 bytes), its checksum (4), the event, its checksum (4).
     """
@@ -344,7 +365,7 @@ def _records(path: epath.Path) -> Iterator[tuple[int, bytes]]:
                 return
             body = file.read(size)
             try:
-                yield Event.FromString(body[:-4]).step, head + body
+                yield Event.FromString(body[:-4]), head + body
             except DecodeError:
                 return
 

@@ -100,10 +100,10 @@ def needs_pytorch(tmp_path, monkeypatch):
     """A file of weights that cannot be read, for want of PyTorch."""
     original = builtins.__import__
 
-    def without_torch(name, *rest):
+    def without_torch(name, *rest, **named):
         if name == "torch":
             raise ImportError("No module named 'torch'")
-        return original(name, *rest)
+        return original(name, *rest, **named)
 
     monkeypatch.setattr(builtins, "__import__", without_torch)
     file = tmp_path / "weights.pth"

@@ -11,6 +11,8 @@ import threading
 import jax
 import numpy as np
 import pytest
+from etils import epath
+from PIL import Image
 
 from piflow_jax.progress import clock
 from piflow_jax.runs import metrics
@@ -63,6 +65,8 @@ def test_events_and_lines_through_clu(tmp_path):
     assert [event.step for event in loss] == [10, 20]
     np.testing.assert_allclose([make_ndarray(e.tensor_proto) for e in loss], [0.1, 0.05], 1e-6)
     assert "samples" in recorded.Tags()["tensors"]
+    ((step, picture),) = metrics.logged_images(epath.Path(tmp_path / "teacher"))
+    assert step == 20 and Image.open(io.BytesIO(picture)).size == (8, 8)
     assert [(line["step"], line["loss"], line["stage"]) for line in read(tmp_path)] == [
         (10, 0.1, "teacher"),
         (20, 0.05, "teacher"),
