@@ -12,7 +12,7 @@ from piflow_jax.data.idx import find_idx, read_idx
 from piflow_jax.data.source import ArraySource, labelled_pictures
 
 _PACKAGED = epath.Path("/usr/share/datasets/fashion-mnist")  # of Debian's dataset-fashion-mnist
-_DIGITS = tuple("0123456789")
+DIGIT_CLASSES = tuple("0123456789")
 _SPLITS = {"train": "train", "test": "t10k"}  # and what names of IDX files begin with
 FASHION_CLASSES = (
     *("T-shirt", "trouser", "pullover", "dress", "coat"),
@@ -43,7 +43,7 @@ def load_mnist_source(data_dir: str | None = None) -> ArraySource:
       ValueError: An IDX file is damaged.
     """
     root = _directory(data_dir)
-    found = _found("mnist", root, _DIGITS)
+    found = _found("mnist", root, DIGIT_CLASSES)
     if found is not None:
         return found
     try:
@@ -63,7 +63,7 @@ def load_mnist_source(data_dir: str | None = None) -> ArraySource:
         len(images),
         root,
     )
-    return _source("mnist5k", images, labels, _DIGITS)
+    return _source("mnist5k", images, labels, DIGIT_CLASSES)
 
 
 @functools.cache

@@ -339,11 +339,13 @@ def logged_images(directory: epath.Path) -> list[tuple[int, bytes]]:
     Returns:
       `(step, PNG)` in the order of the steps; of each step the last image.
     """
+    from tensorboard.plugins.image.metadata import PLUGIN_NAME
+
     found = {}
     for path in sorted(directory.glob("events.out.tfevents.*")):
         for event, _ in _records(path):
             for value in event.summary.value:
-                if value.metadata.plugin_data.plugin_name == "images":
+                if value.metadata.plugin_data.plugin_name == PLUGIN_NAME:
                     found[event.step] = value.tensor.string_val[2]  # behind width and height
     return sorted(found.items())
 

@@ -15,7 +15,7 @@ from piflow_jax.data import (
     load_mnist_source,
     load_prompts_source,
 )
-from piflow_jax.data.mnist import FASHION_CLASSES
+from piflow_jax.data.mnist import DIGIT_CLASSES, FASHION_CLASSES
 from piflow_jax.systems.shapes import DataShape
 
 __all__ = ["DATASETS", "Dataset", "dataset", "load_source"]
@@ -36,7 +36,7 @@ class Dataset:
         for its shape.
       features: the feature space that ships with the package for its images; empty if there is
         none.
-      class_names: names of its classes, if they are fixed and not numbers.
+      class_names: names of its classes, if they are fixed.
       uses: keys of `config` that only this data uses.
     """
 
@@ -57,10 +57,13 @@ def _open(load: Callable[..., Source], data: DataConfig, **options: Any) -> Sour
 
 
 DATASETS: dict[str, Dataset] = {
-    "digits": Dataset(load=lambda data: load_digits_source(), features="digits"),
+    "digits": Dataset(
+        load=lambda data: load_digits_source(), features="digits", class_names=DIGIT_CLASSES
+    ),
     "mnist": Dataset(
         load=lambda data: load_mnist_source(data.data_dir or None),
         features="mnist",
+        class_names=DIGIT_CLASSES,
         uses=frozenset({"data.data_dir"}),
     ),
     "fashion_mnist": Dataset(
