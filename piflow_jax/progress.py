@@ -42,7 +42,8 @@ class Progress:
     def compiling(self) -> None:
         """Says that a program is being compiled; the clock starts when that is done."""
         if self._bar is not None:
-            self._bar.set_postfix_str("compiling")
+            self._bar.postfix[0] = "compiling"
+            self._bar.refresh()
         elif self._active:
             logging.info("%s: compiling", self._name)
 
@@ -56,7 +57,7 @@ class Progress:
         now = time.monotonic()
         left = clock((now - self._began) * (self._total / self._done - 1))
         if self._bar is not None:
-            self._bar.set_postfix_str(f"{left} left", refresh=False)
+            self._bar.postfix[0] = f"{left} left"
             self._bar.update(count)
         elif self._active and now - self._said >= _EVERY and self._done < self._total:
             self._said = now
@@ -97,7 +98,7 @@ def clock(seconds: float) -> str:
 
 
 def live_line(name: str, done: int, total: int, *, leave: bool = True):
-    """A line of tqdm with a name, a bar and what is set as its postfix; None without a terminal.
+    """A line of tqdm with a name, a bar and what is set as `postfix[0]`; None without a terminal.
 
     Args:
       name: stands in front.
@@ -119,6 +120,8 @@ def live_line(name: str, done: int, total: int, *, leave: bool = True):
         leave=leave,
         dynamic_ncols=True,
         mininterval=0.2,
-        bar_format="{desc}  {n_fmt}/{total_fmt} |{bar:20}| {postfix}",
+        # A text of its own would have a comma in front.
+        bar_format="{desc}  {n_fmt}/{total_fmt} |{bar:20}| {postfix[0]}",
+        postfix=[""],
         file=sys.stderr,
     )

@@ -68,5 +68,5 @@ def test_a_terminal_has_a_line_that_goes_away(said, monkeypatch):
         time.sleep(0.25)  # tqdm redraws it no more often
         work.advance(2)
         assert "2/4" in terminal.getvalue() and "compiling" in terminal.getvalue()
-        assert "0:06 left" in terminal.getvalue()
+        assert "| 0:06 left" in terminal.getvalue()
     assert not terminal.getvalue().split("\r")[-1].strip() and not said

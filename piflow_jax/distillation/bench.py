@@ -260,8 +260,8 @@ def compare(
         rows = [(name, as_pictures(images[:count])) for name, images in grid]
         save_grid(workdir / "samples.png", rows, columns=_in_turn(bench.source, systems, count))
         logging.info("\n%s\n", report.table())
-        page = write_page(config, workdir, report)
-        logging.info("wrote %s, report.json and samples.png there", page)
+        write_page(config, workdir, report)
+        logging.info("wrote report.html, report.json and samples.png to %s", workdir)
     return report
 
 

@@ -451,7 +451,9 @@ def _open(directory: epath.Path, step: int | None) -> tuple[int, epath.Path, dic
     latest = latest_step(directory, report=True) if step is None else step
     steps = complete_steps(directory)
     if not steps:
-        raise CheckpointError(f"there is no checkpoint in {directory}")
+        raise CheckpointError(
+            f"there is no checkpoint in {directory}; train first, or name another directory"
+        )
     if latest not in steps:
         raise CheckpointError(f"there is no step {step} in {directory}; it has {listed(steps)}")
     path = directory / str(latest)

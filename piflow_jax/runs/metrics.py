@@ -251,7 +251,7 @@ class MetricWriter:
         if seconds is not None and step < self._total:
             parts.append(f"ETA {clock(seconds * (self._total - step))}")
         if self._bar is not None:
-            self._bar.set_postfix_str("  ".join(parts), refresh=False)
+            self._bar.postfix[0] = "  ".join(parts)
             self._bar.update(step - self._bar.n)
         elif step - self._printed >= self._print_every or step >= self._total:
             self._printed = step
