@@ -250,6 +250,16 @@ def test_teachers_code_works(tmp_path, monkeypatch):
     assert execute(describe, "docs/teachers.md", {})["samples"].shape == (4, 2)
 
 
+def test_distil_code_works(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (example,) = python_blocks(ROOT / "docs" / "distil.md")
+    names = execute(example, "docs/distil.md", {})
+    # Normal noise becomes data of half its spread, by the teacher and by the student.
+    assert abs(names["once"].std() - 0.5) < 0.03
+    assert abs(names["student"].sample(0, 1000).std() - 0.5) < 0.05
+    assert (tmp_path / "runs" / "own" / "samples.png").is_file()
+
+
 def literals(path):
     """Strings of a module as a user would see them, with an ellipsis for each inserted value."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
