@@ -21,8 +21,10 @@ from piflow_jax.keys import index_keys, index_noise, seed_key
 from piflow_jax.loading.runs import load_system
 from piflow_jax.models.vae import picture_decoder
 from piflow_jax.modes.autoencoder import check_autoencoder, load_autoencoder
+from piflow_jax.modes.header import say_header
 from piflow_jax.modes.prepare_prompts import listed_prompts
 from piflow_jax.parallel import ActivationSharding, batch_sharding, config_mesh
+from piflow_jax.progress import Progress
 from piflow_jax.runs.workdir import user_path
 from piflow_jax.systems.assembly import Systems
 from piflow_jax.systems.sampling import sampling_record
@@ -122,28 +124,34 @@ def sample_prompts(config: Config, workdir: str | os.PathLike) -> list[epath.Pat
     autoencoder = load_autoencoder(config) if config.data.vae else None
     if autoencoder is not None:
         check_autoencoder(autoencoder, data)
-    Sizes(Systems.of(config, data, source.null), source).check_sampling(len(indices))
+    systems = Systems.of(config, data, source.null)
+    Sizes(systems, source).check_sampling(len(indices))
+    directory = user_path(workdir) / _FOLDERS[config.evaluation.system]
+    say_header(systems, workdir, f"{len(indices)} pictures in {directory.name}/")
     mesh = config_mesh(config, groups=("evaluation",))
     params = load_system(config, data, workdir, mesh)
     sampler = jax.jit(_sampler(config, data, mesh, source.null), out_shardings=batch_sharding(mesh))
     decode = None
     if autoencoder is not None:
         decode = picture_decoder(autoencoder.module, autoencoder.params, jax.local_devices())
-    directory = user_path(workdir) / _FOLDERS[config.evaluation.system]
     directory.mkdir(parents=True, exist_ok=True)
     suffix = ".png" if decode is not None or data.channels in (1, 3) else ".npy"
     paths = []
-    for places, batch in _batches(config, source, indices, mesh):
-        noise_indices = np.asarray(places, np.uint32)
-        with jax.set_mesh(mesh):  # kernels split their batch over it
-            latents = sampler(params, *jax.device_put((noise_indices, batch), batch_sharding(mesh)))
-        made = dict(zip(places, _here(latents), strict=True))  # what fills up a batch is one again
-        files = {p: directory / f"{p:05d}-{config.evaluation.seed}{suffix}" for p in made}
-        mine = list(made)[jax.process_index() :: jax.process_count()]
-        for place, image in zip(mine, _pictures(decode, [made[p] for p in mine]), strict=True):
-            prompt = source.prompts[indices[place]]
-            _write(files[place], image, prompt, _settings(config, data, place))
-        paths += files.values()
+    with Progress("pictures", len(indices)) as progress:
+        progress.compiling()
+        for places, batch in _batches(config, source, indices, mesh):
+            here = jax.device_put((np.asarray(places, np.uint32), batch), batch_sharding(mesh))
+            with jax.set_mesh(mesh):  # kernels split their batch over it
+                latents = sampler(params, *here)
+            # What fills up a batch is one again.
+            made = dict(zip(places, _here(latents), strict=True))
+            files = {p: directory / f"{p:05d}-{config.evaluation.seed}{suffix}" for p in made}
+            mine = list(made)[jax.process_index() :: jax.process_count()]
+            for place, image in zip(mine, _pictures(decode, [made[p] for p in mine]), strict=True):
+                prompt = source.prompts[indices[place]]
+                _write(files[place], image, prompt, _settings(config, data, place))
+            paths += files.values()
+            progress.advance(len(made))
     logging.info("wrote %d files to %s", len(paths), directory)
     return sorted(paths)
 
