@@ -165,9 +165,10 @@ def render(root: Path) -> str:
 
 
 def draw(report: Report, path: Path, title: str) -> None:
-    """Quality against diversity: Frechet distance over recall and over diversity within a class.
+    """Frechet distance over recall (above) and over diversity within a class (below).
 
-    Above, methods and teacher; below, the data.
+    Each number of evaluations has a column, and each seed a marker. The data's own distance and
+    recall are left out. With them, all methods would crowd at the other end of the axes.
 
     Args:
       report: a comparison.
@@ -177,46 +178,57 @@ def draw(report: Report, path: Path, title: str) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(2, 2, figsize=(10.5, 8.0), sharey="row", layout="constrained")
+    from matplotlib import pyplot, ticker
 
     methods = sorted({name_of(row["method"]) for row in report["rows"]})
-    colours = {method: f"C{index}" for index, method in enumerate(methods)}
-    markers = {1: "o", 2: "s", 4: "^"}
+    # No grey, which is for lines.
+    palette = [colour for colour in pyplot.get_cmap("tab10").colors if len(set(colour)) > 1]
+    styles = {
+        name: {
+            "color": palette[place % len(palette)],
+            "marker": "o" if name.startswith("**") else "s",  # pi-Flow, or another method
+        }
+        for place, name in enumerate(methods)
+    }
+    evaluations = sorted({row["nfe"] for row in report["rows"]})
     best = max(report["teacher"], key=lambda row: row["nfe"])
-    of_data = report["floor"] | {"diversity": report["data_diversity"]}
-    for axis, key in zip(axes.flat, 2 * ("recall", "diversity"), strict=True):
-        for nfe, method, rows in groups(report):
-            axis.scatter(
-                [row[key] for row in rows],
-                [row["frechet"] for row in rows],
-                color=colours[name_of(method)],
-                marker=markers.get(nfe, "D"),
-                s=34,
-                alpha=0.75,
-            )
-        axis.scatter(best[key], best["frechet"], color="black", marker="*", s=150, zorder=3)
-        if axis in axes[1]:
-            distance = of_data["frechet"]
-            axis.scatter(of_data[key], distance, color="black", marker="X", s=80, zorder=3)
+    teacher = {"marker": "*", "facecolor": "none", "edgecolor": "black", "lw": 1.3}
+    figure, axes = pyplot.subplots(
+        2,
+        len(evaluations),
+        figsize=(3.3 * len(evaluations) + 1.6, 7.4),
+        sharex="row",
+        sharey=True,
+        squeeze=False,
+        layout="constrained",
+    )
+    names = {"recall": "recall", "diversity": "diversity within a class"}
+    for line, (key, name) in zip(axes, names.items(), strict=True):
+        for axis, nfe in zip(line, evaluations, strict=True):
+            for _, method, rows in (group for group in groups(report) if group[0] == nfe):
+                x, y = zip(*((row[key], row["frechet"]) for row in rows), strict=True)
+                axis.scatter(x, y, s=42, edgecolor="white", lw=0.6, **styles[name_of(method)])
+            axis.scatter(best[key], best["frechet"], **teacher, s=150, zorder=3)
+            if key == "diversity":
+                axis.axvline(report["data_diversity"], color="black", ls=":", lw=1.2)
             axis.set_yscale("log")
-        axis.set_xlabel({"recall": "recall", "diversity": "diversity within a class"}[key])
-        axis.grid(alpha=0.3, which="both")
-    for axis in axes[:, 0]:
-        axis.set_ylabel("Frechet distance")
+            axis.yaxis.set_major_locator(ticker.MaxNLocator(7))
+            axis.yaxis.set_major_formatter("{x:g}")
+            axis.yaxis.set_minor_locator(ticker.NullLocator())
+            axis.set_xlabel(name)
+            axis.grid(alpha=0.3)
+        line[0].set_ylabel("Frechet distance")
+    for axis, nfe in zip(axes[0], evaluations, strict=True):
+        axis.set_title(f"{nfe} evaluation{'s' if nfe > 1 else ''}", fontsize=11)
     dot = pyplot.Line2D
     handles = [
-        dot([], [], color=colours[m], marker="o", ls="", label=m.replace("*", "")) for m in methods
+        dot([], [], ls="", ms=7, label=name.replace("*", ""), **style)
+        for name, style in styles.items()
     ]
-    handles += [
-        dot([], [], color="grey", marker=marker, ls="", label=f"{nfe} NFE")
-        for nfe, marker in markers.items()
-    ]
-    label = f"teacher, {best['nfe']} NFE"
-    handles.append(dot([], [], color="black", marker="*", ms=11, ls="", label=label))
-    handles.append(dot([], [], color="black", marker="X", ms=8, ls="", label="data, halves"))
-    figure.legend(handles=handles, loc="outside right center", frameon=False, fontsize=8)
+    label = f"teacher, {best['nfe']} evaluations"
+    handles.append(dot([], [], color="black", marker="*", mfc="none", ms=11, ls="", label=label))
+    handles.append(dot([], [], color="black", ls=":", label="the data's diversity"))
+    figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
     figure.suptitle(title)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
@@ -248,7 +260,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             picture = options.root / "docs" / "images" / f"rivals_{data}.png"
             report = load(path)
             seeds = ", ".join(map(str, report["protocol"]["seed"]))
-            draw(report, picture, f"configs/{data}.py:rivals, seeds {seeds}")
+            smaller = f"networks smaller than those of configs/{data}.py"
+            draw(report, picture, f"configs/{data}.py:rivals, seeds {seeds}; {smaller}")
             print(f"wrote {picture}")
     return 0
 

@@ -32,4 +32,4 @@ def _student(kind: str, title: str, words: tuple[str, ...] = ()) -> Method | Non
 
 
 GM = _student("gm", "**pi-Flow, GM**")
-ARC = _student("arc", "pi-Flow, ArcFlow")
+ARC = _student("arc", "ArcFlow, by pi-ID")

@@ -99,7 +99,7 @@ def test_an_arc_student_has_no_official_names(tmp_path):
     ("name", "kind", "nfe", "weight", "timed_as", "title"),
     [
         ("gm", "gm", 1, {}, "gm", "**pi-Flow, GM**"),
-        ("arc_2nfe", "arc", 2, {}, "arc_2nfe", "pi-Flow, ArcFlow"),
+        ("arc_2nfe", "arc", 2, {}, "arc_2nfe", "ArcFlow, by pi-ID"),
         ("gm_02nfe", "gm", 2, {}, "gm_02nfe", "**pi-Flow, GM**"),
         (
             *("gm_adaptive", "gm", 1, {"train.adaptive_power": 1.0}),
