@@ -5,12 +5,15 @@ tfds:imagenet2012):
 
     python -m piflow_jax.main --config=configs/imagenet.py --workdir=runs/prepare --mode=prepare \
         --config.data.images=ILSVRC2012_img_train.tar --config.data.vae=sd-vae-ft-ema.safetensors \
-        --config.data.data_dir=data/imagenet/latents/1.0.0
+        --config.data.data_dir=gs://bucket/imagenet/latents/1.0.0
 
 Then distil official teacher weights:
 
-    python -m piflow_jax.main --config=configs/imagenet.py:gm_repa --workdir=runs/gm_repa \
-        --config.data.data_dir=data/imagenet/latents/1.0.0 --config.teacher.weights=teacher.pth
+    python -m piflow_jax.main --config=configs/imagenet.py:gm_repa --workdir=gs://bucket/gm_repa \
+        --config.data.data_dir=gs://bucket/imagenet/latents/1.0.0 \
+        --config.teacher.weights=gs://bucket/teacher.pth
+
+On one machine all of these can be local paths. In a bucket they need `pip install -e ".[gcs]"`.
 
 REPA's own `.pth` also needs `--config.teacher.weights_format=original_dit`. Every
 `evaluation.every` steps, the run decodes a grid for TensorBoard (with `data.vae`). With
@@ -19,7 +22,7 @@ REPA's own `.pth` also needs `--config.teacher.weights_format=original_dit`. Eve
 This measures FID, sFID, IS, precision and recall of 50,000 samples, of that run or, with
 `evaluation.weights`, of official student weights alone. ADM's own evaluator can read samples.npz:
 
-    python -m piflow_jax.main --config=configs/imagenet.py:gm_repa --workdir=runs/gm_repa \
+    python -m piflow_jax.main --config=configs/imagenet.py:gm_repa --workdir=gs://bucket/gm_repa \
         --mode=evaluate --config.data.vae=sd-vae-ft-ema.safetensors \
         --config.evaluation.features=pt_inception-2015-12-05-6726825d.pth \
         --config.evaluation.reference=VIRTUAL_imagenet256_labeled.npz \

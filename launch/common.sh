@@ -72,6 +72,14 @@ check_job() {
   [[ $workdir ]] || refuse "no --workdir=DIRECTORY after --"
 }
 
+# The extras of the package that a job with these arguments needs on a TPU.
+extras() {
+  case "$*" in
+    *=gs://*) echo tpu,gcs ;;
+    *) echo tpu ;;
+  esac
+}
+
 # The program's code is what is committed, so that a log can name it.
 note_commit() {
   local changes

@@ -33,7 +33,7 @@ delete  deletes the TPU, and its queued resource with --queued
   --delete             `run` deletes the TPU when the program has finished
   --dry-run            print the commands, run none
 
-DIR must be an absolute path that all workers share and that outlives the TPU.
+DIR is in a bucket, gs://bucket/run, or an absolute path that all workers share. It outlives the TPU.
 END
 }
 
@@ -146,7 +146,7 @@ install() {
   # uv, because the images' own Python is older than 3.11.
   steps+="; [ -x $uv ] || python3 -m pip install --user --quiet uv"
   steps+="; [ -x $python ] || $uv venv --quiet --python 3.12 \"\$HOME/piflow_env\""
-  steps+="; cd $code; $uv pip install --quiet --python $python -e '.[tpu]'"
+  steps+="; cd $code; $uv pip install --quiet --python $python -e '.[$(extras "${job[@]}")]'"
   steps+="${setup:+; $setup}"
   run gcloud compute tpus tpu-vm scp "$archive" "$name:piflow_code.tar.gz" "${place[@]}" --quiet \
     --worker=all && workers "$steps"

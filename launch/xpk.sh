@@ -22,7 +22,7 @@ delete  stops and removes it
   --max-restarts=N     (100)
   --grace=SECONDS      between SIGTERM and SIGKILL; saving has to fit into it (180)
   --base-image=IMAGE   image with Python 3.11 or later; xpk adds the committed code (python:3.12)
-  --setup=COMMAND      run in the container before the program (pip install -q -e '.[tpu]')
+  --setup=COMMAND      run in the container before the program (pip install -q -e '.[tpu]', with gcs for gs://)
   --image=IMAGE        an image with everything, this repository as its working directory; used as
                        it is, instead of --base-image, and without --setup's default
   --xpk-flag=FLAG      handed to `xpk workload create` as it is, such as --storage=NAME; may be
@@ -89,7 +89,7 @@ job=("$@")
 check_job "${job[@]}"
 [[ $tpu_type ]] || refuse "no --tpu-type"
 [[ ! $image || ! $base_image ]] || refuse "--image and --base-image exclude each other"
-[[ $image || $setup ]] || setup="pip install -q -e '.[tpu]'"
+[[ $image || $setup ]] || setup="pip install -q -e '.[$(extras "${job[@]}")]'"
 
 # `exec`: xpk sends SIGTERM to the shell of this command, and worker.sh has to be that process.
 # worker.sh exits 143 when it was stopped. xpk restarts on 42 and 127 to 255, so on this and on

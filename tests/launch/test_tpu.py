@@ -45,7 +45,7 @@ def test_tpu_dry_run():
     assert lines[4][3:5] == ["tpu-vm", "scp"]
     assert lines[4][6] == "pod:piflow_code.tar.gz"
     assert lines[5][:-1] == [*vm, "ssh", "pod", *place, "--quiet", "--worker=all"]
-    assert lines[5][-1].endswith("; mount it")
+    assert lines[5][-1].endswith(" -e '.[tpu]'; mount it")
     assert lines[6][:-1] == lines[5][:-1]
     assert "nohup env 'FLAGS=--a=1 --b' B= bash launch/worker.sh run" in lines[6][-1]
     assert remote(lines[6][-1]) == [
@@ -63,6 +63,12 @@ def test_tpu_dry_run_queued():
     assert [*queue, "create", "pod", TPU[0], "--node-id=pod", "--accelerator-type=v5litepod-16",
             "--runtime-version=v2-alpha-tpuv5-lite"] in lines  # fmt: skip
     assert [*queue, "delete", "pod", TPU[0], "--force", "--quiet"] in lines
+
+
+@pytest.mark.parametrize("key", ["--workdir=gs://b/run", "--config.data.data_dir=gs://b/set"])
+def test_tpu_workers_of_a_bucket_get_its_client(key):
+    done = launch("tpu.sh", "run", "pod", *TPU, "--dry-run", "--", *JOB, key)
+    assert printed(done.stdout)[5][-1].endswith(" -e '.[tpu,gcs]'")
 
 
 @pytest.mark.parametrize(

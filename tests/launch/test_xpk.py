@@ -62,6 +62,8 @@ def test_xpk_dry_run_and_a_ready_image():
     assert shlex.split(words[-1].removeprefix("--command="))[-4:] == JOB
     done = launch("xpk.sh", "run", "pod", *XPK, "--dry-run", "--", *JOB)
     assert [words[0] for words in printed(done.stdout)] == ["mkdir", "git", "tar", "xpk"]
+    done = launch("xpk.sh", "run", "pod", *XPK, "--dry-run", "--", JOB[0], "--workdir=gs://b/run")
+    assert "pip install -q -e '.[tpu,gcs]'" in printed(done.stdout)[-1][-1]
 
 
 @pytest.mark.parametrize(
