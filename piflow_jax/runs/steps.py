@@ -121,6 +121,8 @@ def complete_steps(
             raise CheckpointError(f"{directory} is a file; checkpoints need a directory")
         names = sorted(p.name for p in directory.iterdir())
         steps = sorted(found.step for found in _STEPS.find_all(directory))
+    except FileNotFoundError:  # in a bucket a folder goes with its last object, while it is tidied
+        return []
     except OSError as error:
         raise cannot("read", directory, error) from error
     # On object stores, which cannot rename, an unfinished step is a step without its commit file.

@@ -41,8 +41,11 @@ def test_parameters_split_over_a_mesh(one, tmp_path):
     assert_same(json.loads(done.stdout.splitlines()[-1]), tmp_path, one)
 
 
-def test_two_processes(one, tmp_path):
-    workdir, logs = tmp_path / "run", tmp_path / "logs"
+@pytest.mark.parametrize(
+    "place", ["disk", pytest.param("bucket", marks=pytest.mark.slow)], indirect=True
+)
+def test_two_processes(one, place, tmp_path):
+    workdir, logs = place / "run", tmp_path / "logs"
     command = [sys.executable, split_runs.__file__, str(workdir), "2"]
     with started(None, logs, 2, command=command) as running:
         codes, said = finish(running, logs)
