@@ -179,7 +179,9 @@ class Subject:
         return call
 
 
-def our_alternatives(config, remats: list[str], attentions: list[str]) -> dict[str, Config]:
+def our_alternatives(
+    config, remats: list[str], attentions: list[str], rollouts: list[str] = ()
+) -> dict[str, Config]:
     """Settings by name; the first has the plain name."""
     found = {}
     for remat, attention in itertools.product(
@@ -189,12 +191,18 @@ def our_alternatives(config, remats: list[str], attentions: list[str]) -> dict[s
         changed.model.remat, changed.model.attention = remat, attention
         name = f"{OURS}, remat {remat}, attention {attention}" if found else OURS
         found[name] = parse(changed)
+    for rollout in rollouts:
+        solver, _, substeps = rollout.partition(":")
+        changed = copy.deepcopy(config)
+        changed.train.solver, changed.train.total_substeps = solver, int(substeps)
+        found[f"{OURS}, {substeps} substeps, {solver}"] = parse(changed)
     return found
 
 
 def measure(raw, stage: str, options) -> dict:
     """Times a stage's alternatives."""
-    ours = our_alternatives(raw, options.remat, options.attention)
+    rollouts = options.rollouts if stage == "student" else []
+    ours = our_alternatives(raw, options.remat, options.attention, rollouts)
     subject = Subject(ours[OURS], stage)
     builders = {name: functools.partial(subject.ours, config) for name, config in ours.items()}
     if options.torch:
@@ -227,6 +235,9 @@ def main() -> None:
     parser.add_argument("--optimizer", choices=("adamw", "muon"), help="in place of the student's")
     parser.add_argument("--remat", nargs="+", default=[], help="policies to compare")
     parser.add_argument("--attention", nargs="+", default=[], help="implementations to compare")
+    parser.add_argument(
+        "--rollouts", nargs="+", default=[], metavar="SOLVER:N", help="substeps to compare"
+    )
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--torch", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--compile", action="store_true", help="torch.compile as well")

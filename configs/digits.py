@@ -71,7 +71,9 @@ def get_config(variant: str = "gm") -> ml_collections.ConfigDict:
     config.train.optimizer.decay = "cosine"
     # The average covers the last fortieth: with a rate that falls to zero, a longer one only lags.
     config.train.optimizer.ema_gamma = 40.0
-    config.train.total_substeps = 128
+    # 16 substeps of second order teach the same as 128 of Euler's, in a third of the time.
+    config.train.solver = "multistep"
+    config.train.total_substeps = 16
     config.train.gm_dropout = 0.05
 
     config.evaluation.batch_size = 250
@@ -84,6 +86,9 @@ def get_config(variant: str = "gm") -> ml_collections.ConfigDict:
         config.policy.kind = "dx"
         config.policy.num_grid = 10
         config.train.gm_dropout = 0.0
+        # A window of 10 of 128 substeps, as the paper has it.
+        config.train.solver = "euler"
+        config.train.total_substeps = 128
         config.train.window_substeps = 10
     elif variant == "gm_2nfe":
         config.train.nfe = 2
@@ -105,6 +110,7 @@ def get_config(variant: str = "gm") -> ml_collections.ConfigDict:
         # 1000.
         config.model.dit.time_scale = 1.0
         config.policy.num_components = 8
+        config.train.solver = "euler"
         config.train.total_substeps = 32
         config.train.optimizer.warmup_steps = 20
         config.evaluation.teacher_steps = (1, 2, 4, 32)

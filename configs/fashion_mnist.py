@@ -50,7 +50,8 @@ def get_config(variant: str = "gm") -> ml_collections.ConfigDict:
     config.train.optimizer.learning_rate = 3e-3
     config.train.optimizer.beta2 = 0.99
     config.train.optimizer.decay = "cosine"
-    config.train.total_substeps = 32
+    config.train.solver = "multistep"
+    config.train.total_substeps = 16
     config.train.gm_dropout = 0.05
     # Otherwise a network of pixels spends its capacity near the data, where little is left to
     # decide.

@@ -43,6 +43,9 @@ Reports that name no `solver` used Euler's substeps. Reports that name no `round
 number of substeps to the nearest whole number; today it is rounded up. This makes a difference
 for `configs/flux.py` and `configs/qwen_image.py` only, whose last segment had 18 substeps and now
 has 19.
+
+The rows `gm_euler128` of the digits were trained with `--config.train.solver=euler
+--config.train.total_substeps=128`, the paper's substeps. `gm` takes 16 of second order.
 """
 COLUMNS = ("Frechet", "precision", "recall", "diversity", "endpoint MSE")
 FIGURES = ("frechet", "precision", "recall", "diversity", "endpoint_mse")
