@@ -17,11 +17,11 @@ Variants, as in `--config=configs/digits.py:dx`:
 
 The student's Frechet distance at 1 evaluation is 1.04 times its teacher's at 128, and a fifteenth
 of its teacher's at 1. Its precision is lower by 0.01, its recall by 0.02, and its endpoints are at
-a mean squared distance of 0.0035. docs/results.md has every seed and variant.
+a mean squared distance of 0.0030. docs/results.md has every seed and variant.
 
 On two cores of a shared server (AMD EPYC, 2026-11-24) the default took 5 minutes 33 seconds, 8
 minutes 20 seconds of both cores' time, and 1.7 GiB. With cores less than half as fast (62 ms for a
-student's step) `quick` took 6 minutes 11 seconds, for a distance of 1.17 times its teacher's, and
+student's step) `quick` took 6 minutes 11 seconds, for a distance of 1.15 times its teacher's, and
 the default would take about 12 minutes.
 """
 
