@@ -3,6 +3,7 @@
 import os
 from typing import Any
 
+from etils import epath
 from jax.sharding import Mesh
 
 from piflow_jax.config import Config, ConfigError
@@ -11,6 +12,7 @@ from piflow_jax.loading.weights import averaged, converted, find_checkpoint
 from piflow_jax.parallel import local_mesh, parameter_shardings, processes, replicated
 from piflow_jax.runs.checkpoint import CheckpointError, check_spec, read_spec
 from piflow_jax.runs.loop import checkpoint_dir
+from piflow_jax.runs.steps import latest_step
 from piflow_jax.runs.workdir import user_path
 from piflow_jax.systems.assembly import Systems
 from piflow_jax.systems.datasets import dataset, load_source, shape_of
@@ -27,6 +29,7 @@ from piflow_jax.systems.spec import (
     spec_of,
     student_settings,
     student_spec,
+    teacher_settings,
     teacher_spec,
     updated,
 )
@@ -47,7 +50,8 @@ def data_shape(config: Config, workdir: str | os.PathLike) -> DataShape:
 
     Args:
       config: the run's settings.
-      workdir: the run's directory, whose student knows the shape of its latents.
+      workdir: the run's directory. Its student knows the shape of its latents, or its teacher
+        where that is sampled and there is no student yet.
 
     Returns:
       The shape of the data; of latents for official weights, that of Stable Diffusion's.
@@ -61,11 +65,25 @@ def data_shape(config: Config, workdir: str | os.PathLike) -> DataShape:
     of_teacher = config.evaluation.system == "teacher"
     if config.teacher.weights if of_teacher else config.evaluation.weights:
         return network_kind(config.model).official
-    _, spec, _ = read_spec(student_dir(config, workdir))
+    directory, alone = student_dir(config, workdir), False
+    if of_teacher and latest_step(epath.Path(directory)) is None:
+        directory, alone = _teacher_dir(config, workdir), True
+    _, spec, _ = read_spec(directory)
     try:
-        return student_settings(spec).data
+        return teacher_settings(spec)[1] if alone else student_settings(spec).data
     except ValueError as error:
-        raise CheckpointError(f"{student_dir(config, workdir)}: {error}") from error
+        raise CheckpointError(f"{directory}: {error}") from error
+
+
+def _teacher_dir(config: Config, workdir: str | os.PathLike) -> str | os.PathLike:
+    """Where the checkpoints of a teacher lie that is not given as weights."""
+    given = config.teacher.checkpoint
+    if not given:
+        return checkpoint_dir(workdir, "teacher")
+    try:
+        return find_checkpoint(user_path(given), "teacher")[0]
+    except CheckpointError as error:
+        raise CheckpointError(f"config.teacher.checkpoint = {given!r}: {error}") from error
 
 
 def student_dir(config: Config, workdir: str | os.PathLike) -> str:
@@ -96,13 +114,12 @@ def load_teacher(
     """
     network, spec = teacher_network(config.model, data), teacher_spec(config, data)
     if not config.teacher.weights:
-        given = config.teacher.checkpoint
-        if not given:
-            return load_average(checkpoint_dir(workdir, "teacher"), network, spec, shardings)
+        directory, given = _teacher_dir(config, workdir), config.teacher.checkpoint
         try:
-            directory, *_ = find_checkpoint(user_path(given), "teacher")
             return load_average(directory, network, spec, shardings)
         except CheckpointError as error:
+            if not given:
+                raise
             raise CheckpointError(f"config.teacher.checkpoint = {given!r}: {error}") from error
     formats = network_kind(config.model).formats
     form = config.teacher.weights_format or formats[0]
