@@ -115,9 +115,10 @@ def complete_steps(
       CheckpointError: the directory is a file, holds only foreign things, or cannot be read.
     """
     try:
-        if not directory.exists():
-            return []
+        # In this order: the folder of a bucket may go between the two questions.
         if not directory.is_dir():
+            if not directory.exists():
+                return []
             raise CheckpointError(f"{directory} is a file; checkpoints need a directory")
         names = sorted(p.name for p in directory.iterdir())
         steps = sorted(found.step for found in _STEPS.find_all(directory))
