@@ -18,7 +18,7 @@ import numpy as np
 from absl import logging
 from etils import epath
 
-from piflow_jax.buckets import fetcher, is_remote
+from piflow_jax.buckets import fetcher, is_file, is_remote
 from piflow_jax.convert.float8 import with_scales
 from piflow_jax.safetensors_files import LazyArray, check_here, open_safetensors
 from piflow_jax.whole_files import reading
@@ -141,7 +141,7 @@ def holds_weights(path: str | os.PathLike) -> bool:
     path = readable(path)
     if not path.is_dir():
         return path.exists()
-    return any(p.name.endswith(_ENDINGS) and p.is_file() for p in path.iterdir())
+    return any(p.name.endswith(_ENDINGS) and is_file(p) for p in path.iterdir())
 
 
 def readable(path: str | os.PathLike) -> epath.Path:
@@ -168,9 +168,11 @@ def _one_file(path: epath.Path) -> epath.Path:
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such weight file or directory")
     if not path.is_dir():
+        if not is_file(path):
+            raise ValueError(f"{path} is not a regular file")
         return path
     for endings in ((INDEX,), (".safetensors",), PICKLES):
-        found = sorted(p for p in path.iterdir() if p.name.endswith(endings) and p.is_file())
+        found = sorted(p for p in path.iterdir() if p.name.endswith(endings) and is_file(p))
         if all(_SHARD.search(p.name) for p in found) and found:
             raise ValueError(f"{path} holds shards and no index, *{INDEX}: fetch that too")
         if len(found) > 1:
@@ -196,7 +198,7 @@ def _open_index(path: epath.Path) -> tuple[dict[str, LazyArray], dict[str, str]]
     outside = [shard for shard in shards if epath.Path(shard).name != shard]
     if outside:
         raise ValueError(f"{path} names shards outside its own directory: {outside}")
-    absent = [shard for shard in shards if not (path.parent / shard).is_file()]
+    absent = [shard for shard in shards if not is_file(path.parent / shard)]
     if absent:
         raise FileNotFoundError(f"{path}: missing shards {', '.join(absent)}")
     arrays, metadata, problems = {}, {}, []

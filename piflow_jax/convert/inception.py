@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from piflow_jax.buckets import is_file
 from piflow_jax.convert.files import open_weights, readable
 from piflow_jax.convert.kinds import Kind
 from piflow_jax.convert.rules import Rule, export_state, import_state
@@ -81,7 +82,7 @@ def read_inception(path: str | os.PathLike) -> tuple[Mapping[str, np.ndarray], s
         ValueError: The file is damaged.
     """
     path = readable(path)
-    if not path.is_file():
+    if not is_file(path):
         raise FileNotFoundError(
             f"no Inception weights at {path}: download {INCEPTION_URL} (91 MB) and put it there"
         )

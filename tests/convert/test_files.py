@@ -216,6 +216,11 @@ def test_missing_and_unknown_files(tmp_path):
         open_weights(tmp_path / "x.npz")
     with pytest.raises(FileNotFoundError, match="directory without weight files"):
         open_weights(tmp_path)
+    os.mkfifo(tmp_path / "pipe.safetensors")  # of which a reader would wait for ever
+    with pytest.raises(ValueError, match=r"pipe\.safetensors is not a regular file"):
+        open_weights(tmp_path / "pipe.safetensors")
+    with pytest.raises(FileNotFoundError, match="directory without weight files"):
+        open_weights(tmp_path)
     with pytest.raises(ValueError, match=r"list\.pth holds a list"):
         open_weights(save_torch(tmp_path / "list.pth", [1, 2]))
     with pytest.raises(ValueError, match=r"none\.pth holds no tensors"):
