@@ -95,13 +95,21 @@ def test_what_runs_apart_can_be_sent_there():
         found.update(builders)
 
     options = types.SimpleNamespace(
-        remat=[], attention=[], torch=True, compile=True, apart=True, rounds=2
+        remat=[],
+        attention=[],
+        rollouts=["euler:4"],
+        torch=True,
+        compile=True,
+        apart=True,
+        rounds=2,
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(harness, "compare_apart", keep)
         patch.setattr(harness, "apart", lambda *_: None)
         train_step.measure(raw, "student", options)
     assert train_step.OURS in found
+    config = found[f"{train_step.OURS}, 4 substeps, euler"].args[0]
+    assert (config.train.solver, config.train.total_substeps) == ("euler", 4)
     for build in found.values():
         assert pickle.loads(pickle.dumps(build)).args == build.args
 
