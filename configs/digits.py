@@ -19,10 +19,9 @@ The student's Frechet distance at 1 evaluation is 1.04 times its teacher's at 12
 of its teacher's at 1. Its precision is lower by 0.01, its recall by 0.02, and its endpoints are at
 a mean squared distance of 0.0030. docs/results.md has every seed and variant.
 
-On two cores of a shared server (AMD EPYC, 2026-11-24) the default took 5 minutes 33 seconds, 8
-minutes 20 seconds of both cores' time, and 1.7 GiB. With cores less than half as fast (62 ms for a
-student's step) `quick` took 6 minutes 11 seconds, for a distance of 1.15 times its teacher's, and
-the default would take about 12 minutes.
+On two cores of a shared server (AMD EPYC, 2026-11-29) the default took 5 minutes 44 seconds, 8
+minutes 55 seconds of both cores' time. On another day, with slower cores, it took 9 minutes 37
+seconds. The student of `quick` has a distance of 1.15 times its teacher's.
 """
 
 import ml_collections
@@ -71,7 +70,7 @@ def get_config(variant: str = "gm") -> ml_collections.ConfigDict:
     config.train.optimizer.decay = "cosine"
     # The average covers the last fortieth: with a rate that falls to zero, a longer one only lags.
     config.train.optimizer.ema_gamma = 40.0
-    # 16 substeps of second order teach the same as 128 of Euler's, in a third of the time.
+    # They teach the same as 128 of Euler's, docs/results.md; a step takes 0.83 of the time.
     config.train.solver = "multistep"
     config.train.total_substeps = 16
     config.train.gm_dropout = 0.05
