@@ -33,12 +33,8 @@ def replacing(path: Path, under_way: Path | None = None) -> Iterator[Path]:
       That path; for a file in a bucket one in a temporary folder.
 
     Raises:
-      IsADirectoryError: `path` is a folder.
+      IsADirectoryError: `path` is a folder on a disk.
     """
-    if path.is_dir():
-        raise IsADirectoryError(
-            f"cannot write {path}: it is a folder; move it away, or choose another place"
-        )
     if is_remote(path):
         with tempfile.TemporaryDirectory(prefix="piflow_jax_") as folder:
             here = epath.Path(folder) / path.name
@@ -46,6 +42,10 @@ def replacing(path: Path, under_way: Path | None = None) -> Iterator[Path]:
             if here.exists():
                 copy_file(here, path)
         return
+    if path.is_dir():
+        raise IsADirectoryError(
+            f"cannot write {path}: it is a folder; move it away, or choose another place"
+        )
     if under_way is None:
         under_way = path.with_name(f".{path.stem}.{uuid.uuid4().hex}{path.suffix}")
     try:
