@@ -10,7 +10,26 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-__all__ = ["check_entries", "read_json", "read_record"]
+__all__ = ["check_digest", "check_entries", "read_json", "read_record"]
+
+
+def check_digest(path: Path, digest: str, expected: str, error: type[ValueError]) -> None:
+    """Checks that a shard has the contents that were written.
+
+    Args:
+      path: The shard, for the message.
+      digest: The SHA-256 of its bytes, in hexadecimal digits.
+      expected: That of the manifest.
+      error: What to raise.
+
+    Raises:
+      error: They differ; the message has the path.
+    """
+    if digest != expected:
+        raise error(
+            f"{path} differs from what was written: its SHA-256 is {digest}, expected {expected}; "
+            "remove it and prepare again"
+        )
 
 
 def read_json(path: Path, error: type[ValueError]) -> dict[str, Any]:

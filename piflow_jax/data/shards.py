@@ -27,7 +27,7 @@ from typing import Any, ClassVar
 from etils import epath
 
 from piflow_jax.buckets import located
-from piflow_jax.data.manifests import check_entries, read_json, read_record
+from piflow_jax.data.manifests import check_digest, check_entries, read_json, read_record
 from piflow_jax.data.pictures import PictureError
 from piflow_jax.data.records import num_records
 from piflow_jax.whole_files import copy_file, reading, replacing, write_json
@@ -394,12 +394,7 @@ class ShardedSet:
 
     def _check_contents(self, path: epath.Path, entry: dict[str, Any], counts: bool) -> None:
         with reading(path) as here:
-            digest = _digest(here)
-            if digest != entry["sha256"]:
-                raise self.error(
-                    f"{path} differs from what was written: its SHA-256 is {digest}, expected "
-                    f"{entry['sha256']}; remove it and prepare again"
-                )
+            check_digest(path, _digest(here), entry["sha256"], self.error)
             if counts and (count := num_records(here)) != entry["examples"]:
                 raise self.error(f"{path} has {count} examples, expected {entry['examples']}")
 

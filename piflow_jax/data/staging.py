@@ -11,6 +11,8 @@ from typing import Any
 
 from etils import epath
 
+from piflow_jax.data.manifests import check_digest
+
 __all__ = ["Staging"]
 
 _THREADS = 8
@@ -111,9 +113,5 @@ class Staging:
             except FileNotFoundError as error:
                 raise self._error(f"{path} is missing") from error
             file.flush()
-            if digest.hexdigest() != entry["sha256"]:
-                raise self._error(
-                    f"{path} differs from what was written: its SHA-256 is {digest.hexdigest()}, "
-                    f"expected {entry['sha256']}; remove it and prepare again"
-                )
+            check_digest(path, digest.hexdigest(), entry["sha256"], self._error)
             self._there[shard] = True
