@@ -232,12 +232,11 @@ def compare(
             ],
         }
         path = workdir / "teacher_samples.npz"
-        of_most = bench.sample_once(
+        reference, reference_seconds = bench.sample_once(
             systems.teacher_sampler(most), teacher_params, _named("teacher", most), path, made
         )
     else:
-        of_most = of_teacher(most)
-    reference, reference_seconds = of_most
+        reference, reference_seconds = of_teacher(most)
     rows, pictures = [], {most: reference}
     for steps in settings.teacher_steps[:-1]:
         pictures[steps], seconds = of_teacher(steps)

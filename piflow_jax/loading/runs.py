@@ -1,6 +1,8 @@
 """The systems of a run: weights from the checkpoints and files that its settings name."""
 
+import contextlib
 import os
+from collections.abc import Iterator
 from typing import Any
 
 from etils import epath
@@ -80,9 +82,19 @@ def _teacher_dir(config: Config, workdir: str | os.PathLike) -> str | os.PathLik
     given = config.teacher.checkpoint
     if not given:
         return checkpoint_dir(workdir, "teacher")
-    try:
+    with _given_teacher(config):
         return find_checkpoint(user_path(given), "teacher")[0]
+
+
+@contextlib.contextmanager
+def _given_teacher(config: Config) -> Iterator[None]:
+    """Names the key in errors of the checkpoint that `config.teacher.checkpoint` gives."""
+    try:
+        yield
     except CheckpointError as error:
+        given = config.teacher.checkpoint
+        if not given:
+            raise
         raise CheckpointError(f"config.teacher.checkpoint = {given!r}: {error}") from error
 
 
@@ -114,13 +126,9 @@ def load_teacher(
     """
     network, spec = teacher_network(config.model, data), teacher_spec(config, data)
     if not config.teacher.weights:
-        directory, given = _teacher_dir(config, workdir), config.teacher.checkpoint
-        try:
+        directory = _teacher_dir(config, workdir)
+        with _given_teacher(config):
             return load_average(directory, network, spec, shardings)
-        except CheckpointError as error:
-            if not given:
-                raise
-            raise CheckpointError(f"config.teacher.checkpoint = {given!r}: {error}") from error
     formats = network_kind(config.model).formats
     form = config.teacher.weights_format or formats[0]
     if form not in formats:
