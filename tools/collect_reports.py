@@ -22,7 +22,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-NAME = re.compile(r"(?P<config>qwen_image|[a-z0-9]+)_(?P<variant>\w+)_seed(?P<seed>\d+)\.json")
+CONFIGS = sorted(path.stem for path in (Path(__file__).parents[1] / "configs").glob("*.py"))
+NAME = re.compile(rf"(?P<config>{'|'.join(CONFIGS)})_(?P<variant>\w+)_seed(?P<seed>\d+)\.json")
 COMPILED_NAME = re.compile(r"compile_(?P<variant>[a-z0-9_]+)-[\w-]+\.json")
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 TEXT_NAME = re.compile(r"(?P<network>flux|qwen_image)-(?P<program>step|sampling)-[\w-]+\.json")

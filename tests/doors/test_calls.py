@@ -1,96 +1,27 @@
-"""Python calls: what is refused and in which words, and where samples must be the same.
+"""Python calls: what is refused, and in which words.
 
-A case is a line: a call and the words of its error, or a context and nothing else.
+A case is a line: a call and the words of its error.
 """
 
-import ast
-import contextlib
 import dataclasses
-import gc
-import os
-import pickle
 import re
-import subprocess
-import sys
-import threading
 import warnings
-import weakref
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType
 
 import piflow_jax
-from piflow_jax.config import parse
 from piflow_jax.flow.guidance import guided_velocity
 from piflow_jax.flow.imitation import Intervals, intervals_from_uniforms, window_size
 from piflow_jax.flow.policies import ArcFlowPolicy, ArcOutput
 from piflow_jax.flow.rollout import average_velocity
-from piflow_jax.flow.sampling import sample_segments
 from piflow_jax.flow.schedule import sampling_times, segment_start
-from piflow_jax.flow.substeps import num_substeps
 from piflow_jax.keys import as_key, seed_key
-from piflow_jax.student import _program
-from piflow_jax.systems.networks import student_network
-from piflow_jax.systems.shapes import DataShape
-from piflow_jax.systems.spec import StudentSettings
-from tests import tiny
-
-ROOT = Path(__file__).parents[2]
-NAN = float("nan")
-ONE = np.ones(2, np.float32)
-X = np.random.default_rng(0).normal(size=(2, 4, 1)).astype(np.float32)
-WARP = piflow_jax.TimeWarp(3.2)
-
-
-def mixture(x, t):
-    """A policy of two components that depend on what the network sees."""
-    means = jnp.stack([jnp.tanh(x), 0.5 * jnp.asarray(x)], axis=-2)
-    output = piflow_jax.GMOutput(means, jnp.zeros(means.shape[:-1]), -jnp.asarray(t))
-    return piflow_jax.GMFlowPolicy.create(output, jnp.asarray(x), jnp.asarray(t))
-
-
-def grid(x, t):
-    return piflow_jax.DXPolicy.create(jnp.stack([x, 0.5 * x], axis=-2), x, t)
-
+from tests.students import IMAGES, LABELS, NAN, ONE, WARP, X, few, grid, mixture, tiny_student
 
 POLICY = mixture(X, ONE)
-
-
-def tiny_student(nfe=2, shift=1.0, final=1.0):
-    config = tiny.get_config()
-    config.train.nfe, config.train.shift, config.train.final_step_size_scale = nfe, shift, final
-    config = parse(config)
-    data = DataShape(name="digits", sample_size=8, channels=1, num_classes=10)
-    network = student_network(config.model, config.policy, data)
-    params = jax.jit(network.init)(seed_key(0))
-    params = jax.tree.map(
-        lambda leaf: leaf + 0.1 * jnp.sin(jnp.arange(leaf.size)).reshape(leaf.shape), params
-    )
-    settings = StudentSettings(
-        model=config.model, policy=config.policy, train=config.train, data=data
-    )
-    return piflow_jax.Student(network, params, settings)
-
-
-@pytest.fixture(scope="module")
-def student():
-    return tiny_student()
-
-
-LABELS = np.arange(3)
-
-
-def sampled(student):
-    return np.asarray(student.sample(5, LABELS, substeps=8, h=0.5, temperature=0.7))
-
-
-@pytest.fixture(scope="module")
-def samples(student):
-    return sampled(student)
 
 
 # --- Refusals -------------------------------------------------------------------------------------
@@ -98,10 +29,6 @@ def samples(student):
 
 def roll(start=ONE, end=0 * ONE, x=X, substeps=8, **options):
     return piflow_jax.rollout(POLICY, x, start, end, WARP, substeps, **options)
-
-
-def few(nfe=2, noise=X, policy_fn=mixture, warp=WARP, **options):
-    return piflow_jax.few_step_sample(policy_fn, noise, nfe, warp, total_substeps=8, **options)
 
 
 def teacher(**options):
@@ -464,9 +391,6 @@ def test_what_is_traced_is_not_refused_and_does_what_the_docstrings_say(student)
         assert np.isfinite(found[0]).all() and np.isnan(found[1]).all()
 
 
-IMAGES = np.random.default_rng(1).normal(size=(2, 8, 8, 1)).astype(np.float32)
-
-
 def test_checks_add_nothing_to_a_program():
     """Known values are checked before; the program of traced ones is that of no check at all."""
 
@@ -555,325 +479,3 @@ def test_one_number_is_the_time_of_all_samples():
     for times in ((1.0, 0.0), (ONE[:1], 0.0), (1, 0)):
         jax.tree.map(np.testing.assert_array_equal, roll(*times), expected)
     assert np.isfinite(roll(ONE, -0.3 * ONE)[0]).all()  # steps stop at 0
-
-
-# --- Numbers are arguments of a program -----------------------------------------------------------
-
-
-@contextlib.contextmanager
-def compilations():
-    """Names of what XLA compiles meanwhile, or takes from its cache on disk."""
-    found = []
-
-    def listen(name, seconds, **kwargs):
-        if name == "/jax/core/compile/backend_compile_duration":
-            found.append(kwargs.get("fun_name"))
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    try:
-        yield found
-    finally:
-        jax.monitoring.unregister_event_duration_listener(listen)
-
-
-def test_new_numbers_compile_nothing(student, samples):
-    whole = {"substeps": 8, "x": np.ones((3, 8, 8, 1)), "start": 0.5}
-    student.sample(0, LABELS, **whole)
-    other = dataclasses.replace(student, params=jax.tree.map(lambda a: 1.1 * a, student.params))
-    with compilations() as compiled:
-        for temperature in (1.0, 0.9, 0.31):
-            student.sample(0, LABELS, substeps=8, temperature=temperature)
-        for h in (0.0, 0.2, 1.0, float("inf")):
-            student.sample(0, LABELS, substeps=8, h=h)
-        for start in (0.1, 0.7, 0.99):
-            student.sample(0, LABELS, **(whole | {"start": start}))
-        other.sample(1, LABELS, substeps=8)  # nor do other weights
-    assert compiled == []
-
-
-def test_a_program_for_all_numbers_gives_what_programs_of_their_own_give():
-    warp, key = piflow_jax.TimeWarp(3.2), seed_key(1)
-
-    @jax.jit
-    def one_program(times, temperature):
-        return sample_segments(
-            mixture, X, times, warp, total_substeps=8, temperature=temperature, key=key
-        )
-
-    for h, start, temperature in ((0.0, 1.0, 1.0), (0.3, 1.0, 0.5), (np.inf, 0.6, 1.0)):
-        own = few(3, warp=warp, h=h, start=start, temperature=temperature, key=key)
-        found = one_program(sampling_times(3, warp, h=h, start=start), temperature)
-        np.testing.assert_allclose(found, own, rtol=0, atol=2e-5)
-    assert one_program._cache_size() == 1
-
-
-def test_a_teachers_guidance_is_an_argument_of_a_program():
-    def predict(params, z, s, cond):
-        return z * cond[:, None, None]
-
-    def velocity(scale):
-        guide = teacher(predict=predict, null_cond=np.float32(0), guidance_scale=scale)
-        return guide.velocity(None, X, ONE, 2 * ONE)
-
-    program = jax.jit(velocity)
-    for scale in (1.0, 1.5, 4.0):
-        np.testing.assert_allclose(program(scale), 2 * scale * X, rtol=1e-6)
-        np.testing.assert_allclose(velocity(scale), 2 * scale * X, rtol=1e-6)
-    assert program._cache_size() == 1
-
-
-def test_programs_that_were_not_used_for_long_are_let_go(student):
-    settings = student.settings
-    choice = (student.network, settings.policy, settings.train, (8, 8, 1), 2)
-    most = _program.cache_info().maxsize
-    first = weakref.ref(_program(*choice, 1001, "euler"))
-    for substeps in range(1002, 1002 + most):
-        assert _program(*choice, substeps, "euler")
-    gc.collect()
-    assert first() is None and _program.cache_info().currsize == most
-
-
-# --- Students as values ---------------------------------------------------------------------------
-
-
-def test_a_replaced_student_samples_with_its_own_settings(student, samples):
-    train = dataclasses.replace(student.settings.train, shift=5.0)
-    settings = dataclasses.replace(student.settings, train=train)
-    found = sampled(dataclasses.replace(student, settings=settings))
-    right = sampled(piflow_jax.Student(student.network, student.params, settings))
-    np.testing.assert_array_equal(found, right)
-    assert np.abs(found - samples).max() > 0.1
-    np.testing.assert_array_equal(sampled(student), samples)
-
-
-def test_a_student_that_has_sampled_is_pickled(student, samples):
-    for one in (student, student.on(jax.devices()[:1])):
-        sampled(one)
-        other = pickle.loads(pickle.dumps(one))
-        np.testing.assert_array_equal(sampled(other), samples)
-        assert other.settings == student.settings and other.devices is None
-
-
-# --- Contexts -------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def configured(name, value):
-    previous = getattr(jax.config, name)
-    jax.config.update(name, value)
-    try:
-        yield
-    finally:
-        jax.config.update(name, previous)
-
-
-def mesh_is_set(kind):
-    return jax.set_mesh(jax.make_mesh((1,), ("data",), axis_types=(kind,)))
-
-
-CONTEXTS = {
-    "mesh of auto axes": lambda: mesh_is_set(AxisType.Auto),
-    "mesh of explicit axes": lambda: mesh_is_set(AxisType.Explicit),
-    "x64": lambda: configured("jax_enable_x64", True),
-    "no jit": jax.disable_jit,
-    "rbg": lambda: configured("jax_default_prng_impl", "rbg"),
-    "strict ranks": lambda: jax.numpy_rank_promotion("raise"),
-    "no implicit transfers": lambda: jax.transfer_guard("disallow"),
-}
-
-
-@pytest.mark.parametrize("context", CONTEXTS)
-def test_samples_are_the_same_in_every_context(student, samples, context):
-    with CONTEXTS[context]():
-        found = sampled(student)
-    np.testing.assert_allclose(found, samples, rtol=0, atol=1e-5)
-    assert found.dtype == np.float32
-
-
-def test_threads_sample_the_same(student, samples):
-    found = []
-    threads = [threading.Thread(target=lambda: found.append(sampled(student))) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(found) == 4
-    for one in found:
-        np.testing.assert_array_equal(one, samples)
-
-
-def test_a_sampler_of_a_students_policy_is_exported(student):
-    def sample(params, noise, labels):
-        return piflow_jax.few_step_sample(
-            lambda x, t: student.policy(x, t, labels, params), noise, 2, WARP, total_substeps=8
-        )
-
-    arguments = (student.params, IMAGES, np.arange(2))
-    expected = jax.jit(sample)(*arguments)
-    exported = jax.export.export(jax.jit(sample))(*arguments)
-    found = jax.export.deserialize(exported.serialize()).call(*arguments)
-    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
-
-
-FOUR_DEVICES = """
-import jax, numpy as np, piflow_jax
-from jax.sharding import AxisType
-from tests.doors.test_calls import LABELS, IMAGES, ONE, WARP, sampled, tiny_student
-
-student = tiny_student()
-one_device, four = student, student.on(jax.devices())
-expected = sampled(student)
-labels = np.arange(600) % 10
-
-def rolled(x, labels):
-    return piflow_jax.rollout(student.policy(x, ONE, labels), x, ONE, 0 * ONE, WARP, 8)[0]
-
-end = jax.jit(rolled)(IMAGES, LABELS[:2])
-many = np.asarray(one_device.sample(0, labels, substeps=2))
-for kind in (AxisType.Auto, AxisType.Explicit):
-    mesh = jax.make_mesh((4,), ("data",), axis_types=(kind,))
-    with jax.set_mesh(mesh):
-        for who in (one_device, four):
-            np.testing.assert_allclose(sampled(who), expected, atol=1e-5)
-        np.testing.assert_allclose(jax.jit(rolled)(IMAGES, LABELS[:2]), end, atol=1e-5)
-with jax.default_device(jax.devices()[2]):
-    np.testing.assert_allclose(sampled(one_device), expected, atol=1e-5)
-np.testing.assert_allclose(four.sample(0, labels, substeps=2), many, atol=1e-5)
-np.save(__import__("sys").argv[1], many)
-print("same")
-"""
-
-
-def test_samples_are_the_same_on_meshes_and_devices_under_any_generator(student, tmp_path):
-    """Eight contexts in a process of four devices, whose default generator is another one."""
-    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=4"
-    environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run(
-        [sys.executable, "-c", FOUR_DEVICES, str(tmp_path / "many.npy")],
-        env=environment | {"JAX_DEFAULT_PRNG_IMPL": "rbg"},
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-    assert done.stdout == "same\n", done.stderr
-    here = student.sample(0, np.arange(600) % 10, substeps=2)
-    np.testing.assert_allclose(np.load(tmp_path / "many.npy"), here, rtol=0, atol=1e-4)
-
-
-# --- Random streams -------------------------------------------------------------------------------
-
-SEEDS = (0, 7, 2**31, 2**40, -1)
-
-
-@pytest.mark.parametrize("seed", SEEDS)
-def test_a_seed_is_the_same_key_under_any_generator(seed):
-    with configured("jax_enable_x64", True):
-        words = jax.random.key_data(jax.random.key(seed, impl="threefry2x32"))
-    expected = [0, 2**32 - 1] if seed < 0 else words  # as with 32-bit types
-    for implementation in ("threefry2x32", "rbg", "unsafe_rbg"):
-        with configured("jax_default_prng_impl", implementation):
-            for key in (seed, np.int64(seed), jax.random.key(seed)):
-                if seed in (2**31, 2**40) and isinstance(key, jax.Array):
-                    continue  # JAX's own keys of 32-bit types do not hold them
-                found = jax.random.key_data(as_key(key))
-                np.testing.assert_array_equal(found, expected)
-    np.testing.assert_array_equal(jax.random.key_data(as_key(jax.random.PRNGKey(7))), [0, 7])
-
-
-def test_noise_between_segments_depends_on_a_samples_own_key_under_any_generator():
-    for implementation in ("threefry2x32", "rbg"):
-        keys = jax.random.split(jax.random.key(3, impl=implementation), 2)
-        both = few(h=1.0, key=keys)
-        alone = [few(h=1.0, key=keys[i : i + 1], noise=X[i : i + 1]) for i in range(2)]
-        np.testing.assert_allclose(both, jnp.concatenate(alone), rtol=0, atol=1e-5)
-
-
-def key_makers(source):
-    """Lines of a program that make a key of whatever the default is."""
-    for node in ast.walk(ast.parse(source)):
-        if not isinstance(node, ast.Call):
-            continue
-        name = ast.unparse(node.func)
-        made = name.endswith(("random.key", "PRNGKey", "wrap_key_data"))
-        if made and not any(keyword.arg == "impl" for keyword in node.keywords):
-            yield node.lineno
-        if name.endswith(("nnx.Rngs", "random.seed", "random_seed")):
-            yield node.lineno
-
-
-def test_keys_are_made_in_one_place_which_names_the_generator():
-    places = [*(ROOT / "piflow_jax").rglob("*.py"), *(ROOT / "tools").glob("*.py")]
-    assert len(places) > 100
-    found = [f"{path}:{line}" for path in places for line in key_makers(path.read_text("utf-8"))]
-    assert not found
-    made = [path.name for path in places if '"threefry2x32"' in path.read_text("utf-8")]
-    assert made == ["keys.py"]
-    for planted in ("jax.random.key(0)", "random.PRNGKey(1)", "jax.random.wrap_key_data(words)"):
-        assert list(key_makers(f"def f():\n    return {planted}")) == [2]
-
-
-# --- Substeps -------------------------------------------------------------------------------------
-
-# nfe, length of the last segment, shift, substeps: how many each segment has, rounded and up.
-COUNTS = [
-    (4, 0.5, 3.2, 128, (37, 37, 37, 18), (37, 37, 37, 19)),
-    (4, 0.5, 3.2, 132, (38, 38, 38, 19), (38, 38, 38, 19)),
-    (4, 1.0, 3.2, 128, (32, 32, 32, 32), (32, 32, 32, 32)),
-    (3, 1.0, 1.0, 128, (43, 43, 43), (43, 43, 43)),
-    (3, 1.0, 1.0, 100, (33, 33, 33), (34, 34, 34)),
-    (1, 1.0, 1.0, 512, (512,), (512,)),
-    (2, 1.0, 1.0, 1, (1, 1), (1, 1)),
-]
-
-
-@pytest.mark.parametrize(("nfe", "last", "shift", "total", "rounded", "up"), COUNTS)
-def test_substeps_of_segments(nfe, last, shift, total, rounded, up):
-    warp = piflow_jax.TimeWarp(shift)
-    times = sampling_times(nfe, warp, last)
-    ends = [warp.unwarp(t) for t in (times.src, times.dst)]
-    for rounding, expected in (("round", rounded), ("ceil", up)):
-        assert tuple(num_substeps(ends[0] - ends[1], total, rounding)) == expected
-        # And so where levels and times are float32.
-        src, dst = (warp.unwarp(jnp.asarray(t, jnp.float32)) for t in (times.src, times.dst))
-        assert tuple(np.asarray(num_substeps(src - dst, total, rounding))) == expected
-
-
-def test_rounding_errors_are_no_substep():
-    lengths = np.float32([32.000002, 31.999998, 32.01, 0.0, 1e-9]) / np.float32(128)
-    np.testing.assert_array_equal(num_substeps(lengths, 128, "ceil"), [32, 32, 33, 1, 1])
-
-
-def by_hand(policy_fn, x, times, counts):
-    """Euler's steps, one after the other, as the release takes them."""
-    for src, dst, count in zip(times.src, times.dst, counts, strict=True):
-        policy = policy_fn(x, jnp.full(len(x), src, jnp.float32))
-        taus = np.linspace(WARP.unwarp(src), WARP.unwarp(dst), count + 1)
-        for begin, end in zip(WARP.warp(taus)[:-1], WARP.warp(taus)[1:], strict=True):
-            x = x + (end - begin) * policy.velocity(x, jnp.full(len(x), begin, jnp.float32))
-    return x
-
-
-@pytest.mark.parametrize("policy_fn", [mixture, grid])
-def test_samples_take_the_substeps_of_the_rule(policy_fn):
-    times = sampling_times(4, WARP, 0.5)
-    for rounding, counts in (("round", (5, 5, 5, 2)), ("ceil", (5, 5, 5, 3))):
-        options = {"final_step_size_scale": 0.5, "rounding": rounding, "policy_fn": policy_fn}
-        found = piflow_jax.few_step_sample(noise=X, nfe=4, warp=WARP, total_substeps=17, **options)
-        right = by_hand(policy_fn, jnp.asarray(X), times, counts)
-        np.testing.assert_allclose(found, right, rtol=0, atol=2e-5)
-    assert (
-        np.abs(
-            few(4, final_step_size_scale=0.5) - few(4, final_step_size_scale=0.5, rounding="ceil")
-        ).max()
-        > 1e-4
-    )
-
-
-def test_students_sample_with_the_substeps_of_the_release():
-    student = tiny_student(nfe=4, shift=3.2, final=0.5)
-    noise = np.random.default_rng(2).normal(size=(2, 8, 8, 1)).astype(np.float32)
-    found = student.sample(0, [3, 4], noise=noise, substeps=17, solver="euler")
-    times = sampling_times(4, WARP, 0.5)
-    labels = np.array([3, 4])
-    right = by_hand(lambda x, t: student.policy(x, t, labels), noise, times, (5, 5, 5, 3))
-    np.testing.assert_allclose(found, right, rtol=0, atol=5e-5)
