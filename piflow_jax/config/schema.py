@@ -22,7 +22,7 @@ class DataConfig:
         "digits",
         "data set; `prompts` and `captioned_digits` are captions with their embeddings",
         choices=(
-            *("digits", "mnist", "fashion_mnist", "images"),
+            *("digits", "mnist", "fashion_mnist", "emoji", "images"),
             *("latents", "prompts", "captioned_digits"),
         ),
     )
@@ -30,7 +30,8 @@ class DataConfig:
         "",
         "directory of prepared data. Latents and prompts need it. For images, empty means `data` "
         "in the work directory. For mnist and fashion_mnist it holds IDX files or TFDS, and empty "
-        "means the default directory of TFDS",
+        "means the default directory of TFDS. For emoji it holds the font and Unicode's list, and "
+        "empty means those of the Debian packages",
     )
     local_cache_gib: float = _field(
         64.0,

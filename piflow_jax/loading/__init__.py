@@ -18,6 +18,7 @@ from piflow_jax.arguments import check_choice
 from piflow_jax.config import ModelConfig, PolicyConfig, parse
 from piflow_jax.exported import DESCRIPTION
 from piflow_jax.flow.teacher import Schedule, Teacher
+from piflow_jax.loading.shipped import shipped_names, weights_path
 from piflow_jax.loading.weights import averaged, converted, find_checkpoint
 from piflow_jax.runs.workdir import user_path
 from piflow_jax.student import Student
@@ -39,7 +40,7 @@ from piflow_jax.systems.spec import (
     updated_settings,
 )
 
-__all__ = ["load", "load_teacher"]
+__all__ = ["load", "load_teacher", "shipped_names"]
 
 
 def load(
@@ -52,9 +53,9 @@ def load(
     """Loads a student.
 
     Args:
-      path: a run's work directory, a directory of checkpoints, one of their steps, or a
-        `.safetensors` file or its folder: what `--mode=export` wrote, or an official one, for which
-        `config` is needed.
+      path: the name of a shipped student, one of `shipped_names()`; a run's work directory, a
+        directory of checkpoints, one of their steps; or a `.safetensors` file or its folder: what
+        `--mode=export` wrote, or an official one, for which `config` is needed.
       config: the `ConfigDict` of an official file, such as `configs.imagenet.get_config()`; other
         files know their settings.
       dtype: compute dtype of the network, `float32` or `bfloat16`; policies stay in float32, and
@@ -76,9 +77,7 @@ def load(
       ValueError: the file is not a student's, `config` is missing or does not fit, `dtype` is none
         of the two, or the teacher is missing or another one.
     """
-    dtype, path = _compute_dtype(dtype), user_path(path)
-    if not path.exists():
-        raise FileNotFoundError(f"{path}: no such checkpoint or file")
+    dtype, path = _compute_dtype(dtype), weights_path(path, "student")
     if _is_weights(path):
         return _from_file(path, config, dtype, teacher)
     directory, step, spec, saved = find_checkpoint(path, "student")
@@ -109,12 +108,14 @@ def load_teacher(
     guidance_interval: tuple[float, float] | None = None,
     network: Any = None,
 ) -> tuple[Teacher, Any]:
-    """Loads the teacher of a run.
+    """Loads a teacher that was trained here.
 
     Args:
-      path: a run's work directory, a directory of checkpoints, or one of their steps.
+      path: the name of a shipped student, whose teacher is meant; a run's work directory, a
+        directory of checkpoints, or one of their steps; or the `teacher.safetensors` that
+        `--mode=export` wrote.
       guidance_scale: classifier-free guidance, 1 is none. By default as the run's student was
-        taught, or none where there is no student that knows.
+        taught, or none where there is no student that knows, as with a file.
       guidance_interval: noise levels at which to guide, both ends included; by default likewise.
       network: see `load`.
 
@@ -125,13 +126,24 @@ def load_teacher(
     Raises:
       FileNotFoundError: there is nothing at the path.
       CheckpointError: the checkpoint is unusable.
-      ValueError: the checkpoint is not a teacher's of classes.
+      ValueError: it is not a teacher's of classes, or the file is damaged.
     """
-    path = user_path(path)
-    if not path.exists():
-        raise FileNotFoundError(f"{path}: no such checkpoint")
-    directory, step, spec, _ = find_checkpoint(path, "teacher")
-    with _about(directory):
+    from piflow_jax.convert import open_weights
+
+    path = weights_path(path, "teacher")
+    run, weights, step = path, None, None
+    if _is_weights(path):
+        weights = open_weights(path)
+        with _about(path):
+            spec = spec_of(weights.metadata)
+            if spec is None:
+                raise ValueError(
+                    "the file does not say what its network is; "
+                    "piflow_jax.load_torch_state reads official weights"
+                )
+    else:
+        path, step, spec, _ = find_checkpoint(path, "teacher")
+    with _about(path):
         model, data = teacher_settings(spec)
         own = network is not None or _is_own(model)
         network = _own_of(model, network, data) if own else teacher_network(model, data)
@@ -141,14 +153,17 @@ def load_teacher(
             "config.evaluation.system=teacher (docs/text_to_image.md)"
         )
     given = {"guidance_scale": guidance_scale, "guidance_interval": guidance_interval}
-    guidance = _guidance(path) | {key: v for key, v in given.items() if v is not None}
+    guidance = _guidance(run) | {key: v for key, v in given.items() if v is not None}
     teacher = Teacher(
         predict=network.apply,
         shape=data.shape,
         **guidance,
         null_cond=network.conditioning.null(data, None),
     )
-    return teacher, averaged(directory, network, step)
+    if weights is None:
+        return teacher, averaged(path, network, step)
+    with _about(path):
+        return teacher, converted(weights, network, model.network)
 
 
 def _is_own(model: ModelConfig) -> bool:

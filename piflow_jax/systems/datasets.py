@@ -9,12 +9,14 @@ from piflow_jax.data import (
     Source,
     load_captioned_digits_source,
     load_digits_source,
+    load_emoji_source,
     load_fashion_mnist_source,
     load_images_source,
     load_latents_source,
     load_mnist_source,
     load_prompts_source,
 )
+from piflow_jax.data.emoji import EMOJI_CLASSES
 from piflow_jax.data.mnist import DIGIT_CLASSES, FASHION_CLASSES
 from piflow_jax.systems.shapes import DataShape
 
@@ -70,6 +72,11 @@ DATASETS: dict[str, Dataset] = {
         load=lambda data: load_fashion_mnist_source(data.data_dir or None),
         features="fashion_mnist",
         class_names=FASHION_CLASSES,
+        uses=frozenset({"data.data_dir"}),
+    ),
+    "emoji": Dataset(
+        load=lambda data: load_emoji_source(data.data_dir or None),
+        class_names=EMOJI_CLASSES,
         uses=frozenset({"data.data_dir"}),
     ),
     "captioned_digits": Dataset(

@@ -1,0 +1,46 @@
+"""Students of pi-Flow (arXiv 2510.14974), with their teachers, that come with the package.
+
+`piflow_jax/shipped/<name>/` holds `student.safetensors` and `teacher.safetensors`, which
+`tools/ship.py` makes of a run, and `README.md`, their model card.
+"""
+
+import os
+
+from etils import epath
+
+from piflow_jax.runs.workdir import user_path
+
+__all__ = ["shipped_names", "weights_path"]
+
+_FOLDER = epath.Path(__file__).parents[1] / "shipped"
+
+
+def shipped_names() -> tuple[str, ...]:
+    """The names of shipped students, `piflow_jax.load(name)`; each has its teacher with it."""
+    return tuple(sorted(p.parent.name for p in _FOLDER.glob("*/student.safetensors")))
+
+
+def weights_path(path: str | os.PathLike, kind: str) -> epath.Path:
+    """What a user's path, or the name of a shipped student, stands for.
+
+    Args:
+      path: a path that exists, or a name.
+      kind: `student` or `teacher`, which of a name is meant.
+
+    Returns:
+      A path that exists. What lies in the current directory comes before a name.
+
+    Raises:
+      FileNotFoundError: it is neither.
+      ConfigError: see `user_path`.
+    """
+    found = user_path(path)
+    if found.exists():
+        return found
+    names = shipped_names()
+    if os.fsdecode(path) in names:
+        return _FOLDER / os.fsdecode(path) / f"{kind}.safetensors"
+    raise FileNotFoundError(
+        f"{found}: no such checkpoint or file, and no shipped {kind} has this name "
+        f"({', '.join(names)})"
+    )
