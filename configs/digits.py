@@ -10,6 +10,7 @@ Variants, as in `--config=configs/digits.py:dx`:
     quick     the same student trained for a sixth of the steps, for a first look
     dx        grid of x_0, 1 evaluation; needs the time-smoothing window
     gm_2nfe   Gaussian-mixture policy, 2 evaluations
+    gm_any_nfe  one student of 1, 2, 4 and 8 evaluations
     datafree  the same from pure noise: the student's training sees no image
     guided    the teacher guided with scale 2 in [0, 0.6], distilled into 1 evaluation
     rivals    pi-Flow against other few-step methods at equal compute, with --mode=rivals;
@@ -28,7 +29,7 @@ import ml_collections
 
 from piflow_jax.config import base_config, check_variant
 
-VARIANTS = ("gm", "quick", "dx", "gm_2nfe", "datafree", "guided", "rivals")
+VARIANTS = ("gm", "quick", "dx", "gm_2nfe", "gm_any_nfe", "datafree", "guided", "rivals")
 
 
 def get_config(variant: str = "gm") -> ml_collections.ConfigDict:
@@ -92,6 +93,8 @@ def get_config(variant: str = "gm") -> ml_collections.ConfigDict:
     elif variant == "gm_2nfe":
         config.train.nfe = 2
         config.train.steps = 1500
+    elif variant == "gm_any_nfe":
+        config.train.nfe_choices = (1, 2, 4, 8)
     elif variant == "datafree":
         config.train.data_free = True
         config.train.nfe = 2

@@ -33,6 +33,7 @@ from piflow_jax.systems.sampling import (
     student_sampler,
     student_times,
 )
+from piflow_jax.systems.segments import said_evaluations
 from piflow_jax.systems.spec import StudentSettings
 
 __all__ = ["Student"]
@@ -61,12 +62,13 @@ class Student:
         """What the student is, in five lines; weights are not shown."""
         settings = self.settings
         data, policy, train = settings.data, settings.policy, settings.train
+        plural = "s" * (train.evaluations != (1,))
         count = sum(np.size(leaf) for leaf in jax.tree.leaves(self.params))
         shape = "of any size" if self.network.conditioning.reads_text else f"{list(data.shape)}"
         return (
             f"Student(\n"
             f"  network: {settings.model.network}, {count:,} parameters\n"
-            f"  policy: {policy.kind}, trained for {train.nfe} evaluation{'s' * (train.nfe > 1)}\n"
+            f"  policy: {policy.kind}, trained for {said_evaluations(train)} evaluation{plural}\n"
             f"  samples: {data.name}, {shape}, {data.num_classes} classes\n"
             f")"
         )

@@ -262,6 +262,21 @@ def test_the_ends_of_ranges_are_accepted(values):
             "segment, got 33",
         ),
         (
+            {"train__nfe_choices": (1, 4), "train__window_substeps": 33},
+            "config.train.window_substeps must be in [0, 32], the substeps of the shortest "
+            "segment, got 33",
+        ),
+        (
+            {"train__nfe_choices": (2, 4)},
+            "config.train.nfe_choices must contain config.train.nfe (1), which is the default of "
+            "sampling, got (2, 4)",
+        ),
+        (
+            {"train__nfe_choices": (1, 2), "train__data_free": True},
+            "config.train.nfe_choices is for training with data, as a path without data has one "
+            "number of segments: leave it empty, or set config.train.data_free = False",
+        ),
+        (
             {"policy__kind": "dx"},
             "config.train.gm_dropout drops mixture components and must be 0 with "
             "config.policy.kind = 'dx', got 0.05",

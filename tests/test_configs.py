@@ -26,6 +26,7 @@ def test_digits_variants_are_valid(variant):
         "quick": ("gm", 1, False, 1.0),
         "dx": ("dx", 1, False, 1.0),
         "gm_2nfe": ("gm", 2, False, 1.0),
+        "gm_any_nfe": ("gm", 1, False, 1.0),
         "datafree": ("gm", 2, True, 1.0),
         "guided": ("gm", 1, False, 2.0),
         "rivals": ("gm", 1, False, 1.0),
@@ -145,6 +146,7 @@ def test_imagenet_splits_its_state_over_sixteen_devices_at_most():
 
 def test_unknown_variant_is_named():
     with pytest.raises(
-        ValueError, match="variants gm, quick, dx, gm_2nfe, datafree, guided, rivals, not 'xd'"
+        ValueError,
+        match="variants gm, quick, dx, gm_2nfe, gm_any_nfe, datafree, guided, rivals, not 'xd'",
     ):
         load("digits").get_config("xd")

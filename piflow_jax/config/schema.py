@@ -229,6 +229,14 @@ class TrainConfig:
     nfe: int = _field(
         1, "network evaluations per sample, which is the number of segments", **_EVALUATIONS
     )
+    nfe_choices: tuple[int, ...] = _field(
+        (),
+        "numbers of evaluations that one student is trained for, nfe among them: each example's "
+        "segment is one of a number drawn from these; empty means nfe alone",
+        may_be_empty=True,
+        distinct=True,
+        **_EVALUATIONS,
+    )
     final_step_size_scale: float = _field(
         1.0, "length of the last segment relative to the others", above=0, low=0.01, most=100
     )
@@ -272,6 +280,11 @@ class TrainConfig:
         low=0,
         high=2,
     )
+
+    @property
+    def evaluations(self) -> tuple[int, ...]:
+        """The numbers of evaluations that the student is trained for."""
+        return self.nfe_choices or (self.nfe,)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -417,3 +430,8 @@ class Config:
     def sampling_nfe(self) -> int:
         """The student's network evaluations when sampling: `evaluation.nfe`, or as trained."""
         return self.evaluation.nfe or self.train.nfe
+
+    @property
+    def sampling_nfes(self) -> tuple[int, ...]:
+        """All numbers of evaluations that figures are taken at: `sampling_nfe` and as trained."""
+        return (self.evaluation.nfe,) if self.evaluation.nfe else self.train.evaluations

@@ -210,9 +210,9 @@ def compare(
       The report, which is also printed as a table.
     """
     config, settings, workdir = systems.config, systems.config.evaluation, user_path(workdir)
-    count = len(settings.teacher_steps) + 1
+    count = len(settings.teacher_steps) + len(config.sampling_nfes)
     logging.info("evaluation: %d systems, %s samples each", count, f"{settings.num_samples:,}")
-    most, nfe = settings.teacher_steps[-1], config.sampling_nfe
+    most = settings.teacher_steps[-1]
 
     def of_teacher(steps):
         return bench.sample(
@@ -242,19 +242,23 @@ def compare(
         pictures[steps], seconds = of_teacher(steps)
         rows.append(bench.row("teacher", steps, pictures[steps], seconds, reference))
     rows.append(bench.row("teacher", most, reference, reference_seconds, None))
-    samples, seconds = bench.sample(
-        systems.student_sampler(), student_params, _named("student", nfe)
-    )
-    rows.append(bench.row("student", nfe, samples, seconds, reference))
+    of_student = {}
+    for nfe in config.sampling_nfes:
+        sampler, name = systems.student_sampler(nfe), _named("student", nfe)
+        of_student[name], seconds = bench.sample(sampler, student_params, name)
+        rows.append(bench.row("student", nfe, of_student[name], seconds, reference))
 
     rows += bench.of_training_data()
     protocol = bench.protocol() | {"steps": _steps(settings.checkpoint, workdir)}
     report = Report(rows=rows, **bench.of_data(), protocol=protocol)
     if jax.process_index() == 0:
         report.write(workdir / "report.json")
-        shown = [(_named("teacher", steps), steps) for steps in (most, nfe)]
-        grid = [(name, pictures[key]) for name, key in shown if key in pictures]
-        grid.append((_named("student", nfe), samples))
+        shown = [
+            (_named("teacher", steps), steps)
+            for steps in (most, config.sampling_nfe)
+            if steps in pictures
+        ]
+        grid = [*((name, pictures[steps]) for name, steps in shown), *of_student.items()]
         count = settings.grid_samples
         rows = [(name, as_pictures(images[:count])) for name, images in grid]
         save_grid(workdir / "samples.png", rows, columns=_in_turn(bench.source, systems, count))
@@ -288,10 +292,11 @@ def draw(
         by_index = index_sampler(config, systems.data, sampler, conditions, number, name)
         return name, as_pictures(by_index(params, number))
 
-    most, nfe = settings.teacher_steps[-1], config.sampling_nfe
-    rows = [
-        samples(systems.teacher_sampler(most), teacher_params, _named("teacher", most)),
-        samples(systems.student_sampler(), student_params, _named("student", nfe)),
+    most = settings.teacher_steps[-1]
+    rows = [samples(systems.teacher_sampler(most), teacher_params, _named("teacher", most))]
+    rows += [
+        samples(systems.student_sampler(nfe), student_params, _named("student", nfe))
+        for nfe in config.sampling_nfes
     ]
     if jax.process_index() == 0:
         path = user_path(workdir) / "samples.png"

@@ -16,7 +16,6 @@ from jax.sharding import Mesh
 
 from piflow_jax.config import Config, ConfigError
 from piflow_jax.distillation.sizes import Machine, Sizes
-from piflow_jax.flow.schedule import Segments
 from piflow_jax.keys import seed_key
 from piflow_jax.parallel import (
     ActivationSharding,
@@ -35,6 +34,7 @@ from piflow_jax.systems.assembly import Systems
 from piflow_jax.systems.datasets import dataset, load_source, shape_of
 from piflow_jax.systems.networks import abstract_variables, named_variables, network_kind
 from piflow_jax.systems.sampling import student_substeps
+from piflow_jax.systems.segments import longest_segment
 from piflow_jax.systems.settings import check_ours
 from piflow_jax.systems.shapes import DataShape
 from piflow_jax.systems.shardings import student_shardings, teacher_shardings
@@ -225,7 +225,6 @@ def _step_program(config: Config, mesh: Mesh) -> _Program:
     teacher_params = abstract_variables(teacher)
     batch = _batch(config, systems, train.batch_size)
     of_state = student_shardings(config, mesh, state, student)
-    longest = Segments(train.nfe, train.final_step_size_scale).longest
     return _Program(
         function=distill_step(student, systems.teacher, optimizer, config, systems.data.channels),
         arguments=(state, teacher_params, jax.eval_shape(lambda: seed_key(0)), batch),
@@ -237,7 +236,7 @@ def _step_program(config: Config, mesh: Mesh) -> _Program:
         ),
         results=(of_state, replicated(mesh)),
         donated=(0,),
-        substeps=max(round(longest * train.total_substeps), 1),
+        substeps=max(round(longest_segment(train) * train.total_substeps), 1),
         remedy=f"the step does not fit {config.topology}; raise config.train.microbatches, set "
         "config.model.remat or split the state over config.mesh.fsdp",
         settings={

@@ -103,8 +103,8 @@ class Systems:
         """The guided teacher's Euler sampler, `(params, noise[B, *sites, C], condition) -> x_0`."""
         return teacher_sampler(self.teacher, self.config.train.shift, steps)
 
-    def student_sampler(self) -> Sampler:
-        """The student's sampler, at its trained NFE or at `config.evaluation.nfe`."""
+    def student_sampler(self, nfe: int | None = None) -> Sampler:
+        """The student's sampler at `nfe` evaluations, by default at `config.sampling_nfe`."""
         train, settings = self.config.train, self.config.evaluation
         sample = student_sampler(
             self.student_network,
@@ -113,7 +113,7 @@ class Systems:
             substeps=settings.substeps,
             solver=settings.solver,
         )
-        times = student_times(train, self.config.sampling_nfe)
+        times = student_times(train, nfe or self.config.sampling_nfe)
         return lambda params, noise, condition: sample(
             params, noise, condition, times, settings.temperature
         )

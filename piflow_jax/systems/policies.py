@@ -26,6 +26,7 @@ from piflow_jax.flow.policies import (
 from piflow_jax.flow.schedule import Segments
 from piflow_jax.models import ArcHead, DXHead, GMHead
 from piflow_jax.models.heads import TEACHER_MEANS_STD, spread_rates
+from piflow_jax.systems.segments import longest_segment, said_evaluations
 
 __all__ = ["POLICIES", "PolicyFactory", "PolicyKind", "policy_factory", "policy_outputs"]
 
@@ -202,7 +203,7 @@ class DirectX0(PolicyKind):
     def check(self, config):
         super().check(config)
         policy, train = config.policy, config.train
-        longest = Segments(train.nfe, train.final_step_size_scale).longest
+        longest = longest_segment(train)
         if 0 < policy.segment_size < longest - 1e-9:
             raise ConfigError(
                 "config.policy.segment_size must be 0 or at least the longest segment, "
@@ -213,14 +214,14 @@ class DirectX0(PolicyKind):
         if sampled > (policy.segment_size or longest) + 1e-9:
             raise ConfigError(
                 f"config.evaluation.nfe ({evaluations}) makes segments longer than those that a "
-                f"grid trained with config.train.nfe = {train.nfe} covers; raise it"
+                f"grid trained with config.train.nfe = {said_evaluations(train)} covers; raise it"
             )
 
     def _skips(self, config: PolicyConfig) -> bool:
         return config.mode == "polynomial"
 
     def _segment(self, config: PolicyConfig, train: TrainConfig) -> float:
-        return config.segment_size or Segments(train.nfe, train.final_step_size_scale).longest
+        return config.segment_size or longest_segment(train)
 
 
 class ArcFlow(PolicyKind):

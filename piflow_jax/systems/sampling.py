@@ -22,6 +22,7 @@ from piflow_jax.flow.teacher import Teacher
 from piflow_jax.systems.conditioning import Condition
 from piflow_jax.systems.networks import Network
 from piflow_jax.systems.policies import policy_factory
+from piflow_jax.systems.segments import said_evaluations
 from piflow_jax.systems.shapes import DataShape
 
 __all__ = [
@@ -120,14 +121,18 @@ def sampling_cautions(
       Sentences; empty if there is nothing to warn of.
     """
     cautions = []
-    trained, asked = student_times(train, train.nfe), student_times(train, nfe, h, start)
-    known, wanted = (np.stack([times.src, times.to], axis=1) for times in (trained, asked))
+    trained = [student_times(train, number) for number in train.evaluations]
+    asked = student_times(train, nfe, h, start)
+    known, wanted = (
+        np.concatenate([np.stack([times.src, times.to], axis=1) for times in several])
+        for several in (trained, [asked])
+    )
     if not all(np.isclose(known, segment).all(1).any() for segment in wanted):
         begin = "" if start == 1 else f" from start={start:g}"
         cautions.append(
-            f"this student was trained for nfe={train.nfe}, which evaluates its network at "
-            f"{_levels(trained)}; nfe={nfe}{begin} evaluates it at {_levels(asked)}, where samples "
-            "may be poor or mere noise"
+            f"this student was trained for nfe={said_evaluations(train)}, which "
+            f"evaluates its network at {_levels(known[:, 0])}; nfe={nfe}{begin} evaluates it at "
+            f"{_levels(asked.src)}, where samples may be poor or mere noise"
         )
     if nfe == 1 and temperature != 1:
         cautions.append(
@@ -141,10 +146,11 @@ def sampling_cautions(
     return cautions
 
 
-def _levels(times: FlowMapTimes) -> str:
+def _levels(levels: np.ndarray) -> str:
     """The noise levels of the evaluations, shortened if there are many."""
-    shown = [f"{level:.3g}" for level in times.src[:_MOST_LEVELS]]
-    return f"t = {', '.join(shown)}{', ...' if len(times.src) > _MOST_LEVELS else ''}"
+    levels = np.unique(levels)[::-1]
+    shown = [f"{level:.3g}" for level in levels[:_MOST_LEVELS]]
+    return f"t = {', '.join(shown)}{', ...' if len(levels) > _MOST_LEVELS else ''}"
 
 
 def student_substeps(

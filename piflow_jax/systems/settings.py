@@ -1,10 +1,10 @@
 """Checks of a configuration that depend on its choices, row by row of the tables."""
 
 from piflow_jax.config import Config, ConfigError
-from piflow_jax.flow.schedule import Segments
 from piflow_jax.systems.datasets import DATASETS, dataset
 from piflow_jax.systems.networks import network_kind
 from piflow_jax.systems.policies import POLICIES
+from piflow_jax.systems.segments import shortest_segment
 
 __all__ = ["check_choices", "check_ours"]
 
@@ -58,12 +58,21 @@ def check_choices(config: Config) -> None:
                 f"config.{key} is for config.data.name = {of} and must be empty with "
                 f"{config.data.name!r}, got {value!r}"
             )
-    segments = Segments(train.nfe, train.final_step_size_scale)
-    room = max(round(segments.shortest * train.total_substeps), 1)
+    room = max(round(shortest_segment(train) * train.total_substeps), 1)
     if train.window_substeps > room:
         raise ConfigError(
             f"config.train.window_substeps must be in [0, {room}], the substeps of the shortest "
             f"segment, got {train.window_substeps}"
+        )
+    if train.nfe_choices and train.nfe not in train.nfe_choices:
+        raise ConfigError(
+            f"config.train.nfe_choices must contain config.train.nfe ({train.nfe}), which is the "
+            f"default of sampling, got {train.nfe_choices}"
+        )
+    if train.nfe_choices and train.data_free:
+        raise ConfigError(
+            "config.train.nfe_choices is for training with data, as a path without data has one "
+            "number of segments: leave it empty, or set config.train.data_free = False"
         )
     row.check(config)
 

@@ -46,7 +46,7 @@ _SAMPLING = ("nfe", "final_step_size_scale", "shift", "total_substeps")
 _RENAMED = {"data.name": {"imagenet": "latents"}}
 _ADDED = {"data.vae": ""}
 # Settings of a student's run that were added later, with their earlier values.
-_LATER = {"train.initial": "", "train.solver": "euler"}
+_LATER = {"train.initial": "", "train.solver": "euler", "train.nfe_choices": []}
 
 
 def updated(spec: Mapping[str, Any]) -> dict[str, Any]:
@@ -125,6 +125,8 @@ def student_spec(config: Config, data: DataShape) -> dict[str, Any]:
         | ({"model.lora_rank": model.own.lora_rank} if adapted else {})
         | {f"policy.{key}": getattr(policy, key) for key in POLICIES[policy.kind].spec}
         | {f"train.{key}": getattr(config.train, key) for key in _SAMPLING}
+        # Not in the specs of students of one number, which are older.
+        | ({"train.nfe_choices": [*config.train.nfe_choices]} if config.train.nfe_choices else {})
     )
 
 
@@ -210,7 +212,7 @@ def trained_with(settings: StudentSettings, saved: Mapping[str, Any]) -> Student
         if key in known:
             _, *groups, name = key.split(".")
             (recorded["optimizer"] if groups else recorded)[name] = value
-    recorded |= {key: getattr(settings.train, key) for key in _SAMPLING}
+    recorded |= {key: getattr(settings.train, key) for key in (*_SAMPLING, "nfe_choices")}
     train = check_group(TrainConfig, recorded, "train")
     return dataclasses.replace(settings, train=train)
 

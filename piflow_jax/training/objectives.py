@@ -17,6 +17,7 @@ from piflow_jax.flow.imitation import imitation_loss, intervals_from_uniforms, w
 from piflow_jax.flow.policies import Policy
 from piflow_jax.flow.policies.base import per_sample
 from piflow_jax.flow.schedule import Segments, TimeWarp, segment_start
+from piflow_jax.systems.segments import longest_segment
 
 __all__ = [
     "Draws",
@@ -43,8 +44,8 @@ key of its dropout, or None.
 PolicyFactory = Callable[[Any, jax.Array, jax.Array], Policy]
 """`(network output, x_src, sigma_src) -> policy`."""
 
-# A separate random stream, independent of those split off the same key.
-_ADAPTERS = 0xADA
+# Separate random streams, independent of those split off the same key.
+_ADAPTERS, _EVALUATIONS = 0xADA, 0xE7A
 
 
 def flow_matching_loss(
@@ -104,24 +105,41 @@ class Draws:
         below the rate.
       adapters: `[B]` keys for the dropout of the student's adapters, of which only the first is
         used; None for a student without adapters.
+      evaluations: `int32[B]`, which of the numbers of evaluations cuts raw time into segments; None
+        for a student that is trained for one number.
     """
 
     student: jax.Array
     teacher: jax.Array
     dropout: jax.Array
     adapters: jax.Array | None = None
+    evaluations: jax.Array | None = None
 
 
 def sample_draws(
-    key: jax.Array, batch: int, num_states: int, components: int, adapters: bool = False
+    key: jax.Array,
+    batch: int,
+    num_states: int,
+    components: int,
+    adapters: bool = False,
+    choices: int = 1,
 ) -> Draws:
-    """Draws the numbers of one segment; `batch`, `M`, `K` and `adapters` as in `Draws`."""
+    """Draws the numbers of one segment; `batch`, `M`, `K` and `adapters` as in `Draws`.
+
+    There are `choices` numbers of evaluations.
+    """
+    evaluations = None
+    if choices > 1:
+        # Equally many examples of each number, as nearly as the batch allows.
+        shuffled = jax.random.permutation(jax.random.fold_in(key, _EVALUATIONS), batch)
+        evaluations = shuffled % choices
     student, teacher, dropout = jax.random.split(key, 3)
     return Draws(
         jax.random.uniform(student, (batch, num_states)),
         jax.random.uniform(teacher, (batch, num_states - 1)),
         jax.random.uniform(dropout, (batch, components)),
         jax.random.split(jax.random.fold_in(key, _ADAPTERS), batch) if adapters else None,
+        evaluations,
     )
 
 
@@ -160,11 +178,19 @@ def _segment_loss(policy, teacher, x_src, tau_src, segment_size, draws, ratio, c
         total_substeps=config.total_substeps,
         solver=config.solver,
         window_substeps=config.window_substeps,
-        longest_segment=Segments(config.nfe, config.final_step_size_scale).longest,
+        longest_segment=longest_segment(config),
         loss_scale=config.loss_scale,
         adaptive_power=config.adaptive_power,
         time_power=config.time_power,
     )
+
+
+def _segment(tau, index, config):
+    """Start and length, `[B]` each, of the segments that hold raw times `tau[B]`."""
+    found = [segment_start(tau, nfe, config.final_step_size_scale) for nfe in config.evaluations]
+    if index is None:
+        return found[0]
+    return [jnp.stack(choices)[index, jnp.arange(len(tau))] for choices in zip(*found, strict=True)]
 
 
 def data_dependent_loss(
@@ -198,7 +224,7 @@ def data_dependent_loss(
     Returns:
       The loss, a scalar, and `carried` after the call.
     """
-    tau_src, segment_size = segment_start(tau, config.nfe, config.final_step_size_scale)
+    tau_src, segment_size = _segment(tau, draws.evaluations, config)
     sigma = TimeWarp(config.shift).warp(tau_src)
     t = per_sample(sigma, x0.ndim)
     x_src = (1 - t) * x0 + t * noise

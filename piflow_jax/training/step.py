@@ -192,7 +192,8 @@ def distill_step(
         noise = jax.random.normal(keys[0], shape, like.dtype)
 
         def sample(key):
-            return sample_draws(key, size, train.num_states, components, student.drops)
+            choices = len(train.evaluations)
+            return sample_draws(key, size, train.num_states, components, student.drops, choices)
 
         if train.data_free:
             draws = jax.vmap(sample)(jax.random.split(keys[1], train.nfe))

@@ -18,6 +18,7 @@ from piflow_jax.flow.policies.base import per_sample
 from piflow_jax.runs.checkpoint import CheckpointError
 from piflow_jax.systems.own import own_network
 from piflow_jax.systems.policies import POLICIES
+from piflow_jax.systems.sampling import sampling_cautions
 from piflow_jax.systems.shapes import DataShape
 
 CLASSES = 2
@@ -251,11 +252,12 @@ def test_without_data(tmp_path):
 
 def test_images_are_measured_and_looked_at(tmp_path):
     source = (IMAGES, np.arange(64) % CLASSES)
-    config = settings(evaluation__every=2, evaluation__every_samples=16)
+    several = {"train__nfe_choices": (1, 2)}
+    config = settings(evaluation__every=2, evaluation__every_samples=16, **several)
     given = {"network": Small(3), "source": source}
     teacher, params = piflow_jax.train_teacher(config_of_teacher(), tmp_path, **given)
     outputs = piflow_jax.policy_outputs(config, 3)
-    piflow_jax.distill(
+    student = piflow_jax.distill(
         config,
         tmp_path,
         teacher=teacher,
@@ -265,7 +267,14 @@ def test_images_are_measured_and_looked_at(tmp_path):
         initial_params=params,
     )
     report = json.loads((tmp_path / "report.json").read_text())
-    assert {row["system"] for row in report["rows"]} == {"teacher", "student"}
+    systems = [(row["system"], row["nfe"]) for row in report["rows"]]
+    assert systems[-2:] == [("student", 1), ("student", 2)]
+    assert {system for system, _ in systems} == {"teacher", "student"}
+    assert piflow_jax.load(tmp_path, network=Small(outputs)).settings.train.evaluations == (1, 2)
+    assert "trained for 1 or 2 evaluations" in repr(student)
+    assert not sampling_cautions(student.settings.train, nfe=2)
+    (said,) = sampling_cautions(student.settings.train, nfe=4)
+    assert "trained for nfe=1 or 2, which evaluates its network at t = 1, 0.5; nfe=4" in said
     lines = (tmp_path / "student" / "metrics.jsonl").read_text().splitlines()
     assert "eval_frechet" in json.loads(lines[1])
     found, found_params = piflow_jax.load_teacher(tmp_path, network=Small(3))

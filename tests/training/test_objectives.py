@@ -273,6 +273,45 @@ def test_a_student_that_equals_the_teacher_has_no_loss():
     np.testing.assert_allclose(loss(0.1)[0], 3 * 0.5 * 0.1**2, rtol=1e-3)
 
 
+def test_each_example_has_a_segment_of_its_own_number_of_evaluations():
+    """The loss of a batch with several numbers is the mean of the losses with one number each."""
+    keys = jax.random.split(jax.random.key(0), 4)
+    x0, noise = (jax.random.normal(key, (12, 2)) for key in keys[:2])
+    tau = 1 - jax.random.uniform(keys[2], (12,))
+    draws = sample_draws(keys[3], 12, 2, 1, choices=3)
+    np.testing.assert_array_equal(np.bincount(draws.evaluations), [4, 4, 4])
+
+    def student(x, sigma, labels):
+        return GMOutput(jnp.sin(3 * x)[:, None], jnp.zeros((len(x), 1)), -sigma)
+
+    def loss(rows, **evaluations):
+        config = TrainConfig(gm_dropout=0.0, total_substeps=8, num_states=2, **evaluations)
+        part = jax.tree.map(lambda a: a[rows], draws)
+        if not config.nfe_choices:
+            part = part.replace(evaluations=None)
+        return data_dependent_loss(
+            call(student),
+            (),
+            lambda x, sigma: jnp.cos(x) * sigma[:, None],
+            policy_factory(PolicyConfig(), config),
+            x0[rows],
+            jnp.zeros((len(rows),), jnp.int32),
+            tau[rows],
+            noise[rows],
+            part,
+            0,
+            config,
+        )[0]
+
+    several = loss(np.arange(12), nfe_choices=(1, 2, 4))
+    each = [
+        loss(np.flatnonzero(draws.evaluations == index), nfe=nfe)
+        for index, nfe in enumerate((1, 2, 4))
+    ]
+    assert np.std(each) > 0.01 * np.mean(each)
+    np.testing.assert_allclose(several, np.mean(each), rtol=1e-5)
+
+
 def test_teacher_ratio_decays_linearly_to_zero():
     steps = jnp.asarray([0, 1, 500, 1999, 2000, 50000])
     expected = [1, 1999 / 2000, 0.75, 1 / 2000, 0, 0]
