@@ -4,8 +4,10 @@
 
 starts the tests' emulator of Google Cloud Storage, which needs `".[test]"`, and trains twice, with
 `--workdir` on a disk and then in the bucket, where each request takes `--delay` seconds. It prints
-for each stage the seconds that the loop waited for the bucket and what it took in all, and fails if
-files or figures of the two runs differ. The emulator shares the machine's cores with the run.
+for each stage what the loop took, the seconds of it for which it waited for the bucket, and those
+for which the stage's end then waits for its last checkpoint. It fails if files or figures of the
+two runs differ. The emulator shares the machine's cores with the run. Results go to
+`benchmarks/results/bucket.json`.
 """
 
 import argparse
@@ -17,6 +19,9 @@ import tempfile
 import time
 from collections.abc import Sequence
 
+import jax
+
+from benchmarks import harness
 from piflow_jax.runs.workdir import user_path
 from tests import buckets
 
@@ -41,6 +46,41 @@ def metrics(workdir: str, stage: str) -> list[dict]:
     """The lines of a stage."""
     text = (user_path(workdir) / stage / "metrics.jsonl").read_text()
     return [json.loads(line) for line in text.splitlines()]
+
+
+def waits(lines: list[dict], stage: str, said: str) -> dict[str, float]:
+    """Seconds of a stage's loop, those of them that it waited for the bucket, and its end's."""
+    steps = [0, *(line["step"] for line in lines)]
+    pairs = zip(steps, lines, strict=False)
+    last = re.search(_LAST.format(stage), said)
+    return {
+        "loop": sum(line["step_seconds"] * (line["step"] - before) for before, line in pairs),
+        "waited": sum(line["bucket_wait"] for line in lines),
+        "end": float(last[1]) if last else 0.0,
+        "repeats": sum(line["bucket_repeats"] for line in lines),
+    }
+
+
+def table(found: dict) -> str:
+    """The waits as Markdown."""
+    if not found:
+        return "Nothing has been measured yet."
+    machine = found["machine"]
+    lines = [
+        f"**{found['config']}**, {found['delay']:g} s a request, on {machine['cpu']}, "
+        f"{machine['cores']} cores (jax {found['versions']['jax']}): "
+        f"{found['seconds']['disk']:.0f} s on a disk and {found['seconds']['bucket']:.0f} s in the "
+        f"bucket, {found['requests']:,} requests.",
+        "",
+        "| stage | loop, s | of it waiting for the bucket, s | share | last checkpoint, s |",
+        "| --- |" + " ---: |" * 4,
+    ]
+    for stage, row in found["stages"].items():
+        lines.append(
+            f"| {stage} | {row['loop']:.1f} | {row['waited']:.2f} "
+            f"| {row['waited'] / row['loop']:.2%} | {row['end']:.1f} |"
+        )
+    return "\n".join(lines)
 
 
 def left(workdir: str) -> dict:
@@ -72,26 +112,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         on_disk, _ = train(options.config, disk, options.overrides)
         service.delay, service.requests = options.delay, 0
         in_bucket, said = train(options.config, bucket, options.overrides)
-        service.delay = 0.0
-        print(f"{on_disk:.0f} s on the disk, {in_bucket:.0f} s in the bucket", end="")
-        print(f", {service.requests} requests of {options.delay} s")
-        for stage in STAGES:
-            lines = metrics(bucket, stage)
-            waited = sum(line["bucket_wait"] for line in lines)
-            steps = [0, *(line["step"] for line in lines)]
-            total = sum(
-                line["step_seconds"] * (line["step"] - before)
-                for before, line in zip(steps, lines, strict=False)
-            )
-            last = re.search(_LAST.format(stage), said)
-            print(
-                f"{stage}: {total:.1f} s of steps, of which {waited:.2f} s waiting for the bucket "
-                f"({waited / total:.2%}); {float(last[1]) if last else 0:.1f} s more at the end"
-            )
+        requests, service.delay = service.requests, 0.0
         here, there = left(disk), left(bucket)
     different = [name for name in here | there if here.get(name) != there.get(name)]
-    print(f"different: {', '.join(different)}" if different else "the same files and figures")
-    return len(different)
+    if different:
+        sys.exit(f"different on the disk and in the bucket: {', '.join(different)}")
+    found = {
+        "machine": harness.machine(),
+        "versions": {"jax": jax.__version__},
+        "config": " ".join([options.config, *options.overrides]),
+        "delay": options.delay,
+        "requests": requests,
+        "seconds": {"disk": on_disk, "bucket": in_bucket},
+        "stages": {stage: waits(metrics(bucket, stage), stage, said) for stage in STAGES},
+    }
+    harness.write("bucket", found)
+    print(table(found))
+    return 0
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from typing import Any
 
 from etils import epath
 
-__all__ = ["SCHEME", "fetcher", "is_file", "is_remote", "located", "refusal", "repeated_requests"]
+__all__ = ["SCHEME", "fetcher", "is_file", "is_remote", "located", "repeated_requests"]
 
 SCHEME = "gs://"
 
@@ -68,6 +68,9 @@ def _connect() -> None:
     """Prepares this process to read and write `gs://` paths."""
     import fsspec
 
+    from piflow_jax.gcs import register
+
+    register()
     # A listing is out of date as soon as TensorStore or another process writes.
     fsspec.config.conf.setdefault("gcs", {}).setdefault("use_listings_cache", False)
     logger = logging.getLogger("gcsfs")
@@ -97,16 +100,15 @@ def fetcher(path: str | os.PathLike) -> tuple[int, Callable[[int, int], bytes]]:
     path = os.fspath(located(path))
     import fsspec
 
+    from piflow_jax.gcs import BucketError
+
     system = fsspec.filesystem("gs")
 
     def asked(request: Callable[..., Any], *words: int) -> Any:
         try:
             return request(path, *words)
-        except FileNotFoundError:
-            raise
-        except Exception as error:  # gcsfs, aiohttp and google.auth have errors of their own
-            why = refusal(path, error, "read", "roles/storage.objectViewer")
-            raise OSError(f"cannot read {path}: {why}") from error
+        except BucketError as error:
+            raise OSError(f"cannot read {path}: {error.why}") from None
 
     def fetch(first: int, last: int) -> bytes:
         # The service has no word for a range without bytes.
@@ -116,35 +118,6 @@ def fetcher(path: str | os.PathLike) -> tuple[int, Callable[[int, int], bytes]]:
         return data
 
     return asked(system.info)["size"], fetch
-
-
-def refusal(path: str | os.PathLike, error: Exception, deed: str, role: str) -> str:
-    """Why a bucket cannot be used, and the remedy.
-
-    Args:
-      path: what was asked for.
-      error: what was raised.
-      deed: what was to be done with objects.
-      role: the role of an account that may do it.
-
-    Returns:
-      A sentence without an end.
-    """
-    bucket = f"{SCHEME}{os.fspath(path).removeprefix(SCHEME).partition('/')[0]}"
-    if isinstance(error, FileNotFoundError):
-        return f"there is no bucket {bucket}; create it"
-    if getattr(error, "code", None) in (401, "401") or "google.auth" in type(error).__module__:
-        return (
-            "there are no valid credentials; run `gcloud auth application-default login`, or set "
-            "GOOGLE_APPLICATION_CREDENTIALS to the key of a service account"
-        )
-    if "Forbidden" in str(error):
-        return (
-            f"these credentials may not {deed} objects in {bucket}; grant their account the role "
-            f"{role} there"
-        )
-    text = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-    return f"{text}; check the network and the name of the bucket"
 
 
 def repeated_requests() -> int:

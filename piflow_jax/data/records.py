@@ -10,6 +10,7 @@ from typing import Any, SupportsIndex
 from etils import epath
 
 from piflow_jax.buckets import is_remote
+from piflow_jax.data.ranges import Ranges, record_of
 from piflow_jax.data.staging import Staging
 
 __all__ = ["Records", "num_records"]
@@ -18,7 +19,8 @@ __all__ = ["Records", "num_records"]
 class Records(Sequence[Any]):
     """The records of a set's shards, each read when it is asked for; safe to use in threads.
 
-    Shards of a set in a bucket are copied here when the first of their records is.
+    Shards of a set in a bucket are copied here when the first of their records is, as many as there
+    is room for. Records of the others are read where they lie, see `piflow_jax.data.ranges`.
 
     Args:
       directory: The set's directory.
@@ -28,7 +30,7 @@ class Records(Sequence[Any]):
       cache_gib: Most GiB of copies.
 
     Raises:
-      error: If a shard cannot be opened, or there is no room for copies.
+      error: If a shard cannot be opened.
     """
 
     def __init__(
@@ -42,29 +44,33 @@ class Records(Sequence[Any]):
         from array_record.python.array_record_data_source import ArrayRecordDataSource
 
         self._paths = [os.fspath(directory / shard["file"]) for shard in shards]
-        self._ends = list(itertools.accumulate(shard["examples"] for shard in shards))
+        self._starts = [0, *itertools.accumulate(shard["examples"] for shard in shards)]
         self._parse, self._error = parse, error
-        self._staging, opened = None, self._paths
+        self._staging = self._ranges = None
+        opened, self._copied = self._paths, len(self)
         if is_remote(directory):
             self._staging = Staging(directory, shards, error, cache_gib)
+            many = len(self._staging.paths)
             # With their numbers of records, copies are opened when the first one is read.
-            pairs = zip(self._staging.paths, shards, strict=True)
+            pairs = zip(self._staging.paths, shards[:many], strict=True)
             opened = [f"{path}[0:{shard['examples']}]" for path, shard in pairs]
+            self._copied = self._starts[many]
+            self._ranges = Ranges(directory, shards, error)
         try:
-            self._records = ArrayRecordDataSource(opened)
+            self._records = ArrayRecordDataSource(opened) if opened else None
         except Exception as reason:  # the library's errors have no common class
             raise error(f"{directory} has a damaged shard: {reason}") from reason
 
     def __len__(self) -> int:
         """Returns the number of records."""
-        return self._ends[-1] if self._ends else 0
+        return self._starts[-1]
 
     def __getitem__(self, index: SupportsIndex) -> Any:
         """Returns what one record means; raises `error` if it is damaged."""
         index = range(len(self))[index]
-        self._wait(index)
+        chunks = self._brought([index])
         try:
-            return self._parse(self._records[index])
+            return self._parse(self._read([index], chunks)[0])
         except Exception as reason:  # of the library, or of a parser that meets other bytes
             path = self._paths[self._shard(index)]
             raise self._error(
@@ -74,9 +80,9 @@ class Records(Sequence[Any]):
 
     def __getitems__(self, indices: Sequence[int]) -> list[Any]:
         """What several records mean, read at once."""
-        self._wait(*indices)
+        chunks = self._brought(indices)
         try:
-            return [self._parse(record) for record in self._records.__getitems__(list(indices))]
+            return [self._parse(record) for record in self._read(indices, chunks)]
         except Exception:  # one by one, the damaged record is named
             return [self[index] for index in indices]
 
@@ -86,11 +92,21 @@ class Records(Sequence[Any]):
             self._staging.start()
 
     def _shard(self, index: int) -> int:
-        return bisect.bisect_right(self._ends, index)
+        return bisect.bisect_right(self._starts, index) - 1
 
-    def _wait(self, *indices: int) -> None:
-        if self._staging is not None:
-            self._staging.wait(*sorted(set(map(self._shard, indices))))
+    def _brought(self, indices: Sequence[int]) -> dict[int, tuple[bytes, int]]:
+        """Waits for copies of these records; returns the chunks of those that have none."""
+        if self._staging is None:
+            return {}
+        far = sorted({index for index in indices if index >= self._copied})
+        self._staging.wait(*sorted({self._shard(i) for i in indices if i < self._copied}))
+        places = [(s := self._shard(index), index - self._starts[s]) for index in far]
+        return dict(zip(far, self._ranges.read(places), strict=True))
+
+    def _read(self, indices: Sequence[int], chunks: dict[int, tuple[bytes, int]]) -> list[bytes]:
+        here = [index for index in indices if index not in chunks]
+        copies = iter(self._records.__getitems__(here) if here else ())
+        return [record_of(*chunks[i]) if i in chunks else next(copies) for i in indices]
 
 
 def num_records(path: str | os.PathLike) -> int:

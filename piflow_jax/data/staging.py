@@ -1,7 +1,9 @@
 """Shards of a set in a bucket, copied to this machine when they are wanted."""
 
+import bisect
 import concurrent.futures
 import hashlib
+import itertools
 import math
 import shutil
 import tempfile
@@ -9,6 +11,7 @@ import threading
 from collections.abc import Sequence
 from typing import Any
 
+from absl import logging
 from etils import epath
 
 from piflow_jax.data.manifests import check_digest
@@ -17,11 +20,12 @@ __all__ = ["Staging"]
 
 _THREADS = 8
 _PIECE = 2**24  # bytes of a shard that are copied at a time
+_SHARE = 0.9  # of the free disk, which others use as well
 _GIB = 2**30
 
 
 class Staging:
-    """Local copies of shards; safe to use in threads.
+    """Local copies of shards, the first ones, as many as there is room for; safe to use in threads.
 
     A copy is a temporary file without a name: whatever ends the process, the system frees its
     space. Copies are compared with the manifest's checksums.
@@ -34,9 +38,6 @@ class Staging:
 
     Attributes:
       paths: Paths of the copies, which may be opened when `wait` has returned.
-
-    Raises:
-      error: The shards are more than that, or than the disk has room for.
     """
 
     def __init__(
@@ -46,19 +47,17 @@ class Staging:
         error: type[ValueError],
         cache_gib: float = math.inf,
     ):
-        needed, temporary = sum(shard["bytes"] for shard in shards) / _GIB, tempfile.gettempdir()
+        temporary = tempfile.gettempdir()
         free = shutil.disk_usage(temporary).free / _GIB
-        if needed > cache_gib:
-            raise error(
-                f"{directory} has {needed:.3g} GiB, which each process copies to its disk, and "
-                f"config.data.local_cache_gib = {cache_gib:.3g} allows no more; raise it, or mount "
-                "the bucket and name the mounted directory"
+        ends = [0.0, *itertools.accumulate(shard["bytes"] / _GIB for shard in shards)]
+        many = bisect.bisect_right(ends, min(cache_gib, _SHARE * free)) - 1
+        if many < len(shards):
+            logging.info(
+                "%s: %.3g of %.3g GiB are copied to %s, which has %.3g free, with "
+                "config.data.local_cache_gib = %.3g; the rest is read from the bucket",
+                *(directory, ends[many], ends[-1], temporary, free, cache_gib),
             )
-        if needed > free:
-            raise error(
-                f"{directory} has {needed:.3g} GiB, and {temporary} has {free:.3g} GiB left for "
-                "copies; set TMPDIR to a larger disk, or mount the bucket"
-            )
+        shards = shards[:many]
         self._directory, self._shards, self._error = directory, shards, error
         # For as long as their records are read.
         self._files = [tempfile.TemporaryFile() for _ in shards]  # noqa: SIM115

@@ -73,6 +73,7 @@ def load(
 
     Raises:
       FileNotFoundError: there is nothing at the path.
+      OSError: the bucket cannot be read; says why, and the remedy.
       CheckpointError: the checkpoint is unusable, or not a student's.
       ValueError: the file is not a student's, `config` is missing or does not fit, `dtype` is none
         of the two, or the teacher is missing or another one.
@@ -125,6 +126,7 @@ def load_teacher(
 
     Raises:
       FileNotFoundError: there is nothing at the path.
+      OSError: the bucket cannot be read; says why, and the remedy.
       CheckpointError: the checkpoint is unusable.
       ValueError: it is not a teacher's of classes, or the file is damaged.
     """

@@ -8,6 +8,7 @@ import os
 
 from etils import epath
 
+from piflow_jax.buckets import is_remote
 from piflow_jax.runs.workdir import user_path
 
 __all__ = ["shipped_names", "weights_path"]
@@ -37,6 +38,8 @@ def weights_path(path: str | os.PathLike, kind: str) -> epath.Path:
     found = user_path(path)
     if found.exists():
         return found
+    if is_remote(found):  # the service gives one answer for both
+        raise FileNotFoundError(f"{found}: no such checkpoint or file, or no such bucket")
     names = shipped_names()
     if os.fsdecode(path) in names:
         return _FOLDER / os.fsdecode(path) / f"{kind}.safetensors"

@@ -2,15 +2,18 @@
 
 import contextlib
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
 from absl import logging
+from etils import epath
 
 from piflow_jax.buckets import is_remote, repeated_requests
 from piflow_jax.parallel import peak_flops
+from piflow_jax.runs.spool import Spool
 
 __all__ = ["Monitor", "step_memory"]
 
@@ -47,7 +50,8 @@ class Monitor:
         self._flops: dict[int, int] = {}
         self._peak = (peak or peak_flops(jax.devices()[0]) or 0.0) * jax.device_count()
         self._profile = profile
-        self._profiling = False
+        self._profiling: Spool | None = None
+        self._upload: threading.Thread | None = None
         self._started = 0
         self._since = (0, time.perf_counter())
         self._waited = 0.0
@@ -68,6 +72,8 @@ class Monitor:
         jax.monitoring.unregister_event_duration_listener(self._heard)
         if self._profiling:
             self._stop_profile()
+        if self._upload is not None:
+            self._upload.join()
 
     def start(self, step: int) -> None:
         """The loop begins after this step: the clock starts."""
@@ -125,8 +131,9 @@ class Monitor:
         if not self._profiling and first <= step <= last:
             with self.aside():
                 jax.block_until_ready(last_result)
-                jax.profiler.start_trace(os.fspath(self._directory))
-            self._profiling = True
+                spool = Spool(epath.Path(self._directory))
+                jax.profiler.start_trace(os.fspath(spool.here))
+            self._profiling = spool
         elif self._profiling and step > last:
             jax.block_until_ready(last_result)
             self._stop_profile()
@@ -173,9 +180,20 @@ class Monitor:
             self._compilations.append(seconds)
 
     def _stop_profile(self) -> None:
-        self._profiling = False
+        spool, self._profiling = self._profiling, None
         with self.aside():
             jax.profiler.stop_trace()
+        self._upload = threading.Thread(target=self._bring, args=(spool,), name="profile")
+        self._upload.start()
+
+    def _bring(self, spool: Spool) -> None:
+        """Brings a profile to where it belongs; the run does not depend on it."""
+        with contextlib.closing(spool):
+            try:
+                spool.upload()
+            except OSError as error:
+                logging.warning("%s: no profile in %s: %s", self._name, self._directory, error)
+                return
         logging.info(
             "%s: profile in %s (tensorboard --logdir, with tensorboard-plugin-profile)",
             self._name,

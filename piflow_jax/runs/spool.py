@@ -15,7 +15,7 @@ __all__ = ["Spool"]
 
 
 class Spool:
-    """A directory of files to append to.
+    """A directory of files to append to, in folders or not.
 
     Objects in a bucket cannot be appended to: they are replaced as a whole by what has been
     collected on this machine. One thread at a time may call the methods.
@@ -58,7 +58,8 @@ class Spool:
         if not self.remote:
             return
         self._sent_at = time.monotonic()
-        names = sorted(path.name for path in self.here.iterdir())
+        paths = [os.path.join(at, name) for at, _, files in os.walk(self.here) for name in files]
+        names = sorted(os.path.relpath(path, self.here) for path in paths)
         for name in names:
             # Before the copy: what is appended meanwhile is a change.
             state = _state(self.here / name)

@@ -210,6 +210,8 @@ def cannot(action: str, directory: epath.Path, error: Exception) -> CheckpointEr
     """The error that the disk, or whatever holds the directory, refused; or a lost process."""
     if lost := processes.lost(error):
         return CheckpointError(f"cannot {action} {directory}: {lost}")
+    if why := getattr(first_cause(error), "why", None):  # see `piflow_jax.gcs.BucketError`
+        return CheckpointError(f"cannot {action} {directory}: {why}")
     return CheckpointError(
         f"cannot {action} {directory} ({cause(error)}). Check that the path exists, is writable"
         " and has free space, or pass another --workdir."

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 from etils import epath
 
-from piflow_jax.buckets import is_remote, located, refusal
+from piflow_jax.buckets import SCHEME, is_remote, located
 from piflow_jax.config import ConfigError
 
 __all__ = ["check_writable", "checkpoint_path", "user_path"]
@@ -127,6 +127,9 @@ def _probe(directory: epath.Path, instead: str) -> None:
     try:
         probe.write_text("")
         probe.unlink()
-    except Exception as error:  # gcsfs, aiohttp and google.auth have errors of their own
-        why = refusal(directory, error, "write and remove", "roles/storage.objectUser")
-        raise OSError(f"cannot write to {directory}: {why}, or {instead}") from error
+    except OSError as error:
+        why = getattr(error, "why", error)  # see `piflow_jax.gcs.BucketError`
+        if isinstance(error, FileNotFoundError):
+            bucket = os.fspath(directory).removeprefix(SCHEME).partition("/")[0]
+            why = f"there is no bucket {SCHEME}{bucket}; create it"
+        raise OSError(f"cannot write to {directory}: {why}, or {instead}") from None

@@ -8,6 +8,7 @@ import threading
 
 import numpy as np
 import pytest
+from array_record.python.array_record_module import ArrayRecordWriter
 from PIL import Image
 
 from piflow_jax.config import DataConfig
@@ -18,6 +19,8 @@ from piflow_jax.data.picture_sets import open_pictures
 from piflow_jax.data.pictures import PictureError, PicturesError, read_picture
 from piflow_jax.data.prompt_lists import Prompt, read_prompts
 from piflow_jax.data.prompts import load_prompts_source
+from piflow_jax.data.ranges import Ranges, record_of
+from piflow_jax.data.shards import _WRITER_OPTIONS
 from piflow_jax.data.text_encoders import WordEncoder
 from piflow_jax.evaluation.adm_files import image_batches, read_reference, write_samples
 from piflow_jax.evaluation.image_sets import open_images
@@ -25,6 +28,7 @@ from piflow_jax.modes import command
 from piflow_jax.modes.prepare_prompts import encode_prompts
 from piflow_jax.runs.workdir import user_path
 from piflow_jax.systems.datasets import load_source
+from piflow_jax.whole_files import copy_file
 from tests import tiny
 from tests.data import test_images, test_latents
 
@@ -94,15 +98,75 @@ def test_the_others_are_copied_before_they_are_wanted(service, latents):
     assert sorted(read) == [0, 1, 2]
 
 
-def test_a_set_that_is_too_large_for_the_disk_is_refused(latents, monkeypatch):
-    assert len(load_latents_source(latents, cache_gib=1)) == 7
-    with pytest.raises(LatentsError, match="local_cache_gib = 1e-08 allows no more"):
-        settings = DataConfig(name="latents", data_dir=SET, local_cache_gib=1e-8)
-        load_source(settings)
-    usage = lambda path: type("Usage", (), {"free": 10})  # noqa: E731
+def shard_gib(shard):
+    return (user_path(SET) / test_latents.SHARDS[shard]).stat().length / 2**30
+
+
+@pytest.mark.parametrize("copied", [0, 1, 2])
+def test_shards_without_room_are_read_where_they_lie(service, latents, copied):
+    cap = sum(map(shard_gib, range(copied))) + 1e-9
+    source = load_source(DataConfig(name="latents", data_dir=SET, local_cache_gib=cap))
+    read = read_of(service)
+    for index in (6, 6, 5, 2, 0, 3, 0):
+        np.testing.assert_array_equal(source[index]["x"]["std"], test_latents.example(index)["std"])
+    once = [shard for shard in range(3) if read.count(shard) == 1]
+    assert once == list(range(copied))  # of the others index and record are read each time
+
+
+def test_the_disk_is_not_filled(service, latents, monkeypatch):
+    free = int(2**30 * (shard_gib(0) + shard_gib(1)) / 0.95)
+    usage = lambda path: type("Usage", (), {"free": free})  # noqa: E731
     monkeypatch.setattr("piflow_jax.data.staging.shutil.disk_usage", usage)
-    with pytest.raises(LatentsError, match="set TMPDIR to a larger disk"):
-        load_latents_source(latents)
+    read = read_of(service)
+    source = load_latents_source(latents, verify=False)
+    assert [int(source[i]["condition"]) for i in (*range(7), *range(7))] == [
+        i % 3 for i in (*range(7), *range(7))
+    ]
+    assert read.count(0) == 1 and read.count(1) > 6
+
+
+def test_records_of_any_length_are_cut_out_of_a_shard(service, tmp_path):
+    """Headers of blocks, every 65,536 bytes, interrupt them at every place."""
+    rng = np.random.default_rng(0)
+    sizes = [0, 1, 70_000, 3, 200_000, 65_536, 65_495, 65_400, *rng.integers(0, 300, 900)]
+    sizes += list(rng.integers(60_000, 140_000, 20))
+    records = [rng.bytes(int(size)) for size in sizes]
+    writer = ArrayRecordWriter(str(tmp_path / "shard"), _WRITER_OPTIONS)
+    for record in records:
+        writer.write(record)
+    writer.close()
+    copy_file(user_path(tmp_path) / "shard", user_path(SET) / "shard")
+    shards = [{"file": "shard", "examples": len(records)}]
+    ranges = Ranges(user_path(SET), shards, LatentsError)
+    chunks = ranges.read([(0, i) for i in range(len(records))])
+    assert [record_of(*chunk) for chunk in chunks] == records
+
+
+def flipped(place):
+    def flip(path):
+        data = bytearray(path.read_bytes())
+        data[place] ^= 0xFF
+        path.write_bytes(bytes(data))
+
+    return flip
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda path: path.unlink(), "00001-of-00003 is missing"),
+        (flipped(-65_536 + 24 + 40 + 10), "00001-of-00003 differs from what was written: its "),
+        (lambda path: path.write_bytes(bytes(path.stat().length)), "00001-of-00003 differs from"),
+        (flipped(64 + 8), "00001-of-00003 has a damaged record, the 3th of the set: .*prepare"),
+    ],
+)
+def test_damage_is_named_without_a_copy(latents, spoil, message):
+    source = load_latents_source(latents, verify=False, cache_gib=1e-9)
+    spoil(latents / test_latents.SHARDS[1])
+    with pytest.raises(LatentsError, match=f"{SET}/.*{message}"):
+        source[3]
+    with pytest.raises(LatentsError, match=f"{SET}/.*{message}"):
+        next(batches(source, batch_size=7, seed=0))
 
 
 def test_what_is_refused_for_the_moment_is_read_all_the_same(service, latents):
@@ -123,14 +187,18 @@ KINDS = {
 }
 
 
+@pytest.mark.parametrize("cap", [64.0, 1e-9])
 @pytest.mark.parametrize("kind", KINDS)
-def test_batches_are_those_of_a_disk(place, tmp_path, kind):
-    """And what `like` says of them is so."""
+def test_batches_are_those_of_a_disk(place, tmp_path, kind, cap):
+    """And what `like` says of them is so, where the set is larger than its copies may be too."""
     for directory in (place / "set", tmp_path / "other"):
         KINDS[kind](directory)
     here, there = (
-        batches(load_source(DataConfig(name=kind, data_dir=str(path))), batch_size=4, seed=1)
-        for path in (tmp_path / "other", place / "set")
+        batches(load_source(config), batch_size=4, seed=1)
+        for config in (
+            DataConfig(name=kind, data_dir=str(tmp_path / "other")),
+            DataConfig(name=kind, data_dir=str(place / "set"), local_cache_gib=cap),
+        )
     )
     for _ in range(5):
         like, one, other = here.like(), next(here), next(there)

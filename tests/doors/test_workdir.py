@@ -22,6 +22,7 @@ import pytest
 from piflow_jax.config import ConfigError, parse
 from piflow_jax.evaluation.kept import KeptFileError
 from piflow_jax.loading import load
+from piflow_jax.loading import load_teacher as load_notebook_teacher
 from piflow_jax.loading.runs import load_teacher
 from piflow_jax.modes import command
 from piflow_jax.runs import quiet
@@ -385,3 +386,50 @@ def test_a_damaged_file_of_the_run_ends_it_with_a_sentence(tmp_path, monkeypatch
 
     monkeypatch.setitem(command.MODES, "train", command.Mode(run=damaged))
     assert start(tmp_path / "run") == (1, "error: x.json is damaged; delete it")
+
+
+# --- A bucket ---------------------------------------------------------------------------------
+
+BUCKET = "gs://bucket/run"
+LOGIN = "there are no valid credentials; run `gcloud auth application-default login`"
+GRANT = "objects in gs://bucket; grant their account the role roles/storage.object"
+
+
+def called(load):
+    def door(tmp_path):
+        with pytest.raises(OSError) as caught:
+            load(BUCKET)
+        return str(caught.value)
+
+    return door
+
+
+def started(mode, workdir=None, **changes):
+    return lambda tmp_path: start(workdir or tmp_path / "run", mode, **changes)[1]
+
+
+DOORS = {
+    "load": called(load),
+    "load_teacher": called(load_notebook_teacher),
+    "sample": started("sample", BUCKET),
+    "evaluate": started("evaluate", BUCKET),
+    "export": started("export", BUCKET),
+    "train": started("train", BUCKET),
+    "teacher": started("train", teacher__checkpoint=BUCKET),
+    "weights": started("train", teacher__weights=f"{BUCKET}/x.safetensors"),
+    "data": started("train", data__name="latents", data__data_dir=BUCKET),
+    "pictures": started("train", data__name="images", data__images=BUCKET),
+}
+
+
+@pytest.mark.parametrize(
+    ("status", "words"),
+    [(401, [LOGIN]), (403, [GRANT]), (404, ["no bucket gs://bucket", "no such", "is missing"])],
+)
+@pytest.mark.parametrize("door", DOORS)
+def test_a_bucket_that_cannot_be_used_is_one_sentence(service, tmp_path, door, status, words):
+    service.deny_all = status
+    said = DOORS[door](tmp_path)
+    last = said[said.rfind("error: ") :] if "error: " in said else said
+    assert "gs://bucket" in last and any(word in last for word in words), said
+    assert not {"\n", "{"} & set(last) and "Traceback" not in said

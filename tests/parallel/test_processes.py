@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,9 +15,14 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from absl import logging
+from PIL import Image
 
-from piflow_jax.config import ProcessesConfig
+from piflow_jax.config import ProcessesConfig, parse
+from piflow_jax.data import images
+from piflow_jax.modes.prepare_images import prepare_missing
 from piflow_jax.parallel import processes
+from piflow_jax.runs.workdir import user_path
+from tests.parallel import prepared_images
 from tests.parallel.launched import (
     CONFIG,
     ROOT,
@@ -109,6 +115,90 @@ def test_processes_look_at_a_student_with_adapters_as_one_does(tmp_path):
         figures += [json.loads(log.splitlines()[-1]) for log in said]
     for found in figures[1:]:
         assert found == pytest.approx(figures[0], rel=1e-3)
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """Seven pictures of two classes."""
+    folder = tmp_path_factory.mktemp("pictures")
+    for index in range(7):
+        path = folder / ("dark", "light")[index % 2] / f"{index}.png"
+        path.parent.mkdir(exist_ok=True)
+        pixels = np.random.default_rng(index).integers(0, 256, (9 + index, 12, 3), np.uint8)
+        Image.fromarray(pixels).save(path)
+    return folder
+
+
+def preparation(mode, pictures, place):
+    script = Path(__file__).parent / "prepared_images.py"
+    return {"command": [sys.executable, str(script), mode, str(pictures), str(place)]}
+
+
+def contents(place):
+    """Files of a set by name; the folder of the preparation is no part of it."""
+    return {p.name: p.read_bytes() for p in user_path(place).iterdir() if p.is_file()}
+
+
+def prepared_alone(pictures, place, monkeypatch):
+    """The set of these pictures that one process makes, as `contents` has it."""
+    monkeypatch.setattr(images, "_SHARD_IMAGES", prepared_images.SHARD)
+    prepare_missing(parse(prepared_images.settings_of(str(pictures), str(place))), place)
+    return contents(place)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["prepare", "train"])
+def test_two_processes_prepare_the_pixels_that_one_does(
+    place, tmp_path, pictures, monkeypatch, mode
+):
+    """Each writes shards of its own, and none reads before all are there."""
+    options = preparation(mode, pictures, place / "set")
+    with started(None, tmp_path, 2, **options) as running:
+        codes, said = finish(running, tmp_path)
+    assert codes == [0, 0], "\n".join(said)
+    alone = prepared_alone(pictures, tmp_path / "alone", monkeypatch)
+    assert contents(place / "set") == alone and len(alone) == 5
+    if mode == "train":
+        digests = [log.splitlines()[-1] for log in said]
+        assert digests[0] == digests[1] and len(digests[0]) == 64
+
+
+@pytest.mark.slow
+def test_a_preparation_of_which_a_process_was_killed_is_continued(
+    service, tmp_path, pictures, monkeypatch
+):
+    """The other one does not wait for it for ever; and one process may go on with it."""
+    killed = []
+
+    def kill(name):
+        if "array_record-00003" not in name or not killed or killed[0].poll() is not None:
+            return False
+        killed[0].send_signal(signal.SIGKILL)
+        return True
+
+    service.written = kill
+    options = preparation("train", pictures, "gs://bucket/set")
+    with started(None, tmp_path, 2, **options) as running:
+        killed.append(running[1])
+        codes, said = finish(running, tmp_path, timeout=200)
+    assert codes[1] == -signal.SIGKILL and codes[0] != 0, "\n".join(said)
+    service.written = lambda name: False
+    assert "images.json" not in contents("gs://bucket/set")
+    found = prepared_alone(pictures, "gs://bucket/set", monkeypatch)
+    assert found == prepared_alone(pictures, tmp_path / "alone", monkeypatch)
+
+
+@pytest.mark.slow
+def test_a_picture_that_one_process_cannot_read_ends_both(tmp_path, pictures):
+    broken = shutil.copytree(pictures, tmp_path / "pictures")
+    (broken / "light" / "3.png").write_bytes(b"no picture")
+    options = preparation("prepare", broken, tmp_path / "set")
+    with started(None, tmp_path / "logs", 2, **options) as running:
+        codes, said = finish(running, tmp_path / "logs", timeout=200)
+    assert sorted(codes) in ([0, 2], [1, 2]), "\n".join(said)
+    (refusal,) = (log for log, code in zip(said, codes, strict=True) if code == 2)
+    assert "light/3.png" in refusal and "config.data.skip_refused" in refusal
+    assert "Traceback" not in refusal
 
 
 def run(workdir, logs, count, *arguments, **options):

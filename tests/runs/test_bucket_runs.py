@@ -1,4 +1,4 @@
-"""Whole runs in a bucket: killed, delayed, refused, and with the bits of those on a disk."""
+"""Whole runs in a bucket, by one process and by two: killed, delayed, refused; the same bits."""
 
 import json
 import signal
@@ -9,8 +9,10 @@ import threading
 import pytest
 
 from piflow_jax.runs.workdir import user_path
+from piflow_jax.whole_files import copy_file
 from tests import tiny
 from tests.buckets import names
+from tests.parallel.launched import CONFIG, by_hand, finish, started
 
 pytestmark = pytest.mark.slow
 
@@ -107,3 +109,53 @@ def test_two_runs_at_once_are_refused(service):
     assert f"error: {RUN} is in use by process {first.pid} on" in said
     finished(first)
     assert "run.lock" not in names(RUN)
+
+
+def two(workdir, logs, start=lambda running: None):
+    """Two processes; returns their exit statuses, and what they said."""
+    main = [sys.executable, "-m", "piflow_jax.main", f"--config={CONFIG}"]
+    words = ("--config.processes.heartbeat_seconds=5", "--config.processes.start_seconds=100")
+    job = [*main, f"--workdir={workdir}", *words]
+    with started(None, logs, 2, command=job, launcher=by_hand) as running:
+        start(running)
+        return finish(running, logs, timeout=900)
+
+
+def copied(source, target):
+    """A copy of all that lies in a directory, on a disk or in a bucket."""
+    source, target = map(user_path, (source, target))
+    target.mkdir(parents=True, exist_ok=True)
+    for path in source.iterdir():
+        (copied if path.is_dir() else copy_file)(path, target / path.name)
+    return target
+
+
+def test_two_processes_killed_in_a_save_go_on_on_other_devices(service, tmp_path, monkeypatch):
+    """With the bits of a run on a disk that nobody stopped, or that goes on from the same step."""
+    codes, said = two(tmp_path / "disk", tmp_path / "logs")
+    assert codes == [0, 0], "\n".join(said)
+    both = []
+    kill_at(service, "student/checkpoints/6/state/ocdbt.process_1/manifest.ocdbt", both)
+    service.refuse_every = 10
+    codes, said = two(RUN, tmp_path / "logs", start=lambda running: both.append(running[1]))
+    assert codes[1] == -signal.SIGKILL and codes[0] == 1, "\n".join(said)
+    assert "lost another one" in said[0]
+    service.written = lambda name: False
+    alone = [copied(RUN, place) for place in (tmp_path / "alone", "gs://bucket/alone")]
+
+    running = []
+    kill_at(service, "student/checkpoints/6/commit_success.txt", running)
+    with monkeypatch.context() as patch:
+        patch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=2")
+        running.append(run := command(RUN))
+        said = run.communicate(timeout=900)[1]
+    assert run.returncode == -signal.SIGKILL and "student: continuing from step 4" in said
+    service.written = lambda name: False
+    codes, said = two(RUN, tmp_path / "logs")
+    assert codes == [0, 0], "\n".join(said)
+    assert "student: continuing from step 4" in said[0]
+    assert_same(RUN, tmp_path / "disk")
+
+    for place in alone:
+        assert "student: continuing from step 4" in finished(command(place))
+    assert_same(*reversed(alone))

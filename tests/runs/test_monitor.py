@@ -10,6 +10,7 @@ from absl import logging
 from piflow_jax.parallel import peak_flops
 from piflow_jax.runs import monitor as module
 from piflow_jax.runs.monitor import Monitor, step_memory
+from piflow_jax.runs.workdir import user_path
 
 
 @pytest.fixture
@@ -107,20 +108,36 @@ def test_compiling_again_is_said(monkeypatch):
     assert len(monitor._compilations) == heard
 
 
+def traces(place):
+    times = place / "plugins" / "profile"
+    folders = times.iterdir() if times.exists() else ()
+    return [path for folder in folders for path in folder.iterdir() if path.suffix == ".pb"]
+
+
 @pytest.mark.parametrize("last", [3, 100])
-def test_a_profile_is_written(tmp_path, last):
+def test_a_profile_is_written(place, last):
     function = jax.jit(lambda x: x @ x)
-    with make(tmp_path, profile=(2, last)) as monitor:
+    with make(place, profile=(2, last)) as monitor:
         monitor.start(0)
         x = jnp.ones((8, 8))
         for step in range(1, 6):
             monitor.before(step, x, 0)
             x = function(x)
-            begun = list(tmp_path.rglob("*.xplane.pb"))
-            assert bool(begun) == (step > last)
-    (trace,) = tmp_path.rglob("*.xplane.pb")
-    assert trace.stat().st_size > 1000
-    assert trace.is_relative_to(tmp_path / "plugins" / "profile")
+            if step > last:
+                monitor._upload.join()  # in the background
+            assert bool(traces(place)) == (step > last)
+    (trace,) = traces(place)
+    assert trace.name.endswith(".xplane.pb") and trace.stat().length > 1000
+
+
+def test_a_profile_that_cannot_be_uploaded_does_not_end_the_run(service, monkeypatch):
+    said = []
+    monkeypatch.setattr(logging, "warning", lambda text, *values: said.append(text % values))
+    with make(user_path("gs://bucket/run"), profile=(1, 1)) as monitor:
+        monitor.before(1, jnp.ones(1), 0)
+        service.deny = 403
+    (line,) = said
+    assert "toy: no profile in gs://bucket/run: cannot write to gs://bucket: these" in line
 
 
 def test_memory_of_a_step_counts_donated_arguments_once():
