@@ -92,6 +92,8 @@ def test_job_writes_report_picture_and_metrics(whole_run):
     assert report["protocol"]["version"] == piflow_jax.__version__
     assert report["protocol"]["commit"] == commit()
     assert Image.open(workdir / "samples.png").size[0] > 480
+    assert Image.open(workdir / "nearest.png").size[0] > 480
+    assert "Are they copies?" in (workdir / "report.html").read_text()
     assert "Loss of the student" in (workdir / "report.html").read_text()
     for stage, steps in (("teacher", 6), ("student", STEPS)):
         lines = [json.loads(x) for x in (workdir / stage / "metrics.jsonl").open()]

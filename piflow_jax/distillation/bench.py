@@ -14,7 +14,7 @@ from etils import epath
 
 from piflow_jax import __version__
 from piflow_jax.config import Config
-from piflow_jax.data import Source
+from piflow_jax.data import ArraySource, Source
 from piflow_jax.data.source import source_digest
 from piflow_jax.distillation.grids import class_names, index_sampler
 from piflow_jax.distillation.looks import Measure
@@ -26,6 +26,7 @@ from piflow_jax.evaluation import (
     class_diversity,
     half_split_floor,
     measure,
+    nearest_images,
     save_grid,
 )
 from piflow_jax.evaluation.kept import read_kept
@@ -147,6 +148,11 @@ class Bench:
             Row(system="training images", nfe=0, figures=figures, endpoint_mse=None, seconds=0.0)
         ]
 
+    @property
+    def training_images(self) -> np.ndarray | None:
+        """All images `[N, *sites, C]` that training sees; None where they are not in memory."""
+        return self.source.x if isinstance(self.source, ArraySource) else None
+
     def of_data(self) -> dict[str, Any]:
         """The real data's own diversity, and one half of the data against the other."""
         return {
@@ -201,7 +207,7 @@ def compare(
       teacher_params: the teacher's parameters.
       student_params: the student's.
       workdir: the run's directory; process 0 writes `report.html`, `report.json` and
-        `samples.png` there.
+        `samples.png` there, and `nearest.png` of training images in memory.
       keep: the teacher's samples at most evaluations are stored in `teacher_samples.npz` for the
         next comparison, because making them takes most of its time. For teachers that the settings
         describe.
@@ -262,6 +268,11 @@ def compare(
         count = settings.grid_samples
         rows = [(name, as_pictures(images[:count])) for name, images in grid]
         save_grid(workdir / "samples.png", rows, columns=_in_turn(bench.source, systems, count))
+        if bench.training_images is not None:
+            name, samples = next(iter(of_student.items()))
+            found = bench.training_images[nearest_images(samples[:count], bench.training_images)]
+            pairs = [(name, samples[:count]), ("nearest in training", found)]
+            save_grid(workdir / "nearest.png", [(name, as_pictures(one)) for name, one in pairs])
         logging.info("\n%s\n", report.table())
         write_page(config, workdir, report)
         logging.info("wrote report.html, report.json and samples.png to %s", workdir)

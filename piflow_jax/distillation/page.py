@@ -43,8 +43,9 @@ Points = tuple[np.ndarray, np.ndarray]
 def write_page(config: Config, workdir: str | os.PathLike, report: Report | None) -> epath.Path:
     """Writes `<workdir>/report.html` from the files of a run.
 
-    It has `samples.png`, the report's table, loss and Frechet distance over training, the grids of
-    the looks at the student, and the settings. All of it is inside of the file.
+    It has `samples.png`, `nearest.png` where there is one, the report's table, loss and Frechet
+    distance over training, the grids of the looks at the student, and the settings. All of it is
+    inside of the file.
 
     Args:
       config: the run's settings.
@@ -57,6 +58,10 @@ def write_page(config: Config, workdir: str | os.PathLike, report: Report | None
     workdir = user_path(workdir)
     samples = (workdir / "samples.png").read_bytes()
     sections = [("Samples", _picture(samples, "Samples of a column start at the same noise."))]
+    nearest = workdir / "nearest.png"
+    if nearest.exists():
+        caption = "The training image below each sample is the nearest to it, by its pixels."
+        sections.append(("Are they copies?", _picture(nearest.read_bytes(), caption)))
     if report is not None:
         sections.append(("Figures", _figures(report)))
     plots = []

@@ -18,6 +18,7 @@ from piflow_jax.evaluation.frechet import (
     gaussian_statistics,
 )
 from piflow_jax.evaluation.images import as_pictures, draw_grid, save_grid
+from piflow_jax.evaluation.nearest import nearest_images
 from piflow_jax.evaluation.precision_recall import PrecisionRecall, precision_recall
 from piflow_jax.evaluation.report import Report, Row
 
@@ -42,6 +43,7 @@ __all__ = [
     "least_samples",
     "load_features",
     "measure",
+    "nearest_images",
     "precision_recall",
     "read_features",
     "save_grid",
