@@ -10,7 +10,7 @@ import pytest
 
 from piflow_jax.runs.workdir import user_path
 from piflow_jax.whole_files import copy_file
-from tests import tiny
+from tests import buckets, tiny
 from tests.buckets import names
 from tests.parallel.launched import CONFIG, by_hand, finish, started
 
@@ -130,22 +130,25 @@ def copied(source, target):
     return target
 
 
-def test_two_processes_killed_in_a_save_go_on_on_other_devices(service, tmp_path, monkeypatch):
-    """With the bits of a run on a disk that nobody stopped, or that goes on from the same step."""
-    codes, said = two(tmp_path / "disk", tmp_path / "logs")
-    assert codes == [0, 0], "\n".join(said)
-    both = []
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory):
+    """What two processes left in a bucket, one of which was killed in the middle of a save."""
+    service, folder = buckets.service(), tmp_path_factory.mktemp("killed")
+    service.reset()
+    service.refuse_every, both = 10, []
     kill_at(service, "student/checkpoints/6/state/ocdbt.process_1/manifest.ocdbt", both)
-    service.refuse_every = 10
-    codes, said = two(RUN, tmp_path / "logs", start=lambda running: both.append(running[1]))
+    codes, said = two(RUN, folder / "logs", start=lambda running: both.append(running[1]))
     assert codes[1] == -signal.SIGKILL and codes[0] == 1, "\n".join(said)
     assert "lost another one" in said[0]
-    service.written = lambda name: False
-    alone = [copied(RUN, place) for place in (tmp_path / "alone", "gs://bucket/alone")]
-    # On a disk what is unfinished has another name.
-    (alone[0] / "student" / "checkpoints" / "6").rmtree()
+    return copied(RUN, folder / "run")
 
-    running = []
+
+def test_two_processes_end_what_two_and_one_of_two_devices_began(
+    service, killed, tmp_path, monkeypatch
+):
+    """With the bits of two processes on a disk that nobody stopped."""
+    copied(killed, RUN)
+    service.refuse_every, running = 10, []
     kill_at(service, "student/checkpoints/6/commit_success.txt", running)
     with monkeypatch.context() as patch:
         patch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=2")
@@ -156,8 +159,17 @@ def test_two_processes_killed_in_a_save_go_on_on_other_devices(service, tmp_path
     codes, said = two(RUN, tmp_path / "logs")
     assert codes == [0, 0], "\n".join(said)
     assert "student: continuing from step 4" in said[0]
+    codes, said = two(tmp_path / "disk", tmp_path / "logs")
+    assert codes == [0, 0], "\n".join(said)
     assert_same(RUN, tmp_path / "disk")
 
-    for place in alone:
+
+def test_one_process_ends_what_two_began_as_on_a_disk(service, killed, tmp_path):
+    service.refuse_every = 10
+    copied(killed, RUN)
+    copied(killed, tmp_path)
+    # On a disk what is unfinished has another name.
+    (user_path(tmp_path) / "student" / "checkpoints" / "6").rmtree()
+    for place in (tmp_path, RUN):
         assert "student: continuing from step 4" in finished(command(place))
-    assert_same(*reversed(alone))
+    assert_same(RUN, tmp_path)
