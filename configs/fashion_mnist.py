@@ -44,7 +44,7 @@ def get_config(variant: str = "gm") -> ml_collections.ConfigDict:
 
     config.policy.kind = "gm"
     config.policy.num_components = 16
-    config.train.steps = 6000
+    config.train.steps = 3000
     config.train.batch_size = 64
     config.train.optimizer.kind = "muon"
     config.train.optimizer.learning_rate = 3e-3

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import piflow_jax
 from piflow_jax.config import base_config, parse
 from piflow_jax.rivals.base import rival_sampler, rival_setting
 from piflow_jax.runs.checkpoint import Checkpointer
@@ -150,10 +151,11 @@ def digits_run(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT))
 
 
-def test_readme_code_works(digits_run):
+def test_readme_code_works(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     (sampling,) = python_blocks(ROOT / "README.md")
     execute(sampling, "README.md", {})
-    assert Path("digits.png").exists()
+    assert Path("clothes.png").exists()
 
 
 FEWER_STEPS = {
@@ -176,9 +178,8 @@ def test_readme_run_leaves_its_picture_and_a_student(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     subprocess.run([sys.executable, *command, *fewer], check=True)
     assert Path("runs/digits/samples.png").exists()
-    (sampling,) = python_blocks(ROOT / "README.md")
-    execute(sampling, "README.md", {})
-    assert Path("digits.png").exists()
+    assert 'piflow_jax.load("runs/digits")' in text
+    assert piflow_jax.load("runs/digits").sample(0, np.arange(4)).shape == (4, 8, 8, 1)
 
 
 @pytest.mark.slow  # continuous integration has the extra `docs` only then

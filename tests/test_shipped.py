@@ -76,7 +76,7 @@ def test_the_card_says_what_was_measured(package):
     card = (package / "README.md").read_text()
     assert "| student | 1 | 1.250 | 0.500 | 0.750 | 4.000 |" in card
     assert "| training images | - |" in card and "5,000 samples against 10,000 test" in card
-    assert "MIT licence" in card and "seed\n  3." in card
+    assert "MIT licence" in card and "seed 3." in card
 
 
 def test_what_lies_in_the_current_directory_comes_first(run, package, tmp_path, monkeypatch):

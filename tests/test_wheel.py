@@ -38,7 +38,8 @@ def wheel(tmp_path_factory):
 def test_a_wheel_has_all_of_the_package_and_its_version(wheel):
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
-    package = [path for path in (ROOT / "piflow_jax").rglob("*") if path.suffix in (".py", ".npz")]
+    found = (ROOT / "piflow_jax").rglob("*")
+    package = [path for path in found if path.is_file() and path.suffix != ".pyc"]
     wanted = {path.relative_to(ROOT).as_posix() for path in package}
     wanted |= {f"piflow_jax/configs/{path.name}" for path in (ROOT / "configs").glob("*.py")}
     assert wanted == {name for name in names if name.startswith("piflow_jax/")}

@@ -29,7 +29,8 @@ BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 TEXT_NAME = re.compile(r"(?P<network>flux|qwen_image)-(?P<program>step|sampling)-[\w-]+\.json")
 COMPILED_BEGIN, COMPILED_END = "<!-- compile:begin -->", "<!-- compile:end -->"
 MAIN_VARIANT = "gm"
-README_CONFIG = "digits"  # the one table of README.md; all others are in docs/results.md
+# The first of these with reports has the one table of README.md; all are in docs/results.md.
+README_CONFIGS = ("fashion_mnist", "digits")
 # Seeds of a variant may differ in these, and in nothing else that figures depend on.
 FREE_PROTOCOL = ("seed", "device", "jax", "version", "commit")
 
@@ -409,9 +410,10 @@ def results_page(reports: dict[str, dict[str, dict[int, Report]]]) -> str:
 
 def readme_block(reports: dict[str, dict[str, dict[int, Report]]]) -> str:
     """The text between the markers of `README.md`."""
-    seeds = reports.get(README_CONFIG, {}).get(MAIN_VARIANT)
-    if seeds is None:
+    config = next((name for name in README_CONFIGS if MAIN_VARIANT in reports.get(name, {})), None)
+    if config is None:
         return "No report has been collected yet.\n"
+    seeds = reports[config][MAIN_VARIANT]
     found = [*seeds.values()]
     pairs = [compare(report) for report in found]
     student, most, equal = (pairs[0][name] for name in ("student", "most", "equal"))
@@ -419,6 +421,7 @@ def readme_block(reports: dict[str, dict[str, dict[int, Report]]]) -> str:
     def said(key):
         return ", ".join(dict.fromkeys(str(report["protocol"][key]) for report in found))
 
+    split = found[0]["protocol"].get("real_split", "train")
     over = "mean over seeds" if len(seeds) > 1 else "seed"
     few = f"{student['nfe']} NFE"
     ratios = f"{fmean(pair['to_most'] for pair in pairs):.2f} times the teacher's at "
@@ -428,8 +431,9 @@ def readme_block(reports: dict[str, dict[str, dict[int, Report]]]) -> str:
             f" and {fmean(pair['to_equal'] for pair in pairs):.3f} times the teacher's at {few}"
         )
     lines = [
-        f"`configs/{README_CONFIG}.py`, {over} {', '.join(map(str, seeds))}: {said('samples')} "
-        f"samples of each system against {said('real_images')} real images, on {said('device')}.",
+        f"`configs/{config}.py`, {over} {', '.join(map(str, seeds))}: {said('samples')} "
+        f"samples of each system against {said('real_images')} real {split} images, "
+        f"on {said('device')}.",
         "",
         *systems_table(found),
         "",

@@ -39,8 +39,8 @@ teacher, params = piflow_jax.load_teacher("{name}")
 
 * **Data.** {data}.
 * **Licence.** That of this package, Apache 2.0.
-* **Recipe.** `python -m piflow_jax.main --config=configs/{name}.py --workdir=RUN`, seed
-  {seed}. The weights are the averages of the last checkpoint, rounded to bfloat16.
+* **Recipe.** `python -m piflow_jax.main --config=configs/{name}.py --workdir=RUN`, seed {seed}.
+  The weights are the averages of the last checkpoint, rounded to bfloat16.
 * **Limits.** They show what the method does on small images, and are of no other use. The student
   was trained for one evaluation.
 
