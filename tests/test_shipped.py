@@ -108,6 +108,8 @@ def test_weights_are_small_enough_to_ship(run, tmp_path, monkeypatch):
 def test_shipped_students_give_what_their_teachers_give(name):
     """One evaluation is nearer to the teacher's images of many than the teacher's own one is."""
     student, (teacher, params) = piflow_jax.load(name), piflow_jax.load_teacher(name)
+    assert len(set(student.class_names)) == student.settings.data.num_classes
+    assert "class 0" not in student.class_names
     labels = np.arange(8) % student.settings.data.num_classes
     noise = np.random.default_rng(0).normal(size=(8, *teacher.shape)).astype(np.float32)
 
