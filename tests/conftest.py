@@ -1,6 +1,7 @@
 """Shared test settings: strict rank promotion, and float64 on demand."""
 
 import atexit
+import gc
 import importlib.metadata
 import os
 import shutil
@@ -30,6 +31,8 @@ from piflow_jax.runs.workdir import user_path
 from tests import buckets
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# Tracing makes many objects and few cycles; by default the collector takes a tenth of the time.
+gc.set_threshold(50_000, 20, 50)
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -42,6 +45,12 @@ def pytest_collection_modifyitems(items):
         files = [v for v in values if isinstance(v, str) and v.endswith(".npz")]
         if any(not (GOLDEN / name).exists() for name in files):
             item.add_marker("slow")
+
+
+def pytest_collection_finish():
+    """Takes what was imported out of the garbage collector's rounds."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

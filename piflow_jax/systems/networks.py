@@ -6,6 +6,7 @@ user's own networks are in `piflow_jax.systems.own`.
 
 import dataclasses
 import difflib
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Protocol
 
@@ -143,6 +144,7 @@ class BuiltIn:
         """See `Network`."""
         return nn.unbox(self.named(key))
 
+    @functools.partial(jax.jit, static_argnums=0)  # traced once for equal networks
     def named(self, key: jax.Array) -> Variables:
         """See `Network`."""
         zeros = (jnp.zeros(leaf.shape, leaf.dtype) for leaf in self.module.example())
