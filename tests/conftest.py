@@ -3,6 +3,7 @@
 import atexit
 import gc
 import importlib.metadata
+import logging
 import os
 import shutil
 import tempfile
@@ -78,3 +79,28 @@ def place(request, tmp_path):
         return user_path(tmp_path)
     request.getfixturevalue("service")
     return user_path("gs://bucket/run")
+
+
+@pytest.fixture
+def command(capsys, monkeypatch):
+    """Runs a command line in this process: `(exit status, what it says)`."""
+    from absl import flags
+
+    from piflow_jax import main
+
+    said = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())
+    monkeypatch.setattr(logging.getLogger("absl"), "handlers", [handler])
+
+    def run(*arguments):
+        said.clear()
+        flags.FLAGS.unparse_flags()
+        try:
+            status = main.main(main.parse_flags(["piflow_jax.main", *map(str, arguments)]))
+        except SystemExit as end:
+            status = end.code
+        return status, capsys.readouterr().err + "\n".join(said)
+
+    yield run
+    flags.FLAGS.unparse_flags()

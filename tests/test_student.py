@@ -66,8 +66,9 @@ def test_a_runs_teacher_is_its_network(settings, tmp_path):
     save_stage(tmp_path, "teacher", params, teacher_spec(settings, DATA))
     x, t, labels = jax.random.normal(jax.random.key(1), (3, 8, 8, 1)), jnp.full(3, 0.5), LABELS[:3]
     teacher, loaded = piflow_jax.load_teacher(tmp_path, guidance_scale=2.0)
-    cond, uncond = (module.apply(params, x, t, c) for c in (labels, 0 * labels + 10))
-    found = teacher.velocity(loaded, x, t, labels)
+    apply = jax.jit(module.apply)
+    cond, uncond = (apply(params, x, t, c) for c in (labels, 0 * labels + 10))
+    found = jax.jit(teacher.velocity)(loaded, x, t, labels)
     np.testing.assert_allclose(found, 2 * cond - uncond, rtol=1e-4, atol=1e-5)
     # Without a scale it is guided as the run's student was taught, where there is one.
     assert piflow_jax.load_teacher(tmp_path)[0].guidance_scale == 1
@@ -147,7 +148,7 @@ def test_noise_between_segments_differs_by_sample(student):
 
 def test_few_programs_serve_all_batch_sizes(run):
     student = piflow_jax.load(run[0])
-    labels = np.arange(10_000) % 10
+    labels = np.arange(2300) % 10
     student.sample(0, labels[:1], substeps=4)
     with compilations() as compiled:
         for power in range(1, 9):
@@ -155,7 +156,7 @@ def test_few_programs_serve_all_batch_sizes(run):
     assert len(compiled) == 8  # with the one above, powers of two from 1 to 256
     with compilations() as compiled:
         whole = np.asarray(student.sample(0, labels, substeps=4))
-        for count in (*range(1, 12), *range(127, 134), 255, 256, 257, 512, 700, 5000):
+        for count in (*range(1, 12), *range(127, 134), 255, 256, 257, 512, 700, 1300):
             part = student.sample(0, labels[:count], substeps=4)
             assert isinstance(part, jax.Array) and part.shape == (count, 8, 8, 1)
             np.testing.assert_allclose(part, whole[:count], rtol=1e-4, atol=1e-5)

@@ -1,5 +1,7 @@
 """The teacher's samples are made once, and again when anything that they depend on has changed."""
 
+import contextlib
+
 import numpy as np
 import pytest
 
@@ -25,24 +27,39 @@ def run(tmp_path_factory):
     return save_run(config, shape_of(config, source), tmp_path_factory.mktemp("run"))
 
 
-@pytest.fixture
-def made(monkeypatch):
-    """Of each sampler that runs, its number."""
+@contextlib.contextmanager
+def counted_samplers():
+    """Of each sampler that runs meanwhile, its number."""
     asked, sample = [], Bench.sample
 
     def counted(self, sampler, params, name):
         asked.append(sampler)
         return sample(self, sampler, params, name)
 
-    monkeypatch.setattr(Bench, "sample", counted)
-    return asked
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Bench, "sample", counted)
+        yield asked
 
 
-def test_samples_are_made_once(run, made):
-    first = evaluate(settings(), run)
-    assert len(made) == 3  # the teacher at 1 and 2 steps, and the student
+@pytest.fixture
+def made():
+    with counted_samplers() as asked:
+        yield asked
+
+
+@pytest.fixture(scope="module")
+def evaluated(run):
+    """The first evaluation's report, how many samplers ran, and the file that it leaves."""
+    with counted_samplers() as asked:
+        report = evaluate(settings(), run)
+    return report, len(asked), (run / "teacher_samples.npz").read_bytes()
+
+
+def test_samples_are_made_once(run, made, evaluated):
+    first, count, _ = evaluated
+    assert count == 3  # the teacher at 1 and 2 steps, and the student
     again = evaluate(settings(), run)
-    assert len(made) == 5
+    assert len(made) == 2
     for one, other in zip(first.rows, again.rows, strict=True):
         assert (one.system, one.figures, one.endpoint_mse) == (
             *(other.system, other.figures, other.endpoint_mse),
@@ -58,24 +75,20 @@ def test_samples_are_made_once(run, made):
         {"evaluation.teacher_steps": (1, 3)},
     ],
 )
-def test_other_samples_are_made_anew(run, made, change):
-    evaluate(settings(), run)
-    del made[:]
+def test_other_samples_are_made_anew(run, made, evaluated, change):
+    (run / "teacher_samples.npz").write_bytes(evaluated[-1])
     other = settings(**change)
     bench_rows = evaluate(other, run).rows
     assert len(made) == 3 and bench_rows[1].nfe == other.evaluation.teacher_steps[-1]
 
 
-def test_other_weights_make_others(run, made, tmp_path):
+def test_other_weights_make_others(made, evaluated, tmp_path):
     config, data = settings(), shape_of(settings(), load_digits_source())
-    evaluate(config, run)
-    kept = (run / "teacher_samples.npz").read_bytes()
     other = save_run(config, data, tmp_path)
-    (tmp_path / "teacher_samples.npz").write_bytes(kept)
-    del made[:]
+    (tmp_path / "teacher_samples.npz").write_bytes(evaluated[-1])
     evaluate(config, other)
     assert len(made) == 2  # the same weights: taken
-    with np.load(run / "teacher_samples.npz") as archive:
+    with np.load(tmp_path / "teacher_samples.npz") as archive:
         arrays = dict(archive)
     arrays["made"] = np.array(str(arrays["made"]).replace('"weights": "', '"weights": "0'))
     np.savez(tmp_path / "teacher_samples.npz", **arrays)

@@ -133,7 +133,7 @@ def test_the_first_policy_is_the_teacher_whatever_that_predicts(policy, predicti
     config = piflow_jax.config.parse(settings(**POLICY[policy]))
     data = DataShape(name="tokens", channels=2, sites=(5,))
     network = own_network("own", Small(2), data, None)
-    variables = network.init(jax.random.key(0))
+    variables = jax.jit(network.init)(jax.random.key(0))
     teacher = Teacher(
         predict=lambda params, z, s, cond: Small(2).apply({"params": params}, z, s),
         shape=(5, 2),
@@ -142,7 +142,7 @@ def test_the_first_policy_is_the_teacher_whatever_that_predicts(policy, predicti
     )
     outputs = piflow_jax.policy_outputs(config, 2)
     student = own_network("own", Small(outputs), data, config.policy, teacher.as_asked())
-    started = student.start_at(jax.random.key(1), variables["params"])
+    started = jax.jit(student.start_at)(jax.random.key(1), variables["params"])
     x = jax.random.normal(jax.random.key(2), (6, 5, 2))
     t = jnp.linspace(0.05, 0.95, 6)
     output = student.apply(student.with_base(started, ()), x, t, None)

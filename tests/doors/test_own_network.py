@@ -1,5 +1,6 @@
 """A network of the user's own: trained, continued, loaded, and what is refused of it."""
 
+import functools
 import json
 import re
 from pathlib import Path
@@ -8,11 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from absl import flags
 from flax import linen as nn
 
 import piflow_jax
-from piflow_jax import main
 from piflow_jax.config import ConfigError, PolicyConfig
 from piflow_jax.systems.own import own_network
 from piflow_jax.systems.policies import POLICIES
@@ -82,13 +81,13 @@ def test_a_student_of_ones_own_network_starts_at_its_teacher(kind):
     policy = POLICY[kind]
     teacher = own_network("small", small, DATA, None)
     student = own_network("small", small, DATA, policy)
-    variables = teacher.init(jax.random.key(0))
-    started = student.start(jax.random.key(1), teacher, variables)
+    variables = jax.jit(teacher.init)(jax.random.key(0))
+    started = jax.jit(lambda v: student.start(jax.random.key(1), teacher, v))(variables)
     x = jax.random.normal(jax.random.key(2), (5, 4, 4, 2))
     t, labels = jnp.linspace(0.1, 1.0, 5), jnp.arange(5) % 4
     expected = Small(2).apply({"params": variables["params"]}, x, t, labels)
     config = piflow_jax.config.parse(piflow_jax.config.base_config(), None)
-    output = student.apply(student.with_base(started, ()), x, t, labels)
+    output = jax.jit(student.apply)(student.with_base(started, ()), x, t, labels)
     policy_at = POLICIES[kind].create(policy, config.train, output, x, t, 1e-6)
     velocity = policy_at.velocity(x, t)
     # Components are set apart by 0.05 of noise, of which the mean is what is seen.
@@ -122,17 +121,10 @@ def test_parameters_at_which_a_student_cannot_start_are_listed():
 
 
 @pytest.fixture
-def command(monkeypatch, capsys):
-    """Runs a command line in this process: `(exit status, what it says)`."""
+def command(command, monkeypatch):
+    """The tiny job's command line, where the examples are found."""
     monkeypatch.syspath_prepend(ROOT)
-
-    def run(*arguments):
-        flags.FLAGS.unparse_flags()
-        status = main.main(main.parse_flags(["piflow_jax.main", f"--config={TINY}", *arguments]))
-        return status, capsys.readouterr().err
-
-    yield run
-    flags.FLAGS.unparse_flags()
+    return functools.partial(command, f"--config={TINY}")
 
 
 ADAMW = ("--config.teacher.optimizer.kind=adamw", "--config.train.optimizer.kind=adamw")
@@ -171,7 +163,8 @@ def test_what_cannot_be_done_with_it_is_said(command, tmp_path, flags, words):
 def test_the_example_is_trained_continued_measured_and_loaded(command, tmp_path):
     from examples.unet import unet
 
-    run = [f"--workdir={tmp_path}", "--config.model.network=examples.unet:unet", *ADAMW]
+    once = "--config.evaluation.teacher_steps=(1,)"
+    run = [f"--workdir={tmp_path}", "--config.model.network=examples.unet:unet", *ADAMW, once]
     status, said = command(*run, "--config.train.steps=4")
     assert status == 0, said
     first = json.loads((tmp_path / "report.json").read_text())

@@ -125,7 +125,7 @@ def test_auto_is_fused_where_that_is_possible(x64):
     assert text != scan.lower(policy, *rest).as_text()
     double = jax.tree.map(lambda a: jnp.asarray(a, jnp.float64), (policy, *rest))
     ends = [
-        rollout(*double, WARP, 8, implementation=implementation)[0]
+        jax.jit(lambda *a, i=implementation: rollout(*a, WARP, 8, implementation=i)[0])(*double)
         for implementation in ("auto", "scan")
     ]
     np.testing.assert_array_equal(*ends)
@@ -150,10 +150,11 @@ def test_it_is_as_accurate_as_its_inputs_allow(program, x64):
     of_both = jax.jit(
         lambda *a: [rollout(*a, WARP, 128, implementation=i)[0] for i in ("scan", "fused")]
     )
+    alone = jax.jit(lambda *a: rollout(*a, WARP, 128)[0])
     for logstd in (-1.0, -3.0, -5.0):
         arguments = inputs("tokens", logstd=logstd)
         double = jax.tree.map(lambda a: jnp.asarray(a, jnp.float64), arguments)
-        exact, _ = rollout(*double, WARP, 128)
+        exact = alone(*double)
         scan, fused = (np.abs(end - exact).max() for end in of_both(*arguments))
         assert fused <= 2 * scan + 1e-5 * np.abs(exact).max(), (logstd, scan, fused)
 
@@ -179,6 +180,7 @@ def test_derivatives_are_those_of_finite_differences(solver, x64):
     single = jax.tree.map(lambda a: a.astype(jnp.float32), direction)
     double = jax.tree.map(lambda a: a.astype(jnp.float64), (output, x))
 
+    @jax.jit
     def moved(h):
         return loss(*jax.tree.map(lambda a, d: a + h * d, double, direction), "scan")
 
@@ -202,8 +204,9 @@ def test_a_rollout_without_derivative_stays_fused():
 
     text = str(jax.make_jaxpr(jax.grad(loss))(1.0))
     assert "custom_vmap_call" in text or "custom_partitioning" in text
-    assert float(jax.grad(loss)(1.0)) == pytest.approx(
-        float(jnp.sum(rollout(policy, *rest, WARP, 8)[0])), rel=1e-5
+    plain = jax.jit(lambda *a: jnp.sum(rollout(*a, WARP, 8)[0]))
+    assert float(jax.jit(jax.grad(loss))(1.0)) == pytest.approx(
+        float(plain(policy, *rest)), rel=1e-5
     )
 
 
@@ -214,6 +217,7 @@ def test_vmap_maps_what_it_is_told_to():
     def run(x, end, implementation="fused"):
         return rollout(policy, x, start, end, WARP, 8, implementation=implementation)[0]
 
-    found = jax.vmap(run, in_axes=(0, None))(many, end)
+    found = jax.jit(jax.vmap(run, in_axes=(0, None)))(many, end)
+    scan = jax.jit(functools.partial(run, implementation="scan"))
     for one, expected in zip(many, found, strict=True):
-        np.testing.assert_allclose(run(one, end, "scan"), expected, rtol=0, atol=1e-5)
+        np.testing.assert_allclose(scan(one, end), expected, rtol=0, atol=1e-5)

@@ -186,13 +186,13 @@ def test_scan_equals_a_loop_over_blocks():
     module = DiT(**SMALL)
     params = random_params(module)
     x, t, labels = small_inputs()
-    _, extra = module.apply(params, x, t, labels, mutable=["intermediates"])
-    extra = extra["intermediates"]
+    run = jax.jit(lambda *args: module.apply(*args, mutable=["intermediates"]))
+    extra = run(params, x, t, labels)[1]["intermediates"]
     tokens, conditioning = extra["embedded"][0], jax.nn.silu(extra["embedding"][0])
-    block = dit.DiTBlock(num_heads=2, mlp_hidden=64)
+    block = jax.jit(dit.DiTBlock(num_heads=2, mlp_hidden=64).apply)
     for i in range(module.depth):
         layer = jax.tree.map(lambda a, i=i: a[i], params["params"]["blocks"])
-        tokens, _ = block.apply({"params": layer}, tokens, conditioning)
+        tokens, _ = block({"params": layer}, tokens, conditioning)
         assert_close(extra["blocks"]["tokens"][0][i], np.asarray(tokens), 1e-5)
 
 

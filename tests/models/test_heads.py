@@ -20,6 +20,8 @@ from piflow_jax.models import (
 from tests.golden_files import load
 from tests.models.small import SMALL, apply, random_params, small_inputs
 
+from_teacher = jax.jit(student_from_teacher, static_argnums=1)
+
 
 def recorded_states(arrays, *prefixes):
     return [{n.removeprefix(p): a for n, a in arrays.items() if n.startswith(p)} for p in prefixes]
@@ -59,7 +61,7 @@ def test_gm_student_starts_at_its_teacher():
     teacher_params = random_params(teacher)
     student = teacher.clone(head=GMHead(num_components=3, logstd_hidden=4))
     fresh = random_params(student)
-    params = student_from_teacher(jax.random.key(3), student, fresh, teacher_params)
+    params = from_teacher(jax.random.key(3), student, fresh, teacher_params)
     inputs = small_inputs()
     velocity = apply(teacher, teacher_params, *inputs)
     output = apply(student, params, *inputs)
@@ -71,7 +73,7 @@ def test_gm_student_starts_at_its_teacher():
     assert 0.01 < float(offset[0, 0, 0].std()) < 0.1
     np.testing.assert_allclose(output.logweights, -math.log(3), atol=1e-6)
     np.testing.assert_allclose(output.logstd, math.log(0.05), atol=1e-6)
-    other = student_from_teacher(jax.random.key(4), student, fresh, teacher_params)
+    other = from_teacher(jax.random.key(4), student, fresh, teacher_params)
     assert (
         other["params"]["head"]["means"]["bias"] != params["params"]["head"]["means"]["bias"]
     ).all()
@@ -84,7 +86,7 @@ def test_arc_student_starts_at_its_teacher():
     student = teacher.clone(head=ArcHead(num_components=3))
     shapes = jax.eval_shape(student.init, jax.random.key(1), *small_inputs())
     fresh = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-    params = student_from_teacher(jax.random.key(3), student, fresh, teacher_params)
+    params = from_teacher(jax.random.key(3), student, fresh, teacher_params)
     x, t, labels = small_inputs()
     velocity = apply(teacher, teacher_params, x, t, labels)
     output = apply(student, params, x, t, labels)
@@ -104,9 +106,7 @@ def test_polynomial_student_starts_at_its_teacher(num_grid):
     teacher = DiT(**SMALL)
     teacher_params = random_params(teacher)
     student = teacher.clone(head=DXHead(num_grid=num_grid, input_skip=True))
-    params = student_from_teacher(
-        jax.random.key(3), student, random_params(student), teacher_params
-    )
+    params = from_teacher(jax.random.key(3), student, random_params(student), teacher_params)
     x, t, labels = small_inputs()
     s = t[:, None, None, None]
     velocity = apply(teacher, teacher_params, x, t, labels)
@@ -119,9 +119,7 @@ def test_polynomial_student_starts_at_its_teacher(num_grid):
 def test_velocity_student_is_its_teacher():
     teacher = DiT(**SMALL)
     teacher_params = random_params(teacher)
-    params = student_from_teacher(
-        jax.random.key(0), teacher, random_params(teacher, 0.1), teacher_params
-    )
+    params = from_teacher(jax.random.key(0), teacher, random_params(teacher, 0.1), teacher_params)
     assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), params, teacher_params))
 
 

@@ -1,14 +1,11 @@
 """A run of images without a space of their own: `--mode=features`, training, the report."""
 
 import json
-import logging
 from pathlib import Path
 
 import numpy as np
 import pytest
-from absl import flags
 
-from piflow_jax import main
 from piflow_jax.data.images import ImagesPlan, prepare_images
 from piflow_jax.data.picture_sets import LabelledPicture
 
@@ -32,24 +29,16 @@ def prepared(directory, seed):
 
 
 @pytest.fixture
-def command(tmp_path, capsys, monkeypatch):
-    """Runs a command line in this process: `(exit status, what it says)`."""
-    said = []
-    handler = logging.Handler()
-    handler.emit = lambda record: said.append(record.getMessage())
-    monkeypatch.setattr(logging.getLogger("absl"), "handlers", [handler])
+def command(command, tmp_path):
+    """The tiny job's command line, with the work directory `run`."""
 
     def run(*arguments, images=None):
-        said.clear()
-        flags.FLAGS.unparse_flags()
         given = (f"--config={TINY}", f"--workdir={tmp_path / 'run'}", *arguments)
         if images is not None:
             given += ("--config.data.name=images", f"--config.data.data_dir={images}")
-        status = main.main(main.parse_flags(["piflow_jax.main", *given]))
-        return status, capsys.readouterr().err + "\n".join(said)
+        return command(*given)
 
-    yield run
-    flags.FLAGS.unparse_flags()
+    return run
 
 
 def test_training_makes_a_space_first_and_measures_in_it(tmp_path, command):

@@ -86,7 +86,7 @@ def test_a_teacher_is_guided_by_the_empty_prompt_whatever_its_padding():
     x, sigma = jax.random.normal(jax.random.key(0), shape), jnp.linspace(0.2, 1.0, BATCH)
     apply = jax.jit(functools.partial(teacher.apply, params))
     null = teacher.conditioning.null(data, source.null)
-    found = guided(teacher, config.teacher, null).velocity(params, x, sigma, condition)
+    found = jax.jit(guided(teacher, config.teacher, null).velocity)(params, x, sigma, condition)
     # By hand: one evaluation with the caption, one with the empty prompt's own single token.
     empty = {
         "text": jnp.tile(jnp.asarray(source.null["text"])[None, :1], (BATCH, 1, 1)),
