@@ -82,7 +82,11 @@ setup(
     packages=[*find_packages(include=["piflow_jax", "piflow_jax.*"]), "piflow_jax.configs"],
     # `--config=digits` works without a checkout, too.
     package_dir={"piflow_jax.configs": "configs"},
-    package_data={"piflow_jax.evaluation": ["*.npz"], "piflow_jax": ["shipped/*/*"]},
+    package_data={
+        "piflow_jax": ["shipped/*/*"],
+        "piflow_jax.demo": ["*.css"],
+        "piflow_jax.evaluation": ["*.npz"],
+    },
     # `.ci/run` is tried with the oldest and the newest whenever dependencies move.
     python_requires=">=3.11",
     classifiers=[f"Programming Language :: Python :: 3.{minor}" for minor in (11, 12, 13)],

@@ -71,22 +71,33 @@ def table(results: dict[str, dict]) -> str:
 
 
 def draw(results: dict[str, dict], path: Path) -> None:
-    """The figure: a panel for each student."""
+    """The figure: a panel for each student, on the same axes."""
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import NullLocator
 
     columns = min(len(results), 3)
     rows = -(-len(results) // columns)
     figure, panels = plt.subplots(
-        rows, columns, figsize=(4 * columns, 3.4 * rows), squeeze=False, layout="constrained"
+        rows,
+        columns,
+        figsize=(3.4 * columns, 2.9 * rows),
+        sharey=True,
+        squeeze=False,
+        layout="constrained",
     )
     for axes in panels.ravel()[len(results) :]:
         axes.axis("off")
     for axes, (name, found) in zip(panels.ravel(), results.items(), strict=False):
         for solver, marker in zip(SOLVERS, "os", strict=True):
             axes.loglog(found["substeps"], found["errors"][solver], f"{marker}-", label=solver)
-        axes.set(title=name, xlabel="substeps", ylabel="RMS distance from the limit")
-        axes.set_xticks(found["substeps"], [str(n) for n in found["substeps"]], minor=False)
-        axes.legend()
+        axes.set_title(name, fontsize=10)
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.set_xticks(found["substeps"], [str(n) for n in found["substeps"]])
+        axes.grid(alpha=0.3)
+    figure.supxlabel("substeps", fontsize=10)
+    figure.supylabel("RMS distance from the limit", fontsize=10)
+    lines, names = panels[0, 0].get_legend_handles_labels()
+    figure.legend(lines, names, loc="outside upper center", ncols=len(names), frameon=False)
     figure.savefig(path, dpi=110)
 
 

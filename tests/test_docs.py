@@ -221,8 +221,7 @@ def test_the_plane_is_distilled_and_drawn(tmp_path):
     # The weights in them are those of the policy: with them, its x_0.
     x, t = jnp.array([[0.7, -0.4]]), jnp.array([0.4])
     policy = names["policy_at"](names["params"], names["noise"][:1], jnp.ones(1))
-    states, times = np.stack([names["noise"][0], x[0]]), np.array([1.0, 0.4])
-    _, weights = concepts.component_weights(policy, states, times)
+    weights = np.asarray(policy.weights(x, t))[0]
     means, v = np.asarray(policy.offsets + policy.center[:, None])[0], float(policy.variance[0])
     # At s = 1: zeta = ((1 - t) / t)^2 and nu = (1 - t) x / t^2.
     components = (v * 0.6 * np.asarray(x) / 0.16 + means) / (v * (0.6 / 0.4) ** 2 + 1)

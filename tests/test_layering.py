@@ -50,7 +50,7 @@ ROOMS["distillation"] |= {"runs", "student", "systems", "training"}
 ROOMS["modes"] = set(ROOMS) - {"__init__", "student"}
 ROOMS["diagnostics"] = MATHEMATICS | {"data"}
 ROOMS["demo"] = MATHEMATICS | {"__init__", "models", "config", "convert", "data", "evaluation"}
-ROOMS["demo"] |= {"systems", "runs"}
+ROOMS["demo"] |= {"systems", "runs", "loading"}
 ROOMS["main"] = set(ROOMS) - {"__init__", "student", "loading", "diagnostics", "demo"}
 for room in set(ROOMS) - GROUND:
     ROOMS[room] |= GROUND

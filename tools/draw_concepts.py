@@ -26,6 +26,7 @@ from matplotlib import pyplot as plt
 ROOT = Path(__file__).parents[1]
 TEACHER, STUDENT = "tab:blue", "tab:orange"
 LIMIT = 2.9
+MODES = "modes of the data"
 
 
 def plane_example() -> dict[str, Any]:
@@ -48,7 +49,7 @@ def path_of(velocity, x: jax.Array, steps: int = 128) -> np.ndarray:
 
 def plane(ax, names: Mapping[str, Any], title: str) -> None:
     """The teacher's six modes, and the common frame of all panels."""
-    ax.plot(*names["centres"].T, "o", ms=13, mfc="none", mec="0.6", zorder=0)
+    ax.plot(*names["centres"].T, "o", ms=13, mfc="none", mec="0.6", zorder=0, label=MODES)
     ax.set(xlim=(-LIMIT, LIMIT), ylim=(-LIMIT, LIMIT), aspect="equal", xticks=[], yticks=[])
     ax.set_title(title, fontsize=10)
 
@@ -62,29 +63,15 @@ def draw_trajectories(names: Mapping[str, Any]):
         "teacher, 1 evaluation": (path_of(teacher, noise, 1), TEACHER),
         "student, 1 evaluation": (path_of(policy.velocity, noise), STUDENT),
     }
-    figure, axes = plt.subplots(1, 3, figsize=(10.5, 3.7), layout="constrained")
+    figure, axes = plt.subplots(1, 3, figsize=(10.5, 4.0), layout="constrained")
     for ax, (title, (path, color)) in zip(axes, paths.items(), strict=True):
         plane(ax, names, title)
         ax.plot(*np.moveaxis(path, -1, 0), color=color, lw=0.8, alpha=0.7)
-        ax.plot(*path[0].T, ".", color="0.5", ms=4)
-        ax.plot(*path[-1].T, ".", color="black", ms=5)
+        ax.plot(*path[0].T, "o", color=color, mfc="white", ms=3.5, mew=0.8, label="noise")
+        ax.plot(*path[-1].T, ".", color="black", ms=5, label="end of the path")
+    handles = axes[0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
     return figure
-
-
-def component_weights(policy, states: np.ndarray, times: np.ndarray) -> np.ndarray:
-    """Weights `[T, K]` of a policy's components at the states `[T, 2]` of one sample.
-
-    This computes the formulas of docs/method.md literally, in float64.
-    """
-    means = np.asarray(policy.offsets + policy.center[:, None], np.float64)[0]
-    variance, s = float(policy.variance[0]), float(policy.sigma_src[0])
-    source, t = states[0].astype(np.float64), times[:, None]
-    zeta = ((1 - t) / t) ** 2 - ((1 - s) / s) ** 2
-    nu = (1 - t) * states / t**2 - (1 - s) * source / s**2
-    inner = nu @ means.T - zeta * np.sum(means**2, -1) / 2
-    logits = np.asarray(policy.logweights, np.float64)[0] + inner / (variance * zeta + 1)
-    weights = np.exp(logits - logits.max(-1, keepdims=True))
-    return weights / weights.sum(-1, keepdims=True)
 
 
 def draw_mixture(names: Mapping[str, Any]):
@@ -92,7 +79,7 @@ def draw_mixture(names: Mapping[str, Any]):
     start = jnp.array([[0.25, 0.35]])
     policy = names["policy_at"](names["params"], start, jnp.ones(1))
     path, times = path_of(policy.velocity, start)[:-1, 0], np.linspace(1, 0, 129)[:-1]
-    weights = component_weights(policy, path, times)
+    weights = np.asarray(policy.weights(jnp.asarray(path), jnp.asarray(times)))
     means = np.asarray(policy.offsets + policy.center[:, None])[0]
     colors = plt.get_cmap("tab10").colors[: len(means)]
 
@@ -101,7 +88,8 @@ def draw_mixture(names: Mapping[str, Any]):
     for mean, weight, color in zip(means, weights[0], colors, strict=True):
         radius = 2 * float(policy.variance[0]) ** 0.5
         left.add_patch(plt.Circle(mean, radius, color=color, alpha=0.2 + 0.6 * weight, lw=0))
-        left.annotate(f"{weight:.2f}", mean, ha="center", va="center", fontsize=8)
+        # Outside of the circle of modes, where no disc and no path is.
+        left.annotate(f"{weight:.2f}", 1.28 * mean, ha="center", va="center", fontsize=8)
     left.plot(*path.T, color="black", lw=1.2)
     left.plot(*path[0], "o", color="black", ms=4)
     right.stackplot(times, weights.T, colors=colors, alpha=0.7)
@@ -150,19 +138,23 @@ def draw_segments(names: Mapping[str, Any]):
     """Where the network is evaluated, in noise level, for the recipes' schedules."""
     del names
     rows = [
-        ("ImageNet, 1 NFE", 1, 1.0, 1.0),
-        ("ImageNet, 2 NFE", 2, 1.0, 1.0),
-        ("FLUX and Qwen-Image, 4 NFE:\nshift 3.2, last segment half as long", 4, 3.2, 0.5),
+        ("ImageNet, 1 evaluation", 1, 1.0, 1.0),
+        ("ImageNet, 2 evaluations", 2, 1.0, 1.0),
+        ("FLUX and Qwen-Image, 4:\nshift 3.2, last segment half as long", 4, 3.2, 0.5),
     ]
-    figure, ax = plt.subplots(figsize=(9, 2.3), layout="constrained")
+    figure, ax = plt.subplots(figsize=(9, 2.7), layout="constrained")
     for row, (_, nfe, shift, last) in enumerate(rows):
         times = sampling_times(nfe, TimeWarp(shift), last)
-        for i, (src, to) in enumerate(zip(times.src, times.to, strict=True)):
-            shade = plt.get_cmap("Oranges")(0.3 + 0.4 * (i % 2))
-            ax.barh(-row, src - to, left=to, height=0.5, color=shade, lw=0)
+        for src, to in zip(times.src, times.to, strict=True):
+            ax.barh(-row, src - to, left=to, height=0.45, color=STUDENT, ec="white", lw=2)
             ax.plot(src, -row, "o", color="black", ms=5)
+            ax.annotate(f"{src:.2g}", (src, -row + 0.28), ha="center", va="bottom", fontsize=8)
     ax.set_yticks([-row for row in range(len(rows))], [name for name, *_ in rows], fontsize=9)
-    ax.set(xlim=(1.02, -0.02), xlabel="t: from noise to data; dots are network evaluations")
+    ax.set(xlim=(1.02, -0.02), ylim=(-2.5, 0.75), xlabel="t: from noise to data")
+    bars = plt.Rectangle((0, 0), 1, 1, color=STUDENT)
+    dots = plt.Line2D([], [], color="black", marker="o", ls="", ms=5)
+    names = ["a segment: the policy is rolled out", "the network is evaluated"]
+    figure.legend([dots, bars], names[::-1], loc="outside upper center", ncols=2, frameon=False)
     return figure
 
 

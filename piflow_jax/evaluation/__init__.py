@@ -17,7 +17,7 @@ from piflow_jax.evaluation.frechet import (
     frechet_distance_from_statistics,
     gaussian_statistics,
 )
-from piflow_jax.evaluation.images import as_pictures, draw_grid, save_grid
+from piflow_jax.evaluation.images import as_levels, as_pictures, draw_grid, save_grid
 from piflow_jax.evaluation.nearest import nearest_images
 from piflow_jax.evaluation.precision_recall import PrecisionRecall, precision_recall
 from piflow_jax.evaluation.report import Report, Row
@@ -31,6 +31,7 @@ __all__ = [
     "PrecisionRecall",
     "Report",
     "Row",
+    "as_levels",
     "as_pictures",
     "class_diversity",
     "draw_grid",

@@ -124,6 +124,20 @@ def as_pictures(samples: ArrayLike) -> np.ndarray:
     return samples if channels in (1, 3) else samples[..., : 3 if channels > 3 else 1]
 
 
+def as_levels(images: ArrayLike) -> np.ndarray:
+    """Images as the bytes that are displayed.
+
+    Args:
+      images: `[..., 1 or 3]` in [-1, 1] (clipped to it).
+
+    Returns:
+      `uint8[..., 3]`, from 0 at -1 to 255 at 1.
+    """
+    images = np.asarray(images, np.float32)
+    levels = np.rint((np.clip(images, -1, 1) + 1) * 127.5).astype(np.uint8)
+    return np.broadcast_to(levels, (*levels.shape[:-1], 3))
+
+
 def _as_bytes(caption: str, images: ArrayLike) -> np.ndarray:
     """Images uint8[N, H, W, 3] from [N, H, W, C] in [-1, 1]."""
     images = np.asarray(images, np.float32)
@@ -134,8 +148,7 @@ def _as_bytes(caption: str, images: ArrayLike) -> np.ndarray:
         )
     if np.isnan(images).any():
         raise ValueError(f"`rows`: the images of {caption!r} have NaN")
-    levels = np.rint((np.clip(images, -1, 1) + 1) * 127.5).astype(np.uint8)
-    return np.broadcast_to(levels, (*levels.shape[:-1], 3))
+    return as_levels(images)
 
 
 def _strip(images: np.ndarray) -> np.ndarray:

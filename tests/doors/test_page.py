@@ -4,6 +4,7 @@ A case is one line: values of the controls, a request, flags. The page of these 
 it notes what it is asked to draw.
 """
 
+import io
 import json
 import re
 import socket
@@ -14,8 +15,11 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from PIL import Image
 
-from piflow_jax.demo import Drawer, main, make_page, serve
+from piflow_jax.demo import main, make_page, serve
+from piflow_jax.demo.drawings import Drawing, Row
+from piflow_jax.demo.server import _Guard
 
 pytest.importorskip("gradio", reason='needs pip install -e ".[demo]"')
 
@@ -23,21 +27,29 @@ HOST = "127.0.0.1"
 FRIEND = "https://example.org"
 
 
+DATA = SimpleNamespace(name="digits", num_classes=10, channels=1, sample_size=8)
+
+
 class Notes:
     """A drawer that notes, and waits as long as `free` is not set."""
 
-    prompts = None
+    title, names, trained, edited_from = "digits", tuple("0123456789"), 1, (0.6, 1)
+    prompts, guidance, tempered, edits, teacher = None, 0.0, True, True, object()
+    student = SimpleNamespace(settings=SimpleNamespace(data=DATA))
 
     def __init__(self):
-        data, train = SimpleNamespace(name="digits", num_classes=10), SimpleNamespace(nfe=1)
-        self.student = SimpleNamespace(settings=SimpleNamespace(data=data, train=train))
         self.drawn, self.free = [], threading.Event()
         self.free.set()
 
-    def draw(self, *values):
+    def samples(self, **values):
+        yield "Compiling the student."
         self.free.wait(60)
         self.drawn.append(values)
-        return np.zeros((4, 4, 3), np.uint8), f"drawn {len(self.drawn)}"
+        pictures = np.zeros((1, 4, 4, 1))
+        facts = {"student": "digits", "seed": 0, "other_seed": 1, "nfe": 1}
+        return Drawing(("3",), (Row("student", 1, pictures, pictures, 0.1),), (), facts)
+
+    edit = morph = path = samples
 
 
 @pytest.fixture(scope="module")
@@ -67,18 +79,19 @@ def post(url, body, headers=()):
         return error.code, error.read().decode()
 
 
-def called(url, values):
-    """What a call of `/draw` comes to: the text of its events."""
+def called(url, values, name="draw"):
+    """What a call comes to: the text of its events."""
     body = json.dumps({"data": values}).encode()
-    status, text = post(f"{url}/gradio_api/call/draw", body)
+    status, text = post(f"{url}/gradio_api/call/{name}", body)
     assert status == 200, text
-    place = f"{url}/gradio_api/call/draw/{json.loads(text)['event_id']}"
+    place = f"{url}/gradio_api/call/{name}/{json.loads(text)['event_id']}"
     with urllib.request.urlopen(place, timeout=60) as events:
         return events.read().decode()
 
 
-# Class, seed, the student's NFE, substeps, temperature, the teacher's NFE; and what is drawn, or
-# what is said.
+NAMES = "label", "seed", "nfe", "substeps", "temperature", "teacher_nfe"
+# Class, seed, the student's evaluations, substeps, temperature, the teacher's evaluations; and what
+# is drawn, or what is said.
 GOOD = (3, 5, 1, 16, 1.0, 4)
 LONG = "x" * 1000
 VALUES = [
@@ -86,20 +99,21 @@ VALUES = [
     ((3.0, 5.0, 1.0, 16.0, 1, 4.0), GOOD),
     ((3, 5, 1.4, 17.3, 0.3333, 4.9), (3, 5, 1, 16, 0.3, 5)),
     ((0, 2**31 - 1, 99, 1e9, 0.0, -7), (0, 2**31 - 1, 8, 512, 0.1, 0)),
+    ((-1, 5, 3.1, 16, 1.0, 4), (-1, 5, 4, 16, 1.0, 4)),
     ((3, 2**31, 1, 16, 1.0, 4), "seed must be a whole number from 0 to 2147483647, got 2147483648"),
     ((3, -1, 1, 16, 1.0, 4), "seed must be a whole number from 0 to 2147483647, got -1"),
     ((3, 1.5, 1, 16, 1.0, 4), "seed must be a whole number"),
     ((3, 1e300, 1, 16, 1.0, 4), "seed must be a whole number"),
-    ((10, 5, 1, 16, 1.0, 4), "class must be a whole number from 0 to 9, got 10"),
-    ((-1, 5, 1, 16, 1.0, 4), "class must be a whole number from 0 to 9, got -1"),
+    ((10, 5, 1, 16, 1.0, 4), "class must be a whole number from -1 to 9, got 10"),
+    ((-2, 5, 1, 16, 1.0, 4), "class must be a whole number from -1 to 9, got -2"),
     (("3", 5, 1, 16, 1.0, 4), "class must be a number, got '3'"),
     (([3], 5, 1, 16, 1.0, 4), "class must be a number"),
     ((3, None, 1, 16, 1.0, 4), "seed must be a number, got 'None'"),
     ((3, True, 1, 16, 1.0, 4), "seed must be a number, got 'True'"),
-    ((3, 5, {"path": "/etc/passwd"}, 16, 1.0, 4), "student's NFE must be a number"),
+    ((3, 5, {"path": "/etc/passwd"}, 16, 1.0, 4), "student's evaluations must be a number"),
     ((3, 5, 1, float("nan"), 1.0, 4), "substeps must be a number"),
     ((3, 5, 1, 16, float("inf"), 4), "policy temperature must be a number"),
-    ((3, 5, 1, 16, 1.0, LONG), "teacher's NFE must be a number"),
+    ((3, 5, 1, 16, 1.0, LONG), "teacher's evaluations must be a number"),
 ]
 
 
@@ -113,7 +127,9 @@ def test_values_are_put_to_the_controls_or_refused(served, sent, came):
         assert len(events) < 600 and not drawer.drawn
     else:
         assert "event: complete" in events, events
-        assert drawer.drawn == [came]
+        assert drawer.drawn == [dict(zip(NAMES, came, strict=True))]
+        # What is compiling is said before.
+        assert events.index("Compiling the student.") < events.index("event: complete")
 
 
 CALL = "/gradio_api/call/draw", json.dumps({"data": GOOD}).encode()
@@ -137,7 +153,11 @@ REQUESTS = [
     (CALL, {"Origin": "http://["}, 403, "--origin"),
     (CALL, {"Origin": "http://127.0.0.1:1"}, 403, "--origin"),
     ((CALL[0], b" " * 2**17), {}, 413, "at most 65536 bytes"),
-    (UPLOAD, FORM, 404, "no files"),
+    (UPLOAD, FORM, 400, ""),
+    ((UPLOAD[0], b" " * (11 * 2**20)), FORM, 413, "at most 10551296 bytes"),
+    (UPLOAD, FORM | {"Origin": "https://evil.example"}, 403, "--origin"),
+    (("/gradio_api/component_server", b"{}"), {}, 404, "no files"),
+    (("/gradio_api/call/predict", b"{}"), {}, 404, "no files"),
     (("/gradio_api//upload", b""), {}, 404, ""),
     (("/gradio_api/process_recording", b"{}"), {}, 404, "no files"),
     (("/gradio_api/stream/x", b"{}"), {}, 404, "no files"),
@@ -163,15 +183,67 @@ def test_a_full_queue_says_so(served):
     assert all("Queue is full" in text for status, text in answers if status != 200)
 
 
-def test_few_programs_are_kept(monkeypatch):
-    """Of the teacher; `tests/test_student.py` has the student's."""
-    made = []
-    monkeypatch.setattr(Drawer, "_compiled", lambda self, n: made.append(n) or (lambda *_: n))
-    drawer = Drawer(student=None)
-    for steps in (*range(16), 0, 16, 0, *range(17, 40), 39, 0):
-        assert drawer._teach(0, np.zeros(8), steps) == steps
-    assert len(drawer._programs) == 16
-    assert made == [*range(40), 0]  # the last to be used stay
+def png(size, mode="RGB", colour="white"):
+    file = io.BytesIO()
+    Image.new(mode, size, colour).save(file, "PNG")
+    return file.getvalue()
+
+
+def sent(url, contents, name="picture.png"):
+    """A picture as the page's editor sends it: uploaded, and named in a call."""
+    head = f'--b\r\nContent-Disposition: form-data; name="files"; filename="{name}"\r\n\r\n'
+    status, text = post(url + UPLOAD[0], head.encode() + contents + b"\r\n--b--\r\n", FORM)
+    assert status == 200, text
+    file = {"path": json.loads(text)[0], "meta": {"_type": "gradio.FileData"}}
+    return {"background": None, "layers": [], "composite": file, "id": None}
+
+
+# A picture, or what is sent in its place; and what is said, or the values of the sample.
+GREY = png((20, 30), "L", 51)
+PICTURES = [
+    (GREY, 0.6),  # dark on light is what the page takes first: 51 is -.6, inverted .6
+    (png((16, 16), "RGBA", (9, 9, 9, 0)), -1.0),  # transparent is white
+    (b"no picture", "the picture is not a readable image: its format is none that Pillow reads"),
+    (b"", "it is empty"),
+    (GREY[:60], "the picture is not a readable image"),
+    (png((8000, 8000), "1", 1), "8000x8000 pixels"),
+    (None, "draw or upload a picture first"),
+    ({"background": None, "layers": [], "composite": None, "id": None}, "a picture first"),
+    ({"background": None, "layers": [], "composite": {"path": ""}, "id": None}, ""),
+    ({"composite": {"path": "/etc/passwd", "meta": {"_type": "gradio.FileData"}}}, ""),
+    ("x", ""),
+    ([1, 2], ""),
+]
+
+
+@pytest.mark.parametrize(("picture", "came"), PICTURES, ids=lambda v: str(v)[:24])
+def test_one_picture_is_taken_by_the_one_reader(served, picture, came):
+    drawer, url = served
+    drawer.drawn.clear()
+    what = sent(url, picture) if isinstance(picture, bytes) else picture
+    events = called(url, (what, 3, 5, 0.52, 1, 1, 4), "edit")
+    if isinstance(came, str):
+        assert "event: error" in events and came in events, events
+        assert not drawer.drawn
+        return
+    assert "event: complete" in events, events
+    (values,) = drawer.drawn
+    assert values.pop("picture") == pytest.approx(np.full((8, 8, 1), came), abs=1e-2)
+    assert values == {"label": 3, "seed": 5, "start": 0.5, "nfe": 1, "teacher_nfe": 4}
+
+
+def test_pictures_that_are_sent_have_an_end(monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr("piflow_jax.demo.server.time.monotonic", lambda: clock[0])
+    guard = _Guard(None, files=True)
+    length = (b"content-length", str(10 * 2**20).encode())
+    scope = {"type": "http", "method": "POST", "path": UPLOAD[0], "headers": [length]}
+    answers = [guard._refusal(scope) for _ in range(30)]
+    assert answers.count(None) == 25 and answers[-1][0] == 429
+    clock[0] = 7201.0
+    assert guard._refusal(scope) is None
+    # A page without a control for pictures takes none.
+    assert _Guard(None)._refusal(scope) == (404, "this page takes no files")
 
 
 @pytest.mark.parametrize(

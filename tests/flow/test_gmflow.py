@@ -136,7 +136,7 @@ def test_temperature_matches_reference(name, x64):
             )
 
 
-def naive_velocity(output, x_src, s, x, t):
+def naive(output, x_src, s, x, t):
     """DESIGN 3.1 as printed, in float64 NumPy, for one sample without sites."""
     m = x_src - s * output.means
     v = (np.exp(output.logstd) * s) ** 2
@@ -146,7 +146,7 @@ def naive_velocity(output, x_src, s, x, t):
     logits = output.logweights + (m * (nu - zeta * m / 2)).sum(-1) / den
     weights = np.exp(logits - logits.max())
     weights /= weights.sum()
-    return (x - (weights[:, None] * (v * nu + m) / den).sum(0)) / t
+    return (x - (weights[:, None] * (v * nu + m) / den).sum(0)) / t, weights
 
 
 def test_points_without_sites_match_the_printed_formula(x64):
@@ -159,12 +159,13 @@ def test_points_without_sites_match_the_printed_formula(x64):
     )
     x_src, x = rng.normal(size=(2, batch, channels))
     s, t = rng.uniform(0.5, 1, batch), rng.uniform(0.1, 0.5, batch)
-    u = GMFlowPolicy.create(output, x_src, s).velocity(x, t)
+    policy = GMFlowPolicy.create(output, x_src, s)
+    u, w = policy.velocity(x, t), policy.weights(x, t)
     for b in range(batch):
         one = jax.tree.map(lambda leaf, b=b: leaf[b], output)
-        np.testing.assert_allclose(
-            u[b], naive_velocity(one, x_src[b], s[b], x[b], t[b]), rtol=1e-11, atol=1e-11
-        )
+        velocity, weights = naive(one, x_src[b], s[b], x[b], t[b])
+        np.testing.assert_allclose(u[b], velocity, rtol=1e-11, atol=1e-11)
+        np.testing.assert_allclose(w[b], weights, rtol=1e-11, atol=1e-11)
 
 
 def test_gradient_below_eps_is_exact(x64):
@@ -217,6 +218,8 @@ def test_velocity_at_source_is_the_mixture_mean(x64):
     weights = np.exp(output.logweights)
     weights /= weights.sum(-1, keepdims=True)
     np.testing.assert_allclose(u, np.einsum("...k,...kc->...c", weights, output.means), rtol=1e-9)
+    own = policy.weights(sites_last(a["x_t_src"]), a["sigma_t_src"])
+    np.testing.assert_allclose(own, weights, rtol=1e-9)
 
 
 @pytest.mark.parametrize("logstd", [-12.0, -5.0, 0.0, 3.0])

@@ -150,14 +150,7 @@ class GMFlowPolicy:
 
     def velocity(self, x: jax.Array, sigma: jax.Array) -> jax.Array:
         """Velocity at `x[B, *sites, C]` and noise levels `sigma[B]`; see `Policy.velocity`."""
-        check_query(x, sigma, self.states)
-        x, sigma, _ = promote(x, sigma, self.center)
-        numbers = self.coefficients(sigma)
-        of = MixtureCoefficients(*(per_sample(number, x.ndim) for number in numbers))
-        # Relative to the centre at the clamped time.
-        lifted = per_sample(1 - sigma, x.ndim) - of.lift
-        residual = jnp.moveaxis(x, -1, 1) - lifted * self.center
-        pull = of.pull * residual + of.pull_src * self.residual_src
+        of, residual, pull = self._at(x, sigma)
         mean_offset = self._mean_offset(pull, of.half_precision)
         numerator = (
             of.weight * residual
@@ -166,6 +159,34 @@ class GMFlowPolicy:
             - mean_offset
         )
         return jnp.moveaxis(numerator / of.denominator - self.center, 1, -1)
+
+    def weights(self, x: jax.Array, sigma: jax.Array) -> jax.Array:
+        """Posterior weights `softmax(a')` of the components at a state.
+
+        Args:
+          x: states `[B, *sites, C]`.
+          sigma: noise levels `[B]`, see `velocity`.
+
+        Returns:
+          `[B, *sites, K]`, with a sum of 1 over the components. At the source they are the
+          mixture's own; towards `t = 0` the component nearest to the state takes all.
+        """
+        of, _, pull = self._at(x, sigma)
+        logits = self._logits(pull, of.half_precision)
+        return jnp.moveaxis(jax.nn.softmax(logits, axis=1), 1, -1)
+
+    def _at(
+        self, x: jax.Array, sigma: jax.Array
+    ) -> tuple["MixtureCoefficients", jax.Array, jax.Array]:
+        """Coefficients, the residual `y` and `e / den` of a query, `[B, C, *sites]`."""
+        check_query(x, sigma, self.states)
+        x, sigma, _ = promote(x, sigma, self.center)
+        numbers = self.coefficients(sigma)
+        of = MixtureCoefficients(*(per_sample(number, x.ndim) for number in numbers))
+        # Relative to the centre at the clamped time.
+        lifted = per_sample(1 - sigma, x.ndim) - of.lift
+        residual = jnp.moveaxis(x, -1, 1) - lifted * self.center
+        return of, residual, of.pull * residual + of.pull_src * self.residual_src
 
     def coefficients(self, sigma: jax.Array) -> "MixtureCoefficients":
         """Coefficients of the velocity at a noise level: numbers per sample, without site axes.
@@ -196,12 +217,16 @@ class GMFlowPolicy:
             lift=t - sigma,
         )
 
-    def _mean_offset(self, pull: jax.Array, half_precision: jax.Array) -> jax.Array:
-        """`sum_k w_k d_k[B, C, *sites]` for `e / den [B, C, *sites]` and `zeta / (2 den)`."""
+    def _logits(self, pull: jax.Array, half_precision: jax.Array) -> jax.Array:
+        """`a' [B, K, *sites]`, up to a constant, for `e / den` and `zeta / (2 den)`."""
         # Spelled out over C too: on a CPU only reductions along K are fast.
         by_channel = zip(_unstack(self.offsets, 2), _unstack(pull, 1), strict=True)
         inner = sum(d * (jnp.expand_dims(p, 1) - half_precision * d) for d, p in by_channel)
-        logits = jax.lax.optimization_barrier(self.logweights + inner)
+        return self.logweights + inner
+
+    def _mean_offset(self, pull: jax.Array, half_precision: jax.Array) -> jax.Array:
+        """`sum_k w_k d_k[B, C, *sites]` for `e / den [B, C, *sites]` and `zeta / (2 den)`."""
+        logits = jax.lax.optimization_barrier(self._logits(pull, half_precision))
         # As separate reductions, they are not recomputed for each component.
         largest = jax.lax.stop_gradient(jnp.max(logits, axis=1, keepdims=True))
         weights = jax.lax.optimization_barrier(jnp.exp(logits - largest))

@@ -1,0 +1,65 @@
+"""The command line of the page."""
+
+import shutil
+
+import jax.numpy as jnp
+import pytest
+
+import piflow_jax
+from piflow_jax.demo import Drawer, main
+from piflow_jax.loading import SHIPPED
+
+
+@pytest.fixture
+def served(monkeypatch):
+    """What would be served, and how, by command."""
+    found = []
+    monkeypatch.setattr("piflow_jax.demo.command.make_page", lambda *drawers: drawers)
+    monkeypatch.setattr(
+        "piflow_jax.demo.command.serve", lambda *where, **how: found.append((*where, how))
+    )
+    return found
+
+
+def test_the_command_line_says_what_is_loaded(run, served):
+    main([f"--checkpoint={run}", "--dtype=bfloat16"])
+    main([f"--checkpoint={run}", "--port=1234", "--origin=https://example.org"])
+    (one,), *where = served[0]
+    assert where == ["127.0.0.1", 7860, {"origins": []}]
+    assert one.student.network.module.dtype == jnp.bfloat16
+    (other,), *where = served[1]
+    assert where == ["127.0.0.1", 1234, {"origins": ["https://example.org"]}]
+    assert other.student.network.module.dtype == jnp.float32
+
+
+def test_several_students_and_those_that_ship(run, served, monkeypatch, capsys):
+    main([f"--checkpoint={run}", f"--checkpoint={run}"])
+    assert len(served[0][0]) == 2
+    monkeypatch.setitem(SHIPPED, "small", str(run))
+    assert repr(piflow_jax.load("small")) == repr(piflow_jax.load(run))
+    main([])
+    assert [drawer.title for drawer in served[1][0]] == ["digits"]
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    assert "by default small" in capsys.readouterr().out
+
+
+def test_a_checkpoint_is_needed(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main([])
+    assert "--checkpoint" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main([f"--checkpoint={tmp_path / 'nowhere'}"])
+    assert "nowhere: no such checkpoint" in capsys.readouterr().err
+    with pytest.raises(FileNotFoundError, match="nowhere: no such checkpoint"):
+        Drawer.load(tmp_path / "nowhere")
+
+
+def test_a_run_whose_student_has_no_checkpoint_yet_says_so(run, tmp_path, capsys):
+    shutil.copytree(run / "teacher", tmp_path / "teacher")
+    for _ in range(2):
+        with pytest.raises(SystemExit):
+            main([f"--checkpoint={tmp_path}"])
+        (line,) = capsys.readouterr().err.splitlines()[-1:]
+        assert f"error: there is no checkpoint in {tmp_path / 'student' / 'checkpoints'}" in line
+        (tmp_path / "student" / "checkpoints").mkdir(parents=True, exist_ok=True)
