@@ -73,9 +73,8 @@ def bars(drawing: Drawing, device: str, link: str = "") -> str:
             f'<i style="width: {width:.1f}%"></i></div>'
         )
     count = int(np.prod(rows[0].samples.shape[: 2 if _has_frames(rows[0]) else 1]))
-    parts.append(
-        f'<p class="pf-small">{count} samples, {html.escape(device)}, without compilation.</p>'
-    )
+    said = f"{count} sample{'s' * (count > 1)}, {device}, without compilation."
+    parts.append(f'<p class="pf-small">{html.escape(said)}</p>')
     parts += [f'<p class="pf-note">{html.escape(note)}</p>' for note in _notes(drawing)]
     return f'<div class="pf-times">{"".join(parts)}{link}</div>'
 
@@ -177,10 +176,10 @@ def _sentence(rows: Sequence[Row]) -> str:
     student, *others = rows
     said = f'<b class="student">The student</b> after {_network(student.evaluations)}'
     if others:
-        teacher = plural(others[0].evaluations)
         said = (
             f'Above <b class="student">the student</b> after {_network(student.evaluations)}, '
-            f'below <b class="teacher">its teacher</b> after {teacher}: from the same noise'
+            f'below <b class="teacher">its teacher</b> after {others[0].evaluations}, '
+            "from the same noise"
         )
     return f'<p class="pf-said">{said}.</p>'
 

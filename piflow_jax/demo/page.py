@@ -79,11 +79,11 @@ def _view(drawer: Drawer, view: View, tab: Any, first: bool) -> None:
     inputs = []
     with gradio.Row():
         with gradio.Column(scale=3, min_width=340):
+            if view.takes_picture:
+                inputs.append(_editor())
             picture = gradio.HTML(shown[0])
         with gradio.Column(scale=1, min_width=300):
             side = gradio.HTML(shown[1])
-            if view.takes_picture:
-                inputs.append(_editor())
             components = {}
             for control in view.controls:
                 if control.key not in view.folded:
@@ -130,7 +130,7 @@ def _editor() -> Any:
         canvas_size=(_CANVAS, _CANVAS),
         fixed_canvas=True,
         brush=gradio.Brush(default_size=_BRUSH, colors=["#000000"], color_mode="fixed"),
-        height=_CANVAS + 80,
+        height=_CANVAS + 60,
         buttons=[],
     )
 

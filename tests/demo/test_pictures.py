@@ -139,7 +139,7 @@ def test_students_are_above_their_teachers_with_names_outside():
     assert "<figcaption>&lt;b&gt;</figcaption>" in text and "<b>9" not in text
     plain = re.sub(r"<[^>]*>", "", text)
     assert plain.startswith(
-        "Above the student after 1 network evaluation, below its teacher after 32 evaluations: "
+        "Above the student after 1 network evaluation, below its teacher after 32, "
         "from the same noise."
     )
 
