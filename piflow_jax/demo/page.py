@@ -12,7 +12,7 @@ from piflow_jax.demo.pictures import as_sample
 from piflow_jax.demo.server import KEPT_SECONDS, LARGEST_PICTURE
 from piflow_jax.demo.views import View, views_of
 
-__all__ = ["make_page"]
+__all__ = ["drawn", "make_page"]
 
 _WAITING = 8  # calls that may wait for their turn
 _CANVAS = 280  # pixels of a side on which pictures are drawn
@@ -75,7 +75,7 @@ def _view(drawer: Drawer, view: View, tab: Any, first: bool) -> None:
 
     shown = markup.empty(view.empty), ""
     if first:
-        shown = view.show(_last(view.draw(**_values(view, _defaults(view)))))
+        shown = view.show(drawn(view.draw(**_values(view, _defaults(view)))))
     inputs = []
     with gradio.Row():
         with gradio.Column(scale=3, min_width=340):
@@ -95,18 +95,18 @@ def _view(drawer: Drawer, view: View, tab: Any, first: bool) -> None:
             button = gradio.Button("Draw", variant="primary")
     inputs += [components[control.key] for control in view.controls]
 
-    def said(drawn):
+    def said(steps):
         while True:
             try:
-                yield gradio.skip(), markup.busy(next(drawn))
+                yield gradio.skip(), markup.busy(next(steps))
             except StopIteration as end:
                 return end.value
 
     def draw(*sent):
         try:
             values = _values(view, sent, drawer)
-            drawn = yield from said(view.draw(**values))
-            yield view.show(drawn)
+            found = yield from said(view.draw(**values))
+            yield view.show(found)
         except ValueError as error:
             raise gradio.Error(str(error), print_exception=False) from error
 
@@ -172,10 +172,17 @@ def _contents(sent: Any) -> bytes:
     return path.read_bytes()
 
 
-def _last(drawn: Generator[str, None, Any]) -> Any:
-    """What was drawn; what takes its time is printed."""
+def drawn(steps: Generator[str, None, Any]) -> Any:
+    """What one of the drawer's generators draws; what it says is printed.
+
+    Args:
+      steps: such as `Drawer.samples(...)`.
+
+    Returns:
+      The drawing or trajectory.
+    """
     while True:
         try:
-            print(next(drawn), flush=True)
+            print(next(steps), flush=True)
         except StopIteration as end:
             return end.value

@@ -15,7 +15,7 @@ from piflow_jax.demo.drawings import Drawing, Trajectory, plural
 from piflow_jax.demo.pictures import animation, png
 from piflow_jax.evaluation import draw_grid
 
-__all__ = ["View", "views_of"]
+__all__ = ["View", "film_of", "views_of"]
 
 # Of a prepared set, in the list to choose from.
 _MOST_PROMPTS = 200
@@ -205,15 +205,19 @@ def _side(drawing: Drawing, kind: str) -> str:
     return markup.bars(drawing, device, _link(said, name, "png", contents))
 
 
-def _film(trajectory: Trajectory) -> str:
-    """The animation to download."""
+def film_of(trajectory: Trajectory) -> bytes:
+    """A sample's way as an animated WebP: the student above its teacher, states left of `x_0`."""
     rows = [
         (f"{system}, {plural(number)}", np.stack([way.states, way.x0], axis=1))
         for system, number, way in trajectory.ways
     ]
-    contents = animation(rows, ("state", "x_0"), -(-2 * _SCALE // rows[0][1].shape[-3]))
+    return animation(rows, ("state", "x_0"), -(-2 * _SCALE // rows[0][1].shape[-3]))
+
+
+def _film(trajectory: Trajectory) -> str:
+    """The animation to download."""
     name = f"{_stem(trajectory.facts)}_path.webp"
-    return _link("Download the path as an animation", name, "webp", contents)
+    return _link("Download the path as an animation", name, "webp", film_of(trajectory))
 
 
 def _stem(facts: dict[str, Any]) -> str:
