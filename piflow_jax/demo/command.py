@@ -6,7 +6,7 @@ import socket
 from piflow_jax.demo.drawer import Drawer
 from piflow_jax.demo.page import make_page
 from piflow_jax.demo.server import serve
-from piflow_jax.loading import SHIPPED
+from piflow_jax.loading import shipped_names
 from piflow_jax.runs.checkpoint import CheckpointError
 
 __all__ = ["main"]
@@ -18,6 +18,7 @@ def main(arguments: list[str] | None = None) -> None:
     Args:
       arguments: of the command line, without the program's name.
     """
+    shipped = shipped_names()
     parser = argparse.ArgumentParser(
         prog="python -m piflow_jax.demo",
         description="A page that shows a student next to its teacher.",
@@ -26,8 +27,8 @@ def main(arguments: list[str] | None = None) -> None:
         "--checkpoint",
         action="append",
         help="what piflow_jax.load takes; given several times, the page has all of them"
-        + (f"; by default {', '.join(SHIPPED)}" if SHIPPED else ""),
-        required=not SHIPPED,
+        + (f"; by default {', '.join(shipped)}" if shipped else ""),
+        required=not shipped,
     )
     parser.add_argument("--port", type=int, default=7860)
     parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 serves other machines too")
@@ -55,7 +56,7 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error(f"cannot listen at {flags.host}, port {flags.port} ({error}): pass another")
     given = {name: getattr(flags, name) for name in ("teacher", "prompts", "vae", "dtype")}
     try:
-        students = [Drawer.load(path, **given) for path in flags.checkpoint or SHIPPED]
+        students = [Drawer.load(path, **given) for path in flags.checkpoint or shipped]
         page = make_page(*students)
     except (CheckpointError, FileNotFoundError, ValueError) as error:
         parser.error(str(error))

@@ -24,6 +24,7 @@ from piflow_jax.evaluation import as_pictures
 from piflow_jax.flow.schedule import TimeWarp
 from piflow_jax.flow.teacher import Teacher
 from piflow_jax.keys import index_keys, index_noise, seed_key
+from piflow_jax.loading import shipped_names
 from piflow_jax.models.vae import picture_decoder
 from piflow_jax.runs.workdir import user_path
 from piflow_jax.systems.datasets import DATASETS
@@ -82,7 +83,8 @@ class Drawer:
 
         Args:
           path: what `piflow_jax.load` takes.
-          teacher: the same, of a student that reads text.
+          teacher: what `piflow_jax.load_teacher` takes; by default that of the same run, or of the
+            same name. Of a student that reads text, see `piflow_jax.load`.
           prompts: directory of prepared prompts, likewise; captioned digits need none.
           vae: weights of the autoencoder, `.safetensors` or a folder, for a student of latents.
             Samples with neither one nor three channels are latents.
@@ -110,9 +112,10 @@ class Drawer:
                 )
             source = row.load(DataConfig(name=data.name, data_dir=prompts or ""))
             return cls(student, prompts=source, decode=decode)
-        if not (user_path(path) / "teacher" / "checkpoints").is_dir():
+        run = (user_path(path) / "teacher" / "checkpoints").is_dir()
+        if teacher is None and not run and str(path) not in shipped_names():
             return cls(student, decode=decode)
-        return cls(student, *piflow_jax.load_teacher(path), decode=decode)
+        return cls(student, *piflow_jax.load_teacher(teacher or path), decode=decode)
 
     @property
     def title(self) -> str:

@@ -5,9 +5,7 @@ import shutil
 import jax.numpy as jnp
 import pytest
 
-import piflow_jax
 from piflow_jax.demo import Drawer, main
-from piflow_jax.loading import SHIPPED
 
 
 @pytest.fixture
@@ -35,16 +33,20 @@ def test_the_command_line_says_what_is_loaded(run, served):
 def test_several_students_and_those_that_ship(run, served, monkeypatch, capsys):
     main([f"--checkpoint={run}", f"--checkpoint={run}"])
     assert len(served[0][0]) == 2
-    monkeypatch.setitem(SHIPPED, "small", str(run))
-    assert repr(piflow_jax.load("small")) == repr(piflow_jax.load(run))
+    monkeypatch.setattr("piflow_jax.demo.command.shipped_names", lambda: (str(run),))
     main([])
-    assert [drawer.title for drawer in served[1][0]] == ["digits"]
+    (one,) = served[1][0]
+    assert one.title == "digits" and one.teacher is not None
     with pytest.raises(SystemExit):
         main(["--help"])
-    assert "by default small" in capsys.readouterr().out
+    assert f"by default {run}" in " ".join(capsys.readouterr().out.split()).replace("- ", "-")
+    # A teacher of another run.
+    main([f"--checkpoint={run / 'student' / 'checkpoints'}", f"--teacher={run}"])
+    assert served[2][0][0].teacher is not None
 
 
-def test_a_checkpoint_is_needed(tmp_path, capsys):
+def test_a_checkpoint_is_needed(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("piflow_jax.demo.command.shipped_names", tuple)
     with pytest.raises(SystemExit):
         main([])
     assert "--checkpoint" in capsys.readouterr().err
