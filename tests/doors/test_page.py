@@ -20,6 +20,7 @@ from PIL import Image
 from piflow_jax.demo import main, make_page, serve
 from piflow_jax.demo.drawings import Drawing, Row
 from piflow_jax.demo.server import _Guard
+from piflow_jax.demo.views import views_of
 
 pytest.importorskip("gradio", reason='needs pip install -e ".[demo]"')
 
@@ -254,6 +255,23 @@ def test_pictures_that_are_sent_have_an_end(monkeypatch):
     assert guard._refusal(scope) is None
     # A page without a control for pictures takes none.
     assert _Guard(None)._refusal(scope) == (404, "this page takes no files")
+
+
+@pytest.mark.parametrize(
+    ("changes", "missing"),
+    [
+        ({}, {"guidance"}),
+        ({"names": ()}, {"guidance", "label"}),
+        ({"teacher": None}, {"guidance", "teacher_nfe"}),
+        ({"tempered": False}, {"guidance", "temperature"}),
+        ({"guidance": 3.5}, set()),
+    ],
+)
+def test_controls_are_those_that_a_student_has(changes, missing):
+    drawer = Notes()
+    vars(drawer).update(changes)
+    keys = {control.key for view in views_of(drawer) for control in view.controls}
+    assert missing == {*NAMES, "guidance"} - keys
 
 
 @pytest.mark.parametrize(
