@@ -23,7 +23,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--teacher_nfe", type=int, default=32)
     flags = parser.parse_args(arguments)
     drawer = Drawer.load(flags.run)
-    path = drawer.path(flags.label, flags.seed, drawer.trained, flags.teacher_nfe)
+    path = drawer.path(flags.label, flags.seed, drawer.nfe, flags.teacher_nfe)
     flags.out.write_bytes(film_of(drawn(path)))
 
 

@@ -133,9 +133,14 @@ class Drawer:
         return known or tuple(map(str, range(data.num_classes)))
 
     @property
-    def trained(self) -> int:
-        """Network evaluations that the student was trained for."""
+    def nfe(self) -> int:
+        """Network evaluations of the student where none are asked for."""
         return self.student.settings.train.nfe
+
+    @property
+    def trained(self) -> tuple[int, ...]:
+        """Numbers of network evaluations that the student was trained for."""
+        return self.student.settings.train.evaluations
 
     @property
     def tempered(self) -> bool:
@@ -157,11 +162,14 @@ class Drawer:
     def edited_from(self) -> tuple[float, int]:
         """Noise level from which the student can take a picture, and evaluations from there.
 
-        That is where its last segment starts. With a single one it was not trained to.
+        That is where a segment in the middle starts. With a single one it was not trained to.
         """
-        if self.trained == 1:
+        most = max(self.trained)
+        if most == 1:
             return 0.6, 1
-        return round(float(student_times(self.student.settings.train, self.trained).src[-1]), 6), 1
+        middle = most // 2
+        times = student_times(self.student.settings.train, most)
+        return round(float(times.src[middle]), 6), most - middle
 
     def samples(
         self,
@@ -199,8 +207,8 @@ class Drawer:
         options = {"substeps": substeps, "temperature": temperature}
         rows = yield from self._rows(batch, nfe, teacher_nfe, options)
         as_trained = None
-        if nfe != self.trained and len(rows) > 1:
-            as_trained = yield from self._student(batch, self.trained, options)
+        if nfe not in self.trained and len(rows) > 1:
+            as_trained = yield from self._student(batch, self.nfe, options)
         facts = self._facts(label=label, seed=seed, nfe=nfe, teacher_nfe=teacher_nfe, **options)
         notes = self._cautions(nfe, temperature=temperature)
         return Drawing(batch.names, rows, notes, facts, as_trained)

@@ -145,13 +145,14 @@ def _choice(drawer: Drawer, each: bool) -> tuple[Control, ...]:
 
 
 def _evaluations(drawer: Drawer) -> Control:
-    trained = drawer.trained
-    numbers = sorted({trained, *_EVALUATIONS})
+    numbers = sorted({*drawer.trained, *_EVALUATIONS})
+    *some, last = map(str, sorted(drawer.trained))
+    trained = f"{', '.join(some)} and {last}" if some else last
     return Control(
         key="nfe",
         name="student's evaluations",
         kind="radio",
-        value=trained,
+        value=drawer.nfe,
         choices=tuple((f"{n}", n) for n in numbers),
         info=f"It was trained for {trained}; others are drawn with a note.",
     )

@@ -34,7 +34,8 @@ DATA = SimpleNamespace(name="digits", num_classes=10, channels=1, sample_size=8)
 class Notes:
     """A drawer that notes, and waits as long as `free` is not set."""
 
-    title, names, trained, edited_from = "digits", tuple("0123456789"), 1, (0.6, 1)
+    title, names, nfe, trained = "digits", tuple("0123456789"), 1, (1,)
+    edited_from = 0.6, 1
     prompts, guidance, tempered, edits, teacher = None, 0.0, True, True, object()
     student = SimpleNamespace(settings=SimpleNamespace(data=DATA))
 
@@ -257,6 +258,14 @@ def test_pictures_that_are_sent_have_an_end(monkeypatch):
     assert _Guard(None)._refusal(scope) == (404, "this page takes no files")
 
 
+def test_evaluations_are_those_of_the_training_and_others():
+    drawer = Notes()
+    drawer.trained, drawer.nfe = (1, 3, 2), 3
+    (control,) = [one for one in views_of(drawer)[0].controls if one.key == "nfe"]
+    assert (control.value, [n for _, n in control.choices]) == (3, [1, 2, 3, 4, 8])
+    assert control.info == "It was trained for 1, 2 and 3; others are drawn with a note."
+
+
 @pytest.mark.parametrize(
     ("changes", "missing"),
     [
@@ -266,6 +275,7 @@ def test_pictures_that_are_sent_have_an_end(monkeypatch):
         ({"tempered": False}, {"guidance", "temperature"}),
         ({"guidance": 3.5}, set()),
     ],
+    ids=str,
 )
 def test_controls_are_those_that_a_student_has(changes, missing):
     drawer = Notes()
