@@ -125,12 +125,7 @@ class Drawer:
     @property
     def names(self) -> tuple[str, ...]:
         """Names of classes or prompts; empty where there are none."""
-        data = self.student.settings.data
-        if self.prompts is not None:
-            return tuple(self.prompts.prompts)
-        row = DATASETS.get(data.name)
-        known = row.class_names if row is not None else ()
-        return known or tuple(map(str, range(data.num_classes)))
+        return tuple(self.student.class_names if self.prompts is None else self.prompts.prompts)
 
     @property
     def nfe(self) -> int:
