@@ -145,7 +145,7 @@ def in_a_notebook(root, config, workdir, files, latents):
     adapter = next(path for path in files if path.suffix == ".safetensors")
     with pytest.raises(ValueError, match="no teacher: pass teacher="):
         piflow_jax.load(workdir)
-    with pytest.raises(ValueError, match="is an adapter: pass teacher="):
+    with pytest.raises(ValueError, match="an adapter: pass teacher="):
         piflow_jax.load(adapter)
     for student in (
         piflow_jax.load(workdir, teacher=teacher),
