@@ -239,6 +239,7 @@ def test_the_library_loads_neither_tensorflow_nor_torch():
 ANYWHERE = ("data", "runs", "modes", "distillation", "systems", "loading", "evaluation", "convert")
 # Modules that open something else, or that still read local files only.
 OPEN_LOCALLY = {
+    "data/digits.py": "a file of scikit-learn",
     "data/picture_sets.py": "names in local folders; sets of TFDS: local",
     "data/pictures.py": "pictures of a disk, which may be pipes or links to nothing",
     "data/text_encoders.py": "networks of transformers: local",
