@@ -3,6 +3,7 @@
 Import it only where gcsfs is installed, as `piflow_jax.buckets` does.
 """
 
+import contextvars
 import re
 from typing import Any
 
@@ -15,6 +16,8 @@ __all__ = ["BucketError", "register"]
 
 _BUCKET = re.compile(r"(?:^|/)b/([^/?]+)")
 _NO_RANGE = "416"
+# Of the task that looks for a folder: another one asks for an object of the same name.
+_FOLDER = contextvars.ContextVar("folder", default="")
 
 
 class BucketError(OSError):
@@ -53,6 +56,19 @@ class _Buckets(gcsfs.GCSFileSystem):
         if type(file) is GCSFile and mode == "wb":  # buckets of a zone have files of their own
             file.__class__ = _File
         return file
+
+    async def _get_directory_info(self, path: str, *words: Any) -> Any:
+        token = _FOLDER.set(path)
+        try:
+            return await super()._get_directory_info(path, *words)
+        finally:
+            _FOLDER.reset(token)
+
+    async def _get_object(self, path: str) -> Any:
+        # gcsfs would ask for it once more where there is no folder.
+        if path == _FOLDER.get():
+            raise FileNotFoundError(path)
+        return await super()._get_object(path)
 
     async def _call(self, method: str, path: str, *words: str, **options: Any) -> Any:
         try:

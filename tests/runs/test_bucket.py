@@ -107,6 +107,22 @@ def test_what_both_clients_repeat_is_counted(service):
     assert read_kept_json(path, dict) == {"a": 2} and (path.parent / "other").read_text() == "b"
 
 
+def test_a_small_object_and_a_question_take_no_more_requests_than_they_need(service):
+    path = user_path(RUN) / "values.json"
+    for ask, requests in (
+        (lambda: path.exists(), 2),  # together: for an object, and for a folder
+        (lambda: path.write_text("a"), 1),
+        (lambda: path.exists(), 2),
+        (lambda: path.parent.is_dir(), 2),
+    ):
+        before = service.requests
+        ask()
+        assert service.requests - before <= requests
+    large = "b" * (6 * 2**20)  # more than a client's buffer
+    path.write_text(large)
+    assert path.read_text() == large
+
+
 # --- The lock ---------------------------------------------------------------------------------
 
 
