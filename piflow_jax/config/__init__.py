@@ -14,6 +14,7 @@ from piflow_jax.config.parsing import (
     check_variant,
     key_types,
     mesh_sizes,
+    naming,
     nearest,
     parse,
 )
@@ -50,6 +51,7 @@ __all__ = [
     "check_variant",
     "key_types",
     "mesh_sizes",
+    "naming",
     "nearest",
     "parse",
 ]

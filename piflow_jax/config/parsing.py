@@ -1,12 +1,13 @@
 """Turns a `ConfigDict` into the frozen schema, or refuses it with key and allowed values."""
 
+import contextlib
 import dataclasses
 import difflib
 import math
 import os
 import types
 import typing
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import ml_collections
@@ -33,17 +34,26 @@ class ConfigError(ValueError):
     """A configuration names an unknown key, a wrong type or an impossible value."""
 
 
+@contextlib.contextmanager
+def naming(what: str, *errors: type[Exception]) -> Iterator[None]:
+    """Names what a user can change in errors about it.
+
+    Args:
+      what: The key, perhaps with its value.
+      *errors: Further errors than `ImportError` and `ValueError`.
+
+    Raises:
+      ConfigError: In place of these errors.
+    """
+    try:
+        yield
+    except (ImportError, ValueError, *errors) as error:
+        raise ConfigError(f"{what}: {error}") from error
+
+
 def base_config() -> ml_collections.ConfigDict:
     """A configuration with every key at its default, to be changed by a config file."""
-    return _as_config_dict(Config())
-
-
-def _as_config_dict(node: Any) -> ml_collections.ConfigDict:
-    values = {}
-    for field in dataclasses.fields(node):
-        value = getattr(node, field.name)
-        values[field.name] = _as_config_dict(value) if dataclasses.is_dataclass(value) else value
-    return ml_collections.ConfigDict(values)
+    return ml_collections.ConfigDict(dataclasses.asdict(Config()))
 
 
 def parse(

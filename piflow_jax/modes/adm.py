@@ -11,7 +11,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from piflow_jax.buckets import located
-from piflow_jax.config import Config, ConfigError
+from piflow_jax.config import Config, ConfigError, naming
 from piflow_jax.data.picture_sets import PictureSet, center_crop, open_pictures
 from piflow_jax.distillation.grids import index_sampler
 from piflow_jax.distillation.sizes import Sizes
@@ -69,11 +69,9 @@ def load_reference(config: Config, network: InceptionNetwork) -> Reference:
             "config.evaluation.reference must name ADM's reference statistics, from "
             f"{REFERENCE_URL}, or a file of --mode=statistics"
         )
-    try:
+    with naming(f"config.evaluation.reference = {path!r}"):
         reference = read_reference(path)
         reference.check(network.digest)
-    except ValueError as error:
-        raise ConfigError(f"config.evaluation.reference = {path!r}: {error}") from error
     settings, least = config.evaluation, least_samples(0)
     numbers = {"num_samples": settings.num_samples}
     if settings.every:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from piflow_jax.config import Config, ConfigError
+from piflow_jax.config import Config, ConfigError, naming
 from piflow_jax.convert import open_autoencoder
 from piflow_jax.evaluation.evaluator import Sampler
 from piflow_jax.models.vae import AutoencoderKL, decode_in_chunks
@@ -72,10 +72,8 @@ def load_autoencoder(config: Config) -> Autoencoder:
             "config.data.vae must name the autoencoder's weights, such as "
             "sd-vae-ft-ema.safetensors or its folder"
         )
-    try:
+    with naming(f"config.data.vae = {path!r}"):
         module, params = open_autoencoder(path)
-    except (ImportError, ValueError) as error:
-        raise ConfigError(f"config.data.vae = {path!r}: {error}") from error
     identity = tree_digest(params)
     return Autoencoder(module, jax.device_put(params, replicated(local_mesh())), identity)
 

@@ -14,7 +14,7 @@ import numpy as np
 from absl import logging
 from jax.sharding import Mesh
 
-from piflow_jax.config import Config, ConfigError
+from piflow_jax.config import Config, ConfigError, naming
 from piflow_jax.distillation.sizes import Machine, Sizes
 from piflow_jax.keys import seed_key
 from piflow_jax.parallel import (
@@ -145,10 +145,8 @@ def _compiled(
     make: Callable[[Config, Mesh], _Program],
 ) -> dict[str, Any]:
     """Compiles a program whose batches are those of a group of settings, and reports."""
-    try:
+    with naming("config.topology"):
         devices = topology_devices(config.topology)
-    except ValueError as error:
-        raise ConfigError(f"config.topology: {error}") from error
     mesh = config_mesh(config, devices, groups=(group,))
     program, batch_size = make(config, mesh), getattr(config, group).batch_size
     logging.info("compiling for %s, %d devices", config.topology, mesh.size)

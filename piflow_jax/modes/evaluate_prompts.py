@@ -1,13 +1,15 @@
 """`--mode=evaluate` of prompts: a student's pictures against its teacher's, both already made."""
 
 import os
+from collections.abc import Callable
+from typing import TypeVar
 
 import jax
 import numpy as np
 from absl import logging
 from etils import epath
 
-from piflow_jax.config import Config, ConfigError
+from piflow_jax.config import Config, ConfigError, naming
 from piflow_jax.data.prompt_lists import list_digest
 from piflow_jax.evaluation import frechet_distance
 from piflow_jax.evaluation.image_sets import (
@@ -33,6 +35,7 @@ __all__ = ["evaluate_images"]
 
 _CACHE = "evaluation_features"
 _REPORT = "text_report.json"
+T = TypeVar("T")
 _VIEWS = {"resized": resized, "centre_patch": centre_patch}
 
 
@@ -68,8 +71,8 @@ def evaluate_images(config: Config, workdir: str | os.PathLike) -> TextReport | 
         )
     if jax.process_index() != 0:
         return None
-    student = _open(settings.images, "images")
-    teacher = _open(settings.teacher_images, "teacher_images") if settings.teacher_images else None
+    student = _opened("images", settings.images, open_images)
+    teacher = _opened("teacher_images", settings.teacher_images, open_images)
     if teacher is not None:
         _check_pairs(student, teacher)
     both = {"": student} | ({"teacher_": teacher} if teacher is not None else {})
@@ -101,7 +104,7 @@ def evaluate_images(config: Config, workdir: str | os.PathLike) -> TextReport | 
                 _inception_features(images, network, view, cache) for images in (student, teacher)
             ]
             figures[figure] = frechet_distance(*features)
-    clip = _load(settings.clip, "clip") if settings.clip else None
+    clip = _opened("clip", settings.clip, load_image_network)
     if clip is not None:
         if not clip.reads_text:
             raise ConfigError(f"config.evaluation.clip = {settings.clip!r} is {clip.name}, no CLIP")
@@ -113,8 +116,7 @@ def evaluate_images(config: Config, workdir: str | os.PathLike) -> TextReport | 
             vectors = dict(zip(texts, _text_features(clip, list(texts.values())), strict=True))
             rows = np.stack([vectors[place] for place in images.places])
             figures[f"{prefix}clip"] = clip_similarity(_features(images, clip, cache), rows)
-    folder = settings.diversity_features
-    network = _load(folder, "diversity_features") if folder else clip
+    network = _opened("diversity_features", settings.diversity_features, load_image_network) or clip
     if network is not None and len(student) > protocol["prompts"]:
         protocol["diversity"] = {
             "network": network.name,
@@ -137,18 +139,10 @@ def evaluate_images(config: Config, workdir: str | os.PathLike) -> TextReport | 
     return report
 
 
-def _open(path: str, key: str) -> ImageSet:
-    try:
-        return open_images(path)
-    except ValueError as error:
-        raise ConfigError(f"config.evaluation.{key}: {error}") from error
-
-
-def _load(folder: str, key: str) -> ImageNetwork:
-    try:
-        return load_image_network(folder)
-    except (ImportError, ValueError) as error:
-        raise ConfigError(f"config.evaluation.{key}: {error}") from error
+def _opened(key: str, path: str, open_: Callable[[str], T]) -> T | None:
+    """What the value of a key of `config.evaluation` names; None of an empty one."""
+    with naming(f"config.evaluation.{key}"):
+        return open_(path) if path else None
 
 
 def _check_pairs(student: ImageSet, teacher: ImageSet) -> None:
@@ -185,11 +179,9 @@ def _inception_features(images: ImageSet, network, view: str, cache: epath.Path)
     def extract(pictures):
         return network.activations(np.stack([_VIEWS[view](p) for p in pictures])).pool
 
-    try:
+    with naming("config.evaluation.images or teacher_images"):
         key = f"inception {network.digest} {view}"
         return cached_features(images, extract, cache, key, _progress)
-    except ValueError as error:
-        raise ConfigError(f"config.evaluation.images or teacher_images: {error}") from error
 
 
 def _features(images: ImageSet, network: ImageNetwork, cache: epath.Path) -> np.ndarray:

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
-from piflow_jax.config import Config, ConfigError
+from piflow_jax.config import Config, ConfigError, naming
 from piflow_jax.data.pictures import PictureError, PictureFile, picture_sizes, read_picture
 from piflow_jax.data.prompt_lists import (
     ASPECTS,
@@ -159,10 +159,8 @@ def listed_prompts(config: Config) -> list[Prompt]:
       ConfigError: the file is no such list, or pyarrow is needed to read it.
       FileNotFoundError: there is no such file.
     """
-    try:
+    with naming("config.data.prompts"):
         return read_prompts(config.data.prompts)
-    except (ImportError, ValueError) as error:
-        raise ConfigError(f"config.data.prompts: {error}") from error
 
 
 def prepare_prompts(config: Config, workdir: str | os.PathLike) -> None:
@@ -185,15 +183,13 @@ def prepare_prompts(config: Config, workdir: str | os.PathLike) -> None:
         if not getattr(settings, key):
             raise ConfigError(f"--mode=prepare of prompts needs config.data.{key}")
     prompts = listed_prompts(config)
-    try:
+    with naming("config.data.text_encoder or text_length"):
         encoder = load_text_encoder(
             settings.text_encoder,
             max_length=settings.text_length,
             dtype=settings.text_dtype,
             gpu=_own_gpu(),
         )
-    except (ImportError, ValueError) as error:
-        raise ConfigError(f"config.data.text_encoder or text_length: {error}") from error
     autoencoder = load_autoencoder(config) if settings.vae else None
     if autoencoder is not None and not all(prompt.image for prompt in prompts):
         raise ConfigError(

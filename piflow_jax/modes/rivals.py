@@ -13,7 +13,7 @@ from absl import logging
 from etils import epath
 from jax.sharding import Mesh
 
-from piflow_jax.config import Config, ConfigError, parse
+from piflow_jax.config import Config, ConfigError, naming, parse
 from piflow_jax.data import stacked
 from piflow_jax.distillation.bench import Bench
 from piflow_jax.distillation.sizes import Sizes
@@ -112,12 +112,10 @@ def compare_rivals(config: Config, workdir: str | os.PathLike) -> dict[str, Any]
         )
     if config.train.microbatches != 1:
         raise ConfigError("config.train.microbatches must be 1 with --mode=rivals")
-    try:
+    with naming("config.rivals.methods"):
         methods = {name: find_method(name) for name in config.rivals.methods}
         for method in methods.values():
             check_choices(parse(dataclasses.asdict(changed(config, method.settings)), None))
-    except ValueError as error:
-        raise ConfigError(f"config.rivals.methods: {error}") from error
     workdir = user_path(workdir)
     with RunLock(workdir):
         return _Comparison(config, workdir, methods).run()

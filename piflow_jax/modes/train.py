@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from absl import logging
 from etils import epath
 
-from piflow_jax.config import Config, ConfigError
+from piflow_jax.config import Config, ConfigError, naming
 from piflow_jax.data import Source, has_states
 from piflow_jax.distillation.grids import grid_rows
 from piflow_jax.distillation.sizes import Sizes
@@ -114,10 +114,8 @@ def initial_start(systems: Systems) -> dict[str, Any]:
     path = systems.config.train.initial
     if not path:
         return {}
-    try:
+    with naming(f"config.train.initial = {path!r}", CheckpointError):
         initial = load_initial(systems)
-    except (CheckpointError, ValueError) as error:
-        raise ConfigError(f"config.train.initial = {path!r}: {error}") from error
     return {"start": lambda key, given: jax.tree.map(jnp.copy, given), "initial": initial}
 
 

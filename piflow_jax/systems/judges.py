@@ -15,7 +15,7 @@ import numpy as np
 from absl import logging
 from etils import epath
 
-from piflow_jax.config import Config, ConfigError, EvaluationConfig
+from piflow_jax.config import Config, ConfigError, EvaluationConfig, naming
 from piflow_jax.convert import load_torch_state
 from piflow_jax.convert.inception import INCEPTION_FILE, INCEPTION_URL, read_inception
 from piflow_jax.data import Source, stacked
@@ -165,11 +165,9 @@ def load_inception(settings: EvaluationConfig) -> InceptionNetwork:
             f"config.evaluation.features must name {INCEPTION_FILE}, the Inception weights of FID, "
             f"from {INCEPTION_URL}"
         )
-    try:
+    with naming(f"config.evaluation.features = {path!r}"):
         state, digest = read_inception(path)
         _, params = load_torch_state(state, "inception")
-    except (ImportError, ValueError) as error:
-        raise ConfigError(f"config.evaluation.features = {path!r}: {error}") from error
     mesh = local_mesh()
     return InceptionNetwork(
         params=jax.device_put(params, replicated(mesh)),
@@ -290,10 +288,8 @@ def _made(source: Source) -> tuple[str, dict[str, np.ndarray]]:
         "features: no network can be trained, %s; the principal components of the pixels instead",
         problem,
     )
-    try:
+    with naming(f"no features of {source.name!r}"):
         components = PrincipalComponents.of(images for images, _ in _real_batches(source))
-    except ValueError as error:
-        raise ConfigError(f"no features of {source.name!r}: {error}") from error
     return components.name, components.arrays()
 
 

@@ -3,14 +3,10 @@
 import dataclasses
 from typing import Any
 
+from piflow_jax.config.fields import config_field as _field
 from piflow_jax.models.vae import AutoencoderKL
 
 __all__ = ["DataShape"]
-
-
-def _number(default: Any = dataclasses.MISSING, **bounds: float) -> Any:
-    """A field with bounds, which `check_group` enforces."""
-    return dataclasses.field(default=default, metadata=bounds)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,17 +31,17 @@ class DataShape:
     """
 
     name: str
-    channels: int = _number(low=1, most=2**16)
+    channels: int = _field(low=1, most=2**16)
     # The table of positions grows with its square, for any weights.
-    sample_size: int = _number(0, low=0, most=2**12)
-    sites: tuple[int, ...] | None = _number(None, low=1, may_be_empty=True)
-    num_classes: int = _number(0, low=0)
-    latent_scale: float | tuple[float, ...] = _number(1.0, above=0)
+    sample_size: int = _field(0, low=0, most=2**12)
+    sites: tuple[int, ...] | None = _field(None, low=1, may_be_empty=True)
+    num_classes: int = _field(0, low=0)
+    latent_scale: float | tuple[float, ...] = _field(1.0, above=0)
     latent_shift: float | tuple[float, ...] = 0.0
     vae: str = ""
-    conditions: tuple[str, ...] = _number((), may_be_empty=True)
-    text_features: int = _number(0, low=0, most=2**20)
-    pooled_features: int = _number(0, low=0, most=2**20)
+    conditions: tuple[str, ...] = _field((), may_be_empty=True)
+    text_features: int = _field(0, low=0, most=2**20)
+    pooled_features: int = _field(0, low=0, most=2**20)
     released: bool = False
 
     @property

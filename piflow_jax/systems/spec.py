@@ -21,6 +21,7 @@ from piflow_jax.config import (
     base_config,
     check_group,
     key_types,
+    naming,
     parse,
 )
 from piflow_jax.systems.networks import NETWORKS, network_kind
@@ -153,18 +154,14 @@ class StudentSettings:
 def spec_of(metadata: Mapping[str, str]) -> Mapping[str, Any] | None:
     """The spec in a weight file's metadata, None without one; ConfigError for a damaged one."""
     text = metadata.get("piflow_jax")
-    try:
+    with naming("the settings in its metadata are damaged", TypeError, RecursionError):
         return None if text is None else dict(json.loads(text))
-    except (ValueError, TypeError, RecursionError) as error:
-        raise ConfigError(f"the settings in its metadata are damaged: {error}") from error
 
 
 def check_policy_config(text: str | None, policy: PolicyConfig, train: TrainConfig) -> None:
     """Raises ConfigError if a file describes another policy than the settings do."""
-    try:
+    with naming("its policy_config is damaged", TypeError, RecursionError):
         found = {} if text is None else dict(json.loads(text))
-    except (ValueError, TypeError, RecursionError) as error:
-        raise ConfigError(f"its policy_config is damaged: {error}") from error
     for key, value in POLICIES[policy.kind].official(policy, train).items():
         there = found.get(key, value)
         if there != value and not (
