@@ -7,26 +7,15 @@ share one embedder of time and class.
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jax.typing import DTypeLike
 
 from piflow_jax.arguments import check_between, whole
 from piflow_jax.flow.policies import ArcOutput, GMOutput
-from piflow_jax.models.blocks import Constrain, Layers, modulated, stacked, unconstrained
-from piflow_jax.models.heads import VelocityHead
-from piflow_jax.models.layers import (
-    Linear,
-    Network,
-    attend,
-    named,
-    patchify,
-    position_table,
-    time_features,
-)
+from piflow_jax.models.blocks import Layers, modulated
+from piflow_jax.models.layers import attend, named, position_table, time_features
+from piflow_jax.models.transformer import Transformer
 
-# Epsilons of the released weights: 1e-6 before attention and the output, 1e-5 before the MLP.
-ATTENTION_NORM_EPS = 1e-6
+# Epsilon of the released weights before an MLP; that of the other norms is `NORM_EPS`.
 MLP_NORM_EPS = 1e-5
-OUTPUT_NORM_EPS = 1e-6
 
 
 class DiTBlock(Layers, kw_only=True):
@@ -53,7 +42,7 @@ class DiTBlock(Layers, kw_only=True):
         layer = self.linear((6, tokens.shape[-1]), "modulation", axes, kernel_init=zeros)
         # Shift, scale and gate of each half.
         modulation = layer(conditioning)
-        hidden = modulated(tokens, modulation[:, 0], modulation[:, 1], ATTENTION_NORM_EPS)
+        hidden = modulated(tokens, modulation[:, 0], modulation[:, 1])
         attended = attend(*self.queries_keys_values(hidden), self.attention)
         tokens = self.after_attention(
             tokens, attended.reshape(tokens.shape), modulation, self.mlp_hidden, eps=MLP_NORM_EPS
@@ -62,7 +51,7 @@ class DiTBlock(Layers, kw_only=True):
         return tokens, None
 
 
-class DiT(Network):
+class DiT(Transformer):
     """Class-conditional diffusion transformer.
 
     The defaults are DiT-XL/2 for ImageNet 256x256 latents. The blocks run under a scan, with their
@@ -90,22 +79,11 @@ class DiT(Network):
             `batch`, `embed`, `heads`, `mlp` or None. By default it changes nothing.
     """
 
-    patch_size: int = 2
-    in_channels: int = 4
-    hidden: int = 1152
-    num_heads: int = 16
     depth: int = 28
     mlp_ratio: float = 4.0
     num_classes: int = 1000
     sample_size: int = 32
     time_scale: float = 1.0
-    head: nn.Module = VelocityHead()
-    dtype: DTypeLike | None = None
-    param_dtype: DTypeLike = jnp.float32
-    remat: str = "none"
-    scan_unroll: int = 1
-    attention: str | None = None
-    constrain: Constrain = unconstrained
 
     @nn.compact
     def __call__(
@@ -147,37 +125,21 @@ class DiT(Network):
         """
         self._check(x, t, labels)
         embedding = time + self._embed_class(labels).astype(time.dtype)
-        dtype = jnp.promote_types(x.dtype, embedding.dtype) if self.dtype is None else self.dtype
-
-        def linear(features, name, axes, **options):
-            options = {"axes": axes, "param_dtype": self.param_dtype, **options}
-            return Linear(features, dtype=dtype, name=name, **options)
-
-        patches = patchify(x, self.patch_size)
-        b, h, w, _ = patches.shape
+        conditioning = self.conditioning(x, embedding)
+        dtype = conditioning.dtype
+        tokens, (h, w) = self.embed_patches(x, dtype)
         positions = position_table(self.hidden, h, w, self.sample_size // self.patch_size)
-        patches = patches.reshape(b, h * w, -1)
-        tokens = linear((self.hidden,), "patch_embed", (None, "embed"))(patches)
         tokens = tokens + jnp.asarray(positions, dtype).reshape(1, h * w, self.hidden)
         tokens = self.constrain(tokens, ("batch", None, "embed"))
         self.sow("intermediates", "embedded", tokens)
         self.sow("intermediates", "embedding", embedding)
 
-        conditioning = nn.silu(embedding).astype(dtype)
-        tokens, _ = self._blocks(dtype)(tokens, conditioning)
-
-        axes, zeros = ("embed", None, None), nn.initializers.zeros
-        last = linear((2, self.hidden), "final_modulation", axes, kernel_init=zeros)
-        modulation = last(conditioning)
-        tokens = modulated(tokens, modulation[:, 0], modulation[:, 1], OUTPUT_NORM_EPS)
-        return self.head(
-            tokens.reshape(b, h, w, self.hidden),
-            embedding,
-            x,
-            t,
-            patch_size=self.patch_size,
-            param_dtype=self.param_dtype,
+        blocks = self.blocks(
+            DiTBlock, self.depth, "blocks", dtype, mlp_hidden=int(self.hidden * self.mlp_ratio)
         )
+        tokens, _ = blocks(tokens, conditioning)
+        last = self.last_modulation(conditioning, kernel_init=nn.initializers.zeros)
+        return self.output(tokens, *last, embedding, x, t, self.param_dtype)
 
     def example(self, batch: int = 1) -> tuple[jax.ShapeDtypeStruct, ...]:
         """Shapes of the inputs in training, for `init`.
@@ -205,14 +167,8 @@ class DiT(Network):
         Returns:
             `[B, D]`.
         """
-
-        def linear(end, axes):
-            options = {"param_dtype": self.param_dtype, "name": f"{name}_{end}", "parent": self}
-            return Linear((self.hidden,), axes=axes, **options)
-
         t = t.astype(jnp.promote_types(t.dtype, jnp.float32))
-        hidden = nn.silu(linear("in", (None, "embed"))(time_features(t * self.time_scale)))
-        return linear("out", ("embed", None))(hidden)
+        return self.embedder(name, time_features(t * self.time_scale))
 
     def _embed_class(self, labels: jax.Array) -> jax.Array:
         """Embeddings `[B, D]` of the labels."""
@@ -226,21 +182,6 @@ class DiT(Network):
         labels = jnp.where(labels < 0, self.num_classes + 1, labels)
         return jnp.take(table, labels, axis=0, mode="fill")
 
-    def _blocks(self, dtype: DTypeLike) -> nn.Module:
-        settings = {
-            "num_heads": self.num_heads,
-            "mlp_hidden": int(self.hidden * self.mlp_ratio),
-            "dtype": dtype,
-            "param_dtype": self.param_dtype,
-            "attention": self.attention,
-            "constrain": self.constrain,
-            "name": "blocks",
-            "parent": self,
-        }
-        return stacked(
-            DiTBlock, self.depth, remat=self.remat, unroll=self.scan_unroll, settings=settings
-        )
-
     def _check(self, x: jax.Array, t: jax.Array, labels: jax.Array) -> None:
         for name in ("patch_size", "hidden", "num_heads"):
             whole(name, getattr(self, name), 1)
@@ -250,10 +191,7 @@ class DiT(Network):
             raise ValueError(
                 f"hidden {self.hidden} must be divisible by 4 and by num_heads {self.num_heads}"
             )
-        if x.ndim != 4 or x.shape[-1] != self.in_channels or not x.size:
-            raise ValueError(f"x must be [B, H, W, {self.in_channels}], got {x.shape}")
-        if x.shape[1] % self.patch_size or x.shape[2] % self.patch_size:
-            raise ValueError(f"x {x.shape} is not divisible into patches of {self.patch_size}")
+        self.check_state(x)
         if t.shape != x.shape[:1] or labels.shape != x.shape[:1]:
             raise ValueError(
                 f"t {t.shape} and labels {labels.shape} must be [B] with B = {x.shape[0]}"

@@ -9,23 +9,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
-from jax.typing import DTypeLike
 
 from piflow_jax.flow.policies import GMOutput
-from piflow_jax.models.blocks import Constrain, Layers, modulated, stacked, unconstrained
-from piflow_jax.models.heads import VelocityHead
+from piflow_jax.models.blocks import modulated
 from piflow_jax.models.joint import (
     MLP_RATIO,
     ROPE_BASE,
     JointBlock,
     JointLayers,
-    check_rope_axes,
+    TextTransformer,
     rotary_table,
     rotate,
     round_time,
 )
-from piflow_jax.models.layers import Network, attend, patchify, time_features
-from piflow_jax.models.lora import AdaptedLinear, LoRA
+from piflow_jax.models.layers import attend, time_features
 
 __all__ = ["FLUX_TARGETS", "Flux", "SingleBlock", "flux_angles"]
 
@@ -104,7 +101,7 @@ class SingleBlock(JointLayers):
         return tokens, None
 
 
-class Flux(Network):
+class Flux(TextTransformer):
     """FLUX.1: double blocks of text and image, then single blocks of both together.
 
     The defaults are FLUX.1 [dev], 11 901 408 320 parameters. Each kind of block runs under a scan,
@@ -137,25 +134,10 @@ class Flux(Network):
         constrain: See `DiT`.
     """
 
-    patch_size: int = 2
-    in_channels: int = 16
-    hidden: int = 3072
-    num_heads: int = 24
     double_depth: int = 19
     single_depth: int = 38
-    text_features: int = 4096
     pooled_features: int = 768
     guidance_embed: bool = True
-    axes_dims_rope: tuple[int, int, int] = (16, 56, 56)
-    head: nn.Module = VelocityHead()
-    lora: LoRA | None = None
-    time_dtype: DTypeLike = jnp.float32
-    dtype: DTypeLike | None = None
-    param_dtype: DTypeLike = jnp.float32
-    remat: str = "none"
-    scan_unroll: int = 1
-    attention: str | None = None
-    constrain: Constrain = unconstrained
 
     @nn.compact
     def __call__(
@@ -186,45 +168,15 @@ class Flux(Network):
         """
         self._check(x, t, text, pooled, guidance)
         embedding = self._embed_condition(t, pooled, guidance)
-        dtype = jnp.promote_types(x.dtype, embedding.dtype) if self.dtype is None else self.dtype
-
-        def linear(features, name, axes, **options):
-            options = {"axes": axes, "param_dtype": self.param_dtype, **options}
-            return AdaptedLinear(features, dtype=dtype, lora=self.lora, name=name, **options)
-
-        patches = patchify(x, self.patch_size)
-        b, h, w, _ = patches.shape
-        into = (None, "embed")
-        image = linear((self.hidden,), "patch_embed", into)(patches.reshape(b, h * w, -1))
-        streams = (linear((self.hidden,), "text_embed", into)(text), image)
-        streams = tuple(self.constrain(tokens, ("batch", None, "embed")) for tokens in streams)
-        length = text.shape[1]
-        table = rotary_table(flux_angles(self.axes_dims_rope, length, h, w))
-        conditioning = nn.silu(embedding).astype(dtype)
-        streams, _ = self._blocks(JointBlock, self.double_depth, "double_blocks", dtype)(
-            streams, conditioning, table
-        )
-        tokens = jnp.concatenate(streams, axis=1)
-        tokens, _ = self._blocks(SingleBlock, self.single_depth, "single_blocks", dtype)(
-            tokens, conditioning, table
-        )
-        tokens = tokens[:, length:]
-
-        # The head and this layer are trained without adapters, so they are at least float32.
-        trained = jnp.promote_types(self.param_dtype, jnp.float32)
-        axes = ("embed", None, None)
-        last = linear((2, self.hidden), "final_modulation", axes, param_dtype=trained)
-        modulation = last(conditioning)
-        # Here the scale comes first.
-        tokens = modulated(tokens, modulation[:, 1], modulation[:, 0])
-        return self.head(
-            tokens.reshape(b, h, w, self.hidden),
-            embedding,
-            x,
-            t,
-            patch_size=self.patch_size,
-            param_dtype=trained,
-        )
+        conditioning = self.conditioning(x, embedding)
+        dtype, length = conditioning.dtype, text.shape[1]
+        streams, sites = self.streams(x, text, dtype)
+        table = rotary_table(flux_angles(self.axes_dims_rope, length, *sites))
+        double = self.blocks(JointBlock, self.double_depth, "double_blocks", dtype)
+        single = self.blocks(SingleBlock, self.single_depth, "single_blocks", dtype)
+        streams, _ = double(streams, conditioning, table)
+        tokens, _ = single(jnp.concatenate(streams, axis=1), conditioning, table)
+        return self.predicted(tokens[:, length:], conditioning, embedding, x, t)
 
     def example(self, batch: int = 1) -> tuple[jax.ShapeDtypeStruct, ...]:
         """Shapes of the smallest inputs, for `init` under `jax.eval_shape`.
@@ -251,51 +203,18 @@ class Flux(Network):
     ) -> jax.Array:
         """Embedding `[B, D]` of time, guidance and pooled text, at least float32."""
 
-        def mlp(name, features):
-            def linear(suffix, axes):
-                return AdaptedLinear(
-                    (self.hidden,),
-                    axes=axes,
-                    param_dtype=self.param_dtype,
-                    lora=self.lora,
-                    name=f"{name}_{suffix}",
-                    parent=self,
-                )
-
-            hidden = nn.silu(linear("in", (None, "embed"))(features))
-            return linear("out", ("embed", None))(hidden)
-
         def scaled(value):
             return round_time(round_time(value, self.time_dtype) * TIME_SCALE, self.time_dtype)
 
         wide = jnp.promote_types(pooled.dtype, jnp.float32)
-        embedding = mlp("time", time_features(scaled(t)).astype(wide))
+        embedding = self.embedder("time", time_features(scaled(t)).astype(wide))
         if guidance is not None:
-            embedding += mlp("guidance", time_features(scaled(guidance)).astype(wide))
-        return embedding + mlp("pooled", pooled.astype(wide))
-
-    def _blocks(self, block: type[Layers], depth: int, name: str, dtype: DTypeLike) -> nn.Module:
-        settings = {
-            "num_heads": self.num_heads,
-            "dtype": dtype,
-            "param_dtype": self.param_dtype,
-            "attention": self.attention,
-            "constrain": self.constrain,
-            "lora": self.lora,
-            "name": name,
-            "parent": self,
-        }
-        return stacked(block, depth, remat=self.remat, unroll=self.scan_unroll, settings=settings)
+            embedding += self.embedder("guidance", time_features(scaled(guidance)).astype(wide))
+        return embedding + self.embedder("pooled", pooled.astype(wide))
 
     def _check(self, x, t, text, pooled, guidance) -> None:
-        check_rope_axes(self.axes_dims_rope, self.hidden, self.num_heads)
+        self.check_inputs(x, text)
         b = x.shape[0]
-        if x.ndim != 4 or x.shape[-1] != self.in_channels:
-            raise ValueError(f"x must be [B, H, W, {self.in_channels}], got {x.shape}")
-        if x.shape[1] % self.patch_size or x.shape[2] % self.patch_size:
-            raise ValueError(f"x {x.shape} is not divisible into patches of {self.patch_size}")
-        if text.ndim != 3 or (text.shape[0], text.shape[2]) != (b, self.text_features):
-            raise ValueError(f"text must be [{b}, L, {self.text_features}], got {text.shape}")
         if pooled.shape != (b, self.pooled_features):
             raise ValueError(f"pooled must be [{b}, {self.pooled_features}], got {pooled.shape}")
         if (guidance is not None) != self.guidance_embed:

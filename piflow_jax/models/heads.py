@@ -9,6 +9,7 @@ Source: architectures of pi-Flow, arXiv 2510.14974, as released.
 """
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -49,8 +50,8 @@ def _patch_bias(per_pixel: jax.Array, size: int) -> jax.Array:
     return jnp.tile(flat, size // flat.size)
 
 
-class VelocityHead(nn.Module):
-    """Predicts one velocity per site, as teachers do."""
+class Head(nn.Module):
+    """An output head: layers on the last tokens, and what subclasses make of their outputs."""
 
     @nn.compact
     def __call__(
@@ -62,26 +63,50 @@ class VelocityHead(nn.Module):
         *,
         patch_size: int,
         param_dtype: DTypeLike = jnp.float32,
-    ) -> jax.Array:
-        """Maps tokens to velocities.
+    ) -> Any:
+        """Maps tokens to the network's output.
 
         Args:
             tokens: `[B, h, w, D]` final tokens in the compute dtype.
             embedding: `[B, D]` conditioning embedding; its dtype is the dtype of the output.
-            x: `[B, H, W, C]` input of the network (only its channel count is used).
-            sigma: `[B]` time of the input; unused.
+            x: `[B, H, W, C]` input of the network.
+            sigma: `[B]` time of the input.
             patch_size: Side of a patch, in sites.
             param_dtype: Dtype of fresh parameters.
 
         Returns:
-            `u[B, H, W, C]`.
+            The output, see the subclass.
         """
-        del sigma
-        return _project(self, "output", tokens, embedding, patch_size, (x.shape[-1],), param_dtype)
 
-    def noise_shape(self, channels: int) -> None:
-        """Shape of the noise that `from_velocity` needs for `channels` channels: none."""
+        def project(name, features, bias_init=nn.initializers.zeros):
+            """A zero-initialised output layer, with its output arranged as pixels."""
+            layer = Linear(
+                (patch_size * patch_size * math.prod(features),),
+                axes=("embed", None),
+                dtype=tokens.dtype,
+                output_dtype=embedding.dtype,
+                param_dtype=param_dtype,
+                kernel_init=nn.initializers.zeros,
+                bias_init=bias_init,
+                name=name,
+                parent=self,
+            )
+            return unpatchify(layer(tokens), patch_size, features)
+
+        return self._predict(project, embedding, x, sigma, param_dtype)
+
+    def noise_shape(self, channels: int) -> tuple[int, ...] | None:
+        """Shape of the normal noise that `from_velocity` needs for `channels`; None for none."""
         del channels
+        return None
+
+
+class VelocityHead(Head):
+    """Predicts one velocity per site, as teachers do."""
+
+    def _predict(self, project, embedding, x, sigma, param_dtype) -> jax.Array:
+        """Velocities `u[B, H, W, C]`."""
+        return project("output", (x.shape[-1],))
 
     def from_velocity(
         self, params: dict, velocity: dict, *, channels: int, noise: jax.Array | None = None
@@ -91,7 +116,7 @@ class VelocityHead(nn.Module):
         return {"output": dict(velocity)}
 
 
-class DXHead(nn.Module):
+class DXHead(Head):
     """Predicts velocities on a grid of times (or polynomial coefficients) per site.
 
     Attributes:
@@ -108,20 +133,9 @@ class DXHead(nn.Module):
     input_skip: bool = False
     min_sigma: float = 1e-4
 
-    @nn.compact
-    def __call__(
-        self,
-        tokens: jax.Array,
-        embedding: jax.Array,
-        x: jax.Array,
-        sigma: jax.Array,
-        *,
-        patch_size: int,
-        param_dtype: DTypeLike = jnp.float32,
-    ) -> jax.Array:
-        """Maps tokens to grid velocities `[B, H, W, N, C]`; arguments as in `VelocityHead`."""
-        features = (self.num_grid, x.shape[-1])
-        out = _project(self, "output", tokens, embedding, patch_size, features, param_dtype)
+    def _predict(self, project, embedding, x, sigma, param_dtype) -> jax.Array:
+        """Grid velocities `[B, H, W, N, C]`."""
+        out = project("output", (self.num_grid, x.shape[-1]))
         if not self.input_skip:
             return out
         return jnp.concatenate([out[..., :1, :], self.skipped(out[..., 1:, :], x, sigma)], axis=-2)
@@ -140,10 +154,6 @@ class DXHead(nn.Module):
         sigma = jnp.maximum(sigma.astype(coefficients.dtype), self.min_sigma)
         skip = x.astype(coefficients.dtype) / broadcast_sites(sigma, x)
         return coefficients + skip[..., None, :]
-
-    def noise_shape(self, channels: int) -> None:
-        """Shape of the noise that `from_velocity` needs for `channels` channels: none."""
-        del channels
 
     def from_velocity(
         self, params: dict, velocity: dict, *, channels: int, noise: jax.Array | None = None
@@ -171,7 +181,34 @@ class DXHead(nn.Module):
         return {"output": output}
 
 
-class GMHead(nn.Module):
+class _MixtureHead(Head):
+    """A head with `K` means per site."""
+
+    num_components: int
+
+    def _means(self, project, channels: int) -> jax.Array:
+        def fresh_bias(key, shape, dtype):
+            noise = jax.random.normal(key, (self.num_components, channels), dtype)
+            return _patch_bias(FRESH_MEANS_STD * noise, shape[0])
+
+        return project("means", (self.num_components, channels), fresh_bias)
+
+    def noise_shape(self, channels: int) -> tuple[int, int]:
+        """Shape `(K, C)` of the normal noise that `from_velocity` needs, `C` being `channels`."""
+        return (self.num_components, channels)
+
+    def _means_and_weights(
+        self, params: dict, velocity: dict, channels: int, noise: jax.Array | None
+    ) -> dict:
+        """Means at the velocity, with noise in the bias to separate them, and equal weights."""
+        means = repeat_rows(velocity, channels, self.num_components)
+        if noise is not None:
+            offsets = TEACHER_MEANS_STD * noise.astype(means["bias"].dtype)
+            means["bias"] = means["bias"] + _patch_bias(offsets, means["bias"].size)
+        return {"means": means, "logweights": jax.tree.map(jnp.zeros_like, params["logweights"])}
+
+
+class GMHead(_MixtureHead):
     """Predicts a Gaussian mixture of velocities per site, and one standard deviation per sample.
 
     Initial values: zero output kernels, a bias of the means `N(0, 0.1^2)` per (component, channel),
@@ -183,41 +220,18 @@ class GMHead(nn.Module):
         constant_logstd: A fixed log standard deviation, which replaces the logstd head.
     """
 
-    num_components: int
     logstd_hidden: int = 1024
     constant_logstd: float | None = None
 
-    @nn.compact
-    def __call__(
-        self,
-        tokens: jax.Array,
-        embedding: jax.Array,
-        x: jax.Array,
-        sigma: jax.Array,
-        *,
-        patch_size: int,
-        param_dtype: DTypeLike = jnp.float32,
-    ) -> GMOutput:
-        """Maps tokens to a mixture; arguments as in `VelocityHead`.
+    def _predict(self, project, embedding, x, sigma, param_dtype) -> GMOutput:
+        """`GMOutput(means[B, H, W, K, C], logweights[B, H, W, K], logstd[B])`.
 
-        Returns:
-            `GMOutput(means[B, H, W, K, C], logweights[B, H, W, K], logstd[B])` with log-weights
-            normalised over K. The log standard deviation passes no gradient to the embedding.
+        Log-weights are normalised over K. The log standard deviation passes no gradient to the
+        embedding.
         """
-        del sigma
-        k, channels = self.num_components, x.shape[-1]
-
-        def fresh_bias(key, shape, dtype):
-            noise = FRESH_MEANS_STD * jax.random.normal(key, (k, channels), dtype)
-            return _patch_bias(noise, shape[0])
-
-        means = _project(
-            self, "means", tokens, embedding, patch_size, (k, channels), param_dtype, fresh_bias
-        )
-        logits = _project(self, "logweights", tokens, embedding, patch_size, (k,), param_dtype)
         return GMOutput(
-            means=means,
-            logweights=jax.nn.log_softmax(logits, axis=-1),
+            means=self._means(project, x.shape[-1]),
+            logweights=jax.nn.log_softmax(project("logweights", (self.num_components,)), axis=-1),
             logstd=self._logstd(jax.lax.stop_gradient(embedding), param_dtype),
         )
 
@@ -232,10 +246,6 @@ class GMHead(nn.Module):
         into = linear(self.logstd_hidden, "logstd_in", axes=("embed", None))
         out = linear(1, "logstd_out", axes=(None, None), kernel_init=nn.initializers.zeros)
         return out(nn.silu(into(nn.silu(embedding))))[:, 0]
-
-    def noise_shape(self, channels: int) -> tuple[int, int]:
-        """Shape `(K, C)` of the normal noise that `from_velocity` needs, `C` being `channels`."""
-        return (self.num_components, channels)
 
     def from_velocity(
         self, params: dict, velocity: dict, *, channels: int, noise: jax.Array | None = None
@@ -252,8 +262,7 @@ class GMHead(nn.Module):
         Returns:
             The head's parameters: repeated means, zero log-weight layer, `logstd = log 0.05`.
         """
-        means = _means_from_velocity(velocity, channels, self.num_components, noise)
-        head = {"means": means, "logweights": jax.tree.map(jnp.zeros_like, params["logweights"])}
+        head = self._means_and_weights(params, velocity, channels, noise)
         if self.constant_logstd is None:
             last = params["logstd_out"]
             head["logstd_in"] = params["logstd_in"]
@@ -264,7 +273,7 @@ class GMHead(nn.Module):
         return head
 
 
-class ArcHead(nn.Module):
+class ArcHead(_MixtureHead):
     """Predicts an ArcFlow mixture per site: velocities, weights and rates of growth.
 
     Initial values: zero kernels, a bias of the means `N(0, 0.1^2)` per (component, channel), equal
@@ -276,53 +285,25 @@ class ArcHead(nn.Module):
       max_rate: Bound of the rates, `g = max_rate tanh(.)`, which keeps exponents finite.
     """
 
-    num_components: int
     max_rate: float = 4.0
 
-    @nn.compact
-    def __call__(
-        self,
-        tokens: jax.Array,
-        embedding: jax.Array,
-        x: jax.Array,
-        sigma: jax.Array,
-        *,
-        patch_size: int,
-        param_dtype: DTypeLike = jnp.float32,
-    ) -> ArcOutput:
-        """Maps tokens to a mixture; arguments as in `VelocityHead`.
-
-        Returns:
-            `ArcOutput(means[B, H, W, K, C], logweights[B, H, W, K], rates[B, H, W, K])`.
-        """
-        del sigma
-        k, channels = self.num_components, x.shape[-1]
-
-        def fresh_bias(key, shape, dtype):
-            noise = FRESH_MEANS_STD * jax.random.normal(key, (k, channels), dtype)
-            return _patch_bias(noise, shape[0])
+    def _predict(self, project, embedding, x, sigma, param_dtype) -> ArcOutput:
+        """`ArcOutput(means[B, H, W, K, C], logweights[B, H, W, K], rates[B, H, W, K])`."""
+        k = self.num_components
 
         def spread_bias(key, shape, dtype):
             del key
             return _patch_bias(spread_rates(k, dtype), shape[0])
 
-        def project(name, features, bias):
-            return _project(self, name, tokens, embedding, patch_size, features, param_dtype, bias)
-
-        zeros = nn.initializers.zeros
         return ArcOutput(
-            means=project("means", (k, channels), fresh_bias),
-            logweights=jax.nn.log_softmax(project("logweights", (k,), zeros), axis=-1),
+            means=self._means(project, x.shape[-1]),
+            logweights=jax.nn.log_softmax(project("logweights", (k,)), axis=-1),
             rates=self.bounded(project("rates", (k,), spread_bias)),
         )
 
     def bounded(self, rates: jax.Array) -> jax.Array:
         """Maps unbounded `rates` of any shape to growth rates within `[-max_rate, max_rate]`."""
         return self.max_rate * jnp.tanh(rates)
-
-    def noise_shape(self, channels: int) -> tuple[int, int]:
-        """Shape `(K, C)` of the normal noise that `from_velocity` needs, `C` being `channels`."""
-        return (self.num_components, channels)
 
     def from_velocity(
         self, params: dict, velocity: dict, *, channels: int, noise: jax.Array | None = None
@@ -343,49 +324,9 @@ class ArcHead(nn.Module):
         rates = jax.tree.map(jnp.zeros_like, params["rates"])
         bias = rates["bias"]
         rates["bias"] = _patch_bias(spread_rates(self.num_components, bias.dtype), bias.size)
-        return {
-            "means": _means_from_velocity(velocity, channels, self.num_components, noise),
-            "logweights": jax.tree.map(jnp.zeros_like, params["logweights"]),
-            "rates": rates,
-        }
+        return self._means_and_weights(params, velocity, channels, noise) | {"rates": rates}
 
 
 def spread_rates(components: int, dtype: DTypeLike) -> jax.Array:
     """A bias `[K]` that spreads an `ArcHead`'s rates over half of their range."""
     return jnp.arctanh(jnp.linspace(-0.5, 0.5, components, dtype=dtype))
-
-
-def _means_from_velocity(
-    velocity: dict, channels: int, components: int, noise: jax.Array | None
-) -> dict:
-    """A layer of means, all at the velocity, with a little noise in the bias to separate them."""
-    means = repeat_rows(velocity, channels, components)
-    if noise is not None:
-        offsets = TEACHER_MEANS_STD * noise.astype(means["bias"].dtype)
-        means["bias"] = means["bias"] + _patch_bias(offsets, means["bias"].size)
-    return means
-
-
-def _project(
-    head: nn.Module,
-    name: str,
-    tokens: jax.Array,
-    embedding: jax.Array,
-    patch_size: int,
-    features: tuple[int, ...],
-    param_dtype: DTypeLike,
-    bias_init=nn.initializers.zeros,
-) -> jax.Array:
-    """Zero-initialised output layer `name` of `head`, with its output arranged as pixels."""
-    layer = Linear(
-        (patch_size * patch_size * math.prod(features),),
-        axes=("embed", None),
-        dtype=tokens.dtype,
-        output_dtype=embedding.dtype,
-        param_dtype=param_dtype,
-        kernel_init=nn.initializers.zeros,
-        bias_init=bias_init,
-        name=name,
-        parent=head,
-    )
-    return unpatchify(layer(tokens), patch_size, features)

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from piflow_jax.models.layers import xavier_uniform
 from piflow_jax.models.lora import DOWN, TRAINED, UP, split
@@ -151,22 +152,13 @@ def _at_teacher(
     head = student.head.from_velocity(
         ours["head"], output, channels=student.in_channels, noise=noise
     )
-    merged = _replaced(ours, theirs) | {"head": head}
-    return {
-        "params": jax.tree.map(
-            lambda new, old: jnp.array(new, dtype=old.dtype, copy=True), merged, ours
-        )
+    # Our tree, with their leaves wherever they have one.
+    leaves = flatten_dict(theirs | {"head": head})
+    started = {
+        path: jnp.array(leaves.get(path, own), dtype=own.dtype, copy=True)
+        for path, own in flatten_dict(ours).items()
     }
-
-
-def _replaced(ours: Mapping, theirs: Mapping) -> dict:
-    """Our tree, with their leaves wherever they have one."""
-    return {
-        name: _replaced(leaf, theirs.get(name, {}))
-        if isinstance(leaf, Mapping)
-        else theirs.get(name, leaf)
-        for name, leaf in ours.items()
-    }
+    return {"params": unflatten_dict(started)}
 
 
 def _check(
@@ -176,8 +168,10 @@ def _check(
     theirs = teacher_params["params"]
     if set(theirs["head"]) != {"output"}:
         raise ValueError(f"head: the teacher needs a VelocityHead, it has {set(theirs['head'])}")
-    ours = _shapes(student_params["params"])
-    theirs = _shapes(theirs)
+    ours, theirs = (
+        {name: jnp.shape(leaf) for name, leaf in flatten_dict(params, sep="/").items()}
+        for params in (student_params["params"], theirs)
+    )
     # A teacher that also predicts something else (say a variance) has a wider output layer.
     pixels = student.patch_size**2 * student.in_channels
     differences = {"head": ((pixels,), theirs.pop("head/output/bias"))}
@@ -192,8 +186,3 @@ def _check(
     lines = [f"{name}: student {a}, teacher {b}" for name, (a, b) in differences.items() if a != b]
     if lines:
         raise ValueError("teacher and student differ in:\n  " + "\n  ".join(lines))
-
-
-def _shapes(params: Mapping) -> dict[str, tuple[int, ...]]:
-    leaves = jax.tree_util.tree_leaves_with_path(params)
-    return {"/".join(key.key for key in path): jnp.shape(leaf) for path, leaf in leaves}

@@ -5,7 +5,7 @@ The double block of FLUX.1 and the block of Qwen-Image (arXiv 2508.02324, sectio
 text.
 """
 
-from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,8 @@ from jax.typing import DTypeLike
 
 from piflow_jax.models.blocks import NORM_EPS, Layers, modulated
 from piflow_jax.models.layers import attend, named
+from piflow_jax.models.lora import LoRA
+from piflow_jax.models.transformer import Transformer
 
 ROPE_BASE = 10000.0
 MLP_RATIO = 4
@@ -142,10 +144,51 @@ def round_time(t: jax.Array, dtype: DTypeLike) -> jax.Array:
     return jax.lax.reduce_precision(t, info.nexp, info.nmant)
 
 
-def check_rope_axes(axes: Sequence[int], hidden: int, num_heads: int) -> None:
-    """Raises ValueError if rotary axes do not exactly fill a head with pairs."""
-    if hidden % num_heads or sum(axes) * num_heads != hidden or any(a % 2 for a in axes):
-        raise ValueError(
-            f"axes_dims_rope {tuple(axes)} must be even and add up to the size of a head, "
-            f"{hidden} / {num_heads}"
-        )
+class TextTransformer(Transformer):
+    """A transformer that reads text. See `Flux` and `QwenImage` for its fields."""
+
+    in_channels: int = 16
+    hidden: int = 3072
+    num_heads: int = 24
+    text_features: int = 4096
+    axes_dims_rope: tuple[int, int, int] = (16, 56, 56)
+    lora: LoRA | None = None
+    time_dtype: DTypeLike = jnp.float32
+
+    def streams(
+        self, x: jax.Array, text: jax.Array, dtype: DTypeLike
+    ) -> tuple[tuple[jax.Array, jax.Array], tuple[int, int]]:
+        """Tokens of text and image `[B, T, D]`, and the image's sites `(h, w)`."""
+        image, sites = self.embed_patches(x, dtype)
+        text = self.linear((self.hidden,), "text_embed", (None, "embed"), dtype=dtype)(text)
+        streams = (self.constrain(tokens, ("batch", None, "embed")) for tokens in (text, image))
+        return tuple(streams), sites
+
+    def predicted(
+        self,
+        tokens: jax.Array,
+        conditioning: jax.Array,
+        embedding: jax.Array,
+        x: jax.Array,
+        t: jax.Array,
+    ) -> Any:
+        """The head's output for the last tokens `[B, h * w, D]` of the image."""
+        # The head and this layer are trained without adapters, so they are at least float32.
+        trained = jnp.promote_types(self.param_dtype, jnp.float32)
+        # Here the scale comes first.
+        scale, shift = self.last_modulation(conditioning, param_dtype=trained)
+        return self.output(tokens, shift, scale, embedding, x, t, trained)
+
+    def check_inputs(self, x: jax.Array, text: jax.Array) -> None:
+        """Raises ValueError if a size, the states or the text are not valid."""
+        axes, hidden, num_heads = self.axes_dims_rope, self.hidden, self.num_heads
+        # Rotary axes fill a head with pairs.
+        if hidden % num_heads or sum(axes) * num_heads != hidden or any(a % 2 for a in axes):
+            raise ValueError(
+                f"axes_dims_rope {tuple(axes)} must be even and add up to the size of a head, "
+                f"{hidden} / {num_heads}"
+            )
+        self.check_state(x)
+        batch, width = x.shape[0], self.text_features
+        if text.ndim != 3 or (text.shape[0], text.shape[2]) != (batch, width):
+            raise ValueError(f"text must be [{batch}, L, {width}], got {text.shape}")

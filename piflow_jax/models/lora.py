@@ -13,6 +13,7 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.typing import DTypeLike
 
 from piflow_jax.models.layers import Axes, Linear, contract, named
@@ -94,23 +95,11 @@ def split(params: Mapping) -> tuple[dict, dict]:
         `(base, trained)`, both `{"params": ...}`, with the same arrays. The base has no entries for
         the trained modules.
     """
-    base, trained = _split(params["params"])
-    return {"params": base}, {"params": trained}
-
-
-def _split(tree: Mapping, top: bool = True) -> tuple[dict, dict]:
-    base, trained = {}, {}
-    for key, value in tree.items():
-        if (top and key in TRAINED) or key in (DOWN, UP):
-            trained[key] = value
-        elif isinstance(value, Mapping):
-            inner, adapters = _split(value, top=False)
-            base[key] = inner
-            if adapters:
-                trained[key] = adapters
-        else:
-            base[key] = value
-    return base, trained
+    parts = {}, {}
+    for path, leaf in flatten_dict(params).items():
+        parts[path[1] in TRAINED or path[-1] in (DOWN, UP)][path] = leaf
+    base, trained = map(unflatten_dict, parts)
+    return {"params": {}} | base, {"params": {}} | trained
 
 
 def merge(base: Mapping, trained: Mapping) -> dict:
@@ -130,20 +119,13 @@ def merge(base: Mapping, trained: Mapping) -> dict:
     absent = [name for name in TRAINED if name not in trained["params"]]
     if absent:
         raise ValueError(f"the trained parameters lack {absent}")
-    kept = {key: value for key, value in base["params"].items() if key not in TRAINED}
-    return {"params": _merge(kept, trained["params"], ())}
-
-
-def _merge(base: Mapping, trained: Mapping, path: tuple[str, ...]) -> dict:
-    merged = dict(base)
-    for key, value in trained.items():
-        if (not path and key in TRAINED) or key in (DOWN, UP):
-            merged[key] = value
-        elif key not in base:
-            raise ValueError(f"no layer {'/'.join((*path, key))} in the base")
-        else:
-            merged[key] = _merge(base[key], value, (*path, key))
-    return merged
+    leaves = {k: v for k, v in flatten_dict(base).items() if k[1] not in TRAINED}
+    layers = {path[:-1] for path in leaves}
+    for path, leaf in flatten_dict(trained).items():
+        if path[1] not in TRAINED and path[:-1] not in layers:
+            raise ValueError(f"no layer {'/'.join(path[1:-1])} in the base")
+        leaves[path] = leaf
+    return unflatten_dict(leaves)
 
 
 def fuse(params: Mapping, scale: float = 1.0) -> dict:
@@ -157,20 +139,17 @@ def fuse(params: Mapping, scale: float = 1.0) -> dict:
         `{"params": ...}` without adapters. Products are taken in at least float32, and the sum is
         rounded once, to the dtype of the kernel.
     """
-    return {"params": _fuse(params["params"], scale)}
-
-
-def _fuse(tree: Mapping, scale: float) -> dict:
-    fused = {k: _fuse(v, scale) if isinstance(v, Mapping) else v for k, v in tree.items()}
-    if DOWN not in fused:
-        return fused
-    kernel, down, up = fused["kernel"], fused.pop(DOWN), fused.pop(UP)
-    wide = jnp.promote_types(down.dtype, jnp.float32)
-    rank, ins = down.shape[-1], kernel.ndim - fused["bias"].ndim
-    # In addition to its input axes and rank, a stacked adapter has the axis of the layers.
-    lead = kernel.shape[:1] if down.ndim - 1 > ins else (1,)
-    left = jnp.asarray(down, wide).reshape(*lead, -1, rank)
-    right = jnp.asarray(up, wide).reshape(*lead, rank, -1)
-    delta = jnp.einsum("lir,lro->lio", left, right, precision="highest").reshape(kernel.shape)
-    fused["kernel"] = (jnp.asarray(kernel, wide) + scale * delta).astype(kernel.dtype)
-    return fused
+    leaves = flatten_dict(params)
+    for layer in [path[:-1] for path in leaves if path[-1] == DOWN]:
+        down, up = leaves.pop((*layer, DOWN)), leaves.pop((*layer, UP))
+        kernel = leaves[*layer, "kernel"]
+        wide = jnp.promote_types(down.dtype, jnp.float32)
+        rank, ins = down.shape[-1], kernel.ndim - leaves[*layer, "bias"].ndim
+        # In addition to its input axes and rank, a stacked adapter has the axis of the layers.
+        lead = kernel.shape[:1] if down.ndim - 1 > ins else (1,)
+        left = jnp.asarray(down, wide).reshape(*lead, -1, rank)
+        right = jnp.asarray(up, wide).reshape(*lead, rank, -1)
+        delta = jnp.einsum("lir,lro->lio", left, right, precision="highest").reshape(kernel.shape)
+        fused = jnp.asarray(kernel, wide) + scale * delta
+        leaves[*layer, "kernel"] = fused.astype(kernel.dtype)
+    return unflatten_dict(leaves)

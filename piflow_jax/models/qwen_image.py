@@ -8,21 +8,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
-from jax.typing import DTypeLike
 
 from piflow_jax.flow.policies import GMOutput
-from piflow_jax.models.blocks import Constrain, modulated, stacked, unconstrained
-from piflow_jax.models.heads import VelocityHead
 from piflow_jax.models.joint import (
     ROPE_BASE,
     JointBlock,
     RMSNorm,
-    check_rope_axes,
+    TextTransformer,
     rotary_table,
     round_time,
 )
-from piflow_jax.models.layers import Network, patchify, time_features
-from piflow_jax.models.lora import AdaptedLinear, LoRA
+from piflow_jax.models.layers import time_features
 
 __all__ = ["QWEN_TARGETS", "QwenImage", "qwen_angles"]
 
@@ -73,7 +69,7 @@ def qwen_angles(axes: tuple[int, ...], text_length: int, height: int, width: int
     return np.concatenate(angles, axis=-1)
 
 
-class QwenImage(Network):
+class QwenImage(TextTransformer):
     """Qwen-Image: joint blocks of text and image, conditioned on time alone.
 
     The defaults are the released network, 20 430 401 088 parameters. The blocks run under a scan,
@@ -106,22 +102,8 @@ class QwenImage(Network):
         constrain: See `DiT`.
     """
 
-    patch_size: int = 2
-    in_channels: int = 16
-    hidden: int = 3072
-    num_heads: int = 24
     depth: int = 60
     text_features: int = 3584
-    axes_dims_rope: tuple[int, int, int] = (16, 56, 56)
-    head: nn.Module = VelocityHead()
-    lora: LoRA | None = None
-    time_dtype: DTypeLike = jnp.float32
-    dtype: DTypeLike | None = None
-    param_dtype: DTypeLike = jnp.float32
-    remat: str = "none"
-    scan_unroll: int = 1
-    attention: str | None = None
-    constrain: Constrain = unconstrained
 
     @nn.compact
     def __call__(
@@ -145,43 +127,20 @@ class QwenImage(Network):
             ValueError: A shape, a size or the name of the remat policy is not valid.
         """
         self._check(x, t, text, mask)
-        embedding = self._embed_time(t)
-        dtype = jnp.promote_types(x.dtype, embedding.dtype) if self.dtype is None else self.dtype
-
-        def linear(features, name, axes, **options):
-            options = {"axes": axes, "param_dtype": self.param_dtype, **options}
-            return AdaptedLinear(features, dtype=dtype, lora=self.lora, name=name, **options)
-
-        patches = patchify(x, self.patch_size)
-        b, h, w, _ = patches.shape
-        into = (None, "embed")
-        image = linear((self.hidden,), "patch_embed", into)(patches.reshape(b, h * w, -1))
+        features = time_features(round_time(t, self.time_dtype), scale=TIME_SCALE)
+        embedding = self.embedder("time", features)
+        conditioning = self.conditioning(x, embedding)
+        dtype = conditioning.dtype
         text = RMSNorm(self.param_dtype, name="text_norm")(text)
-        streams = (linear((self.hidden,), "text_embed", into)(text), image)
-        streams = tuple(self.constrain(tokens, ("batch", None, "embed")) for tokens in streams)
-        table = rotary_table(qwen_angles(self.axes_dims_rope, text.shape[1], h, w))
-        conditioning = nn.silu(embedding).astype(dtype)
+        streams, sites = self.streams(x, text, dtype)
+        table = rotary_table(qwen_angles(self.axes_dims_rope, text.shape[1], *sites))
         key_mask = None
         if mask is not None:
-            shown = jnp.ones((b, h * w), bool)
+            shown = jnp.ones(streams[1].shape[:2], bool)
             key_mask = jnp.concatenate([mask.astype(bool), shown], axis=1)
-        (_, tokens), _ = self._blocks(dtype)(streams, conditioning, table, key_mask)
-
-        # The head and this layer are trained without adapters, so they are at least float32.
-        trained = jnp.promote_types(self.param_dtype, jnp.float32)
-        axes = ("embed", None, None)
-        last = linear((2, self.hidden), "final_modulation", axes, param_dtype=trained)
-        modulation = last(conditioning)
-        # Here the scale comes first.
-        tokens = modulated(tokens, modulation[:, 1], modulation[:, 0])
-        return self.head(
-            tokens.reshape(b, h, w, self.hidden),
-            embedding,
-            x,
-            t,
-            patch_size=self.patch_size,
-            param_dtype=trained,
-        )
+        blocks = self.blocks(JointBlock, self.depth, "joint_blocks", dtype)
+        (_, tokens), _ = blocks(streams, conditioning, table, key_mask)
+        return self.predicted(tokens, conditioning, embedding, x, t)
 
     def example(self, batch: int = 1) -> tuple[jax.ShapeDtypeStruct, ...]:
         """Shapes of the smallest inputs, for `init` under `jax.eval_shape`.
@@ -197,48 +156,9 @@ class QwenImage(Network):
         shapes = (batch, p, p, self.in_channels), (batch,), (batch, 1, self.text_features)
         return tuple(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes)
 
-    def _embed_time(self, t: jax.Array) -> jax.Array:
-        """Embedding `[B, D]` of time in at least float32, in float64 with float64 parameters."""
-        features = time_features(round_time(t, self.time_dtype), scale=TIME_SCALE)
-
-        def linear(name, axes):
-            return AdaptedLinear(
-                (self.hidden,),
-                axes=axes,
-                param_dtype=self.param_dtype,
-                lora=self.lora,
-                name=name,
-                parent=self,
-            )
-
-        hidden = nn.silu(linear("time_in", (None, "embed"))(features))
-        return linear("time_out", ("embed", None))(hidden)
-
-    def _blocks(self, dtype: DTypeLike) -> nn.Module:
-        settings = {
-            "num_heads": self.num_heads,
-            "dtype": dtype,
-            "param_dtype": self.param_dtype,
-            "attention": self.attention,
-            "constrain": self.constrain,
-            "lora": self.lora,
-            "name": "joint_blocks",
-            "parent": self,
-        }
-        return stacked(
-            JointBlock, self.depth, remat=self.remat, unroll=self.scan_unroll, settings=settings
-        )
-
     def _check(self, x, t, text, mask) -> None:
-        check_rope_axes(self.axes_dims_rope, self.hidden, self.num_heads)
-        if x.ndim != 4 or x.shape[-1] != self.in_channels:
-            raise ValueError(f"x must be [B, H, W, {self.in_channels}], got {x.shape}")
-        if x.shape[1] % self.patch_size or x.shape[2] % self.patch_size:
-            raise ValueError(f"x {x.shape} is not divisible into patches of {self.patch_size}")
-        b = x.shape[0]
-        if text.ndim != 3 or (text.shape[0], text.shape[2]) != (b, self.text_features):
-            raise ValueError(f"text must be [{b}, L, {self.text_features}], got {text.shape}")
+        self.check_inputs(x, text)
         if mask is not None and mask.shape != text.shape[:2]:
             raise ValueError(f"mask {mask.shape} must be [B, L] = {text.shape[:2]}")
-        if t.shape != (b,):
-            raise ValueError(f"t {t.shape} must be [B] with B = {b}")
+        if t.shape != x.shape[:1]:
+            raise ValueError(f"t {t.shape} must be [B] with B = {x.shape[0]}")
