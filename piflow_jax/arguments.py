@@ -4,9 +4,10 @@ A traced value has no number to check, so these checks pass it and add nothing t
 Docstrings say what wrong values do there.
 """
 
+import contextlib
 import math
 import operator
-from collections.abc import Collection
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -20,7 +21,9 @@ __all__ = [
     "check_number",
     "check_shape",
     "class_labels",
+    "differing",
     "known",
+    "prefixed",
     "whole",
 ]
 
@@ -154,6 +157,40 @@ def check_choice(name: str, value: Any, choices: Collection[str]) -> None:
     """
     if value not in choices:
         raise ValueError(f"unknown {name} {value!r}; it is {' or '.join(map(repr, choices))}")
+
+
+def differing(was: Mapping[str, Any], now: Mapping[str, Any], text: str) -> list[str]:
+    """What is different in two mappings.
+
+    Args:
+      was: values by key; one that is absent is None.
+      now: the same.
+      text: a format of the key and of both values.
+
+    Returns:
+      A text for each key with different values, in the order that they have now.
+    """
+    pairs = {key: (was.get(key), now.get(key)) for key in (*now, *was)}
+    return [text.format(key, *pair) for key, pair in pairs.items() if pair[0] != pair[1]]
+
+
+@contextlib.contextmanager
+def prefixed(
+    what: Any,
+    errors: type[Exception] | tuple[type[Exception], ...] = ValueError,
+    to: type[Exception] = ValueError,
+) -> Iterator[None]:
+    """Puts what an error is about before its message.
+
+    Args:
+      what: what is being worked on, such as a path.
+      errors: which errors.
+      to: what they become.
+    """
+    try:
+        yield
+    except errors as error:
+        raise to(f"{what}: {error}") from error
 
 
 def class_labels(labels: Any, num_classes: int) -> np.ndarray:

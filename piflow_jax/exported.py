@@ -23,7 +23,7 @@ from etils import epath
 from jax import export as jax_export
 from jax.typing import ArrayLike
 
-from piflow_jax.arguments import class_labels, whole
+from piflow_jax.arguments import class_labels, prefixed, whole
 from piflow_jax.keys import as_key
 from piflow_jax.safetensors_files import open_safetensors, write_safetensors
 
@@ -174,10 +174,9 @@ def write_exported(
     like = {name: jax.ShapeDtypeStruct(a.shape, a.dtype) for name, a in weights.items()}
     words = [jax.ShapeDtypeStruct((size,), np.uint32) for size in (2, numbers)]
     exporting = jax_export.export(jax.jit(sampler), platforms=tuple(platforms))
-    try:
+    refused = f"cannot export for {', '.join(platforms)}"
+    with prefixed(refused, (NotImplementedError, ValueError)):
         exported = exporting(like, *words, conditions)
-    except (NotImplementedError, ValueError) as error:
-        raise ValueError(f"cannot export for {', '.join(platforms)}: {error}") from error
     condition = {name: (array.dtype.name, array.shape[1:]) for name, array in example.items()}
     description = {**settings, "condition": condition, "batch": batch}
     description |= {"platforms": list(platforms), "jax": jax.__version__}

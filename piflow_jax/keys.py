@@ -14,7 +14,7 @@ import numpy as np
 
 from piflow_jax.arguments import known
 
-__all__ = ["as_key", "folded_noise", "index_keys", "index_noise", "seed_key"]
+__all__ = ["as_key", "folded_noise", "index_keys", "index_noise", "seed_key", "shuffled"]
 
 _IMPLEMENTATION = "threefry2x32"
 
@@ -64,6 +64,20 @@ def as_key(key: Any) -> jax.Array:
     if array.dtype == jnp.uint32 and array.ndim == 1 and len(array) >= 2:
         return jax.random.wrap_key_data(array[:2], impl=_IMPLEMENTATION)
     raise ValueError(f"key must be a seed or one PRNG key, got an array {found}")
+
+
+def shuffled(length: int, key: tuple[int, int]) -> np.ndarray:
+    """A permutation on the host, the same with every version of NumPy.
+
+    Args:
+      length: Number of entries.
+      key: Two whole numbers of 64 bits.
+
+    Returns:
+      The numbers below `length`, int64[length].
+    """
+    words = np.random.Philox(key=np.array(key, np.uint64)).random_raw(length)
+    return np.argsort(words, kind="stable")
 
 
 def index_keys(key: jax.Array, indices: jax.Array) -> jax.Array:

@@ -7,11 +7,12 @@ import math
 import os
 import types
 import typing
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import ml_collections
 
+from piflow_jax.arguments import prefixed
 from piflow_jax.buckets import located
 from piflow_jax.config.networks import ModelConfig, NetworkConfig
 from piflow_jax.config.schema import Config
@@ -34,8 +35,7 @@ class ConfigError(ValueError):
     """A configuration names an unknown key, a wrong type or an impossible value."""
 
 
-@contextlib.contextmanager
-def naming(what: str, *errors: type[Exception]) -> Iterator[None]:
+def naming(what: str, *errors: type[Exception]) -> contextlib.AbstractContextManager[None]:
     """Names what a user can change in errors about it.
 
     Args:
@@ -45,10 +45,7 @@ def naming(what: str, *errors: type[Exception]) -> Iterator[None]:
     Raises:
       ConfigError: In place of these errors.
     """
-    try:
-        yield
-    except (ImportError, ValueError, *errors) as error:
-        raise ConfigError(f"{what}: {error}") from error
+    return prefixed(what, (ImportError, ValueError, *errors), ConfigError)
 
 
 def base_config() -> ml_collections.ConfigDict:
