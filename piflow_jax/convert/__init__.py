@@ -17,6 +17,8 @@ from piflow_jax.convert.adapters import (
 )
 from piflow_jax.convert.autoencoders import open_autoencoder
 from piflow_jax.convert.files import holds_weights, open_weights
+from piflow_jax.convert.heads import check_exportable
+from piflow_jax.convert.rules import export_state
 from piflow_jax.convert.table import kind_of, named, network_of
 from piflow_jax.models.heads import DXHead
 from piflow_jax.safetensors_files import write_safetensors
@@ -99,7 +101,9 @@ def to_torch_state(module: nn.Module, params: Mapping) -> dict[str, np.ndarray]:
     Raises:
         ValueError: The module has no official counterpart, or the parameters do not belong to it.
     """
-    return kind_of(module).export(module, params)
+    rules = kind_of(module).rules(module)
+    check_exportable(module)
+    return export_state(params["params"], rules, getattr(module, "depth", 0))
 
 
 __all__ = [

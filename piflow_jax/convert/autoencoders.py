@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from piflow_jax.arguments import prefixed
 from piflow_jax.convert.files import open_weights
 from piflow_jax.convert.qwen_vae import QWEN_VAE
 from piflow_jax.convert.rules import Place
@@ -59,11 +60,10 @@ def open_autoencoder(
     settings: dict[str, Any] = {}
     # A dangling link does not count as missing settings.
     if beside.exists() or os.path.islink(beside):
-        try:
+        faults = (AttributeError, OSError, RecursionError, ValueError)
+        with prefixed(f"{beside} is damaged", faults):
             written = json.loads(beside.read_text(encoding="utf-8"))
             settings = {keys[key]: written[key] for key in keys if written.get(key) is not None}
-        except (AttributeError, OSError, RecursionError, ValueError) as error:
-            raise ValueError(f"{beside} is damaged: {error}") from error
         for key, argument in keys.items():
             _check(settings.get(argument, 1), key, beside)
     return kind.load(network_of(weights, kind.name), **settings, place=place)

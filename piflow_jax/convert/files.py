@@ -18,8 +18,10 @@ import numpy as np
 from absl import logging
 from etils import epath
 
+from piflow_jax.arguments import prefixed
 from piflow_jax.buckets import fetcher, is_file, is_remote
 from piflow_jax.convert.float8 import with_scales
+from piflow_jax.convert.rules import listed
 from piflow_jax.safetensors_files import LazyArray, check_here, open_safetensors
 from piflow_jax.whole_files import reading
 
@@ -123,10 +125,8 @@ def open_weights(path: str | os.PathLike, select: str | None = None) -> Weights:
         known = ", ".join((".safetensors", INDEX, *PICKLES))
         raise ValueError(f"{path}: unknown kind of weight file, known are {known}")
     arrays, selected = _select(path, parts, select)
-    try:
+    with prefixed(path):
         return Weights(path, arrays if select == "" else with_scales(arrays), metadata, selected)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
 
 
 def holds_weights(path: str | os.PathLike) -> bool:
@@ -204,14 +204,13 @@ def _open_index(path: epath.Path) -> tuple[dict[str, LazyArray], dict[str, str]]
     arrays, metadata, problems = {}, {}, []
     for shard in shards:
         found, shard_metadata = open_safetensors(path.parent / shard)
-        listed = {name for name, its_shard in where.items() if its_shard == shard}
-        problems += [f"{shard} lacks {name}" for name in sorted(listed - set(found))]
-        problems += [f"{shard} has the unlisted {n}" for n in sorted(set(found) - listed)]
+        named = {name for name, its_shard in where.items() if its_shard == shard}
+        problems += [f"{shard} lacks {name}" for name in sorted(named - set(found))]
+        problems += [f"{shard} has the unlisted {n}" for n in sorted(set(found) - named)]
         arrays |= found
         metadata |= shard_metadata
     if problems:
-        problems[20:] = [f"and {len(problems) - 20} more"] if len(problems) > 20 else []
-        raise ValueError(f"{path} does not fit its shards:\n  " + "\n  ".join(problems))
+        raise ValueError(f"{path} does not fit its shards:{listed(problems)}")
     return {name: arrays[name] for name in where}, metadata
 
 
@@ -244,10 +243,8 @@ def _open_pickle(path: epath.Path) -> dict:
         raise ValueError(f"{path} is damaged or cut short, fetch it again: {error!r}") from error
     if not isinstance(content, Mapping):
         raise ValueError(f"{path} holds a {type(content).__name__}, not tensors by name")
-    try:
+    with prefixed(f"{path} has tensors of types that are not read", TypeError):
         return {str(name): _without_tensors(value) for name, value in content.items()}
-    except TypeError as error:
-        raise ValueError(f"{path} has tensors of types that are not read: {error}") from error
 
 
 def _unsupported(message: str) -> str:

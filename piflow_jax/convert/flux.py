@@ -11,12 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from piflow_jax.convert.heads import check_exportable, read_head
+from piflow_jax.convert.heads import head_rules, read_head
 from piflow_jax.convert.kinds import Kind
-from piflow_jax.convert.rules import Place, Rule, as_jax, export_state, import_state, linear
+from piflow_jax.convert.rules import Place, Rule, as_jax, import_state, linear
 from piflow_jax.convert.sizes import check_given, count_layers, divided, linear_sizes, shape_of
 from piflow_jax.models.flux import Flux
-from piflow_jax.models.heads import DXHead, GMHead, VelocityHead
 from piflow_jax.models.layers import TIME_FEATURES
 
 # The released networks have latents in patches of 2 x 2, which their weights do not show.
@@ -50,7 +49,7 @@ def flux_rules(module: Flux) -> list[Rule]:
         *stream_rules("double_blocks", "image_", d, head_size, module.double_depth, STREAMS[0]),
         *stream_rules("double_blocks", "text_", d, head_size, module.double_depth, STREAMS[1]),
         *linear("norm_out.linear", ("final_modulation",), d, d, pieces=2),
-        *head_rules(module),
+        *patch_head_rules(module),
     ]
     if module.guidance_embed:
         rules += embedder_rules(GUIDANCE, "guidance", d, TIME_FEATURES)
@@ -123,43 +122,20 @@ def patch_rules(name: str, module) -> list[Rule]:
     ]
 
 
-def head_rules(module) -> list[Rule]:
-    """Rules for the output head of a FLUX.1 or Qwen-Image.
-
-    Args:
-        module: A network with `head`, `hidden`, `in_channels` and `patch_size`.
-
-    Returns:
-        Rules that cover the head once.
-
-    Raises:
-        ValueError: The head has no official counterpart.
-    """
-    head, c = module.head, module.in_channels
-    if isinstance(head, VelocityHead):
-        return _output(OUTPUT, "output", 1, c, module)
-    if isinstance(head, DXHead):
-        return _output(OUTPUT, "output", head.num_grid, c, module)
-    if not isinstance(head, GMHead):
-        raise ValueError(f"no official names for a head of type {type(head).__name__}")
-    rules = _output("proj_out_means", "means", head.num_components, c, module)
-    rules += _output("proj_out_logweights", "logweights", head.num_components, 1, module)
-    if head.constant_logstd is None:
-        hidden = head.logstd_hidden
-        rules += linear("proj_out_logstds.1", ("head", "logstd_in"), hidden, module.hidden)
-        rules += linear("proj_out_logstds.3", ("head", "logstd_out"), 1, hidden)
-    return rules
-
-
-def _output(name: str, ours: str, k: int, c: int, module) -> list[Rule]:
+def patch_head_rules(module) -> list[Rule]:
+    """Rules for the output head of a FLUX.1 or Qwen-Image, see `head_rules`."""
     p = module.patch_size
-    rows = {"k": k, "c": c, "p": p, "q": p}
-    kernel, bias = ("head", ours, "kernel"), ("head", ours, "bias")
-    sizes = rows | {"i": module.hidden}
-    return [
-        Rule((f"{name}.weight",), kernel, "(k c p q) i -> i (p q k c)", sizes),
-        Rule((f"{name}.bias",), bias, "(k c p q) -> (p q k c)", rows),
-    ]
+
+    def layer(name, ours, k, c):
+        rows = {"k": k, "c": c, "p": p, "q": p}
+        kernel, bias = ("head", ours, "kernel"), ("head", ours, "bias")
+        sizes = rows | {"i": module.hidden}
+        return [
+            Rule((f"{name}.weight",), kernel, "(k c p q) i -> i (p q k c)", sizes),
+            Rule((f"{name}.bias",), bias, "(k c p q) -> (p q k c)", rows),
+        ]
+
+    return head_rules(module, OUTPUT, layer)
 
 
 def load_flux(
@@ -204,24 +180,6 @@ def load_flux(
     return module, {"params": import_state(state, flux_rules(module), 0, place or as_jax)}
 
 
-def export_flux(module: Flux, params: Mapping) -> dict[str, np.ndarray]:
-    """Turns parameters of a FLUX.1 into arrays with official names, the inverse of `load_flux`.
-
-    Args:
-        module: The module.
-        params: `{"params": ...}`, or any tree with that structure, such as gradients.
-
-    Returns:
-        Arrays by official name, in PyTorch layout, with unchanged dtypes.
-
-    Raises:
-        ValueError: The parameters do not belong to this module, it has adapters (fuse them, or
-            export them separately), or its head has no official counterpart.
-    """
-    check_exportable(module)
-    return export_state(params["params"], flux_rules(module), 0)
-
-
 def read_width(state: Mapping[str, np.ndarray], patch_embed: str) -> dict[str, int]:
     """Sizes of patches and of tokens, as fields of the network."""
     hidden, ins = linear_sizes(state, patch_embed)
@@ -249,7 +207,6 @@ FLUX = Kind(
     mark="single_transformer_blocks.0.proj_mlp.weight",
     load=load_flux,
     module=Flux,
-    export=export_flux,
     output=OUTPUT,
     sizes=(
         *("patch_size", "in_channels", "hidden", "num_heads", "double_depth", "single_depth"),

@@ -8,6 +8,7 @@ import numpy as np
 from flax import linen as nn
 
 from piflow_jax.convert.kinds import Kind
+from piflow_jax.convert.rules import Rule, linear
 from piflow_jax.convert.sizes import divided, grid_points, shape_of
 from piflow_jax.models.heads import DXHead, GMHead, VelocityHead
 
@@ -95,6 +96,36 @@ def read_head(
     return HEADS[head].read(state, kind, sizes["patch_size"] ** 2, sizes["in_channels"], given)
 
 
+def head_rules(
+    module: nn.Module, output: str, layer: Callable[[str, str, int, int], list[Rule]]
+) -> list[Rule]:
+    """Rules for the output head of a network.
+
+    Args:
+        module: The network.
+        output: Official name of the layer of velocities.
+        layer: `(official name, ours, k, c) -> rules` for a layer with `k` times `c` outputs per
+            site.
+
+    Returns:
+        Rules that cover every parameter of the head once.
+
+    Raises:
+        ValueError: The head has no official counterpart.
+    """
+    head, channels, hidden = module.head, module.in_channels, module.hidden
+    if isinstance(head, VelocityHead | DXHead):
+        return layer(output, "output", getattr(head, "num_grid", 1), channels)
+    if not isinstance(head, GMHead):
+        raise ValueError(f"no official names for a head of type {type(head).__name__}")
+    rules = layer("proj_out_means", "means", head.num_components, channels)
+    rules += layer("proj_out_logweights", "logweights", head.num_components, 1)
+    if head.constant_logstd is None:
+        rules += linear("proj_out_logstds.1", ("head", "logstd_in"), head.logstd_hidden, hidden)
+        rules += linear("proj_out_logstds.3", ("head", "logstd_out"), 1, head.logstd_hidden)
+    return rules
+
+
 def check_exportable(module: nn.Module) -> None:
     """Refuses modules for which official networks have no layout.
 
@@ -104,7 +135,8 @@ def check_exportable(module: nn.Module) -> None:
     Raises:
         ValueError: It has adapters, or a head with a skip.
     """
-    if isinstance(module.head, DXHead) and module.head.input_skip:
+    head = getattr(module, "head", None)
+    if isinstance(head, DXHead) and head.input_skip:
         raise ValueError("DXHead.input_skip: official networks have no such skip")
     if getattr(module, "lora", None) is not None:
         raise ValueError("the network has adapters: fuse them, or export them on their own")

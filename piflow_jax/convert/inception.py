@@ -11,7 +11,7 @@ import numpy as np
 from piflow_jax.buckets import is_file
 from piflow_jax.convert.files import open_weights, readable
 from piflow_jax.convert.kinds import Kind
-from piflow_jax.convert.rules import Rule, export_state, import_state
+from piflow_jax.convert.rules import Rule, import_state
 from piflow_jax.models.inception import POOL_FEATURES, InceptionV3, convolutions
 
 INCEPTION_FILE = "pt_inception-2015-12-05-6726825d.pth"
@@ -62,11 +62,6 @@ def load_inception(state: Mapping[str, np.ndarray]) -> tuple[InceptionV3, dict]:
     return module, {"params": jax.tree.map(jnp.asarray, params)}
 
 
-def export_inception(module: InceptionV3, params: Mapping) -> dict[str, np.ndarray]:
-    """Turns parameters into arrays with official names, the inverse of `load_inception`."""
-    return export_state(params["params"], inception_rules(module), 0)
-
-
 def read_inception(path: str | os.PathLike) -> tuple[Mapping[str, np.ndarray], str]:
     """Opens the published weight file; needs PyTorch.
 
@@ -96,5 +91,5 @@ INCEPTION = Kind(
     mark="Mixed_5b.branch1x1.conv.weight",
     load=load_inception,
     module=InceptionV3,
-    export=export_inception,
+    rules=inception_rules,
 )

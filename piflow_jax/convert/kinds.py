@@ -5,7 +5,6 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import numpy as np
 from flax import linen as nn
 
 from piflow_jax.convert.rules import Rule
@@ -13,11 +12,6 @@ from piflow_jax.convert.rules import Rule
 __all__ = ["Kind", "adapter_of"]
 
 _LORA_MATRIX = re.compile(r"(?:^|[._])lora(?:_|\.)(?:A|B|down|up)\b")
-
-
-def _none_unread(module: nn.Module) -> str:
-    del module
-    return ""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,10 +24,9 @@ class Kind:
         load: `(state, **sizes) -> (module, {"params": ...})`; for networks with students `(state,
             head, **sizes)`, where `head` is a name in `HEADS`.
         module: Its class in this package.
-        export: `(module, params) -> state`, the inverse; None if these names can only be read.
         output: The output layer of networks with students; empty for others.
         sizes: Fields of the module that `load` takes, whether the weights show them or not.
-        rules: The table for a module's parameters; needed for adapters.
+        rules: The table for a module's parameters; None if these names can only be read.
         unread: Prefix of the layers with adapters that the release leaves out.
         release: The class in the release, and arguments that the others of its family lack.
     """
@@ -42,11 +35,10 @@ class Kind:
     mark: str
     load: Callable[..., tuple[nn.Module, dict]]
     module: type[nn.Module]
-    export: Callable[[Any, Mapping], dict[str, np.ndarray]] | None = None
     output: str = ""
     sizes: tuple[str, ...] = ()
     rules: Callable[[Any], list[Rule]] | None = None
-    unread: Callable[[Any], str] = _none_unread
+    unread: Callable[[Any], str] = lambda module: ""
     release: Callable[[Any], dict[str, Any]] | None = None
 
 

@@ -32,15 +32,14 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from piflow_jax.convert.dit import CLASS_EMBED, OUTPUT, PATCH_EMBED, load_dit
+from piflow_jax.convert.dit import CLASS_EMBED, OUTPUT, PATCH_EMBED, POSITIONS, load_dit
 from piflow_jax.convert.kinds import Kind
 from piflow_jax.convert.rules import Place
 from piflow_jax.models.dit import DiT
-from piflow_jax.models.layers import TIME_FEATURES, position_table
+from piflow_jax.models.layers import TIME_FEATURES
 from piflow_jax.safetensors_files import LazyArray
 
 TIME_IN = "t_embedder.mlp.0.weight"
-POSITIONS = "pos_embed"
 # REPA's projections to the features of an image encoder; only its training loss needs them.
 PROJECTORS = "projectors."
 
@@ -58,9 +57,8 @@ _BLOCK_LINEAR = {
     "mlp.fc2": "ff.net.2",
 }
 _QKV = "attn.qkv"
-_CLASSES = "y_embedder.embedding_table.weight"
-# The averaged table of a long training run is off by 2e-4, a wrong table by about 1.
-_POSITION_TOLERANCE = 1e-3
+_CLASSES, _POSITIONS = "y_embedder.embedding_table.weight", "pos_embed"
+_ALONE = {_CLASSES: CLASS_EMBED, _POSITIONS: POSITIONS}
 
 
 def load_original_dit(
@@ -96,7 +94,6 @@ def load_original_dit(
     """
     state = {n: a for n, a in state.items() if not n.startswith(PROJECTORS)}
     _check_names(state)
-    _drop_positions(state, sample_size)
     if turned:
         if time_scale != 1.0:
             raise ValueError(f"original_sit networks see t in [0, 1], got time_scale {time_scale}")
@@ -121,27 +118,10 @@ def _check_names(state: Mapping[str, np.ndarray]) -> None:
         modules += [f"blocks.{i}.{name}" for name in (*_BLOCK_LINEAR, _QKV)]
     expected = [f"{name}.{which}" for name in modules for which in ("weight", "bias")] + [_CLASSES]
     problems = [f"missing {name}" for name in expected if name not in state]
-    known = {*expected, POSITIONS}
+    known = {*expected, _POSITIONS}
     problems += [f"unexpected {n} {np.shape(a)}" for n, a in state.items() if n not in known]
     if problems:
         raise ValueError("the state does not fit an original DiT:\n  " + "\n  ".join(problems))
-
-
-def _drop_positions(state: dict[str, np.ndarray], sample_size: int) -> None:
-    """Drops the stored position table if it equals the one we compute."""
-    if POSITIONS not in state:
-        return
-    stored = np.asarray(state.pop(POSITIONS), np.float32)
-    weight = np.shape(state["x_embedder.proj.weight"])
-    side = sample_size // weight[-1]
-    table = position_table(weight[0], side, side, side).reshape(1, side * side, weight[0])
-    if stored.shape != table.shape:
-        raise ValueError(
-            f"{POSITIONS} has shape {stored.shape}, sample_size {sample_size} makes {table.shape}"
-        )
-    error = np.abs(stored - table).max()
-    if not error <= _POSITION_TOLERANCE:
-        raise ValueError(f"{POSITIONS} is not the fixed table, it is off by {error:.2g}")
 
 
 def _turn_time(state: dict[str, np.ndarray]) -> None:
@@ -164,8 +144,8 @@ def _official_names(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     for name, array in state.items():
         module, _, which = name.rpartition(".")
         block = re.fullmatch(r"blocks\.(\d+)\.(.+)", module)
-        if name == _CLASSES:
-            renamed[CLASS_EMBED] = array
+        if name in _ALONE:
+            renamed[_ALONE[name]] = array
         elif block is None:
             renamed[f"{_LINEAR[module]}.{which}"] = array
         elif block[2] == _QKV:

@@ -15,14 +15,14 @@ from piflow_jax.convert.flux import (
     OUTPUT,
     TIME,
     embedder_rules,
-    head_rules,
+    patch_head_rules,
     patch_rules,
     read_width,
     stream_rules,
 )
-from piflow_jax.convert.heads import check_exportable, read_head
+from piflow_jax.convert.heads import read_head
 from piflow_jax.convert.kinds import Kind
-from piflow_jax.convert.rules import Place, Rule, as_jax, export_state, import_state, linear
+from piflow_jax.convert.rules import Place, Rule, as_jax, import_state, linear
 from piflow_jax.convert.sizes import check_given, count_layers, linear_sizes
 from piflow_jax.models.layers import TIME_FEATURES
 from piflow_jax.models.qwen_image import QwenImage
@@ -56,7 +56,7 @@ def qwen_image_rules(module: QwenImage) -> list[Rule]:
         *stream_rules("joint_blocks", "image_", d, head_size, depth, STREAMS[0]),
         *stream_rules("joint_blocks", "text_", d, head_size, depth, STREAMS[1]),
         *linear("norm_out.linear", ("final_modulation",), d, d, pieces=2),
-        *head_rules(module),
+        *patch_head_rules(module),
     ]
 
 
@@ -98,12 +98,6 @@ def load_qwen_image(
     return module, {"params": import_state(state, qwen_image_rules(module), 0, place or as_jax)}
 
 
-def export_qwen_image(module: QwenImage, params: Mapping) -> dict[str, np.ndarray]:
-    """Turns parameters of a Qwen-Image into arrays with official names; see `export_flux`."""
-    check_exportable(module)
-    return export_state(params["params"], qwen_image_rules(module), 0)
-
-
 def _unread(module: QwenImage) -> str:
     """Prefix of the text MLP in the last block, which nothing reads."""
     return f"transformer_blocks.{module.depth - 1}.txt_mlp."
@@ -118,7 +112,6 @@ QWEN_IMAGE = Kind(
     mark="txt_norm.weight",
     load=load_qwen_image,
     module=QwenImage,
-    export=export_qwen_image,
     output=OUTPUT,
     sizes=(
         *("patch_size", "in_channels", "hidden", "num_heads", "depth", "text_features"),

@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from piflow_jax.convert.kinds import Kind
-from piflow_jax.convert.rules import Place, Rule, as_jax, import_state, linear
-from piflow_jax.convert.vae import conv
+from piflow_jax.convert.rules import Place, Rule, as_jax, import_state
+from piflow_jax.convert.vae import conv, middle, resnet
 from piflow_jax.models.vae import AutoencoderKL
 from piflow_jax.safetensors_files import LazyArray
 
@@ -38,32 +38,8 @@ LATENTS_STD = (
 _FIRST = re.compile(r"encoder\.down_blocks\.(\d+)\.(conv1|resample\.1)\.weight")
 
 
-def _norm(name: str, path: tuple[str, ...], features: int) -> Rule:
-    return Rule((f"{name}.gamma",), (*path, "scale"), "o -> o", {"o": features})
-
-
-def _resnet(name: str, path: tuple[str, ...], out: int, in_: int) -> list[Rule]:
-    rules = [
-        _norm(f"{name}.norm1", (*path, "norm1"), in_),
-        *conv(f"{name}.conv1", (*path, "conv1"), out, in_),
-        _norm(f"{name}.norm2", (*path, "norm2"), out),
-        *conv(f"{name}.conv2", (*path, "conv2"), out, out),
-    ]
-    if out != in_:
-        rules += conv(f"{name}.conv_shortcut", (*path, "conv_shortcut"), out, in_, 1)
-    return rules
-
-
-def _middle(half: str, width: int) -> list[Rule]:
-    name, path = f"{half}.mid_block.attentions.0", (half, "mid_attention")
-    rules = [_norm(f"{name}.norm", (*path, "group_norm"), width)]
-    for part in ("to_q", "to_k", "to_v"):
-        rules += linear(f"{name}.{part}", (*path, part), width, width)
-    rules += linear(f"{name}.proj", (*path, "to_out"), width, width)
-    for i in range(2):
-        resnet = f"{half}.mid_block.resnets.{i}"
-        rules += _resnet(resnet, (half, f"mid_resnet_{i}"), width, width)
-    return rules
+def _norm(name: str, path: tuple[str, ...], features: int) -> list[Rule]:
+    return [Rule((f"{name}.gamma",), (*path, "scale"), "o -> o", {"o": features})]
 
 
 def qwen_vae_rules(module: AutoencoderKL) -> list[Rule]:
@@ -79,20 +55,20 @@ def qwen_vae_rules(module: AutoencoderKL) -> list[Rule]:
     rules = [
         *conv("encoder.conv_in", ("encoder", "conv_in"), widths[0], module.in_channels),
         *conv("encoder.conv_out", ("encoder", "conv_out"), 2 * latent, widths[-1]),
-        _norm("encoder.norm_out", ("encoder", "conv_norm_out"), widths[-1]),
-        *_middle("encoder", widths[-1]),
+        *_norm("encoder.norm_out", ("encoder", "conv_norm_out"), widths[-1]),
+        *middle(_norm, "encoder", widths[-1], "norm", "proj"),
         *conv("quant_conv", ("quant_conv",), 2 * latent, 2 * latent, 1),
         *conv("post_quant_conv", ("post_quant_conv",), latent, latent, 1),
         *conv("decoder.conv_in", ("decoder", "conv_in"), widths[-1], latent),
         *conv("decoder.conv_out", ("decoder", "conv_out"), module.in_channels, widths[0]),
-        _norm("decoder.norm_out", ("decoder", "conv_norm_out"), widths[0]),
-        *_middle("decoder", widths[-1]),
+        *_norm("decoder.norm_out", ("decoder", "conv_norm_out"), widths[0]),
+        *middle(_norm, "decoder", widths[-1], "norm", "proj"),
     ]
     width, place = widths[0], 0
     for level, features in enumerate(widths):  # residual blocks and downsampling are in one list
         for layer in range(module.layers_per_block):
             path = ("encoder", f"down_{level}_resnet_{layer}")
-            rules += _resnet(f"encoder.down_blocks.{place}", path, features, width)
+            rules += resnet(_norm, f"encoder.down_blocks.{place}", path, features, width)
             width, place = features, place + 1
         if level + 1 < len(widths):
             path = ("encoder", f"down_{level}_downsample")
@@ -103,7 +79,7 @@ def qwen_vae_rules(module: AutoencoderKL) -> list[Rule]:
         block = f"decoder.up_blocks.{level}"
         for layer in range(module.layers_per_block + 1):
             path = ("decoder", f"up_{level}_resnet_{layer}")
-            rules += _resnet(f"{block}.resnets.{layer}", path, features, width)
+            rules += resnet(_norm, f"{block}.resnets.{layer}", path, features, width)
             width = features
         if level + 1 < len(widths):
             path = ("decoder", f"up_{level}_upsample")

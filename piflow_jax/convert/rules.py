@@ -13,6 +13,7 @@ import einops
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from piflow_jax.convert.leaves import Leaf, dtype_of
 
@@ -187,20 +188,17 @@ def import_state(
     ]
     if problems:
         raise ValueError(f"the state does not fit the model:{listed(problems)}")
-    params: dict = {}
+    leaves = {}
     for rule in rules:
-        node = params
-        for key in rule.path[:-1]:
-            node = node.setdefault(key, {})
         leaf = rule.leaf(state, depth)
         if isinstance(place, LazyPlace):
             leaf = place.place(rule.path, leaf)
         else:
             leaf = np.asarray(leaf)
             leaf = leaf if place is None else place(rule.path, leaf)
-        node[rule.path[-1]] = leaf
+        leaves[rule.path] = leaf
         del leaf
-    return params
+    return unflatten_dict(leaves)
 
 
 def listed(faults: list[str]) -> str:
@@ -230,7 +228,7 @@ def export_state(params: Mapping, rules: Iterable[Rule], depth: int) -> dict[str
         ValueError: The parameters have leaves that the table lacks, or the reverse.
     """
     rules = list(rules)
-    leaves = dict(_flatten(params))
+    leaves = flatten_dict(params)
     wanted = {rule.path for rule in rules}
     if wanted != set(leaves):
         missing = sorted("/".join(path) for path in wanted - set(leaves))
@@ -240,11 +238,3 @@ def export_state(params: Mapping, rules: Iterable[Rule], depth: int) -> dict[str
     for rule in rules:
         state |= rule.from_leaf(leaves[rule.path], depth)
     return state
-
-
-def _flatten(tree: Mapping, path: tuple[str, ...] = ()):
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from _flatten(value, (*path, key))
-        else:
-            yield (*path, key), value

@@ -70,7 +70,7 @@ def kind_of(module: nn.Module) -> Kind:
     Raises:
         ValueError: There are no official names for such a module.
     """
-    written = {row.module: row for row in _ROWS if row.export is not None}
+    written = {row.module: row for row in _ROWS if row.rules is not None}
     if type(module) not in written:
         known = sorted(cls.__name__ for cls in written)
         raise ValueError(f"cannot export a {type(module).__name__}, known are {known}")

@@ -1,12 +1,12 @@
 """Weights of the autoencoders of Stable Diffusion and FLUX.1 with the names of `diffusers`."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
 from piflow_jax.convert.kinds import Kind
-from piflow_jax.convert.rules import Place, Rule, as_jax, export_state, import_state, linear
+from piflow_jax.convert.rules import Place, Rule, as_jax, import_state, linear
 from piflow_jax.models.vae import AutoencoderKL
 
 # In early releases of `diffusers`, attention had other names, and 1x1 convolutions instead of
@@ -17,6 +17,10 @@ _OLD_NAME = re.compile(r"(.*mid_block\.attentions\.0\.)(query|key|value|proj_att
 # Scale and shift of latents, from the releases' `config.json`.
 _STABLE_DIFFUSION = (0.18215, 0.0)
 _FLUX = (0.3611, 0.1159)
+
+
+Norm = Callable[[str, tuple[str, ...], int], list[Rule]]
+"""`(official name, path, features) -> rules` of a norm."""
 
 
 def conv(name: str, path: tuple[str, ...], out: int, in_: int, size: int = 3) -> list[Rule]:
@@ -35,11 +39,12 @@ def _norm(name: str, path: tuple[str, ...], features: int) -> list[Rule]:
     ]
 
 
-def _resnet(name: str, path: tuple[str, ...], out: int, in_: int) -> list[Rule]:
+def resnet(norm: Norm, name: str, path: tuple[str, ...], out: int, in_: int) -> list[Rule]:
+    """Rules for a residual block."""
     rules = [
-        *_norm(f"{name}.norm1", (*path, "norm1"), in_),
+        *norm(f"{name}.norm1", (*path, "norm1"), in_),
         *conv(f"{name}.conv1", (*path, "conv1"), out, in_),
-        *_norm(f"{name}.norm2", (*path, "norm2"), out),
+        *norm(f"{name}.norm2", (*path, "norm2"), out),
         *conv(f"{name}.conv2", (*path, "conv2"), out, out),
     ]
     if out != in_:
@@ -47,30 +52,36 @@ def _resnet(name: str, path: tuple[str, ...], out: int, in_: int) -> list[Rule]:
     return rules
 
 
-def _middle(half: str, features: int) -> list[Rule]:
-    attention = f"{half}.mid_block.attentions.0"
-    path = (half, "mid_attention")
-    rules = _norm(f"{attention}.group_norm", (*path, "group_norm"), features)
-    for ours, official in (("to_q",) * 2, ("to_k",) * 2, ("to_v",) * 2, ("to_out", "to_out.0")):
+def middle(norm: Norm, half: str, features: int, normed: str, out: str) -> list[Rule]:
+    """Rules for the blocks between the way down and the way up; `normed` and `out` are names."""
+    attention, path = f"{half}.mid_block.attentions.0", (half, "mid_attention")
+    rules = norm(f"{attention}.{normed}", (*path, "group_norm"), features)
+    for ours, official in (("to_q",) * 2, ("to_k",) * 2, ("to_v",) * 2, ("to_out", out)):
         rules += linear(f"{attention}.{official}", (*path, ours), features, features)
     for i in range(2):
         name = f"{half}.mid_block.resnets.{i}"
-        rules += _resnet(name, (half, f"mid_resnet_{i}"), features, features)
+        rules += resnet(norm, name, (half, f"mid_resnet_{i}"), features, features)
     return rules
 
 
 def vae_rules(module: AutoencoderKL) -> list[Rule]:
-    """The table for an autoencoder; it covers every parameter once."""
+    """The table for an autoencoder; it covers every parameter once.
+
+    Raises:
+        ValueError: The autoencoder is Qwen-Image's, which is read for one frame.
+    """
+    if module.norm_groups is None:
+        raise ValueError("Qwen-Image's autoencoder was read for one frame and cannot be exported")
     widths, latent = module.channels, module.latent_channels
     rules = [
         *conv("encoder.conv_in", ("encoder", "conv_in"), widths[0], module.in_channels),
         *conv("encoder.conv_out", ("encoder", "conv_out"), 2 * latent, widths[-1]),
         *_norm("encoder.conv_norm_out", ("encoder", "conv_norm_out"), widths[-1]),
-        *_middle("encoder", widths[-1]),
+        *middle(_norm, "encoder", widths[-1], "group_norm", "to_out.0"),
         *conv("decoder.conv_in", ("decoder", "conv_in"), widths[-1], latent),
         *conv("decoder.conv_out", ("decoder", "conv_out"), module.in_channels, widths[0]),
         *_norm("decoder.conv_norm_out", ("decoder", "conv_norm_out"), widths[0]),
-        *_middle("decoder", widths[-1]),
+        *middle(_norm, "decoder", widths[-1], "group_norm", "to_out.0"),
     ]
     if module.quant_convs:
         rules += conv("quant_conv", ("quant_conv",), 2 * latent, 2 * latent, 1)
@@ -85,7 +96,7 @@ def vae_rules(module: AutoencoderKL) -> list[Rule]:
             block = f"{half}.{way}_blocks.{level}"
             for layer in range(layers):
                 path = (half, f"{way}_{level}_resnet_{layer}")
-                rules += _resnet(f"{block}.resnets.{layer}", path, features, width)
+                rules += resnet(_norm, f"{block}.resnets.{layer}", path, features, width)
                 width = features
             if level + 1 < len(levels):
                 path = (half, f"{way}_{level}_{way}sample")
@@ -156,24 +167,6 @@ def load_vae(
     return module, {"params": import_state(state, vae_rules(module), 0, place or as_jax)}
 
 
-def export_vae(module: AutoencoderKL, params: Mapping) -> dict[str, np.ndarray]:
-    """Turns parameters into arrays with official (new) names, the inverse of `load_vae`.
-
-    Args:
-        module: The autoencoder.
-        params: Its variables, `{"params": ...}`.
-
-    Returns:
-        Arrays by official name.
-
-    Raises:
-        ValueError: It is Qwen-Image's autoencoder. Only its weights for one frame were read.
-    """
-    if module.norm_groups is None:
-        raise ValueError("Qwen-Image's autoencoder was read for one frame and cannot be exported")
-    return export_state(params["params"], vae_rules(module), 0)
-
-
 def _new_names(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     renamed = {}
     for name, array in state.items():
@@ -191,5 +184,5 @@ VAE = Kind(
     mark="decoder.mid_block.resnets.0.norm1.weight",
     load=load_vae,
     module=AutoencoderKL,
-    export=export_vae,
+    rules=vae_rules,
 )

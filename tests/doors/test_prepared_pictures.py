@@ -13,8 +13,7 @@ import pytest
 from PIL import Image
 
 from piflow_jax.config import base_config
-from piflow_jax.convert import write_safetensors
-from piflow_jax.convert.vae import export_vae
+from piflow_jax.convert import to_torch_state, write_safetensors
 from piflow_jax.data.latents import load_latents_source
 from piflow_jax.data.prompts import load_prompts_source
 from piflow_jax.models.vae import AutoencoderKL
@@ -38,7 +37,7 @@ def weights(tmp_path_factory):
     folder = tmp_path_factory.mktemp("vae")
     module = AutoencoderKL(channels=(4, 4, 4, 4), **SMALL)
     params = jax.jit(module.init)(jax.random.key(0), jnp.zeros((1, 16, 16, 3)))
-    write_safetensors(folder / "vae.safetensors", export_vae(module, params))
+    write_safetensors(folder / "vae.safetensors", to_torch_state(module, params))
     return folder
 
 
