@@ -10,6 +10,7 @@ import functools
 import numpy as np
 
 from piflow_jax.data.digits import load_digits_source
+from piflow_jax.data.source import stacked
 from piflow_jax.data.text_encoders import WordEncoder
 
 __all__ = ["CaptionedDigits", "load_captioned_digits_source"]
@@ -76,8 +77,7 @@ class CaptionedDigits:
         Returns:
           `text: float32[10, L, D]`, `text_length: int32[10]` and `pooled: float32[10, P]`.
         """
-        examples = [_example(_FORMS[3].format(digit), self.text_length) for digit in _DIGITS]
-        return {key: np.stack([example[key] for example in examples]) for key in examples[0]}
+        return stacked([_example(_FORMS[3].format(digit), self.text_length) for digit in _DIGITS])
 
 
 @functools.cache

@@ -7,6 +7,8 @@ import zlib
 import numpy as np
 from etils import epath
 
+from piflow_jax.arguments import prefixed
+
 __all__ = ["find_idx", "read_idx"]
 
 _TYPES = {0x08: "u1", 0x09: "i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
@@ -44,7 +46,8 @@ def read_idx(path: epath.Path) -> np.ndarray:
       ValueError: the file is damaged, cut short or no IDX; the message has its path.
     """
     content = path.read_bytes()
-    try:
+    faults = (EOFError, IndexError, OSError, ValueError, zlib.error)
+    with prefixed(f"{path} is damaged", faults):
         if content[:2] == b"\x1f\x8b":
             content = gzip.decompress(content)
         zeros, kind, dimensions = content[:2], content[2], content[3]
@@ -58,7 +61,5 @@ def read_idx(path: epath.Path) -> np.ndarray:
                 f"its header says {shape}, {values * dtype.itemsize} bytes; it has "
                 f"{len(content) - start}"
             )
-    except (EOFError, IndexError, OSError, ValueError, zlib.error) as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
     array = np.frombuffer(content, dtype, values, start).reshape(shape)
     return array.astype(dtype.newbyteorder("="))

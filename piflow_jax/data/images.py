@@ -17,9 +17,10 @@ from etils import epath
 
 from piflow_jax.buckets import located
 from piflow_jax.data.picture_sets import PictureSet, center_crop
-from piflow_jax.data.pictures import PictureError
+from piflow_jax.data.pictures import PictureError, grey
+from piflow_jax.data.plans import Plan
 from piflow_jax.data.records import Records
-from piflow_jax.data.shards import Plan, ShardedSet, ShardsError, write_all
+from piflow_jax.data.shards import ShardedSet, ShardsError
 
 if TYPE_CHECKING:
     import jax
@@ -83,7 +84,7 @@ class ImagesPlan(Plan):
         return self.image_size, self.image_size, self.channels
 
 
-_SET = ShardedSet(
+IMAGES = ShardedSet(
     manifest="images.json", format=1, plan=ImagesPlan, error=ImagesError, contents="images"
 )
 
@@ -181,8 +182,8 @@ def load_images_source(
     Raises:
       ImagesError: If the set is unfinished, or a file is missing or differs from the manifest.
     """
-    manifest = _SET.open(directory)
-    _SET.verify(directory, manifest["shards"], checksums=verify)
+    manifest = IMAGES.open(directory)
+    IMAGES.verify(directory, manifest["shards"], checksums=verify)
     return ImagesSource(located(directory), manifest, mirror, cache_gib)
 
 
@@ -221,9 +222,9 @@ def prepared_images(directory: str | os.PathLike) -> ImagesPlan | None:
     Raises:
       ImagesError: If its manifest is damaged.
     """
-    if not (located(directory) / _SET.manifest).exists():
+    if not (located(directory) / IMAGES.manifest).exists():
         return None
-    manifest = _SET.open(directory)
+    manifest = IMAGES.open(directory)
     fields = {field.name for field in dataclasses.fields(ImagesPlan)}
     return ImagesPlan(**{name: manifest[name] for name in fields})
 
@@ -262,16 +263,16 @@ def prepare_images(
       RefusedError: If pictures cannot be read and are not left out; when all shards without such
         pictures are written.
     """
-    _SET.start(directory, plan)
-    todo = [s for s in _SET.missing(directory, plan) if s % process_count == process_index]
     with concurrent.futures.ThreadPoolExecutor(_READ_THREADS) as pool:
-
-        def write(shard):
-            records = _records(pictures, plan, plan.shard_range(shard), pool)
-            _SET.write(directory, plan, shard, records, skip_refused=skip_refused)
-
-        write_all(write, todo, on_progress)
-    return None if _SET.missing(directory, plan) else _SET.finalize(directory)
+        return IMAGES.prepare(
+            directory,
+            plan,
+            lambda shard: _records(pictures, plan, plan.shard_range(shard), pool),
+            process_index=process_index,
+            process_count=process_count,
+            on_progress=on_progress,
+            skip_refused=skip_refused,
+        )
 
 
 def mirrored(key: "jax.Array", x: "jax.Array") -> "jax.Array":
@@ -306,12 +307,8 @@ def _records(
 
 def _cropped(image: np.ndarray, size: int, channels: int) -> np.ndarray:
     """The crop uint8[size, size, channels] of an image uint8[H, W, 3]."""
-    from PIL import Image
-
     pixels = center_crop(image, size)
-    if channels == 1:
-        pixels = np.asarray(Image.fromarray(pixels).convert("L"))[..., None]
-    return pixels
+    return grey(pixels) if channels == 1 else pixels
 
 
 def _has_colours(pictures: PictureSet) -> bool:

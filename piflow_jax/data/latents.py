@@ -8,26 +8,27 @@ The set stores raw moments. What models see is `(sample - shift) * scale`; see `
 """
 
 import dataclasses
+import functools
 import math
 import os
 import reprlib
 import tempfile
-from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any, SupportsIndex
 
 import numpy as np
 from etils import epath
 
 from piflow_jax.buckets import located
-from piflow_jax.data.pictures import PictureError
+from piflow_jax.data.plans import Plan
 from piflow_jax.data.records import Records
-from piflow_jax.data.shards import Plan, ShardedSet, ShardsError
+from piflow_jax.data.shards import ShardedSet, ShardsError
 from piflow_jax.whole_files import copy_file
 
 if TYPE_CHECKING:
     import jax
 
 __all__ = [
+    "LATENTS",
     "MANIFEST",
     "NAME",
     "SD_VAE_SCALE",
@@ -107,82 +108,6 @@ class LatentsPlan(Plan):
             raise ValueError(f"latents cannot be {self.latent_shape}")
         if self.dtype not in _DTYPES:
             raise ValueError(f"dtype must be one of {_DTYPES}, got {self.dtype!r}")
-
-
-_SET = ShardedSet(
-    manifest=MANIFEST, format=1, plan=LatentsPlan, error=LatentsError, contents="latents"
-)
-
-
-def start_latents(directory: str | os.PathLike, plan: LatentsPlan) -> None:
-    """Records what a directory is going to hold, or checks that it is what it was.
-
-    Args:
-      directory: The set's directory; made if need be.
-      plan: What it is going to hold.
-
-    Raises:
-      LatentsError: If a preparation with another plan was begun there.
-    """
-    _SET.start(directory, plan)
-
-
-def missing_shards(directory: str | os.PathLike, plan: LatentsPlan) -> list[int]:
-    """Shards that are not there, or shorter or longer than they were when they were written.
-
-    Args:
-      directory: The set's directory, after `start_latents`.
-      plan: What it is going to hold.
-
-    Returns:
-      Their indices, rising; empty if all are there.
-
-    Raises:
-      LatentsError: If a shard's small record is damaged; the message names its file.
-    """
-    return _SET.missing(directory, plan)
-
-
-def write_shard(
-    directory: str | os.PathLike,
-    plan: LatentsPlan,
-    shard: int,
-    examples: Iterable[dict[str, Any] | PictureError],
-    *,
-    skip_refused: bool = False,
-) -> None:
-    """Writes one shard, which appears under its name only when it is complete.
-
-    Args:
-      directory: The set's directory, after `start_latents`.
-      plan: What it holds.
-      shard: Index of the shard.
-      examples: In order, `mean`, `std`: `[2, *plan.latent_shape]` of `plan.dtype`, the image's and
-        its mirror image's; `label: int`; `key: str`. Or why an image cannot be read.
-      skip_refused: Leave out images that cannot be read.
-
-    Raises:
-      LatentsError: If there are not as many as the shard has images, or one is not finite.
-      RefusedError: If images cannot be read and are not left out; after all examples.
-    """
-    _SET.write(directory, plan, shard, _serialized(plan, examples), skip_refused=skip_refused)
-
-
-def finalize_latents(directory: str | os.PathLike) -> dict[str, Any]:
-    """Verifies all shards, writes TFDS's description and then the manifest.
-
-    It may be called again, and by several processes at once.
-
-    Args:
-      directory: The set's directory.
-
-    Returns:
-      The manifest.
-
-    Raises:
-      LatentsError: If a shard is missing or not as it was written; the message names its file.
-    """
-    return _SET.finalize(directory, _write_tfds_files)
 
 
 class LatentsSource:
@@ -301,7 +226,7 @@ def load_latents_source(
       LatentsError: If the set is unfinished, a file is missing or differs from the manifest (the
         message names it), or it was made with another autoencoder, scale or shift.
     """
-    directory, manifest = located(directory), _SET.open(directory)
+    directory, manifest = located(directory), LATENTS.open(directory)
     expected = {"vae": expect_vae, "scale": expect_scale, "shift": expect_shift}
     for name, value in expected.items():
         value = list(value) if isinstance(value, tuple) else value  # as JSON has them
@@ -312,7 +237,7 @@ def load_latents_source(
     for name in _TFDS_FILES:
         if not (directory / name).exists():
             raise LatentsError(f"{directory / name} is missing")
-    _SET.verify(directory, manifest["shards"], checksums=verify)
+    LATENTS.verify(directory, manifest["shards"], checksums=verify)
     return LatentsSource(directory, manifest, cache_gib)
 
 
@@ -353,6 +278,7 @@ def draw_latents(
     return (mean + std * jax.random.normal(noise_key, mean.shape) - shift) * scale
 
 
+@functools.cache
 def _features(latent_shape: tuple[int, ...], dtype: str, num_classes: int) -> Any:
     """What TFDS calls the types of an example's entries."""
     import tensorflow_datasets as tfds
@@ -373,17 +299,14 @@ def _features(latent_shape: tuple[int, ...], dtype: str, num_classes: int) -> An
 
 
 def _serialized(
-    plan: LatentsPlan, examples: Iterable[dict[str, Any] | PictureError]
-) -> Iterator[bytes | PictureError]:
+    plan: LatentsPlan, index: int, example: dict[str, Any], notes: dict[str, int]
+) -> bytes:
+    del index, notes
+    if not all(np.isfinite(example[name]).all() for name in ("mean", "std")):
+        raise LatentsError(f"latents of {example['key']} are not finite in {plan.dtype}")
     features = _features(plan.latent_shape, plan.dtype, plan.num_classes)
-    for example in examples:
-        if isinstance(example, PictureError):
-            yield example
-            continue
-        if not all(np.isfinite(example[name]).all() for name in ("mean", "std")):
-            raise LatentsError(f"latents of {example['key']} are not finite in {plan.dtype}")
-        key = example["key"].encode(errors="surrogateescape")  # as the file system has it
-        yield features.serialize_example(example | {"key": key})
+    key = example["key"].encode(errors="surrogateescape")  # as the file system has it
+    return features.serialize_example(example | {"key": key})
 
 
 def _write_tfds_files(
@@ -413,3 +336,22 @@ def _write_tfds_files(
     )
     for shard in shards:
         (directory / shard["file"]).unlink()
+
+
+LATENTS = ShardedSet(
+    manifest=MANIFEST,
+    format=1,
+    plan=LatentsPlan,
+    error=LatentsError,
+    contents="latents",
+    serialize=_serialized,
+    describe=_write_tfds_files,
+)
+"""Sets of latents.
+
+Their examples have `mean`, `std`: `[2, *plan.latent_shape]` of `plan.dtype`, the image's and its
+mirror image's; `label: int`; `key: str`.
+"""
+
+start_latents, missing_shards = LATENTS.start, LATENTS.missing
+write_shard, finalize_latents = LATENTS.write, LATENTS.finalize

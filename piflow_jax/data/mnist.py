@@ -3,11 +3,13 @@
 import dataclasses
 import functools
 import os
+import re
 
 import numpy as np
 from absl import logging
 from etils import epath
 
+from piflow_jax.buckets import located
 from piflow_jax.data.idx import find_idx, read_idx
 from piflow_jax.data.source import ArraySource, labelled_pictures
 
@@ -101,11 +103,11 @@ def load_fashion_mnist_source(data_dir: str | None = None) -> ArraySource:
 def _directory(data_dir: str | None) -> epath.Path:
     root = data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
     try:
-        root = epath.Path(root).expanduser()
-    except KeyError as error:
+        root = located(os.path.expanduser(root))
+    except ValueError as error:
         raise FileNotFoundError(
-            f"the data directory {root} has the unknown scheme {error.args[0]}; correct "
-            "config.data.data_dir, or TFDS_DATA_DIR if that is empty"
+            f"the data directory {error}; it is config.data.data_dir, or TFDS_DATA_DIR if that is "
+            "empty"
         ) from error
     if data_dir and not root.is_dir():
         reason = "is no directory" if root.exists() else "does not exist"
@@ -150,11 +152,7 @@ def _prepared_directory(home: epath.Path) -> epath.Path | None:
     if not home.exists():
         return None
     found = [path for path in home.iterdir() if (path / "dataset_info.json").exists()]
-
-    def version(path: epath.Path) -> list[int]:
-        return [int(part) for part in path.name.split(".") if part.isdigit()]
-
-    return max(found, key=version, default=None)
+    return max(found, key=lambda path: list(map(int, re.findall(r"\d+", path.name))), default=None)
 
 
 def _read_tfds(directory: epath.Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:

@@ -18,6 +18,7 @@ import numpy as np
 from absl import logging
 from etils import epath
 
+from piflow_jax.arguments import prefixed
 from piflow_jax.buckets import fetcher, is_remote, located
 from piflow_jax.data.pictures import PicturesError, is_picture, read_picture
 
@@ -219,14 +220,12 @@ class PictureTar(_Listed):
         self._fetch = self._read
         if is_remote(self._path):
             _, self._fetch = fetcher(self._path)
-        try:
-            with tarfile.open(fileobj=self._file, mode="r:") as outer:
-                files = [member for member in outer if member.isfile()]
-                tars = [member for member in files if member.name.endswith(".tar")]
-                loose = [member for member in files if is_picture(member.name)]
-                entries = [entry for tar in tars for entry in self._inner(outer, tar)]
-        except tarfile.TarError as error:
-            raise PicturesError(f"{path} is damaged or compressed: {error}") from error
+        damaged = prefixed(f"{path} is damaged or compressed", tarfile.TarError, PicturesError)
+        with damaged, tarfile.open(fileobj=self._file, mode="r:") as outer:
+            files = [member for member in outer if member.isfile()]
+            tars = [member for member in files if member.name.endswith(".tar")]
+            loose = [member for member in files if is_picture(member.name)]
+            entries = [entry for tar in tars for entry in self._inner(outer, tar)]
         if not tars:
             entries, loose = _grouped(loose)
         if not entries:

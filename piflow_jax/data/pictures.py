@@ -24,6 +24,7 @@ __all__ = [
     "PictureError",
     "PictureFile",
     "PicturesError",
+    "grey",
     "is_picture",
     "picture_sizes",
     "read_picture",
@@ -114,8 +115,6 @@ def read_picture(
         (`PIL.Image.MAX_IMAGE_PIXELS`), or has no known white.
       OSError: The system failed to read it.
     """
-    from PIL import Image
-
     with _opened(file, name) as picture:
         raw = _raw_mode(picture)  # Pillow forgets it when the picture is loaded
         picture.load()
@@ -125,9 +124,21 @@ def read_picture(
         if orientation in _UPRIGHT:
             pixels = _UPRIGHT[orientation](pixels)
         pixels = np.ascontiguousarray(pixels)
-        if mode == "L":
-            pixels = np.asarray(Image.fromarray(pixels).convert("L"))[..., None]
-        return pixels
+        return grey(pixels) if mode == "L" else pixels
+
+
+def grey(pixels: np.ndarray) -> np.ndarray:
+    """The brightness of colours.
+
+    Args:
+      pixels: uint8[H, W, 3].
+
+    Returns:
+      uint8[H, W, 1].
+    """
+    from PIL import Image
+
+    return np.asarray(Image.fromarray(pixels).convert("L"))[..., None]
 
 
 def picture_sizes(file: PictureFile, name: str = "") -> tuple[tuple[int, int], tuple[int, int]]:

@@ -25,7 +25,9 @@ from typing import Any
 
 import numpy as np
 
+from piflow_jax.arguments import differing
 from piflow_jax.data.source import Source, mapped, stacked
+from piflow_jax.keys import shuffled
 
 _READ_THREADS = 4
 # Philox's second key is the epoch, with the bucket above it; the last stream shuffles turns.
@@ -46,19 +48,13 @@ class Order:
         self.length = length
         self.seed = seed
         self._stream = stream << _STREAM_BITS
-        self._cache: dict[int, np.ndarray] = {}
+        self._cached = functools.lru_cache(maxsize=2)(shuffled)  # readers straddle two epochs
         self._lock = threading.Lock()
 
     def epoch(self, epoch: int) -> np.ndarray:
         """Returns the permutation int64[length] of one epoch; do not write to it."""
         with self._lock:
-            if epoch not in self._cache:
-                key = np.array([self.seed, self._stream + epoch], np.uint64)
-                words = np.random.Philox(key=key).random_raw(self.length)
-                for old in sorted(self._cache)[:-1]:  # readers straddle at most two epochs
-                    del self._cache[old]
-                self._cache[epoch] = np.argsort(words, kind="stable")
-            return self._cache[epoch]
+            return self._cached(self.length, (self.seed, self._stream + epoch))
 
     def __call__(self, start: int, stop: int) -> np.ndarray:
         """Returns the examples int64[stop - start] at positions `start <= i < stop`."""
@@ -105,9 +101,7 @@ class BucketSchedule:
     def _shuffled(self, round_: int) -> np.ndarray:
         turns = np.subtract(self._turns(round_ + 1), self._turns(round_))
         buckets = np.repeat(np.arange(len(turns)), turns)
-        key = np.array([self.seed, (_TURNS << _STREAM_BITS) + round_], np.uint64)
-        words = np.random.Philox(key=key).random_raw(len(buckets))
-        return buckets[np.argsort(words, kind="stable")]
+        return buckets[shuffled(len(buckets), (self.seed, (_TURNS << _STREAM_BITS) + round_))]
 
     def _turns(self, round_: int) -> list[int]:
         return [round_ * size // self.batch_size for size in self.sizes]
@@ -217,11 +211,8 @@ class BatchIterator(Iterator[dict[str, np.ndarray]]):
         # Older states have the process count, on which batches do not depend.
         if not isinstance(state, dict) or set(state) - {"process_count"} != expected:
             raise ValueError(f"a data state has the keys {sorted(expected)}, got {state!r}")
-        differences = [
-            f"{key} was {state[key]} and is now {value}"
-            for key, value in self._identity.items()
-            if state[key] != value
-        ]
+        saved = {key: state[key] for key in self._identity}
+        differences = differing(saved, self._identity, "{} was {} and is now {}")
         if differences:
             raise ValueError(
                 "the saved data position belongs to another pipeline: " + "; ".join(differences)

@@ -18,7 +18,7 @@ import dataclasses
 import itertools
 import math
 import os
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, SupportsIndex
 
 import ml_dtypes
@@ -26,9 +26,10 @@ import numpy as np
 from etils import epath
 
 from piflow_jax.buckets import located
-from piflow_jax.data.pictures import PictureError
+from piflow_jax.data.plans import Plan
 from piflow_jax.data.records import Records
-from piflow_jax.data.shards import Plan, ShardedSet, ShardsError
+from piflow_jax.data.shards import ShardedSet, ShardsError
+from piflow_jax.data.source import stacked
 
 __all__ = [
     "MANIFEST",
@@ -133,94 +134,6 @@ class PromptsPlan(Plan):
             buckets=tuple(b for b, size in zip(self.buckets, sizes, strict=True) if size),
             bucket_sizes=tuple(size for size in sizes if size),
         )
-
-
-_SET = ShardedSet(
-    manifest=MANIFEST,
-    format=1,
-    plan=PromptsPlan,
-    error=PromptsError,
-    contents="prompts",
-    notes=("text_length",),
-    added=("tokenizer", "cut_off"),
-)
-
-
-def start_prompts(directory: str | os.PathLike, plan: PromptsPlan) -> None:
-    """Records what a directory is going to hold, or checks that it is what it was.
-
-    Args:
-      directory: The set's directory; made if need be.
-      plan: What it is going to hold.
-
-    Raises:
-      PromptsError: If a preparation with another plan was begun there.
-    """
-    _SET.start(directory, plan)
-
-
-def missing_prompt_shards(directory: str | os.PathLike, plan: PromptsPlan) -> list[int]:
-    """Shards that are not there, or shorter or longer than they were when they were written.
-
-    Args:
-      directory: The set's directory, after `start_prompts`.
-      plan: What it is going to hold.
-
-    Returns:
-      Their indices, rising; empty if all are there.
-
-    Raises:
-      PromptsError: If a shard's small record is damaged; the message names its file.
-    """
-    return _SET.missing(directory, plan)
-
-
-def write_prompt_shard(
-    directory: str | os.PathLike,
-    plan: PromptsPlan,
-    shard: int,
-    examples: Iterable[dict[str, Any] | PictureError],
-    *,
-    skip_refused: bool = False,
-) -> None:
-    """Writes one shard, which appears under its name only when it is complete.
-
-    Args:
-      directory: The set's directory, after `start_prompts`.
-      plan: What it holds.
-      shard: Index of the shard.
-      examples: In the set's order: `prompt: str`; `index: int`, its place in the list; `text`:
-        `[L, text_features]` with the prompt's own length `1 <= L <= max_length`; `pooled`:
-        `[pooled_features]`, where the plan has it; `latents`: `[H, W, latent_channels]` of the
-        prompt's bucket, where the plan has them (the empty prompt has none). Or why a prompt's
-        image cannot be read.
-      skip_refused: Leave out prompts whose image cannot be read.
-
-    Raises:
-      PromptsError: If there are not as many as the shard has, or one has other shapes or is not
-        finite.
-      RefusedError: If images cannot be read and are not left out; after all examples.
-    """
-    notes = {"text_length": 0}
-    records = _serialized(plan, shard, examples, notes)
-    _SET.write(directory, plan, shard, records, notes, skip_refused=skip_refused)
-
-
-def finalize_prompts(directory: str | os.PathLike) -> dict[str, Any]:
-    """Verifies all shards and writes the manifest.
-
-    It may be called again, and by several processes at once.
-
-    Args:
-      directory: The set's directory.
-
-    Returns:
-      The manifest.
-
-    Raises:
-      PromptsError: If a shard is missing or not as it was written; the message names its file.
-    """
-    return _SET.finalize(directory)
 
 
 class PromptTexts(Sequence[str]):
@@ -371,7 +284,7 @@ class PromptsSource:
             if index is None:
                 raise PromptsError(f"the set has no embeddings of {prompt!r}")
         rows = [self._embedding(self._records[index]) for index in found]
-        return {name: np.stack([row[name] for row in rows]) for name in rows[0]} if rows else {}
+        return stacked(rows) if rows else {}
 
     def _parsed(self, record: bytes) -> dict[str, np.ndarray]:
         arrays = _arrays(record)
@@ -416,34 +329,26 @@ def load_prompts_source(
       PromptsError: If the set is unfinished, a file is missing or differs from the manifest (the
         message names it), or it was made with other encoders.
     """
-    manifest = _SET.open(directory)
+    manifest = PROMPTS.open(directory)
     if expect_encoder is not None and manifest["encoder"] != expect_encoder:
         raise PromptsError(
             f"{directory} was made with encoder {manifest['encoder']!r}, "
             f"but {expect_encoder!r} was asked for"
         )
-    _SET.verify(directory, manifest["shards"], checksums=verify)
+    PROMPTS.verify(directory, manifest["shards"], checksums=verify)
     return PromptsSource(located(directory), manifest, cache_gib)
 
 
 def _serialized(
-    plan: PromptsPlan,
-    shard: int,
-    examples: Iterable[dict[str, Any] | PictureError],
-    notes: dict[str, int],
-) -> Iterator[bytes | PictureError]:
+    plan: PromptsPlan, index: int, example: dict[str, Any], notes: dict[str, int]
+) -> bytes:
     from safetensors.numpy import save
 
-    ends = list(itertools.accumulate(plan.bucket_sizes))
-    for position, example in enumerate(examples, start=plan.shard_range(shard).start):
-        if isinstance(example, PictureError):
-            yield example
-            continue
-        bucket = bisect.bisect_right(ends, position)
-        size = plan.buckets[bucket] if bucket < len(plan.buckets) else None
-        arrays = _checked(plan, example, size)
-        notes["text_length"] = max(notes["text_length"], len(arrays["text"]))
-        yield save(arrays)
+    bucket = bisect.bisect_right(list(itertools.accumulate(plan.bucket_sizes)), index)
+    size = plan.buckets[bucket] if bucket < len(plan.buckets) else None
+    arrays = _checked(plan, example, size)
+    notes["text_length"] = max(notes["text_length"], len(arrays["text"]))
+    return save(arrays)
 
 
 def _checked(
@@ -485,3 +390,25 @@ def _arrays(record: bytes) -> dict[str, np.ndarray]:
         name: np.frombuffer(tensor["data"], _DTYPES[tensor["dtype"]]).reshape(tensor["shape"])
         for name, tensor in safetensors.deserialize(record)
     }
+
+
+PROMPTS = ShardedSet(
+    manifest=MANIFEST,
+    format=1,
+    plan=PromptsPlan,
+    error=PromptsError,
+    contents="prompts",
+    notes=("text_length",),
+    added=("tokenizer", "cut_off"),
+    serialize=_serialized,
+)
+"""Sets of prompts.
+
+Their examples, in the set's order, have `prompt: str`; `index: int`, its place in the list; `text`:
+`[L, text_features]` with the prompt's own length `1 <= L <= max_length`; `pooled`:
+`[pooled_features]`, where the plan has it; `latents`: `[H, W, latent_channels]` of the prompt's
+bucket, where the plan has them (the empty prompt has none).
+"""
+
+start_prompts, missing_prompt_shards = PROMPTS.start, PROMPTS.missing
+write_prompt_shard, finalize_prompts = PROMPTS.write, PROMPTS.finalize

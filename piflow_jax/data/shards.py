@@ -15,30 +15,32 @@ Such a shard is not written, or, if that is wanted, is written without it and sa
 """
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import hashlib
 import os
 import tempfile
 import uuid
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import PurePosixPath
-from typing import Any, ClassVar
+from typing import Any
 
+from absl import logging
 from etils import epath
 
+from piflow_jax.arguments import prefixed
 from piflow_jax.buckets import located
 from piflow_jax.data.manifests import check_digest, check_entries, read_json, read_record
 from piflow_jax.data.pictures import PictureError
+from piflow_jax.data.plans import Plan
 from piflow_jax.data.records import num_records
 from piflow_jax.whole_files import copy_file, reading, replacing, write_json
 
 __all__ = [
-    "Plan",
     "RefusedError",
     "ShardedSet",
     "ShardsError",
     "left_out",
-    "write_all",
 ]
 
 _WORK = "preparation"
@@ -51,7 +53,6 @@ _ENTRY = {"examples": int, "bytes": int, "sha256": str}
 _REFUSED = {"index": int, "picture": str, "reason": str}
 # Refused pictures that are named; of more there is likely one reason.
 _LISTED = 200
-_LARGEST = 2**31 - 1
 
 
 class ShardsError(ValueError):
@@ -76,54 +77,6 @@ class RefusedError(ShardsError):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Plan:
-    """What a set is, fixed before its first shard is written; sets add fields of their own.
-
-    Attributes:
-      stem: What names of shards begin with.
-      num_examples: Number of examples.
-      shard_size: Examples in each shard; the last may have fewer.
-
-    Raises:
-      ValueError: If a number is not positive.
-    """
-
-    stem: ClassVar[str]
-
-    num_examples: int
-    shard_size: int
-
-    def __post_init__(self):  # noqa: D105
-        self.check_positive("num_examples", "shard_size")
-
-    def check_positive(self, *names: str) -> None:
-        """Raises a `ValueError` if a field of `names` is no positive number of 32 bits."""
-        for name in names:
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-            if getattr(self, name) > _LARGEST:
-                raise ValueError(f"{name} must be at most {_LARGEST:,}, got {getattr(self, name)}")
-
-    @property
-    def num_shards(self) -> int:
-        """Number of shards."""
-        return -(-self.num_examples // self.shard_size)
-
-    def shard_name(self, shard: int) -> str:
-        """Name of the file of a `shard`, counted from 0, as TFDS wants it."""
-        return f"{self.stem}.array_record-{shard:05d}-of-{self.num_shards:05d}"
-
-    def shard_range(self, shard: int) -> range:
-        """Indices of the examples of a `shard`, counted from 0."""
-        start = shard * self.shard_size
-        return range(start, min(start + self.shard_size, self.num_examples))
-
-    def without(self, indices: Collection[int]) -> "Plan":
-        """The plan of a set that lacks some examples, by their `indices` in this one."""
-        return dataclasses.replace(self, num_examples=self.num_examples - len(indices))
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class ShardedSet:
     """One kind of set, and all that is done to its directories.
 
@@ -135,6 +88,10 @@ class ShardedSet:
       contents: What the set holds, for messages.
       notes: Numbers that each shard's entry of the manifest has besides its length and checksum.
       added: Fields of plans that sets of earlier versions lack; these have the defaults.
+      serialize: `(plan, index, example, notes) -> record`, by default the example itself. It may
+        raise the shard's `notes`, which begin at 0.
+      describe: Called before a set is finished with a folder, its plan and its shards' entries of
+        the manifest, to write there what else belongs to it.
     """
 
     manifest: str
@@ -144,6 +101,8 @@ class ShardedSet:
     contents: str
     notes: tuple[str, ...] = ()
     added: tuple[str, ...] = ()
+    serialize: Callable[..., bytes] = lambda plan, index, example, notes: example
+    describe: Callable[[epath.Path, Plan, list[dict[str, Any]]], None] | None = None
 
     def start(self, directory: str | os.PathLike, plan: Plan) -> None:
         """Records what a directory is going to hold, or checks that it is what it was.
@@ -205,8 +164,7 @@ class ShardedSet:
         directory: str | os.PathLike,
         plan: Plan,
         shard: int,
-        records: Iterable[bytes | PictureError],
-        notes: dict[str, int] | None = None,
+        examples: Iterable[Any],
         *,
         skip_refused: bool = False,
     ) -> None:
@@ -219,14 +177,12 @@ class ShardedSet:
           directory: The set's directory, after `start`.
           plan: What it holds.
           shard: Index of the shard.
-          records: Its examples in order, serialised, or why one's picture cannot be read.
-          notes: Numbers named in `self.notes`; read after the last record, so that whoever makes
-            the records may fill it.
+          examples: What `serialize` takes, in order, or why one's picture cannot be read.
           skip_refused: Leave out examples whose picture cannot be read.
 
         Raises:
-          RefusedError: If there are such examples and they are not left out; after all records.
-          ShardsError: If there are not as many as the shard has examples.
+          RefusedError: If there are such examples and they are not left out; after all examples.
+          ShardsError: If there are not as many as the shard has, or one is not as the plan says.
         """
         from array_record.python.array_record_module import ArrayRecordWriter
 
@@ -238,17 +194,14 @@ class ShardedSet:
         with replacing(directory / plan.shard_name(shard), mine) as under_way:
             writer = ArrayRecordWriter(os.fspath(under_way), _WRITER_OPTIONS)
             indices, count, refused = plan.shard_range(shard), 0, {}
-            try:
-                for index, record in enumerate(records, start=indices.start):
-                    if isinstance(record, PictureError):
-                        refused[index] = record
+            notes = dict.fromkeys(self.notes, 0)
+            with contextlib.closing(writer), prefixed(directory, self.error, self.error):
+                for index, example in enumerate(examples, start=indices.start):
+                    if isinstance(example, PictureError):
+                        refused[index] = example
                     else:
-                        writer.write(record)
+                        writer.write(self.serialize(plan, index, example, notes))
                         count += 1
-            except self.error as error:
-                raise self.error(f"{directory}: {error}") from error
-            finally:
-                writer.close()
             if count + len(refused) != len(indices):
                 raise self.error(
                     f"{directory}: shard {shard} has {len(indices)} {self.contents}, got {count}"
@@ -259,7 +212,7 @@ class ShardedSet:
                 under_way.unlink(missing_ok=True)  # the other one may have
                 return
             entry = {"examples": count, "bytes": under_way.stat().length}
-            entry |= {"sha256": _digest(under_way)} | {note: notes[note] for note in self.notes}
+            entry |= {"sha256": _digest(under_way)} | notes
             if refused:
                 entry["refused"] = [
                     {"index": index, "picture": error.name, "reason": error.reason}
@@ -270,19 +223,63 @@ class ShardedSet:
         for left in work.glob(f"{name}*"):
             left.unlink(missing_ok=True)
 
-    def finalize(
+    def prepare(
         self,
         directory: str | os.PathLike,
-        describe: Callable[[epath.Path, Plan, list[dict[str, Any]]], None] | None = None,
-    ) -> dict[str, Any]:
+        plan: Plan,
+        examples: Callable[[int], Iterable[Any]],
+        *,
+        process_index: int = 0,
+        process_count: int = 1,
+        on_progress: Callable[[int, int], None] | None = None,
+        skip_refused: bool = False,
+    ) -> dict[str, Any] | None:
+        """Writes this process's share of the missing shards, and the manifest if all are there.
+
+        A shard with refused pictures does not hold up the others.
+
+        Args:
+          directory: The set's directory.
+          plan: What it is going to hold.
+          examples: The examples of a shard, see `write`.
+          process_index: Index of this process.
+          process_count: Number of processes.
+          on_progress: Called after each shard with the number of shards done and of all.
+          skip_refused: Leave out examples whose picture cannot be read.
+
+        Returns:
+          The manifest; None if other processes still have shards to write.
+
+        Raises:
+          RefusedError: If pictures were refused; at the end, with those of all shards.
+          ShardsError: If another preparation was begun there, or a shard is damaged.
+          ValueError: If the process is none of the processes.
+        """
+        if not 0 <= process_index < process_count:
+            raise ValueError(f"process_index must lie in [0, {process_count}), got {process_index}")
+        self.start(directory, plan)
+        todo = [s for s in self.missing(directory, plan) if s % process_count == process_index]
+        text = "prepare: %d of %d shards to write in %s"
+        logging.info(text, len(todo), plan.num_shards, directory)
+        refused = []
+        for done, shard in enumerate(todo, start=1):
+            try:
+                self.write(directory, plan, shard, examples(shard), skip_refused=skip_refused)
+            except RefusedError as error:
+                refused += error.refused
+            if on_progress is not None:
+                on_progress(done, len(todo))
+        if refused:
+            raise RefusedError(refused)
+        return None if self.missing(directory, plan) else self.finalize(directory)
+
+    def finalize(self, directory: str | os.PathLike) -> dict[str, Any]:
         """Verifies all shards and writes the manifest.
 
         It may be called again, and by several processes at once.
 
         Args:
           directory: The set's directory.
-          describe: Called before with a folder, the plan and the shards' entries of the manifest,
-            to write there what else belongs to a set.
 
         Returns:
           The manifest.
@@ -303,9 +300,9 @@ class ShardedSet:
             plan = plan.without([entry["index"] for entry in _refused(shards)])
         except ValueError as error:
             raise self.error(f"{directory} would be empty: all pictures were refused") from error
-        if describe is not None:
+        if self.describe is not None:
             with tempfile.TemporaryDirectory(prefix="piflow_jax_") as here:
-                describe(epath.Path(here), plan, shards)
+                self.describe(epath.Path(here), plan, shards)
                 for path in epath.Path(here).iterdir():
                     with replacing(directory / path.name) as under_way:
                         copy_file(path, under_way)
@@ -421,33 +418,6 @@ class ShardedSet:
         check_entries({"refused": [], **entry}, {"refused": list}, path, self.error)
         for refused in entry.get("refused", ()):
             check_entries(refused, _REFUSED, path, self.error)
-
-
-def write_all(
-    write: Callable[[int], None],
-    shards: Sequence[int],
-    on_progress: Callable[[int, int], None] | None = None,
-) -> None:
-    """Writes shards one after the other; one with refused pictures does not hold up the others.
-
-    Args:
-      write: Writes one shard.
-      shards: Their indices.
-      on_progress: Called after each with the number of shards done and of all.
-
-    Raises:
-      RefusedError: If pictures were refused; at the end, with those of all shards.
-    """
-    refused = []
-    for done, shard in enumerate(shards, start=1):
-        try:
-            write(shard)
-        except RefusedError as error:
-            refused += error.refused
-        if on_progress is not None:
-            on_progress(done, len(shards))
-    if refused:
-        raise RefusedError(refused)
 
 
 def left_out(manifest: dict[str, Any]) -> str:

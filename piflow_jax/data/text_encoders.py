@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from piflow_jax.data.torch_parts import load_network, load_part, read_model_type
+from piflow_jax.data.torch_parts import files_digest, load_network, load_part, read_model_type
 
 __all__ = [
     "FluxEncoder",
@@ -158,7 +158,7 @@ class FluxEncoder:
         self.max_length = max_length
         self.text_features = self._t5.config.d_model
         self.pooled_features = self._clip.config.hidden_size
-        self.identity = f"flux {max_length} {_files_digest(folder, parts)}"
+        self.identity = f"flux {max_length} {files_digest(folder, *parts)}"
         self.tokenizer = _tokenizer_identity(self, self._clip_tokens, self._t5_tokens)
         self.compute = _compute(dtype, device)
 
@@ -228,7 +228,7 @@ class QwenEncoder:
         self.text_features = network.config.get_text_config().hidden_size
         self.pooled_features = 0
         parts = ("tokenizer", "text_encoder")
-        self.identity = f"qwen_image {max_length} {_files_digest(folder, parts)}"
+        self.identity = f"qwen_image {max_length} {files_digest(folder, *parts)}"
         self.tokenizer = _tokenizer_identity(self, self._tokens)
         self.compute = _compute(dtype, device)
 
@@ -352,16 +352,6 @@ def _vectors(words: Sequence[str], use: str, size: int) -> np.ndarray:
         words_ = np.random.Philox(key=key).random_raw(12 * size).reshape(12, size)
         rows.append((words_ / 2.0**64).sum(axis=0) - 6)
     return np.stack(rows).astype(np.float32)
-
-
-def _files_digest(folder: Path, parts: Sequence[str]) -> str:
-    """Hash of all files of some subfolders, names included."""
-    digest = hashlib.sha256()
-    for path in sorted(p for part in parts for p in (folder / part).rglob("*") if p.is_file()):
-        with open(path, "rb") as file:
-            content = hashlib.file_digest(file, "sha256").hexdigest()
-        digest.update(f"{path.relative_to(folder)} {content}\n".encode())
-    return digest.hexdigest()
 
 
 def _compute(dtype: str, device: str) -> str:

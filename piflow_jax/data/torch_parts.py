@@ -1,11 +1,12 @@
 """Parts of PyTorch releases: tokenizers and networks as `transformers` loads them, from folders."""
 
+import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ["load_network", "load_part", "read_model_type"]
+__all__ = ["files_digest", "load_network", "load_part", "read_model_type"]
 
 
 def read_model_type(folder: Path) -> str:
@@ -26,6 +27,25 @@ def read_model_type(folder: Path) -> str:
     except (KeyError, OSError, RecursionError, TypeError, ValueError) as error:
         raise ValueError(f"{path} does not say what model_type it is of: {error!r}") from error
     return f"{kind}"
+
+
+def files_digest(folder: Path, *parts: str) -> str:
+    """Hash of files, names included.
+
+    Args:
+      folder: Their folder.
+      *parts: Subfolders, of which all files count; without any the files of the folder itself.
+
+    Returns:
+      SHA-256, 64 hexadecimal digits.
+    """
+    found = [path for part in parts for path in (folder / part).rglob("*")] or folder.iterdir()
+    digest = hashlib.sha256()
+    for path in sorted(path for path in found if path.is_file()):
+        with path.open("rb") as file:
+            content = hashlib.file_digest(file, "sha256").hexdigest()
+        digest.update(f"{path.relative_to(folder)} {content}\n".encode())
+    return digest.hexdigest()
 
 
 def load_part(kind: Any, folder: Path, **options: Any) -> Any:

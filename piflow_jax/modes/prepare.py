@@ -11,23 +11,17 @@ import numpy as np
 from absl import logging
 
 from piflow_jax.config import Config, ConfigError
-from piflow_jax.data.latents import (
-    LatentsPlan,
-    finalize_latents,
-    missing_shards,
-    start_latents,
-    write_shard,
-)
+from piflow_jax.data.latents import LATENTS, LatentsPlan
 from piflow_jax.data.picture_sets import PictureSet, center_crop, open_pictures
 from piflow_jax.data.pictures import PictureError
-from piflow_jax.data.shards import left_out, write_all
+from piflow_jax.data.shards import left_out
 from piflow_jax.models.vae import AutoencoderKL
 from piflow_jax.modes.autoencoder import load_autoencoder, tree_digest
 from piflow_jax.parallel import batch_sharding, local_mesh, replicated
 
 __all__ = ["finalize", "prepare", "prepare_latents"]
 
-finalize = finalize_latents
+finalize = LATENTS.finalize
 
 
 def prepare(
@@ -85,8 +79,6 @@ def prepare(
       RefusedError: If images cannot be read and are not left out; when all shards without such
         images are written.
     """
-    if not 0 <= process_index < process_count:
-        raise ValueError(f"process_index must lie in [0, {process_count}), got {process_index}")
     devices = jax.local_device_count()
     if batch_size < 1 or batch_size % devices:
         raise ValueError(
@@ -112,20 +104,21 @@ def prepare(
         scale=vae_module.latent_scale,
         shift=vae_module.latent_shift,
     )
-    start_latents(directory, plan)
-    todo = [s for s in missing_shards(directory, plan) if s % process_count == process_index]
-    logging.info("prepare: %d of %d shards to write in %s", len(todo), plan.num_shards, directory)
     encode = _encoder(vae_module, vae_params, dtype, precision)
     with concurrent.futures.ThreadPoolExecutor(read_threads) as pool:
 
-        def write(shard):
-            examples = _encoded(source, plan.shard_range(shard), encode, batch_size, plan, pool)
-            write_shard(directory, plan, shard, examples, skip_refused=skip_refused)
+        def examples(shard):
+            return _encoded(source, plan.shard_range(shard), encode, batch_size, plan, pool)
 
-        write_all(write, todo, on_progress)
-    if missing_shards(directory, plan):
-        return None
-    return finalize(directory)
+        return LATENTS.prepare(
+            directory,
+            plan,
+            examples,
+            process_index=process_index,
+            process_count=process_count,
+            on_progress=on_progress,
+            skip_refused=skip_refused,
+        )
 
 
 def prepare_latents(config: Config, workdir: str | os.PathLike) -> None:

@@ -102,8 +102,7 @@ def prepare_missing(config: Config, workdir: str | os.PathLike) -> None:
             f"there are no prepared images in config.data.data_dir = {config.data.data_dir!r}: "
             "name what to prepare by config.data.images"
         )
-    if jax.process_count() > 1:  # for the others' shards
-        multihost_utils.sync_global_devices("images")
+    multihost_utils.sync_global_devices("images")  # waits for the others' shards
 
 
 def _compare(found: ImagesPlan, config: Config) -> None:

@@ -27,14 +27,8 @@ from piflow_jax.data.prompt_lists import (
     list_digest,
     read_prompts,
 )
-from piflow_jax.data.prompts import (
-    PromptsPlan,
-    finalize_prompts,
-    missing_prompt_shards,
-    start_prompts,
-    write_prompt_shard,
-)
-from piflow_jax.data.shards import left_out, write_all
+from piflow_jax.data.prompts import PROMPTS, PromptsPlan
+from piflow_jax.data.shards import left_out
 from piflow_jax.data.text_encoders import TextEncoder, load_text_encoder
 from piflow_jax.keys import seed_key
 from piflow_jax.models.vae import sample_posterior
@@ -99,8 +93,6 @@ def encode_prompts(
       RefusedError: If images cannot be read and are not left out; when all shards without such
         images are written.
     """
-    if not 0 <= process_index < process_count:
-        raise ValueError(f"process_index must lie in [0, {process_count}), got {process_index}")
     if autoencoder is not None and not all(prompt.image for prompt in prompts):
         bare = next(i for i, prompt in enumerate(prompts) if not prompt.image)
         raise ValueError(f"latents need an image of every prompt, number {bare} has none")
@@ -128,22 +120,22 @@ def encode_prompts(
         tokenizer=encoder.tokenizer,
         cut_off=_count_cut_off(prompts, encoder),
     )
-    start_prompts(directory, plan)
-    missing = missing_prompt_shards(directory, plan)
-    todo = [shard for shard in missing if shard % process_count == process_index]
-    logging.info("prepare: %d of %d shards to write in %s", len(todo), plan.num_shards, directory)
     to_latents = None if autoencoder is None else _latents_encoder(autoencoder, image_folder)
     listed = [(i, prompts[i], sizes[i]) for i in order] + [(len(prompts), Prompt(""), None)]
 
-    def write(shard):
+    def examples(shard):
         part = [listed[i] for i in plan.shard_range(shard)]
-        examples = _encoded(part, encoder, batch_size, to_latents)
-        write_prompt_shard(directory, plan, shard, examples, skip_refused=skip_refused)
+        return _encoded(part, encoder, batch_size, to_latents)
 
-    write_all(write, todo, on_progress)
-    if missing_prompt_shards(directory, plan):
-        return None
-    return finalize_prompts(directory)
+    return PROMPTS.prepare(
+        directory,
+        plan,
+        examples,
+        process_index=process_index,
+        process_count=process_count,
+        on_progress=on_progress,
+        skip_refused=skip_refused,
+    )
 
 
 def listed_prompts(config: Config) -> list[Prompt]:
