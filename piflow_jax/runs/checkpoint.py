@@ -22,6 +22,7 @@ from absl import logging
 from etils import epath
 from jax.experimental import multihost_utils
 
+from piflow_jax.arguments import prefixed
 from piflow_jax.buckets import is_remote
 from piflow_jax.runs.fingerprints import leaf_table
 from piflow_jax.runs.quiet import quiet
@@ -483,7 +484,5 @@ def _crc(document: Any) -> int:
 
 
 def _as_json(mapping: Mapping, what: str) -> dict:
-    try:
+    with prefixed(f"the checkpoint's {what} is not JSON", (TypeError, ValueError), TypeError):
         return json.loads(json.dumps(dict(mapping)))
-    except (TypeError, ValueError) as error:
-        raise TypeError(f"the checkpoint's {what} is not JSON: {error}") from error

@@ -7,8 +7,9 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import tensorstore as ts
 from absl import logging
@@ -43,10 +44,7 @@ class Lease:
 
     def __init__(self, path: epath.Path, *, silence: float, lost: Callable[[str], None]):
         self._path, self._lost = path, lost
-        self._record = {
-            "pid": os.getpid(),
-            "host": socket.gethostname(),
-            "since": time.strftime("%Y-%m-%d %H:%M:%S"),
+        self._record = this_process() | {
             "machine": _machine(),
             "started": _started(os.getpid()),
             "owner": uuid.uuid4().hex,
@@ -77,7 +75,7 @@ class Lease:
         seen, since = None, time.monotonic()
         while True:
             found = self._store.read("").result(timeout=_REQUEST)
-            generation, holder = found.stamp.generation, _parsed(found.value)
+            generation, holder = found.stamp.generation, parsed_holder(found.value)
             here = _lives(holder) if found.state == "value" else False
             silent = generation == seen and time.monotonic() - since >= silence
             if here is False or (here is None and silent):
@@ -85,11 +83,7 @@ class Lease:
                     return written
                 continue  # another one was quicker
             if here or (seen is not None and generation != seen):
-                raise BlockingIOError(
-                    f"{self._path.parent} is in use by process {holder.get('pid', '?')} on "
-                    f"{holder.get('host', '?')}, since {holder.get('since', '?')}. Stop that run "
-                    "or wait for its end, or pass another --workdir."
-                )
+                raise in_use(self._path, holder)
             if seen is None:
                 text = "waiting for a sign of life of %s, held on %s"
                 logging.info(text, self._path, holder.get("host", "?"))
@@ -105,7 +99,7 @@ class Lease:
             return written.generation
         # The answer to a write that succeeded may have been lost, and the write repeated.
         found = self._store.read("").result(timeout=_REQUEST)
-        ours = _parsed(found.value).get("owner") == self._record["owner"]
+        ours = parsed_holder(found.value).get("owner") == self._record["owner"]
         return found.stamp.generation if ours else None
 
     def _keep(self) -> None:
@@ -124,12 +118,28 @@ class Lease:
             self._generation = generation
 
 
-def _parsed(value: bytes) -> dict:
+def this_process() -> dict[str, Any]:
+    """What a holder says of itself, as JSON values."""
+    since = time.strftime("%Y-%m-%d %H:%M:%S")
+    return {"pid": os.getpid(), "host": socket.gethostname(), "since": since}
+
+
+def parsed_holder(text: str | bytes) -> dict[str, Any]:
+    """What a holder said of itself; nothing if it cannot be read."""
     try:
-        holder = json.loads(value)
-    except (RecursionError, ValueError):  # it was edited
+        holder = json.loads(text)
+    except (RecursionError, ValueError):  # it is just being written, or was edited
         return {}
     return holder if isinstance(holder, dict) else {}
+
+
+def in_use(path: epath.Path, holder: Mapping[str, Any]) -> BlockingIOError:
+    """The error that another process holds `path`."""
+    return BlockingIOError(
+        f"{path.parent} is in use by process {holder.get('pid', '?')} on "
+        f"{holder.get('host', '?')}, since {holder.get('since', '?')}. Stop that run or wait for "
+        "its end, or pass another --workdir."
+    )
 
 
 def _lives(holder: dict) -> bool | None:

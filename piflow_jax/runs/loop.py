@@ -15,6 +15,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
+from piflow_jax.arguments import prefixed
 from piflow_jax.data import BatchIterator
 from piflow_jax.parallel import device_mesh, gathered, global_batch, replicated
 from piflow_jax.parallel.flops import flops
@@ -207,7 +208,7 @@ def run_stage(
                     mesh,
                     shardings,
                     checkpointer,
-                    changes,
+                    dict(stage.config) | ({CHANGES: changes} if changes else {}),
                     writer,
                     monitor,
                     leaving,
@@ -225,8 +226,6 @@ def run_stage(
 
 def _agreed(requested: str | None) -> str | None:
     """The signal by which to leave, of those that the processes got."""
-    if jax.process_count() == 1:
-        return requested
     asked = np.int32(_SIGNALS.index(requested))
     return _SIGNALS[int(multihost_utils.process_allgather(asked).max())]
 
@@ -238,17 +237,11 @@ def _first_state(
     last = checkpointer.latest_step()
     if last is None:
         return jax.jit(stage.init, out_shardings=shardings)(*stage.init_arguments), 0, []
-    abstract = jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        abstract,
-        shardings,
-    )
+    abstract = jax.tree.map(lambda leaf, place: leaf.update(sharding=place), abstract, shardings)
     restored = checkpointer.restore(abstract)
     changed = changed_settings(restored.config, stage, checkpointer.directory, last)
-    try:
+    with prefixed(checkpointer.directory, to=CheckpointError):
         stage.data.set_state(restored.data_state)
-    except ValueError as error:
-        raise CheckpointError(f"{checkpointer.directory}: {error}") from error
     logging.info("%s: continuing from step %d (%s)", stage.name, last, checkpointer.directory)
     for change in changed:
         text = "%s: from step %d on, config.%s is %r instead of %r"
@@ -256,33 +249,23 @@ def _first_state(
     return restored.state, last, [*restored.config.get(CHANGES, ()), *changed]
 
 
+@dataclasses.dataclass
 class _Loop:
     """The loop proper; a class for the handful of things that every part of it needs."""
 
-    def __init__(
-        self,
-        stage,
-        mesh,
-        shardings,
-        checkpointer,
-        changes,
-        writer,
-        monitor,
-        leaving,
-        log_every,
-        checkpoint_every,
-    ):
-        self._stage = stage
-        self._mesh = mesh
-        self._shardings = shardings
-        self._checkpointer = checkpointer
-        self._config = dict(stage.config) | ({CHANGES: changes} if changes else {})
-        self._writer = writer
-        self._monitor = monitor
-        self._leaving = leaving
-        self._log_every = log_every
-        self._checkpoint_every = checkpoint_every
-        self._last_saved: int | None = checkpointer.latest_step()
+    stage: Stage
+    mesh: Mesh
+    shardings: Any
+    checkpointer: Checkpointer
+    config: Mapping[str, Any]
+    writer: MetricWriter
+    monitor: Monitor
+    leaving: GracefulExit
+    log_every: int
+    checkpoint_every: int
+
+    def __post_init__(self):
+        self._last_saved: int | None = self.checkpointer.latest_step()
         self._several = jax.process_count() > 1
         self._programs: dict[Any, tuple[Callable, int]] = {}
 
@@ -294,16 +277,16 @@ class _Loop:
         best: BestCheckpoint | None = None,
     ) -> tuple[TrainState, int]:
         """Trains to the stage's end, or to the step after which a signal ends it; saves that."""
-        stage = self._stage
+        stage = self.stage
         # Before the first batch is read: data in a bucket is on its way meanwhile.
         self._program(state, self._placed(stage.data.like()))
         self._all_finite = self._compile_check(state)
         batch = self._next_batch()
         metrics = pending = None
-        self._monitor.start(start)
+        self.monitor.start(start)
         for step in range(start + 1, stage.steps + 1):
             program, count = self._program(state, batch)
-            self._monitor.before(step, metrics, count)
+            self.monitor.before(step, metrics, count)
             seen = metrics
             state, metrics = program(state, *stage.constants, batch)
             if pending is not None:
@@ -315,34 +298,34 @@ class _Loop:
                 self._finite(*pending)
                 self._report(*pending, looked=self._look(step, state, best))
                 pending = None
-            if last or step % self._checkpoint_every == 0:
+            if last or step % self.checkpoint_every == 0:
                 if pending is not None:
                     self._report(*pending)
                 pending = None
-                with self._monitor.compiling():
+                with self.monitor.compiling():
                     self._save(step, state)
             if last:
                 break
             batch = self._next_batch()
-        before = self._checkpointer.waited
-        self._checkpointer.wait()
-        if (seconds := self._checkpointer.waited - before) > _LONG:
-            self._writer.say(f"{stage.name}  waited {seconds:.1f} s for its last checkpoint")
+        before = self.checkpointer.waited
+        self.checkpointer.wait()
+        if (seconds := self.checkpointer.waited - before) > _LONG:
+            self.writer.say(f"{stage.name}  waited {seconds:.1f} s for its last checkpoint")
         return state, step
 
     def _next_batch(self):
-        with self._monitor.waiting():
-            batch = next(self._stage.data)
+        with self.monitor.waiting():
+            batch = next(self.stage.data)
         return self._placed(batch)
 
     def _placed(self, batch):
         """This process's rows on its devices, as the step takes them."""
-        batch = global_batch(batch, self._mesh)
+        batch = global_batch(batch, self.mesh)
         if self._several:
             # Whether this process was asked to leave travels with its share of the batch.
-            asked = _SIGNALS.index(self._leaving.requested)
-            here = np.full(len(self._mesh.local_devices), asked, np.int32)
-            batch[_LEAVE] = over_devices(here, self._mesh)
+            asked = _SIGNALS.index(self.leaving.requested)
+            here = np.full(len(self.mesh.local_devices), asked, np.int32)
+            batch[_LEAVE] = over_devices(here, self.mesh)
         return batch
 
     def _asked_to_leave(self, seen: Mapping[str, jax.Array] | None) -> bool:
@@ -352,7 +335,7 @@ class _Loop:
         on the host by now: whichever got the signal, all leave after the same step.
         """
         if not self._several:
-            return self._leaving.requested is not None
+            return self.leaving.requested is not None
         return seen is not None and int(np.asarray(seen[_LEAVE])) > 0
 
     def _program(self, state, batch) -> tuple[Callable, int]:
@@ -360,8 +343,8 @@ class _Loop:
         shapes = tuple(leaf.shape for leaf in jax.tree.leaves(batch))
         if shapes not in self._programs:
             if self._programs:
-                self._writer.say(f"{self._stage.name}  compiling for batches of another shape")
-            with self._monitor.aside() if self._programs else contextlib.nullcontext():
+                self.writer.say(f"{self.stage.name}  compiling for batches of another shape")
+            with self.monitor.aside() if self._programs else contextlib.nullcontext():
                 self._programs[shapes] = self._compile(state, batch)
         return self._programs[shapes]
 
@@ -371,22 +354,22 @@ class _Loop:
         def with_leave(state, *arguments):
             *constants, batch = arguments
             asked = batch.pop(_LEAVE)
-            state, metrics = self._stage.step(state, *constants, batch)
+            state, metrics = self.stage.step(state, *constants, batch)
             return state, metrics | {_LEAVE: jnp.max(asked)}
 
         step = jax.jit(
-            with_leave if self._several else self._stage.step,
+            with_leave if self._several else self.stage.step,
             donate_argnums=0,
-            out_shardings=(self._shardings, replicated(self._mesh)),
+            out_shardings=(self.shardings, replicated(self.mesh)),
         )
-        with jax.set_mesh(self._mesh):  # kernels split their batch over it
-            lowered = step.lower(state, *self._stage.constants, batch)
-            counted = flops(step, state, *self._stage.constants, batch, scopes=("optimizer",))
+        with jax.set_mesh(self.mesh):  # kernels split their batch over it
+            lowered = step.lower(state, *self.stage.constants, batch)
+            counted = flops(step, state, *self.stage.constants, batch, scopes=("optimizer",))
         compiled = lowered.compile()
         seconds = time.perf_counter() - began
         memory = step_memory(compiled)
-        self._writer.say(
-            f"{self._stage.name}  step compiled in {seconds:.1f} s, "
+        self.writer.say(
+            f"{self.stage.name}  step compiled in {seconds:.1f} s, "
             f"{memory['peak'] / 2**20:,.0f} MiB per device"
         )
         return compiled, counted.needed - counted.by_scope["optimizer"]
@@ -398,42 +381,39 @@ class _Loop:
             leaves = [x for x in jax.tree.leaves(state) if jnp.issubdtype(x.dtype, jnp.inexact)]
             return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in leaves]))
 
-        return jax.jit(all_finite, out_shardings=replicated(self._mesh)).lower(state).compile()
+        return jax.jit(all_finite, out_shardings=replicated(self.mesh)).lower(state).compile()
 
     def _look(self, step: int, state: TrainState, best: BestCheckpoint) -> dict[str, float]:
         """Figures and pictures of the averaged parameters; keeps the state if it is the best."""
-        with self._monitor.aside():
-            return self._looked(step, state, best)
-
-    def _looked(self, step: int, state: TrainState, best: BestCheckpoint) -> dict[str, float]:
         began = time.perf_counter()
-        look = self._stage.look(*gathered((state.ema_params, state.carried), self._mesh))
-        self._writer.images(step, look.images)
-        text = "  ".join(f"{name} {value:.4g}" for name, value in look.figures.items())
-        if look.space:
-            text += f"  (in {look.space})"
-        if self._several:
-            # Orbax's barriers of two saves that are in flight at once have the same names.
-            self._checkpointer.wait()
-        if look.distance is not None and best.offer(
-            step, look.distance, lambda *where: self._save_to(step, state, *where)
-        ):
-            text += "  (best so far)"
+        with self.monitor.aside():
+            look = self.stage.look(*gathered((state.ema_params, state.carried), self.mesh))
+            self.writer.images(step, look.images)
+            text = "  ".join(f"{name} {value:.4g}" for name, value in look.figures.items())
+            if look.space:
+                text += f"  (in {look.space})"
             if self._several:
-                best.checkpointer.wait()
-        seconds = time.perf_counter() - began
-        self._writer.say(f"{self._stage.name}  look at step {step:,} in {seconds:.1f} s  {text}")
+                # Orbax's barriers of two saves that are in flight at once have the same names.
+                self.checkpointer.wait()
+            if look.distance is not None and best.offer(
+                step, look.distance, lambda *where: self._save_to(step, state, *where)
+            ):
+                text += "  (best so far)"
+                if self._several:
+                    best.checkpointer.wait()
+            seconds = time.perf_counter() - began
+            self.writer.say(f"{self.stage.name}  look at step {step:,} in {seconds:.1f} s  {text}")
         return {f"eval_{name}": value for name, value in look.figures.items()}
 
     def _report(
         self, step: int, metrics: Mapping[str, jax.Array], looked: Mapping[str, float] | None = None
     ) -> None:
         values = self._finite(step, metrics)
-        if step % self._log_every and step != self._stage.steps and not looked:
+        if step % self.log_every and step != self.stage.steps and not looked:
             return
         values |= looked or {}
-        values |= self._monitor.figures(step)
-        self._writer.write(step, values)
+        values |= self.monitor.figures(step)
+        self.writer.write(step, values)
 
     def _finite(self, step: int, metrics: Mapping[str, jax.Array]) -> dict[str, float]:
         """A step's metrics on the host, if its loss is finite."""
@@ -441,7 +421,7 @@ class _Loop:
             name: float(np.asarray(value)) for name, value in metrics.items() if name != _LEAVE
         }
         if not np.isfinite(values["loss"]):
-            what = f"the loss of {self._stage.name} is {values['loss']} at step {step}"
+            what = f"the loss of {self.stage.name} is {values['loss']} at step {step}"
             raise self._diverged(what, step - 1)
         return values
 
@@ -452,9 +432,9 @@ class _Loop:
           what: what was seen.
           bad: the step whose parameters it was seen of.
         """
-        directory, saved = self._checkpointer.directory, self._last_saved
+        directory, saved = self.checkpointer.directory, self._last_saved
         with contextlib.suppress(CheckpointError):  # what is being saved counts too
-            self._checkpointer.wait()
+            self.checkpointer.wait()
         good = f"the last good checkpoint is step {saved} in {directory}."
         if saved is None:
             good = f"there is no checkpoint yet in {directory}."
@@ -462,16 +442,16 @@ class _Loop:
             path = directory / str(saved)
             good = f"the checkpoint {path} gives it. Delete {falling_back(path)}."
         remedy = "Lower the learning rate or raise its warm-up, and run again"
-        if tunable := ", ".join(f"config.{key}" for key in self._stage.tunable):
+        if tunable := ", ".join(f"config.{key}" for key in self.stage.tunable):
             remedy += f"; a run may go on with other {tunable}."
         else:
             remedy += " in another --workdir."
         return NonFiniteLossError(f"{what}; {good} {remedy}")
 
     def _save(self, step: int, state: TrainState) -> None:
-        self._save_to(step, state, self._checkpointer)
+        self._save_to(step, state, self.checkpointer)
         self._last_saved = step
-        self._writer.say(f"{self._stage.name}  checkpoint of step {step:,}")
+        self.writer.say(f"{self.stage.name}  checkpoint of step {step:,}")
 
     def _save_to(
         self,
@@ -480,7 +460,7 @@ class _Loop:
         checkpointer: Checkpointer,
         then: Callable[[], None] | None = None,
     ) -> None:
-        stage = self._stage
+        stage = self.stage
         # The loss that was seen is that of the parameters before this step's update.
         if not np.asarray(self._all_finite(state)):
             raise self._diverged(f"the state of {stage.name} is not finite after step {step}", step)
@@ -488,8 +468,8 @@ class _Loop:
             step,
             state,
             data_state=stage.data.get_state(),
-            config=self._config,
+            config=self.config,
             spec=stage.spec,
-            first=self._writer.saving(),
+            first=self.writer.saving(),
             then=then,
         )

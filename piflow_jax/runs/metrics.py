@@ -5,6 +5,7 @@ on the writer's own thread, while the training step compiles, and so does the wr
 error there is raised by the next call. Make a writer after your own imports, not between them.
 """
 
+import collections
 import contextlib
 import errno
 import importlib.util
@@ -90,7 +91,7 @@ class MetricWriter:
             self._lines = _open_lines(self._spool.here / "metrics.jsonl", first_step)
         self._bar = live_line(stage, first_step, total_steps)
         self._printed = first_step
-        self._rate = _Rate()
+        self._points: collections.deque[tuple[int, float]] = collections.deque(maxlen=20)
         # One worker: events stay in order, and behind the opening of their file.
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="metrics")
         forgetting = self._worker.submit(_forget_events, self._spool, first_step)
@@ -238,12 +239,15 @@ class MetricWriter:
                 future.result()
 
     def _progress(self, step: int, scalars: Mapping[str, float]) -> None:
-        self._rate.update(step)
+        if not self._points or step > self._points[-1][0]:
+            self._points.append((step, time.monotonic()))
         shown = [name for name in self._show if name in scalars]
         if not shown:
             return
         parts = [f"{_LABELS.get(name, name)} {scalars[name]:.4g}" for name in shown]
-        seconds = self._rate.seconds_per_step
+        # Between the last few writes; compiling happens before the first one.
+        (first, began), (last, ended) = self._points[0], self._points[-1]
+        seconds = (ended - began) / (last - first) if last > first else None
         if seconds is not None:
             parts.append(_step_time(seconds))
         if "examples_per_second" in scalars:
@@ -261,25 +265,6 @@ class MetricWriter:
 
 
 _LABELS = {"grad_norm": "grad"}
-
-
-class _Rate:
-    """Seconds per step between the last few writes; compiling happens before the first one."""
-
-    def __init__(self, window: int = 20):
-        self._points: list[tuple[int, float]] = []
-        self._window = window
-
-    def update(self, step: int) -> None:
-        if not self._points or step > self._points[-1][0]:
-            self._points = [*self._points, (step, time.monotonic())][-self._window :]
-
-    @property
-    def seconds_per_step(self) -> float | None:
-        if len(self._points) < 2:
-            return None
-        (step, start), (last_step, end) = self._points[0], self._points[-1]
-        return (end - start) / (last_step - step)
 
 
 def _step_time(seconds: float) -> str:

@@ -1,5 +1,6 @@
 """One run in a work directory at a time."""
 
+import contextlib
 import errno
 import fcntl
 import json
@@ -7,13 +8,14 @@ import os
 import socket
 import stat
 import time
+from typing import TextIO
 
 import jax
 from absl import logging
 from etils import epath
 
 from piflow_jax.buckets import is_remote
-from piflow_jax.runs.lease import Lease
+from piflow_jax.runs.lease import Lease, in_use, parsed_holder, this_process
 from piflow_jax.runs.workdir import checkpoint_path
 
 __all__ = ["RunLock"]
@@ -61,16 +63,17 @@ class RunLock:
     """
 
     def __init__(self, workdir: str | os.PathLike, *, patience: float = 120.0):
-        self._file = self._lease = None
+        self._held = contextlib.ExitStack()
         path = checkpoint_path(workdir) / _NAME
         if jax.process_index():
             return
         if is_remote(path):
-            self._lease = Lease(path, silence=patience / 2, lost=_end)
+            self._held.callback(Lease(path, silence=patience / 2, lost=_end).close)
             return
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = open(path, "a+", encoding="utf-8", opener=_own_file)  # noqa: SIM115
+            file = open(path, "a+", encoding="utf-8", opener=_own_file)  # noqa: SIM115
+            self._held.enter_context(file)
         except OSError as error:
             reason = "it is a link" if os.path.islink(path) else error.strerror
             raise OSError(
@@ -78,18 +81,13 @@ class RunLock:
                 "another --workdir"
             ) from error
         try:
-            self._acquire(path, time.monotonic() + patience)
+            _acquire(file, path, time.monotonic() + patience)
         except BaseException:
-            self._file.close()
+            self._held.close()
             raise
-        self._file.truncate(0)
-        holder = {
-            "pid": os.getpid(),
-            "host": socket.gethostname(),
-            "since": time.strftime("%Y-%m-%d %H:%M:%S"),
-        }
-        self._file.write(json.dumps(holder) + "\n")
-        self._file.flush()
+        file.truncate(0)
+        file.write(json.dumps(this_process()) + "\n")
+        file.flush()
 
     def __enter__(self) -> "RunLock":
         """Returns itself."""
@@ -97,39 +95,24 @@ class RunLock:
 
     def __exit__(self, kind, value, traceback) -> None:
         """Lets the next one in."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
-        if self._lease is not None:
-            self._lease.close()
-            self._lease = None
+        self._held.close()
 
-    def _acquire(self, path: epath.Path, deadline: float) -> None:
-        said = False
-        while True:
-            try:
-                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return
-            except OSError as error:
-                if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
-                    logging.warning("%s cannot be locked (%s); start no second run", path, error)
-                    return
-                holder = self._holder()
-                if holder.get("host") == socket.gethostname() or time.monotonic() >= deadline:
-                    raise BlockingIOError(
-                        f"{path.parent} is in use by process {holder.get('pid', '?')} on "
-                        f"{holder.get('host', '?')}, since {holder.get('since', '?')}. Stop that "
-                        "run or wait for its end, or pass another --workdir."
-                    ) from None
-            if not said:
-                logging.info("waiting for %s, held on %s", path, holder.get("host", "?"))
-                said = True
-            time.sleep(1.0)
 
-    def _holder(self) -> dict:
-        self._file.seek(0)
+def _acquire(file: TextIO, path: epath.Path, deadline: float) -> None:
+    said = False
+    while True:
         try:
-            holder = json.loads(self._file.read())
-        except (RecursionError, ValueError):  # it is just being written, or was edited
-            return {}
-        return holder if isinstance(holder, dict) else {}
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except OSError as error:
+            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+                logging.warning("%s cannot be locked (%s); start no second run", path, error)
+                return
+            file.seek(0)
+            holder = parsed_holder(file.read())
+            if holder.get("host") == socket.gethostname() or time.monotonic() >= deadline:
+                raise in_use(path, holder) from None
+        if not said:
+            logging.info("waiting for %s, held on %s", path, holder.get("host", "?"))
+            said = True
+        time.sleep(1.0)

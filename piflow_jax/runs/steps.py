@@ -90,8 +90,7 @@ def recorded_step(directory: epath.Path) -> int | None:
 
 def write_record(directory: epath.Path, step: int) -> None:
     """Records next to a directory the last step that was saved there."""
-    record = _record(directory)
-    write_json(record, {"step": step})
+    write_json(_record(directory), {"step": step})
 
 
 def _record(directory: epath.Path) -> epath.Path:
@@ -131,15 +130,12 @@ def complete_steps(
     unfinished = [n for n in unfinished if not (directory / n).is_file()]  # it may just be gone
     known = {*map(str, steps), *unfinished, "metadata"}
     foreign = [n for n in names if n not in known and not n.startswith(".")]
-    if foreign and not steps and writing:
-        raise CheckpointError(
-            f"{directory} holds no checkpoint but other things: {listed(foreign)}. Move them away "
-            "or pass another --workdir."
-        )
     if foreign and not steps:
+        advice = "Name a run's work directory, its checkpoints or one of their steps."
+        if writing:
+            advice = "Move them away or pass another --workdir."
         raise CheckpointError(
-            f"{directory} holds no checkpoint but other things: {listed(foreign)}. Name a run's "
-            "work directory, its checkpoints or one of their steps."
+            f"{directory} holds no checkpoint but other things: {listed(foreign)}. {advice}"
         )
     if unfinished and report:
         last = f"the last complete step is {steps[-1]}" if steps else "no step is complete"
