@@ -120,11 +120,10 @@ def intervals_from_uniforms(
     check_between("teacher_u", teacher_u, 0, 1)
     check_between("teacher_ratio", teacher_ratio, 0, 1)
     _check_segment(segment_size, window)
-    if teacher_u.shape != (student_u.shape[0], student_u.shape[1] - 1):
-        raise ValueError(
-            f"teacher_u has shape {teacher_u.shape}; student_u of shape {student_u.shape} asks for "
-            f"{(student_u.shape[0], student_u.shape[1] - 1)}"
-        )
+    batch, states = student_u.shape
+    check_shape(
+        "teacher_u", teacher_u, (batch, states - 1), f"student_u of shape {student_u.shape}"
+    )
     room = jnp.expand_dims(segment_size - window, -1)
     student = jnp.sort(student_u * ((1 - teacher_ratio) * room), axis=-1)
     zero = jnp.zeros_like(student[:, :1])

@@ -26,16 +26,13 @@ SMALL = 100_000  # a mixture of fewer bytes is not worth a second thread
 MOST_LANES = 8  # parallel loops; each is compiled
 
 
-def blocked_rollout(
-    offsets: jax.Array,
-    logweights: jax.Array,
-    center: jax.Array,
-    residual_src: jax.Array,
-    residual: jax.Array,
-    table: jax.Array,
-    trips: jax.Array,
-) -> jax.Array:
-    """All substeps of a mixture's rollout; see `mixture_rollout` for arguments and result."""
+def blocked_rollout(*arrays: jax.Array) -> jax.Array:
+    """All substeps of a mixture's rollout; see `mixture_rollout` for the result.
+
+    Args:
+      *arrays: `[B, ...]`, as for `mixture_rollout`.
+    """
+    offsets, logweights, center, residual_src, residual, table, trips = arrays
     batch, components, channels, sites = offsets.shape
     row = min(ROW, sites)
     rows_per_sample = -(-sites // row)
@@ -83,24 +80,15 @@ def _pad(values: jax.Array, axis: int, size: int) -> jax.Array:
     return jnp.pad(values, widths)
 
 
-def _split(values: jax.Array, axis: int) -> list[jax.Array]:
-    """Slices along an axis and removes it."""
-    pieces = jax.lax.split(values, (1,) * values.shape[axis], axis=axis)
-    return [jax.lax.squeeze(piece, (axis,)) for piece in pieces]
+def whole_rollout(*arrays: jax.Array) -> jax.Array:
+    """The same in one loop, so that the batch may be split over devices; see `mixture_rollout`.
 
-
-def whole_rollout(
-    offsets: jax.Array,
-    logweights: jax.Array,
-    center: jax.Array,
-    residual_src: jax.Array,
-    residual: jax.Array,
-    table: jax.Array,
-    trips: jax.Array,
-) -> jax.Array:
-    """The same in one loop, so that the batch may be split over devices; see `mixture_rollout`."""
+    Args:
+      *arrays: `[B, ...]`, as for `mixture_rollout`.
+    """
+    offsets, logweights, center, residual_src, residual, table, trips = arrays
     table = jnp.moveaxis(table, -1, 0)
-    by_channel = _split(offsets, 2)
+    by_channel = jnp.unstack(offsets, axis=2)
     norms = sum(d * d for d in by_channel)
 
     def substep(index, carry):
@@ -109,11 +97,12 @@ def whole_rollout(
         step = Recurrence(*(columns[:, i, None, None] for i in range(COLUMNS)))
         pull = step.pull * y + step.pull_src * residual_src + step.pull_center * center
         pull = jax.lax.optimization_barrier(pull)
-        inner = sum(d * p[:, None] for d, p in zip(by_channel, _split(pull, 1), strict=True))
+        pairs = zip(by_channel, jnp.unstack(pull, axis=1), strict=True)
+        inner = sum(d * p[:, None] for d, p in pairs)
         logits = jax.lax.optimization_barrier(logweights - step.half_precision * norms + inner)
         weights = jnp.exp(logits - jnp.max(logits, axis=1, keepdims=True))
         total = jnp.sum(weights, axis=1)
-        pairs = zip(_split(weights, 1), _split(offsets, 1), strict=True)
+        pairs = zip(jnp.unstack(weights, axis=1), jnp.unstack(offsets, axis=1), strict=True)
         mean = functools.reduce(jnp.add, [w[:, None] * d for w, d in pairs]) / total[:, None]
         velocity = (
             step.gain * y

@@ -39,22 +39,15 @@ def fits_on_chip(components: int, channels: int) -> bool:
     return tile * (2 * read + components) <= _MOST_BYTES
 
 
-def mosaic_rollout(
-    offsets: jax.Array,
-    logweights: jax.Array,
-    center: jax.Array,
-    residual_src: jax.Array,
-    residual: jax.Array,
-    table: jax.Array,
-    trips: jax.Array,
-    *,
-    interpret: bool = False,
-) -> jax.Array:
-    """All substeps of a mixture's rollout; see `mixture_rollout` for arguments and result.
+def mosaic_rollout(*arrays: jax.Array, interpret: bool = False) -> jax.Array:
+    """All substeps of a mixture's rollout; see `mixture_rollout` for the result.
 
     Args:
+      *arrays: `[B, ...]`, as for `mixture_rollout`.
       interpret: runs the kernel's operations one by one, on any platform.
     """
+    *fields, table, trips = arrays
+    offsets, *_, residual = fields
     batch, components, channels, sites = offsets.shape
     rows = min(SUBLANES, -(-sites // LANES))
     blocks = -(-sites // (rows * LANES))
@@ -86,13 +79,11 @@ def mosaic_rollout(
         cost_estimate=pl.CostEstimate(
             flops=batch * sites * components * table.shape[2] * (4 * channels + 4),
             transcendentals=batch * sites * components * table.shape[2],
-            bytes_accessed=sum(
-                a.nbytes for a in (offsets, logweights, center, residual_src, residual, residual)
-            ),
+            bytes_accessed=sum(a.nbytes for a in (*fields, residual)),
         ),
         interpret=interpret,
         name="mixture_rollout",
-    )(trips, table, *map(tiled, (offsets, logweights, center, residual_src, residual)))
+    )(trips, table, *map(tiled, fields))
     return end.reshape(batch, channels, -1)[..., :sites]
 
 

@@ -3,6 +3,8 @@
 Source: the GMFlow policy of pi-Flow (arXiv 2510.14974, Sec. 3.2) in the form of `Recurrence`.
 """
 
+import functools
+import operator
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -12,6 +14,9 @@ import jax.numpy as jnp
 from piflow_jax.kernels.recurrence import Recurrence
 
 __all__ = ["Component", "shaped_like", "substep"]
+
+# Starts with the first term, not with zero as `sum` does.
+_sum = functools.partial(functools.reduce, operator.add)
 
 
 class Component(NamedTuple):
@@ -26,14 +31,6 @@ class Component(NamedTuple):
     offset: Sequence[jax.Array]
     logweight: jax.Array
     norm: jax.Array
-
-
-def _sum(terms) -> jax.Array:
-    """A sum that starts with its first term, not with zero as `sum` does."""
-    first, *rest = terms
-    for term in rest:
-        first = first + term
-    return first
 
 
 def substep(
@@ -66,9 +63,7 @@ def substep(
         offset, logweight, norm = component(k)
         inner = _sum(d * p for d, p in zip(offset, pull, strict=True))
         logits.append(logweight - of.half_precision * norm + inner)
-    largest = logits[0]
-    for logit in logits[1:]:
-        largest = jnp.maximum(largest, logit)
+    largest = functools.reduce(jnp.maximum, logits)
     weights = [jnp.exp(logit - largest) for logit in logits]
     scale = of.gain_offset / _sum(weights)
     sums = [weights[0] * d for d in component(0).offset]

@@ -21,22 +21,15 @@ THREADS = 128
 REGISTERS = 200  # out of a thread's 255, for the mixture
 
 
-def triton_rollout(
-    offsets: jax.Array,
-    logweights: jax.Array,
-    center: jax.Array,
-    residual_src: jax.Array,
-    residual: jax.Array,
-    table: jax.Array,
-    trips: jax.Array,
-    *,
-    interpret: bool = False,
-) -> jax.Array:
-    """All substeps of a mixture's rollout; see `mixture_rollout` for arguments and result.
+def triton_rollout(*arrays: jax.Array, interpret: bool = False) -> jax.Array:
+    """All substeps of a mixture's rollout; see `mixture_rollout` for the result.
 
     Args:
+      *arrays: `[B, ...]`, as for `mixture_rollout`.
       interpret: runs the kernel's operations one by one, on any platform.
     """
+    *fields, table, trips = arrays
+    offsets, *_, residual = fields
     batch, components, channels, sites = offsets.shape
     blocks = -(-sites // THREADS)
 
@@ -64,7 +57,7 @@ def triton_rollout(
         compiler_params=plgpu.CompilerParams(num_warps=THREADS // 32, num_stages=1),
         interpret=interpret,
         name="mixture_rollout",
-    )(trips, table, *map(padded, (offsets, logweights, center, residual_src, residual)))
+    )(trips, table, *map(padded, fields))
     return end[..., :sites]
 
 

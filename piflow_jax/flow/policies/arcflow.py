@@ -8,6 +8,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from piflow_jax.arguments import check_shape
 from piflow_jax.flow.policies.base import check_mask, check_query, per_sample, promote
 
 __all__ = ["ArcFlowPolicy", "ArcOutput"]
@@ -72,12 +73,8 @@ class ArcFlowPolicy:
             "rates": (batch, *sites, components),
         }
         for name, shape in expected.items():
-            found = getattr(output, name).shape
-            if found != shape:
-                raise ValueError(
-                    f"ArcOutput.{name} has shape {found}; x_src of shape {x_src.shape} asks for "
-                    f"{shape}"
-                )
+            of = f"x_src of shape {x_src.shape}"
+            check_shape(f"ArcOutput.{name}", getattr(output, name), shape, of)
         if sigma_src.shape != (batch,):
             raise ValueError(f"sigma_src has shape {sigma_src.shape}, expected {(batch,)}")
         means, logweights, rates, sigma_src = promote(

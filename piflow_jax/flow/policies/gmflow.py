@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from piflow_jax.arguments import check_between, check_number
+from piflow_jax.arguments import check_between, check_number, check_shape
 from piflow_jax.flow.policies.base import check_mask, check_query, per_sample, promote
 
 __all__ = ["GMFlowPolicy", "GMOutput", "MixtureCoefficients"]
@@ -220,7 +220,7 @@ class GMFlowPolicy:
     def _logits(self, pull: jax.Array, half_precision: jax.Array) -> jax.Array:
         """`a' [B, K, *sites]`, up to a constant, for `e / den` and `zeta / (2 den)`."""
         # Spelled out over C too: on a CPU only reductions along K are fast.
-        by_channel = zip(_unstack(self.offsets, 2), _unstack(pull, 1), strict=True)
+        by_channel = zip(jnp.unstack(self.offsets, axis=2), jnp.unstack(pull, axis=1), strict=True)
         inner = sum(d * (jnp.expand_dims(p, 1) - half_precision * d) for d, p in by_channel)
         return self.logweights + inner
 
@@ -230,7 +230,7 @@ class GMFlowPolicy:
         # As separate reductions, they are not recomputed for each component.
         largest = jax.lax.stop_gradient(jnp.max(logits, axis=1, keepdims=True))
         weights = jax.lax.optimization_barrier(jnp.exp(logits - largest))
-        pairs = zip(_unstack(weights, 1), _unstack(self.offsets, 1), strict=True)
+        pairs = zip(jnp.unstack(weights, axis=1), jnp.unstack(self.offsets, axis=1), strict=True)
         weighted = sum(jnp.expand_dims(w, 1) * d for w, d in pairs)
         return weighted / jnp.sum(weights, axis=1, keepdims=True)
 
@@ -271,12 +271,6 @@ class GMFlowPolicy:
         )
 
 
-def _unstack(x: jax.Array, axis: int) -> list[jax.Array]:
-    """Slices along an axis; their gradient is one concatenation, not a padded sum per slice."""
-    pieces = jax.lax.split(x, (1,) * x.shape[axis], axis=axis)
-    return [jax.lax.squeeze(piece, (axis,)) for piece in pieces]
-
-
 def _check_shapes(output: GMOutput, x_src: jax.Array, sigma_src: jax.Array) -> None:
     if np.ndim(x_src) < 2:
         raise ValueError(f"x_src must be [B, *sites, C], got shape {np.shape(x_src)}")
@@ -290,11 +284,7 @@ def _check_shapes(output: GMOutput, x_src: jax.Array, sigma_src: jax.Array) -> N
         "logstd": (batch,),
     }
     for name, shape in expected.items():
-        found = getattr(output, name).shape
-        if found != shape:
-            raise ValueError(
-                f"GMOutput.{name} has shape {found}; x_src of shape {np.shape(x_src)} asks for "
-                f"{shape}"
-            )
+        of = f"x_src of shape {np.shape(x_src)}"
+        check_shape(f"GMOutput.{name}", getattr(output, name), shape, of)
     if np.shape(sigma_src) != (batch,):
         raise ValueError(f"sigma_src has shape {np.shape(sigma_src)}, expected {(batch,)}")
