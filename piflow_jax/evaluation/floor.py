@@ -8,6 +8,7 @@ from numpy.typing import ArrayLike
 from piflow_jax.evaluation.checks import checked_features
 from piflow_jax.evaluation.frechet import frechet_distance
 from piflow_jax.evaluation.precision_recall import precision_recall
+from piflow_jax.keys import shuffled
 
 _SPLIT_KEY = 20251  # fixes the splits forever
 
@@ -55,9 +56,7 @@ def half_split_floor(features: ArrayLike, *, splits: int = 4, k: int = 3) -> Flo
     half = len(features) // 2
     distances, precisions, recalls = [], [], []
     for split in range(splits):
-        key = np.array([_SPLIT_KEY, split], np.uint64)
-        words = np.random.Philox(key=key).random_raw(len(features))
-        order = np.argsort(words, kind="stable")
+        order = shuffled(len(features), (_SPLIT_KEY, split))
         one, other = features[order[:half]], features[order[half : 2 * half]]
         distances.append(frechet_distance(one, other))
         precision, recall = precision_recall(one, other, k=k)

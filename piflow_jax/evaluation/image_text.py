@@ -5,7 +5,6 @@ DINOv2 (M. Oquab et al., arXiv 2304.07193) measures how much pictures of one pro
 networks are loaded by `transformers`, from folders on this machine; it comes with the extra `text`.
 """
 
-import hashlib
 import json
 import os
 from collections.abc import Sequence
@@ -14,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import ArrayLike
 
-from piflow_jax.data.torch_parts import load_network, load_part, read_model_type
+from piflow_jax.data.torch_parts import files_digest, load_network, load_part, read_model_type
 from piflow_jax.evaluation.checks import check_same_dimension, checked_features
 
 __all__ = ["ImageNetwork", "clip_similarity", "load_image_network", "prompt_diversity"]
@@ -40,7 +39,7 @@ class ImageNetwork:
 
         self._torch, self._device = torch, device
         self.name = f"{kind} {folder.name}"
-        self.digest = _folder_digest(folder)
+        self.digest = files_digest(folder)
         self.reads_text = kind == _CLIP
         load = transformers.CLIPModel if self.reads_text else transformers.AutoModel
         self._network = load_network(
@@ -218,12 +217,3 @@ def _unit(features: np.ndarray) -> np.ndarray:
 def _side(size: int | dict[str, int], key: str) -> int:
     """A side from settings; old releases give it as a plain number."""
     return size if isinstance(size, int) else size.get(key, size.get("height"))
-
-
-def _folder_digest(folder: Path) -> str:
-    digest = hashlib.sha256()
-    for path in sorted(p for p in folder.iterdir() if p.is_file()):
-        with open(path, "rb") as file:
-            content = hashlib.file_digest(file, "sha256").hexdigest()
-        digest.update(f"{path.name} {content}\n".encode())
-    return digest.hexdigest()

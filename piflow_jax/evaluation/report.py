@@ -80,35 +80,18 @@ class Report:
     def table(self) -> str:
         """The report for people, in fixed-width columns that are also Markdown; names the space."""
         head = ("system", "NFE", "Frechet", "precision", "recall", "diversity", "endpoint", "sec")
+
+        def shown(figures, diversity):
+            shares = (f"{value:.3f}" for value in (figures.precision, figures.recall))
+            return f"{figures.frechet:.3f}", *shares, f"{diversity:.2f}"
+
         cells = [head]
         for row in self.rows:
-            figures = row.figures
+            figures = shown(row.figures, row.figures.diversity)
             endpoint = "-" if row.endpoint_mse is None else f"{row.endpoint_mse:.4f}"
-            cells.append(
-                (
-                    row.system,
-                    str(row.nfe),
-                    f"{figures.frechet:.3f}",
-                    f"{figures.precision:.3f}",
-                    f"{figures.recall:.3f}",
-                    f"{figures.diversity:.2f}",
-                    endpoint,
-                    f"{row.seconds:.1f}",
-                )
-            )
-        floor = self.floor
-        cells.append(
-            (
-                "data, half against half",
-                "-",
-                f"{floor.frechet:.3f}",
-                f"{floor.precision:.3f}",
-                f"{floor.recall:.3f}",
-                f"{self.data_diversity:.2f}",
-                "-",
-                "-",
-            )
-        )
+            cells.append((row.system, str(row.nfe), *figures, endpoint, f"{row.seconds:.1f}"))
+        floor = shown(self.floor, self.data_diversity)
+        cells.append(("data, half against half", "-", *floor, "-", "-"))
         widths = [max(map(len, column)) for column in np.transpose(cells).tolist()]
 
         def line(row):

@@ -56,12 +56,14 @@ def _norm(groups: int | None, dtype, name: str | None = None) -> nn.Module:
     )
 
 
-class ResnetBlock(nn.Module):
-    """Two normalised convolutions and a skip, which is a 1x1 convolution if widths differ."""
-
+class _Block(nn.Module):
     features: int
     norm_groups: int | None
     dtype: DTypeLike | None = None
+
+
+class ResnetBlock(_Block):
+    """Two normalised convolutions and a skip, which is a 1x1 convolution if widths differ."""
 
     def setup(self):
         self.norm1 = _norm(self.norm_groups, self.dtype)
@@ -77,12 +79,8 @@ class ResnetBlock(nn.Module):
         return h + (x if x.shape[-1] == self.features else self.conv_shortcut(x))
 
 
-class AttentionBlock(nn.Module):
+class AttentionBlock(_Block):
     """Self-attention of one head over all sites, and a skip."""
-
-    features: int
-    norm_groups: int | None
-    dtype: DTypeLike | None = None
 
     def setup(self):
         self.group_norm = _norm(self.norm_groups, self.dtype)
@@ -98,23 +96,40 @@ class AttentionBlock(nn.Module):
         return x + self.to_out(attended).reshape(x.shape)
 
 
-class Encoder(nn.Module):
-    """Maps an image to the posterior's mean and log-variance, before `quant_conv`."""
+class _Half(nn.Module):
+    """What encoder and decoder share."""
 
     channels: tuple[int, ...]
     layers_per_block: int
-    latent_channels: int
     norm_groups: int | None
     dtype: DTypeLike | None = None
+
+    def resnet(self, features: int, name: str) -> ResnetBlock:
+        return ResnetBlock(features, self.norm_groups, self.dtype, name=name)
+
+    def middle(self, x: jax.Array) -> jax.Array:
+        features = self.channels[-1]
+        x = self.resnet(features, "mid_resnet_0")(x)
+        x = AttentionBlock(features, self.norm_groups, self.dtype, name="mid_attention")(x)
+        return self.resnet(features, "mid_resnet_1")(x)
+
+    def out(self, x: jax.Array, features: int) -> jax.Array:
+        x = nn.silu(_norm(self.norm_groups, self.dtype, "conv_norm_out")(x))
+        return _conv3(features, dtype=self.dtype, name="conv_out")(x)
+
+
+class Encoder(_Half, kw_only=True):
+    """Maps an image to the posterior's mean and log-variance, before `quant_conv`."""
+
+    latent_channels: int
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps x[B, H, W, 3] to [B, H / f, W / f, 2 latent_channels]."""
-        block = functools.partial(ResnetBlock, norm_groups=self.norm_groups, dtype=self.dtype)
         x = _conv3(self.channels[0], dtype=self.dtype, name="conv_in")(x)
         for level, features in enumerate(self.channels):
             for layer in range(self.layers_per_block):
-                x = block(features, name=f"down_{level}_resnet_{layer}")(x)
+                x = self.resnet(features, f"down_{level}_resnet_{layer}")(x)
             if level + 1 < len(self.channels):
                 x = jnp.pad(x, ((0, 0), (0, 1), (0, 1), (0, 0)))
                 x = nn.Conv(
@@ -125,43 +140,29 @@ class Encoder(nn.Module):
                     dtype=self.dtype,
                     name=f"down_{level}_downsample",
                 )(x)
-        x = _middle(self, x)
-        x = nn.silu(_norm(self.norm_groups, self.dtype, "conv_norm_out")(x))
-        return _conv3(2 * self.latent_channels, dtype=self.dtype, name="conv_out")(x)
+        x = self.middle(x)
+        return self.out(x, 2 * self.latent_channels)
 
 
-class Decoder(nn.Module):
+class Decoder(_Half, kw_only=True):
     """Maps latents, after `post_quant_conv`, to an image."""
 
-    channels: tuple[int, ...]
-    layers_per_block: int
     out_channels: int
-    norm_groups: int | None
     halving_upsample: bool
-    dtype: DTypeLike | None = None
 
     @nn.compact
     def __call__(self, z: jax.Array) -> jax.Array:
         """Maps z[B, h, w, latent_channels] to [B, f h, f w, out_channels]."""
-        block = functools.partial(ResnetBlock, norm_groups=self.norm_groups, dtype=self.dtype)
         x = _conv3(self.channels[-1], dtype=self.dtype, name="conv_in")(z)
-        x = _middle(self, x)
+        x = self.middle(x)
         for level, features in enumerate(reversed(self.channels)):
             for layer in range(self.layers_per_block + 1):
-                x = block(features, name=f"up_{level}_resnet_{layer}")(x)
+                x = self.resnet(features, f"up_{level}_resnet_{layer}")(x)
             if level + 1 < len(self.channels):
                 x = x.repeat(2, axis=1).repeat(2, axis=2)
                 width = features // 2 if self.halving_upsample else features
                 x = _conv3(width, dtype=self.dtype, name=f"up_{level}_upsample")(x)
-        x = nn.silu(_norm(self.norm_groups, self.dtype, "conv_norm_out")(x))
-        return _conv3(self.out_channels, dtype=self.dtype, name="conv_out")(x)
-
-
-def _middle(half: Encoder | Decoder, x: jax.Array) -> jax.Array:
-    sizes = (half.channels[-1], half.norm_groups, half.dtype)
-    x = ResnetBlock(*sizes, name="mid_resnet_0")(x)
-    x = AttentionBlock(*sizes, name="mid_attention")(x)
-    return ResnetBlock(*sizes, name="mid_resnet_1")(x)
+        return self.out(x, self.out_channels)
 
 
 class AutoencoderKL(nn.Module):

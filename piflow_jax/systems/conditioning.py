@@ -7,9 +7,10 @@ defaults to the network's own guidance scale. All code except the network passes
 unchanged. A `Conditioning` turns it into the keyword arguments of one of our networks.
 """
 
+import abc
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -36,43 +37,42 @@ Condition = Any
 """Arrays `[B, ...]` in any structure."""
 
 
-class Conditioning(Protocol):
+class Conditioning(abc.ABC):
     """Turns conditions into the arguments of a network.
 
     Attributes:
       reads_text: True if conditions are embedded captions. Samples then have no size of their own.
     """
 
-    reads_text: bool
+    reads_text: ClassVar[bool] = False
 
+    @abc.abstractmethod
     def __call__(self, condition: Condition) -> dict[str, jax.Array]:
         """The network's keyword arguments."""
-        ...
 
     def null(self, data: DataShape, caption: Condition | None) -> Condition:
         """The null condition of a single example.
 
         `caption` is the empty caption of a set of captions.
         """
-        ...
+        del data
+        return caption
 
+    @abc.abstractmethod
     def example(self, data: DataShape, batch: int, length: int) -> Condition:
         """Shapes of a condition; `length` is the number of tokens of text."""
-        ...
 
+    @abc.abstractmethod
     def checked(self, condition: Condition, data: DataShape) -> tuple[Condition, int]:
         """A caller's condition as arrays on the host, and the number of samples that it describes.
 
         A ValueError says what the condition should be.
         """
-        ...
 
 
 @dataclasses.dataclass(frozen=True)
-class ClassLabels:
+class ClassLabels(Conditioning):
     """Labels in `[0, num_classes)`; label `num_classes` is the null label."""
-
-    reads_text = False
 
     def __call__(self, condition):
         """See `Conditioning`."""
@@ -99,10 +99,8 @@ class ClassLabels:
 
 
 @dataclasses.dataclass(frozen=True)
-class Unconditional:
+class Unconditional(Conditioning):
     """Samples without a condition. The caller gives their number instead."""
-
-    reads_text = False
 
     def __call__(self, condition):
         """See `Conditioning`."""
@@ -124,19 +122,12 @@ class Unconditional:
 
 
 @dataclasses.dataclass(frozen=True)
-class Arrays:
+class Arrays(Conditioning):
     """Arrays of any names and shapes, for networks of a user's own; see `DataShape.conditions`."""
-
-    reads_text = False
 
     def __call__(self, condition):
         """See `Conditioning`; a condition that is a single array is named `condition`."""
         return dict(condition) if isinstance(condition, Mapping) else {"condition": condition}
-
-    def null(self, data, caption):
-        """See `Conditioning`."""
-        del data
-        return caption
 
     def example(self, data, batch, length):
         """See `Conditioning`."""
@@ -187,7 +178,7 @@ def conditioning_of(data: DataShape) -> Conditioning:
 
 
 @dataclasses.dataclass(frozen=True)
-class Text:
+class Text(Conditioning):
     """Embedded captions.
 
     Attributes:
@@ -229,11 +220,6 @@ class Text:
             own = jnp.full(text.shape[:1], self.guidance, jnp.float32)
             arguments["guidance"] = jnp.asarray(condition.get("guidance", own))
         return arguments
-
-    def null(self, data, caption):
-        """See `Conditioning`."""
-        del data
-        return caption
 
     def example(self, data, batch, length):
         """See `Conditioning`."""

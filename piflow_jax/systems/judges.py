@@ -14,7 +14,9 @@ import jax
 import numpy as np
 from absl import logging
 from etils import epath
+from jax.experimental import multihost_utils
 
+from piflow_jax.arguments import differing
 from piflow_jax.config import Config, ConfigError, EvaluationConfig, naming
 from piflow_jax.convert import load_torch_state
 from piflow_jax.convert.inception import INCEPTION_FILE, INCEPTION_URL, read_inception
@@ -26,6 +28,7 @@ from piflow_jax.evaluation.components import PrincipalComponents
 from piflow_jax.evaluation.feature_training import recipe_for, stored_arrays, train_network
 from piflow_jax.evaluation.features import FeatureNetwork, load_features
 from piflow_jax.evaluation.kept import read_kept
+from piflow_jax.keys import shuffled
 from piflow_jax.parallel import batch_sharding, local_mesh, replicated
 from piflow_jax.progress import Progress, tracked
 from piflow_jax.systems.datasets import dataset
@@ -199,8 +202,7 @@ def _real_batches(source: Source) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Real images `[b, H, W, C]` with labels `int32[b]`, see `real_features`."""
     indices = np.arange(len(source))
     if len(source) > _MOST_REAL:
-        words = np.random.Philox(key=0).random_raw(len(source))
-        indices = np.sort(np.argsort(words, kind="stable")[:_MOST_REAL])
+        indices = np.sort(shuffled(len(source), (0, 0))[:_MOST_REAL])
     labels = getattr(source, "labels", None)  # captions made from classes also have labels
     for part in np.split(indices, range(_BATCH, len(indices), _BATCH)):
         if hasattr(source, "gather"):
@@ -247,10 +249,7 @@ def _kept(source: Source, path: epath.Path) -> Judge:
     if jax.process_index() == 0 and not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         _write(path, source, *_made(source))
-    if jax.process_count() > 1:
-        from jax.experimental import multihost_utils
-
-        multihost_utils.sync_global_devices("features")
+    multihost_utils.sync_global_devices("features")
     return _read(path, source)
 
 
@@ -323,11 +322,8 @@ def _read(path: epath.Path, source: Source) -> Judge:
         return judge, about["source"], dict(about["of"])
 
     judge, name, of = read_kept(path, kept)
-    different = [
-        f"{key} {of.get(key)!r} there, {value!r} here"
-        for key, value in _identity(source).items()
-        if of.get(key) != value
-    ]
+    here = _identity(source)
+    different = differing({key: of.get(key) for key in here}, here, "{} {!r} there, {!r} here")
     if different:
         raise ConfigError(
             f"{path} is the feature space of another source ({name!r}: "

@@ -8,7 +8,7 @@ import dataclasses
 import difflib
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,12 +18,12 @@ from piflow_jax.config import ConfigError, ModelConfig, PolicyConfig
 from piflow_jax.data.latents import SD_VAE_SCALE
 from piflow_jax.keys import seed_key
 from piflow_jax.models import DiT, VelocityHead, student_from_teacher
-from piflow_jax.models.blocks import Constrain
 from piflow_jax.models.flux import FLUX_TARGETS, Flux
 from piflow_jax.models.initial import initial_trained
 from piflow_jax.models.lora import LoRA, merge, split
 from piflow_jax.models.qwen_image import QWEN_TARGETS, QwenImage
-from piflow_jax.systems.conditioning import ClassLabels, Condition, Conditioning, Text
+from piflow_jax.systems.conditioning import ClassLabels, Conditioning, Text
+from piflow_jax.systems.network import Network, Variables
 from piflow_jax.systems.own import network_of_function
 from piflow_jax.systems.policies import POLICIES
 from piflow_jax.systems.shapes import DataShape
@@ -40,89 +40,9 @@ __all__ = [
     "teacher_network",
 ]
 
-Variables = Any
-
-
-class Network(Protocol):
-    """A network as pure functions of its variables.
-
-    Attributes:
-      conditioning: turns conditions into the network's arguments.
-      adapted: a student trains adapters on its teacher's variables.
-      drops: training takes a key for dropout.
-      carries: it has other variables besides its parameters, see `train`.
-      spec: its entries in a checkpoint, beyond settings and data.
-    """
-
-    conditioning: Conditioning
-    adapted: bool
-    drops: bool
-    carries: bool
-    spec: Mapping[str, Any]
-
-    def init(self, key: jax.Array) -> Variables:
-        """Fresh variables; traceable."""
-        ...
-
-    def named(self, key: jax.Array) -> Variables:
-        """The same, in boxes (`flax.linen.Partitioned`) where parameters have named axes."""
-        ...
-
-    def apply(self, variables: Variables, x: jax.Array, t: jax.Array, condition: Condition) -> Any:
-        """The output at states `x[B, *sites, C]` of noise levels `t[B]`.
-
-        It is a velocity `u[B, *sites, C]`, or an output that the policy's row takes.
-        """
-        ...
-
-    def train(
-        self,
-        variables: Variables,
-        x: jax.Array,
-        t: jax.Array,
-        condition: Condition,
-        key: jax.Array | None,
-    ) -> tuple[Any, Any]:
-        """The output in training, with the dropout of `key`, and variables for the next call.
-
-        These carried variables change without gradients: running averages, random state.
-        """
-        ...
-
-    def trained(self, variables: Variables) -> Variables:
-        """The part of variables, or of their shapes, that gradients change."""
-        ...
-
-    def carried(self, variables: Variables) -> Any:
-        """The carried variables for the first call in training; see `train`."""
-        ...
-
-    def with_base(self, trained: Variables, base: Any) -> Variables:
-        """The inverse of `trained`; copies nothing.
-
-        `base` is the teacher's variables if the network is adapted, otherwise the carried
-        variables.
-        """
-        ...
-
-    def start(self, key: jax.Array, teacher: "Network", teacher_variables: Variables) -> Variables:
-        """The trained part of a student that starts at its teacher; traceable."""
-        ...
-
-    def constrained(self, constrain: Constrain) -> "Network":
-        """The same network with its activations pinned to a mesh."""
-        ...
-
-    def check(self, teacher: "Network | None" = None) -> None:
-        """Refuses, before any training, errors that only a call can reveal; computes little.
-
-        `teacher` is the network where a student starts.
-        """
-        ...
-
 
 @dataclasses.dataclass(frozen=True)
-class BuiltIn:
+class BuiltIn(Network):
     """One of our Flax modules, with its output head.
 
     Attributes:
@@ -132,17 +52,11 @@ class BuiltIn:
 
     module: nn.Module
     conditioning: Conditioning
-    carries: ClassVar[bool] = False
-    spec: ClassVar[Mapping[str, Any]] = {}
 
     @property
     def adapted(self) -> bool:
         """See `Network`."""
         return getattr(self.module, "lora", None) is not None
-
-    def init(self, key: jax.Array) -> Variables:
-        """See `Network`."""
-        return nn.unbox(self.named(key))
 
     @functools.partial(jax.jit, static_argnums=0)  # traced once for equal networks
     def named(self, key: jax.Array) -> Variables:
@@ -164,11 +78,6 @@ class BuiltIn:
         rngs = None if key is None else {"dropout": key}
         return self.module.apply(variables, x, t, **self.conditioning(condition), rngs=rngs), ()
 
-    def carried(self, variables: Variables) -> tuple[()]:
-        """See `Network`."""
-        del variables
-        return ()
-
     def trained(self, variables: Variables) -> Variables:
         """See `Network`; with adapters: the adapters, the head and the last modulation."""
         return split(variables)[1] if self.adapted else variables
@@ -186,12 +95,9 @@ class BuiltIn:
             keys[1], self.module, self.init(keys[0]), teacher_variables, teacher=teacher.module
         )
 
-    def constrained(self, constrain: Constrain) -> "BuiltIn":
+    def constrained(self, constrain) -> "BuiltIn":
         """See `Network`."""
         return dataclasses.replace(self, module=self.module.clone(constrain=constrain))
-
-    def check(self, teacher: Network | None = None) -> None:
-        """See `Network`; the schema has already checked our networks."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -23,6 +23,7 @@ from piflow_jax.keys import seed_key
 from piflow_jax.models.heads import TEACHER_LOGSTD
 from piflow_jax.models.layers import time_features
 from piflow_jax.systems.conditioning import Condition, Conditioning, conditioning_of
+from piflow_jax.systems.network import Network
 from piflow_jax.systems.policies import POLICIES
 from piflow_jax.systems.shapes import DataShape
 
@@ -157,8 +158,8 @@ class _TimeLogstd(nn.Module):
 
 
 @dataclasses.dataclass(frozen=True)
-class OwnNetwork:
-    """A user's own network; see `piflow_jax.systems.networks.Network`.
+class OwnNetwork(Network):
+    """A user's own network; see `Network`.
 
     Attributes:
       name: its name in messages and checkpoints, `package.module:name`.
@@ -176,8 +177,6 @@ class OwnNetwork:
     data: DataShape
     policy: PolicyConfig | None = None
     asked: Teacher | None = None
-    adapted = False
-    drops = False
 
     @property
     def conditioning(self) -> Conditioning:
@@ -207,10 +206,6 @@ class OwnNetwork:
             "asked.prediction": self.asked.prediction,
             "asked.schedule": None if method is None else [method, values],
         }
-
-    def init(self, key: jax.Array) -> Any:
-        """See `Network`."""
-        return nn.unbox(self.named(key))
 
     def named(self, key: jax.Array) -> Any:
         """See `Network`."""
@@ -268,11 +263,6 @@ class OwnNetwork:
     def with_base(self, trained, base):
         """See `Network`."""
         return {"params": trained, "carried": base}
-
-    def constrained(self, constrain):
-        """See `Network`; the compiler chooses the sharding of activations."""
-        del constrain
-        return self
 
     def start(self, key: jax.Array, teacher: "OwnNetwork", teacher_variables: Any) -> Any:
         """See `Network`."""

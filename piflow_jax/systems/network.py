@@ -1,0 +1,96 @@
+"""A network as teacher and student see it: pure functions of its variables."""
+
+import abc
+import types
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from flax import linen as nn
+
+from piflow_jax.models.blocks import Constrain
+from piflow_jax.systems.conditioning import Condition, Conditioning
+
+__all__ = ["Network", "Variables"]
+
+Variables = Any
+
+
+class Network(abc.ABC):
+    """A network as pure functions of its variables.
+
+    Attributes:
+      conditioning: turns conditions into the network's arguments.
+      adapted: a student trains adapters on its teacher's variables.
+      drops: training takes a key for dropout.
+      carries: it has other variables besides its parameters, see `train`.
+      spec: its entries in a checkpoint, beyond settings and data.
+    """
+
+    conditioning: Conditioning
+    adapted: bool = False
+    drops: bool = False
+    carries: bool = False
+    spec: Mapping[str, Any] = types.MappingProxyType({})
+
+    def init(self, key: jax.Array) -> Variables:
+        """Fresh variables; traceable."""
+        return nn.unbox(self.named(key))
+
+    @abc.abstractmethod
+    def named(self, key: jax.Array) -> Variables:
+        """The same, in boxes (`flax.linen.Partitioned`) where parameters have named axes."""
+
+    @abc.abstractmethod
+    def apply(self, variables: Variables, x: jax.Array, t: jax.Array, condition: Condition) -> Any:
+        """The output at states `x[B, *sites, C]` of noise levels `t[B]`.
+
+        It is a velocity `u[B, *sites, C]`, or an output that the policy's row takes.
+        """
+
+    @abc.abstractmethod
+    def train(
+        self,
+        variables: Variables,
+        x: jax.Array,
+        t: jax.Array,
+        condition: Condition,
+        key: jax.Array | None,
+    ) -> tuple[Any, Any]:
+        """The output in training, with the dropout of `key`, and variables for the next call.
+
+        These carried variables change without gradients: running averages, random state.
+        """
+
+    @abc.abstractmethod
+    def trained(self, variables: Variables) -> Variables:
+        """The part of variables, or of their shapes, that gradients change."""
+
+    def carried(self, variables: Variables) -> Any:
+        """The carried variables for the first call in training; see `train`."""
+        del variables
+        return ()
+
+    @abc.abstractmethod
+    def with_base(self, trained: Variables, base: Any) -> Variables:
+        """The inverse of `trained`; copies nothing.
+
+        `base` is the teacher's variables if the network is adapted, otherwise the carried
+        variables.
+        """
+
+    @abc.abstractmethod
+    def start(self, key: jax.Array, teacher: "Network", teacher_variables: Variables) -> Variables:
+        """The trained part of a student that starts at its teacher; traceable."""
+
+    def constrained(self, constrain: Constrain) -> "Network":
+        """The same network with its activations pinned to a mesh, where it can pin them."""
+        del constrain
+        return self
+
+    def check(self, teacher: "Network | None" = None) -> None:
+        """Refuses, before any training, errors that only a call can reveal; computes little.
+
+        `teacher` is the network where a student starts.
+        """
+        del teacher
