@@ -5,18 +5,16 @@ metrics, looks and a report. Networks, teachers and sources are the caller's val
 follows pi-Flow, arXiv 2510.14974, Alg. 2 and Sec. 3.4.
 """
 
-import contextlib
 import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from etils import epath
 from ml_collections import ConfigDict
 
 from piflow_jax.config import Config, ConfigError, base_config, parse
@@ -28,6 +26,7 @@ from piflow_jax.distillation.looks import look_by
 from piflow_jax.distillation.sizes import Sizes
 from piflow_jax.distillation.stages import (
     flat_settings,
+    locked,
     run_here,
     student_stage,
     teacher_stage,
@@ -43,9 +42,7 @@ from piflow_jax.parallel import (
 from piflow_jax.runs.fingerprints import tree_fingerprint
 from piflow_jax.runs.loop import checkpoint_dir
 from piflow_jax.runs.metrics import OnMetrics
-from piflow_jax.runs.run_lock import RunLock
 from piflow_jax.runs.steps import latest_step
-from piflow_jax.runs.workdir import check_writable, user_path
 from piflow_jax.student import Student
 from piflow_jax.systems.assembly import Systems
 from piflow_jax.systems.conditioning import described
@@ -140,7 +137,7 @@ def distill(
             systems = dataclasses.replace(systems, student_network=student)
     systems.student_network.check_start(first)
     mesh = config_mesh(parsed)
-    with _locked(workdir, "student", "student/best") as workdir:
+    with locked(workdir, "student", "student/best") as workdir:
         if latest_step(checkpoint_dir(workdir, "student")) is None and has_states(source):
             report = check_teacher(teacher, params, source)
             if report.problem:
@@ -226,7 +223,7 @@ def train_teacher(
         null=null,
     )
     mesh = config_mesh(parsed)
-    with _locked(workdir, "teacher") as workdir:
+    with locked(workdir, "teacher") as workdir:
         Sizes(systems, source).check_teacher_training()
         stage = teacher_stage(systems, source, mesh, _identity(own, source))
         state = run_here(stage, parsed, workdir, mesh, on_metrics)
@@ -364,13 +361,3 @@ def _identity(network: OwnNetwork, source: Source) -> dict[str, Any]:
 def _look(systems: Systems, test: Source, judge: Judge | None):
     sampler = systems.student_sampler()
     return look_by(systems.config, test, systems.data, sampler, judged(test, judge))
-
-
-@contextlib.contextmanager
-def _locked(workdir: str | os.PathLike, *stages: str) -> Iterator[epath.Path]:
-    """Locks the run's directory against other runs and checks that it can be written."""
-    workdir = user_path(workdir)
-    with RunLock(workdir):
-        places = [checkpoint_dir(workdir, stage) for stage in stages]
-        check_writable(*places, *(place.parent for place in places))
-        yield workdir

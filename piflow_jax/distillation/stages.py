@@ -3,12 +3,14 @@
 The command line's modes and `piflow_jax.distill` share these two stages.
 """
 
+import contextlib
 import dataclasses
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
+from etils import epath
 from jax.sharding import Mesh
 
 from piflow_jax.config import Config
@@ -16,8 +18,10 @@ from piflow_jax.data import Source, batches
 from piflow_jax.keys import seed_key
 from piflow_jax.parallel import ActivationSharding, gathered, local_rows
 from piflow_jax.runs.fingerprints import tree_fingerprint
-from piflow_jax.runs.loop import Look, Stage, run_stage
+from piflow_jax.runs.loop import Look, Stage, checkpoint_dir, run_stage
 from piflow_jax.runs.metrics import OnMetrics
+from piflow_jax.runs.run_lock import RunLock
+from piflow_jax.runs.workdir import check_writable, user_path
 from piflow_jax.systems.assembly import Systems
 from piflow_jax.systems.shardings import student_shardings
 from piflow_jax.systems.spec import model_settings, student_spec, teacher_spec, updated_settings
@@ -49,6 +53,16 @@ def run_here(
         peak_flops=config.peak_flops,
         on_metrics=on_metrics,
     )
+
+
+@contextlib.contextmanager
+def locked(workdir: str | os.PathLike, *stages: str) -> Iterator[epath.Path]:
+    """Locks the run's directory against other runs and checks that it can be written."""
+    workdir = user_path(workdir)
+    with RunLock(workdir):
+        places = [checkpoint_dir(workdir, stage) for stage in stages]
+        check_writable(*places, *(place.parent for place in places))
+        yield workdir
 
 
 def stream_key(config: Config, stream: int) -> jax.Array:

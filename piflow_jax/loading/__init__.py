@@ -7,14 +7,14 @@ import contextlib
 import dataclasses
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from piflow_jax.arguments import check_choice
+from piflow_jax.arguments import check_choice, prefixed
 from piflow_jax.config import ModelConfig, PolicyConfig, parse
 from piflow_jax.exported import DESCRIPTION
 from piflow_jax.flow.teacher import Schedule, Teacher
@@ -82,7 +82,7 @@ def load(
     if _is_weights(path):
         return _from_file(path, config, dtype, teacher)
     directory, step, spec, saved = find_checkpoint(path, "student")
-    with _about(directory):
+    with prefixed(directory):
         settings = trained_with(student_settings(spec), saved)
         if network is not None or _is_own(settings.model):
             network = _own(settings, network, teacher)
@@ -136,7 +136,7 @@ def load_teacher(
     run, weights, step = path, None, None
     if _is_weights(path):
         weights = open_weights(path)
-        with _about(path):
+        with prefixed(path):
             spec = spec_of(weights.metadata)
             if spec is None:
                 raise ValueError(
@@ -145,7 +145,7 @@ def load_teacher(
                 )
     else:
         path, step, spec, _ = find_checkpoint(path, "teacher")
-    with _about(path):
+    with prefixed(path):
         model, data = teacher_settings(spec)
         own = network is not None or _is_own(model)
         network = _own_of(model, network, data) if own else teacher_network(model, data)
@@ -164,7 +164,7 @@ def load_teacher(
     )
     if weights is None:
         return teacher, averaged(path, network, step)
-    with _about(path):
+    with prefixed(path):
         return teacher, converted(weights, network, model.network)
 
 
@@ -295,7 +295,7 @@ def _base(
     weights = open_weights(teacher)
     base_dtype = base_dtype or _type_of(weights)
     network = teacher_network(_typed(model, dtype=model.dtype, base_dtype=base_dtype), data)
-    with _about(teacher):
+    with prefixed(teacher):
         return converted(weights, network, model.network), base_dtype
 
 
@@ -312,7 +312,7 @@ def _from_file(
     from piflow_jax.convert import is_adapter, open_weights
 
     weights = open_weights(path)
-    with _about(path):
+    with prefixed(path):
         if DESCRIPTION in weights.metadata:
             raise ValueError("a sampler of Student.export: piflow_jax.load_exported reads it")
         adapter, spec = is_adapter(weights), spec_of(weights.metadata)
@@ -344,12 +344,3 @@ def _from_file(
     if not adapter:
         return Student(network, params, settings)
     return _on_base(settings, params, teacher, base_dtype)
-
-
-@contextlib.contextmanager
-def _about(path: str | os.PathLike) -> Iterator[None]:
-    """Puts the file's name before what is said of it."""
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error

@@ -2,12 +2,12 @@
 
 import contextlib
 import os
-from collections.abc import Iterator
 from typing import Any
 
 from etils import epath
 from jax.sharding import Mesh
 
+from piflow_jax.arguments import prefixed
 from piflow_jax.config import Config, ConfigError
 from piflow_jax.convert import open_weights
 from piflow_jax.loading.weights import averaged, converted, find_checkpoint
@@ -71,10 +71,8 @@ def data_shape(config: Config, workdir: str | os.PathLike) -> DataShape:
     if of_teacher and latest_step(epath.Path(directory)) is None:
         directory, alone = _teacher_dir(config, workdir), True
     _, spec, _ = read_spec(directory)
-    try:
+    with prefixed(directory, to=CheckpointError):
         return teacher_settings(spec)[1] if alone else student_settings(spec).data
-    except ValueError as error:
-        raise CheckpointError(f"{directory}: {error}") from error
 
 
 def _teacher_dir(config: Config, workdir: str | os.PathLike) -> str | os.PathLike:
@@ -86,16 +84,11 @@ def _teacher_dir(config: Config, workdir: str | os.PathLike) -> str | os.PathLik
         return find_checkpoint(user_path(given), "teacher")[0]
 
 
-@contextlib.contextmanager
-def _given_teacher(config: Config) -> Iterator[None]:
+def _given_teacher(config: Config) -> contextlib.AbstractContextManager:
     """Names the key in errors of the checkpoint that `config.teacher.checkpoint` gives."""
-    try:
-        yield
-    except CheckpointError as error:
-        given = config.teacher.checkpoint
-        if not given:
-            raise
-        raise CheckpointError(f"config.teacher.checkpoint = {given!r}: {error}") from error
+    given = f"config.teacher.checkpoint = {config.teacher.checkpoint!r}"
+    named = prefixed(given, CheckpointError, CheckpointError)
+    return named if config.teacher.checkpoint else contextlib.nullcontext()
 
 
 def student_dir(config: Config, workdir: str | os.PathLike) -> str:

@@ -113,11 +113,7 @@ def _like(network: Network, shardings: Any) -> Any:
         return abstract
     if isinstance(shardings, Sharding):
         shardings = jax.tree.map(lambda _: shardings, abstract)
-    return jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        abstract,
-        shardings,
-    )
+    return jax.tree.map(lambda leaf, place: leaf.update(sharding=place), abstract, shardings)
 
 
 def _put(leaf: Any, like: jax.ShapeDtypeStruct) -> jax.Array:

@@ -10,6 +10,7 @@ from absl import logging
 from etils import epath
 from jax.experimental import multihost_utils
 
+from piflow_jax.arguments import differing
 from piflow_jax.buckets import located
 from piflow_jax.config import Config, ConfigError, naming
 from piflow_jax.data.picture_sets import PictureSet, center_crop, open_pictures
@@ -216,11 +217,7 @@ def _check_plan(folder: epath.Path, plan: dict) -> None:
         write_json(path, plan)
     multihost_utils.sync_global_devices("plan of samples")
     known = read_kept_json(path, dict, f"remove {folder}")
-    different = [
-        f"{key} was {known.get(key)!r}, is {plan.get(key)!r}"
-        for key in sorted(known.keys() | plan.keys())
-        if known.get(key) != plan.get(key)
-    ]
+    different = differing(known, plan, "{} was {!r}, is {!r}")
     if different:
         raise ConfigError(
             f"{folder} has samples of other settings ({'; '.join(different)}); remove it, or pass "

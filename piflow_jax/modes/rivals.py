@@ -233,7 +233,8 @@ class _Comparison:
         if name == "teacher":
             return self._stepper(teacher_stage(self._systems, self._source, self._mesh))
         some = stacked([self._source[i] for i in range(config.train.batch_size)])
-        pairs = self._on_devices(Pairs(some["x"], some["x"], some["condition"]))
+        pairs = Pairs(some["x"], some["x"], some["condition"])
+        pairs = jax.device_put(pairs, replicated(self._mesh))
         return self._stepper(self._stage(find_method(name), config, pairs))
 
     def _stepper(self, stage: Stage) -> Callable[[], None]:
@@ -276,10 +277,7 @@ class _Comparison:
         count, size = self._config.rivals.pairs, self._config.evaluation.batch_size
         parts = [self._make_pairs(i) for i in range(-(-count // size))]
         pairs = jax.tree.map(lambda *leaves: np.concatenate(leaves)[:count], *parts)
-        return self._on_devices(pairs)
-
-    def _on_devices(self, pairs: Pairs) -> Pairs:
-        """Pairs where a step finds them without a copy from the host."""
+        # Where a step finds them without a copy from the host.
         return jax.device_put(pairs, replicated(self._mesh))
 
     def _result(

@@ -143,8 +143,9 @@ def sample_prompts(config: Config, workdir: str | os.PathLike) -> list[epath.Pat
             here = jax.device_put((np.asarray(places, np.uint32), batch), batch_sharding(mesh))
             with jax.set_mesh(mesh):  # kernels split their batch over it
                 latents = sampler(params, *here)
+            latents = multihost_utils.process_allgather(latents, tiled=True)
             # What fills up a batch is one again.
-            made = dict(zip(places, _here(latents), strict=True))
+            made = dict(zip(places, np.asarray(latents, np.float32), strict=True))
             files = {p: directory / f"{p:05d}-{config.evaluation.seed}{suffix}" for p in made}
             mine = list(made)[jax.process_index() :: jax.process_count()]
             for place, image in zip(mine, _pictures(decode, [made[p] for p in mine]), strict=True):
@@ -184,13 +185,6 @@ def _batches(
             # Of the states the shape alone matters.
             examples = [e | {"x": np.zeros((*e["x"].shape[:-1], 0), np.float32)} for e in examples]
             yield part, stacked(examples)
-
-
-def _here(samples: jax.Array) -> np.ndarray:
-    """Samples of all processes on this host."""
-    if jax.process_count() > 1:
-        samples = multihost_utils.process_allgather(samples, tiled=True)
-    return np.asarray(samples, np.float32)
 
 
 def _pictures(decode: Callable | None, samples: Sequence[np.ndarray]) -> Iterator[np.ndarray]:

@@ -12,11 +12,7 @@ from piflow_jax.config import Config, ConfigError, naming
 from piflow_jax.data import Source, has_states
 from piflow_jax.distillation.grids import grid_rows
 from piflow_jax.distillation.sizes import Sizes
-from piflow_jax.distillation.stages import (
-    run_here,
-    student_stage,
-    teacher_stage,
-)
+from piflow_jax.distillation.stages import locked, run_here, student_stage, teacher_stage
 from piflow_jax.loading.runs import load_initial, load_teacher, student_dir
 from piflow_jax.modes.adm import load_reference
 from piflow_jax.modes.autoencoder import check_autoencoder, load_autoencoder
@@ -25,9 +21,6 @@ from piflow_jax.modes.header import say_header
 from piflow_jax.modes.look import student_look
 from piflow_jax.parallel import config_mesh
 from piflow_jax.runs.checkpoint import CheckpointError
-from piflow_jax.runs.loop import checkpoint_dir
-from piflow_jax.runs.run_lock import RunLock
-from piflow_jax.runs.workdir import check_writable
 from piflow_jax.systems.assembly import Systems
 from piflow_jax.systems.datasets import dataset, load_source, shape_of
 from piflow_jax.systems.judges import load_inception, open_judge
@@ -50,9 +43,7 @@ def train(config: Config, workdir: str | os.PathLike) -> None:
       NonFiniteLossError: a loss became NaN or infinite.
       Interrupted: a signal came; the state is saved.
     """
-    with RunLock(workdir):
-        steps = [checkpoint_dir(workdir, stage) for stage in ("teacher", "student", "student/best")]
-        check_writable(*steps, *(directory.parent for directory in steps))
+    with locked(workdir, "teacher", "student", "student/best"):
         _train(config, workdir)
 
 
