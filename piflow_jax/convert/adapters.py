@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from piflow_jax.convert.heads import check_exportable
 from piflow_jax.convert.kinds import adapter_of
 from piflow_jax.convert.rules import Place, Rule, as_jax, export_state, import_state
 from piflow_jax.convert.table import kind_of
@@ -238,8 +239,7 @@ def export_adapter(module: Flux | QwenImage, trained: Mapping) -> dict[str, np.n
     """
     if module.lora is not None and module.lora.scale != 1:
         raise ValueError(f"adapters of the release have the scale 1, not {module.lora.scale}")
-    if isinstance(module.head, DXHead) and module.head.input_skip:
-        raise ValueError("DXHead.input_skip: official networks have no such skip")
+    check_exportable(module.clone(lora=None))
     state = export_state(trained["params"], adapter_rules(module), 0)
     return {name: array for name, array in state.items() if name not in _unused(module)}
 

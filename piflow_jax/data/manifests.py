@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from piflow_jax.arguments import prefixed
+
 __all__ = ["check_digest", "check_entries", "read_json", "read_record"]
 
 
@@ -45,10 +47,8 @@ def read_json(path: Path, error: type[ValueError]) -> dict[str, Any]:
     Raises:
       error: It is damaged, or has no object in it; the message has its path.
     """
-    try:
+    with prefixed(f"{path} is damaged", (OSError, RecursionError, ValueError), error):
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, RecursionError, ValueError) as reason:
-        raise error(f"{path} is damaged: {reason}") from reason
     if not isinstance(content, dict):
         raise error(f"{path} is damaged: it has no object in it, {reprlib.repr(content)}")
     return content
@@ -73,10 +73,8 @@ def read_record(cls: type, values: Mapping[str, Any], path: Path, error: type[Va
     fields = {field.name: hints[field.name] for field in dataclasses.fields(cls)}
     known = {name: values[name] for name in fields if name in values}
     check_entries(known, {name: fields[name] for name in known}, path, error)
-    try:
+    with prefixed(f"{path} is damaged", (TypeError, ValueError), error):
         return cls(**{name: _tuples(value) for name, value in known.items()})
-    except (TypeError, ValueError) as reason:
-        raise error(f"{path} is damaged: {reason}") from reason
 
 
 def check_entries(

@@ -6,6 +6,7 @@ follows pi-Flow, arXiv 2510.14974, Alg. 2 and Sec. 3.4.
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -151,7 +152,7 @@ def distill(
             _placed(params, mesh, split=parsed.mesh.teacher == "split"),
             mesh,
             look=_look(systems, test, judge) if parsed.evaluation.every else None,
-            start=_start(network),
+            start=functools.partial(_start, network),
             initial=None if first is None else _placed(first, mesh, split=False),
             identity=_identity(network, source),
         )
@@ -343,13 +344,8 @@ def _placed(params: Any, mesh: Any, split: bool) -> Any:
     return jax.tree.map(put, params, parameter_shardings(mesh, params, split=split))
 
 
-def _start(network: OwnNetwork):
-    def start(key, initial):
-        if initial is None:
-            return network.trained(network.init(key))
-        return network.start_at(key, initial)
-
-    return start
+def _start(network: OwnNetwork, key: jax.Array, initial: Any) -> Any:
+    return network.trained(network.init(key)) if initial is None else network.start_at(key, initial)
 
 
 def _identity(network: OwnNetwork, source: Source) -> dict[str, Any]:

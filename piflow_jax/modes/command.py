@@ -12,7 +12,7 @@ import ml_collections
 from absl import logging
 
 from piflow_jax.buckets import is_remote
-from piflow_jax.config import Config, ConfigError, check_devices, parse
+from piflow_jax.config import Config, ConfigError, check_devices, naming, parse
 from piflow_jax.data.pictures import PicturesError
 from piflow_jax.data.shards import ShardsError
 from piflow_jax.evaluation.kept import KeptFileError
@@ -175,12 +175,8 @@ def _check_data(config: Config, mode: str) -> None:
 def _start(config: Config, mode: Mode, workdir: str | os.PathLike) -> None:
     if config.compilation_cache:
         cache = user_path(config.compilation_cache, "config.compilation_cache")
-        try:
+        with naming(f"config.compilation_cache must be a directory, {cache} is none", OSError):
             cache.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ConfigError(
-                f"config.compilation_cache must be a directory, {cache} is none: {error}"
-            ) from error
         jax.config.update("jax_compilation_cache_dir", os.fspath(cache))
         # On several devices a fused rollout, and cuDNN's attention, are named in the program by an
         # address in this process: no other process would find it. What they do follows from the
