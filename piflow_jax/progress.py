@@ -1,5 +1,6 @@
 """How far work of a known length is: a live line on a terminal, now and then a line in a log."""
 
+import contextlib
 import sys
 import time
 from collections.abc import Collection, Iterable, Iterator
@@ -14,7 +15,7 @@ _EVERY = 15.0  # seconds between lines of a log
 _T = TypeVar("_T")
 
 
-class Progress:
+class Progress(contextlib.AbstractContextManager):
     """Shows how much of some work is done and the time that is left; use it as a context manager.
 
     A log has no line of work that ends soon. Only process 0 writes.
@@ -29,10 +30,6 @@ class Progress:
         self._active = not jax.process_index()
         self._bar = live_line(name, 0, total, leave=False) if self._active else None
         self._began = self._said = time.monotonic()
-
-    def __enter__(self) -> "Progress":
-        """Returns itself."""
-        return self
 
     def __exit__(self, *error) -> None:
         """Takes the live line away."""

@@ -10,7 +10,7 @@ import os
 import pickle
 import re
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import ml_dtypes
@@ -46,8 +46,8 @@ _AVERAGES = {
 _SHARD = re.compile(r"-\d+-of-\d+\.safetensors")
 
 
-class Weights(Mapping[str, LazyArray]):
-    """Lazily read arrays by name, made by `open_weights`.
+class Weights(dict[str, LazyArray]):
+    """Lazily read arrays by name, in the order of the file; made by `open_weights`.
 
     Attributes:
         path: The file or directory.
@@ -63,26 +63,14 @@ class Weights(Mapping[str, LazyArray]):
         metadata: Mapping[str, str],
         selected: str = "",
     ):
+        super().__init__(arrays)
         self.path = path
         self.metadata = dict(metadata)
         self.selected = selected
-        self._arrays = dict(arrays)
-
-    def __getitem__(self, name: str) -> LazyArray:
-        """Returns the array of a name, not yet read."""
-        return self._arrays[name]
-
-    def __iter__(self) -> Iterator[str]:
-        """Names, in the order of the file."""
-        return iter(self._arrays)
-
-    def __len__(self) -> int:
-        """Number of arrays."""
-        return len(self._arrays)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of the array called `name`, without reading it."""
-        return self._arrays[name].shape
+        return self[name].shape
 
 
 def open_weights(path: str | os.PathLike, select: str | None = None) -> Weights:

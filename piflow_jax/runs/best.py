@@ -1,5 +1,6 @@
 """The best checkpoint so far, beside the latest ones."""
 
+import contextlib
 import json
 import math
 import os
@@ -16,7 +17,7 @@ from piflow_jax.whole_files import write_json
 __all__ = ["BestCheckpoint"]
 
 
-class BestCheckpoint:
+class BestCheckpoint(contextlib.AbstractContextManager):
     """Keeps the checkpoint with the smallest distance; use it as a context manager.
 
     `best.json` next to the checkpoints has this distance, so a continued run compares with it. A
@@ -49,10 +50,6 @@ class BestCheckpoint:
                 raise CheckpointError(
                     f"{self._record} is damaged ({error!r}); remove it to start the comparison anew"
                 ) from error
-
-    def __enter__(self) -> "BestCheckpoint":
-        """Returns itself."""
-        return self
 
     def __exit__(self, kind, value, traceback) -> None:
         """Closes."""

@@ -56,7 +56,7 @@ class Restored(NamedTuple):
     spec: dict
 
 
-class Checkpointer:
+class Checkpointer(contextlib.AbstractContextManager):
     """Saves and restores training runs in one directory; use it as a context manager.
 
     Saving is asynchronous: `save` returns once the arrays are copied to the host, so the caller may
@@ -127,10 +127,6 @@ class Checkpointer:
             latest = latest_step(self.directory)
             if latest != recorded_step(self.directory):
                 self._note(latest)
-
-    def __enter__(self) -> "Checkpointer":
-        """Returns itself."""
-        return self
 
     def __exit__(self, kind, value, traceback) -> None:
         """Closes; an exception already on its way out is not replaced by a failed save's."""

@@ -37,7 +37,7 @@ _UPLOAD_EVERY = 30.0  # seconds, where no checkpoint is saved before
 _REMEDY = "Install them with: pip install -e . (or: pip install clu tensorflow-cpu tensorboard)"
 
 
-class MetricWriter:
+class MetricWriter(contextlib.AbstractContextManager):
     """Writes the scalars and images of one stage of a run; use it as a context manager.
 
     Files appear in `<workdir>/<stage>/`: `events.out.tfevents.*` and `metrics.jsonl`, one object a
@@ -97,10 +97,6 @@ class MetricWriter:
         forgetting = self._worker.submit(_forget_events, self._spool, first_step)
         self._events = self._worker.submit(_open_events, str(self._spool.here))
         self._pending: list[Future] = [forgetting, self._events]
-
-    def __enter__(self) -> "MetricWriter":
-        """Returns itself."""
-        return self
 
     def __exit__(self, kind, value, traceback) -> None:
         """Closes; an exception already on its way out is not replaced by one of the writer's."""

@@ -42,7 +42,7 @@ def _end(reason: str) -> None:
     os._exit(1)
 
 
-class RunLock:
+class RunLock(contextlib.ExitStack):
     """Keeps other runs out of a work directory; use it as a context manager.
 
     The operating system holds the lock (`flock`) and lets it go with the process, however that
@@ -63,17 +63,17 @@ class RunLock:
     """
 
     def __init__(self, workdir: str | os.PathLike, *, patience: float = 120.0):
-        self._held = contextlib.ExitStack()
+        super().__init__()
         path = checkpoint_path(workdir) / _NAME
         if jax.process_index():
             return
         if is_remote(path):
-            self._held.callback(Lease(path, silence=patience / 2, lost=_end).close)
+            self.callback(Lease(path, silence=patience / 2, lost=_end).close)
             return
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             file = open(path, "a+", encoding="utf-8", opener=_own_file)  # noqa: SIM115
-            self._held.enter_context(file)
+            self.enter_context(file)
         except OSError as error:
             reason = "it is a link" if os.path.islink(path) else error.strerror
             raise OSError(
@@ -83,19 +83,11 @@ class RunLock:
         try:
             _acquire(file, path, time.monotonic() + patience)
         except BaseException:
-            self._held.close()
+            self.close()
             raise
         file.truncate(0)
         file.write(json.dumps(this_process()) + "\n")
         file.flush()
-
-    def __enter__(self) -> "RunLock":
-        """Returns itself."""
-        return self
-
-    def __exit__(self, kind, value, traceback) -> None:
-        """Lets the next one in."""
-        self._held.close()
 
 
 def _acquire(file: TextIO, path: epath.Path, deadline: float) -> None:
