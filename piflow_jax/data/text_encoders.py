@@ -120,7 +120,34 @@ class WordEncoder:
         return {"text": text, "pooled": pooled}
 
 
-class FluxEncoder:
+class _Released:
+    """The encoders of a release, loaded from its folder; see `TextEncoder`."""
+
+    name: str
+    longest: int
+    parts: tuple[str, ...]
+
+    def __init__(
+        self,
+        folder: str | os.PathLike,
+        *,
+        max_length: int = 0,
+        dtype: str = "bfloat16",
+        device: str = "cpu",
+    ):
+        import torch
+        import transformers
+
+        folder = Path(folder)
+        self._torch, self._device = torch, device
+        self.max_length = max_length or self.longest
+        tokenizers = self._load(transformers, folder, dtype=dtype, device=device)
+        self.identity = f"{self.name} {self.max_length} {files_digest(folder, *self.parts)}"
+        self.tokenizer = _tokenizer_identity(self, *tokenizers)
+        self.compute = _compute(dtype, device)
+
+
+class FluxEncoder(_Released):
     """FLUX.1's two encoders: the tokens of T5, and CLIP's pooled embedding.
 
     T5 sees and makes padding, and FLUX.1 attends to it, so all `max_length` tokens belong to the
@@ -129,38 +156,26 @@ class FluxEncoder:
     Args:
       folder: The release's, or what it has of `tokenizer`, `text_encoder`, `tokenizer_2` and
         `text_encoder_2`.
-      max_length: Tokens of T5, 512 at most. Fewer make the cache and every later step cheaper, and
-        images a little different.
+      max_length: Tokens of T5; 0 are 512, the most. Fewer make the cache and every later step
+        cheaper, and images a little different.
       dtype: Of the weights, `bfloat16` or `float32`.
       device: PyTorch's name of the device.
     """
 
-    def __init__(
-        self,
-        folder: str | os.PathLike,
-        *,
-        max_length: int = 512,
-        dtype: str = "bfloat16",
-        device: str = "cpu",
-    ):
-        import torch
-        import transformers
+    name, longest = "flux", 512
+    parts = ("tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2")
 
-        folder = Path(folder)
-        parts = ("tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2")
-        self._torch, self._device = torch, device
+    def _load(self, transformers: Any, folder: Path, **options: str) -> tuple[Any, ...]:
+        """Loads all parts; returns the tokenizers."""
+        parts = [folder / part for part in self.parts]
         # Of CLIP the pipelines have the one called so; under transformers 4 others differ from it.
-        self._clip_tokens = load_part(transformers.CLIPTokenizer, folder / parts[0])
-        self._t5_tokens = load_part(transformers.AutoTokenizer, folder / parts[2])
-        load = {"dtype": dtype, "device": device}
-        self._clip = load_network(transformers.CLIPTextModel, folder / parts[1], **load)
-        self._t5 = load_network(transformers.T5EncoderModel, folder / parts[3], **load)
-        self.max_length = max_length
+        self._clip_tokens = load_part(transformers.CLIPTokenizer, parts[0])
+        self._t5_tokens = load_part(transformers.AutoTokenizer, parts[2])
+        self._clip = load_network(transformers.CLIPTextModel, parts[1], **options)
+        self._t5 = load_network(transformers.T5EncoderModel, parts[3], **options)
         self.text_features = self._t5.config.d_model
         self.pooled_features = self._clip.config.hidden_size
-        self.identity = f"flux {max_length} {files_digest(folder, *parts)}"
-        self.tokenizer = _tokenizer_identity(self, self._clip_tokens, self._t5_tokens)
-        self.compute = _compute(dtype, device)
+        return self._clip_tokens, self._t5_tokens
 
     def tokens(self, prompts: Sequence[str]) -> list[tuple[list, int]]:
         """Returns the tokens of each of `prompts` for both encoders, and how many T5 lacks."""
@@ -197,40 +212,28 @@ class FluxEncoder:
         return tokens.input_ids.to(self._device)
 
 
-class QwenEncoder:
+class QwenEncoder(_Released):
     """Qwen-Image's encoder: the last hidden states of Qwen2.5-VL, asked to describe an image.
 
     Args:
       folder: The release's, or what it has of `tokenizer` and `text_encoder`.
-      max_length: Tokens of a prompt with the end of its template, 1024 at most.
+      max_length: Tokens of a prompt with the end of its template; 0 are 1024, the most.
       dtype: Of the weights, `bfloat16` or `float32`.
       device: PyTorch's name of the device.
     """
 
-    def __init__(
-        self,
-        folder: str | os.PathLike,
-        *,
-        max_length: int = 1024,
-        dtype: str = "bfloat16",
-        device: str = "cpu",
-    ):
-        import torch
-        import transformers
+    name, longest = "qwen_image", 1024
+    parts = ("tokenizer", "text_encoder")
+    pooled_features = 0
 
-        folder = Path(folder)
-        self._torch, self._device = torch, device
+    def _load(self, transformers: Any, folder: Path, **options: str) -> tuple[Any, ...]:
+        """Loads both parts; returns the tokenizer."""
         self._tokens = load_part(transformers.AutoTokenizer, folder / "tokenizer")
         kind = transformers.Qwen2_5_VLForConditionalGeneration
-        network = load_network(kind, folder / "text_encoder", dtype=dtype, device=device)
+        network = load_network(kind, folder / "text_encoder", **options)
         self._network = network.model  # without the logits of each word
-        self.max_length = max_length
         self.text_features = network.config.get_text_config().hidden_size
-        self.pooled_features = 0
-        parts = ("tokenizer", "text_encoder")
-        self.identity = f"qwen_image {max_length} {files_digest(folder, *parts)}"
-        self.tokenizer = _tokenizer_identity(self, self._tokens)
-        self.compute = _compute(dtype, device)
+        return (self._tokens,)
 
     def tokens(self, prompts: Sequence[str]) -> list[tuple[list, int]]:
         """Returns the tokens of each of `prompts` behind the template, and how many are cut off."""
@@ -318,9 +321,9 @@ def _kind(folder: Path) -> tuple[type, int]:
         )
     kind = read_model_type(config.parent)
     if kind == "qwen2_5_vl":
-        return QwenEncoder, 1024
+        return QwenEncoder, QwenEncoder.longest
     if kind == "clip_text_model" and (folder / "text_encoder_2").is_dir():
-        return FluxEncoder, 512
+        return FluxEncoder, FluxEncoder.longest
     raise ValueError(
         f"{folder}: FLUX.1 has a clip_text_model and a text_encoder_2, Qwen-Image a qwen2_5_vl, "
         f"not {kind!r}"
