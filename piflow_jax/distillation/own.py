@@ -165,14 +165,8 @@ def distill(
             draw(systems, test, *both, workdir)
         else:
             compare(Bench(parsed, test, systems.data, judge), systems, *both, workdir)
-    settings = StudentSettings(
-        model=parsed.model,
-        policy=parsed.policy,
-        train=parsed.train,
-        data=systems.data,
-        asked={key.removeprefix("asked."): value for key, value in network.spec.items()},
-    )
-    return Student(network, variables, settings)
+    asked = {key.removeprefix("asked."): value for key, value in network.spec.items()}
+    return Student(network, variables, StudentSettings.of(parsed, systems.data, asked=asked))
 
 
 def train_teacher(

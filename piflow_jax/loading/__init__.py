@@ -320,12 +320,7 @@ def _from_file(
             settings = student_settings(spec)
         elif config is not None:
             parsed = parse(config)
-            settings = StudentSettings(
-                model=parsed.model,
-                policy=parsed.policy,
-                train=parsed.train,
-                data=network_kind(parsed.model).official,
-            )
+            settings = StudentSettings.of(parsed, network_kind(parsed.model).official)
             policy_config = weights.metadata.get("policy_config")
             check_policy_config(policy_config, settings.policy, settings.train)
         else:

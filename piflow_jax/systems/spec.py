@@ -150,6 +150,12 @@ class StudentSettings:
     data: DataShape
     asked: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
+    @classmethod
+    def of(cls, config: Config, data: DataShape, **more: Any) -> "StudentSettings":
+        """Those of a configuration, for a student of `data`; `more` are further attributes."""
+        model, policy, train = config.model, config.policy, config.train
+        return cls(model=model, policy=policy, train=train, data=data, **more)
+
 
 def spec_of(metadata: Mapping[str, str]) -> Mapping[str, Any] | None:
     """The spec in a weight file's metadata, None without one; ConfigError for a damaged one."""
@@ -258,9 +264,7 @@ def _settings(spec: Mapping[str, Any], kind: str) -> StudentSettings:
         raise ConfigError(
             f"model.patch_size ({patch}) must divide data.sample_size ({data.sample_size})"
         )
-    return StudentSettings(
-        model=parsed.model, policy=parsed.policy, train=parsed.train, data=data, asked=asked
-    )
+    return StudentSettings.of(parsed, data, asked=asked)
 
 
 def _check_complete(spec: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
