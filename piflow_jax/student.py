@@ -399,7 +399,6 @@ def _sampler(
     implementation: Implementation = "auto",
 ) -> Callable[..., jax.Array]:
     """The sampler of a choice, for any weights and numbers; `nfe` is how many times it takes."""
-    del nfe
     sampler = student_sampler(
         network,
         policy,

@@ -28,7 +28,6 @@ class NetworkConfig:
         Returns:
           A sentence that names them, or None.
         """
-        del key
         return None
 
 

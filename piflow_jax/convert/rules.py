@@ -209,7 +209,6 @@ def listed(faults: list[str]) -> str:
 
 def as_jax(path: tuple[str, ...], leaf: np.ndarray) -> jax.Array:
     """The default `place`: an array on the default device."""
-    del path
     return jnp.asarray(leaf)
 
 

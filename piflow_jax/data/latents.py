@@ -301,7 +301,6 @@ def _features(latent_shape: tuple[int, ...], dtype: str, num_classes: int) -> An
 def _serialized(
     plan: LatentsPlan, index: int, example: dict[str, Any], notes: dict[str, int]
 ) -> bytes:
-    del index, notes
     if not all(np.isfinite(example[name]).all() for name in ("mean", "std")):
         raise LatentsError(f"latents of {example['key']} are not finite in {plan.dtype}")
     features = _features(plan.latent_shape, plan.dtype, plan.num_classes)

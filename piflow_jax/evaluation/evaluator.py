@@ -71,7 +71,6 @@ def index_labels(num_samples: int, num_classes: int) -> np.ndarray:
 @functools.lru_cache(maxsize=_PROGRAMS)
 def _program(key: tuple) -> list[Any]:
     """A place for the executable of a program."""
-    del key
     return []
 
 

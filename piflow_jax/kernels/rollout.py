@@ -83,7 +83,6 @@ def _partitioned(local):
     """A rollout that each device runs for its own samples."""
 
     def partition(mesh, arguments, result):
-        del result
         # An array without a place on the current mesh has no spec and is replicated.
         (batch, *_) = getattr(arguments[0].sharding, "spec", None) or (None,)
         shardings = tuple(
@@ -149,7 +148,6 @@ _tpu = Primitive("mixture_rollout")
 
 @_tpu.def_abstract_eval
 def _shape_of_the_end(offsets, logweights, center, residual_src, residual, table, trips):
-    del offsets, logweights, center, residual_src, table, trips
     return residual
 
 

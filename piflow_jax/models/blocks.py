@@ -30,7 +30,6 @@ Constrain = Callable[[jax.Array, Sequence[str | None]], jax.Array]
 
 def unconstrained(x: jax.Array, axes: Sequence[str | None]) -> jax.Array:
     """Lets the compiler choose the sharding of an activation."""
-    del axes
     return x
 
 

@@ -97,7 +97,6 @@ class Head(nn.Module):
 
     def noise_shape(self, channels: int) -> tuple[int, ...] | None:
         """Shape of the normal noise that `from_velocity` needs for `channels`; None for none."""
-        del channels
         return None
 
 
@@ -112,7 +111,6 @@ class VelocityHead(Head):
         self, params: dict, velocity: dict, *, channels: int, noise: jax.Array | None = None
     ) -> dict:
         """Copies a teacher's output layer; see `GMHead.from_velocity`."""
-        del params, channels, noise
         return {"output": dict(velocity)}
 
 
@@ -169,7 +167,6 @@ class DXHead(Head):
         Returns:
             The head's parameters.
         """
-        del params, noise
         output = repeat_rows(velocity, channels, self.num_grid)
         if self.input_skip:
             first = jnp.repeat(jnp.arange(self.num_grid) == 0, channels)
@@ -292,7 +289,6 @@ class ArcHead(_MixtureHead):
         k = self.num_components
 
         def spread_bias(key, shape, dtype):
-            del key
             return _patch_bias(spread_rates(k, dtype), shape[0])
 
         return ArcOutput(

@@ -239,7 +239,6 @@ def write_reference(config: Config, workdir: str | os.PathLike) -> epath.Path:
       ConfigError: a key is not given, or the reference exists.
       FileNotFoundError: images or feature weights are not there.
     """
-    del workdir
     path = config.evaluation.reference
     for key, value in (("data.images", config.data.images), ("evaluation.reference", path)):
         if not value:

@@ -135,7 +135,6 @@ def prepare_latents(config: Config, workdir: str | os.PathLike) -> None:
       PicturesError: `config.data.images` is not what it should be.
       RefusedError: images cannot be read, and `config.data.skip_refused` is not set.
     """
-    del workdir
     settings = config.data
     for key in ("images", "vae", "data_dir"):
         if not getattr(settings, key):

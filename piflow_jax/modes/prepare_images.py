@@ -51,7 +51,6 @@ def prepare_pixels(config: Config, workdir: str | os.PathLike) -> None:
       PicturesError: `config.data.images` is not what it should be.
       RefusedError: images cannot be read, and `config.data.skip_refused` is not set.
     """
-    del workdir
     settings = config.data
     if not settings.images:
         raise ConfigError("--mode=prepare of images needs config.data.images")

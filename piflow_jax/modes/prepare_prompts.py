@@ -169,7 +169,6 @@ def prepare_prompts(config: Config, workdir: str | os.PathLike) -> None:
       PromptsError: another preparation was begun in the directory, or shards are damaged.
       RefusedError: images cannot be read, and `config.data.skip_refused` is not set.
     """
-    del workdir
     settings = config.data
     for key in ("prompts", "text_encoder", "data_dir"):
         if not getattr(settings, key):

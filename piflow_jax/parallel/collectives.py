@@ -45,7 +45,6 @@ def collective_bytes(
     skipped, scattered = _continuations(program), _scattered(program)
 
     def cost(instruction: Instruction, scope: str | None) -> Counter | None:
-        del scope
         kind = instruction.opcode.removesuffix("-start")
         if instruction.opcode == "send" and "is_host_transfer=true" in instruction.attributes:
             return Counter({BETWEEN_SLICES: _shapes(instruction.shape)[0]})

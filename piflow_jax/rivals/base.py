@@ -108,7 +108,6 @@ def fresh(setting: Setting, key: jax.Array, teacher_params: Any) -> TrainState:
     Returns:
       The state.
     """
-    del teacher_params
     return TrainState.create(setting.network.init(key), setting.optimizer)
 
 

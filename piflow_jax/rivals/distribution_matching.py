@@ -155,7 +155,6 @@ def _step(setting: Setting) -> StepFn:
 
             def fake_loss(params):
                 def network(carried, *inputs):
-                    del carried
                     return setting.teacher.train(params, *inputs)
 
                 inputs = loss_key, x0, labels, None, 0.0, TimeWarp()
@@ -177,7 +176,7 @@ def _step(setting: Setting) -> StepFn:
 
 
 def _sample(velocity: Velocity, noise: jax.Array, nfe: int, warp: TimeWarp) -> jax.Array:
-    del warp  # the student is trained at levels uniform in t
+    # No `warp`: the student is trained at levels uniform in t.
     return renoised_sample(velocity, noise, nfe, TimeWarp())
 
 

@@ -169,7 +169,6 @@ def flow_map_sample(
     """
 
     def step(x, t, r, index):
-        del index
         times = (jnp.full(x.shape[:1], time) for time in (t, t - r))
         return x - (t - r) * mean_velocity(x, *times)
 

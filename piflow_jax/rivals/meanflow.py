@@ -83,7 +83,6 @@ def meanflow_loss(
 
 
 def _loss(setting: Setting, params, state, given, key, x0, labels):
-    del state, given
     time_key, noise_key, label_key = jax.random.split(key, 3)
     t, r = meanflow_times(time_key, x0.shape[0])
     network = functools.partial(setting.bind, params)

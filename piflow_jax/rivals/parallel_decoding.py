@@ -132,7 +132,6 @@ def _network(model: ModelConfig, data: DataShape) -> BuiltIn:
 
 
 def _loss(setting: Setting, params, state, given, key, x0, labels):
-    del state
     index_key, noise_key = jax.random.split(key)
     config, levels = setting.config, interval_levels(TimeWarp(setting.config.train.shift))
     start, index = decoding_indices(index_key, x0.shape[0], config.rivals.nfes)

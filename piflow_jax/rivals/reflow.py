@@ -35,7 +35,6 @@ def reflow_loss(
 
 def _loss(setting: Setting, params, state, given, key, x0, labels, *, straight: bool):
     """The loss over all times, or at the noise alone."""
-    del state, labels
     index_key, time_key = jax.random.split(key)
     pairs, batch = given["pairs"], x0.shape[0]
     index = jax.random.randint(index_key, (batch,), 0, pairs.labels.shape[0])

@@ -87,7 +87,6 @@ def _coded(network: Callable[..., jax.Array]) -> MeanVelocity:
 
 
 def _loss(setting: Setting, params, state, given, key, x0, labels):
-    del given
     keys = jax.random.split(key, 4)
     batch = x0.shape[0]
     boot = max(batch // BOOTSTRAP_SHARE, 1)
@@ -108,7 +107,7 @@ def _loss(setting: Setting, params, state, given, key, x0, labels):
 
 
 def _sample(network: MeanVelocity, noise: jax.Array, nfe: int, warp: TimeWarp) -> jax.Array:
-    del warp  # the network is trained at levels uniform in t
+    # No `warp`: the network is trained at levels uniform in t.
     return flow_map_sample(_coded(network), noise, nfe, TimeWarp())
 
 

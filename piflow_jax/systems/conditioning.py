@@ -55,7 +55,6 @@ class Conditioning(abc.ABC):
 
         `caption` is the empty caption of a set of captions.
         """
-        del data
         return caption
 
     @abc.abstractmethod
@@ -82,12 +81,10 @@ class ClassLabels(Conditioning):
 
     def null(self, data, caption):
         """See `Conditioning`."""
-        del caption
         return np.int32(data.num_classes)
 
     def example(self, data, batch, length):
         """See `Conditioning`."""
-        del data, length
         return jax.ShapeDtypeStruct((batch,), jnp.int32)
 
     def checked(self, condition, data):
@@ -104,20 +101,16 @@ class Unconditional(Conditioning):
 
     def __call__(self, condition):
         """See `Conditioning`."""
-        del condition
         return {}
 
     def null(self, data, caption):
         """See `Conditioning`."""
-        del data, caption
 
     def example(self, data, batch, length):
         """See `Conditioning`."""
-        del data, batch, length
 
     def checked(self, condition, data):
         """See `Conditioning`."""
-        del data
         return None, whole("the number of samples", condition, 1)
 
 
@@ -131,7 +124,6 @@ class Arrays(Conditioning):
 
     def example(self, data, batch, length):
         """See `Conditioning`."""
-        del length
         shapes = {
             name: jax.ShapeDtypeStruct((batch, *shape), dtype)
             for name, dtype, shape in map(_read, data.conditions)

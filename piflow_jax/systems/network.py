@@ -68,7 +68,6 @@ class Network(abc.ABC):
 
     def carried(self, variables: Variables) -> Any:
         """The carried variables for the first call in training; see `train`."""
-        del variables
         return ()
 
     @abc.abstractmethod
@@ -85,7 +84,6 @@ class Network(abc.ABC):
 
     def constrained(self, constrain: Constrain) -> "Network":
         """The same network with its activations pinned to a mesh, where it can pin them."""
-        del constrain
         return self
 
     def check(self, teacher: "Network | None" = None) -> None:

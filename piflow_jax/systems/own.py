@@ -87,7 +87,6 @@ class _Nnx:
         return graph, nnx.to_pure_dict(params), nnx.to_pure_dict(rest), params, rest
 
     def init(self, key, data):
-        del key, data
         _, params, rest, *_ = self._split
         # Keys of random streams have a dtype of their own, which checkpoints do not accept.
         return {"params": jax.tree.map(jnp.copy, params), "carried": _raw(rest)}
@@ -121,11 +120,9 @@ class _Pair:
     call: Callable[..., jax.Array]
 
     def init(self, key, data):
-        del data
         return {"params": self.make(key), "carried": ()}
 
     def apply(self, variables, x, t, condition, training):
-        del training
         arguments, named = _arguments(condition)
         return self.call(variables["params"], x, t, *arguments, **named), variables["carried"]
 
@@ -224,7 +221,6 @@ class OwnNetwork(Network):
 
     def train(self, variables, x, t, condition, key):
         """See `Network`; it carries random state of its own."""
-        del key
         return self._called(variables, x, t, condition, training=True)
 
     def _called(self, variables, x, t, condition, *, training):

@@ -95,12 +95,10 @@ class PolicyKind(abc.ABC):
 
     def droppable(self, config: PolicyConfig) -> int:
         """Components that dropout may leave out; 0 if there are none."""
-        del config
         return 0
 
     def official(self, config: PolicyConfig, train: TrainConfig) -> dict[str, Any]:
         """Entries of the release's files that describe a student's policy."""
-        del train
         return {"type": config.kind}
 
     def unnamed(self, config: PolicyConfig) -> str | None:
@@ -167,7 +165,7 @@ class DirectX0(PolicyKind):
         return DXHead(config.num_grid, input_skip=self._skips(config))
 
     def create(self, config, train, output, x, sigma, eps):
-        del eps  # one bound in training and sampling, as in the reference
+        # No `eps`: one bound in training and sampling, as in the reference.
         size = self._segment(config, train)
         return DXPolicy.create(output, x, sigma, size, train.shift, config.mode, eps=SAMPLE_EPS)
 

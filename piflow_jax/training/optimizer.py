@@ -71,11 +71,9 @@ def clip_after(max_norm: float, start: int) -> optax.GradientTransformation:
     """
 
     def init(params):
-        del params
         return ClipState(jnp.zeros((), jnp.int32))
 
     def update(updates, state, params=None):
-        del params
         if max_norm:
             norm = optax.global_norm(updates)
             scale = jnp.where(state.count >= start, max_norm / jnp.maximum(norm, max_norm), 1.0)
