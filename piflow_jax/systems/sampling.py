@@ -124,7 +124,7 @@ def sampling_cautions(
     trained = [student_times(train, number) for number in train.evaluations]
     asked = student_times(train, nfe, h, start)
     known, wanted = (
-        np.concatenate([np.stack([times.src, times.to], axis=1) for times in several])
+        np.array([pair for times in several for pair in zip(times.src, times.to, strict=True)])
         for several in (trained, [asked])
     )
     if not all(np.isclose(known, segment).all(1).any() for segment in wanted):
