@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -149,7 +150,11 @@ def events(directory):
     from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
     from tensorboard.compat.proto.event_pb2 import Event
 
-    files = sorted(Path(directory).glob("events.out.tfevents.*"))
+    # By numbers: of files of one second, the tenth comes after the ninth.
+    files = sorted(
+        Path(directory).glob("events.out.tfevents.*"),
+        key=lambda path: [int(number) for number in re.findall(r"\d+", path.name)],
+    )
     raw = [record for file in files for record in RawEventFileLoader(str(file)).Load()]
     return [(e.step, value.tag) for e in map(Event.FromString, raw) for value in e.summary.value]
 
