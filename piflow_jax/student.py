@@ -24,7 +24,7 @@ from piflow_jax.flow.policies import Policy
 from piflow_jax.flow.rollout import Implementation
 from piflow_jax.flow.substeps import Solver, check_substeps
 from piflow_jax.keys import as_key, index_keys, index_noise
-from piflow_jax.systems.datasets import DATASETS
+from piflow_jax.systems.datasets import class_names
 from piflow_jax.systems.networks import Network
 from piflow_jax.systems.policies import POLICIES
 from piflow_jax.systems.sampling import (
@@ -62,9 +62,7 @@ class Student:
     @property
     def class_names(self) -> list[str]:
         """Names of the classes in the order of their labels; their numbers where none are known."""
-        data = self.settings.data
-        known = DATASETS[data.name].class_names if data.name in DATASETS else ()
-        return list(known or map("class {}".format, range(data.num_classes)))
+        return class_names(self.settings.data)
 
     def __repr__(self) -> str:
         """What the student is, in five lines; weights are not shown."""

@@ -1,6 +1,5 @@
 """Students in notebooks: every way to load one, samples that do not depend on their company."""
 
-import contextlib
 import dataclasses
 import json
 import os
@@ -26,6 +25,7 @@ from piflow_jax.systems.shapes import DataShape
 from piflow_jax.systems.spec import student_spec, teacher_spec
 from piflow_jax.training.state import TrainState
 from tests import tiny
+from tests.compiled import compilations
 from tests.saved_runs import save_stage
 
 DATA = DataShape(name="digits", sample_size=8, channels=1, num_classes=10)
@@ -166,22 +166,6 @@ def test_few_programs_serve_all_batch_sizes(run):
     assert compiled == ["jit(sample)"]  # of eight samples with `noise` and `x`
     # The same labels in a later call are other samples.
     assert np.abs(whole[1280:1290] - whole[:10]).max(axis=(1, 2, 3)).min() > 0.1
-
-
-@contextlib.contextmanager
-def compilations():
-    """Names of what XLA compiles meanwhile, or takes from its cache on disk."""
-    found = []
-
-    def listen(name, seconds, **kwargs):
-        if name == "/jax/core/compile/backend_compile_duration":
-            found.append(kwargs.get("fun_name"))
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    try:
-        yield found
-    finally:
-        jax.monitoring.unregister_event_duration_listener(listen)
 
 
 def test_a_sample_of_one_program_is_not_waited_for(student, monkeypatch):

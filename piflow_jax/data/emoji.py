@@ -11,9 +11,10 @@ import numpy as np
 from absl import logging
 from etils import epath
 
+from piflow_jax.arguments import prefixed
 from piflow_jax.buckets import located
 from piflow_jax.data.pictures import read_picture
-from piflow_jax.data.source import ArraySource, labelled_pictures
+from piflow_jax.data.source import ArraySource, pixel_source
 
 EMOJI_CLASSES = (
     *("Smileys & Emotion", "People & Body", "Animals & Nature", "Food & Drink"),
@@ -81,15 +82,13 @@ def _path(name: str, data_dir: str | None) -> epath.Path:
 def _listed(path: epath.Path) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Group and code points of each emoji of `emoji-test.txt` (Unicode Technical Standard 51)."""
     group = ""
-    try:
+    with prefixed(f"{path} is not Unicode's {_LIST}"):
         for line in path.read_text(encoding="utf-8").splitlines():
             if line.startswith("# group:"):
                 group = line.partition(":")[2].strip()
             points, _, status = line.partition("#")[0].partition(";")
             if status.strip() == "fully-qualified" and group in EMOJI_CLASSES:
                 yield group, tuple(int(point, 16) for point in points.split())
-    except ValueError as error:
-        raise ValueError(f"{path} is not Unicode's {_LIST}: {error}") from error
 
 
 def _for_figures(sequence: tuple[int, ...]) -> bool:
@@ -107,13 +106,12 @@ class _Font:
             raise ImportError(
                 "config.data.name = 'emoji' needs fontTools: pip install 'piflow_jax[emoji]'"
             ) from error
-        try:
+        faults = (TTLibError, KeyError, IndexError, ValueError)
+        with prefixed(f"{path} is not a font with pictures (CBDT)", faults):
             font = TTFont(io.BytesIO(path.read_bytes()), lazy=True)
             self._glyphs = font.getBestCmap()
             self._pictures = font["CBDT"].strikeData[0]
             self._ligatures = dict(_ligatures(font["GSUB"].table))
-        except (TTLibError, KeyError, IndexError, ValueError) as error:
-            raise ValueError(f"{path} is not a font with pictures (CBDT): {error}") from error
 
     def glyph(self, sequence: tuple[int, ...]) -> str | None:
         """The glyph that shows a sequence, or None."""
@@ -147,6 +145,4 @@ def _scaled(png: bytes, name: str) -> np.ndarray:
 def _source(images: list[np.ndarray], labels: list[int], path: epath.Path) -> ArraySource:
     if not images:
         raise ValueError(f"{path} has too few of the emoji of {_LIST}")
-    scaled = np.stack(images).astype(np.float32) / np.float32(127.5) - np.float32(1)
-    source = labelled_pictures("emoji", scaled, np.asarray(labels, np.int32), len(EMOJI_CLASSES))
-    return dataclasses.replace(source, class_names=EMOJI_CLASSES)
+    return pixel_source("emoji", np.stack(images), np.asarray(labels), EMOJI_CLASSES)

@@ -11,7 +11,7 @@ from etils import epath
 
 from piflow_jax.buckets import located
 from piflow_jax.data.idx import find_idx, read_idx
-from piflow_jax.data.source import ArraySource, labelled_pictures
+from piflow_jax.data.source import ArraySource, pixel_source
 
 _PACKAGED = epath.Path("/usr/share/datasets/fashion-mnist")  # of Debian's dataset-fashion-mnist
 DIGIT_CLASSES = tuple("0123456789")
@@ -65,7 +65,7 @@ def load_mnist_source(data_dir: str | None = None) -> ArraySource:
         len(images),
         root,
     )
-    return _source("mnist5k", images, labels, DIGIT_CLASSES)
+    return pixel_source("mnist5k", images, labels, DIGIT_CLASSES)
 
 
 @functools.cache
@@ -126,7 +126,7 @@ def _found(name: str, root: epath.Path, classes: tuple[str, ...]) -> ArraySource
         parts = {split: tuple(map(read_idx, files)) for split, files in parts.items() if files}
     else:
         parts = _read_tfds(prepared)
-    sources = {split: _source(name, *part, classes) for split, part in parts.items()}
+    sources = {split: pixel_source(name, *part, classes) for split, part in parts.items()}
     train, test = map(sources.get, _SPLITS)
     if train is None:
         return None
@@ -134,17 +134,6 @@ def _found(name: str, root: epath.Path, classes: tuple[str, ...]) -> ArraySource
     origin = "IDX files" if prepared is None else "TFDS"
     logging.info(text, name, len(train), origin, prepared or root, len(test) if test else "no")
     return dataclasses.replace(train, test=test)
-
-
-def _source(
-    name: str, images: np.ndarray, labels: np.ndarray, classes: tuple[str, ...]
-) -> ArraySource:
-    """Scales images 0..255 of any type to [-1, 1] and wraps them."""
-    scaled = images.astype(np.float32).reshape(*images.shape[:3], 1)
-    scaled /= np.float32(127.5)
-    scaled -= np.float32(1.0)
-    source = labelled_pictures(name, scaled, labels.astype(np.int32), len(classes))
-    return dataclasses.replace(source, class_names=classes)
 
 
 def _prepared_directory(home: epath.Path) -> epath.Path | None:

@@ -16,6 +16,7 @@ __all__ = [
     "has_states",
     "labelled_pictures",
     "mapped",
+    "pixel_source",
     "source_digest",
     "stacked",
 ]
@@ -193,6 +194,30 @@ def labelled_pictures(
             f"[{low}, {high}]"
         )
     return source
+
+
+def pixel_source(
+    name: str, pixels: np.ndarray, labels: np.ndarray, class_names: tuple[str, ...]
+) -> ArraySource:
+    """A labelled set of pictures from their pixels, held in memory.
+
+    Args:
+      name: short name for logs and reports.
+      pixels: numbers `[N, H, W]` or `[N, H, W, C]` in [0, 255], of any type.
+      labels: integers `[N]`, places in `class_names`.
+      class_names: names of the classes.
+
+    Returns:
+      The source; its pictures are scaled to [-1, 1].
+
+    Raises:
+      ValueError: see `labelled_pictures`.
+    """
+    scaled = pixels.astype(np.float32).reshape(*pixels.shape[:3], -1)
+    scaled /= np.float32(127.5)
+    scaled -= np.float32(1.0)
+    source = labelled_pictures(name, scaled, labels.astype(np.int32), len(class_names))
+    return dataclasses.replace(source, class_names=class_names)
 
 
 def as_source(data: Any, name: str = "arrays") -> Source:

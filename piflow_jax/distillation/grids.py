@@ -8,8 +8,8 @@ from piflow_jax.data import Source
 from piflow_jax.evaluation import IndexSampler
 from piflow_jax.evaluation.evaluator import Sampler
 from piflow_jax.parallel import batch_sharding, local_mesh
+from piflow_jax.systems import datasets
 from piflow_jax.systems.conditioning import Condition
-from piflow_jax.systems.datasets import DATASETS
 from piflow_jax.systems.sampling import conditions_in_turn
 from piflow_jax.systems.shapes import DataShape
 
@@ -50,10 +50,7 @@ def grid_rows(
 
 def class_names(source: Source | None, data: DataShape) -> list[str]:
     """Names of the classes from the source or the data set; otherwise their numbers."""
-    names = getattr(source, "class_names", None)
-    if not names and data.name in DATASETS:
-        names = DATASETS[data.name].class_names
-    return list(names or [f"class {label}" for label in range(data.num_classes)])
+    return list(getattr(source, "class_names", None) or datasets.class_names(data))
 
 
 def index_sampler(

@@ -20,7 +20,7 @@ from piflow_jax.data.emoji import EMOJI_CLASSES
 from piflow_jax.data.mnist import DIGIT_CLASSES, FASHION_CLASSES
 from piflow_jax.systems.shapes import DataShape
 
-__all__ = ["DATASETS", "Dataset", "dataset", "load_source"]
+__all__ = ["DATASETS", "Dataset", "class_names", "dataset", "load_source"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -114,6 +114,12 @@ DATASETS: dict[str, Dataset] = {
 def dataset(config: Config) -> Dataset:
     """The row of `DATASETS` for a run's data."""
     return DATASETS[config.data.name]
+
+
+def class_names(data: DataShape) -> list[str]:
+    """Names of the classes in the order of their labels; their numbers where none are known."""
+    known = DATASETS[data.name].class_names if data.name in DATASETS else ()
+    return list(known or map("class {}".format, range(data.num_classes)))
 
 
 def load_source(data: DataConfig) -> Source:

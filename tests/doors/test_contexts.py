@@ -23,6 +23,7 @@ from piflow_jax.flow.sampling import sample_segments
 from piflow_jax.flow.schedule import sampling_times
 from piflow_jax.keys import as_key, seed_key
 from piflow_jax.student import _program
+from tests.compiled import compilations
 from tests.students import IMAGES, LABELS, ONE, WARP, X, few, mixture, sampled
 
 ROOT = Path(__file__).parents[2]
@@ -34,22 +35,6 @@ def teacher(**options):
 
 
 # --- Numbers are arguments of a program -----------------------------------------------------------
-
-
-@contextlib.contextmanager
-def compilations():
-    """Names of what XLA compiles meanwhile, or takes from its cache on disk."""
-    found = []
-
-    def listen(name, seconds, **kwargs):
-        if name == "/jax/core/compile/backend_compile_duration":
-            found.append(kwargs.get("fun_name"))
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    try:
-        yield found
-    finally:
-        jax.monitoring.unregister_event_duration_listener(listen)
 
 
 def test_new_numbers_compile_nothing(student, samples):
