@@ -110,9 +110,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     service, bucket = buckets.service(), f"gs://{buckets.BUCKET}/run"
     with tempfile.TemporaryDirectory() as disk:
         on_disk, _ = train(options.config, disk, options.overrides)
-        service.delay, service.requests = options.delay, 0
+        service.delay = options.delay
+        service.asked.clear()
         in_bucket, said = train(options.config, bucket, options.overrides)
-        requests, service.delay = service.requests, 0.0
+        requests, service.delay = len(service.asked), 0.0
         here, there = left(disk), left(bucket)
     different = [name for name in here | there if here.get(name) != there.get(name)]
     if different:

@@ -25,6 +25,7 @@ class Service(server.ThreadingHTTPServer):
     """The service and what it does to its callers.
 
     Attributes:
+      asked: address and object of every request, late ones of an earlier test's clients included.
       refuse_every: answers 503 to every such request; 0 to none.
       delay: seconds before each answer.
       deny: status of the answer to every write; 0 lets them through.
@@ -36,7 +37,7 @@ class Service(server.ThreadingHTTPServer):
     daemon_threads = True
 
     def __init__(self, emulator):
-        self.lock, self.requests = threading.Lock(), 0
+        self.lock, self.asked = threading.Lock(), []
         storage = emulator.create_server("", 0, in_memory=True)._storage
         super().__init__(("127.0.0.1", 0), functools.partial(_handler(emulator), storage))
         self.storage = storage
@@ -73,8 +74,8 @@ def _handler(emulator):
             if method == "GET" and "media" in self.query.get("alt", ()):
                 service.read(self.name())
             with service.lock:
-                service.requests += 1
-                if service.refuse_every and service.requests % service.refuse_every == 0:
+                service.asked.append(f"{unquote(self.path)} {self.name()}")
+                if service.refuse_every and len(service.asked) % service.refuse_every == 0:
                     return self.answer(503)
                 if service.deny_all:
                     return self.answer(service.deny_all)
