@@ -127,7 +127,7 @@ class DiT(Transformer):
         embedding = time + self._embed_class(labels).astype(time.dtype)
         conditioning = self.conditioning(x, embedding)
         dtype = conditioning.dtype
-        tokens, (h, w) = self.embed_patches(x, dtype)
+        tokens, [(h, w)] = self.embed_patches([x], dtype)
         positions = position_table(self.hidden, h, w, self.sample_size // self.patch_size)
         tokens = tokens + jnp.asarray(positions, dtype).reshape(1, h * w, self.hidden)
         tokens = self.constrain(tokens, ("batch", None, "embed"))

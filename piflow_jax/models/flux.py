@@ -5,6 +5,8 @@ Source: the released FLUX.1 [dev] network in the form of `diffusers`, and the he
 vector from CLIP.
 """
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,6 +20,7 @@ from piflow_jax.models.joint import (
     JointBlock,
     JointLayers,
     TextTransformer,
+    image_positions,
     rotary_table,
     rotate,
     round_time,
@@ -42,21 +45,30 @@ FLUX_TARGETS = (
 TIME_SCALE = 1000.0
 
 
-def flux_angles(axes: tuple[int, ...], text_length: int, height: int, width: int) -> np.ndarray:
+def flux_angles(
+    axes: tuple[int, ...],
+    text_length: int,
+    height: int,
+    width: int,
+    references: Sequence[tuple[int, int]] = (),
+) -> np.ndarray:
     """Rotary angles: text at the origin, image tokens at (0, row, column).
+
+    Tokens of reference `i`, counted from 1, are at (i, row, column).
 
     Args:
         axes: Features of a head for each of the three coordinates.
         text_length: Number of text tokens, which come first.
         height: Rows of image tokens.
         width: Columns of image tokens.
+        references: Rows and columns of the tokens of each reference image.
 
     Returns:
-        `[text_length + height * width, sum(axes) / 2]` float64 radians.
+        `[text_length + T, sum(axes) / 2]` float64 radians; of the `T` tokens of images the first
+        `height * width` are the image's.
     """
-    rows, columns = np.meshgrid(np.arange(height), np.arange(width), indexing="ij")
-    image = np.stack([np.zeros_like(rows), rows, columns], axis=-1).reshape(-1, 3)
-    ids = np.concatenate([np.zeros((text_length, 3)), image]).astype(np.float64)
+    images = image_positions([(height, width), *references])
+    ids = np.concatenate([np.zeros((text_length, 3)), images]).astype(np.float64)
     frequencies = [ROPE_BASE ** -(np.arange(0, size, 2) / size) for size in axes]
     return np.concatenate([ids[:, i, None] * f[None] for i, f in enumerate(frequencies)], axis=-1)
 
@@ -147,6 +159,7 @@ class Flux(TextTransformer):
         text: jax.Array,
         pooled: jax.Array,
         guidance: jax.Array | None = None,
+        references: Sequence[jax.Array] = (),
     ) -> jax.Array | GMOutput:
         """Evaluates the network.
 
@@ -158,6 +171,8 @@ class Flux(TextTransformer):
             pooled: `[B, pooled_features]` pooled text embeddings.
             guidance: `[B]` distilled guidance scales (usually 3.5); None if and only if
                 `guidance_embed` is False.
+            references: Reference images, as FLUX.1 Kontext reads them: clean latents
+                `[B, h, w, C]`, each of its own size.
 
         Returns:
             The head's output: `u[B, H, W, C]`, a `GMOutput`, or `[B, H, W, N, C]`. Float32, or
@@ -166,12 +181,12 @@ class Flux(TextTransformer):
         Raises:
             ValueError: A shape, a size or the name of the remat policy is not valid.
         """
-        self._check(x, t, text, pooled, guidance)
+        self._check(x, t, text, pooled, guidance, references)
         embedding = self._embed_condition(t, pooled, guidance)
         conditioning = self.conditioning(x, embedding)
         dtype, length = conditioning.dtype, text.shape[1]
-        streams, sites = self.streams(x, text, dtype)
-        table = rotary_table(flux_angles(self.axes_dims_rope, length, *sites))
+        streams, (sites, *others) = self.streams([x, *references], text, dtype)
+        table = rotary_table(flux_angles(self.axes_dims_rope, length, *sites, others))
         double = self.blocks(JointBlock, self.double_depth, "double_blocks", dtype)
         single = self.blocks(SingleBlock, self.single_depth, "single_blocks", dtype)
         streams, _ = double(streams, conditioning, table)
@@ -212,8 +227,8 @@ class Flux(TextTransformer):
             embedding += self.embedder("guidance", time_features(scaled(guidance)).astype(wide))
         return embedding + self.embedder("pooled", pooled.astype(wide))
 
-    def _check(self, x, t, text, pooled, guidance) -> None:
-        self.check_inputs(x, text)
+    def _check(self, x, t, text, pooled, guidance, references) -> None:
+        self.check_inputs(x, text, references)
         b = x.shape[0]
         if pooled.shape != (b, self.pooled_features):
             raise ValueError(f"pooled must be [{b}, {self.pooled_features}], got {pooled.shape}")

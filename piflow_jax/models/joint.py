@@ -5,6 +5,8 @@ The double block of FLUX.1 and the block of Qwen-Image (arXiv 2508.02324, sectio
 text.
 """
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -51,6 +53,29 @@ def rotary_table(angles: np.ndarray) -> jax.Array:
     """
     wide = angles.astype(np.float64)
     return jnp.asarray(np.stack([np.cos(wide), np.sin(wide)]).astype(np.float32))
+
+
+def image_positions(sites: Sequence[tuple[int, int]], *, centred: bool = False) -> np.ndarray:
+    """Frame, row and column of the tokens of an image and its references.
+
+    The image is frame 0, and its references are the frames 1, 2 and so on. Source: FLUX.1 Kontext,
+    arXiv 2506.15742, section 3; Qwen-Image-Edit, arXiv 2508.02324.
+
+    Args:
+        sites: Rows and columns `(h, w)` of tokens of each, the image first.
+        centred: Rows run from `-ceil(h / 2)` to `floor(h / 2) - 1`, and columns likewise; otherwise
+            both start at 0.
+
+    Returns:
+        Integers `[T, 3]`, images one after the other.
+    """
+    positions = []
+    for frame, sides in enumerate(sites):
+        before = [side - side // 2 if centred else 0 for side in sides]
+        sides_of_frame = [np.arange(n) - b for n, b in zip(sides, before, strict=True)]
+        axes = np.meshgrid([frame], *sides_of_frame, indexing="ij")
+        positions.append(np.stack(axes, axis=-1).reshape(-1, 3))
+    return np.concatenate(positions)
 
 
 def rotate(x: jax.Array, table: jax.Array) -> jax.Array:
@@ -156,10 +181,10 @@ class TextTransformer(Transformer):
     time_dtype: DTypeLike = jnp.float32
 
     def streams(
-        self, x: jax.Array, text: jax.Array, dtype: DTypeLike
-    ) -> tuple[tuple[jax.Array, jax.Array], tuple[int, int]]:
-        """Tokens of text and image `[B, T, D]`, and the image's sites `(h, w)`."""
-        image, sites = self.embed_patches(x, dtype)
+        self, images: Sequence[jax.Array], text: jax.Array, dtype: DTypeLike
+    ) -> tuple[tuple[jax.Array, jax.Array], list[tuple[int, int]]]:
+        """Tokens of text and images `[B, T, D]`, and each image's sites `(h, w)`."""
+        image, sites = self.embed_patches(images, dtype)
         text = self.linear((self.hidden,), "text_embed", (None, "embed"), dtype=dtype)(text)
         streams = (self.constrain(tokens, ("batch", None, "embed")) for tokens in (text, image))
         return tuple(streams), sites
@@ -172,15 +197,16 @@ class TextTransformer(Transformer):
         x: jax.Array,
         t: jax.Array,
     ) -> Any:
-        """The head's output for the last tokens `[B, h * w, D]` of the image."""
+        """The head's output for the image, of which `tokens[B, T, D]` are the first `h * w`."""
+        tokens = tokens[:, : math.prod(x.shape[1:3]) // self.patch_size**2]
         # The head and this layer are trained without adapters, so they are at least float32.
         trained = jnp.promote_types(self.param_dtype, jnp.float32)
         # Here the scale comes first.
         scale, shift = self.last_modulation(conditioning, param_dtype=trained)
         return self.output(tokens, shift, scale, embedding, x, t, trained)
 
-    def check_inputs(self, x: jax.Array, text: jax.Array) -> None:
-        """Raises ValueError if a size, the states or the text are not valid."""
+    def check_inputs(self, x: jax.Array, text: jax.Array, references: Sequence[jax.Array]) -> None:
+        """Raises ValueError if a size, the states, the text or the references are not valid."""
         axes, hidden, num_heads = self.axes_dims_rope, self.hidden, self.num_heads
         # Rotary axes fill a head with pairs.
         if hidden % num_heads or sum(axes) * num_heads != hidden or any(a % 2 for a in axes):
@@ -190,5 +216,12 @@ class TextTransformer(Transformer):
             )
         self.check_state(x)
         batch, width = x.shape[0], self.text_features
+        for number, reference in enumerate(references):
+            self.check_state(reference, f"references[{number}]")
+            if reference.shape[0] != batch:
+                raise ValueError(
+                    f"references[{number}] must be [{batch}, H, W, {self.in_channels}], got "
+                    f"{reference.shape}"
+                )
         if text.ndim != 3 or (text.shape[0], text.shape[2]) != (batch, width):
             raise ValueError(f"text must be [{batch}, L, {width}], got {text.shape}")

@@ -4,6 +4,8 @@ Source: the released network in the form of `diffusers`, and the heads of pi-Flo
 section 5). Text enters as the hidden states of Qwen2.5-VL.
 """
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,6 +17,7 @@ from piflow_jax.models.joint import (
     JointBlock,
     RMSNorm,
     TextTransformer,
+    image_positions,
     rotary_table,
     round_time,
 )
@@ -37,30 +40,35 @@ QWEN_TARGETS = (
 TIME_SCALE = 1000.0
 
 
-def qwen_angles(axes: tuple[int, ...], text_length: int, height: int, width: int) -> np.ndarray:
+def qwen_angles(
+    axes: tuple[int, ...],
+    text_length: int,
+    height: int,
+    width: int,
+    references: Sequence[tuple[int, int]] = (),
+) -> np.ndarray:
     """Rotary angles: image tokens around the origin, text tokens on the diagonal beyond them.
 
     Rows run from `-ceil(height / 2)` to `floor(height / 2) - 1`, columns likewise, and the frame is
-    0. Text token `i` is at `max(height, width) // 2 + i` in all three coordinates.
+    0. The same holds for reference `i`, counted from 1, with frame `i`. Text token `i` is at
+    `side // 2 + i` in all three coordinates, where `side` is the longest one of all images.
 
     Args:
         axes: Features of a head for each of the three coordinates.
         text_length: Number of text tokens, which come first.
         height: Rows of image tokens.
         width: Columns of image tokens.
+        references: Rows and columns of the tokens of each reference image.
 
     Returns:
-        `[text_length + height * width, sum(axes) / 2]` float32 radians. The released network
-        computes them in float32, which at position 1000 is 3e-5 away from the exact angle.
+        `[text_length + T, sum(axes) / 2]` float32 radians; of the `T` tokens of images the first
+        `height * width` are the image's. The released network computes them in float32, which at
+        position 1000 is 3e-5 away from the exact angle.
     """
-    rows, columns = np.meshgrid(
-        np.arange(height) - (height - height // 2),
-        np.arange(width) - (width - width // 2),
-        indexing="ij",
-    )
-    image = np.stack([np.zeros_like(rows), rows, columns], axis=-1).reshape(-1, 3)
-    text = np.arange(text_length) + max(height // 2, width // 2)
-    ids = np.concatenate([np.stack([text] * 3, axis=-1), image]).astype(np.float32)
+    sites = [(height, width), *references]
+    text = np.arange(text_length) + max(side // 2 for sides in sites for side in sides)
+    images = image_positions(sites, centred=True)
+    ids = np.concatenate([np.stack([text] * 3, axis=-1), images]).astype(np.float32)
     angles = []
     for i, size in enumerate(axes):
         exponents = np.arange(0, size, 2, dtype=np.float32) / np.float32(size)
@@ -107,7 +115,12 @@ class QwenImage(TextTransformer):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, t: jax.Array, text: jax.Array, mask: jax.Array | None = None
+        self,
+        x: jax.Array,
+        t: jax.Array,
+        text: jax.Array,
+        mask: jax.Array | None = None,
+        references: Sequence[jax.Array] = (),
     ) -> jax.Array | GMOutput:
         """Evaluates the network.
 
@@ -118,6 +131,8 @@ class QwenImage(TextTransformer):
                 finite numbers.
             mask: `[B, L]`, zero or False where `text` is padding. None hides nothing, as in the
                 pi-Flow release with `diffusers` before 0.37.
+            references: Reference images, as Qwen-Image-Edit reads them: clean latents
+                `[B, h, w, C]`, each of its own size.
 
         Returns:
             The head's output: `u[B, H, W, C]`, a `GMOutput`, or `[B, H, W, N, C]`. Float32, or
@@ -126,14 +141,14 @@ class QwenImage(TextTransformer):
         Raises:
             ValueError: A shape, a size or the name of the remat policy is not valid.
         """
-        self._check(x, t, text, mask)
+        self._check(x, t, text, mask, references)
         features = time_features(round_time(t, self.time_dtype), scale=TIME_SCALE)
         embedding = self.embedder("time", features)
         conditioning = self.conditioning(x, embedding)
         dtype = conditioning.dtype
         text = RMSNorm(self.param_dtype, name="text_norm")(text)
-        streams, sites = self.streams(x, text, dtype)
-        table = rotary_table(qwen_angles(self.axes_dims_rope, text.shape[1], *sites))
+        streams, (sites, *others) = self.streams([x, *references], text, dtype)
+        table = rotary_table(qwen_angles(self.axes_dims_rope, text.shape[1], *sites, others))
         key_mask = None
         if mask is not None:
             shown = jnp.ones(streams[1].shape[:2], bool)
@@ -156,8 +171,8 @@ class QwenImage(TextTransformer):
         shapes = (batch, p, p, self.in_channels), (batch,), (batch, 1, self.text_features)
         return tuple(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes)
 
-    def _check(self, x, t, text, mask) -> None:
-        self.check_inputs(x, text)
+    def _check(self, x, t, text, mask, references) -> None:
+        self.check_inputs(x, text, references)
         if mask is not None and mask.shape != text.shape[:2]:
             raise ValueError(f"mask {mask.shape} must be [B, L] = {text.shape[:2]}")
         if t.shape != x.shape[:1]:

@@ -1,5 +1,6 @@
 """What the transformers share around their blocks: fields, embeddings, stacks of blocks, output."""
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import jax
@@ -46,12 +47,15 @@ class Transformer(Network):
         dtype = jnp.promote_types(x.dtype, embedding.dtype) if self.dtype is None else self.dtype
         return nn.silu(embedding).astype(dtype)
 
-    def embed_patches(self, x: jax.Array, dtype: DTypeLike) -> tuple[jax.Array, tuple[int, int]]:
-        """Tokens `[B, h * w, D]` of the patches of `x[B, H, W, C]`, and `(h, w)`."""
-        patches = patchify(x, self.patch_size)
-        b, h, w, size = patches.shape
+    def embed_patches(
+        self, images: Sequence[jax.Array], dtype: DTypeLike
+    ) -> tuple[jax.Array, list[tuple[int, int]]]:
+        """Tokens `[B, T, D]` of the patches of images `[B, H, W, C]`, and each one's `(h, w)`."""
+        patches = [patchify(image, self.patch_size) for image in images]
         layer = self.linear((self.hidden,), "patch_embed", (None, "embed"), dtype=dtype)
-        return layer(patches.reshape(b, h * w, size)), (h, w)
+        rows = [p.reshape(len(p), -1, p.shape[-1]) for p in patches]
+        tokens = rows[0] if len(rows) == 1 else jnp.concatenate(rows, axis=1)
+        return layer(tokens), [p.shape[1:3] for p in patches]
 
     def blocks(
         self, block: type[Layers], depth: int, name: str, dtype: DTypeLike, **settings: Any
@@ -99,9 +103,9 @@ class Transformer(Network):
             param_dtype=param_dtype,
         )
 
-    def check_state(self, x: jax.Array) -> None:
+    def check_state(self, x: jax.Array, name: str = "x") -> None:
         """Raises ValueError if `x` is no state that the patches divide."""
         if x.ndim != 4 or x.shape[-1] != self.in_channels or not x.size:
-            raise ValueError(f"x must be [B, H, W, {self.in_channels}], got {x.shape}")
+            raise ValueError(f"{name} must be [B, H, W, {self.in_channels}], got {x.shape}")
         if x.shape[1] % self.patch_size or x.shape[2] % self.patch_size:
-            raise ValueError(f"x {x.shape} is not divisible into patches of {self.patch_size}")
+            raise ValueError(f"{name} {x.shape} is not divisible into patches of {self.patch_size}")
