@@ -33,7 +33,7 @@ INSTALL_REQUIRES = [
     "scikit-learn>=1.4",
     "pillow>=10.1",
     "tqdm>=4.66",
-    # clu.metric_writers writes TensorBoard event files through TensorFlow.
+    # tensorflow-datasets prepares pictures with it. Event files are written without.
     "tensorflow-cpu>=2.18; platform_system != 'Darwin' and platform_machine in 'x86_64 AMD64'",
     "tensorflow>=2.18; platform_system == 'Darwin' or platform_machine not in 'x86_64 AMD64'",
     "tensorboard>=2.18",

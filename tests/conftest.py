@@ -6,7 +6,9 @@ import importlib.metadata
 import logging
 import os
 import shutil
+import sys
 import tempfile
+import types
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -32,6 +34,8 @@ from piflow_jax.runs.workdir import user_path
 from tests import buckets
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# By this name TensorBoard takes its own reader of event files, not TensorFlow's.
+sys.modules["tensorboard.compat.notf"] = types.ModuleType("notf")
 # Tracing makes many objects and few cycles; by default the collector takes a tenth of the time.
 gc.set_threshold(50_000, 20, 50)
 

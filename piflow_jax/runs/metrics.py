@@ -1,8 +1,7 @@
 """Where a run's numbers go: TensorBoard event files, a JSON-lines file, and the console.
 
-`clu.metric_writers` needs TensorFlow, whose import takes 7 seconds and 600 MB. It therefore happens
-on the writer's own thread, while the training step compiles, and so does the writing of events; an
-error there is raised by the next call. Make a writer after your own imports, not between them.
+Events are written on the writer's own thread, while the training step compiles; an error there is
+raised by the next call. Make a writer after your own imports, not between them.
 """
 
 import collections
@@ -34,7 +33,7 @@ OnMetrics = Callable[[str, int, Mapping[str, float]], None]
 
 _RESERVED = ("step", "stage", "time")
 _UPLOAD_EVERY = 30.0  # seconds, where no checkpoint is saved before
-_REMEDY = "Install them with: pip install -e . (or: pip install clu tensorflow-cpu tensorboard)"
+_REMEDY = "Install them with: pip install -e . (or: pip install clu tensorboard)"
 
 
 class MetricWriter(contextlib.AbstractContextManager):
@@ -58,7 +57,7 @@ class MetricWriter(contextlib.AbstractContextManager):
       on_metrics: called with the scalars of each step that are written, in process 0.
 
     Raises:
-      ImportError: clu, TensorFlow or TensorBoard is missing; the message names the remedy.
+      ImportError: clu or TensorBoard is missing; the message names the remedy.
       OSError: the directory cannot be written; names it and the remedy.
     """
 
@@ -78,7 +77,7 @@ class MetricWriter(contextlib.AbstractContextManager):
         self._active = jax.process_index() == 0
         if not self._active:
             return
-        _require("clu", "tensorflow", "tensorboard")
+        _require("clu", "tensorboard")
         self._stage = stage
         self._total = total_steps
         self._print_every = print_every
@@ -213,7 +212,7 @@ class MetricWriter(contextlib.AbstractContextManager):
             yield
         except ImportError:
             raise
-        except Exception as error:  # TensorFlow's are of many kinds
+        except Exception as error:  # those of a bucket are of many kinds
             raise OSError(
                 f"cannot write metrics to {self._directory} ({cause(error)}). Check that it is "
                 "writable and has free space, or pass another --workdir."
@@ -366,16 +365,9 @@ def _require(*packages: str) -> None:
 
 
 def _open_events(directory: str):
-    """Imports TensorFlow, quietly and away from the accelerators, and opens an event file."""
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # else a notice at every start
+    """Imports what event files need, and opens one."""
     try:
-        import tensorflow as tf
-        from clu import metric_writers
+        from piflow_jax.runs.events import EventWriter
     except ImportError as error:
-        raise ImportError(f"metrics need clu.metric_writers: {error}. {_REMEDY}") from error
-    try:
-        tf.config.set_visible_devices([], "GPU")  # they are JAX's
-    except RuntimeError as error:
-        logging.warning("TensorFlow already holds the GPUs of this process: %s", error)
-    return metric_writers.SummaryWriter(directory)
+        raise ImportError(f"metrics need clu and tensorboard: {error}. {_REMEDY}") from error
+    return EventWriter(directory)

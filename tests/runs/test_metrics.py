@@ -1,5 +1,6 @@
-"""The metric writer: one test with TensorFlow, the others with a stand-in for its event file."""
+"""The metric writer: its event files, and the rest with a stand-in for them."""
 
+import contextlib
 import io
 import json
 import logging
@@ -16,6 +17,7 @@ from PIL import Image
 
 from piflow_jax.progress import clock
 from piflow_jax.runs import metrics
+from piflow_jax.runs.events import EventWriter
 from piflow_jax.runs.metrics import MetricWriter
 
 
@@ -73,12 +75,69 @@ def test_events_and_lines_through_clu(tmp_path):
     ]
 
 
-def test_importing_the_package_and_this_module_does_not_import_tensorflow():
-    code = (
-        "import sys, piflow_jax, piflow_jax.runs.metrics\n"
-        "assert not {'tensorflow', 'tensorboard', 'clu.metric_writers'} & set(sys.modules)"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+@pytest.mark.filterwarnings("error")
+def test_every_kind_of_event_is_as_tensorboard_reads_it(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.plugins.hparams.metadata import SESSION_START_INFO_TAG as START
+    from tensorboard.plugins.hparams.metadata import parse_session_start_info_plugin_data
+    from tensorboard.plugins.text.metadata import create_summary_metadata
+    from tensorboard.util.tensor_util import make_ndarray
+
+    picture = np.random.default_rng(0).integers(0, 256, (2, 5, 7, 3), np.uint8)
+    with contextlib.closing(EventWriter(tmp_path)) as writer:
+        writer.write_scalars(1, {"loss": 0.25, "nan": math.nan})
+        writer.write_scalars(2, {"loss": np.float64(1e300)})  # infinite, in float32
+        grey = picture[0, ..., :1] / 255
+        beyond = np.where(grey < 0.1, np.nan, grey * 4 - 1)
+        writer.write_images(2, {"bytes": picture, "floats": grey, "beyond": beyond})
+        writer.write_texts(3, {"prompt": "a *cat*"})
+        writer.write_histograms(4, {"weights": np.arange(10.0)}, {"weights": 5})
+        writer.write_hparams({"lr": 0.1, "name": "x"})
+        described = create_summary_metadata(display_name=None, description=None)
+        writer.write_summaries(5, {"raw": np.array([b"a", b"b"])}, {"raw": described})
+        writer.write_summaries(6, {"raw": [b"c"]}, {"raw": described.SerializeToString()})
+        writer.write_videos(7, {"video": picture[None]})
+        writer.write_audios(7, {"audio": np.zeros((1, 9, 1))}, sample_rate=3)
+        writer.flush()
+        recorded = EventAccumulator(str(tmp_path), size_guidance={"tensors": 0}).Reload()
+
+    def read(tag):
+        return [(e.step, make_ndarray(e.tensor_proto).tolist()) for e in recorded.Tensors(tag)]
+
+    def pixels(tag):
+        ((step, (width, height, *pngs)),) = read(tag)
+        assert (step, width, height) == (2, b"7", b"5")
+        return np.stack([np.asarray(Image.open(io.BytesIO(png))) for png in pngs])
+
+    assert read("loss") == [(1, 0.25), (2, math.inf)] and math.isnan(read("nan")[0][1])
+    np.testing.assert_array_equal(pixels("bytes"), picture)
+    np.testing.assert_array_equal(pixels("floats"), picture[:1, ..., 0])
+    beyond = np.clip(picture[:1, ..., 0] * 4.0 - 255, 0, 255)
+    np.testing.assert_allclose(pixels("beyond"), beyond, atol=1)
+    assert read("prompt") == [(3, b"a *cat*")]
+    ((step, buckets),) = read("weights")
+    assert step == 4 and [count for *_, count in buckets] == [2] * 5
+    started = recorded.SummaryMetadata(START).plugin_data.content
+    start = parse_session_start_info_plugin_data(started)
+    assert start.hparams["lr"].number_value == 0.1 and start.hparams["name"].string_value == "x"
+    assert read("raw") == [(5, [b"a", b"b"]), (6, [b"c"])]
+    assert {"video", "audio"}.isdisjoint(recorded.Tags()["tensors"])
+
+
+def test_writing_an_event_file_does_not_import_tensorflow(tmp_path):
+    code = """
+import sys, types, piflow_jax, piflow_jax.runs.metrics as metrics
+assert not {"tensorboard", "clu"} & set(sys.modules)
+with metrics.MetricWriter(sys.argv[1], "teacher", 1) as writer:
+    writer.write(1, {"loss": 1.0})
+    writer.images(1, {"x": metrics.np.zeros((8, 8, 1))})
+assert metrics.logged_images(metrics.user_path(sys.argv[1]) / "teacher")
+assert not {"tensorflow", "clu.metric_writers"} & set(sys.modules)
+sys.modules["clu.metric_writers.summary_writer"] = types.SimpleNamespace(SummaryWriter=None)
+import clu.metric_writers, piflow_jax.runs.events
+assert issubclass(piflow_jax.runs.events.EventWriter, clu.metric_writers.MetricWriter)
+"""
+    subprocess.run([sys.executable, "-c", code, tmp_path], check=True, timeout=60)
 
 
 def test_order_of_events_and_close(tmp_path, events):
@@ -145,7 +204,7 @@ def test_a_failed_event_surfaces(tmp_path, events):
         raise ZeroDivisionError
 
 
-def test_writing_does_not_wait_for_tensorflow(tmp_path, monkeypatch):
+def test_writing_does_not_wait_for_the_event_file(tmp_path, monkeypatch):
     ready = threading.Event()
     made = []
 
@@ -163,17 +222,20 @@ def test_writing_does_not_wait_for_tensorflow(tmp_path, monkeypatch):
     assert [step for step, _ in made[0].calls] == [1, 2]
 
 
-def test_missing_tensorflow_names_the_remedy(tmp_path, monkeypatch):
+@pytest.mark.parametrize("package", ["clu", "tensorboard"])
+def test_a_missing_package_names_the_remedy(tmp_path, monkeypatch, package):
     find = metrics.importlib.util.find_spec
     monkeypatch.setattr(
-        metrics.importlib.util, "find_spec", lambda n: None if n == "tensorflow" else find(n)
+        metrics.importlib.util, "find_spec", lambda n: None if n == package else find(n)
     )
-    with pytest.raises(ImportError, match=r"need tensorflow, not installed.*pip install"):
+    with pytest.raises(ImportError, match=rf"need {package}, not installed.*pip install"):
         MetricWriter(tmp_path, "teacher", 100)
 
 
-def test_a_broken_tensorflow_names_the_remedy(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "tensorflow", None)  # its import raises
+@pytest.mark.parametrize("module", ["clu", "tensorboard.summary.writer.record_writer"])
+def test_a_broken_package_names_the_remedy(tmp_path, monkeypatch, module):
+    monkeypatch.setitem(sys.modules, module, None)  # its import raises
+    monkeypatch.delitem(sys.modules, "piflow_jax.runs.events", raising=False)
     monkeypatch.setattr(metrics, "_require", lambda *packages: None)
     writer = MetricWriter(tmp_path, "teacher", 100)
     with pytest.raises(ImportError, match="pip install"):
