@@ -53,7 +53,7 @@ class Transformer(Network):
         """Tokens `[B, T, D]` of the patches of images `[B, H, W, C]`, and each one's `(h, w)`."""
         patches = [patchify(image, self.patch_size) for image in images]
         layer = self.linear((self.hidden,), "patch_embed", (None, "embed"), dtype=dtype)
-        rows = [p.reshape(len(p), -1, p.shape[-1]) for p in patches]
+        rows = [p.reshape(p.shape[0], -1, p.shape[-1]) for p in patches]
         tokens = rows[0] if len(rows) == 1 else jnp.concatenate(rows, axis=1)
         return layer(tokens), [p.shape[1:3] for p in patches]
 
