@@ -2,7 +2,7 @@
 
     python -m piflow_jax.main --config=configs/digits.py --workdir=runs/unet \
         --config.model.network=examples.unet:unet \
-        --config.teacher.optimizer.kind=adamw --config.train.optimizer.kind=adamw
+        --config.train.optimizer.kind=adamw
 
 Teacher and student are networks of the same function: the teacher predicts one velocity per pixel,
 the student, which starts at the teacher's weights, as many numbers as its policy wants. In a

@@ -183,8 +183,9 @@ class Student:
         others there are, nor on how many devices. Numbers of samples are rounded up to powers of
         two, at most 256 at a time on each device, so that at most nine programs are compiled for a
         choice of `nfe`, `substeps`, `solver` and a size, however many samples are asked for and
-        whatever the other numbers are. Of the last 16 choices programs are kept. Arrays that are
-        passed are left as they are. A mesh that is set has no influence.
+        whatever the other numbers are; and as many again with `x`, with `noise` and with both. Of
+        the last 16 choices programs are kept. Arrays that are passed are left as they are. A mesh
+        that is set has no influence.
 
         Args:
           key: a seed, or one PRNG key, typed or legacy. Whatever JAX's default implementation is,

@@ -1,12 +1,11 @@
 """Who may import whom. Reads the source with `ast`; the checker is itself tested on planted faults.
 
-Rooms from the ground up: arguments, keys, origin, progress, whole_files and safetensors_files, on
-which all others stand; kernels, flow, models, config; then data, convert, parallel and evaluation
-beside each other; then systems, training, runs, loading, rivals, modes, main. A room imports lower
-rooms only, and of these only the ones listed here.
+A room is a layer of the package: one of its directories, or one of its modules. It imports lower
+ones only, and of these only the ones listed here. `docs/extending.md` has the same list.
 """
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +17,8 @@ NAME = "piflow_jax"
 MAX_LINES = 500
 
 GROUND = {"arguments", "buckets", "keys", "origin", "progress", "safetensors_files", "whole_files"}
-MATHEMATICS = {"flow", "kernels"}
+# These write no files, so they have no use for the modules that do.
+WRITE_NOTHING = {"flow", "kernels", "models", "config", "training", "parallel", "rivals"}
 ROOMS = {
     "__init__": set(),
     "arguments": set(),
@@ -32,28 +32,31 @@ ROOMS = {
     "exported": set(),
     "kernels": set(),
     "flow": {"kernels"},
-    "models": MATHEMATICS,
+    "models": {"flow"},
     "config": set(),
     "data": set(),
-    "convert": {"flow", "models"},
-    "parallel": MATHEMATICS | {"models", "config"},
-    "evaluation": MATHEMATICS | {"models", "config", "data"},
-    "systems": MATHEMATICS | {"models", "config", "data", "convert", "parallel", "evaluation"},
-    "training": MATHEMATICS | {"config", "data", "parallel", "systems"},
+    "convert": {"models"},
+    "parallel": {"config", "models"},
+    "evaluation": {"data", "models"},
+    "systems": {"flow", "models", "config", "data", "convert", "parallel", "evaluation"},
+    "training": {"flow", "config", "data", "parallel", "systems"},
+    "student": {"flow", "config", "exported", "systems"},
+    "runs": {"config", "data", "parallel", "training"},
+    "rivals": {"flow", "models", "config", "systems", "training"},
+    "diagnostics": {"flow", "data"},
+    "main": {"config", "modes"},
 }
-ROOMS["student"] = MATHEMATICS | {"config", "exported", "systems"}
-ROOMS["runs"] = {"config", "data", "parallel", "training"}
 ROOMS["loading"] = ROOMS["student"] | {"student", "convert", "parallel", "runs"}
-ROOMS["rivals"] = MATHEMATICS | {"models", "config", "systems", "training"}
-ROOMS["distillation"] = MATHEMATICS | {"config", "data", "diagnostics", "evaluation", "parallel"}
+ROOMS["distillation"] = {"flow", "config", "data", "diagnostics", "evaluation", "parallel"}
 ROOMS["distillation"] |= {"runs", "student", "systems", "training"}
-ROOMS["modes"] = set(ROOMS) - {"__init__", "student"}
-ROOMS["diagnostics"] = MATHEMATICS | {"data"}
-ROOMS["demo"] = MATHEMATICS | {"__init__", "models", "config", "convert", "data", "evaluation"}
+ROOMS["modes"] = ROOMS["systems"] | {"systems", "training", "runs", "rivals", "loading"}
+ROOMS["modes"] |= {"distillation"}
+ROOMS["demo"] = {"__init__", "flow", "models", "config", "convert", "data", "evaluation"}
 ROOMS["demo"] |= {"systems", "runs", "loading"}
-ROOMS["main"] = set(ROOMS) - {"__init__", "student", "loading", "diagnostics", "demo"}
 for room in set(ROOMS) - GROUND:
     ROOMS[room] |= GROUND
+    if room in WRITE_NOTHING:
+        ROOMS[room] -= {"safetensors_files", "whole_files"}
 
 # All that models know of the policies is the types of their own outputs.
 MODELS_TAKE_FROM_FLOW = {
@@ -143,6 +146,22 @@ def test_no_room_imports_a_higher_one():
     assert not faults(PACKAGE)
 
 
+def named(cell):
+    """The rooms that a cell of the page's table names."""
+    return {name.removesuffix(".py") for name in re.findall(r"`(\w+(?:\.py)?)`", cell)}
+
+
+def test_the_page_has_the_same_rooms():
+    text = (PACKAGE.parent / "docs" / "extending.md").read_text(encoding="utf-8")
+    table = re.search(r"^\| layer \|.*?(?=\n\n)", text, flags=re.M | re.S)[0]
+    ground, *rows = (row.split(" | ") for row in table.splitlines()[2:])
+    assert named(ground[0]) == GROUND | {"gcs"}
+    written = {name: named(may) for room, may, _ in rows for name in named(room)}
+    own = ROOMS.keys() - GROUND - {"__init__", "gcs"}
+    assert written == {room: ROOMS[room] - GROUND for room in own}
+    assert named(re.search(r"^(.*)write no files", text, flags=re.M)[1]) == WRITE_NOTHING
+
+
 def test_every_folder_of_modules_is_a_package():
     """Others would be missing in a wheel."""
     folders = {path.parent for path in PACKAGE.rglob("*.py")}
@@ -181,6 +200,7 @@ def test_every_folder_of_modules_is_a_package():
         ("training/x.py", "if True:\n    import piflow_jax.modes", "training may not import"),
         ("training/x.py", "from piflow_jax.rivals import METHODS", "training may not import"),
         ("rivals/x.py", "from piflow_jax.modes import train", "rivals may not import"),
+        ("rivals/x.py", "from piflow_jax.whole_files import replacing", "rivals may not import"),
         ("modes/x.py", "from piflow_jax.main import main", "modes may not import"),
         ("data/x.py", "import tensorflow_datasets as tfds", "at top level"),
         (
@@ -211,7 +231,7 @@ def test_planted_faults_are_found(tmp_path, file, code, fault):
         ("data/x.py", "def f():\n    import tensorflow_datasets as tfds"),
         ("runs/events.py", "import tensorboard"),
         ("training/x.py", "from piflow_jax import __version__\nimport tensorflow_free"),
-        ("main.py", "from piflow_jax import modes\nimport piflow_jax.convert"),
+        ("main.py", "from piflow_jax import modes\nimport piflow_jax.config"),
         ("main.py", "\n" * 500),
     ],
 )

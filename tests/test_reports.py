@@ -149,7 +149,7 @@ def compiled(topology, **settings):
     return {
         "topology": topology,
         "devices": 16,
-        "batch_per_device": 256,
+        "batch_per_device": 256.0,
         "microbatches": 16,
         "remat": "none",
         "moment_dtype": "float32",

@@ -190,7 +190,7 @@ def compiled_row(variant: str, report: Report) -> list[str]:
         f"`{variant}`",
         report["topology"],
         str(report["devices"]),
-        f"{report['batch_per_device']} in {report['microbatches']}",
+        f"{report['batch_per_device']:g} in {report['microbatches']}",
         report["remat"],
         report["moment_dtype"],
         "on" if _overlapped(report) else "off",

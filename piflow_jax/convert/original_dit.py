@@ -13,9 +13,9 @@ The *meaning* of the weights differs, and no shape shows it:
 | SiT | velocity data - noise | 1 is data | "original_sit" |
 | DiT | noise of a discrete diffusion | integers up to 999 | "original_dit", `time_scale=1000` |
 
-A DiT is therefore not a flow teacher, only a start for training one. SiT's time and sign are
-absorbed into the weights exactly. `cos(f (1 - t))` and `sin(f (1 - t))` are rotations of `cos(f t)`
-and `sin(f t)`, so the first layer of the time embedder is rotated, and the output layer is negated.
+A DiT is therefore not a flow teacher, although it loads as one. SiT's time and sign are absorbed
+into the weights exactly. `cos(f (1 - t))` and `sin(f (1 - t))` are rotations of `cos(f t)` and
+`sin(f t)`, so the first layer of the time embedder is rotated, and the output layer is negated.
 REPA checkpoints trained with the cosine path are not linear flows and cannot be used here.
 
 Two differences from the original remain, and the pi-Flow release shares both. The norm before the

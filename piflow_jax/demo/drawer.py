@@ -204,6 +204,8 @@ class Drawer:
         as_trained = None
         if nfe not in self.trained and len(rows) > 1:
             as_trained = yield from self._student(batch, self.nfe, options)
+        if guidance is not None:
+            options["guidance"] = guidance
         facts = self._facts(label=label, seed=seed, nfe=nfe, teacher_nfe=teacher_nfe, **options)
         notes = self._cautions(nfe, temperature=temperature)
         return Drawing(batch.names, rows, notes, facts, as_trained)
@@ -250,7 +252,7 @@ class Drawer:
         nfe: int,
         teacher_nfe: int = 0,
     ) -> Generator[str, None, Drawing]:
-        """Image to image: noise is laid on a picture and taken off again.
+        """Image to image: noise is added to a picture and removed again.
 
         Args:
           picture: `[H, W, C]` in [-1, 1], of the shape of samples.
@@ -460,7 +462,8 @@ class Drawer:
     def _facts(self, **facts: Any) -> dict[str, Any]:
         """What a drawing was made of, for its file."""
         made = {"student": self.student.settings.data.name, "version": piflow_jax.__version__}
-        return made | facts
+        guided = {"guidance": self.guidance} if self.guidance else {}
+        return made | guided | facts
 
 
 def _is_small(shape: tuple[int, ...]) -> bool:

@@ -126,8 +126,8 @@ def _edit(
         draw=drawer.edit,
         show=lambda drawing: (markup.pairs(drawing), _side(drawing, "edit")),
         takes_picture=True,
-        empty="Draw or upload a picture. Noise is laid on it up to a level, and both systems go on "
-        "from there.",
+        empty="Draw or upload a picture. Noise is added to it up to a level, and both systems "
+        "continue from there.",
     )
 
 

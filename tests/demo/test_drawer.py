@@ -177,9 +177,10 @@ def test_a_student_that_reads_text_draws_prompts(tmp_path):
     (row,) = drawing.rows
     np.testing.assert_allclose(row.samples, mine, atol=1e-5)
     # FLUX.1's students take a guidance scale, and the page has a control for it.
-    other = drawn(drawer.samples(7, 5, 2, 4, substeps=8, count=3, guidance=1.5)).rows[0]
+    other = drawn(drawer.samples(7, 5, 2, 4, substeps=8, count=3, guidance=1.5))
     mine = student.sample(5, told | {"guidance": 1.5}, size=(8, 8), substeps=8, nfe=2)
-    np.testing.assert_allclose(other.samples, mine, atol=1e-5)
+    np.testing.assert_allclose(other.rows[0].samples, mine, atol=1e-5)
+    assert (drawing.facts["guidance"], other.facts["guidance"]) == (3.5, 1.5)
     assert "guidance" in [control.key for control in views_of(drawer)[0].controls]
 
 
