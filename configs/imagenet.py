@@ -43,6 +43,8 @@ Variants:
     dx_repa_10    grid of 10 x_0 of the REPA teacher, window 10 of 128
     dx_repa_20    grid of 20, window 5
     dx_repa_40    grid of 40, window 3
+    gm_repa_corrected  gm_repa with the marginal corrector on a quarter of each batch; it is beyond
+                  the paper and has not been trained at this size
     runlocal      gm_repa's recipe at toy size on the digits, teacher included; 75 seconds on two
                   cores; the student at 1 evaluation is then about as good as its (guided,
                   undertrained) teacher at 32
@@ -63,6 +65,7 @@ VARIANTS = (
     "dx_repa_10",
     "dx_repa_20",
     "dx_repa_40",
+    "gm_repa_corrected",
     "runlocal",
 )
 # Grid points of the DX policy, and the window that its training needs in order not to diverge.
@@ -130,6 +133,9 @@ def get_config(variant: str = "gm_repa") -> ml_collections.ConfigDict:
         config.teacher.guidance_scale = 2.8
         config.train.nfe = 2
         config.train.steps = 24_000
+    elif variant == "gm_repa_corrected":
+        config.train.corrector.kind = "critic"
+        config.train.corrector.optimizer = config.train.optimizer.copy_and_resolve_references()
     elif variant.startswith("dx_repa_"):
         config.policy.kind = "dx"
         config.policy.num_grid = int(variant.removeprefix("dx_repa_"))

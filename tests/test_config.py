@@ -277,6 +277,39 @@ def test_the_ends_of_ranges_are_accepted(values):
             "number of segments: leave it empty, or set config.train.data_free = False",
         ),
         (
+            {"train__corrector__kind": "policy", "train__nfe": 2},
+            "config.train.corrector.kind = 'policy' follows one policy from noise to data and "
+            "needs config.train.nfe = 1, got 2; give 'critic'",
+        ),
+        (
+            {"train__corrector__kind": "critic", "train__corrector__share": 0.3},
+            "config.train.corrector.share = 0.3 is 3/10: config.train.batch_size must be "
+            "divisible by 10, got 128",
+        ),
+        (
+            {"train__corrector__kind": "critic", "train__corrector__guidance_interval": (0.5, 0.1)},
+            "config.train.corrector.guidance_interval must be empty or (low, high) with "
+            "low <= high, got (0.5, 0.1)",
+        ),
+        (
+            {"train__corrector__kind": "critic", "train__corrector__guidance_interval": (0.0, 0.5)},
+            "config.train.corrector.guidance_interval is for a teacher with guidance and must be "
+            "empty with config.teacher.guidance_scale = 1",
+        ),
+        (
+            {"train__corrector__kind": "critic", "train__corrector__levels": (0.9, 0.1)},
+            "config.train.corrector.levels must be (low, high) with low < high, got (0.9, 0.1)",
+        ),
+        (
+            {
+                "train__corrector__kind": "critic",
+                "train__corrector__optimizer__decay": "cosine",
+                "train__corrector__optimizer__warmup_steps": 3000,
+            },
+            "config.train.corrector.optimizer.warmup_steps must be below config.train.steps "
+            "(3000) for a schedule that decays, got 3000",
+        ),
+        (
             {"policy__kind": "dx"},
             "config.train.gm_dropout drops mixture components and must be 0 with "
             "config.policy.kind = 'dx', got 0.05",

@@ -49,10 +49,17 @@ has 19.
 The rows `gm_euler128` of the digits were trained with `--config.train.solver=euler
 --config.train.total_substeps=128`, the paper's substeps. `gm` takes 16 of second order.
 """
-COLUMNS = ("Frechet", "precision", "recall", "diversity", "endpoint MSE")
-FIGURES = ("frechet", "precision", "recall", "diversity", "endpoint_mse")
+COLUMNS = {
+    "frechet": "Frechet",
+    "precision": "precision",
+    "recall": "recall",
+    "diversity": "diversity",
+    "endpoint_mse": "endpoint MSE",
+    "pixel_frechet": "Frechet of pixels",  # not in older reports
+}
+FIGURES = tuple(COLUMNS)[:-1]
 COMPILED_SCOPES = ("teacher", "student", "policy", "optimizer", "other")
-DECIMALS = {"frechet": 3, "precision": 3, "recall": 3, "diversity": 2, "endpoint_mse": 4}
+DECIMALS = dict.fromkeys(COLUMNS, 3) | {"diversity": 2, "endpoint_mse": 4}
 
 Report = dict[str, Any]
 
@@ -293,22 +300,27 @@ def _mean(values: Sequence[float | None]) -> float | None:
     return None if None in values else fmean(values)
 
 
-def _figures(rows: Sequence[Report]) -> list[str]:
+def _figures(rows: Sequence[Report], names: Sequence[str]) -> list[str]:
     """Cells of the means over rows of one system."""
-    return [_number(_mean([row[name] for row in rows]), DECIMALS[name]) for name in FIGURES]
+    return [_number(_mean([row.get(name) for row in rows]), DECIMALS[name]) for name in names]
 
 
 def systems_table(reports: Sequence[Report], *, seconds: bool = False) -> list[str]:
     """Lines of the table of all systems and the data floor, means over reports."""
-    head = ["system", "NFE", *COLUMNS, *(["sampling, s"] if seconds else [])]
+    of_pixels = any(row.get("pixel_frechet") for report in reports for row in report["rows"])
+    names = tuple(COLUMNS) if of_pixels else FIGURES
+    head = ["system", "NFE", *(COLUMNS[name] for name in names)]
+    head += ["sampling, s"] if seconds else []
     lines = []
     for index, row in enumerate(reports[0]["rows"]):
         same = [report["rows"][index] for report in reports]
         time = [_number(fmean(r["seconds"] for r in same), 1)] if seconds else []
         name = "**student**" if row["system"] == "student" else row["system"]
-        lines.append([name, str(row["nfe"]), *_figures(same), *time])
+        lines.append([name, str(row["nfe"]), *_figures(same, names), *time])
     floors = [report["floor_row"] for report in reports]
-    lines.append(["data, half against half", "-", *_figures(floors), *(["-"] if seconds else [])])
+    lines.append(
+        ["data, half against half", "-", *_figures(floors, names), *(["-"] if seconds else [])]
+    )
     return _table(head, lines)
 
 

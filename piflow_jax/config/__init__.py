@@ -20,6 +20,7 @@ from piflow_jax.config.parsing import (
 )
 from piflow_jax.config.schema import (
     Config,
+    CorrectorConfig,
     DataConfig,
     EvaluationConfig,
     MeshConfig,
@@ -34,6 +35,7 @@ from piflow_jax.config.schema import (
 __all__ = [
     "Config",
     "ConfigError",
+    "CorrectorConfig",
     "DataConfig",
     "EvaluationConfig",
     "MeshConfig",

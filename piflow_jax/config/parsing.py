@@ -385,13 +385,14 @@ def _check_together(config: Config) -> None:
             "config.teacher.label_dropout must be above 0 to train a teacher for guidance "
             f"(config.teacher.guidance_scale is {teacher.guidance_scale})"
         )
-    for stage, optimizer, steps in (
-        ("teacher", teacher.optimizer, teacher.steps),
-        ("train", train.optimizer, train.steps),
-    ):
+    optimizers = [("teacher", teacher.optimizer, "teacher"), ("train", train.optimizer, "train")]
+    if train.corrector.kind:
+        optimizers.append(("train.corrector", train.corrector.optimizer, "train"))
+    for group, optimizer, stage in optimizers:
+        steps = getattr(config, stage).steps
         if optimizer.decay != "constant" and optimizer.warmup_steps >= steps:
             raise ConfigError(
-                f"config.{stage}.optimizer.warmup_steps must be below config.{stage}.steps "
+                f"config.{group}.optimizer.warmup_steps must be below config.{stage}.steps "
                 f"({steps}) for a schedule that decays, got {optimizer.warmup_steps}"
             )
 

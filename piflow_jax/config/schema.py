@@ -207,6 +207,41 @@ class TeacherConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class CorrectorConfig:
+    """The marginal corrector, which moves the distribution of samples towards the teacher's."""
+
+    kind: str = _field(
+        "",
+        "velocity of the student's distribution: critic is a second network that follows it, "
+        "policy is the policy's own; empty means no corrector",
+        choices=("", "critic", "policy"),
+    )
+    share: float = _field(
+        0.25, "share of the batch that the corrector takes; pi-ID has the rest", low=0.01, high=0.9
+    )
+    scale: float = _field(
+        1.0, "norm of the corrector's gradient, relative to pi-ID's", above=0, most=100
+    )
+    start: int = _field(100, "steps before it acts, in which the critic learns", low=0)
+    levels: tuple[float, float] = _field(
+        (0.02, 0.98), "lowest and highest noise level of the states", low=1e-3, high=0.999
+    )
+    shift: float = _field(1.0, "shift of these levels towards noise", above=0, low=1e-3, most=1e3)
+    substeps: int = _field(
+        8, "policy substeps per unit of raw time in the rollout of samples", low=1, most=1024
+    )
+    guidance_interval: tuple[float, ...] = _field(
+        (),
+        "noise levels at which the teacher is guided there; empty means those of teacher",
+        may_be_empty=True,
+        low=0,
+        high=1,
+    )
+    critic_steps: int = _field(1, "updates of the critic per step", low=1, most=100)
+    optimizer: OptimizerConfig = _field(OptimizerConfig, "")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """Distillation by pi-ID."""
 
@@ -280,6 +315,7 @@ class TrainConfig:
         low=0,
         high=2,
     )
+    corrector: CorrectorConfig = _field(CorrectorConfig, "")
 
     @property
     def evaluations(self) -> tuple[int, ...]:

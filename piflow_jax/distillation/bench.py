@@ -24,6 +24,7 @@ from piflow_jax.evaluation import (
     Row,
     as_pictures,
     class_diversity,
+    frechet_distance,
     half_split_floor,
     measure,
     nearest_images,
@@ -36,7 +37,7 @@ from piflow_jax.runs.loop import checkpoint_dir
 from piflow_jax.runs.steps import latest_step
 from piflow_jax.runs.workdir import user_path
 from piflow_jax.systems.assembly import Systems
-from piflow_jax.systems.judges import Judge, described, real_features
+from piflow_jax.systems.judges import Judge, described, real_features, second_judge
 from piflow_jax.systems.sampling import conditions_in_turn, sampling_record
 from piflow_jax.systems.shapes import DataShape
 from piflow_jax.systems.spec import teacher_spec
@@ -71,6 +72,8 @@ class Bench:
         self._config, self.source, self._data, self._judge = config, source, data, judge
         self._conditions, labels = conditions_in_turn(source, data)
         self._real, self._real_labels = real_features(source, judge)
+        self._pixels = second_judge(source, judge)
+        self._real_pixels = self._pixels and real_features(source, self._pixels)[0]
         self._labels = labels[np.arange(config.evaluation.num_samples) % len(labels)]
 
     def sample(self, sampler: Callable, params, name: str) -> tuple[np.ndarray, float]:
@@ -134,7 +137,13 @@ class Bench:
             figures=measure(samples, self._labels, self._real, self._judge),
             endpoint_mse=mse,
             seconds=seconds,
+            pixel_frechet=self._by_pixels(samples),
         )
+
+    def _by_pixels(self, samples: np.ndarray) -> float | None:
+        if self._pixels is None:
+            return None
+        return frechet_distance(self._pixels.extract(samples), self._real_pixels)
 
     def of_training_data(self) -> list[Row]:
         """Figures of training images if the real images are test images: a system's floor."""
@@ -145,7 +154,14 @@ class Bench:
         labels = images["condition"]
         figures = measure(images["x"], labels, self._real, self._judge)
         return [
-            Row(system="training images", nfe=0, figures=figures, endpoint_mse=None, seconds=0.0)
+            Row(
+                system="training images",
+                nfe=0,
+                figures=figures,
+                endpoint_mse=None,
+                seconds=0.0,
+                pixel_frechet=self._by_pixels(images["x"]),
+            )
         ]
 
     @property

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from piflow_jax.config import Config, ConfigError
 from piflow_jax.data import Source
 from piflow_jax.evaluation import least_real_samples, least_samples
+from piflow_jax.keys import seed_key
 from piflow_jax.parallel import peak_flops
 from piflow_jax.parallel.topology import Chip
 from piflow_jax.systems.assembly import Systems
@@ -25,6 +26,7 @@ from piflow_jax.systems.networks import abstract_variables
 from piflow_jax.systems.policies import policy_outputs
 from piflow_jax.training.optimizer import make_optimizer
 from piflow_jax.training.state import TrainState
+from piflow_jax.training.step import first_student_state
 
 __all__ = ["Machine", "Sizes"]
 
@@ -142,7 +144,10 @@ class Sizes:
     def check_teacher_training(self) -> None:
         """Checks a step of the teacher's training."""
         network = self._systems.teacher_network
-        state = _state_bytes(network.trained(self._teacher), self._config.teacher)
+        trained, settings = network.trained(self._teacher), self._config.teacher
+        optimizer = make_optimizer(settings.optimizer, settings.steps)
+        state = jax.eval_shape(lambda trained: TrainState.create(trained, optimizer), trained)
+        state = _bytes(state) + _bytes(trained)
         self._check_step("teacher", _Part(state, self._of_network), self._data.channels, 1)
         self._check_time(
             "a step of the teacher's training",
@@ -153,7 +158,10 @@ class Sizes:
     def check_student_training(self) -> None:
         """Checks a step of the student's training."""
         config, train, network = self._config, self._config.train, self._systems.student_network
-        state = _state_bytes(network.trained(self._student), train) + _bytes(self._teacher)
+        trained = network.trained(self._student)
+        first = functools.partial(first_student_state, seed_key(0), config, network)
+        state = jax.eval_shape(first, trained, self._teacher)
+        state = _bytes(state) + _bytes(trained) + _bytes(self._teacher)
         outputs = policy_outputs(config, self._data.channels)
         self._check_step("train", _Part(state, self._of_student), outputs, train.microbatches)
         queries = train.num_states * (1 if config.teacher.guidance_scale == 1 else 2)
@@ -283,13 +291,6 @@ def _numeric(name: str, group: Any) -> tuple[str, ...]:
     """Keys of a group that hold numbers."""
     values = dataclasses.asdict(group).items()
     return tuple(f"{name}.{key}" for key, value in values if type(value) in (int, float))
-
-
-def _state_bytes(trained: Any, settings: Any) -> int:
-    """Bytes of the training state and the gradient."""
-    optimizer = make_optimizer(settings.optimizer, settings.steps)
-    state = jax.eval_shape(lambda trained: TrainState.create(trained, optimizer), trained)
-    return _bytes(state) + _bytes(trained)
 
 
 def _bytes(tree: Any) -> int:

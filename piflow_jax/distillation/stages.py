@@ -27,7 +27,7 @@ from piflow_jax.systems.shardings import student_shardings
 from piflow_jax.systems.spec import model_settings, student_spec, teacher_spec, updated_settings
 from piflow_jax.training.optimizer import make_optimizer
 from piflow_jax.training.state import TrainState
-from piflow_jax.training.step import distill_step, teacher_step
+from piflow_jax.training.step import distill_step, first_student_state, teacher_step
 
 # Random streams, folded into the seed, so that no two uses share numbers.
 TEACHER_INIT, TEACHER_STEPS, STUDENT_INIT, STUDENT_STEPS, STUDENT_DATA, PAIRS = range(6)
@@ -93,6 +93,7 @@ _TEACHER_MADE_BY = tuple(
 )
 
 
+_CORRECTOR = "train.corrector."
 # Optimiser settings that may change when a stage continues.
 _TUNABLE = ("learning_rate", "warmup_steps", "grad_clip")
 
@@ -191,10 +192,11 @@ def student_stage(
         def start(key, params):
             return student.start(key, teacher, params)
 
-    def init(initial):
+    def init(initial, teacher_params=None):
         key = stream_key(config, STUDENT_INIT)
         carried = student.carried(student.init(key)) if student.carries else ()
-        return TrainState.create(start(key, initial), optimizer, carried)
+        trained = start(key, initial)
+        return first_student_state(key, config, student, trained, teacher_params, carried)
 
     def look_at(trained, carried):
         # One copy of the base on this process's devices: the teacher's parameters lie on the mesh.
@@ -205,6 +207,9 @@ def student_stage(
     groups["model"] = model_settings(config.model)
     groups |= {name: getattr(config, name) for name in ("teacher", "policy", "train")}
     flat = flat_settings(groups)
+    corrected = bool(settings.corrector.kind)
+    if not corrected:  # older runs do not have its keys
+        flat = {key: value for key, value in flat.items() if not key.startswith(_CORRECTOR)}
     made_by = tuple(key for key in flat if key.startswith(_TEACHER_MADE_BY))
     extensible = _extensible("train", settings.optimizer.decay)
     # Each microbatch has its own key for the dropout of adapters.
@@ -227,7 +232,7 @@ def student_stage(
         identified={_TEACHER: made_by},
         updated=updated_settings,
         spec=student_spec(config, systems.data) | student.spec,
-        init_arguments=(initial,),
+        init_arguments=(initial, teacher_params) if corrected else (initial,),
         shardings=lambda state: student_shardings(config, mesh, state, student),
         look=look and look_at,
     )

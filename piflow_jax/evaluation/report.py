@@ -26,6 +26,8 @@ class Row:
       endpoint_mse: mean squared distance of its (unclipped) endpoints from those of the teacher at
         its largest number of evaluations; None for that system itself.
       seconds: sampling time in seconds, without compilation.
+      pixel_frechet: Frechet distance in the principal components of the real images' pixels, a
+        second judge; None where these are the figures' own space.
     """
 
     system: str
@@ -33,6 +35,7 @@ class Row:
     figures: Figures
     endpoint_mse: float | None
     seconds: float
+    pixel_frechet: float | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -79,7 +82,8 @@ class Report:
 
     def table(self) -> str:
         """The report for people, in fixed-width columns that are also Markdown; names the space."""
-        head = ("system", "NFE", "Frechet", "precision", "recall", "diversity", "endpoint", "sec")
+        head = ("system", "NFE", "Frechet", "precision", "recall", "diversity")
+        head += ("Frechet of pixels", "endpoint", "sec")
 
         def shown(figures, diversity):
             shares = (f"{value:.3f}" for value in (figures.precision, figures.recall))
@@ -88,10 +92,10 @@ class Report:
         cells = [head]
         for row in self.rows:
             figures = shown(row.figures, row.figures.diversity)
-            endpoint = "-" if row.endpoint_mse is None else f"{row.endpoint_mse:.4f}"
-            cells.append((row.system, str(row.nfe), *figures, endpoint, f"{row.seconds:.1f}"))
+            more = (_shown(row.pixel_frechet, 3), _shown(row.endpoint_mse, 4))
+            cells.append((row.system, str(row.nfe), *figures, *more, f"{row.seconds:.1f}"))
         floor = shown(self.floor, self.data_diversity)
-        cells.append(("data, half against half", "-", *floor, "-", "-"))
+        cells.append(("data, half against half", "-", *floor, "-", "-", "-"))
         widths = [max(map(len, column)) for column in np.transpose(cells).tolist()]
 
         def line(row):
@@ -105,3 +109,7 @@ class Report:
             "figures compare only within these"
         )
         return "\n".join([line(head), rule, *map(line, cells[1:]), "", space])
+
+
+def _shown(value: float | None, decimals: int) -> str:
+    return "-" if value is None else f"{value:.{decimals}f}"

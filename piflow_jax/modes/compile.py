@@ -1,6 +1,7 @@
 """`--mode=compile` and `--mode=compile_sampling`: for a TPU slice that need not be attached."""
 
 import dataclasses
+import functools
 import importlib.metadata
 import os
 import re
@@ -39,8 +40,7 @@ from piflow_jax.systems.settings import check_ours
 from piflow_jax.systems.shapes import DataShape
 from piflow_jax.systems.shardings import student_shardings, teacher_shardings
 from piflow_jax.training.optimizer import make_optimizer
-from piflow_jax.training.state import TrainState
-from piflow_jax.training.step import distill_step
+from piflow_jax.training.step import distill_step, first_student_state
 from piflow_jax.whole_files import write_json
 
 GIB = 2**30
@@ -218,9 +218,9 @@ def _step_program(config: Config, mesh: Mesh) -> _Program:
     student, teacher = systems.student_network, systems.teacher_network
     _sizes(config, mesh, systems).check_student_training()
     optimizer = make_optimizer(train.optimizer, train.steps)
-    trained = student.trained(abstract_variables(student))
-    state = jax.eval_shape(lambda trained: TrainState.create(trained, optimizer), trained)
     teacher_params = abstract_variables(teacher)
+    first = functools.partial(first_student_state, seed_key(0), config, student)
+    state = jax.eval_shape(first, student.trained(abstract_variables(student)), teacher_params)
     batch = _batch(config, systems, train.batch_size)
     of_state = student_shardings(config, mesh, state, student)
     return _Program(

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from piflow_jax.flow.distribution import distribution_matching_loss
 from piflow_jax.flow.policies.base import per_sample
 from piflow_jax.flow.schedule import TimeWarp
 from piflow_jax.rivals.base import (
@@ -29,38 +30,10 @@ from piflow_jax.training.optimizer import make_optimizer
 from piflow_jax.training.state import TrainState
 from piflow_jax.training.step import StepFn, advance
 
-__all__ = ["DMD", "backward_simulation", "distribution_matching_loss"]
+__all__ = ["DMD", "backward_simulation"]
 
 # Noise levels at which scores are compared. At the ends one of the scores carries no information.
 MATCHED_LEVELS = (0.02, 0.98)
-
-
-def distribution_matching_loss(
-    generated: jax.Array, real: Velocity, fake: Velocity, noise: jax.Array, t: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """A loss whose gradient with respect to samples is a score difference (Eq. 1; DMD, 2311.18828).
-
-    Scores are compared as predictions of `x_0`, `x_t - t u`, in units of the mean distance between
-    the sample and the teacher's prediction (DMD, Eq. 8).
-
-    Args:
-      generated: `[B, *sites, C]`, samples of the student; gradients flow into them.
-      real: the teacher's velocity, guided, `(x[B, *sites, C], t[B]) -> u[B, *sites, C]`.
-      fake: the velocity of the student's distribution.
-      noise: `[B, *sites, C]`, standard normal.
-      t: `[B]`, noise levels in (0, 1).
-
-    Returns:
-      `(loss[], direction[B, *sites, C])`; samples move against the direction.
-    """
-    level = per_sample(t, noise.ndim)
-    x = jax.lax.stop_gradient(interpolate(generated, noise, t))
-    real_x0, fake_x0 = x - level * real(x, t), x - level * fake(x, t)
-    over = tuple(range(1, noise.ndim))
-    unit = jnp.mean(jnp.abs(generated - real_x0), over, keepdims=True)
-    direction = jax.lax.stop_gradient((fake_x0 - real_x0) / jnp.maximum(unit, 1e-6))
-    target = jax.lax.stop_gradient(generated) - direction
-    return 0.5 * jnp.mean(jnp.square(generated - target)), direction
 
 
 def backward_simulation(

@@ -43,6 +43,7 @@ __all__ = [
     "load_inception",
     "open_judge",
     "real_features",
+    "second_judge",
 ]
 
 FEATURES_FILE = "features.npz"
@@ -196,6 +197,22 @@ def real_features(source: Source, judge: Judge) -> tuple[np.ndarray, np.ndarray]
     pairs = [(judge.extract(images), labels) for images, labels in _real_batches(test)]
     features, labels = zip(*pairs, strict=True)
     return np.concatenate(features), np.concatenate(labels)
+
+
+def second_judge(source: Source, judge: Judge) -> PrincipalComponents | None:
+    """A judge without a network: the principal components of the real images' pixels.
+
+    Args:
+      source: the images.
+      judge: the feature space of the figures.
+
+    Returns:
+      The judge, or None if it is the space of the figures already.
+    """
+    if isinstance(judge, PrincipalComponents):
+        return None
+    test = getattr(source, "test", None) or source
+    return PrincipalComponents.of(images for images, _ in _real_batches(test))
 
 
 def _real_batches(source: Source) -> Iterator[tuple[np.ndarray, np.ndarray]]:

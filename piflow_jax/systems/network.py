@@ -79,8 +79,17 @@ class Network(abc.ABC):
         """
 
     @abc.abstractmethod
-    def start(self, key: jax.Array, teacher: "Network", teacher_variables: Variables) -> Variables:
-        """The trained part of a student that starts at its teacher; traceable."""
+    def start(
+        self, key: jax.Array, teacher: "Network | None", teacher_variables: Variables
+    ) -> Variables:
+        """The trained part of a student that starts at its teacher; traceable.
+
+        Settings are compared with those of `teacher`, if it is given.
+        """
+
+    def of_velocities(self) -> "Network":
+        """The same adapted network with its teacher's output, a velocity."""
+        raise NotImplementedError(f"{type(self).__name__} has no adapters")
 
     def constrained(self, constrain: Constrain) -> "Network":
         """The same network with its activations pinned to a mesh, where it can pin them."""

@@ -86,14 +86,21 @@ class BuiltIn(Network):
         """See `Network`; the base's own head is left out."""
         return merge(base, trained) if self.adapted else trained
 
-    def start(self, key: jax.Array, teacher: "BuiltIn", teacher_variables: Variables) -> Variables:
+    def start(
+        self, key: jax.Array, teacher: "BuiltIn | None", teacher_variables: Variables
+    ) -> Variables:
         """See `Network`."""
         keys = jax.random.split(key)
+        module = None if teacher is None else teacher.module
         if self.adapted:
-            return initial_trained(keys[1], self.module, teacher_variables, teacher=teacher.module)
+            return initial_trained(keys[1], self.module, teacher_variables, teacher=module)
         return student_from_teacher(
-            keys[1], self.module, self.init(keys[0]), teacher_variables, teacher=teacher.module
+            keys[1], self.module, self.init(keys[0]), teacher_variables, teacher=module
         )
+
+    def of_velocities(self) -> "BuiltIn":
+        """See `Network`."""
+        return dataclasses.replace(self, module=self.module.clone(head=VelocityHead()))
 
     def constrained(self, constrain) -> "BuiltIn":
         """See `Network`."""

@@ -1,5 +1,7 @@
 """Checks of a configuration that depend on its choices, row by row of the tables."""
 
+from fractions import Fraction
+
 from piflow_jax.config import Config, ConfigError
 from piflow_jax.systems.datasets import DATASETS, dataset
 from piflow_jax.systems.networks import network_kind
@@ -43,8 +45,9 @@ def check_choices(config: Config) -> None:
                     f"config.{group}.weights are official weights, which there are none of for "
                     f"config.model.network = {model.network!r}"
                 )
-    for group in ("teacher", "train"):
-        if not model.own.blocks and getattr(config, group).optimizer.kind == "muon":
+    trained = {"teacher": config.teacher, "train": train, "train.corrector": train.corrector}
+    for group, settings in trained.items():
+        if not model.own.blocks and settings.optimizer.kind == "muon":
             raise ConfigError(
                 f"config.{group}.optimizer.kind = 'muon' is for the matrices of a DiT's blocks, "
                 f"not for config.model.network = {model.network!r}; give 'adamw'"
@@ -74,7 +77,42 @@ def check_choices(config: Config) -> None:
             "config.train.nfe_choices is for training with data, as a path without data has one "
             "number of segments: leave it empty, or set config.train.data_free = False"
         )
+    _check_corrector(config)
     row.check(config)
+
+
+def _check_corrector(config: Config) -> None:
+    """Refuses a corrector that does not go with the rest."""
+    train, corrector = config.train, config.train.corrector
+    if not corrector.kind:
+        return
+    group = "config.train.corrector"
+    if corrector.kind == "policy" and train.nfe > 1:
+        raise ConfigError(
+            f"{group}.kind = 'policy' follows one policy from noise to data and needs "
+            f"config.train.nfe = 1, got {train.nfe}; give 'critic'"
+        )
+    share = Fraction(corrector.share).limit_denominator(train.batch_size)
+    parts = share.denominator * train.microbatches
+    if train.batch_size % parts:
+        raise ConfigError(
+            f"{group}.share = {corrector.share:g} is {share}: config.train.batch_size must be "
+            f"divisible by {parts}, got {train.batch_size}"
+        )
+    interval = corrector.guidance_interval
+    if interval and (len(interval) != 2 or interval[0] > interval[1]):
+        raise ConfigError(
+            f"{group}.guidance_interval must be empty or (low, high) with low <= high, got "
+            f"{interval}"
+        )
+    if interval and config.teacher.guidance_scale == 1:
+        raise ConfigError(
+            f"{group}.guidance_interval is for a teacher with guidance and must be empty with "
+            "config.teacher.guidance_scale = 1"
+        )
+    low, high = corrector.levels
+    if low >= high:
+        raise ConfigError(f"{group}.levels must be (low, high) with low < high, got {low, high}")
 
 
 def check_ours(config: Config, mode: str) -> None:

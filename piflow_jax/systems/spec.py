@@ -6,8 +6,10 @@ stay the same when the configuration changes, so that old checkpoints remain rea
 """
 
 import dataclasses
+import functools
 import json
 import math
+import operator
 from collections.abc import Mapping
 from typing import Any
 
@@ -214,7 +216,7 @@ def trained_with(settings: StudentSettings, saved: Mapping[str, Any]) -> Student
     for key, value in updated_settings(saved).items():
         if key in known:
             _, *groups, name = key.split(".")
-            (recorded["optimizer"] if groups else recorded)[name] = value
+            functools.reduce(operator.getitem, groups, recorded)[name] = value
     recorded |= {key: getattr(settings.train, key) for key in (*_SAMPLING, "nfe_choices")}
     train = check_group(TrainConfig, recorded, "train")
     return dataclasses.replace(settings, train=train)

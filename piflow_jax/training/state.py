@@ -47,6 +47,8 @@ class TrainState:
 
     def carrying(self, carried: Any) -> "TrainState":
         """The same state with the network's carried variables; unchanged if there are none."""
+        if isinstance(self, CarryingState):
+            return self.replace(carried=carried)
         if not jax.tree.leaves(carried):
             return self
         return CarryingState(self.step, self.params, self.ema_params, self.opt_state, carried)

@@ -13,6 +13,8 @@ from piflow_jax.flow.teacher import Teacher
 from piflow_jax.keys import seed_key
 from piflow_jax.systems.networks import Network
 from piflow_jax.systems.policies import POLICIES, policy_factory
+from piflow_jax.training.accumulation import accumulate
+from piflow_jax.training.corrector import make_corrector
 from piflow_jax.training.objectives import (
     data_dependent_loss,
     data_free_loss_and_grads,
@@ -20,13 +22,14 @@ from piflow_jax.training.objectives import (
     sample_draws,
     teacher_ratio,
 )
-from piflow_jax.training.optimizer import update_ema
+from piflow_jax.training.optimizer import make_optimizer, update_ema
 from piflow_jax.training.state import TrainState
 
-__all__ = ["accumulate", "advance", "distill_step", "states_of", "teacher_step"]
+__all__ = ["advance", "distill_step", "first_student_state", "states_of", "teacher_step"]
 
-# A separate random stream, independent of those that the losses split off the same key.
+# Separate random streams, independent of those that the losses split off the same keys.
 _POSTERIOR = 0x9057
+_CORRECTOR = 0xC0EE
 
 Metrics = dict[str, jax.Array]
 StepFn = Callable[..., tuple[TrainState, Metrics]]
@@ -60,7 +63,8 @@ def advance(
     params = optax.apply_updates(state.params, updates)
     ema = update_ema(state.ema_params, params, state.step, config.warmup_steps, config.ema_gamma)
     metrics = {"loss": loss, "grad_norm": optax.global_norm(grads)}
-    return TrainState(state.step + 1, params, ema, opt_state).carrying(carried), metrics
+    state = state.replace(step=state.step + 1, params=params, ema_params=ema, opt_state=opt_state)
+    return state.carrying(carried), metrics
 
 
 def states_of(x: Any, key: jax.Array, draw: Draw | None) -> jax.Array:
@@ -68,44 +72,6 @@ def states_of(x: Any, key: jax.Array, draw: Draw | None) -> jax.Array:
     if draw is not None:
         return draw(jax.random.fold_in(key, _POSTERIOR), x)
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
-
-
-def accumulate(loss_and_grads: Callable, batch, count: int, carried: Any = ()):
-    """Mean loss and gradients of a batch, computed in `count` parts one after the other.
-
-    All parts have the same number of examples, so the result equals that of the whole batch, with
-    the memory of one part. Part `i` takes the examples `i, i + count, ...`. A batch that is split
-    over devices then has equally many examples of each part on every device, and nothing moves
-    between devices.
-
-    Args:
-      loss_and_grads: `(part, carried) -> ((loss, grads), carried)`; loss and gradients are means
-        over the examples of the part.
-      batch: arrays with examples on the leading axis.
-      count: number of parts; divides the number of examples.
-      carried: variables that one part hands to the next.
-
-    Returns:
-      `((loss, grads), carried)`.
-    """
-    if count == 1:
-        return loss_and_grads(batch, carried)
-    parts = jax.tree.map(
-        lambda a: jnp.swapaxes(a.reshape(len(a) // count, count, *a.shape[1:]), 0, 1), batch
-    )
-    first = jax.tree.map(lambda a: a[0], parts)
-    shapes, _ = jax.eval_shape(loss_and_grads, first, carried)
-    zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
-
-    def body(carry, part):
-        total, carried = carry
-        new, carried = loss_and_grads(part, carried)
-        with jax.named_scope("optimizer"):
-            return (jax.tree.map(jnp.add, total, new), carried), None
-
-    (total, carried), _ = jax.lax.scan(body, (zeros, carried), parts)
-    with jax.named_scope("optimizer"):
-        return jax.tree.map(lambda a: a / count, total), carried
 
 
 def teacher_step(
@@ -154,6 +120,33 @@ def teacher_step(
     return step
 
 
+def first_student_state(
+    key: jax.Array,
+    config: Config,
+    student: Network,
+    trained: Any,
+    teacher_params: Any,
+    carried: Any = (),
+) -> TrainState:
+    """The state of a student before its first step, with a critic if its corrector needs one.
+
+    Args:
+      key: PRNG key of what is fresh in the critic.
+      config: the run's settings.
+      student: the student.
+      trained: the student's trained parameters at the start.
+      teacher_params: the teacher's parameters; only a corrector needs them.
+      carried: the student's carried variables.
+
+    Returns:
+      The state.
+    """
+    optimizer = make_optimizer(config.train.optimizer, config.train.steps)
+    state = TrainState.create(trained, optimizer, carried)
+    corrector = make_corrector(config, student)
+    return state if corrector is None else corrector.begin(key, state, teacher_params)
+
+
 def distill_step(
     student: Network,
     teacher: Teacher,
@@ -182,6 +175,7 @@ def distill_step(
     """
     train = config.train
     factory = policy_factory(config.policy, train)
+    corrector = make_corrector(config, student, teacher)
     components = POLICIES[config.policy.kind].droppable(config.policy)
 
     def step(state: TrainState, teacher_params, root: jax.Array, batch):
@@ -249,12 +243,21 @@ def distill_step(
         }
         if not train.data_free:
             whole["states"] = states_of(batch["x"], keys[0], draw)
+        if corrector is not None:
+            corrected, whole = corrector.shares(whole)
         (loss, grads), carried = accumulate(
             loss_and_grads, whole, train.microbatches, state.carried
         )
+        more = {}
+        if corrector is not None:
+            correct, follow = jax.random.split(jax.random.fold_in(keys[1], _CORRECTOR))
+            grads, more = corrector.correct(state, grads, teacher_params, corrected, correct)
         state, metrics = advance(state, grads, loss, optimizer, train.optimizer, carried)
+        if corrector is not None:
+            state, followed = corrector.follow(state, teacher_params, corrected, follow)
+            more |= followed
         if train.mixing_steps:
-            metrics["teacher_ratio"] = jnp.asarray(ratio)
-        return state, metrics
+            more["teacher_ratio"] = jnp.asarray(ratio)
+        return state, metrics | more
 
     return step

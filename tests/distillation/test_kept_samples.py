@@ -11,6 +11,7 @@ from piflow_jax.distillation.bench import Bench, _read_samples
 from piflow_jax.evaluation.kept import KeptFileError, read_kept
 from piflow_jax.modes.evaluate import evaluate
 from piflow_jax.systems.datasets import shape_of
+from piflow_jax.systems.judges import open_judge, second_judge
 from tests import tiny
 from tests.saved_runs import save_run
 
@@ -53,6 +54,23 @@ def evaluated(run):
     with counted_samplers() as asked:
         report = evaluate(settings(), run)
     return report, len(asked), (run / "teacher_samples.npz").read_bytes()
+
+
+def test_a_second_judge_measures_pixels():
+    """Real images as samples are at no distance; a shift by one deviation is one of every axis."""
+    config, source = settings(), load_digits_source()
+    data = shape_of(config, source)
+    bench = Bench(config, source, data, open_judge(source, "", config.evaluation, "digits"))
+    pixels = second_judge(source, object())
+    labels = np.arange(len(source)) % 10
+    bench._labels = labels
+    assert bench.row("real", 0, source.x, 0.0, None).pixel_frechet < 1e-6
+    halved = bench.row("halved", 0, source.x / 2, 0.0, None).pixel_frechet
+    real = pixels.extract(source.x)
+    # Features of halved images are `f / 2 - c`: means and deviations of every axis in closed form.
+    moved = pixels.extract(source.x / 2).mean(axis=0) - real.mean(axis=0)
+    expected = np.sum(moved**2) + real.shape[1] * (1 - 0.5) ** 2
+    np.testing.assert_allclose(halved, expected, rtol=1e-3)
 
 
 def test_samples_are_made_once(run, made, evaluated):

@@ -15,7 +15,7 @@ from piflow_jax.evaluation.feature_training import Recipe, recipe_for
 from piflow_jax.evaluation.features import FeatureNetwork
 from piflow_jax.evaluation.kept import KeptFileError
 from piflow_jax.systems import judges
-from piflow_jax.systems.judges import described, open_judge, real_features
+from piflow_jax.systems.judges import described, open_judge, real_features, second_judge
 
 PLAIN = EvaluationConfig()
 
@@ -228,3 +228,15 @@ def test_a_large_set_is_sampled_evenly(monkeypatch):
     assert len(set(rows)) == 100 and rows == sorted(rows)
     np.testing.assert_array_equal(labels, np.array(rows) % 10)
     assert 300 < np.mean(rows) < 700
+
+
+def test_the_second_judge_is_of_the_pixels_of_what_figures_compare_with():
+    """Of test images where there are any; not where the figures are of pixels already."""
+    test, source = pictures(seed=1), pictures()
+    source = dataclasses.replace(source, test=test)
+    judge = second_judge(source, object())
+    assert isinstance(judge, PrincipalComponents)
+    real, _ = real_features(source, judge)
+    np.testing.assert_allclose(np.mean(real, axis=0), 0, atol=1e-5)
+    np.testing.assert_allclose(np.cov(real.T), np.eye(real.shape[1]), atol=1e-3)
+    assert second_judge(source, judge) is None

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from piflow_jax.flow.distribution import distribution_matching_loss
 from piflow_jax.flow.schedule import TimeWarp
 from piflow_jax.rivals.base import renoised_sample
 from piflow_jax.rivals.consistency import (
@@ -15,7 +16,7 @@ from piflow_jax.rivals.consistency import (
     consistency_times,
     trigflow,
 )
-from piflow_jax.rivals.distribution_matching import backward_simulation, distribution_matching_loss
+from piflow_jax.rivals.distribution_matching import backward_simulation
 from piflow_jax.rivals.flow_map import flow_map_sample, guided_target
 from piflow_jax.rivals.meanflow import meanflow_loss, meanflow_times
 from piflow_jax.rivals.reflow import reflow_loss

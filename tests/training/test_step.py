@@ -10,8 +10,8 @@ from piflow_jax.config import parse
 from piflow_jax.runs.monitor import step_memory
 from piflow_jax.systems.networks import abstract_variables, student_network, teacher_network
 from piflow_jax.systems.shapes import DataShape
+from piflow_jax.training.accumulation import accumulate
 from piflow_jax.training.state import TrainState
-from piflow_jax.training.step import accumulate
 from tests import tiny
 from tests.steps import step_of
 

@@ -1,0 +1,334 @@
+"""The marginal corrector: moves the distribution of the student's samples towards the teacher's.
+
+pi-ID imitates paths. Where the network cannot follow a path, the error stays in the distribution of
+the samples, and nothing corrects it. The corrector compares two velocities at states of the
+student's samples: the teacher's, and that of the student's own distribution. Their difference is
+the direction in which the samples are wrong. It is sent back through the student's rollout, and
+its gradient is scaled to the norm of pi-ID's.
+
+Sources: FreeFlow (arXiv 2511.19428), whose correction has the same form for flow maps; variational
+score distillation (arXiv 2305.16213) and DMD (arXiv 2311.18828) for the direction.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from fractions import Fraction
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+
+from piflow_jax.config import Config, CorrectorConfig
+from piflow_jax.flow.distribution import (
+    distribution_matching_loss,
+    distribution_matching_loss_at,
+)
+from piflow_jax.flow.policies.base import per_sample
+from piflow_jax.flow.rollout import rollout
+from piflow_jax.flow.schedule import TimeWarp
+from piflow_jax.flow.teacher import Teacher
+from piflow_jax.systems.networks import Network
+from piflow_jax.systems.sampling import student_policy, student_sampler, student_times
+from piflow_jax.training.accumulation import accumulate
+from piflow_jax.training.optimizer import make_optimizer
+from piflow_jax.training.state import CarryingState, TrainState
+
+__all__ = ["CORRECTORS", "CorrectedState", "Corrector", "Critic", "make_corrector"]
+
+# The student's own time between two evaluations of its network has second order.
+_SOLVER = "multistep"
+_LEAST_NORM = 1e-12
+
+
+@flax.struct.dataclass
+class Critic:
+    """A network that follows the velocity of the student's distribution.
+
+    Attributes:
+      params: its trained variables.
+      opt_state: state of its optimiser.
+    """
+
+    params: Any
+    opt_state: Any
+
+
+@flax.struct.dataclass
+class CorrectedState(CarryingState):
+    """The state of a student that is trained with a critic.
+
+    Attributes:
+      critic: the critic.
+    """
+
+    critic: Critic | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Corrector:
+    """A corrector that takes the policy's own velocity for that of the student's distribution.
+
+    The velocities are compared at states on the student's paths. No second network is needed. The
+    idea is that of arXiv 2605.19256, where a flow map gives its own velocity.
+
+    Attributes:
+      config: the run's settings.
+      student: the student's network.
+      teacher: the teacher with its guidance; the first state does not need it.
+    """
+
+    config: Config
+    student: Network
+    teacher: Teacher | None
+
+    @property
+    def settings(self) -> CorrectorConfig:
+        """The corrector's own settings."""
+        return self.config.train.corrector
+
+    @property
+    def _warp(self) -> TimeWarp:
+        return TimeWarp(self.config.train.shift)
+
+    def begin(self, key: jax.Array, state: TrainState, teacher_params: Any) -> TrainState:
+        """Adds to a student's first state what the corrector needs there; here nothing."""
+        del key, teacher_params
+        return state
+
+    def shares(self, batch: Any) -> tuple[Any, Any]:
+        """Divides a batch's examples between the corrector and pi-ID.
+
+        Of every `m` neighbours `n` go to the corrector, where `n / m` is its share. A batch that is
+        split over devices then stays where it is.
+
+        Args:
+          batch: arrays with examples on the leading axis.
+
+        Returns:
+          `(corrector's, pi-ID's)`.
+        """
+        share = Fraction(self.settings.share).limit_denominator(self.config.train.batch_size)
+        count, of = share.numerator, share.denominator
+
+        def rows(taken):
+            def some(a):
+                grouped = a.reshape(len(a) // of, of, *a.shape[1:])[:, taken]
+                return grouped.reshape(-1, *a.shape[1:])
+
+            return jax.tree.map(some, batch)
+
+        return rows(slice(count)), rows(slice(count, None))
+
+    def draw(self, key: jax.Array, noise: jax.Array) -> dict[str, jax.Array]:
+        """Noise levels, one in each stratum, and noise for states of samples.
+
+        Args:
+          key: PRNG key.
+          noise: `[B, *sites, C]`, noise at which the samples start; only its shape matters.
+
+        Returns:
+          `t[B]` and `mixed[B, *sites, C]`.
+        """
+        time_key, noise_key = jax.random.split(key)
+        batch, dtype = noise.shape[0], noise.dtype
+        offsets = jax.random.uniform(time_key, (batch,), dtype)
+        warp = TimeWarp(self.settings.shift)
+        low, high = (warp.unwarp(jnp.asarray(level, dtype)) for level in self.settings.levels)
+        tau = low + (high - low) * (jnp.arange(batch) + offsets) / batch
+        return {"t": warp.warp(tau), "mixed": jax.random.normal(noise_key, noise.shape, dtype)}
+
+    def loss(
+        self, params: Any, critic: Any, carried: Any, teacher_params: Any, part: Mapping[str, Any]
+    ) -> jax.Array:
+        """The loss whose gradient corrects the student.
+
+        Args:
+          params: the student's trained parameters.
+          critic: the critic's parameters, if there is one.
+          carried: the student's carried variables.
+          teacher_params: the teacher's parameters.
+          part: `condition`, `noise`, and what `draw` returns.
+
+        Returns:
+          A scalar.
+        """
+        del critic
+        warp, options = self._warp, {"solver": _SOLVER, "bound": self.settings.substeps}
+        noise, t = part["noise"], part["t"]
+        ones = jnp.ones(noise.shape[:1], noise.dtype)
+        policy = self._policy(params, carried, teacher_params, part["condition"])(noise, ones)
+        tau, count = warp.unwarp(t), self.settings.substeps
+        with jax.named_scope("policy"):
+            x, _ = rollout(policy, noise, ones, tau, warp, count, **options)
+            generated, _ = rollout(policy, x, tau, jnp.zeros_like(tau), warp, count, **options)
+            x = jax.lax.stop_gradient(x)
+            fake = policy.velocity(x, t)
+        real = self.teacher.velocity(teacher_params, x, t, part["condition"])
+        return distribution_matching_loss_at(generated, x, t, real, fake)[0]
+
+    def follow(
+        self, state: TrainState, teacher_params: Any, part: Mapping[str, Any], key: jax.Array
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
+        """Brings the critic up to date with the student; here there is none."""
+        del teacher_params, part, key
+        return state, {}
+
+    def correct(
+        self,
+        state: TrainState,
+        grads: Any,
+        teacher_params: Any,
+        part: Mapping[str, Any],
+        key: jax.Array,
+    ) -> tuple[Any, dict[str, jax.Array]]:
+        """Adds the corrector's gradient to pi-ID's.
+
+        Args:
+          state: the state before the step.
+          grads: pi-ID's gradient with respect to the student's trained parameters.
+          teacher_params: the teacher's parameters.
+          part: `condition` and `noise` of the corrector's examples.
+          key: PRNG key.
+
+        Returns:
+          `(grads, metrics)`. The added gradient has `settings.scale` times the norm of pi-ID's.
+        """
+        settings = self.settings
+
+        def loss_and_grads(part, carried):
+            def loss(params):
+                critic = getattr(state, "critic", Critic((), ())).params
+                return self.loss(params, critic, state.carried, teacher_params, part)
+
+            return jax.value_and_grad(loss)(state.params), carried
+
+        part = dict(part) | self.draw(key, part["noise"])
+        count = self.config.train.microbatches
+        (loss, own), _ = accumulate(loss_and_grads, part, count)
+        norms = optax.global_norm(grads), jnp.maximum(optax.global_norm(own), _LEAST_NORM)
+        ratio = settings.scale * norms[0] / norms[1]
+        # The critic has to know the student before it can correct it.
+        ratio = jnp.where(state.step < settings.start, 0, ratio)
+        grads = jax.tree.map(lambda a, b: a + (ratio * b).astype(a.dtype), grads, own)
+        return grads, {"corrector_loss": loss}
+
+    def _variables(self, params: Any, carried: Any, teacher_params: Any) -> Any:
+        base = teacher_params if self.student.adapted else carried
+        return self.student.with_base(params, base)
+
+    def _policy(self, params: Any, carried: Any, teacher_params: Any, condition: Any) -> Callable:
+        predict = student_policy(self.student, self.config.policy, self.config.train)
+        variables = self._variables(params, carried, teacher_params)
+        return lambda x, t: predict(variables, x, t, condition)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CriticCorrector(Corrector):
+    """A corrector with a second network that follows the velocity of the student's distribution.
+
+    The velocities are compared at samples with fresh noise. The second network, the critic, starts
+    at the teacher. Flow matching on the student's samples keeps it up to date. With adapters, it
+    consists of adapters on the teacher too.
+    """
+
+    @functools.cached_property
+    def _network(self) -> Network | None:
+        """The critic, if it consists of adapters; otherwise it is the teacher's network."""
+        return self.student.of_velocities() if self.student.adapted else None
+
+    @functools.cached_property
+    def _optimizer(self) -> optax.GradientTransformation:
+        return make_optimizer(self.settings.optimizer, self.config.train.steps)
+
+    def begin(self, key: jax.Array, state: TrainState, teacher_params: Any) -> CorrectedState:
+        """Adds a critic that starts at the teacher; see `Corrector`."""
+        if self._network is None:
+            params = jax.tree.map(jnp.copy, teacher_params)
+        else:
+            params = self._network.start(key, None, teacher_params)
+        values = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
+        values["carried"] = state.carried
+        return CorrectedState(**values, critic=Critic(params, self._optimizer.init(params)))
+
+    def loss(self, params, critic, carried, teacher_params, part):
+        """See `Corrector`."""
+        generated = self._samples(params, carried, teacher_params, part)
+        real = self.teacher.bind(teacher_params, part["condition"])
+        fake = self._velocity(critic, teacher_params, part["condition"])
+        return distribution_matching_loss(generated, real, fake, part["mixed"], part["t"])[0]
+
+    def follow(self, state, teacher_params, part, key):
+        """Trains the critic on samples of the student by flow matching; see `Corrector`."""
+        part = {name: part[name] for name in ("condition", "noise")}
+        x0 = self._samples(state.params, state.carried, teacher_params, part)
+        x0 = jax.lax.stop_gradient(x0)
+
+        def loss_of(params, part):
+            t = per_sample(part["t"], x0.ndim)
+            x = (1 - t) * part["x0"] + t * part["mixed"]
+            velocity = self._velocity(params, teacher_params, part["condition"])(x, part["t"])
+            return jnp.mean(jnp.square(velocity - (part["mixed"] - part["x0"])))
+
+        def update(critic, key):
+            inputs = {"condition": part["condition"], "x0": x0} | self.draw(key, x0)
+
+            def loss_and_grads(inputs, carried):
+                return jax.value_and_grad(loss_of)(critic.params, inputs), carried
+
+            count = self.config.train.microbatches
+            (loss, grads), _ = accumulate(loss_and_grads, inputs, count)
+            with jax.named_scope("optimizer"):
+                updates, moments = self._optimizer.update(grads, critic.opt_state, critic.params)
+                return Critic(optax.apply_updates(critic.params, updates), moments), loss
+
+        keys = jax.random.split(key, self.settings.critic_steps)
+        critic, losses = jax.lax.scan(update, state.critic, keys)
+        return state.replace(critic=critic), {"critic_loss": jnp.mean(losses)}
+
+    def _samples(self, params, carried, teacher_params, part) -> jax.Array:
+        """The student's samples from `noise`, differentiable."""
+        train = self.config.train
+        sample = student_sampler(
+            self.student,
+            self.config.policy,
+            train,
+            substeps=self.settings.substeps,
+            solver=_SOLVER,
+        )
+        variables = self._variables(params, carried, teacher_params)
+        times = student_times(train, train.nfe)
+        return sample(variables, part["noise"], part["condition"], times)
+
+    def _velocity(self, critic: Any, teacher_params: Any, condition: Any) -> Callable:
+        if self._network is None:
+            unguided = dataclasses.replace(self.teacher, guidance_scale=1.0)
+            return unguided.bind(critic, condition)
+        network = Teacher(predict=self._network.apply, shape=None)
+        return network.bind(self._network.with_base(critic, teacher_params), condition)
+
+
+CORRECTORS: dict[str, type[Corrector]] = {"critic": CriticCorrector, "policy": Corrector}
+
+
+def make_corrector(
+    config: Config, student: Network, teacher: Teacher | None = None
+) -> Corrector | None:
+    """The corrector of `config.train.corrector`.
+
+    Args:
+      config: the run's settings.
+      student: the student's network.
+      teacher: the teacher with the guidance of pi-ID; the first state does not need it.
+
+    Returns:
+      The corrector, or None for training without one.
+    """
+    settings = config.train.corrector
+    if not settings.kind:
+        return None
+    if teacher is not None and settings.guidance_interval:
+        teacher = dataclasses.replace(teacher, guidance_interval=settings.guidance_interval)
+    return CORRECTORS[settings.kind](config=config, student=student, teacher=teacher)
