@@ -1,8 +1,15 @@
-"""What is compiled in a block of a test."""
+"""What is compiled in a block of a test, and how in a process that a test starts."""
 
 import contextlib
+import os
 
 import jax
+
+
+def on_devices(count):
+    """The environment of a process of so many CPU devices, with the suite's quick compiler."""
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={count}"
+    return {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
 
 
 @contextlib.contextmanager

@@ -249,7 +249,7 @@ def plant(package, file, code):
 def test_the_library_loads_neither_tensorflow_nor_torch():
     modules = [
         ".".join((NAME, *path.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(".__init__")
-        for room in ("flow", "models", "evaluation", "convert")
+        for room in ("flow", "models", "evaluation", "convert", "data")
         for path in sorted((PACKAGE / room).rglob("*.py"))
     ]
     assert {"piflow_jax.flow.policies.gmflow", "piflow_jax.models.dit"} < set(modules)

@@ -78,9 +78,10 @@ OFTEN = (f"--config.train.steps={STEPS}", "--config.checkpoint_every=3", "--conf
 @pytest.fixture(scope="module")
 def whole_run(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("run")
-    # Digits need no TensorFlow: whatever imports it ends the process.
+    # Digits need neither: what imports one ends the process.
     trap = tmp_path_factory.mktemp("trap")
-    (trap / "tensorflow.py").write_text("import os\nos._exit(99)\n")
+    for name in ("tensorflow", "tensorflow_datasets"):
+        (trap / f"{name}.py").write_text("import os\nos._exit(99)\n")
     cache = f"--config.compilation_cache={workdir / 'compiled'}"
     return workdir, run(workdir, *OFTEN, cache, path=f"{trap}{os.pathsep}")
 

@@ -25,7 +25,7 @@ from piflow_jax.systems.shapes import DataShape
 from piflow_jax.systems.spec import student_spec, teacher_spec
 from piflow_jax.training.state import TrainState
 from tests import tiny
-from tests.compiled import compilations
+from tests.compiled import compilations, on_devices
 from tests.saved_runs import save_stage
 
 DATA = DataShape(name="digits", sample_size=8, channels=1, num_classes=10)
@@ -146,17 +146,18 @@ def test_noise_between_segments_differs_by_sample(student):
     assert np.std(drawn, axis=0).min() > 1e-3
 
 
-def test_few_programs_serve_all_batch_sizes(run):
+def test_few_programs_serve_all_batch_sizes(run, monkeypatch):
+    monkeypatch.setattr("piflow_jax.student._LARGEST", 32)
     student = piflow_jax.load(run[0])
-    labels = np.arange(2300) % 10
+    labels = np.arange(290) % 10
     student.sample(0, labels[:1], substeps=4)
     with compilations() as compiled:
-        for power in range(1, 9):
+        for power in range(1, 6):
             student.sample(0, labels[: 2**power], substeps=4)
-    assert len(compiled) == 8  # with the one above, powers of two from 1 to 256
+    assert len(compiled) == 5  # with the one above, powers of two from 1 to 32
     with compilations() as compiled:
         whole = np.asarray(student.sample(0, labels, substeps=4))
-        for count in (*range(1, 12), *range(127, 134), 255, 256, 257, 512, 700, 1300):
+        for count in (*range(1, 12), *range(15, 20), 31, 32, 33, 64, 88, 163):
             part = student.sample(0, labels[:count], substeps=4)
             assert isinstance(part, jax.Array) and part.shape == (count, 8, 8, 1)
             np.testing.assert_allclose(part, whole[:count], rtol=1e-4, atol=1e-5)
@@ -165,7 +166,7 @@ def test_few_programs_serve_all_batch_sizes(run):
             student.sample(0, labels[:count], substeps=4, **given)
     assert compiled == ["jit(sample)"]  # of eight samples with `noise` and `x`
     # The same labels in a later call are other samples.
-    assert np.abs(whole[1280:1290] - whole[:10]).max(axis=(1, 2, 3)).min() > 0.1
+    assert np.abs(whole[160:170] - whole[:10]).max(axis=(1, 2, 3)).min() > 0.1
 
 
 def test_a_sample_of_one_program_is_not_waited_for(student, monkeypatch):
@@ -271,7 +272,6 @@ def test_policies_compose_with_transformations(student):
     np.testing.assert_allclose(each, together, rtol=1e-4, atol=1e-5)
 
 
-FLAGS = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
 EIGHT_DEVICES = """
 import sys
 import jax, jax.numpy as jnp, numpy as np
@@ -324,10 +324,9 @@ print("same")
 
 
 def test_devices_share_the_work_and_change_no_sample(run):
-    environment = os.environ | {"XLA_FLAGS": FLAGS}
     done = subprocess.run(
         [sys.executable, "-c", EIGHT_DEVICES, str(run[0])],
-        env=environment | {"JAX_PLATFORMS": "cpu"},
+        env=os.environ | on_devices(8),
         cwd=Path(__file__).parents[1],
         capture_output=True,
         text=True,
@@ -352,6 +351,10 @@ def test_importing_every_name_takes_under_two_seconds_beyond_jax():
     # Of the processor's time: a busy machine is not the package's fault.
     run = [sys.executable, "-c", IMPORT]
     root = Path(__file__).parents[1]
-    done = [subprocess.run(run, cwd=root, capture_output=True, text=True) for _ in range(2)]
-    assert not any(one.returncode for one in done), done[0].stderr
-    assert min(float(one.stdout) for one in done) < 2
+
+    def seconds():
+        done = subprocess.run(run, cwd=root, capture_output=True, text=True)
+        assert not done.returncode, done.stderr
+        return float(done.stdout)
+
+    assert seconds() < 2 or seconds() < 2  # the first may have come at a bad time

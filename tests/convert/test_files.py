@@ -25,6 +25,7 @@ from piflow_jax.convert import (
     write_safetensors,
 )
 from piflow_jax.convert.files import LazyArray
+from tests.compiled import on_devices
 from tests.golden_files import load
 
 MODELS = {
@@ -427,12 +428,7 @@ def test_leaves_go_straight_onto_eight_devices(tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", SHARDED, str(tmp_path / "x.safetensors")],
         cwd=Path(__file__).parents[2],
-        env={
-            "PATH": "",
-            "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": "--xla_force_host_platform_device_count=8 "
-            "--xla_backend_optimization_level=0",
-        },
+        env={"PATH": ""} | on_devices(8),
         capture_output=True,
         text=True,
     )

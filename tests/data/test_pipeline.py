@@ -1,6 +1,4 @@
 import json
-import subprocess
-import sys
 import threading
 
 import numpy as np
@@ -193,14 +191,3 @@ def test_epoch_counts_passes():
     iterator = batches(make_source(), batch_size=LENGTH // 2, seed=0)
     take(iterator, 3)
     assert iterator.epoch == pytest.approx(33 / 23)
-
-
-def test_importing_data_and_reading_digits_does_not_import_tensorflow():
-    code = (
-        "import sys\n"
-        "from piflow_jax.data import batches, load_digits_source\n"
-        "next(batches(load_digits_source(), batch_size=2, seed=0))\n"
-        "assert 'tensorflow' not in sys.modules\n"
-        "assert 'tensorflow_datasets' not in sys.modules\n"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True)

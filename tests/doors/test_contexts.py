@@ -23,7 +23,7 @@ from piflow_jax.flow.sampling import sample_segments
 from piflow_jax.flow.schedule import sampling_times
 from piflow_jax.keys import as_key, seed_key
 from piflow_jax.student import _program
-from tests.compiled import compilations
+from tests.compiled import compilations, on_devices
 from tests.students import IMAGES, LABELS, ONE, WARP, X, few, mixture, sampled
 
 ROOT = Path(__file__).parents[2]
@@ -207,11 +207,9 @@ print("same")
 
 def test_samples_are_the_same_on_meshes_and_devices_under_any_generator(student, tmp_path):
     """Eight contexts in a process of four devices, whose default generator is another one."""
-    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=4"
-    environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
     done = subprocess.run(
         [sys.executable, "-c", FOUR_DEVICES, str(tmp_path / "many.npy")],
-        env=environment | {"JAX_DEFAULT_PRNG_IMPL": "rbg"},
+        env=os.environ | on_devices(4) | {"JAX_DEFAULT_PRNG_IMPL": "rbg"},
         cwd=ROOT,
         capture_output=True,
         text=True,

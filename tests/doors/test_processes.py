@@ -22,6 +22,7 @@ from piflow_jax.runs.checkpoint import CheckpointError
 from piflow_jax.systems.networks import teacher_network
 from piflow_jax.systems.shapes import DataShape
 from tests import tiny
+from tests.compiled import on_devices
 from tests.doors import two_processes
 from tests.parallel.launched import by_hand, by_mpi, by_slurm, finish, started
 from tests.saved_runs import save_run
@@ -133,38 +134,36 @@ sys.exit(command.run("train", config, workdir))
 
 
 @pytest.mark.parametrize(
-    ("victim", "moment"),
+    ("count", "victim", "moment"),
     [
-        (0, "idle"),
-        (1, "save"),
-        pytest.param(0, "save", marks=pytest.mark.slow),
-        pytest.param(0, "sum", marks=pytest.mark.slow),
-        pytest.param(1, "idle", marks=pytest.mark.slow),
-        pytest.param(1, "sum", marks=pytest.mark.slow),
+        (2, 0, "idle"),
+        (4, 1, "save"),
+        pytest.param(2, 0, "save", marks=pytest.mark.slow),
+        pytest.param(2, 0, "sum", marks=pytest.mark.slow),
+        pytest.param(2, 1, "idle", marks=pytest.mark.slow),
+        pytest.param(2, 1, "sum", marks=pytest.mark.slow),
     ],
 )
-def test_one_that_loses_another_says_that_and_nothing_else(tmp_path, victim, moment):
+def test_those_that_lose_another_say_that_and_nothing_else(tmp_path, count, victim, moment):
     (tmp_path / "dying.py").write_text(DYING)
     command = [sys.executable, str(tmp_path / "dying.py"), str(victim), moment]
     command.append(str(tmp_path / "run"))
-    with started(tmp_path, tmp_path / "logs", 2, command=command) as running:
+    with started(tmp_path, tmp_path / "logs", count, command=command) as running:
         codes, said = finish(running, tmp_path / "logs", timeout=100)
-    left = 1 - victim
-    assert codes[victim] == -signal.SIGKILL and codes[left] == 1, said[left]
-    last = said[left].splitlines()[-1]
-    assert re.match(f"error: process {left} of 2 .*lost another one", last), said[left]
-    assert "the same command goes on from the last checkpoint" in last
-    for blamed in ("free space", "Fatal Python error", "Delete this directory"):
-        assert blamed not in said[left]
+    assert codes.pop(victim) == -signal.SIGKILL and codes == [1] * (count - 1), "\n".join(said)
+    for left in set(range(count)) - {victim}:
+        last = said[left].splitlines()[-1]
+        assert re.match(f"error: process {left} of {count} .*lost another one", last), said[left]
+        assert "the same command goes on from the last checkpoint" in last
+        for blamed in ("free space", "Fatal Python error", "Delete this directory"):
+            assert blamed not in said[left]
 
 
 def two(task, folder):
     """What two processes say of a task of `two_processes.py`."""
 
     def two_devices(*place):
-        # Compiling takes most of the time, and the speed of the programs is no matter.
-        flags = "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0"
-        return by_hand(*place) | {"XLA_FLAGS": flags}
+        return by_hand(*place) | on_devices(2)
 
     command = [sys.executable, two_processes.__file__, task, str(folder)]
     with started(folder, folder, 2, command=command, launcher=two_devices) as running:

@@ -7,13 +7,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests.compiled import on_devices
+
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 
 
 def run(script, devices, *arguments, **environment):
-    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
-    environment |= {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    environment |= on_devices(devices) | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         [sys.executable, HERE / script, *arguments],
         env=os.environ | environment,

@@ -16,6 +16,7 @@ from piflow_jax.convert.qwen_vae import flattened, qwen_vae_rules
 from piflow_jax.convert.vae import vae_rules
 from piflow_jax.models.vae import AutoencoderKL, decode_in_chunks, sample_posterior
 from tests import golden_files
+from tests.compiled import on_devices
 
 NAME = "autoencoder_kl.npz"
 SCALE = 0.18215
@@ -99,10 +100,8 @@ def load_module(params, arrays):
 @pytest.mark.slow
 def test_devices_decode_an_image_each(golden, tmp_path):
     """Three of them on two devices, against the reference's."""
-    environment = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
-        "PYTHONPATH": str(Path(__file__).parents[2]),
-    }
+    root = Path(__file__).parents[2]
+    environment = os.environ | on_devices(2) | {"PYTHONPATH": str(root)}
     command = [sys.executable, "-c", DECODE, str(tmp_path / "decoded.npy")]
     subprocess.run(command, env=environment, check=True, timeout=300)
     decoded, expected = np.load(tmp_path / "decoded.npy"), golden[1]["decoded"][[0, 1, 0]]

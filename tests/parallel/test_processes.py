@@ -22,6 +22,7 @@ from piflow_jax.data import images
 from piflow_jax.modes.prepare_images import prepare_missing
 from piflow_jax.parallel import processes
 from piflow_jax.runs.workdir import user_path
+from tests.compiled import on_devices
 from tests.parallel import prepared_images
 from tests.parallel.launched import (
     CONFIG,
@@ -93,7 +94,7 @@ sys.exit(processes.end(0))
 
 def test_a_batch_is_the_same_however_processes_share_it(tmp_path):
     def three_devices(*place):
-        return by_hand(*place) | {"XLA_FLAGS": "--xla_force_host_platform_device_count=3"}
+        return by_hand(*place) | on_devices(3)
 
     (tmp_path / "batches.py").write_text(BATCHES)
     options = {"command": [sys.executable, str(tmp_path / "batches.py")], "launcher": three_devices}
@@ -338,10 +339,14 @@ def kill(workdir, count, saved, every, *more, launcher=by_hand):
     assert not (workdir / "report.json").exists()
 
 
-def test_four_processes_lose_one_and_two_give_the_result_of_one(one, tmp_path):
-    """Four under Slurm's variables, with the parameters split; two go on under MPI's."""
+def test_two_processes_lose_one_and_two_others_give_the_result_of_one(one, tmp_path):
+    """Of four devices under Slurm's variables, parameters split; two of one go on under MPI's."""
+
+    def two_devices(*place):
+        return by_slurm(*place) | on_devices(2)
+
     teacher = teacher_of(one)
-    kill(tmp_path, 4, APART, APART, teacher, *SPLIT, launcher=by_slurm)
+    kill(tmp_path, 2, APART, APART, teacher, *SPLIT, launcher=two_devices)
     said = run(tmp_path, tmp_path / "logs", 2, teacher, launcher=by_mpi)
     assert_results_of(tmp_path, said, one, "2 processes (mpi), 2 devices")
 

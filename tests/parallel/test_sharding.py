@@ -41,6 +41,7 @@ from piflow_jax.systems.shapes import DataShape
 from piflow_jax.systems.shardings import student_shardings, teacher_shardings
 from piflow_jax.training.state import TrainState
 from tests import tiny
+from tests.compiled import on_devices
 
 HERE = Path(__file__).parent
 MESHES = {
@@ -58,12 +59,8 @@ FAST = ("one", "data2_fsdp4", "fsdp4_tensor2")
 
 def on_eight_devices(script, *arguments):
     """What a script of this directory prints last."""
-    environment = os.environ | {
-        "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8",
-        "JAX_PLATFORMS": "cpu",
-        "JAX_ENABLE_X64": "1",
-        "PYTHONPATH": str(HERE.parents[1]),
-    }
+    more = {"JAX_ENABLE_X64": "1", "PYTHONPATH": str(HERE.parents[1])}
+    environment = os.environ | on_devices(8) | more
     done = subprocess.run(
         [sys.executable, HERE / script, *arguments],
         env=environment,

@@ -12,6 +12,7 @@ from piflow_jax.runs.workdir import user_path
 from piflow_jax.whole_files import copy_file
 from tests import buckets, tiny
 from tests.buckets import names
+from tests.compiled import on_devices
 from tests.parallel.launched import CONFIG, by_hand, finish, started
 
 pytestmark = pytest.mark.slow
@@ -151,7 +152,7 @@ def test_two_processes_end_what_two_and_one_of_two_devices_began(
     service.refuse_every, running = 10, []
     kill_at(service, "student/checkpoints/6/commit_success.txt", running)
     with monkeypatch.context() as patch:
-        patch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=2")
+        patch.setenv("XLA_FLAGS", on_devices(2)["XLA_FLAGS"])
         running.append(run := command(RUN))
         said = run.communicate(timeout=900)[1]
     assert run.returncode == -signal.SIGKILL and "student: continuing from step 4" in said
