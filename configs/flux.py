@@ -21,6 +21,10 @@ Variants:
     datafree  Gaussian mixture, 4 evaluations, of prompts alone
     runlocal  datafree's program at toy size on captioned digits, teacher included
 
+    kontext           gm_4nfe for FLUX.1 Kontext [dev], which edits an image, of cached edit pairs
+    kontext_datafree  datafree for it, of prompts and the images that they edit
+    kontext_runlocal  runlocal on digits that are inverted, mirrored or turned upside down
+
 Students are adapters (rank 256), the output head and the last modulation; everything else is the
 teacher's. At full size these programs have been compiled and not run, because no official weights
 were available. docs/text_to_image.md says what has been shown.
@@ -28,9 +32,15 @@ were available. docs/text_to_image.md says what has been shown.
 
 import ml_collections
 
-from piflow_jax.config.text_to_image import VARIANTS, miniature, text_to_image
+from piflow_jax.config import check_variant
+from piflow_jax.config.text_to_image import VARIANTS as PLAIN
+from piflow_jax.config.text_to_image import miniature, text_to_image
 
 __all__ = ["VARIANTS", "get_config"]
+
+# Editing variants, with the plain variant whose recipe each has.
+EDITING = {"kontext": "gm_4nfe", "kontext_datafree": "datafree", "kontext_runlocal": "runlocal"}
+VARIANTS = (*PLAIN, *EDITING)
 
 
 def get_config(variant: str = "gm_4nfe") -> ml_collections.ConfigDict:
@@ -45,10 +55,13 @@ def get_config(variant: str = "gm_4nfe") -> ml_collections.ConfigDict:
     Raises:
       ConfigError: there is no such variant.
     """
+    check_variant(variant, VARIANTS)
+    editing, variant = variant in EDITING, EDITING.get(variant, variant)
     config = text_to_image("flux", variant)
     config.model.flux.depth = 19
     config.model.flux.single_depth = 38
-    config.model.flux.distilled_guidance = 3.5
+    config.model.flux.distilled_guidance = 2.5 if editing else 3.5
+    config.model.flux.references = 1 if editing else 0
     config.train.steps = 3000
     config.train.num_states = 4
     config.train.mixing_steps = 2000

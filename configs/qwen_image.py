@@ -21,6 +21,12 @@ Variants:
     datafree  Gaussian mixture, 4 evaluations, of prompts alone
     runlocal  datafree's program at toy size on captioned digits, teacher included
 
+    edit                gm_4nfe for Qwen-Image-Edit, which edits an image, of cached edit pairs
+    edit_datafree       datafree for it, of prompts and the images that they edit
+    edit_2509           edit for Qwen-Image-Edit-2509, which takes up to three images
+    edit_2509_datafree  edit_datafree for it
+    edit_runlocal       runlocal on digits that are inverted, mirrored or turned upside down
+
 The teacher is guided by the empty prompt's embedding with scale 4. Students are not guided. They
 are adapters (rank 256), the output head and the last modulation; everything else is the teacher's.
 At full size these programs have been compiled and not run, because no official weights were
@@ -29,9 +35,22 @@ available. docs/text_to_image.md says what has been shown.
 
 import ml_collections
 
-from piflow_jax.config.text_to_image import VARIANTS, miniature, text_to_image
+from piflow_jax.config import check_variant
+from piflow_jax.config.text_to_image import VARIANTS as PLAIN
+from piflow_jax.config.text_to_image import miniature, text_to_image
 
 __all__ = ["VARIANTS", "get_config"]
+
+# Editing variants: the plain variant whose recipe each has, the number of reference images, and the
+# tokens of a prompt with what its encoder sees of them.
+EDITING = {
+    "edit": ("gm_4nfe", 1, 2048),
+    "edit_datafree": ("datafree", 1, 2048),
+    "edit_2509": ("gm_4nfe", 3, 1024),
+    "edit_2509_datafree": ("datafree", 3, 1024),
+    "edit_runlocal": ("runlocal", 1, 512),
+}
+VARIANTS = (*PLAIN, *EDITING)
 
 
 def get_config(variant: str = "gm_4nfe") -> ml_collections.ConfigDict:
@@ -46,8 +65,11 @@ def get_config(variant: str = "gm_4nfe") -> ml_collections.ConfigDict:
     Raises:
       ConfigError: there is no such variant.
     """
+    check_variant(variant, VARIANTS)
+    variant, references, text_length = EDITING.get(variant, (variant, 0, 512))
     config = text_to_image("qwen_image", variant)
-    config.data.text_length = 512
+    config.data.text_length = text_length
+    config.model.qwen_image.references = references
     config.model.qwen_image.depth = 60
     config.teacher.guidance_scale = 4.0
     config.train.steps = 9000

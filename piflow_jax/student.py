@@ -167,6 +167,7 @@ class Student:
         key: int | jax.Array,
         labels: ArrayLike | Mapping[str, ArrayLike],
         *,
+        references: Sequence[ArrayLike] | None = None,
         size: tuple[int, int] | None = None,
         nfe: int | None = None,
         substeps: int = 128,
@@ -196,6 +197,10 @@ class Student:
             FLUX.1 `pooled[N, P]`. `PromptsSource.embedded` has them of a cached set. With
             `guidance`, a number or `[N]`, FLUX.1 takes another distilled guidance than it was
             trained with.
+          references: of a student that edits images, the reference images, each of its own size:
+            `[N, h, w, C]`, or `[h, w, C]` for all samples, in the space of the samples. Latents of
+            pictures are made by `piflow_jax.models.vae.picture_encoder`. By default those in
+            `labels`, where `PromptsSource.embedded` puts the references of a cached set.
           size: `(H, W)` in sites of latents, of a student that reads text: (128, 128) are 1024x1024
             pixels. Students of classes have one size.
           nfe: network evaluations, at least 1; by default as trained. Others, and a `start` below
@@ -220,6 +225,10 @@ class Student:
           ValueError: the key, labels, `x` or `noise` are not what they should be, a number is out
             of range (`nfe` below 1, `temperature` outside (0, 1]), or the call is traced.
         """
+        if references is not None:
+            if not isinstance(labels, Mapping):
+                raise ValueError("references are for a student that reads text: see labels")
+            labels = {**labels, "references": references}
         traced = any(
             isinstance(a, jax.core.Tracer) for a in jax.tree.leaves((key, labels, x, noise))
         )
@@ -305,6 +314,11 @@ class Student:
         leaves, tree = jax.tree_util.tree_flatten_with_path(self.params)
         name = functools.partial(jax.tree_util.keystr, simple=True, separator="/")
         example = conditioning.example(data, 1, text_length)
+        if isinstance(example, Mapping) and "references" in example:
+            raise ValueError(
+                "this student edits images, and exported samplers take no references: write its "
+                "weights by --mode=export"
+            )
         named = isinstance(example, Mapping)
         # Text in float32, which is its own in bfloat16.
         condition = {

@@ -6,6 +6,7 @@ import numpy as np
 
 WORDS = ["a", "red", "fox", "with", "two", "tails", "in", "the", "snow"]
 QWEN_SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+VISION_SPECIALS = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
 
 
 def byte_letters():
@@ -63,15 +64,31 @@ def write_flux(folder):
     return folder
 
 
-def write_qwen(folder):
+def write_qwen_edit(folder, pipeline):
+    """The same with the processor of its pictures, of a pipeline that edits."""
+    write_qwen(folder, VISION_SPECIALS)
+    (folder / "processor").mkdir()
+    settings = {"image_processor_type": "Qwen2VLImageProcessor", "merge_size": 2}
+    settings |= {"patch_size": 14, "temporal_patch_size": 2}
+    settings |= {"min_pixels": 56 * 56, "max_pixels": 280 * 280}
+    (folder / "processor" / "preprocessor_config.json").write_text(json.dumps(settings))
+    (folder / "model_index.json").write_text(json.dumps({"_class_name": pipeline}))
+    return folder
+
+
+def write_qwen(folder, more_specials=()):
     """Qwen2.5-VL with its tokenizer."""
     import torch
     import transformers
 
     torch.manual_seed(1)
-    vocabulary = [*byte_letters(), *QWEN_SPECIALS]
-    _write_bpe(folder / "tokenizer", vocabulary, "Qwen2Tokenizer", 4096, "<|endoftext|>")
+    specials = (*QWEN_SPECIALS, *more_specials)
+    vocabulary = [*byte_letters(), *specials]
+    _write_bpe(folder / "tokenizer", vocabulary, "Qwen2Tokenizer", 4096, "<|endoftext|>", specials)
+    names = ("vision_start", "vision_end", "image", "video")
+    ids = {f"{name}_token_id": len(vocabulary) + i - 4 for i, name in enumerate(names)}
     config = transformers.Qwen2_5_VLConfig(
+        **(ids if more_specials else {}),
         text_config={
             "vocab_size": len(vocabulary),
             "hidden_size": 32,
@@ -101,7 +118,7 @@ def write_qwen(folder):
     return folder
 
 
-def _write_bpe(folder, vocabulary, kind, longest, end):
+def _write_bpe(folder, vocabulary, kind, longest, end, specials=()):
     folder.mkdir(parents=True, exist_ok=True)
     table = {token: i for i, token in enumerate(vocabulary)}
     (folder / "vocab.json").write_text(json.dumps(table))
@@ -116,7 +133,7 @@ def _write_bpe(folder, vocabulary, kind, longest, end):
     if kind == "CLIPTokenizer":
         settings["bos_token"] = "<|startoftext|>"
     else:
-        settings["additional_special_tokens"] = list(QWEN_SPECIALS[1:])
+        settings["additional_special_tokens"] = list(specials[1:])
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
 
 

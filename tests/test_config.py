@@ -180,7 +180,7 @@ def test_an_integer_is_taken_for_a_float():
             "data__name",
             "cifar",
             "one of 'digits', 'mnist', 'fashion_mnist', 'emoji', 'images', 'latents', 'prompts', "
-            "'captioned_digits', got 'cifar'",
+            "'captioned_digits', 'edited_digits', got 'cifar'",
         ),
         ("policy__kind", "GM", "one of 'gm', 'dx', 'arc', got 'GM'"),
         ("model__dtype", "float16", "one of 'float32', 'bfloat16', got 'float16'"),

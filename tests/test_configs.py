@@ -121,6 +121,34 @@ def test_text_recipes_are_those_of_the_design(name, variant):
     assert config.evaluation.temperature == (1.0 if grid else 0.7 if train.nfe == 8 else 0.3)
 
 
+EDITING = [("flux", "kontext", 1), ("qwen_image", "edit", 1), ("qwen_image", "edit_2509", 3)]
+
+
+@pytest.mark.parametrize(("name", "variant", "references"), EDITING)
+@pytest.mark.parametrize(("suffix", "plain"), [("", "gm_4nfe"), ("_datafree", "datafree")])
+def test_editing_recipes_are_those_of_text(name, variant, references, suffix, plain):
+    edit, text = (load(name).get_config(v) for v in (f"{variant}{suffix}", plain))
+    assert parse(edit).model.own.references == references
+    assert parse(text).model.own.references == 0
+    # Nothing differs but what the editors' networks need: references, guidance, longer prompts.
+    own = edit.model[name]
+    own.references = 0
+    if name == "flux":
+        assert own.distilled_guidance == 2.5
+        own.distilled_guidance = 3.5
+    else:
+        assert edit.data.text_length >= 1024
+        edit.data.text_length = 512
+    assert edit == text
+
+
+@pytest.mark.parametrize(("name", "variant"), [("flux", "kontext"), ("qwen_image", "edit")])
+def test_editing_miniatures_are_the_same_program(name, variant):
+    small, large = (load(name).get_config(v) for v in (f"{variant}_runlocal", "runlocal"))
+    assert parse(small).data.name == "edited_digits" and small.model[name].references == 1
+    assert small.train == large.train and small.teacher == large.teacher
+
+
 @pytest.mark.parametrize("name", ["flux", "qwen_image"])
 def test_miniatures_are_the_same_program(name):
     small, large = (parse(load(name).get_config(v)) for v in ("runlocal", "datafree"))

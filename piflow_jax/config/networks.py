@@ -104,6 +104,14 @@ class AdaptedConfig(TransformerConfig):
         choices=("float32", "bfloat16"),
     )
 
+    references: int = _field(
+        0,
+        "largest number of reference images of a sample, for networks that edit images; 0 means "
+        "text to image",
+        low=0,
+        most=64,
+    )
+
     def shared_widths(self) -> dict[str, int]:
         """See `NetworkConfig`."""
         return {"hidden": self.hidden, "lora_rank": self.lora_rank}

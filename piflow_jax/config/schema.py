@@ -20,10 +20,11 @@ class DataConfig:
 
     name: str = _field(
         "digits",
-        "data set; `prompts` and `captioned_digits` are captions with their embeddings",
+        "data set; `prompts`, `captioned_digits` and `edited_digits` are captions with their "
+        "embeddings",
         choices=(
             *("digits", "mnist", "fashion_mnist", "emoji", "images"),
-            *("latents", "prompts", "captioned_digits"),
+            *("latents", "prompts", "captioned_digits", "edited_digits"),
         ),
     )
     data_dir: str = _field(

@@ -81,9 +81,12 @@ def text_to_image(network: str, variant: str) -> ml_collections.ConfigDict:
 
 
 def miniature(config: ml_collections.ConfigDict) -> None:
-    """Shrinks everything except the depth for two cores, with captions of ten kinds of digits."""
-    config.data.name = "captioned_digits"
+    """Shrinks everything except the depth for two cores.
+
+    Prompts are captions of ten kinds of digits; for a network that edits, edits of digits.
+    """
     own = config.model[config.model.network]
+    config.data.name = "edited_digits" if own.references else "captioned_digits"
     own.hidden = 48
     own.num_heads = 3
     own.rope_axes = (4, 6, 6)

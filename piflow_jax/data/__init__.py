@@ -2,6 +2,7 @@
 
 from piflow_jax.data.captions import CaptionedDigits, load_captioned_digits_source
 from piflow_jax.data.digits import load_digits_source
+from piflow_jax.data.edits import EditedDigits, load_edited_digits_source
 from piflow_jax.data.emoji import load_emoji_source
 from piflow_jax.data.images import ImagesSource, load_images_source
 from piflow_jax.data.latents import LatentsSource, load_latents_source
@@ -14,6 +15,7 @@ __all__ = [
     "ArraySource",
     "BatchIterator",
     "CaptionedDigits",
+    "EditedDigits",
     "ImagesSource",
     "LatentsSource",
     "PromptsSource",
@@ -23,6 +25,7 @@ __all__ = [
     "has_states",
     "load_captioned_digits_source",
     "load_digits_source",
+    "load_edited_digits_source",
     "load_emoji_source",
     "load_fashion_mnist_source",
     "load_images_source",

@@ -13,11 +13,12 @@ from piflow_jax.data.digits import load_digits_source
 from piflow_jax.data.source import stacked
 from piflow_jax.data.text_encoders import WordEncoder
 
-__all__ = ["CaptionedDigits", "load_captioned_digits_source"]
+__all__ = ["CaptionedDigits", "embedded_caption", "load_captioned_digits_source"]
 
 _DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 _FORMS = ("{}", "a {}", "the digit {}", "a handwritten {}", "a drawing of a {}")
-_ENCODER = WordEncoder(text_features=24, pooled_features=16)
+CAPTIONS = WordEncoder(text_features=24, pooled_features=16)
+"""The encoder of captions of digits."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
@@ -44,8 +45,8 @@ class CaptionedDigits:
     text_length: int
     null: dict[str, np.ndarray]
     num_classes: int = len(_DIGITS)
-    text_features: int = _ENCODER.text_features
-    pooled_features: int = _ENCODER.pooled_features
+    text_features: int = CAPTIONS.text_features
+    pooled_features: int = CAPTIONS.pooled_features
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -68,7 +69,7 @@ class CaptionedDigits:
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         """Returns one example: `x`, the image, its caption's embeddings and its `index`."""
-        caption = _example(self.captions[index], self.text_length)
+        caption = embedded_caption(self.captions[index], self.text_length)
         return {"x": self.x[index], "condition": caption, "index": np.int32(index)}
 
     def of_classes(self) -> dict[str, np.ndarray]:
@@ -77,15 +78,26 @@ class CaptionedDigits:
         Returns:
           `text: float32[10, L, D]`, `text_length: int32[10]` and `pooled: float32[10, P]`.
         """
-        return stacked([_example(_FORMS[3].format(digit), self.text_length) for digit in _DIGITS])
+        return stacked(
+            [embedded_caption(_FORMS[3].format(digit), self.text_length) for digit in _DIGITS]
+        )
 
 
 @functools.cache
 def _embedded(caption: str) -> dict[str, np.ndarray]:
-    return _ENCODER([caption])[0]
+    return CAPTIONS([caption])[0]
 
 
-def _example(caption: str, length: int) -> dict[str, np.ndarray]:
+def embedded_caption(caption: str, length: int) -> dict[str, np.ndarray]:
+    """A caption as a condition.
+
+    Args:
+      caption: The caption.
+      length: Tokens that it is padded to.
+
+    Returns:
+      `text: float32[length, D]`, `text_length: int32[]` and `pooled: float32[P]`.
+    """
     embedding = _embedded(caption)
     tokens = embedding["text"]
     text = np.zeros((length, tokens.shape[1]), np.float32)
@@ -112,5 +124,5 @@ def load_captioned_digits_source() -> CaptionedDigits:
         labels=digits.condition,
         captions=captions,
         text_length=length,
-        null=_example("", length),
+        null=embedded_caption("", length),
     )

@@ -103,7 +103,7 @@ def _fits(value: Any, hint: Any) -> bool:
     if isinstance(hint, types.UnionType):
         return any(_fits(value, arm) for arm in arguments)
     if typing.get_origin(hint) is tuple:
-        if not isinstance(value, list):
+        if not isinstance(value, list | tuple):  # a default is a tuple
             return False
         inner = arguments[:1] * len(value) if arguments[-1] is ... else arguments
         return len(value) == len(inner) and all(map(_fits, value, inner))

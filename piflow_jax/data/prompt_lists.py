@@ -37,7 +37,7 @@ DOWNSAMPLING = 8
 MULTIPLE = 2 * DOWNSAMPLING
 
 _FORMATS = (".txt", ".jsonl", ".parquet")
-_KEYS = ("prompt", "aspect", "height", "width", "image")
+_KEYS = ("prompt", "aspect", "height", "width", "image", "references")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,14 +46,16 @@ class Prompt:
 
     Attributes:
       text: The prompt.
-      aspect: Width over height of its image.
+      aspect: Width over height of its image; None is that of its last reference.
       image: File of the image that it describes, as the list has it, or the image itself; empty if
         there is none.
+      references: Files of the images that it edits, as the list has them.
     """
 
     text: str
-    aspect: float = 1.0
+    aspect: float | None = 1.0
     image: str | EmbeddedPicture = ""
+    references: tuple[str, ...] = ()
 
     def picture(self, folder: str | os.PathLike) -> tuple[PictureFile, str]:
         """The image for `read_picture`, and its name; `folder` is what files are relative to."""
@@ -61,6 +63,10 @@ class Prompt:
             return self.image.read(folder), f"{self.image}"
         path = os.path.join(folder, self.image)
         return path, path
+
+    def reference_files(self, folder: str | os.PathLike) -> list[str]:
+        """The reference images for `read_picture`; `folder` is what they are relative to."""
+        return [os.path.join(folder, name) for name in self.references]
 
 
 def read_prompts(path: str | os.PathLike) -> list[Prompt]:
@@ -70,8 +76,10 @@ def read_prompts(path: str | os.PathLike) -> list[Prompt]:
       path: A `.txt` file with a prompt on each line (empty ones are passed over); a `.jsonl` file
         of objects, or a `.parquet` file of rows, with `prompt` and perhaps `aspect` (such as
         "16:9", width first), or `height` and `width`, and `image`: a file relative to the list's
-        folder or, in Parquet, `{bytes, path}` as on the Hugging Face Hub. Text is UTF-8; lines end
-        at a line feed, a carriage return or both, and at nothing else.
+        folder or, in Parquet, `{bytes, path}` as on the Hugging Face Hub. `references` is a file
+        or a list of files, the images that a prompt edits; without a shape the result has that of
+        the last of them. Text is UTF-8; lines end at a line feed, a carriage return or both, and
+        at nothing else.
 
     Returns:
       The prompts, in order.
@@ -130,7 +138,13 @@ def list_digest(prompts: Sequence[Prompt]) -> str:
     for prompt in prompts:
         image = prompt.image
         name = image if isinstance(image, str) else f"row {image.row} {image.path}"
-        digest.update(json.dumps((prompt.text, prompt.aspect, name)).encode() + b"\n")
+        entry = (
+            prompt.text,
+            prompt.aspect,
+            name,
+            *([prompt.references] if prompt.references else []),
+        )
+        digest.update(json.dumps(entry).encode() + b"\n")
     return digest.hexdigest()
 
 
@@ -186,13 +200,24 @@ def _prompt(where: str, entry: Any) -> Prompt:
         ) from error
     if not isinstance(image, str | EmbeddedPicture):
         raise ValueError(f"{where}: 'image' must name a file, got {reprlib.repr(image)}")
+    references = entry.get("references", ())
+    references = (references,) if isinstance(references, str) else references
+    if not isinstance(references, list | tuple) or not all(
+        isinstance(name, str) and name for name in references
+    ):
+        raise ValueError(
+            f"{where}: 'references' must name files, as ['first.png', 'second.png'], got "
+            f"{reprlib.repr(references)}"
+        )
     try:
         aspect = _aspect(entry)
     except (AttributeError, OverflowError, TypeError, ValueError) as error:
         raise ValueError(
             f"{where}: 'aspect' must be like '16:9', or 'height' and 'width' positive numbers"
         ) from error
-    return Prompt(text, aspect, image)
+    shaped = entry.keys() & {"aspect", "height", "width"}
+    aspect = aspect if shaped or not references else None
+    return Prompt(text, aspect, image, tuple(references))
 
 
 def _aspect(entry: dict[str, Any]) -> float:

@@ -1,4 +1,4 @@
-"""Cached prompts: the text encoders' embeddings, and the latents of images where there are any.
+"""Cached prompts: the text encoders' embeddings, and the latents of images and references.
 
 A set is a `ShardedSet` (see `piflow_jax.data.shards`) with the manifest `prompts.json`: which
 encoders and list, how many prompts of each aspect ratio. A record is a `.safetensors` file of one
@@ -6,8 +6,11 @@ prompt: its text tokens in bfloat16, as many as there are and not padded, the po
 the encoders make one, the prompt itself, and an image's latents where the list names images. The
 last record is the empty prompt, for guidance.
 
-Prompts of one aspect ratio, a bucket, stand together, in the order of their list. So what bucket a
-prompt is in is known without reading it.
+A prompt that edits images also has the latents of these references and their names. If the text
+encoder has seen the references, it has the empty prompt's tokens with them too.
+
+Prompts of one aspect ratio and of references of the same sizes, a bucket, stand together, in the
+order of their list. So what bucket a prompt is in is known without reading it.
 
 Source: the caches of pi-Flow (arXiv 2510.14974, section 5.2), made once before training.
 """
@@ -16,6 +19,7 @@ import bisect
 import collections
 import dataclasses
 import itertools
+import json
 import math
 import os
 from collections.abc import Collection, Sequence
@@ -81,9 +85,13 @@ class PromptsPlan(Plan):
       pooled_features: Width of the pooled embedding; 0 if the encoders make none.
       max_length: Tokens beyond which a prompt was cut off.
       latent_channels: Channels of the images' latents; 0 if the list names no images.
-      latents: Identity of the autoencoder of the images' latents; empty if there are none.
+      latents: Identity of the autoencoder of all latents; empty if there are none.
       tokenizer: Identity of what takes prompts apart; empty in older sets.
       cut_off: Number of prompts that are longer than `max_length`; 0 in older sets.
+      references: `(h, w)` of the latents of each reference image, for each bucket; empty if no
+        prompt has any.
+      reference_channels: Channels of the references' latents; 0 if there are none.
+      with_references: The text encoder sees the references.
 
     Raises:
       ValueError: If a number is out of range or the buckets do not add up.
@@ -103,18 +111,26 @@ class PromptsPlan(Plan):
     latents: str = ""
     tokenizer: str = ""
     cut_off: int = 0
+    references: tuple[tuple[tuple[int, int], ...], ...] = ()
+    reference_channels: int = 0
+    with_references: bool = False
 
     def __post_init__(self):  # noqa: D105
         super().__post_init__()
         object.__setattr__(self, "buckets", tuple(tuple(size) for size in self.buckets))
         object.__setattr__(self, "bucket_sizes", tuple(self.bucket_sizes))
         self.check_positive("text_features", "max_length")
-        if self.pooled_features < 0 or self.latent_channels < 0:
-            raise ValueError("pooled_features and latent_channels must not be negative")
-        if bool(self.latent_channels) != bool(self.latents):
-            raise ValueError(f"{self.latent_channels} channels of latents by {self.latents!r}")
-        if min((side for size in self.buckets for side in size), default=1) < 1:
-            raise ValueError(f"buckets must be positive, got {self.buckets}")
+        channels = self.latent_channels, self.reference_channels
+        if self.pooled_features < 0 or min(channels) < 0:
+            raise ValueError("pooled_features and channels of latents must not be negative")
+        if any(channels) != bool(self.latents):
+            raise ValueError(f"{max(channels)} channels of latents by {self.latents!r}")
+        references = self.references or ((),) * len(self.buckets)
+        sizes = [*self.buckets, *itertools.chain(*references)]
+        if min((side for size in sizes for side in size), default=1) < 1:
+            raise ValueError(f"buckets must be positive, got {self.buckets}, {references}")
+        if len(references) != len(self.buckets) or any(references) != bool(channels[1]):
+            raise ValueError(f"buckets {self.buckets} have references {references}")
         if len(self.buckets) != len(self.bucket_sizes) or min(self.bucket_sizes, default=0) < 1:
             raise ValueError(f"buckets {self.buckets} have sizes {self.bucket_sizes}")
         if sum(self.bucket_sizes) + 1 != self.num_examples:
@@ -128,11 +144,16 @@ class PromptsPlan(Plan):
         ends = list(itertools.accumulate(self.bucket_sizes))
         lost = collections.Counter(bisect.bisect_right(ends, index) for index in indices)
         sizes = [size - lost[bucket] for bucket, size in enumerate(self.bucket_sizes)]
+        references = tuple(r for r, size in zip(self.references, sizes, strict=False) if size)
+        some = any(references)
         return dataclasses.replace(
             self,
             num_examples=self.num_examples - len(indices),
             buckets=tuple(b for b, size in zip(self.buckets, sizes, strict=True) if size),
             bucket_sizes=tuple(size for size in sizes if size),
+            references=references if some else (),
+            reference_channels=self.reference_channels if some else 0,
+            latents=self.latents if some or self.latent_channels else "",
         )
 
 
@@ -167,7 +188,8 @@ class PromptsSource:
     `text_length: int32[]`, their number, and `pooled: bfloat16[P]` where the encoders make one;
     `index: int32[]`, the prompt's place in its list; and `x: float16[H, W, C]`, the image's
     latents. In a set without images `x` is `float32[H, W, 0]`: its shape alone says what size the
-    prompt is for.
+    prompt is for. With reference images, a condition also has `references`, a tuple of latents
+    `float16[h, w, C]`, and `null`, text of the empty prompt, if the text encoder sees them.
 
     Attributes:
       name: `prompts`.
@@ -176,6 +198,7 @@ class PromptsSource:
       pooled_features: `P`; 0 if there is no pooled embedding.
       latent_channels: `C`; 0 if there are no latents.
       vae: Identity of the autoencoder of the latents; empty if there are none.
+      references: Largest number of reference images of a prompt.
       buckets: `(H, W)` of latents, for each aspect ratio.
       bucket_sizes: Number of prompts of each; they come bucket by bucket.
       null: The empty prompt: `text`, `text_length` and, where there is one, `pooled`.
@@ -198,6 +221,7 @@ class PromptsSource:
         self.pooled_features = manifest["pooled_features"]
         self.latent_channels = manifest["latent_channels"]
         self.vae = manifest["latents"]
+        self.references = max(map(len, manifest["references"]), default=0)
         self.buckets = tuple(tuple(size) for size in manifest["buckets"])
         self.bucket_sizes = tuple(manifest["bucket_sizes"])
         self._ends = list(itertools.accumulate(self.bucket_sizes))
@@ -214,7 +238,8 @@ class PromptsSource:
         A set without images is for the latents of FLUX.1 and Qwen-Image, 16 channels.
         """
         side = max(max(size) for size in self.buckets)
-        return side, side, self.latent_channels or _LATENT_CHANNELS
+        channels = self.latent_channels or self.manifest["reference_channels"]
+        return side, side, channels or _LATENT_CHANNELS
 
     def __len__(self) -> int:
         """Returns the number of prompts."""
@@ -241,49 +266,78 @@ class PromptsSource:
         return bisect.bisect_right(self._ends, index)
 
     def find(
-        self, prompts: Sequence[str], shapes: Sequence[tuple[int, int]] | None = None
+        self,
+        prompts: Sequence[str],
+        shapes: Sequence[tuple[int, int] | None] | None = None,
+        references: Sequence[Sequence[str]] | None = None,
     ) -> list[int | None]:
         """Where prompts stand; the set is read from its beginning until all are found.
 
         Args:
           prompts: `N` prompts.
           shapes: `(H, W)` of latents, one for each; a prompt that is not there in its shape is
-            found in another. Without them the first of each is.
+            found in another. Without them, and for None, the first of each is.
+          references: Names of the reference images of each, as the list has them; a prompt with
+            others is another one. Without them any are.
 
         Returns:
           An index for each, None for those that the set does not have.
         """
-        wanted = list(zip(prompts, shapes or [None] * len(prompts), strict=True))
+        count = len(prompts)
+        names = [None] * count if references is None else map(tuple, references)
+        wanted = list(zip(prompts, names, shapes or [None] * count, strict=True))
         texts, missing = set(prompts), set(wanted)
-        exact, anywhere = {}, {}
+        found = {}
         for index, text in enumerate(self.prompts):
             if not missing:
                 break
             if text in texts:
-                shape = None if shapes is None else self.buckets[self.bucket(index)]
-                exact.setdefault((text, shape), index)
-                anywhere.setdefault(text, index)
-                missing.discard((text, shape))
-        return [exact.get(key, anywhere.get(key[0])) for key in wanted]
+                name = None if references is None else self.reference_names(index)
+                for shape in (None, self.buckets[self.bucket(index)]):
+                    found.setdefault((text, name, shape), index)
+                    missing.discard((text, name, shape))
+        return [found.get(key, found.get((*key[:2], None))) for key in wanted]
 
-    def embedded(self, prompts: Sequence[str]) -> dict[str, np.ndarray]:
+    def reference_names(self, index: SupportsIndex) -> tuple[str, ...]:
+        """Returns the names of a prompt's reference images, as its list had them.
+
+        Args:
+          index: `0 <= index < len(self)`.
+
+        Returns:
+          The names, in order; empty if there are none.
+        """
+        names = self._records[index].get("reference_names")
+        return () if names is None else tuple(json.loads(names.tobytes()))
+
+    def embedded(
+        self, prompts: Sequence[str], references: Sequence[Sequence[str]] | None = None
+    ) -> dict[str, Any]:
         """Embeddings of some of the prompts, as `Student.sample` takes them.
 
         Args:
           prompts: `N` prompts.
+          references: Names of the reference images of each, see `find`.
 
         Returns:
           `text: bfloat16[N, L, D]`, `text_length: int32[N]` and, where the encoders make one,
-          `pooled: bfloat16[N, P]`.
+          `pooled: bfloat16[N, P]`; with reference images those of the class too, see above.
 
         Raises:
-          PromptsError: One is not in the set; it is named.
+          PromptsError: One is not in the set; it is named. Or reference images differ in number or
+            size, which takes several calls.
         """
-        found = self.find(prompts)
+        found = self.find(prompts, references=references)
         for prompt, index in zip(prompts, found, strict=True):
             if index is None:
                 raise PromptsError(f"the set has no embeddings of {prompt!r}")
         rows = [self._embedding(self._records[index]) for index in found]
+        shapes = [[r.shape for r in row.get("references", ())] for row in rows]
+        if any(shape != shapes[0] for shape in shapes):
+            raise PromptsError(
+                f"reference images of these prompts differ in number or size, {shapes}: ask for "
+                "those of one size at a time"
+            )
         return stacked(rows) if rows else {}
 
     def _parsed(self, record: bytes) -> dict[str, np.ndarray]:
@@ -296,14 +350,22 @@ class PromptsSource:
             raise ValueError(f"its pooled embedding has shape {pooled}")
         return arrays
 
-    def _embedding(self, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        length = len(arrays["text"])
-        text = np.zeros((self.text_length, self.text_features), _TEXT_DTYPE)
-        text[:length] = arrays["text"]
-        embedding = {"text": text, "text_length": np.asarray(length, np.int32)}
+    def _embedding(self, arrays: dict[str, np.ndarray]) -> dict[str, Any]:
+        embedding = self._padded(arrays["text"])
         if self.pooled_features:
             embedding["pooled"] = arrays["pooled"]
+        names = (f"reference_{number}" for number in range(self.references))
+        references = tuple(arrays[name] for name in names if name in arrays)
+        if references:
+            embedding["references"] = references
+        if "null" in arrays:
+            embedding["null"] = self._padded(arrays["null"])
         return embedding
+
+    def _padded(self, tokens: np.ndarray) -> dict[str, np.ndarray]:
+        text = np.zeros((self.text_length, self.text_features), _TEXT_DTYPE)
+        text[: len(tokens)] = tokens
+        return {"text": text, "text_length": np.asarray(len(tokens), np.int32)}
 
 
 def load_prompts_source(
@@ -345,29 +407,31 @@ def _serialized(
     from safetensors.numpy import save
 
     bucket = bisect.bisect_right(list(itertools.accumulate(plan.bucket_sizes)), index)
-    size = plan.buckets[bucket] if bucket < len(plan.buckets) else None
-    arrays = _checked(plan, example, size)
-    notes["text_length"] = max(notes["text_length"], len(arrays["text"]))
+    arrays = _checked(plan, example, bucket)
+    texts = [len(arrays[name]) for name in ("text", "null") if name in arrays]
+    notes["text_length"] = max(notes["text_length"], *texts)
     return save(arrays)
 
 
-def _checked(
-    plan: PromptsPlan, example: dict[str, Any], size: tuple[int, int] | None
-) -> dict[str, np.ndarray]:
-    """Arrays of a record, all as the plan says."""
-    prompt = example["prompt"]
-    text = np.asarray(example["text"], _TEXT_DTYPE)
-    if text.shape[1:] != (plan.text_features,) or not 1 <= len(text) <= plan.max_length:
-        raise PromptsError(
-            f"text of {prompt!r} has shape {text.shape}, expected [1 to {plan.max_length}, "
-            f"{plan.text_features}]"
-        )
-    expected = {}
+def _checked(plan: PromptsPlan, example: dict[str, Any], bucket: int) -> dict[str, np.ndarray]:
+    """Arrays of a record, all as the plan says; the empty prompt is behind the last bucket."""
+    prompt, of_bucket = example["prompt"], slice(bucket, bucket + 1)
+    references = [size for sizes in plan.references[of_bucket] for size in sizes]
+    arrays, expected = {}, {}
+    for name in ("text", "null") if references and plan.with_references else ("text",):
+        arrays[name] = text = np.asarray(example[name], _TEXT_DTYPE)
+        if text.shape[1:] != (plan.text_features,) or not 1 <= len(text) <= plan.max_length:
+            raise PromptsError(
+                f"{name} of {prompt!r} has shape {text.shape}, expected [1 to {plan.max_length}, "
+                f"{plan.text_features}]"
+            )
     if plan.pooled_features:
         expected["pooled"] = (_TEXT_DTYPE, (plan.pooled_features,))
-    if plan.latent_channels and size is not None:
+    for size in plan.buckets[of_bucket] if plan.latent_channels else ():
         expected["latents"] = (_LATENTS_DTYPE, (*size, plan.latent_channels))
-    arrays = {"text": text}
+    for number, size in enumerate(references):
+        shape = (*size, plan.reference_channels)
+        expected[f"reference_{number}"] = (_LATENTS_DTYPE, shape)
     for name, (dtype, shape) in expected.items():
         arrays[name] = np.asarray(example[name], dtype)
         if arrays[name].shape != shape:
@@ -377,6 +441,9 @@ def _checked(
     for name, array in arrays.items():
         if not np.isfinite(array.astype(np.float32)).all():
             raise PromptsError(f"{name} of {prompt!r} is not finite in {array.dtype.name}")
+    if references:
+        names = json.dumps(example["reference_names"])
+        arrays["reference_names"] = np.frombuffer(names.encode(), np.uint8)
     arrays["prompt"] = np.frombuffer(prompt.encode(), np.uint8)
     arrays["index"] = np.asarray(example["index"], np.int32)
     return arrays
@@ -399,7 +466,7 @@ PROMPTS = ShardedSet(
     error=PromptsError,
     contents="prompts",
     notes=("text_length",),
-    added=("tokenizer", "cut_off"),
+    added=("tokenizer", "cut_off", "references", "reference_channels", "with_references"),
     serialize=_serialized,
 )
 """Sets of prompts.
@@ -407,7 +474,9 @@ PROMPTS = ShardedSet(
 Their examples, in the set's order, have `prompt: str`; `index: int`, its place in the list; `text`:
 `[L, text_features]` with the prompt's own length `1 <= L <= max_length`; `pooled`:
 `[pooled_features]`, where the plan has it; `latents`: `[H, W, latent_channels]` of the prompt's
-bucket, where the plan has them (the empty prompt has none).
+bucket, where the plan has them (the empty prompt has none). Prompts of a bucket with references
+have `reference_0: [h, w, reference_channels]` and so on, `reference_names: list[str]`, and where
+the text encoder sees them `null`, of the empty prompt, like `text`.
 """
 
 start_prompts, missing_prompt_shards = PROMPTS.start, PROMPTS.missing

@@ -254,7 +254,7 @@ def stacked(examples: list[Any]) -> Any:
     """Stacks examples on a leading axis.
 
     Args:
-      examples: arrays of equal shapes, or mappings of them, of any depth.
+      examples: arrays of equal shapes, or mappings and tuples of them, of any depth.
 
     Returns:
       The structure of one example, its arrays `[len(examples), ...]`.
@@ -262,25 +262,31 @@ def stacked(examples: list[Any]) -> Any:
     first = examples[0]
     if isinstance(first, Mapping):
         return {key: stacked([example[key] for example in examples]) for key in first}
+    if isinstance(first, tuple):
+        return tuple(stacked(list(parts)) for parts in zip(*examples, strict=True))
     return np.stack(examples)
 
 
 def mapped(function: Callable[[Any], Any], tree: Any) -> Any:
-    """Applies a function to the leaves of nested mappings.
+    """Applies a function to the leaves of nested mappings and tuples.
 
     Args:
       function: What becomes of a leaf.
-      tree: A leaf, or a mapping of them, of any depth.
+      tree: A leaf, or a mapping or tuple of them, of any depth.
 
     Returns:
       The same structure.
     """
     if isinstance(tree, Mapping):
         return {key: mapped(function, value) for key, value in tree.items()}
+    if isinstance(tree, tuple):
+        return tuple(mapped(function, value) for value in tree)
     return function(tree)
 
 
 def _leaves(tree: Any, path: str = "") -> list[tuple[str, np.ndarray]]:
+    if isinstance(tree, tuple):
+        tree = dict(enumerate(tree))
     if isinstance(tree, Mapping):
         return [leaf for key, value in tree.items() for leaf in _leaves(value, f"{path}.{key}")]
     return [] if tree is None else [(path, tree)]

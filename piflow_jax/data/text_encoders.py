@@ -9,6 +9,7 @@ compare.
 
 import contextlib
 import hashlib
+import inspect
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -17,10 +18,18 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from piflow_jax.data.torch_parts import files_digest, load_network, load_part, read_model_type
+from piflow_jax.data.reference_sizes import qwen_edit_size
+from piflow_jax.data.torch_parts import (
+    files_digest,
+    load_network,
+    load_part,
+    read_model_type,
+    read_pipeline,
+)
 
 __all__ = [
     "FluxEncoder",
+    "QwenEditEncoder",
     "QwenEncoder",
     "TextEncoder",
     "WordEncoder",
@@ -35,10 +44,25 @@ _QWEN_SYSTEM = (
     "spatial relationships of the objects and background:"
 )
 _QWEN_TEMPLATE = (
-    f"<|im_start|>system\n{_QWEN_SYSTEM}<|im_end|>\n"
-    "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
+    "<|im_start|>system\n{}<|im_end|>\n<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
 )
 _QWEN_DROPPED = 34
+# Its editors are given another task, and see the references before the prompt.
+_EDIT_SYSTEM = (
+    "Describe the key features of the input image (color, shape, size, texture, objects, "
+    "background), then explain how the user's text instruction should alter or modify the image. "
+    "Generate a new image that meets the user's requirements while maintaining consistency with "
+    "the original input where appropriate."
+)
+_EDIT_DROPPED = 64
+_EDIT_PAD = "<|image_pad|>"
+_EDIT_PICTURE = f"<|vision_start|>{_EDIT_PAD}<|vision_end|>"
+# By the class that model_index.json names: what stands for a picture, its number included, and the
+# side of a square picture as the encoder sees it.
+_EDITORS = {
+    "QwenImageEditPipeline": (_EDIT_PICTURE, 1024),
+    "QwenImageEditPlusPipeline": (f"Picture {{}}: {_EDIT_PICTURE}", 384),
+}
 # Text that tokenizers of one release, but of other versions or with ftfy, take apart differently.
 _PROBES = (
     *(
@@ -64,6 +88,8 @@ class TextEncoder(Protocol):
       text_features: Width `D` of the text embeddings.
       pooled_features: Width `P` of the pooled embedding; 0 if there is none.
       max_length: Tokens of a prompt, at most.
+      sees_references: Whether a prompt's embedding depends on the images that it edits. A call then
+        also takes the pictures of each prompt, lists of uint8[H, W, 3].
     """
 
     identity: str
@@ -72,6 +98,7 @@ class TextEncoder(Protocol):
     text_features: int
     pooled_features: int
     max_length: int
+    sees_references: bool
 
     def tokens(self, prompts: Sequence[str]) -> list[tuple[list, int]]:
         """Returns what is read of each of `prompts`, and how many tokens beyond it are cut off."""
@@ -93,6 +120,8 @@ class WordEncoder:
       pooled_features: Width of the pooled embedding.
       max_length: Words of a prompt, at most.
     """
+
+    sees_references = False
 
     def __init__(self, text_features: int = 64, pooled_features: int = 32, max_length: int = 77):
         self.text_features = text_features
@@ -126,6 +155,7 @@ class _Released:
     name: str
     longest: int
     parts: tuple[str, ...]
+    sees_references = False
 
     def __init__(
         self,
@@ -225,6 +255,7 @@ class QwenEncoder(_Released):
     name, longest = "qwen_image", 1024
     parts = ("tokenizer", "text_encoder")
     pooled_features = 0
+    task, dropped = _QWEN_SYSTEM, _QWEN_DROPPED
 
     def _load(self, transformers: Any, folder: Path, **options: str) -> tuple[Any, ...]:
         """Loads both parts; returns the tokenizer."""
@@ -237,15 +268,15 @@ class QwenEncoder(_Released):
 
     def tokens(self, prompts: Sequence[str]) -> list[tuple[list, int]]:
         """Returns the tokens of each of `prompts` behind the template, and how many are cut off."""
-        templates = [_QWEN_TEMPLATE.format(prompt) for prompt in prompts]
-        rows = [ids[_QWEN_DROPPED:] for ids in self._tokens(templates, verbose=False).input_ids]
+        templates = [_QWEN_TEMPLATE.format(self.task, prompt) for prompt in prompts]
+        rows = [ids[self.dropped :] for ids in self._tokens(templates, verbose=False).input_ids]
         return [(ids[: self.max_length], max(len(ids) - self.max_length, 0)) for ids in rows]
 
     def __call__(self, prompts: Sequence[str]) -> list[dict[str, np.ndarray]]:
         """Returns `text: float32[L, D]` of each of `prompts`, with its own number of tokens."""
         tokens = self._tokens(
-            [_QWEN_TEMPLATE.format(prompt) for prompt in prompts],
-            max_length=self.max_length + _QWEN_DROPPED,
+            [_QWEN_TEMPLATE.format(self.task, prompt) for prompt in prompts],
+            max_length=self.max_length + self.dropped,
             padding=True,
             truncation=True,
             return_tensors="pt",
@@ -256,7 +287,90 @@ class QwenEncoder(_Released):
             ).last_hidden_state
         masks = tokens.attention_mask.bool().cpu().numpy()
         pairs = zip(_floats(hidden), masks, strict=True)
-        return [{"text": states[mask][_QWEN_DROPPED:]} for states, mask in pairs]
+        return [{"text": states[mask][self.dropped :]} for states, mask in pairs]
+
+
+class QwenEditEncoder(QwenEncoder):
+    """The encoder of Qwen-Image-Edit, which sees the references; see `QwenEncoder`.
+
+    Tokens of the pictures count among those of a prompt: about 1,400 for each in Qwen-Image-Edit,
+    and 200 in its later versions, such as 2509, which take several.
+
+    Args:
+      folder: The release's, or what it has of `tokenizer`, `text_encoder`, `processor` and
+        `model_index.json`.
+      max_length: Tokens of a prompt with its pictures and the end of its template; 0 are 4096.
+      dtype: Of the weights, `bfloat16` or `float32`.
+      device: PyTorch's name of the device.
+    """
+
+    longest = 4096
+    parts = ("tokenizer", "text_encoder", "processor")
+    task, dropped = _EDIT_SYSTEM, _EDIT_DROPPED
+    sees_references = True
+
+    def _load(self, transformers: Any, folder: Path, **options: str) -> tuple[Any, ...]:
+        """Loads all parts; returns the tokenizer."""
+        editor = read_pipeline(folder)
+        if editor not in _EDITORS:
+            raise ValueError(
+                f"{folder / 'model_index.json'} names {editor!r}, not one of {', '.join(_EDITORS)}"
+            )
+        self.name = editor
+        self._picture, self._side = _EDITORS[editor]
+        self._pictures = load_part(transformers.AutoImageProcessor, folder / "processor")
+        tokenizers = super()._load(transformers, folder, **options)
+        # Transformers 5 places the tokens of pictures in three dimensions only if told which these
+        # are. Earlier versions find them by themselves.
+        self._typed = "mm_token_type_ids" in inspect.signature(self._network.forward).parameters
+        return tokenizers
+
+    def __call__(
+        self, prompts: Sequence[str], pictures: Sequence[Sequence[np.ndarray]] | None = None
+    ) -> list[dict[str, np.ndarray]]:
+        """Encodes prompts together with the pictures that they edit.
+
+        Args:
+          prompts: The prompts.
+          pictures: The references of each, uint8[H, W, 3]; None and empty ones are no pictures.
+
+        Returns:
+          `text: float32[L, D]` of each, with its own number of tokens.
+        """
+        if pictures is None:
+            return super().__call__(prompts)
+        return [self._encode(*pair) for pair in zip(prompts, pictures, strict=True)]
+
+    def _encode(self, prompt: str, pictures: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
+        from PIL import Image
+
+        if not pictures:
+            return super().__call__([prompt])[0]
+        sizes = [qwen_edit_size(*pixels.shape[:2], self._side) for pixels in pictures]
+        seen = self._pictures(
+            images=[
+                Image.fromarray(pixels).resize(size[::-1], Image.Resampling.LANCZOS)
+                for pixels, size in zip(pictures, sizes, strict=True)
+            ],
+            return_tensors="pt",
+        ).to(self._device)
+        counts = (seen.image_grid_thw.prod(-1) // self._pictures.merge_size**2).tolist()
+        numbered = "".join(
+            self._picture.format(i).replace(_EDIT_PAD, _EDIT_PAD * count)
+            for i, count in enumerate(counts, start=1)
+        )
+        text = [_QWEN_TEMPLATE.format(self.task, numbered + prompt)]
+        tokens = self._tokens(text, return_tensors="pt").to(self._device)
+        inputs = {name: tokens[name] for name in ("input_ids", "attention_mask")}
+        inputs |= {name: seen[name] for name in ("pixel_values", "image_grid_thw")}
+        if self._typed:
+            pad = self._tokens.convert_tokens_to_ids(_EDIT_PAD)
+            inputs["mm_token_type_ids"] = (tokens.input_ids == pad).int()
+        with self._torch.inference_mode():
+            hidden = self._network(**inputs).last_hidden_state
+        [states] = _floats(hidden)
+        # The network is causal: what is cut off has not been seen by the rest.
+        return {"text": states[self.dropped :][: self.max_length]}
 
 
 def load_text_encoder(
@@ -265,8 +379,8 @@ def load_text_encoder(
     """The encoder of a name.
 
     Args:
-      name: The folder of a release of FLUX.1 or Qwen-Image (which of the two, its files tell), or
-        "words", "words:D" or "words:D:P" for a `WordEncoder`.
+      name: The folder of a release of FLUX.1, Qwen-Image or Qwen-Image-Edit (which of these, its
+        files tell), or "words", "words:D" or "words:D:P" for a `WordEncoder`.
       max_length: Tokens of a prompt, at most; 0 is the release's own limit, 512 or 1024.
       dtype: Of a released network's weights.
       gpu: Which of the GPUs that PyTorch sees; without any it is the CPU.
@@ -321,7 +435,8 @@ def _kind(folder: Path) -> tuple[type, int]:
         )
     kind = read_model_type(config.parent)
     if kind == "qwen2_5_vl":
-        return QwenEncoder, QwenEncoder.longest
+        encoder = QwenEditEncoder if (folder / "processor").is_dir() else QwenEncoder
+        return encoder, encoder.longest
     if kind == "clip_text_model" and (folder / "text_encoder_2").is_dir():
         return FluxEncoder, FluxEncoder.longest
     raise ValueError(

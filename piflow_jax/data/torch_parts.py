@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ["files_digest", "load_network", "load_part", "read_model_type"]
+__all__ = ["files_digest", "load_network", "load_part", "read_model_type", "read_pipeline"]
 
 
 def read_model_type(folder: Path) -> str:
@@ -21,11 +21,29 @@ def read_model_type(folder: Path) -> str:
     Raises:
       ValueError: There is no such file, or it does not say.
     """
-    path = folder / "config.json"
+    return _read_kind(folder / "config.json", "model_type")
+
+
+def read_pipeline(folder: Path) -> str:
+    """What `model_index.json` calls the class of a release's pipeline.
+
+    Args:
+      folder: The release's folder.
+
+    Returns:
+      The class, such as "QwenImageEditPipeline".
+
+    Raises:
+      ValueError: There is no such file, or it does not say.
+    """
+    return _read_kind(folder / "model_index.json", "_class_name")
+
+
+def _read_kind(path: Path, key: str) -> str:
     try:
-        kind = json.loads(path.read_text(encoding="utf-8"))["model_type"]
+        kind = json.loads(path.read_text(encoding="utf-8"))[key]
     except (KeyError, OSError, RecursionError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} does not say what model_type it is of: {error!r}") from error
+        raise ValueError(f"{path} does not say what {key} it is of: {error!r}") from error
     return f"{kind}"
 
 

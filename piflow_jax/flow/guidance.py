@@ -1,6 +1,7 @@
 """Classifier-free guidance of velocities, with an interval and an orthogonal variant."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,44 @@ import jax.numpy as jnp
 from piflow_jax.arguments import check_between, check_shape, known
 from piflow_jax.flow.policies.base import per_sample
 
-__all__ = ["guided_velocity"]
+__all__ = ["Null", "guided_velocity", "null_conditions"]
+
+Null = Any | Callable[[Any], Any]
+"""The condition of one example that stands for none, or a function, see `null_conditions`."""
+
+
+def null_conditions(cond: Any, null: Null) -> Any:
+    """The conditions of the unconditional half of a guided batch.
+
+    Source: classifier-free guidance, arXiv 2207.12598.
+
+    Args:
+      cond: conditions, arrays `[B, ...]` in any structure.
+      null: the null condition: `cond` of one example, without the axis `B`. Where it differs from
+        example to example, such as for editing, whose reference images stay: a function of `cond`.
+
+    Returns:
+      Arrays like `cond`.
+
+    Raises:
+      ValueError: `null` is not of the structure and shapes of `cond`.
+    """
+    return null(cond) if callable(null) else nothing_of(cond, null)
+
+
+def nothing_of(cond: Any, null: Any) -> Any:
+    """The null condition of one example, for all examples of `cond`; see `null_conditions`."""
+
+    def nothing(given, null):
+        return jnp.broadcast_to(null, given.shape).astype(jnp.asarray(given).dtype)
+
+    try:
+        return jax.tree.map(nothing, cond, null)
+    except ValueError as error:
+        raise ValueError(
+            "null_cond must be the condition of one example: of the structure of cond, and of "
+            "its shapes without B"
+        ) from error
 
 
 def check_guidance(

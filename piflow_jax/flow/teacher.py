@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from piflow_jax.arguments import ROUNDING, check_between, known
-from piflow_jax.flow.guidance import check_guidance, guided_velocity
+from piflow_jax.flow.guidance import Null, check_guidance, guided_velocity, null_conditions
 from piflow_jax.flow.policies.base import per_batch, per_sample, promote
 
 __all__ = ["Schedule", "Teacher"]
@@ -212,7 +212,8 @@ class Teacher:
         traced, as may the interval. One program then serves all values.
       guidance_interval: noise levels `t` at which to guide, both ends included.
       orthogonal_guidance: share of the guidance parallel to `x_0` that is removed, in [0, 1].
-      null_cond: the null condition: `cond` of a single sample, without the axis `B`.
+      null_cond: the null condition: `cond` of a single sample, without the axis `B`, or a function
+        of the batch's `cond`; see `null_conditions`.
 
     Raises:
       ValueError: `prediction` is not one of the four, a known number is out of range, or there is
@@ -226,7 +227,7 @@ class Teacher:
     guidance_scale: float = 1.0
     guidance_interval: tuple[float, float] = (0.0, 1.0)
     orthogonal_guidance: float = 0.0
-    null_cond: Any = None
+    null_cond: Null | None = None
 
     def __post_init__(self) -> None:
         """Refuses invalid settings."""
@@ -278,16 +279,7 @@ class Teacher:
             # Interleaved, not concatenated: a batch that is split over devices stays split.
             return jnp.stack([a, b], axis=1).reshape(-1, *a.shape[1:])
 
-        def nothing(a, null):
-            return jnp.broadcast_to(null, a.shape).astype(jnp.asarray(a).dtype)
-
-        try:
-            null = jax.tree.map(nothing, cond, self.null_cond)
-        except ValueError as error:
-            raise ValueError(
-                "null_cond must be the condition of one example: of the structure of cond, and of "
-                "its shapes without B"
-            ) from error
+        null = null_conditions(cond, self.null_cond)
         both = self._velocity(params, pair(x, x), pair(t, t), jax.tree.map(pair, cond, null))
         both = both.reshape(-1, 2, *x.shape[1:])
         return guided_velocity(

@@ -21,7 +21,13 @@ from jax.typing import ArrayLike, DTypeLike
 
 from piflow_jax.models.layers import attend
 
-__all__ = ["AutoencoderKL", "decode_in_chunks", "picture_decoder", "sample_posterior"]
+__all__ = [
+    "AutoencoderKL",
+    "decode_in_chunks",
+    "picture_decoder",
+    "picture_encoder",
+    "sample_posterior",
+]
 
 NORM_EPSILON = 1e-6
 # Range to which the logarithm of the posterior's variance is clipped.
@@ -312,6 +318,25 @@ def decode_in_chunks(
     parts = jnp.swapaxes(latents.reshape(-1, count, *latents.shape[1:]), 0, 1)
     images = jnp.swapaxes(jax.lax.map(decode, parts), 0, 1)
     return images.reshape(-1, *images.shape[2:])
+
+
+def picture_encoder(module: AutoencoderKL, params: dict) -> Callable[[ArrayLike], jax.Array]:
+    """A function that encodes pictures as editing networks read them, compiled once per shape.
+
+    Args:
+        module: The autoencoder.
+        params: Its variables.
+
+    Returns:
+        A function from images `[B, f h, f w, in_channels]` in [-1, 1] to the means of their
+        posteriors, latents `[B, h, w, C]` scaled as diffusion models use them.
+    """
+
+    def encode(params, image):
+        return module.scaled(module.apply(params, image, method="encode")[0])
+
+    encode = jax.jit(encode)
+    return lambda image: encode(params, image)
 
 
 def picture_decoder(

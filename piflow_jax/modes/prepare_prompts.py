@@ -4,6 +4,7 @@ The text encoders are PyTorch's and run here alone; see `piflow_jax.data.text_en
 """
 
 import concurrent.futures
+import functools
 import hashlib
 import json
 import math
@@ -31,8 +32,9 @@ from piflow_jax.data.prompts import PROMPTS, PromptsPlan
 from piflow_jax.data.shards import left_out
 from piflow_jax.data.text_encoders import TextEncoder, load_text_encoder
 from piflow_jax.keys import seed_key
-from piflow_jax.models.vae import sample_posterior
+from piflow_jax.models.vae import picture_encoder, sample_posterior
 from piflow_jax.modes.autoencoder import Autoencoder, load_autoencoder
+from piflow_jax.systems.networks import network_kind
 
 __all__ = ["encode_prompts", "listed_prompts", "prepare_prompts"]
 
@@ -55,6 +57,7 @@ def encode_prompts(
     process_count: int = 1,
     autoencoder: Autoencoder | None = None,
     image_folder: str | os.PathLike = "",
+    reference_size: Callable[[int, int, int], tuple[int, int]] | None = None,
     on_progress: Callable[[int, int], None] | None = None,
     skip_refused: bool = False,
 ) -> dict[str, Any] | None:
@@ -68,6 +71,9 @@ def encode_prompts(
     the autoencoder's posterior, as pi-Flow trains on, with noise that depends on the prompt's place
     alone. A listed shape that is a picture's before its EXIF orientation is turned with it.
 
+    References are scaled to the size of `reference_size`; their latents are the posterior's mean,
+    as editing networks read them.
+
     Args:
       prompts: The list.
       encoder: The text encoders.
@@ -78,8 +84,10 @@ def encode_prompts(
       batch_size: Prompts encoded at once. Batches do not cross shards.
       process_index: This process.
       process_count: Number of processes.
-      autoencoder: Of the images; None leaves the images out.
+      autoencoder: Of images and references; None leaves the images out.
       image_folder: What names of images are relative to.
+      reference_size: `(height, width, side) -> (height, width)` of references, with the side of a
+        square one, see `NetworkKind`; needed only for prompts with references.
       on_progress: Called after each shard with the number of shards that this call has written and
         has to write.
       skip_refused: Leave out prompts whose image cannot be read; the manifest names them.
@@ -88,44 +96,67 @@ def encode_prompts(
       The manifest if all shards are there, None if other processes still have some to write.
 
     Raises:
-      ValueError: If some prompts have an image and others none, or the process does not exist.
+      ValueError: If some prompts have an image and others none, references have no autoencoder or
+        size, or the process does not exist.
       PromptsError: If another preparation was begun in the directory, or shards are damaged.
       RefusedError: If images cannot be read and are not left out; when all shards without such
         images are written.
     """
-    if autoencoder is not None and not all(prompt.image for prompt in prompts):
-        bare = next(i for i, prompt in enumerate(prompts) if not prompt.image)
+    edits, drawn = any(p.references for p in prompts), [bool(p.image) for p in prompts]
+    if edits and (autoencoder is None or reference_size is None):
+        raise ValueError("references need an autoencoder and a function of their sizes")
+    # Without any images, an autoencoder is that of references alone.
+    with_images = autoencoder is not None and (any(drawn) or not edits)
+    if with_images and not all(drawn):
+        bare = drawn.index(False)
         raise ValueError(f"latents need an image of every prompt, number {bare} has none")
-    aspects = [prompt.aspect for prompt in prompts]
-    if autoencoder is not None:
-        with concurrent.futures.ThreadPoolExecutor(_READ_THREADS) as pool:
-            aspects = list(pool.map(lambda prompt: _seen_aspect(prompt, image_folder), prompts))
-    sizes = [bucket_size(aspect, image_size) for aspect in aspects]
+
+    def seen(prompt):
+        references = [_seen_size(path) for path in prompt.reference_files(image_folder)]
+        if prompt.aspect is None:
+            height, width = references[-1]
+            aspect = width / height
+        else:
+            aspect = _seen_aspect(prompt, image_folder) if with_images else prompt.aspect
+        own = (reference_size(*size, image_size) for size in references)
+        return bucket_size(aspect, image_size), tuple(own)
+
+    with concurrent.futures.ThreadPoolExecutor(_READ_THREADS) as pool:
+        sizes = list(pool.map(seen, prompts))
     known = dict.fromkeys(bucket_size(width / height, image_size) for width, height in ASPECTS)
-    buckets = [size for size in known if size in sizes]
+    # By shape, then by the references' sizes.
+    buckets = sorted(set(sizes), key=lambda size: (list(known).index(size[0]), size[1]))
     order = sorted(range(len(prompts)), key=lambda i: buckets.index(sizes[i]))
+
+    def in_latents(size):
+        return tuple(side // DOWNSAMPLING for side in size)
+
+    channels = 0 if autoencoder is None else autoencoder.module.latent_channels
     plan = PromptsPlan(
         encoder=encoder.identity,
         compute=encoder.compute,
         source=f"{source}, SHA-256 {list_digest(prompts)}",
         num_examples=len(prompts) + 1,
         shard_size=shard_size,
-        buckets=[tuple(side // DOWNSAMPLING for side in size) for size in buckets],
+        buckets=[in_latents(size) for size, _ in buckets],
         bucket_sizes=[sizes.count(size) for size in buckets],
         text_features=encoder.text_features,
         pooled_features=encoder.pooled_features,
         max_length=encoder.max_length,
-        latent_channels=0 if autoencoder is None else autoencoder.module.latent_channels,
+        latent_channels=channels if with_images else 0,
         latents="" if autoencoder is None else autoencoder.identity,
         tokenizer=encoder.tokenizer,
         cut_off=_count_cut_off(prompts, encoder),
+        references=tuple(tuple(map(in_latents, own)) for _, own in buckets) if edits else (),
+        reference_channels=channels if edits else 0,
+        with_references=edits and encoder.sees_references,
     )
-    to_latents = None if autoencoder is None else _latents_encoder(autoencoder, image_folder)
-    listed = [(i, prompts[i], sizes[i]) for i in order] + [(len(prompts), Prompt(""), None)]
+    latents = None if autoencoder is None else _Latents(autoencoder, image_folder, with_images)
+    listed = [(i, prompts[i], *sizes[i]) for i in order] + [(len(prompts), Prompt(""), None, ())]
 
     def examples(shard):
         part = [listed[i] for i in plan.shard_range(shard)]
-        return _encoded(part, encoder, batch_size, to_latents)
+        return _encoded(part, encoder, batch_size, latents)
 
     return PROMPTS.prepare(
         directory,
@@ -181,8 +212,10 @@ def prepare_prompts(config: Config, workdir: str | os.PathLike) -> None:
             dtype=settings.text_dtype,
             gpu=_own_gpu(),
         )
+    edits = _check_references(config, prompts)
     autoencoder = load_autoencoder(config) if settings.vae else None
-    if autoencoder is not None and not all(prompt.image for prompt in prompts):
+    drawn = [bool(prompt.image) for prompt in prompts]
+    if autoencoder is not None and not all(drawn) and (any(drawn) or not edits):
         raise ConfigError(
             f"config.data.vae is given, but not all of {settings.prompts} has an 'image'"
         )
@@ -196,6 +229,7 @@ def prepare_prompts(config: Config, workdir: str | os.PathLike) -> None:
         process_count=jax.process_count(),
         autoencoder=autoencoder,
         image_folder=os.path.dirname(settings.prompts),
+        reference_size=network_kind(config.model).reference_size,
         on_progress=lambda done, todo: logging.info("prepare: %d/%d shards", done, todo),
         skip_refused=settings.skip_refused,
     )
@@ -208,6 +242,29 @@ def prepare_prompts(config: Config, workdir: str | os.PathLike) -> None:
         )
         if left_out(manifest):
             logging.warning("prepare: left out\n%s", left_out(manifest))
+
+
+def _check_references(config: Config, prompts: Sequence[Prompt]) -> bool:
+    """Whether prompts have references; refuses those that the network or the settings do not fit.
+
+    Raises:
+      ConfigError: the message names the key and the remedy.
+    """
+    most = max(len(prompt.references) for prompt in prompts)
+    taken = network_kind(config.model).conditioning(config.model.own).references
+    if most > taken:
+        first = next(i for i, prompt in enumerate(prompts) if len(prompt.references) > taken)
+        raise ConfigError(
+            f"config.model.{config.model.network}.references is {taken}, but prompt number {first} "
+            f"of {config.data.prompts}, counted from 0, has {len(prompts[first].references)} "
+            "'references': take a configuration for editing, or raise it"
+        )
+    if most and not config.data.vae:
+        raise ConfigError(
+            f"{config.data.prompts} has 'references', which become latents: config.data.vae must "
+            "name the autoencoder's weights"
+        )
+    return most > 0
 
 
 def _own_gpu() -> int:
@@ -238,23 +295,57 @@ def _count_cut_off(prompts: Sequence[Prompt], encoder: TextEncoder) -> int:
 
 
 def _encoded(
-    part: Sequence[tuple[int, Prompt, tuple[int, int] | None]],
+    part: Sequence[tuple[int, Prompt, tuple[int, int] | None, tuple[tuple[int, int], ...]]],
     encoder: TextEncoder,
     batch_size: int,
-    to_latents: Callable | None,
+    latents: "_Latents | None",
 ) -> Iterator[dict[str, Any] | PictureError]:
     for start in range(0, len(part), batch_size):
         batch = part[start : start + batch_size]
-        embeddings = encoder([prompt.text for _, prompt, _ in batch])
-        for (index, prompt, size), embedding in zip(batch, embeddings, strict=True):
-            example = {"prompt": prompt.text, "index": index, **embedding}
-            if to_latents is not None and size is not None:
-                try:
-                    example["latents"] = to_latents(prompt, size, index)
-                except PictureError as error:
-                    yield error
-                    continue
-            yield example
+        examples: list[Any] = [_pictured(latents, *entry) for entry in batch]
+        readable = [example for example in examples if isinstance(example, dict)]
+        _embed(encoder, readable)
+        yield from examples
+
+
+def _pictured(
+    latents: "_Latents | None",
+    index: int,
+    prompt: Prompt,
+    size: tuple[int, int] | None,
+    references: tuple[tuple[int, int], ...],
+) -> dict[str, Any] | PictureError:
+    """An example without its embeddings, or why a picture cannot be read."""
+    example = {"prompt": prompt.text, "index": index}
+    if latents is None or size is None:
+        return example
+    try:
+        return example | latents(prompt, size, index) | latents.of_references(prompt, references)
+    except PictureError as error:
+        return error
+
+
+def _embed(encoder: TextEncoder, examples: Sequence[dict[str, Any]]) -> None:
+    """Adds the embeddings of prompts, seen with their pictures if the encoder sees them."""
+    pictures = [example.pop("pictures", []) for example in examples]
+    texts = [example["prompt"] for example in examples]
+    if not (encoder.sees_references and any(pictures)):
+        embeddings = encoder(texts) if texts else []
+    else:
+        embeddings = encoder(texts, pictures)
+        nulls = encoder([""] * len(texts), pictures)
+        for example, null in zip(examples, nulls, strict=True):
+            example["null"] = null["text"]
+    for example, embedding in zip(examples, embeddings, strict=True):
+        example |= embedding
+
+
+def _seen_size(path: str) -> tuple[int, int]:
+    """Height and width of a picture; of one that is refused when its turn comes, any."""
+    try:
+        return picture_sizes(path)[1]
+    except PictureError:
+        return 1, 1
 
 
 def _seen_aspect(prompt: Prompt, folder: str | os.PathLike) -> float:
@@ -279,25 +370,57 @@ def _fitted(picture: PictureFile, size: tuple[int, int], name: str = "") -> np.n
     return np.asarray(ImageOps.fit(image, size[::-1], Image.Resampling.LANCZOS))
 
 
-def _latents_encoder(
-    autoencoder: Autoencoder, folder: str | os.PathLike
-) -> Callable[[Prompt, tuple[int, int], int], np.ndarray]:
-    """Latents of a prompt's image, at a size, with the noise of an index."""
-    module = autoencoder.module
-    if module.downsampling != DOWNSAMPLING:
-        raise ConfigError(
-            f"config.data.vae shrinks images by {module.downsampling}, not by {DOWNSAMPLING}"
-        )
+class _Latents:
+    """Latents of prompts' images, and of their references.
 
-    @jax.jit
-    def encode(params, pixels, index):
-        image = pixels[None].astype(jnp.float32) / 127.5 - 1
-        mean, logvar = module.apply(params, image, method="encode")
-        key = jax.random.fold_in(seed_key(0), index)
-        return module.scaled(sample_posterior(key, mean, jnp.exp(logvar / 2)))[0]
+    Args:
+      autoencoder: What encodes them.
+      folder: What names of pictures are relative to.
+      with_images: Whether prompts have images.
 
-    def of_prompt(prompt, size, index):
-        picture, name = prompt.picture(folder)
-        return np.asarray(encode(autoencoder.params, _fitted(picture, size, name), index))
+    Raises:
+      ConfigError: Latents are not as many times smaller as those of the networks here.
+    """
 
-    return of_prompt
+    def __init__(self, autoencoder: Autoencoder, folder: str | os.PathLike, with_images: bool):
+        module = autoencoder.module
+        if module.downsampling != DOWNSAMPLING:
+            raise ConfigError(
+                f"config.data.vae shrinks images by {module.downsampling}, not by {DOWNSAMPLING}"
+            )
+
+        @jax.jit
+        def encode(params, pixels, index):
+            image = pixels[None].astype(jnp.float32) / 127.5 - 1
+            mean, logvar = module.apply(params, image, method="encode")
+            key = jax.random.fold_in(seed_key(0), index)
+            return module.scaled(sample_posterior(key, mean, jnp.exp(logvar / 2)))[0]
+
+        self._encode = functools.partial(encode, autoencoder.params)
+        self._encode_reference = picture_encoder(module, autoencoder.params)
+        self._folder, self._with_images = folder, with_images
+
+    def __call__(self, prompt: Prompt, size: tuple[int, int], index: int) -> dict[str, np.ndarray]:
+        """Latents of the image at a size, with the noise of an index; empty without images."""
+        if not self._with_images:
+            return {}
+        picture, name = prompt.picture(self._folder)
+        return {"latents": np.asarray(self._encode(_fitted(picture, size, name), index))}
+
+    def of_references(self, prompt: Prompt, sizes: Sequence[tuple[int, int]]) -> dict[str, Any]:
+        """Latents of the references at their sizes, their names, and the pictures themselves."""
+        if not sizes:
+            return {}
+        pictures = [read_picture(path) for path in prompt.reference_files(self._folder)]
+        made = {"pictures": pictures, "reference_names": prompt.references}
+        for number, (pixels, size) in enumerate(zip(pictures, sizes, strict=True)):
+            image = np.float32(_scaled(pixels, size))[None] / np.float32(127.5) - 1
+            made[f"reference_{number}"] = np.asarray(self._encode_reference(image)[0])
+        return made
+
+
+def _scaled(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """A picture as uint8[height, width, 3], stretched to this size."""
+    from PIL import Image
+
+    return np.asarray(Image.fromarray(pixels).resize(size[::-1], Image.Resampling.LANCZOS))

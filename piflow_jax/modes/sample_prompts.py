@@ -44,7 +44,7 @@ def find_prompts(
     """Where prompts stand in a cached set, which is read from its beginning until all are found.
 
     A prompt that the set has in several shapes is taken in the list's; one that it has in other
-    shapes only, in the set's first, with a warning.
+    shapes only, in the set's first, with a warning. A prompt with other references is another one.
 
     Args:
       source: the set.
@@ -59,22 +59,27 @@ def find_prompts(
       ConfigError: some are not there; names the first.
     """
     shapes = [
-        tuple(side // DOWNSAMPLING for side in bucket_size(prompt.aspect, image_size))
+        # Without a shape of its own, a prompt has that of its last reference, which the set knows.
+        None
+        if prompt.aspect is None
+        else tuple(side // DOWNSAMPLING for side in bucket_size(prompt.aspect, image_size))
         for prompt in wanted
     ]
-    texts = [prompt.text for prompt in wanted]
-    found = source.find(texts, shapes)
-    absent = [text for text, index in zip(texts, found, strict=True) if index is None]
+    texts, references = ([getattr(p, name) for p in wanted] for name in ("text", "references"))
+    found = source.find(texts, shapes, references)
+    absent = [(p.text, p.references) for p, i in zip(wanted, found, strict=True) if i is None]
     if absent:
+        text, names = absent[0]
+        edited = f" with the references {', '.join(names)}" if names else ""
         raise ConfigError(
             f"{where} has no embeddings of {len(set(absent))} of the prompts, the first is "
-            f"{absent[0]!r}; prepare the list with --mode=prepare into a directory of its own, and "
-            "give that as config.data.data_dir"
+            f"{text!r}{edited}; prepare the list with --mode=prepare into a directory of its own, "
+            "and give that as config.data.data_dir"
         )
     others = dict.fromkeys(
         (text, shape)
         for text, shape, index in zip(texts, shapes, found, strict=True)
-        if source.buckets[source.bucket(index)] != shape
+        if shape is not None and source.buckets[source.bucket(index)] != shape
     )
     if others:
         logging.warning(
@@ -150,7 +155,10 @@ def sample_prompts(config: Config, workdir: str | os.PathLike) -> list[epath.Pat
             mine = list(made)[jax.process_index() :: jax.process_count()]
             for place, image in zip(mine, _pictures(decode, [made[p] for p in mine]), strict=True):
                 prompt = source.prompts[indices[place]]
-                _write(files[place], image, prompt, _settings(config, data, place))
+                made_by = _settings(config, data, place)
+                names = source.reference_names(indices[place])
+                made_by |= {"references": names} if names else {}
+                _write(files[place], image, prompt, made_by)
             paths += files.values()
             progress.advance(len(made))
     logging.info("wrote %d files to %s", len(paths), directory)

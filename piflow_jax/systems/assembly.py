@@ -2,8 +2,9 @@
 
 import dataclasses
 
-from piflow_jax.config import Config, TeacherConfig
+from piflow_jax.config import Config, ConfigError, TeacherConfig
 from piflow_jax.evaluation.evaluator import Sampler
+from piflow_jax.flow.guidance import Null
 from piflow_jax.flow.teacher import Teacher
 from piflow_jax.models.blocks import Constrain
 from piflow_jax.systems.conditioning import Condition
@@ -14,13 +15,13 @@ from piflow_jax.systems.shapes import DataShape
 __all__ = ["Systems", "guided"]
 
 
-def guided(network: Network, settings: TeacherConfig, null: Condition | None) -> Teacher | None:
+def guided(network: Network, settings: TeacherConfig, null: Null | None) -> Teacher | None:
     """Makes a teacher of a network that predicts velocities, with the guidance in the settings.
 
     Args:
       network: the network.
       settings: guidance scale, interval and orthogonal share.
-      null: the null condition of a single example.
+      null: the null condition, see `Conditioning.null`.
 
     Returns:
       The teacher; its parameters are the network's variables. None if it is guided but has no null
@@ -56,7 +57,7 @@ class Systems:
     teacher: Teacher | None
     student_network: Network | None
     teacher_network: Network | None = None
-    null: Condition | None = None
+    null: Null | None = None
 
     @classmethod
     def of(
@@ -76,8 +77,18 @@ class Systems:
 
         Returns:
           The systems.
+
+        Raises:
+          ConfigError: the data has more reference images than the network takes.
         """
         network = teacher_network(config.model, data)
+        taken = network.conditioning.references
+        if data.references > taken:
+            raise ConfigError(
+                f"config.model.{config.model.network}.references is {taken}, but prompts of "
+                f"{data.name!r} have up to {data.references} reference images: raise it, or give "
+                "prompts without them"
+            )
         null = network.conditioning.null(data, caption)
         systems = cls(
             config=config,

@@ -3,13 +3,16 @@
 A *condition* is the value under `condition` in an example of a source. It is either labels `int[B]`
 or embedded captions. Captions are a mapping of `text[B, L, D]`, padded behind its `text_length[B]`
 tokens, and `pooled[B, P]` if the encoders make one. For FLUX.1 it also holds `guidance[B]`, which
-defaults to the network's own guidance scale. All code except the network passes a condition on
+defaults to the network's own guidance scale. For editing it holds `references`, a tuple of
+reference images `[B, h, w, C]` in the space of samples, and `null`, the empty caption's entries
+where an encoder of text has seen the references. All code except the network passes a condition on
 unchanged. A `Conditioning` turns it into the keyword arguments of one of our networks.
 """
 
 import abc
 import dataclasses
-from collections.abc import Mapping
+import functools
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import jax
@@ -17,7 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from piflow_jax.arguments import check_between, class_labels, whole
+from piflow_jax.arguments import check_between, check_no_pixels, class_labels, whole
+from piflow_jax.flow.guidance import Null, nothing_of
 from piflow_jax.systems.shapes import DataShape
 
 __all__ = [
@@ -42,19 +46,18 @@ class Conditioning(abc.ABC):
 
     Attributes:
       reads_text: True if conditions are embedded captions. Samples then have no size of their own.
+      references: largest number of reference images of a sample; 0 if the network edits no images.
     """
 
     reads_text: ClassVar[bool] = False
+    references = 0
 
     @abc.abstractmethod
     def __call__(self, condition: Condition) -> dict[str, jax.Array]:
         """The network's keyword arguments."""
 
-    def null(self, data: DataShape, caption: Condition | None) -> Condition:
-        """The null condition of a single example.
-
-        `caption` is the empty caption of a set of captions.
-        """
+    def null(self, data: DataShape, caption: Condition | None) -> Null | None:
+        """The null condition; `caption` is the empty caption of a set of captions."""
         return caption
 
     @abc.abstractmethod
@@ -177,11 +180,13 @@ class Text(Conditioning):
       pooled: the network also takes the pooled embedding.
       masked: padding is hidden from the network; otherwise the network reads all of the text.
       guidance: distilled guidance scale for the network; 0 if it has no such input.
+      references: see `Conditioning`.
     """
 
     pooled: bool = False
     masked: bool = False
     guidance: float = 0.0
+    references: int = 0
     reads_text = True
 
     @property
@@ -194,6 +199,14 @@ class Text(Conditioning):
             raise ValueError(
                 "this student reads text: pass embedded prompts, a mapping with "
                 f"{', '.join(self._axes)}, such as PromptsSource.embedded(prompts)"
+            )
+        references = condition.get("references", ())
+        if not isinstance(references, Sequence) or len(references) > self.references:
+            found = len(references) if isinstance(references, Sequence) else type(references)
+            raise ValueError(
+                f"this network takes at most {self.references} reference images, got {found}: "
+                "references must be a list of arrays, and config.model's own `references` says "
+                "how many a network is for"
             )
 
     def __call__(self, condition):
@@ -211,7 +224,15 @@ class Text(Conditioning):
             # samples.
             own = jnp.full(text.shape[:1], self.guidance, jnp.float32)
             arguments["guidance"] = jnp.asarray(condition.get("guidance", own))
+        if condition.get("references"):
+            arguments["references"] = tuple(map(jnp.asarray, condition["references"]))
         return arguments
+
+    def null(self, data, caption):
+        """See `Conditioning`; references stay, and a condition's own `null` comes first."""
+        if caption is None:
+            return None
+        return functools.partial(_unprompted, {name: caption[name] for name in self._axes})
 
     def example(self, data, batch, length):
         """See `Conditioning`."""
@@ -221,6 +242,9 @@ class Text(Conditioning):
         }
         if data.pooled_features:
             shapes["pooled"] = jax.ShapeDtypeStruct((batch, data.pooled_features), jnp.float32)
+        if self.references:
+            reference = jax.ShapeDtypeStruct((batch, *data.shape), jnp.float32)
+            shapes["references"] = (reference,) * self.references
         return shapes
 
     def checked(self, condition: Mapping[str, ArrayLike], data: DataShape):
@@ -247,4 +271,32 @@ class Text(Conditioning):
             guidance = condition.get("guidance", self.guidance)
             check_between("guidance", guidance, 0)
             arrays["guidance"] = np.broadcast_to(np.float32(guidance), (number,))
+        if condition.get("references"):
+            arrays["references"] = tuple(
+                _checked_reference(f"references[{i}]", reference, number, data.channels)
+                for i, reference in enumerate(condition["references"])
+            )
         return arrays, number
+
+
+def _unprompted(caption: Condition, condition: Condition) -> Condition:
+    """The conditions `[B, ...]` without their prompts."""
+    given = {name: condition[name] for name in caption}
+    null = condition.get("null")
+    return {**condition, **(nothing_of(given, caption) if null is None else null)}
+
+
+def _checked_reference(name: str, values: ArrayLike, number: int, channels: int) -> np.ndarray:
+    """A reference image of each sample, float32 on the host."""
+    given = values = np.asarray(values)
+    check_no_pixels(name, values)
+    if values.ndim == 3:  # one for all samples
+        values = np.broadcast_to(values, (number, *values.shape))
+    if values.ndim != 4 or values.shape[-1] != channels or len(values) != number:
+        pictures = ", and pictures become latents by piflow_jax.models.vae.picture_encoder"
+        raise ValueError(
+            f"{name} must be [{number}, h, w, {channels}] or [h, w, {channels}] like samples"
+            f"{pictures if channels > 4 else ''}, got {list(given.shape)}"
+        )
+    check_between(name, values)
+    return values.astype(np.float32)

@@ -9,6 +9,7 @@ from piflow_jax.data import (
     Source,
     load_captioned_digits_source,
     load_digits_source,
+    load_edited_digits_source,
     load_emoji_source,
     load_fashion_mnist_source,
     load_images_source,
@@ -81,6 +82,9 @@ DATASETS: dict[str, Dataset] = {
     ),
     "captioned_digits": Dataset(
         load=lambda data: load_captioned_digits_source(), captions=True, features="digits"
+    ),
+    "edited_digits": Dataset(
+        load=lambda data: load_edited_digits_source(), captions=True, features="digits"
     ),
     "images": Dataset(
         load=lambda data: _open(load_images_source, data, mirror=data.mirror),

@@ -16,6 +16,7 @@ from flax import linen as nn
 
 from piflow_jax.config import ConfigError, ModelConfig, PolicyConfig
 from piflow_jax.data.latents import SD_VAE_SCALE
+from piflow_jax.data.reference_sizes import kontext_size, qwen_edit_size
 from piflow_jax.keys import seed_key
 from piflow_jax.models import DiT, VelocityHead, student_from_teacher
 from piflow_jax.models.flux import FLUX_TARGETS, Flux
@@ -120,6 +121,8 @@ class NetworkKind:
       formats: official layouts of a teacher's weights; the first is the default.
       targets: layers with adapters in a student; None if all of its layers are trained.
       added: keys of `spec` that older checkpoints lack, with the value that this means.
+      reference_size: `(height, width, side) -> (height, width)`, the size in pixels at which it
+        reads a reference image of a size, if a square one has this side; None if it reads none.
       named: whether a spec names the network; the spec of a DiT never did.
       of_caller: True if a function makes it that only the caller has.
     """
@@ -132,6 +135,7 @@ class NetworkKind:
     formats: tuple[str, ...] = ()
     targets: tuple[str, ...] | None = None
     added: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    reference_size: Callable[[int, int, int], tuple[int, int]] | None = None
     named: bool = True
     of_caller: bool = False
 
@@ -202,6 +206,8 @@ def _reading_text(model: ModelConfig, data: DataShape) -> dict[str, Any]:
 
 
 _SIZES = ("patch_size", "hidden", "num_heads", "depth")
+_TEXT_SPEC = ("rope_axes", "time_dtype", "references")
+_TEXT_ADDED = {"time_dtype": "float32", "references": 0}
 _TEXT_DATA = ("name", "channels", "text_features", "pooled_features")
 
 NETWORKS: dict[str, NetworkKind] = {
@@ -227,9 +233,11 @@ NETWORKS: dict[str, NetworkKind] = {
     ),
     "flux": NetworkKind(
         network=_built_in(_flux),
-        conditioning=lambda own: Text(pooled=True, guidance=own.distilled_guidance),
-        spec=(*_SIZES, "single_depth", "rope_axes", "distilled_guidance", "time_dtype"),
-        added={"time_dtype": "float32"},
+        conditioning=lambda own: Text(
+            pooled=True, guidance=own.distilled_guidance, references=own.references
+        ),
+        spec=(*_SIZES, "single_depth", "distilled_guidance", *_TEXT_SPEC),
+        added=_TEXT_ADDED,
         data_spec=_TEXT_DATA,
         # 1024x1024 images, with captions embedded by T5 and CLIP.
         official=DataShape(
@@ -242,12 +250,13 @@ NETWORKS: dict[str, NetworkKind] = {
         ),
         formats=("flux",),
         targets=FLUX_TARGETS,
+        reference_size=kontext_size,
     ),
     "qwen_image": NetworkKind(
         network=_built_in(_qwen_image),
-        conditioning=lambda own: Text(masked=True),
-        spec=(*_SIZES, "rope_axes", "time_dtype"),
-        added={"time_dtype": "float32"},
+        conditioning=lambda own: Text(masked=True, references=own.references),
+        spec=(*_SIZES, *_TEXT_SPEC),
+        added=_TEXT_ADDED,
         data_spec=_TEXT_DATA,
         # 1024x1024 images, with captions embedded by Qwen2.5-VL.
         official=DataShape(
@@ -255,6 +264,7 @@ NETWORKS: dict[str, NetworkKind] = {
         ),
         formats=("qwen_image",),
         targets=QWEN_TARGETS,
+        reference_size=qwen_edit_size,
     ),
 }
 

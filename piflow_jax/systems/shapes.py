@@ -27,6 +27,7 @@ class DataShape:
         as `pose:float32:3x4`. A condition that is a single array has no name.
       text_features: width of the embeddings of captions' tokens; 0 for data with classes.
       pooled_features: width of the captions' pooled embeddings; 0 where there are none.
+      references: largest number of reference images of a sample; 0 where there are none.
       released: the official weights are for this data, and it is not a set prepared here.
     """
 
@@ -42,6 +43,7 @@ class DataShape:
     conditions: tuple[str, ...] = _field((), may_be_empty=True)
     text_features: int = _field(0, low=0, most=2**20)
     pooled_features: int = _field(0, low=0, most=2**20)
+    references: int = _field(0, low=0)
     released: bool = False
 
     @property
@@ -82,5 +84,5 @@ class DataShape:
 # Further facts that a source may state in addition to its shape.
 _OPTIONAL = (
     *("num_classes", "latent_scale", "latent_shift", "vae"),
-    *("text_features", "pooled_features"),
+    *("text_features", "pooled_features", "references"),
 )

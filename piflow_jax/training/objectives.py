@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from piflow_jax.config import TrainConfig
+from piflow_jax.flow.guidance import Null, null_conditions
 from piflow_jax.flow.imitation import imitation_loss, intervals_from_uniforms, window_size
 from piflow_jax.flow.policies import Policy
 from piflow_jax.flow.policies.base import per_sample
@@ -54,7 +55,7 @@ def flow_matching_loss(
     key: jax.Array,
     x0: jax.Array,
     condition: Condition,
-    null: Condition,
+    null: Null | None,
     dropout: float,
     warp: TimeWarp,
 ) -> tuple[jax.Array, Any]:
@@ -66,8 +67,8 @@ def flow_matching_loss(
       key: PRNG key.
       x0: `[B, *sites, C]`, data.
       condition: conditions of the batch.
-      null: condition of a single example that replaces an example's condition with probability
-        `dropout`.
+      null: null condition, see `null_conditions`, that replaces an example's condition with
+        probability `dropout`; None replaces none.
       dropout: probability of replacing a condition, see `null`.
       warp: raw time to noise level.
 
@@ -84,11 +85,10 @@ def flow_matching_loss(
     dropped = jax.random.bernoulli(label_key, dropout, (batch,))
 
     def drop(given, nothing):
-        where = dropped.reshape((batch,) + (1,) * (given.ndim - 1))
-        return jnp.where(where, jnp.broadcast_to(nothing, given.shape).astype(given.dtype), given)
+        return jnp.where(per_sample(dropped, given.ndim), nothing, given)
 
     if null is not None:
-        condition = jax.tree.map(drop, condition, null)
+        condition = jax.tree.map(drop, condition, null_conditions(condition, null))
     x = (1 - t) * x0 + t * noise
     velocity, carried = network(carried, x, sigma, condition, None)
     return jnp.mean(jnp.square(velocity - (noise - x0))), carried

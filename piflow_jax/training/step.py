@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from piflow_jax.config import Config, OptimizerConfig
+from piflow_jax.flow.guidance import Null
 from piflow_jax.flow.schedule import TimeWarp
 from piflow_jax.flow.teacher import Teacher
 from piflow_jax.keys import seed_key
@@ -78,7 +79,7 @@ def teacher_step(
     network: Network,
     optimizer: optax.GradientTransformation,
     config: Config,
-    null: Any = None,
+    null: Null | None = None,
     draw: Draw | None = None,
 ) -> StepFn:
     """The flow-matching step of the teacher.
@@ -87,7 +88,7 @@ def teacher_step(
       network: the teacher, which predicts velocities.
       optimizer: its optimiser.
       config: the run's settings.
-      null: the null condition of a single example; None drops no condition.
+      null: the null condition, see `null_conditions`; None drops no condition.
       draw: draws states, for a source that has it, see `Source`.
 
     Returns:

@@ -83,6 +83,84 @@ def test_qwen_encodes_as_its_pipeline(qwen):
     np.testing.assert_allclose(short, found[2]["text"][:200], rtol=1e-4, atol=1e-5)
 
 
+def processor_of(transformers, folder):
+    """The processor of texts and pictures; that of `transformers` needs torchvision for videos."""
+    kind = transformers.Qwen2_5_VLProcessor
+    processor = object.__new__(kind)
+    processor.image_processor = transformers.AutoImageProcessor.from_pretrained(
+        folder / "processor"
+    )
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "tokenizer")
+    processor.image_token = "<|image_pad|>"
+
+    def process(text, images, padding, return_tensors):
+        seen = processor.image_processor(images=images, return_tensors=return_tensors)
+        [text] = text
+        for i in range(len(seen.image_grid_thw)):
+            tokens = kind.replace_image_token(processor, seen, i).replace("<|image", "<|an image")
+            text = text.replace(processor.image_token, tokens, 1)
+        text = text.replace("<|an image", "<|image")
+        tokens = tokenizer(text, return_tensors=return_tensors, padding=padding)
+        return transformers.BatchFeature({**tokens, **seen})
+
+    return process
+
+
+@pytest.mark.parametrize("name", ["QwenImageEditPipeline", "QwenImageEditPlusPipeline"])
+def test_an_editor_encodes_as_its_pipeline(name, tmp_path, monkeypatch):
+    torch, diffusers = pytest.importorskip("torch"), pytest.importorskip("diffusers")
+    import transformers
+    from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus as plus
+    from PIL import Image
+
+    pictured, side = text_encoders._EDITORS[name]
+    if "Plus" in name:
+        assert side**2 == plus.CONDITION_IMAGE_SIZE
+    monkeypatch.setitem(text_encoders._EDITORS, name, (pictured, 64))
+    folder = released.write_qwen_edit(tmp_path, name)
+    encoder = load_text_encoder(str(folder), dtype="float32")
+    assert encoder.sees_references and encoder.max_length == 4096
+    rng = np.random.default_rng(0)
+    pictures = [rng.integers(0, 256, (*size, 3), np.uint8) for size in ((40, 80), (90, 60))]
+    pictures = pictures[: 2 if "Plus" in name else 1]
+    kind = transformers.Qwen2_5_VLForConditionalGeneration
+    network = kind.from_pretrained(folder / "text_encoder")
+    forward, pad = network.forward, network.config.image_token_id
+
+    def typed(**inputs):  # as transformers 5 needs it, and its own processor adds it
+        return forward(**inputs, mm_token_type_ids=(inputs["input_ids"] == pad).int())
+
+    monkeypatch.setattr(network, "forward", typed)
+    pipeline = getattr(diffusers, name)(
+        scheduler=None,
+        vae=None,
+        transformer=None,
+        tokenizer=None,
+        processor=processor_of(transformers, folder),
+        text_encoder=network,
+    )
+    seen = []
+    for pixels in pictures:
+        width, height = plus.calculate_dimensions(64 * 64, pixels.shape[1] / pixels.shape[0])
+        seen.append(pipeline.image_processor.resize(Image.fromarray(pixels), height, width))
+    seen = seen if "Plus" in name else seen[0]
+    for prompt in ("a red fox", ""):
+        with torch.no_grad():
+            text, _ = pipeline._get_qwen_prompt_embeds(prompt, seen)
+        [found] = encoder([prompt], [pictures])
+        np.testing.assert_allclose(found["text"], text[0], rtol=1e-4, atol=1e-5)
+    # Another picture is another embedding, and without any it is that of the template alone.
+    [other] = encoder([""], [[255 - pixels for pixels in pictures]])
+    assert np.abs(other["text"] - found["text"]).max() > 1e-3
+    [alone], [again] = encoder([""]), encoder([""], [[]])
+    np.testing.assert_allclose(alone["text"], again["text"], rtol=1e-4, atol=1e-5)
+    (folder / "model_index.json").write_text('{"_class_name": "QwenImagePipeline"}')
+    with pytest.raises(
+        ValueError, match=r"model_index\.json names 'QwenImagePipeline', not one of"
+    ):
+        load_text_encoder(str(folder))
+
+
 def test_identity_is_of_weights_tokenizer_and_length(flux):
     def identity(length=32):
         return load_text_encoder(str(flux), max_length=length, dtype="float32").identity

@@ -47,6 +47,13 @@ ASPECTS = {
     '"width": "512", "height": 1024': 0.5,
     '"width": 3.0, "height": 2': 1.5,
 }
+# Likewise, the references and the shape.
+REFERENCES = {
+    '"references": ["a.png", "b.jpg"]': (("a.png", "b.jpg"), None),
+    '"references": "a.png", "aspect": "2:1"': (("a.png",), 2.0),
+    '"references": [], "image": "a.png"': ((), 1.0),
+    '"references": null': ((), 1.0),
+}
 
 
 @pytest.mark.parametrize("case", RIGHT)
@@ -60,6 +67,21 @@ def test_a_list_has_the_right_prompts(tmp_path, case):
 def test_a_list_has_the_right_shapes(tmp_path, keys):
     (tmp_path / "a.jsonl").write_text(f'{{"prompt": "a", {keys}}}')
     assert read_prompts(tmp_path / "a.jsonl") == [Prompt("a", ASPECTS[keys])]
+
+
+def test_references_in_parquet_are_files(tmp_path):
+    names = [["a.png", "b.png"], None, []]
+    columns = {"prompt": (None, list("abc")), "references": (None, names)}
+    found = read_prompts(parquet(tmp_path / "a.parquet", **columns))
+    assert [prompt.references for prompt in found] == [("a.png", "b.png"), (), ()]
+    assert [prompt.aspect for prompt in found] == [None, 1.0, 1.0]
+
+
+@pytest.mark.parametrize("keys", REFERENCES)
+def test_a_list_has_the_right_references(tmp_path, keys):
+    (tmp_path / "a.jsonl").write_text(f'{{"prompt": "a", {keys}}}')
+    [found] = read_prompts(tmp_path / "a.jsonl")
+    assert (found.references, found.aspect) == REFERENCES[keys]
 
 
 def test_the_lists_of_the_cases():
@@ -101,6 +123,9 @@ WRONG = {
     "digits": ("a.jsonl", f'{{"prompt": "a", "width": {"9" * 5000}}}', "line 1: .*limit"),
     "no prompt": ("a.jsonl", '{"Prompt": "a"}', "line 1 has no text under 'prompt'"),
     "a prompt of numbers": ("a.jsonl", '{"prompt": [1]}', "line 1 has no text under 'prompt'"),
+    "a reference of a number": ("a.jsonl", of(references=3), "line 1: 'references' must name"),
+    "a reference of no name": ("a.jsonl", of(references=["a", ""]), "line 1: 'references' must"),
+    "references of objects": ("a.jsonl", of(references=[{}]), "line 1: 'references' must name"),
     "an infinite aspect": ("a.jsonl", of(aspect="1e308:1e-308"), ASPECT),
     "an aspect of nothing": ("a.jsonl", of(aspect="1e-308:1e308"), ASPECT),
     "an aspect beyond floats": ("a.jsonl", of(aspect="1e999:1e999"), ASPECT),

@@ -93,6 +93,18 @@ def test_a_small_sampler_compiles_for_a_slice_that_could_not_train(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
+def test_references_are_tokens_of_a_compiled_step(tmp_path):
+    found = []
+    for data, references in (("captioned_digits", 0), ("edited_digits", 1)):
+        flags = f"--config.data.name={data}", f"--config.model.flux.references={references}"
+        done = run(tmp_path, *flags, settings="tiny_text")
+        assert done.returncode == 0, done.stderr
+        found.append(json.loads((tmp_path / "compile_v5e_2x2.json").read_text())["flops"])
+    assert all(0.99 < flops["ratio"] < 1.15 for flops in found)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
 def test_loops_are_counted_as_often_as_they_run(tmp_path):
     """A grid's rollout has no kernel: four times the substeps are about four times its cycles."""
     found = []

@@ -15,6 +15,7 @@ from PIL import Image
 import piflow_jax
 from piflow_jax.config import ConfigError, parse
 from piflow_jax.convert import open_weights, to_torch_state, write_safetensors
+from piflow_jax.data import load_edited_digits_source, stacked
 from piflow_jax.data.prompt_lists import Prompt
 from piflow_jax.data.prompts import load_prompts_source
 from piflow_jax.data.text_encoders import WordEncoder
@@ -158,14 +159,20 @@ def in_a_notebook(root, config, workdir, files, latents):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("network", ["flux", "qwen_image"])
-def test_the_miniature_beats_its_teacher_at_equal_evaluations(network, tmp_path):
+@pytest.mark.parametrize(
+    ("network", "variant"),
+    [
+        *(("flux", "runlocal"), ("qwen_image", "runlocal")),
+        *(("flux", "kontext_runlocal"), ("qwen_image", "edit_runlocal")),
+    ],
+)
+def test_the_miniature_beats_its_teacher_at_equal_evaluations(network, variant, tmp_path):
     """The endpoint error of the student is half its teacher's at most, by the command line."""
     root = Path(__file__).parents[2]
     done = subprocess.run(
         [
             *(sys.executable, "-m", "piflow_jax.main", f"--workdir={tmp_path}"),
-            f"--config={root / 'configs' / network}.py:runlocal",
+            f"--config={root / 'configs' / network}.py:{variant}",
         ],
         cwd=root,
         env={k: v for k, v in os.environ.items() if k != "XLA_FLAGS"},
@@ -176,3 +183,17 @@ def test_the_miniature_beats_its_teacher_at_equal_evaluations(network, tmp_path)
     rows = json.loads((tmp_path / "report.json").read_text())["rows"]
     errors = {(row["system"], row["nfe"]): row["endpoint_mse"] for row in rows}
     assert 2 * errors["student", 4] <= errors["teacher", 4]
+    if variant != "runlocal":
+        check_edits(piflow_jax.load(tmp_path))
+
+
+def check_edits(student):
+    """Prompts are followed: drawn digits are nearer to the right ones than the references are."""
+    source = load_edited_digits_source()
+    examples = [source[index] for index in range(7, len(source), 89)]
+    right = np.stack([example["x"] for example in examples])
+    condition = stacked([example["condition"] for example in examples])
+    drawn = student.sample(0, condition, size=right.shape[1:3])
+    error = np.mean((drawn - right) ** 2)
+    assert 2 * error < np.mean((condition["references"][0] - right) ** 2)
+    assert 2 * error < right.var()

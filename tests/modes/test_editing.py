@@ -1,0 +1,222 @@
+"""Editing from the command line: lists with references, cached pairs, a run, its pictures."""
+
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+from piflow_jax.config import parse
+from piflow_jax.convert import to_torch_state, write_safetensors
+from piflow_jax.data import batches
+from piflow_jax.data.prompts import PromptsError, load_prompts_source
+from piflow_jax.data.reference_sizes import kontext_size, qwen_edit_size
+from piflow_jax.models.vae import AutoencoderKL, picture_encoder
+from piflow_jax.modes import run, sample, train
+from piflow_jax.modes.prepare_prompts import prepare_prompts
+from piflow_jax.systems.networks import teacher_network
+from piflow_jax.systems.shapes import DataShape
+from tests import tiny_text
+
+# Height and width of pictures, and their sizes as references of FLUX.1 at a side of 64.
+SIZES = {"wide.png": (90, 180), "tall.png": (200, 150), "square.png": (40, 40)}
+AT_64 = {"wide.png": (48, 96), "tall.png": (80, 48), "square.png": (64, 64)}
+ENTRIES = [
+    {"prompt": "make it red", "references": ["wide.png"]},
+    {"prompt": "join them", "references": ["wide.png", "tall.png"], "aspect": "1:1"},
+    {"prompt": "make it red", "references": "square.png"},
+    {"prompt": "a red fox"},
+    {"prompt": "make it red", "references": ["tall.png"], "height": 90, "width": 180},
+]
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """Pictures, their autoencoder, and a list."""
+    root = tmp_path_factory.mktemp("editing")
+    rng = np.random.default_rng(0)
+    for name, size in SIZES.items():
+        Image.fromarray(rng.integers(0, 256, (*size, 3), np.uint8)).save(root / name)
+    vae = AutoencoderKL(
+        channels=(4,) * 4, layers_per_block=1, latent_channels=4, norm_groups=2, latent_scale=0.5
+    )
+    params = jax.jit(vae.init)(jax.random.key(0), jnp.zeros((1, 16, 16, 3)))
+    (root / "vae").mkdir()
+    write_safetensors(root / "vae" / "vae.safetensors", to_torch_state(vae, params))
+    (root / "vae" / "config.json").write_text('{"scaling_factor": 0.5, "norm_num_groups": 2}')
+    write_list(root, ENTRIES)
+    return root, picture_encoder(vae, params)
+
+
+def write_list(folder, entries, name="list.jsonl"):
+    (folder / name).write_text("\n".join(map(json.dumps, entries)))
+
+
+def config(root, references=2, **data):
+    made = tiny_text.get_config("flux")
+    made.model.flux.references = references
+    made.data.name = "prompts"
+    made.data.update(
+        {
+            "prompts": str(root / "list.jsonl"),
+            "text_encoder": "words:12:10",
+            "data_dir": str(root / "set"),
+            "image_size": 64,
+            "vae": str(root / "vae"),
+        }
+        | data
+    )
+    made.train.batch_size, made.train.steps, made.evaluation.batch_size = 2, 2, 2
+    return made
+
+
+@pytest.fixture(scope="module")
+def prepared(root):
+    folder, encode = root
+    prepare_prompts(parse(config(folder)), folder)
+    return folder, encode, load_prompts_source(folder / "set")
+
+
+def test_references_become_latents_of_their_own_size(prepared):
+    folder, encode, source = prepared
+    assert len(source) == 5 and source.references == 2 and source.latent_channels == 0
+    found = {int(source[i]["index"]): (i, source[i]) for i in range(5)}
+    for place, entry in enumerate(ENTRIES):
+        index, example = found[place]
+        names = entry.get("references", [])
+        names = [names] if isinstance(names, str) else names
+        assert source.reference_names(index) == tuple(names)
+        references = example["condition"].get("references", ())
+        assert len(references) == len(names)
+        for name, latents in zip(names, references, strict=True):
+            height, width = AT_64[name]
+            assert latents.shape == (height // 8, width // 8, 4) and latents.dtype == np.float16
+            picture = Image.open(folder / name).resize((width, height), Image.Resampling.LANCZOS)
+            image = np.asarray(picture, np.float32)[None] / 127.5 - 1
+            np.testing.assert_allclose(latents, encode(image)[0], atol=2e-3)
+    # Without a shape in the list, that of the last reference; without references, a square.
+    shapes = [found[place][1]["x"].shape[:2] for place in range(5)]
+    assert shapes == [(6, 12), (8, 8), (8, 8), (8, 8), (6, 12)]
+
+
+def test_a_batch_has_references_of_one_size(prepared):
+    *_, source = prepared
+    seen = set()
+    for seed in range(12):
+        batch = next(batches(source, batch_size=2, seed=seed))
+        references = batch["condition"].get("references", ())
+        seen.add((batch["x"].shape, *(reference.shape for reference in references)))
+    assert ((2, 8, 8, 0), (2, 6, 12, 4), (2, 10, 6, 4)) in seen and len(seen) > 2
+
+
+def test_a_prompt_is_found_with_its_references(prepared):
+    *_, source = prepared
+    one = source.embedded(["make it red"], [["tall.png"]])
+    assert [r.shape for r in one["references"]] == [(1, 10, 6, 4)]
+    two = source.embedded(["make it red"] * 2, [["wide.png"]] * 2)
+    assert [r.shape for r in two["references"]] == [(2, 6, 12, 4)]
+    with pytest.raises(PromptsError, match="no embeddings of 'make it red'"):
+        source.embedded(["make it red"], [["other.png"]])
+    with pytest.raises(PromptsError, match=r"differ in number or size.*one size at a time"):
+        source.embedded(["make it red", "join them"])
+
+
+BROKEN = [b"no picture", None]
+# Settings and the list's entries, and what is said of them.
+WRONG = {
+    "more than the network takes": (
+        {"references": 1},
+        ENTRIES,
+        r"config\.model\.flux\.references is 1, but prompt number 1 of .*list\.jsonl.* has 2",
+    ),
+    "a network of text to image": (
+        {"references": 0},
+        ENTRIES,
+        r"config\.model\.flux\.references is 0, but prompt number 0 .*configuration for editing",
+    ),
+    "no autoencoder": (
+        {"vae": ""},
+        ENTRIES,
+        r"'references', which become latents: config\.data\.vae",
+    ),
+    "a missing picture": (
+        {},
+        [{"prompt": "a", "references": ["none.png"]}],
+        r"none\.png is not a readable image: No such file.*\n.*refused: mend or remove them",
+    ),
+    "no picture": (
+        {},
+        [{"prompt": "a", "references": ["vae/config.json"]}],
+        r"config\.json is not a readable image.*\n.*refused",
+    ),
+    "some have images": (
+        {},
+        [{"prompt": "a", "references": ["wide.png"], "image": "tall.png"}, {"prompt": "b"}],
+        "not all of .* has an 'image'",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_bad_references_are_a_sentence(root, tmp_path, case, capsys, monkeypatch):
+    monkeypatch.setattr("piflow_jax.modes.command._start", lambda *_: None)
+    settings, entries, message = WRONG[case]
+    for path in root[0].iterdir():
+        if path.name not in ("set", "list.jsonl"):
+            (shutil.copytree if path.is_dir() else shutil.copy)(path, tmp_path / path.name)
+    write_list(tmp_path, entries)
+    assert run("prepare", config(tmp_path, **settings), tmp_path) in (1, 2)
+    import re
+
+    said = capsys.readouterr().err
+    assert re.search(message, said), said
+    assert "Traceback" not in said
+
+
+@pytest.mark.slow
+def test_a_student_of_edits_samples_from_the_command_line(prepared, tmp_path):
+    folder, _, source = prepared
+    made = config(folder)
+    data = DataShape.of("prompts", source)
+    assert data.references == 2 and data.channels == 4
+    module = teacher_network(parse(made).model, data)
+    made.teacher.weights = str(tmp_path / "teacher.safetensors")
+    teacher = jax.jit(lambda: module.init(jax.random.key(0)))()
+    write_safetensors(made.teacher.weights, to_torch_state(module.module, teacher))
+    train(parse(made), tmp_path)
+    write_list(folder, ENTRIES[::-1], "other.jsonl")
+    made.data.prompts = str(folder / "other.jsonl")
+    paths = sample(parse(made), tmp_path)
+    assert [path.name for path in paths] == [f"0000{i}-0.png" for i in range(5)]
+    for path, entry in zip(paths, ENTRIES[::-1], strict=True):
+        with Image.open(path) as image:
+            settings = json.loads(image.text["piflow_jax"])
+            assert image.text["prompt"] == entry["prompt"]
+        names = entry.get("references", [])
+        assert settings.get("references", []) == ([names] if isinstance(names, str) else names)
+        assert settings["model.references"] == 2
+    made.model.flux.references = 1
+    with pytest.raises(ValueError, match=r"references is 1, but .* up to 2 reference images"):
+        sample(parse(made), tmp_path)
+
+
+@pytest.mark.parametrize("size", [(512, 512), (300, 1000), (1000, 300), (768, 1024), (901, 700)])
+def test_sizes_are_those_of_the_pipelines(size):
+    pytest.importorskip("diffusers")
+    from diffusers.pipelines.flux import pipeline_flux_kontext as kontext
+    from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus as qwen
+
+    height, width = size
+    _, *theirs = min(
+        (abs(width / height - w / h), w, h) for w, h in kontext.PREFERRED_KONTEXT_RESOLUTIONS
+    )
+    assert kontext_size(height, width, 1024) == tuple(theirs[::-1])
+    assert sorted(kontext.PREFERRED_KONTEXT_RESOLUTIONS) == sorted(
+        {kontext_size(h, w, 1024)[::-1] for w, h in kontext.PREFERRED_KONTEXT_RESOLUTIONS}
+    )
+    for side in (1024, 384):
+        theirs = qwen.calculate_dimensions(side * side, width / height)
+        assert qwen_edit_size(height, width, side) == theirs[::-1]
