@@ -23,7 +23,7 @@ Variants:
 
     kontext           gm_4nfe for FLUX.1 Kontext [dev], which edits an image, of cached edit pairs
     kontext_datafree  datafree for it, of prompts and the images that they edit
-    kontext_runlocal  runlocal on digits that are inverted, mirrored or turned upside down
+    kontext_runlocal  runlocal on digits that are inverted or moved
 
 Students are adapters (rank 256), the output head and the last modulation; everything else is the
 teacher's. At full size these programs have been compiled and not run, because no official weights

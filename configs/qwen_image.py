@@ -25,7 +25,7 @@ Variants:
     edit_datafree       datafree for it, of prompts and the images that they edit
     edit_2509           edit for Qwen-Image-Edit-2509, which takes up to three images
     edit_2509_datafree  edit_datafree for it
-    edit_runlocal       runlocal on digits that are inverted, mirrored or turned upside down
+    edit_runlocal       runlocal on digits that are inverted or moved
 
 The teacher is guided by the empty prompt's embedding with scale 4. Students are not guided. They
 are adapters (rank 256), the output head and the last modulation; everything else is the teacher's.

@@ -1,6 +1,6 @@
 """Digits that a prompt edits: image editing in small, with one reference image for each prompt.
 
-The prompt says what to do with the reference, such as "mirror it", and the image is the result.
+The prompt says what to do with the reference, such as "move it up", and the image is the result.
 Conditions have the keys of those of cached prompts (`prompts.py`).
 """
 
@@ -16,10 +16,18 @@ from piflow_jax.data.digits import load_digits_source
 
 __all__ = ["EDITS", "EditedDigits", "load_edited_digits_source"]
 
+
+def _moved(image: np.ndarray, axis: int) -> np.ndarray:
+    """The image two sites further towards the beginning of an axis, on its background of -1."""
+    kept = image.take(range(2, image.shape[axis]), axis)
+    added = [(0, 2 * (i == axis)) for i in range(image.ndim)]
+    return np.pad(kept, added, constant_values=-1)
+
+
 EDITS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "invert it": lambda image: -image,
-    "mirror it": lambda image: image[:, ::-1],
-    "turn it upside down": lambda image: image[::-1],
+    "move it up": lambda image: _moved(image, 0),
+    "move it to the left": lambda image: _moved(image, 1),
 }
 """What prompts do to images `[H, W, C]` in [-1, 1]."""
 
