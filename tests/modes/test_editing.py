@@ -12,14 +12,17 @@ from PIL import Image
 from piflow_jax.config import parse
 from piflow_jax.convert import to_torch_state, write_safetensors
 from piflow_jax.data import batches
+from piflow_jax.data.prompt_lists import read_prompts
 from piflow_jax.data.prompts import PromptsError, load_prompts_source
 from piflow_jax.data.reference_sizes import kontext_size, qwen_edit_size
+from piflow_jax.data.text_encoders import WordEncoder
 from piflow_jax.models.vae import AutoencoderKL, picture_encoder
 from piflow_jax.modes import run, sample, train
-from piflow_jax.modes.prepare_prompts import prepare_prompts
+from piflow_jax.modes.autoencoder import load_autoencoder
+from piflow_jax.modes.prepare_prompts import encode_prompts, prepare_prompts
 from piflow_jax.systems.networks import teacher_network
 from piflow_jax.systems.shapes import DataShape
-from tests import tiny_text
+from tests import released, tiny_text
 
 # Height and width of pictures, and their sizes as references of FLUX.1 at a side of 64.
 SIZES = {"wide.png": (90, 180), "tall.png": (200, 150), "square.png": (40, 40)}
@@ -124,7 +127,84 @@ def test_a_prompt_is_found_with_its_references(prepared):
         source.embedded(["make it red", "join them"])
 
 
-BROKEN = [b"no picture", None]
+class Seeing(WordEncoder):
+    """Hashed words, moved by the mean of the pictures that the prompt edits."""
+
+    sees_references = True
+
+    def __call__(self, prompts, pictures=None):
+        made = super().__call__(prompts)
+        for one, seen in zip(made, pictures or [], strict=pictures is not None):
+            one["text"] = one["text"] + sum(float(pixels.mean()) for pixels in seen) / 100
+        return made
+
+
+PAIRS = [
+    {"prompt": "make it red", "references": ["wide.png"], "image": "square.png"},
+    {"prompt": "join them all", "references": ["square.png", "tall.png"], "image": "wide.png"},
+    {"prompt": "make it red", "references": ["wide.png"], "image": "tall.png"},
+]
+
+
+@pytest.fixture(scope="module")
+def pairs(root):
+    folder, _ = root
+    write_list(folder, PAIRS, "pairs.jsonl")
+    autoencoder = load_autoencoder(parse(config(folder)))
+    options = {"source": "pairs", "image_size": 64, "reference_size": qwen_edit_size}
+    prompts = read_prompts(folder / "pairs.jsonl")
+    encoder = Seeing(12, 10)
+    encode_prompts(
+        prompts,
+        encoder,
+        folder / "pairs",
+        **options,
+        autoencoder=autoencoder,
+        image_folder=folder,
+    )
+    return folder, encoder, load_prompts_source(folder / "pairs")
+
+
+def test_pairs_have_the_result_and_the_empty_prompt_of_their_references(pairs):
+    folder, encoder, source = pairs
+    assert source.latent_channels == 4 and source.references == 2
+    for i in range(3):
+        example = source[i]
+        entry = PAIRS[int(example["index"])]
+        pictures = [np.asarray(Image.open(folder / name)) for name in entry["references"]]
+        # The result has the shape of the last reference, here the nearest of the buckets.
+        assert example["x"].dtype == np.float16 and example["x"].shape[-1] == 4
+        condition = example["condition"]
+        for told, prompt in ((condition, entry["prompt"]), (condition["null"], "")):
+            [expected] = encoder([prompt], [pictures])
+            length = len(expected["text"])
+            assert told["text_length"] == length
+            found = told["text"][:length]
+            np.testing.assert_array_equal(found, released.rounded(expected["text"]))
+    # The prompts alone are those without pictures.
+    np.testing.assert_array_equal(
+        source.null["text"][:1], released.rounded(encoder([""])[0]["text"])
+    )
+
+
+@pytest.mark.slow
+def test_a_student_trains_on_cached_pairs(pairs, tmp_path):
+    """By a guided teacher, whose unguided half has each example's own empty prompt."""
+    folder, _, source = pairs
+    made = config(folder)
+    made.model = tiny_text.get_config("qwen_image").model
+    made.model.qwen_image.references = 2
+    made.data.data_dir = str(folder / "pairs")
+    made.teacher.guidance_scale, made.train.data_free = 3.0, False
+    data = DataShape.of("prompts", source)
+    module = teacher_network(parse(made).model, data)
+    made.teacher.weights = str(tmp_path / "teacher.safetensors")
+    teacher = jax.jit(lambda: module.init(jax.random.key(0)))()
+    write_safetensors(made.teacher.weights, to_torch_state(module.module, teacher))
+    train(parse(made), tmp_path)
+    assert (tmp_path / "student" / "checkpoints" / "2").is_dir()
+
+
 # Settings and the list's entries, and what is said of them.
 WRONG = {
     "more than the network takes": (
