@@ -27,8 +27,11 @@ def save_run(settings, data, workdir):
         ),
     }
     for stage, (module, spec) in networks.items():
-        params = jax.jit(lambda module=module: module.init(jax.random.key(0)))()
-        params = module.trained(jax.tree.map(lambda leaf: leaf + 0.05, params))
+
+        def init(module=module):
+            return jax.tree.map(lambda leaf: leaf + 0.05, module.init(jax.random.key(0)))
+
+        params = module.trained(jax.jit(init)())
         # As `distillation/stages.py` keeps them: a teacher's do not know how it will be guided.
         kept = {name: getattr(settings, name) for name in ("model", "teacher", "train")}
         kept = flat_settings(kept if stage == "student" else {"model": settings.model})

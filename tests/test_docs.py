@@ -26,6 +26,7 @@ from piflow_jax.systems.shapes import DataShape
 from piflow_jax.systems.spec import student_spec
 from tests import gaussian, tiny
 from tests.modules import load_module
+from tests.students import moved
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "launch" / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -125,11 +126,11 @@ def check_rival(rival, loss):
     config = parse(tiny.get_config())
     data = DataShape(name="digits", sample_size=4, channels=1, num_classes=10)
     setting = rival_setting(config, data, rival)
-    teacher = setting.teacher.init(jax.random.key(1))
-    state = rival.init(setting, jax.random.key(2), teacher)
+    teacher = jax.jit(setting.teacher.init)(jax.random.key(1))
+    state = jax.jit(lambda: rival.init(setting, jax.random.key(2), teacher))()
     images = jax.random.normal(jax.random.key(3), (4, *data.shape))
     batch = {"x": images, "condition": jnp.arange(4)}
-    given = {"teacher": jax.tree.map(lambda a: a + 0.1, teacher)}
+    given = {"teacher": moved(teacher)}
     state, metrics = jax.jit(rival.step(setting))(state, given, jax.random.key(4), batch)
     assert int(state.step) == 1 and metrics["loss"] > 0 and metrics["grad_norm"] > 0
     sampler = jax.jit(rival_sampler(config, data, rival, 2))

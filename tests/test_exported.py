@@ -18,6 +18,7 @@ from piflow_jax.systems.policies import POLICIES
 from piflow_jax.systems.shapes import DataShape
 from piflow_jax.systems.spec import StudentSettings
 from tests import tiny, tiny_text
+from tests.students import moved
 
 CLASSES = DataShape(name="digits", sample_size=8, channels=1, num_classes=10)
 TEXT = DataShape(name="prompts", channels=1, text_features=5, pooled_features=3)
@@ -53,10 +54,7 @@ def made(config, data):
         model=config.model, policy=config.policy, train=config.train, data=data
     )
     network = student_network(config.model, config.policy, data)
-    params = jax.jit(lambda: network.init(jax.random.key(0)))()
-    params = jax.tree.map(
-        lambda leaf: leaf + 0.1 * jnp.sin(jnp.arange(leaf.size)).reshape(leaf.shape), params
-    )
+    params = moved(jax.jit(lambda: network.init(jax.random.key(0)))())
     return Student(network, params, settings)
 
 

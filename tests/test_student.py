@@ -27,6 +27,7 @@ from piflow_jax.training.state import TrainState
 from tests import tiny
 from tests.compiled import compilations, on_devices
 from tests.saved_runs import save_stage
+from tests.students import moved
 
 DATA = DataShape(name="digits", sample_size=8, channels=1, num_classes=10)
 LABELS = np.arange(23) % 10
@@ -44,9 +45,7 @@ def run(settings, tmp_path_factory):
     """A work directory with a student, its average moved away from its parameters."""
     module = student_network(settings.model, settings.policy, DATA)
     fresh = jax.jit(lambda: module.init(jax.random.key(0)))()
-    params = jax.tree.map(
-        lambda leaf: leaf + 0.1 * jnp.sin(jnp.arange(leaf.size)).reshape(leaf.shape), fresh
-    )
+    params = moved(fresh)
     state = TrainState(step=jnp.int32(1), params=fresh, ema_params=params, opt_state=())
     workdir = tmp_path_factory.mktemp("run")
     with Checkpointer(workdir / "student" / "checkpoints") as checkpointer:
@@ -62,7 +61,7 @@ def run(settings, tmp_path_factory):
 def test_a_runs_teacher_is_its_network(settings, tmp_path):
     module = teacher_network(settings.model, DATA)
     params = jax.jit(lambda: module.init(jax.random.key(0)))()
-    params = jax.tree.map(lambda leaf: leaf + 0.1, params)
+    params = moved(params)
     save_stage(tmp_path, "teacher", params, teacher_spec(settings, DATA))
     x, t, labels = jax.random.normal(jax.random.key(1), (3, 8, 8, 1)), jnp.full(3, 0.5), LABELS[:3]
     teacher, loaded = piflow_jax.load_teacher(tmp_path, guidance_scale=2.0)

@@ -20,6 +20,7 @@ from piflow_jax.systems.shapes import DataShape
 from piflow_jax.systems.spec import StudentSettings, student_spec, teacher_spec
 from tests import tiny_text
 from tests.saved_runs import save_stage
+from tests.students import moved
 
 DATA = DataShape(name="prompts", channels=1, text_features=5, pooled_features=3)
 
@@ -31,10 +32,7 @@ def student():
         model=config.model, policy=config.policy, train=config.train, data=DATA
     )
     module = student_network(config.model, config.policy, DATA)
-    fresh = jax.jit(lambda: module.init(jax.random.key(0)))()
-    params = jax.tree.map(
-        lambda leaf: leaf + 0.1 * jnp.sin(jnp.arange(leaf.size)).reshape(leaf.shape), fresh
-    )
+    params = moved(jax.jit(lambda: module.init(jax.random.key(0)))())
     return Student(module, params, settings)
 
 

@@ -20,6 +20,7 @@ from piflow_jax.systems.shapes import DataShape
 from tests import tiny, tiny_text
 from tests.demo.drawn import drawn
 from tests.saved_runs import save_run
+from tests.students import moved
 
 DATA = DataShape(name="digits", sample_size=8, channels=1, num_classes=10)
 
@@ -63,10 +64,7 @@ def test_the_teacher_is_guided_as_the_student_was_taught(tmp_path):
     settings = parse(config)
     drawer = Drawer.load(save_run(settings, DATA, tmp_path))
     # Fresh networks hardly know their labels.
-    params = jax.tree.map(
-        lambda leaf: leaf + 0.2 * jnp.sin(jnp.arange(leaf.size)).reshape(leaf.shape),
-        drawer.teacher_params,
-    )
+    params = moved(drawer.teacher_params, 0.2)
     drawer = dataclasses.replace(drawer, teacher_params=params)
     _, teacher = drawn(drawer.samples(3, 5, 1, 4, substeps=8, count=2)).rows
     assert teacher.said == "teacher, 4 evaluations, guidance 40"

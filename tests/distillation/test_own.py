@@ -53,7 +53,7 @@ def settings(**changes):
     config.train.steps, config.train.batch_size, config.train.total_substeps = 3, 8, 8
     config.train.optimizer.warmup_steps = 1
     config.evaluation.num_samples, config.evaluation.batch_size = 16, 16
-    config.evaluation.teacher_steps, config.evaluation.substeps = (1, 2), 8
+    config.evaluation.teacher_steps, config.evaluation.substeps = (1,), 8
     config.evaluation.grid_samples = 4
     config.log_every, config.checkpoint_every = 1, 2
     config.update_from_flattened_dict({k.replace("__", "."): v for k, v in changes.items()})
@@ -252,7 +252,7 @@ def test_without_data(tmp_path):
 
 def test_images_are_measured_and_looked_at(tmp_path):
     source = (IMAGES, np.arange(64) % CLASSES)
-    several = {"train__nfe_choices": (1, 2)}
+    several = {"train__nfe_choices": (1, 2), "evaluation__teacher_steps": (1, 2)}
     config = settings(evaluation__every=2, evaluation__every_samples=16, **several)
     given = {"network": Small(3), "source": source}
     teacher, params = piflow_jax.train_teacher(config_of_teacher(), tmp_path, **given)

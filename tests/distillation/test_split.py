@@ -8,6 +8,7 @@ import sys
 import numpy as np
 import pytest
 
+from tests.compiled import on_devices
 from tests.distillation import split_runs
 from tests.parallel.launched import ROOT, finish, started
 
@@ -33,8 +34,7 @@ def assert_same(found, workdir, one):
 
 
 def test_parameters_split_over_a_mesh(one, tmp_path):
-    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=4"
-    environment = os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)}
+    environment = os.environ | on_devices(4) | {"PYTHONPATH": str(ROOT)}
     command = [sys.executable, split_runs.__file__, tmp_path, "2"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr

@@ -185,7 +185,7 @@ def test_one_refuses_its_part_of_weights_and_ends_the_other(tmp_path):
     config = parse(tiny.get_config())
     data = DataShape(name="digits", sample_size=8, channels=1, num_classes=10)
     network = teacher_network(config.model, data)
-    arrays = to_torch_state(network.module, network.init(jax.random.key(0)))
+    arrays = to_torch_state(network.module, jax.jit(network.init)(jax.random.key(0)))
     name = "transformer_blocks.0.ff.net.2.weight"
     arrays[name] = np.where(np.arange(len(arrays[name]))[:, None] == 0, np.nan, arrays[name])
     write_safetensors(tmp_path / "x.safetensors", arrays)

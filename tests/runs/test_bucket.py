@@ -346,7 +346,7 @@ def test_settings_and_notebooks_name_weights_in_a_bucket(service, tmp_path):
     settings = tiny.get_config()
     data = DataShape.of(settings.data.name, load_source(parse(settings).data))
     module = teacher_network(parse(settings).model, data)
-    params = module.init(jax.random.key(0))
+    params = jax.jit(module.init)(jax.random.key(0))
     path = written(user_path(RUN), to_torch_state(module.module, params), "safetensors")
     settings.teacher.weights = str(path)
     loaded = load_teacher(parse(settings), data, tmp_path)
