@@ -201,12 +201,15 @@ class Text(Conditioning):
                 f"{', '.join(self._axes)}, such as PromptsSource.embedded(prompts)"
             )
         references = condition.get("references", ())
-        if not isinstance(references, Sequence) or len(references) > self.references:
-            found = len(references) if isinstance(references, Sequence) else type(references)
+        if not isinstance(references, Sequence):
             raise ValueError(
-                f"this network takes at most {self.references} reference images, got {found}: "
-                "references must be a list of arrays, and config.model's own `references` says "
-                "how many a network is for"
+                "references must be a list of arrays, one for each reference image, got "
+                f"{type(references).__name__}"
+            )
+        if len(references) > self.references:
+            raise ValueError(
+                f"this network takes at most {self.references} reference images, got "
+                f"{len(references)}: its `references` in config.model says for how many it is"
             )
 
     def __call__(self, condition):
