@@ -13,6 +13,7 @@ ROOT = Path(__file__).parents[1]
 
 collect_reports = load_module(ROOT / "tools" / "collect_reports.py")
 collect_rivals = load_module(ROOT / "tools" / "collect_rivals.py")
+collect_ablations = load_module(ROOT / "tools" / "collect_ablations.py")
 
 
 def test_the_scaling_table_is_that_of_its_results(monkeypatch):
@@ -28,6 +29,49 @@ def test_the_scaling_table_is_that_of_its_results(monkeypatch):
 def test_tables_are_what_the_reports_say():
     assert collect_reports.main(["--check"]) == 0
     assert collect_rivals.main(["--check"]) == 0
+    assert collect_ablations.main(["--check"]) == 0
+
+
+def ablation_report(student, teacher, seed):
+    def row(system, nfe, frechet, **others):
+        figures = {"frechet": frechet, "precision": 0.5, "recall": 0.25, "diversity": 4.0}
+        return {"system": system, "nfe": nfe, "seconds": 1.0, "figures": figures} | others
+
+    return {
+        "rows": [
+            row("teacher", 64, teacher, endpoint_mse=None, pixel_frechet=0.5),
+            row("student", 1, student, endpoint_mse=0.01, pixel_frechet=0.75),
+        ],
+        "data_diversity": 5.5,
+        "floor": {"frechet": 0.46, "precision": 0.91, "recall": 0.92},
+        "protocol": {"seed": seed, "data": "fashion_mnist", "steps": {"student": 600}},
+    }
+
+
+def test_ablations_are_means_and_standard_errors(tmp_path):
+    """Of three seeds: 1.5, 2.0 and 2.5 have the mean 2 and the standard error .5 / sqrt(3)."""
+    results = tmp_path / "docs" / "results"
+    results.mkdir(parents=True)
+    for seed, frechet in enumerate((1.5, 2.0, 2.5)):
+        name = f"fashion_mnist_gm_seed{seed}.json"
+        (results / name).write_text(json.dumps(ablation_report(frechet, 0.8, seed)))
+    report = json.dumps(ablation_report(1.0, 0.8, 0) | {"protocol": {"seed": 0, "data": "digits"}})
+    (results / "digits_gm_any_nfe_seed0.json").write_text(report)
+    page = tmp_path / "docs" / "beyond.md"
+    blocks = "\n".join(
+        f"<!-- {n}:begin -->\n<!-- {n}:end -->" for n in ("corrector", "evaluations")
+    )
+    page.write_text(f"before\n{blocks}\nafter\n")
+    root = ["--root", str(tmp_path)]
+    assert collect_ablations.main([*root, "--check"]) == 1
+    assert collect_ablations.main(root) == collect_ablations.main([*root, "--check"]) == 0
+    text = page.read_text()
+    student = "2.000 ± 0.289 | 0.750 | 0.500 | 0.250 | 0.0100 | 2.50 ± 0.36 |"
+    assert f"| 3,000 steps of pi-ID | 0, 1, 2 | {student}" in text
+    assert "| teacher, 64 NFE |  | 0.800 | 0.500 | 0.500 | 0.250 | - | 1 |" in text
+    assert "| 1 | 1.000 | 0.0100 | - | - | - |" in text
+    page.write_text("no markers")
+    assert collect_ablations.main(root) == 2
 
 
 def rivals_report(seeds=(0, 1)):

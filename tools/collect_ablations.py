@@ -1,0 +1,138 @@
+"""Collects the ablations of what goes beyond the paper into `docs/beyond.md`.
+
+    python -m tools.collect_ablations             # rewrite the tables
+    python -m tools.collect_ablations --check     # exit 1 if the tables are not what reports say
+
+The tables are between markers and are a pure function of the reports in `docs/results/`, which
+`tools/collect_reports.py` reads too.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+from tools.collect_reports import DECIMALS, Report, ReportError, compare, load
+
+CORRECTED = {
+    "gm": "3,000 steps of pi-ID",
+    "gm_continued": "+ 600 steps of pi-ID",
+    "gm_corrected_policy": "+ 600 steps with the corrector, `policy`",
+    "gm_corrected": "+ 600 steps with the corrector, `critic`",
+    "gm_corrected_shift3": "the same with `corrector.shift = 3`",
+    "gm_corrected_1800": "+ 1,800 steps with the corrector, `critic`",
+}
+OWN = {1: "gm", 2: "gm_2nfe"}
+SHOWN = ("frechet", "pixel_frechet", "precision", "recall", "endpoint_mse")
+HEADS = ("Frechet", "Frechet of pixels", "precision", "recall", "endpoint MSE")
+
+
+def corrector_table(variants: dict[str, dict[int, Report]]) -> list[str]:
+    """Lines of the table of students with and without the corrector, means over seeds."""
+    head = ["training", "seeds", *HEADS, "Frechet, over the teacher's"]
+    compared = next(iter(variants.values()))
+    rows = [
+        [title, ", ".join(map(str, variants[name])), *_cells([*variants[name].values()], "student")]
+        for name, title in CORRECTED.items()
+        if name in variants
+    ]
+    most = compare(next(iter(compared.values())))["most"]
+    rows.append([f"teacher, {most['nfe']} NFE", "", *_cells([*compared.values()], "most")])
+    return _table(head, rows, left=2)
+
+
+def _cells(reports: Sequence[Report], system: str) -> list[str]:
+    pairs = [compare(report) for report in reports]
+    values = [[pair[system].get(name) for pair in pairs] for name in SHOWN]
+    cells = [_spread(of, DECIMALS[name]) for name, of in zip(SHOWN, values, strict=True)]
+    ratio = _spread([pair["to_most"] for pair in pairs], 2) if system == "student" else "1"
+    return [*cells, ratio]
+
+
+def evaluations_table(variants: dict[str, dict[int, Report]]) -> list[str]:
+    """Lines of the table of one student for several numbers of evaluations."""
+    (report,) = variants["gm_any_nfe"].values()
+    head = ["NFE", "one student: Frechet", "endpoint MSE"]
+    head += ["a student of this number: Frechet", "endpoint MSE", "its steps"]
+    rows = []
+    for row in report["rows"]:
+        if row["system"] != "student":
+            continue
+        cells = [str(row["nfe"]), f"{row['frechet']:.3f}", f"{row['endpoint_mse']:.4f}"]
+        own = variants.get(OWN.get(row["nfe"], ""), {}).get(0)
+        if own is None:
+            rows.append([*cells, "-", "-", "-"])
+            continue
+        student = compare(own)["student"]
+        steps = f"{own['protocol']['steps']['student']:,}" if "steps" in own["protocol"] else "-"
+        rows.append([*cells, f"{student['frechet']:.3f}", f"{student['endpoint_mse']:.4f}", steps])
+    return _table(head, rows)
+
+
+def _spread(values: Sequence[float | None], decimals: int) -> str:
+    """Mean and standard error."""
+    if None in values:
+        return "-"
+    mean = f"{fmean(values):.{decimals}f}"
+    if len(set(values)) == 1:
+        return mean
+    return f"{mean} ± {stdev(values) / len(values) ** 0.5:.{decimals}f}"
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> list[str]:
+    rule = [*["---"] * left, *["---:"] * (len(head) - left)]
+    return [f"| {' | '.join(row)} |" for row in (head, rule, *rows)]
+
+
+def render(root: Path) -> str:
+    """The text of `docs/beyond.md` with the tables of today's reports.
+
+    Args:
+      root: the repository.
+
+    Returns:
+      The text.
+
+    Raises:
+      ReportError: a report cannot be used, or the page lacks its markers.
+    """
+    page, reports = root / "docs" / "beyond.md", load(root / "docs" / "results")
+    text = page.read_text(encoding="utf-8")
+    blocks: dict[str, Any] = {
+        "corrector": corrector_table(reports["fashion_mnist"]),
+        "evaluations": evaluations_table(reports["digits"]),
+    }
+    for name, lines in blocks.items():
+        begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+        if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+            raise ReportError(f"{page} must have {begin} and then {end}, once each")
+        before, after = text.split(begin)[0], text.split(end)[1]
+        text = "\n".join([f"{before}{begin}", *lines, f"{end}{after}"])
+    return text
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command; returns its exit status."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if stale")
+    parser.add_argument("--root", type=Path, default=Path(__file__).resolve().parents[1])
+    options = parser.parse_args(arguments)
+    page = options.root / "docs" / "beyond.md"
+    try:
+        text = render(options.root)
+    except (ReportError, OSError, KeyError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    stale = page.read_text(encoding="utf-8") != text
+    if stale and options.check:
+        print(f"{page} is stale; run: python -m tools.collect_ablations", file=sys.stderr)
+    elif stale:
+        page.write_text(text, encoding="utf-8")
+        print(f"wrote {page}")
+    return 1 if options.check and stale else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
