@@ -39,6 +39,8 @@ Variants:
 
     gm_repa       Gaussian mixture of the REPA teacher, 1 evaluation (the default; paper: FID 2.85)
     gm_repa_2nfe  the same with 2 evaluations (paper: FID 1.97)
+    gm_repae      gm_repa's recipe for the REPA-E teacher, in the latents of VA-VAE
+    gm_repae_2nfe the same with 2 evaluations
     gm_fm         Gaussian mixture of the flow-matching teacher, 1 evaluation (paper: FID 3.34)
     dx_repa_10    grid of 10 x_0 of the REPA teacher, window 10 of 128
     dx_repa_20    grid of 20, window 5
@@ -48,6 +50,14 @@ Variants:
     runlocal      gm_repa's recipe at toy size on the digits, teacher included; 75 seconds on two
                   cores; the student at 1 evaluation is then about as good as its (guided,
                   undertrained) teacher at 32
+
+The REPA-E teacher (arXiv 2504.10483) needs latents of its own, prepared with `data.vae` as the
+folder `REPA-E/e2e-vavae-hf`, whose config.json has their mean and standard deviation. Its guidance
+and its sampler are those of the release's own samples (FID 1.12 at 250 steps of its SDE). The
+release has no student of it. This measures the teacher in the same way as a student:
+
+    ... --mode=evaluate --config.evaluation.system=teacher \
+        --config.teacher.weights=repae_vavae_imagenet.safetensors
 
 The figures in brackets are the paper's. There are none of ours, because neither ImageNet nor
 official weights were available: training, sampling and evaluation have run on small files in the
@@ -61,6 +71,8 @@ from piflow_jax.config import base_config, check_variant
 VARIANTS = (
     "gm_repa",
     "gm_repa_2nfe",
+    "gm_repae",
+    "gm_repae_2nfe",
     "gm_fm",
     "dx_repa_10",
     "dx_repa_20",
@@ -126,13 +138,21 @@ def get_config(variant: str = "gm_repa") -> ml_collections.ConfigDict:
     config.evaluation.grid_samples = 8
     config.evaluation.every_samples = 5000
 
+    if variant.endswith("_2nfe"):
+        config.train.nfe = 2
+        config.train.steps = 24_000
     if variant == "gm_fm":
         config.teacher.guidance_scale = 2.7
         config.teacher.guidance_interval = (0.0, 0.6)
+    elif variant in ("gm_repae", "gm_repae_2nfe"):
+        config.data.latents = "va_vae"
+        config.model.dit.patch_size = 1
+        config.teacher.guidance_scale = 2.4
+        config.teacher.guidance_interval = (0.0, 0.73)
+        config.evaluation.teacher_solver = "sde"
+        config.evaluation.teacher_steps = (250,)
     elif variant == "gm_repa_2nfe":
         config.teacher.guidance_scale = 2.8
-        config.train.nfe = 2
-        config.train.steps = 24_000
     elif variant == "gm_repa_corrected":
         config.train.corrector.kind = "critic"
         config.train.corrector.optimizer = config.train.optimizer.copy_and_resolve_references()

@@ -30,6 +30,7 @@ _HOMES = {
     "ode_sample": "piflow_jax.flow.sampling",
     "policy_outputs": "piflow_jax.systems.policies",
     "rollout": "piflow_jax.flow.rollout",
+    "sde_sample": "piflow_jax.flow.sampling",
     "sample_intervals": "piflow_jax.flow.imitation",
     "train_teacher": "piflow_jax.distillation.own",
 }

@@ -109,6 +109,23 @@ def index_noise(keys: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return jax.vmap(lambda key: jax.random.normal(key, shape, jnp.float32))(keys)
 
 
+def keys_of_noise(noise: jax.Array) -> jax.Array:
+    """Keys for further draws of samples, each a function of the bits of its own noise.
+
+    A sample that is known by its noise alone then stays the same at any size of batch.
+
+    Args:
+      noise: `[B, *shape]`, from `index_noise`.
+
+    Returns:
+      Typed keys `[B]`.
+    """
+    bits = jax.lax.bitcast_convert_type(jnp.asarray(noise, jnp.float32), jnp.uint32)
+    bits = bits.reshape(len(bits), -1)
+    first = index_keys(seed_key(0), bits[:, 0])
+    return jax.vmap(jax.random.fold_in)(first, bits[:, -1])
+
+
 def folded_noise(keys: jax.Array, number: jax.Array, shape: tuple[int, ...], dtype) -> jax.Array:
     """Standard normal noise of a number within a stream, such as that of a segment.
 

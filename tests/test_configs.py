@@ -7,6 +7,7 @@ import pytest
 
 from piflow_jax.config import mesh_sizes, parse
 from piflow_jax.rivals import find_method
+from piflow_jax.systems.networks import official_data
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 
@@ -64,6 +65,8 @@ def test_rivals_are_compared_on_equal_terms(name):
     [
         ("gm_repa", 32, 0, 3.2, (0.0, 0.7), 140_000, 1.0, 1),
         ("gm_repa_2nfe", 32, 0, 2.8, (0.0, 0.7), 24_000, 1.0, 2),
+        ("gm_repae", 32, 0, 2.4, (0.0, 0.73), 140_000, 1.0, 1),
+        ("gm_repae_2nfe", 32, 0, 2.4, (0.0, 0.73), 24_000, 1.0, 2),
         ("gm_fm", 32, 0, 2.7, (0.0, 0.6), 140_000, 1000.0, 1),
         ("dx_repa_10", 10, 10, 3.2, (0.0, 0.7), 40_000, 1.0, 1),
         ("dx_repa_20", 20, 5, 3.2, (0.0, 0.7), 40_000, 1.0, 1),
@@ -81,7 +84,10 @@ def test_imagenet_recipes_are_those_of_the_design(
     assert (train.window_substeps, train.total_substeps, train.num_states) == (window, 128, 2)
     assert (teacher.guidance_scale, teacher.guidance_interval) == (guidance, interval)
     assert (train.steps, train.batch_size, train.nfe, train.shift) == (steps, 4096, nfe, 1.0)
-    assert (model.depth, model.num_heads, model.hidden, model.patch_size) == (28, 16, 1152, 2)
+    repae = variant.startswith("gm_repae")
+    patch, sites, channels = (1, 16, 32) if repae else (2, 32, 4)
+    assert (model.depth, model.num_heads, model.hidden, model.patch_size) == (28, 16, 1152, patch)
+    assert official_data(config).shape == (sites, sites, channels)
     assert model.time_scale == time_scale
     assert (train.gm_dropout, config.policy.logstd_hidden) == (0.0 if grid else 0.05, 1024)
     optimizer = train.optimizer

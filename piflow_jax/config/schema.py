@@ -47,6 +47,13 @@ class DataConfig:
     skip_refused: bool = _field(
         False, "leave out pictures that cannot be read; the log lists them in any case"
     )
+    latents: str = _field(
+        "",
+        "latents that official weights are for, which a prepared set knows by itself: those of "
+        "Stable Diffusion's autoencoder if empty, or va_vae, those of REPA-E's VA-VAE (32 "
+        "channels, a sixteenth of the image's side)",
+        choices=("", "va_vae"),
+    )
     vae: str = _field("", "weights of the autoencoder: a .safetensors file or its folder")
     prompts: str = _field(
         "",
@@ -336,12 +343,20 @@ class EvaluationConfig:
     )
     teacher_steps: tuple[int, ...] = _field(
         (1, 2, 4, 8, 32, 128),
-        "Euler steps of the teacher, a row of the report each; the last is the student's target",
+        "steps of the teacher, a row of the report each; the last is the student's target",
         **_EULER_STEPS,
+    )
+    teacher_solver: str = _field(
+        "euler",
+        "how the teacher is sampled: by the ODE of its flow, with two evaluations per step by heun "
+        "and one by the others (heun and multistep have second order), or by the SDE of the "
+        "release's own samples, which leaves the path that students imitate",
+        choices=("euler", "heun", "multistep", "sde"),
     )
     system: str = _field(
         "student",
-        "what --mode=sample draws from; the teacher takes the last of teacher_steps",
+        "what --mode=sample draws from, and what --mode=evaluate measures of latents; the teacher "
+        "takes the last of teacher_steps",
         choices=("student", "teacher"),
     )
     substeps: int = _field(128, "policy substeps per unit of raw time when sampling", **_SUBSTEPS)

@@ -1,6 +1,7 @@
 """Autoencoders from their published folders: weights, and the settings in `config.json`.
 
-Source: the `vae` folders of Stable Diffusion, FLUX.1 and Qwen-Image in the form of `diffusers`.
+Source: the `vae` folders of Stable Diffusion, FLUX.1 and Qwen-Image, and the release of VA-VAE
+(`REPA-E/e2e-vavae-hf`), in the form of `diffusers`.
 """
 
 import json
@@ -23,12 +24,12 @@ from piflow_jax.models.vae import AutoencoderKL
 __all__ = ["open_autoencoder"]
 
 # Arguments of a loader, by key of `config.json`.
-_VAE = {
+_BY_CHANNEL = {"latents_mean": "latents_mean", "latents_std": "latents_std"}
+_VAE = _BY_CHANNEL | {
     "norm_num_groups": "norm_groups",
     "scaling_factor": "latent_scale",
     "shift_factor": "latent_shift",
 }
-_QWEN_VAE = {"latents_mean": "latents_mean", "latents_std": "latents_std"}
 _SIGNED = ("shift_factor", "latents_mean")
 _WHOLE = ("norm_num_groups",)
 # Bounds of float32, in which latents are scaled. As Python numbers they compare with any integer.
@@ -55,7 +56,7 @@ def open_autoencoder(
     """
     weights = open_weights(path)
     qwen = any(re.search(r"\.time_conv\.|\.gamma$", name) for name in weights)
-    kind, keys = (QWEN_VAE, _QWEN_VAE) if qwen else (VAE, _VAE)
+    kind, keys = (QWEN_VAE, _BY_CHANNEL) if qwen else (VAE, _VAE)
     beside = weights.path.parent / "config.json"
     settings: dict[str, Any] = {}
     # A dangling link does not count as missing settings.
@@ -71,7 +72,7 @@ def open_autoencoder(
 
 def _check(setting: Any, key: str, path: Path) -> None:
     """Raises ValueError if a setting, or an entry for a channel, is not a valid number."""
-    by_channel = key in _QWEN_VAE and isinstance(setting, list)
+    by_channel = key in _BY_CHANNEL and isinstance(setting, list)
     for value in setting if by_channel else [setting]:
         number = isinstance(value, int | float) and not isinstance(value, bool)
         fits = number and (-_HIGHEST if key in _SIGNED else _TINIEST) <= value <= _HIGHEST

@@ -12,7 +12,7 @@ import numpy as np
 
 from piflow_jax.convert.kinds import Kind
 from piflow_jax.convert.rules import Place, Rule, as_jax, import_state
-from piflow_jax.convert.vae import conv, middle, resnet
+from piflow_jax.convert.vae import by_channel, conv, middle, resnet
 from piflow_jax.models.vae import AutoencoderKL
 from piflow_jax.safetensors_files import LazyArray
 
@@ -127,9 +127,7 @@ def load_qwen_vae(
             widths.append(width)
     widths.append(width)
     channels = np.shape(state["decoder.conv_in.weight"])[1]
-    for key, numbers in (("latents_mean", latents_mean), ("latents_std", latents_std)):
-        if len(numbers) != channels:
-            raise ValueError(f"{key} has {len(numbers)} numbers, the latents {channels} channels")
+    scale, shift = by_channel(latents_mean, latents_std, channels)
     module = AutoencoderKL(
         channels=tuple(widths),
         layers_per_block=max(layers // len(widths), 1),
@@ -137,8 +135,8 @@ def load_qwen_vae(
         in_channels=np.shape(state["encoder.conv_in.weight"])[1],
         norm_groups=None,
         halving_upsample=True,
-        latent_scale=tuple(1 / float(std) for std in latents_std),
-        latent_shift=tuple(float(mean) for mean in latents_mean),
+        latent_scale=scale,
+        latent_shift=shift,
     )
     flat = flattened(state)
     return module, {"params": import_state(flat, qwen_vae_rules(module), 0, place or as_jax)}

@@ -1,7 +1,7 @@
-"""Weights of the autoencoders of Stable Diffusion and FLUX.1 with the names of `diffusers`."""
+"""Autoencoders of Stable Diffusion, VA-VAE and FLUX.1 with the names of `diffusers`."""
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -12,7 +12,7 @@ from piflow_jax.models.vae import AutoencoderKL
 # In early releases of `diffusers`, attention had other names, and 1x1 convolutions instead of
 # linear layers. The published files of `sd-vae-ft-ema` and `sd-vae-ft-mse` still have them.
 _OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-_OLD_NAME = re.compile(r"(.*mid_block\.attentions\.0\.)(query|key|value|proj_attn)(\..*)")
+_OLD_NAME = re.compile(r"(.*\.attentions\.\d+\.)(query|key|value|proj_attn)(\..*)")
 
 # Scale and shift of latents, from the releases' `config.json`.
 _STABLE_DIFFUSION = (0.18215, 0.0)
@@ -52,12 +52,20 @@ def resnet(norm: Norm, name: str, path: tuple[str, ...], out: int, in_: int) -> 
     return rules
 
 
-def middle(norm: Norm, half: str, features: int, normed: str, out: str) -> list[Rule]:
-    """Rules for the blocks between the way down and the way up; `normed` and `out` are names."""
-    attention, path = f"{half}.mid_block.attentions.0", (half, "mid_attention")
-    rules = norm(f"{attention}.{normed}", (*path, "group_norm"), features)
+def attention(
+    norm: Norm, name: str, path: tuple[str, ...], features: int, normed: str, out: str
+) -> list[Rule]:
+    """Rules for an attention block; `normed` and `out` are official names of its layers."""
+    rules = norm(f"{name}.{normed}", (*path, "group_norm"), features)
     for ours, official in (("to_q",) * 2, ("to_k",) * 2, ("to_v",) * 2, ("to_out", out)):
-        rules += linear(f"{attention}.{official}", (*path, ours), features, features)
+        rules += linear(f"{name}.{official}", (*path, ours), features, features)
+    return rules
+
+
+def middle(norm: Norm, half: str, features: int, normed: str, out: str) -> list[Rule]:
+    """Rules for the blocks between the way down and the way up; see `attention`."""
+    name, path = f"{half}.mid_block.attentions.0", (half, "mid_attention")
+    rules = attention(norm, name, path, features, normed, out)
     for i in range(2):
         name = f"{half}.mid_block.resnets.{i}"
         rules += resnet(norm, name, (half, f"mid_resnet_{i}"), features, features)
@@ -90,14 +98,20 @@ def vae_rules(module: AutoencoderKL) -> list[Rule]:
         ("encoder", "down", widths, module.layers_per_block),
         ("decoder", "up", widths[::-1], module.layers_per_block + 1),
     )
+    with_attention = [level in module.attention_levels for level in range(len(widths))]
     for half, way, levels, layers in halves:
         width = levels[0]
+        attends = with_attention if half == "encoder" else with_attention[::-1]
         for level, features in enumerate(levels):
             block = f"{half}.{way}_blocks.{level}"
             for layer in range(layers):
                 path = (half, f"{way}_{level}_resnet_{layer}")
                 rules += resnet(_norm, f"{block}.resnets.{layer}", path, features, width)
                 width = features
+                if attends[level]:
+                    name = f"{block}.attentions.{layer}"
+                    path = (half, f"{way}_{level}_attention_{layer}")
+                    rules += attention(_norm, name, path, features, "group_norm", "to_out.0")
             if level + 1 < len(levels):
                 path = (half, f"{way}_{level}_{way}sample")
                 rules += conv(f"{block}.{way}samplers.0.conv", path, features, features)
@@ -110,9 +124,11 @@ def load_vae(
     norm_groups: int = 32,
     latent_scale: float | None = None,
     latent_shift: float | None = None,
+    latents_mean: Sequence[float] | None = None,
+    latents_std: Sequence[float] | None = None,
     place: Place | None = None,
 ) -> tuple[AutoencoderKL, dict]:
-    """Loads an autoencoder; shapes show its widths, depth and channels.
+    """Loads an autoencoder; names and shapes show its widths, depth, channels and attention.
 
     Args:
         state: Arrays by official name, new or old.
@@ -120,6 +136,9 @@ def load_vae(
         latent_scale: Scale of latents, which shapes do not show either. None is the scale of FLUX.1
             if there are no convolutions around the latents, otherwise that of Stable Diffusion.
         latent_shift: Shift of latents, with the same default.
+        latents_mean: Mean of raw latents, per channel. Together with `latents_std` it takes the
+            place of scale and shift, as in `diffusers`.
+        latents_std: Standard deviation of raw latents, per channel.
         place: Puts each leaf on its devices as soon as it is built, see `import_state`; None keeps
             leaves on the default device.
 
@@ -153,18 +172,42 @@ def load_vae(
             f"{norm_groups} groups of normalisation do not divide {undivided[0]} channels"
         )
     quant_convs = any(name.startswith(("quant_conv.", "post_quant_conv.")) for name in state)
+    channels = np.shape(state["decoder.conv_in.weight"])[1]
     scale, shift = _STABLE_DIFFUSION if quant_convs else _FLUX
+    scale = scale if latent_scale is None else latent_scale
+    shift = shift if latent_shift is None else latent_shift
+    if latents_mean is not None and latents_std is not None:
+        scale, shift = by_channel(latents_mean, latents_std, channels)
     module = AutoencoderKL(
         channels=tuple(widths[level] for level in range(len(widths))),
         layers_per_block=1 + max(layers),
-        latent_channels=np.shape(state["decoder.conv_in.weight"])[1],
+        latent_channels=channels,
         in_channels=np.shape(state["encoder.conv_in.weight"])[1],
         norm_groups=norm_groups,
+        attention_levels=tuple(
+            level
+            for level in range(len(widths))
+            if any(name.startswith(f"encoder.down_blocks.{level}.attentions.") for name in state)
+        ),
         quant_convs=quant_convs,
-        latent_scale=scale if latent_scale is None else latent_scale,
-        latent_shift=shift if latent_shift is None else latent_shift,
+        latent_scale=scale,
+        latent_shift=shift,
     )
     return module, {"params": import_state(state, vae_rules(module), 0, place or as_jax)}
+
+
+def by_channel(
+    mean: Sequence[float], std: Sequence[float], channels: int
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Scale and shift of latents whose mean and standard deviation are given per channel.
+
+    Raises:
+        ValueError: There is not one number for each channel.
+    """
+    for key, numbers in (("latents_mean", mean), ("latents_std", std)):
+        if len(numbers) != channels:
+            raise ValueError(f"{key} has {len(numbers)} numbers, the latents {channels} channels")
+    return tuple(1 / float(value) for value in std), tuple(float(value) for value in mean)
 
 
 def _new_names(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

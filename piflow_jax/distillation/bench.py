@@ -38,7 +38,12 @@ from piflow_jax.runs.steps import latest_step
 from piflow_jax.runs.workdir import user_path
 from piflow_jax.systems.assembly import Systems
 from piflow_jax.systems.judges import Judge, described, real_features, second_judge
-from piflow_jax.systems.sampling import conditions_in_turn, sampling_record
+from piflow_jax.systems.sampling import (
+    TEACHER_SOLVERS,
+    conditions_in_turn,
+    sampling_record,
+    teacher_record,
+)
 from piflow_jax.systems.shapes import DataShape
 from piflow_jax.systems.spec import teacher_spec
 from piflow_jax.whole_files import replacing
@@ -193,7 +198,7 @@ class Bench:
             "comparable": "figures of equal features_sha256",
             "clipping": "samples clipped to [-1, 1] for features, not for endpoints",
             "weights": "EMA",
-            "teacher_solver": "euler",
+            "teacher_solver": settings.teacher_solver,
             "guidance": [config.teacher.guidance_scale, *config.teacher.guidance_interval],
             **{key: record[key] for key in ("substeps", "solver", "rounding", "temperature")},
             "checkpoint": settings.checkpoint,
@@ -236,39 +241,51 @@ def compare(
     logging.info("evaluation: %d systems, %s samples each", count, f"{settings.num_samples:,}")
     most = settings.teacher_steps[-1]
 
+    solver = TEACHER_SOLVERS[settings.teacher_solver]
+
     def of_teacher(steps):
-        return bench.sample(
-            systems.teacher_sampler(steps), teacher_params, _named("teacher", steps)
-        )
+        name = _named("teacher", steps * solver.evaluations)
+        return bench.sample(systems.teacher_sampler(steps), teacher_params, name)
 
     if keep:
         teacher = config.teacher
-        made = teacher_spec(config, systems.data) | {
-            "source": source_digest(bench.source),
-            "steps": most,
-            "shift": config.train.shift,
-            "dtype": config.model.dtype,
-            "guidance": [
-                *(teacher.guidance_scale, *teacher.guidance_interval),
-                teacher.orthogonal_guidance,
-            ],
-        }
+        made = (
+            teacher_spec(config, systems.data)
+            | {
+                "source": source_digest(bench.source),
+                "steps": most,
+                "shift": config.train.shift,
+                "dtype": config.model.dtype,
+                "guidance": [
+                    *(teacher.guidance_scale, *teacher.guidance_interval),
+                    teacher.orthogonal_guidance,
+                ],
+            }
+            | teacher_record(config)
+        )
         path = workdir / "teacher_samples.npz"
         reference, reference_seconds = bench.sample_once(
-            systems.teacher_sampler(most), teacher_params, _named("teacher", most), path, made
+            systems.teacher_sampler(most),
+            teacher_params,
+            _named("teacher", most * solver.evaluations),
+            path,
+            made,
         )
     else:
         reference, reference_seconds = of_teacher(most)
-    rows, pictures = [], {most: reference}
+    # Ends of other paths than the student's are nothing to compare its own with.
+    ends = reference if solver.follows_flow else None
+    rows, pictures = [], {most * solver.evaluations: reference}
     for steps in settings.teacher_steps[:-1]:
-        pictures[steps], seconds = of_teacher(steps)
-        rows.append(bench.row("teacher", steps, pictures[steps], seconds, reference))
-    rows.append(bench.row("teacher", most, reference, reference_seconds, None))
+        nfe = steps * solver.evaluations
+        pictures[nfe], seconds = of_teacher(steps)
+        rows.append(bench.row("teacher", nfe, pictures[nfe], seconds, ends))
+    rows.append(bench.row("teacher", most * solver.evaluations, reference, reference_seconds, None))
     of_student = {}
     for nfe in config.sampling_nfes:
         sampler, name = systems.student_sampler(nfe), _named("student", nfe)
         of_student[name], seconds = bench.sample(sampler, student_params, name)
-        rows.append(bench.row("student", nfe, of_student[name], seconds, reference))
+        rows.append(bench.row("student", nfe, of_student[name], seconds, ends))
 
     rows += bench.of_training_data()
     protocol = bench.protocol() | {"steps": _steps(settings.checkpoint, workdir)}
@@ -276,9 +293,9 @@ def compare(
     if jax.process_index() == 0:
         report.write(workdir / "report.json")
         shown = [
-            (_named("teacher", steps), steps)
-            for steps in (most, config.sampling_nfe)
-            if steps in pictures
+            (_named("teacher", nfe), nfe)
+            for nfe in (most * solver.evaluations, config.sampling_nfe)
+            if nfe in pictures
         ]
         grid = [*((name, pictures[steps]) for name, steps in shown), *of_student.items()]
         count = settings.grid_samples
@@ -320,7 +337,8 @@ def draw(
         return name, as_pictures(by_index(params, number))
 
     most = settings.teacher_steps[-1]
-    rows = [samples(systems.teacher_sampler(most), teacher_params, _named("teacher", most))]
+    name = _named("teacher", most * TEACHER_SOLVERS[settings.teacher_solver].evaluations)
+    rows = [samples(systems.teacher_sampler(most), teacher_params, name)]
     rows += [
         samples(systems.student_sampler(nfe), student_params, _named("student", nfe))
         for nfe in config.sampling_nfes

@@ -67,7 +67,15 @@ _OF_STUDENT = (
     *(
         f"evaluation.{key}"
         for key in (
-            *("num_samples", "batch_size", "teacher_steps", "substeps", "nfe", "temperature"),
+            *(
+                "num_samples",
+                "batch_size",
+                "teacher_steps",
+                "teacher_solver",
+                "substeps",
+                "nfe",
+                "temperature",
+            ),
             *("solver", "seed", "grid_samples", "grid_classes", "every", "every_samples"),
             "features",
         )

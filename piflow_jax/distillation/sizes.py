@@ -24,6 +24,7 @@ from piflow_jax.systems.assembly import Systems
 from piflow_jax.systems.datasets import dataset
 from piflow_jax.systems.networks import abstract_variables
 from piflow_jax.systems.policies import policy_outputs
+from piflow_jax.systems.sampling import TEACHER_SOLVERS
 from piflow_jax.training.optimizer import make_optimizer
 from piflow_jax.training.state import TrainState
 from piflow_jax.training.step import first_student_state
@@ -202,7 +203,8 @@ class Sizes:
         if measured:  # the teacher also runs, and all its samples are kept
             self._check_figures(numbers)
             steps = settings.teacher_steps
-            flops += sum(steps) * self._flops(self._teacher)
+            evaluations = TEACHER_SOLVERS[settings.teacher_solver].evaluations
+            flops += sum(steps) * evaluations * self._flops(self._teacher)
             kept = number * self._sites * self._data.channels * 4 * (len(steps) + 1)
             self._check_memory("the evaluation", _Part(kept, keys), there=_host_memory())
             keys += ("evaluation.teacher_steps",)

@@ -1,5 +1,6 @@
-"""Samplers: few-step students by policy rollouts, teachers by their flow ODE."""
+"""Samplers: few-step students by policy rollouts, teachers by their flow's ODE or SDE."""
 
+import functools
 from collections.abc import Callable
 from typing import Literal, get_args
 
@@ -11,12 +12,18 @@ from piflow_jax.arguments import check_choice, check_number, check_shape, whole
 from piflow_jax.flow.policies.base import Policy, promote
 from piflow_jax.flow.rollout import Implementation, rollout
 from piflow_jax.flow.schedule import FlowMapTimes, TimeWarp, check_warp, sampling_times
-from piflow_jax.flow.substeps import Rounding, Solver, check_substeps, num_substeps
+from piflow_jax.flow.substeps import (
+    Rounding,
+    Solver,
+    check_substeps,
+    num_substeps,
+    step_weights,
+)
 from piflow_jax.keys import as_key, folded_noise
 
-__all__ = ["few_step_sample", "ode_sample", "sample_segments", "segment_substeps"]
+__all__ = ["few_step_sample", "ode_sample", "sample_segments", "sde_sample", "segment_substeps"]
 
-OdeSolver = Literal["euler", "heun"]
+OdeSolver = Literal["euler", "heun", "multistep"]
 
 
 def few_step_sample(
@@ -205,7 +212,9 @@ def ode_sample(
 ) -> jax.Array:
     """Samples from a flow-matching teacher by integrating its ODE from noise to data.
 
-    The paper's teachers sample with these Euler steps. Heun's method follows arXiv 2206.00364.
+    The paper's teachers sample with these Euler steps. Heun's method follows arXiv 2206.00364. The
+    multistep method is that of policies: two-step Adams-Bashforth in the noise level, whose first
+    step is Euler's.
 
     Args:
       velocity_fn: `(x[B, *sites, C], sigma[B]) -> u[B, *sites, C]`, with guidance; traced once
@@ -213,8 +222,8 @@ def ode_sample(
       noise: `[B, *sites, C]`, standard normal.
       steps: steps uniform in raw time, at least 1.
       warp: raw time to noise level.
-      solver: `euler`, one evaluation per step, or `heun`, of second order, two evaluations per
-        step.
+      solver: `euler`, one evaluation per step; `heun`, of second order, two evaluations per step;
+        or `multistep`, of second order, one evaluation per step.
 
     Returns:
       `x_0[B, *sites, C]` in float32 or float64.
@@ -229,18 +238,98 @@ def ode_sample(
     x = _states(noise)
     dtype = x.dtype
     sigmas = jnp.asarray(warp.warp(np.linspace(1, 0, steps + 1)), dtype)
+    velocity = functools.partial(_velocity, velocity_fn)
 
-    def velocity(x, level):
-        u = velocity_fn(x, jnp.full(x.shape[:1], level))
-        check_shape("the velocity", u, x.shape, "its state")
-        return u.astype(dtype)
-
-    def step(x, levels):
+    def one_step(x, levels):
         start, end = levels
         u = velocity(x, start)
         if solver == "heun":
             u = (u + velocity(x + (end - start) * u, end)) / 2
         return x + (end - start) * u, None
 
-    x, _ = jax.lax.scan(step, x, (sigmas[:-1], sigmas[1:]))
+    def two_steps(carry, levels):
+        x, previous = carry
+        u = velocity(x, levels[1])
+        now, before = step_weights(*levels, solver)
+        return (x + now * u + before * previous, u), None
+
+    if solver != "multistep":
+        return jax.lax.scan(one_step, x, (sigmas[:-1], sigmas[1:]))[0]
+    before = jnp.concatenate([sigmas[:1], sigmas[:-2]])
+    (x, _), _ = jax.lax.scan(two_steps, (x, jnp.zeros_like(x)), (before, sigmas[:-1], sigmas[1:]))
     return x
+
+
+def sde_sample(
+    velocity_fn: Callable[[jax.Array, jax.Array], jax.Array],
+    noise: jax.Array,
+    steps: int,
+    warp: TimeWarp,
+    key: jax.Array,
+    *,
+    h: float | Callable[[float], float] | None = None,
+    terminal_sigma: float = 0.04,
+) -> jax.Array:
+    """Samples from a flow-matching teacher by an SDE with the marginals of its ODE.
+
+    It is the SDE `dx = ((1 + h^2) u + h^2 x / (1 - t)) dt + h sqrt(2 t / (1 - t)) dw`, from `t = 1`
+    down to 0, in steps of Euler and Maruyama. The release of pi-Flow (arXiv 2510.14974) samples its
+    teachers of ImageNet in this way (`FlowSDE`, in 250 steps), with the default `h` and
+    `terminal_sigma`.
+
+    Args:
+      velocity_fn: see `ode_sample`; traced once.
+      noise: `[B, *sites, C]`, standard normal.
+      steps: steps, at least 1, one evaluation each. Levels are uniform in raw time and then
+        stretched until the last step begins at `terminal_sigma`. That step adds no noise.
+      warp: raw time to noise level.
+      key: PRNG key of the noise of all steps: one for all samples, or typed keys `[B]`.
+      h: stochasticity, a number or a function of the noise level; 0 is the ODE by Euler's steps.
+        None is `sqrt(1 - t)`, whose noise is finite at `t = 1`.
+      terminal_sigma: noise level at which the last step begins, in (0, 1].
+
+    Returns:
+      `x_0[B, *sites, C]` in float32 or float64.
+
+    Raises:
+      ValueError: if a number is out of range, or velocities differ in shape from their states.
+    """
+    steps = whole("steps", steps, 1)
+    check_number("terminal_sigma", terminal_sigma, 0, 1, open_low=True)
+    check_warp(warp)
+    key = key if isinstance(key, jax.Array) else as_key(key)
+    x = _states(noise)
+    levels = np.asarray(warp.warp(np.linspace(1, 0, steps, endpoint=False)), np.float64)
+    if steps > 1:
+        levels = 1 - (1 - levels) * (1 - terminal_sigma) / (1 - levels[-1])
+    levels = np.append(levels, 0)
+    begin, length = levels[:-1], levels[:-1] - levels[1:]
+    square = 1 - begin if h is None else _stochasticity(h, begin) ** 2
+    # h^2 / (1 - t): at t = 1 the limit for the default h, and the release's value for any other.
+    drift = np.divide(square, 1 - begin, out=np.ones(steps), where=begin < 1 - 1e-6)
+    drift *= square.any()  # without any noise it is the ODE
+    spread = np.sqrt(2 * drift * length * begin) * (levels[1:] > 0)
+    inputs = (begin, 1 - length * drift, -length * (1 + square), spread)
+
+    def step(x, inputs):
+        begin, kept, step, spread, index = inputs
+        fresh = folded_noise(key, index, x.shape, x.dtype)
+        return kept * x + step * _velocity(velocity_fn, x, begin) + spread * fresh, None
+
+    inputs = (*(jnp.asarray(value, x.dtype) for value in inputs), jnp.arange(steps))
+    return jax.lax.scan(step, x, inputs)[0]
+
+
+def _velocity(
+    velocity_fn: Callable[[jax.Array, jax.Array], jax.Array], x: jax.Array, level: jax.Array
+) -> jax.Array:
+    u = velocity_fn(x, jnp.full(x.shape[:1], level))
+    check_shape("the velocity", u, x.shape, "its state")
+    return u.astype(x.dtype)
+
+
+def _stochasticity(h: float | Callable[[float], float], levels: np.ndarray) -> np.ndarray:
+    values = [h(float(level)) if callable(h) else h for level in levels]
+    for value in values:
+        check_number("h", value, 0)
+    return np.asarray(values, np.float64)

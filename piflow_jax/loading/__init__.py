@@ -25,6 +25,7 @@ from piflow_jax.student import Student
 from piflow_jax.systems.networks import (
     Network,
     network_kind,
+    official_data,
     student_network,
     teacher_network,
 )
@@ -320,7 +321,7 @@ def _from_file(
             settings = student_settings(spec)
         elif config is not None:
             parsed = parse(config)
-            settings = StudentSettings.of(parsed, network_kind(parsed.model).official)
+            settings = StudentSettings.of(parsed, official_data(parsed))
             policy_config = weights.metadata.get("policy_config")
             check_policy_config(policy_config, settings.policy, settings.train)
         else:

@@ -22,6 +22,7 @@ from piflow_jax.systems.networks import (
     Network,
     named_variables,
     network_kind,
+    official_data,
     student_network,
     teacher_network,
 )
@@ -56,7 +57,7 @@ def data_shape(config: Config, workdir: str | os.PathLike) -> DataShape:
         where that is sampled and there is no student yet.
 
     Returns:
-      The shape of the data; of latents for official weights, that of Stable Diffusion's.
+      The shape of the data; of latents for official weights, see `official_data`.
 
     Raises:
       CheckpointError: there is no student, or its checkpoint is unusable.
@@ -66,7 +67,7 @@ def data_shape(config: Config, workdir: str | os.PathLike) -> DataShape:
         return shape_of(config, load_source(config.data))
     of_teacher = config.evaluation.system == "teacher"
     if config.teacher.weights if of_teacher else config.evaluation.weights:
-        return network_kind(config.model).official
+        return official_data(config)
     directory, alone = student_dir(config, workdir), False
     if of_teacher and latest_step(epath.Path(directory)) is None:
         directory, alone = _teacher_dir(config, workdir), True
@@ -247,7 +248,10 @@ def _official(
         said = spec_of(weights.metadata)
         if said is not None:
             # Data and autoencoder are known only as far as their files are here.
-            known = {k: v for k, v in spec.items() if k not in ("data.name", "data.vae")}
+            unknown = {"data.name", "data.vae"}
+            if config.data.latents:
+                unknown |= {"data.latent_scale", "data.latent_shift"}
+            known = {k: v for k, v in spec.items() if k not in unknown}
             check_spec(updated(said), known, weights.path)
         elif spec["kind"] == "student":
             policy = weights.metadata.get("policy_config")

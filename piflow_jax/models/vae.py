@@ -1,7 +1,8 @@
 """The autoencoder of Stable Diffusion (arXiv 2112.10752, section 3.1) and its descendants.
 
 It serves the latent spaces of DiT teachers (`sd-vae-ft-ema` and `sd-vae-ft-mse`, which set the
-default sizes), of FLUX.1 (16 channels, no convolutions around the latents) and of Qwen-Image.
+default sizes, and VA-VAE, with 32 channels, stride 16 and attention at its last level), of FLUX.1
+(16 channels, no convolutions around the latents) and of Qwen-Image.
 Qwen-Image has an autoencoder of videos, causal in time (arXiv 2508.02324, section 2.3). A picture
 is its first frame, with zeros before it, so only the last slice in time of each kernel matters. The
 result is this network with other norms and with upsampling that halves widths.
@@ -108,15 +109,27 @@ class _Half(nn.Module):
     channels: tuple[int, ...]
     layers_per_block: int
     norm_groups: int | None
+    attention_levels: tuple[int, ...] = ()
     dtype: DTypeLike | None = None
 
     def resnet(self, features: int, name: str) -> ResnetBlock:
         return ResnetBlock(features, self.norm_groups, self.dtype, name=name)
 
+    def attention(self, features: int, name: str) -> AttentionBlock:
+        return AttentionBlock(features, self.norm_groups, self.dtype, name=name)
+
+    def level(self, x: jax.Array, place: str, level: int, layers: int) -> jax.Array:
+        features = self.channels[level]
+        for layer in range(layers):
+            x = self.resnet(features, f"{place}_resnet_{layer}")(x)
+            if level in self.attention_levels:
+                x = self.attention(features, f"{place}_attention_{layer}")(x)
+        return x
+
     def middle(self, x: jax.Array) -> jax.Array:
         features = self.channels[-1]
         x = self.resnet(features, "mid_resnet_0")(x)
-        x = AttentionBlock(features, self.norm_groups, self.dtype, name="mid_attention")(x)
+        x = self.attention(features, "mid_attention")(x)
         return self.resnet(features, "mid_resnet_1")(x)
 
     def out(self, x: jax.Array, features: int) -> jax.Array:
@@ -134,8 +147,7 @@ class Encoder(_Half, kw_only=True):
         """Maps x[B, H, W, 3] to [B, H / f, W / f, 2 latent_channels]."""
         x = _conv3(self.channels[0], dtype=self.dtype, name="conv_in")(x)
         for level, features in enumerate(self.channels):
-            for layer in range(self.layers_per_block):
-                x = self.resnet(features, f"down_{level}_resnet_{layer}")(x)
+            x = self.level(x, f"down_{level}", level, self.layers_per_block)
             if level + 1 < len(self.channels):
                 x = jnp.pad(x, ((0, 0), (0, 1), (0, 1), (0, 0)))
                 x = nn.Conv(
@@ -162,9 +174,9 @@ class Decoder(_Half, kw_only=True):
         x = _conv3(self.channels[-1], dtype=self.dtype, name="conv_in")(z)
         x = self.middle(x)
         for level, features in enumerate(reversed(self.channels)):
-            for layer in range(self.layers_per_block + 1):
-                x = self.resnet(features, f"up_{level}_resnet_{layer}")(x)
-            if level + 1 < len(self.channels):
+            last = len(self.channels) - 1
+            x = self.level(x, f"up_{level}", last - level, self.layers_per_block + 1)
+            if level < last:
                 x = x.repeat(2, axis=1).repeat(2, axis=2)
                 width = features // 2 if self.halving_upsample else features
                 x = _conv3(width, dtype=self.dtype, name=f"up_{level}_upsample")(x)
@@ -181,6 +193,8 @@ class AutoencoderKL(nn.Module):
         in_channels: `C` of the images.
         norm_groups: Groups of every normalisation; divides all widths. None normalises the channels
             of each site (Qwen-Image).
+        attention_levels: Levels, by their place in `channels`, whose residual blocks are each
+            followed by attention.
         quant_convs: Whether a 1x1 convolution follows the encoder and precedes the decoder.
         halving_upsample: Whether the decoder's upsampling convolutions halve the width.
         latent_scale: Diffusion models use `(latents - latent_shift) * latent_scale`; a number, or
@@ -194,6 +208,7 @@ class AutoencoderKL(nn.Module):
     latent_channels: int = 4
     in_channels: int = 3
     norm_groups: int | None = 32
+    attention_levels: tuple[int, ...] = ()
     quant_convs: bool = True
     halving_upsample: bool = False
     latent_scale: float | tuple[float, ...] = 0.18215
@@ -205,6 +220,7 @@ class AutoencoderKL(nn.Module):
             "channels": self.channels,
             "layers_per_block": self.layers_per_block,
             "norm_groups": self.norm_groups,
+            "attention_levels": self.attention_levels,
             "dtype": self.dtype,
         }
         self.encoder = Encoder(**common, latent_channels=self.latent_channels)

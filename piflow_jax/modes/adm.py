@@ -32,7 +32,7 @@ from piflow_jax.evaluation.adm import (
 )
 from piflow_jax.evaluation.adm_files import REFERENCE_URL, SPATIAL_FEATURES
 from piflow_jax.evaluation.kept import read_kept, read_kept_json
-from piflow_jax.loading.runs import data_shape, load_student
+from piflow_jax.loading.runs import data_shape, load_system
 from piflow_jax.models.inception import POOL_FEATURES
 from piflow_jax.modes.autoencoder import (
     Autoencoder,
@@ -46,7 +46,13 @@ from piflow_jax.progress import tracked
 from piflow_jax.runs.workdir import user_path
 from piflow_jax.systems.assembly import Systems
 from piflow_jax.systems.judges import load_inception
-from piflow_jax.systems.sampling import ROUNDING, sampling_record, student_substeps
+from piflow_jax.systems.sampling import (
+    ROUNDING,
+    TEACHER_SOLVERS,
+    sampling_record,
+    student_substeps,
+    teacher_record,
+)
 from piflow_jax.systems.shapes import DataShape
 from piflow_jax.whole_files import reading, replacing, write_json
 
@@ -93,14 +99,21 @@ def protocol(
     network: InceptionNetwork,
     reference: Reference,
     samples: int,
+    system: str = "student",
 ) -> Protocol:
-    """What figures of the student depend on."""
-    record = sampling_record(config)
+    """What figures of a system depend on, `student` or `teacher`."""
+    record, settings = sampling_record(config), config.evaluation
+    how = {key: record[key] for key in ("nfe", "substeps", "solver", "temperature")}
+    how["guidance"] = 1.0  # the teacher's guidance is distilled into the student
+    if system == "teacher":
+        steps, solver = settings.teacher_steps[-1], settings.teacher_solver
+        how |= {"nfe": steps * TEACHER_SOLVERS[solver].evaluations, "substeps": steps}
+        how |= {"solver": solver, "temperature": 1.0, "guidance": config.teacher.guidance_scale}
     return Protocol(
         samples=samples,
         label_rule=f"index modulo {data.num_classes}",
-        **{key: record[key] for key in ("seed", "nfe", "substeps", "solver", "temperature")},
-        guidance=1.0,  # the teacher's guidance is distilled into the student
+        seed=record["seed"],
+        **how,
         decoder=autoencoder.identity,
         dtype=f"{record['dtype']} network, float32 decoder",
         feature_network=network.digest,
@@ -124,7 +137,7 @@ def evaluate_latents(config: Config, workdir: str | os.PathLike) -> AdmFigures |
       The figures, which are also printed; None on processes other than the first.
 
     Raises:
-      CheckpointError: the student is missing, unusable or contradicts the settings.
+      CheckpointError: the system is missing, unusable or contradicts the settings.
       ConfigError: a file is not given or not what it should be; or samples of other settings lie in
         the directory.
       FileNotFoundError: a file is not there; says what to put there.
@@ -141,7 +154,7 @@ def evaluate_latents(config: Config, workdir: str | os.PathLike) -> AdmFigures |
         return None
     number = config.evaluation.num_samples
     logging.info("evaluation: features of %d samples", number)
-    made = protocol(config, data, autoencoder, network, reference, number)
+    made = protocol(config, data, autoencoder, network, reference, number, config.evaluation.system)
     with reading(samples) as here:
         batches = tracked(image_batches(here), "features", number)
         figures = measure_adm(batches, network, reference, made)
@@ -157,14 +170,21 @@ def _samples(
 ) -> epath.Path | None:
     """The file of all samples, on the first process, which puts the shards together."""
     settings, folder = config.evaluation, workdir / "samples"
-    params = load_student(config, data, workdir)
+    params = load_system(config, data, workdir)
     plan = sampling_record(config) | {
         "samples": settings.num_samples,
         "shard": _SHARD,
         "classes": data.num_classes,
-        "student": tree_digest(params),
+        settings.system: tree_digest(params),
         "decoder": autoencoder.identity,
     }
+    if settings.system == "teacher":
+        teacher = config.teacher
+        plan |= teacher_record(config) | {
+            "steps": settings.teacher_steps[-1],
+            "guidance": [teacher.guidance_scale, *teacher.guidance_interval],
+            "orthogonal_guidance": teacher.orthogonal_guidance,
+        }
     # Folders from before it was `ceil` do not know it: their samples are the same where all numbers
     # of substeps are.
     counts = [
@@ -180,14 +200,14 @@ def _samples(
     todo = [] if whole.exists() else [path for path in mine if not path.exists()]
     if todo:
         logging.info("evaluation: %d of %d shards of samples to make", len(todo), len(shards))
-        sampler = Systems.of(config, data).student_sampler()
+        sampler = Systems.of(config, data).sampler()
         run = index_sampler(
             config,
             data,
             pixel_sampler(sampler, autoencoder.module, data),
             np.arange(data.num_classes, dtype=np.int32),
             min(_SHARD, settings.num_samples),
-            "student",
+            settings.system,
         )
         everything = jax.device_put((params, autoencoder.params), replicated(local_mesh()))
         for number, path in enumerate(todo, start=1):

@@ -79,7 +79,7 @@ def load_autoencoder(config: Config) -> Autoencoder:
 
 
 def check_autoencoder(autoencoder: Autoencoder, data: DataShape) -> None:
-    """Raises ConfigError if latents were made by another autoencoder, where that is known."""
+    """Raises ConfigError if latents were made by another autoencoder, as far as that is known."""
     if data.vae and data.vae != autoencoder.identity:
         raise ConfigError(
             f"config.data.vae has the weights {autoencoder.identity[:16]}, but these latents were "
@@ -89,6 +89,11 @@ def check_autoencoder(autoencoder: Autoencoder, data: DataShape) -> None:
     if channels != data.channels:
         raise ConfigError(
             f"config.data.vae is of latents with {channels} channels, these have {data.channels}"
+        )
+    if data.by_channel and not isinstance(autoencoder.module.latent_scale, tuple):
+        raise ConfigError(
+            "config.data.vae has no latents_mean and latents_std, with which these latents are "
+            "scaled: put the config.json of its release next to its weights"
         )
 
 

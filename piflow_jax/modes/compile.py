@@ -33,7 +33,7 @@ from piflow_jax.runs.monitor import step_memory
 from piflow_jax.runs.workdir import user_path
 from piflow_jax.systems.assembly import Systems
 from piflow_jax.systems.datasets import dataset, load_source, shape_of
-from piflow_jax.systems.networks import abstract_variables, named_variables, network_kind
+from piflow_jax.systems.networks import abstract_variables, named_variables, official_data
 from piflow_jax.systems.sampling import student_substeps
 from piflow_jax.systems.segments import longest_segment
 from piflow_jax.systems.settings import check_ours
@@ -44,8 +44,6 @@ from piflow_jax.training.step import distill_step, first_student_state
 from piflow_jax.whole_files import write_json
 
 GIB = 2**30
-# Pixels of an image along a side of a latent, of the autoencoders of FLUX.1 and Qwen-Image.
-_LATENT_STRIDE = 8
 # Tokens of a caption in the recipes of both.
 _TEXT_LENGTH = 512
 # Named scopes of the step whose shares of the estimated cycles are reported.
@@ -184,8 +182,8 @@ def _data(config: Config) -> DataShape:
     if not dataset(config).latents:
         return shape_of(config, load_source(config.data))
     check_ours(config, f"--mode=compile of config.data.name = {config.data.name!r}")
-    official = network_kind(config.model).official
-    return dataclasses.replace(official, sample_size=config.data.image_size // _LATENT_STRIDE)
+    official = official_data(config)
+    return dataclasses.replace(official, sample_size=config.data.image_size // official.stride)
 
 
 def _batch(config: Config, systems: Systems, batch_size: int) -> dict[str, Any]:

@@ -16,8 +16,9 @@ from piflow_jax.data.picture_sets import PictureSet, center_crop, open_pictures
 from piflow_jax.data.pictures import PictureError
 from piflow_jax.data.shards import left_out
 from piflow_jax.models.vae import AutoencoderKL
-from piflow_jax.modes.autoencoder import load_autoencoder, tree_digest
+from piflow_jax.modes.autoencoder import check_autoencoder, load_autoencoder, tree_digest
 from piflow_jax.parallel import batch_sharding, local_mesh, replicated
+from piflow_jax.systems.networks import official_data
 
 __all__ = ["finalize", "prepare", "prepare_latents"]
 
@@ -141,6 +142,8 @@ def prepare_latents(config: Config, workdir: str | os.PathLike) -> None:
             raise ConfigError(f"--mode=prepare needs config.data.{key}")
     source = open_pictures(settings.images)
     autoencoder = load_autoencoder(config)
+    if settings.latents:
+        check_autoencoder(autoencoder, official_data(config))
     if settings.image_size % autoencoder.module.downsampling:
         raise ConfigError(
             f"config.data.image_size must be a multiple of {autoencoder.module.downsampling}, by "

@@ -68,6 +68,8 @@ _OF_THE_RUN = (
     *("mesh", "processes", "profile", "peak_flops", "compilation_cache", "topology"),
     *("log_every", "checkpoint_every", "keep_checkpoints"),
 )
+# Methods are compared with the ends of the flow's own paths.
+_TEACHER_SOLVER = "euler"
 # Of one method in one round of the timing, at least.
 ROUND_SECONDS = 0.5
 
@@ -158,6 +160,7 @@ class _Comparison:
                 "batch_size": config.train.batch_size,
                 "optimizer": config.train.optimizer.kind,
                 "teacher_steps": config.teacher.steps,
+                "teacher_solver": _TEACHER_SOLVER,
             }
             write_json(self._workdir / "rivals.json", report)
             logging.info("wrote %s, seeds to %d", self._workdir / "rivals.json", seed)
@@ -326,7 +329,7 @@ class _Comparison:
         teacher, systems = load_teacher(config, data, self._workdir), Systems.of(config, data)
         rows, reference = [], None
         for steps in reversed(config.evaluation.teacher_steps):
-            sampler = systems.teacher_sampler(steps)
+            sampler = systems.teacher_sampler(steps, _TEACHER_SOLVER)
             samples, seconds = bench.sample(sampler, teacher, f"teacher, {steps} NFE")
             rows.append(
                 dataclasses.asdict(bench.row("teacher", steps, samples, seconds, reference))

@@ -27,7 +27,7 @@ from piflow_jax.parallel import ActivationSharding, batch_sharding, config_mesh
 from piflow_jax.progress import Progress
 from piflow_jax.runs.workdir import user_path
 from piflow_jax.systems.assembly import Systems
-from piflow_jax.systems.sampling import sampling_record
+from piflow_jax.systems.sampling import sampling_record, teacher_record
 from piflow_jax.systems.shapes import DataShape
 from piflow_jax.systems.spec import student_spec, teacher_spec
 from piflow_jax.whole_files import replacing
@@ -221,6 +221,7 @@ def _settings(config: Config, data: DataShape, place: int) -> dict[str, Any]:
             | made
             | {
                 "evaluation.teacher_steps": settings.teacher_steps[-1],
+                **{f"evaluation.{key}": value for key, value in teacher_record(config).items()},
                 "teacher.guidance_scale": teacher.guidance_scale,
                 "train.shift": record["shift"],
             }

@@ -234,7 +234,7 @@ def endpoint_pairs(
     numbers = jnp.asarray(index * count, jnp.uint32) + jnp.arange(count, dtype=jnp.uint32)
     noise = index_noise(index_keys(key, numbers), data.shape)
     labels = (numbers % data.num_classes).astype(jnp.int32)
-    sample = Systems.of(config, data).teacher_sampler(config.rivals.pair_steps)
+    sample = Systems.of(config, data).teacher_sampler(config.rivals.pair_steps, "euler")
     return Pairs(noise, sample(params, noise, labels), labels)
 
 

@@ -110,9 +110,15 @@ class Systems:
         new = {"teacher": teacher, "teacher_network": network, "student_network": student}
         return dataclasses.replace(self, **new)
 
-    def teacher_sampler(self, steps: int) -> Sampler:
-        """The guided teacher's Euler sampler, `(params, noise[B, *sites, C], condition) -> x_0`."""
-        return teacher_sampler(self.teacher, self.config.train.shift, steps)
+    def teacher_sampler(self, steps: int, solver: str | None = None) -> Sampler:
+        """The guided teacher's sampler, `(params, noise[B, *sites, C], condition) -> x_0`.
+
+        Args:
+          steps: steps of the solver.
+          solver: by default `config.evaluation.teacher_solver`.
+        """
+        solver = solver or self.config.evaluation.teacher_solver
+        return teacher_sampler(self.teacher, self.config.train.shift, steps, solver)
 
     def student_sampler(self, nfe: int | None = None) -> Sampler:
         """The student's sampler at `nfe` evaluations, by default at `config.sampling_nfe`."""

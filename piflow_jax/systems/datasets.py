@@ -96,7 +96,12 @@ DATASETS: dict[str, Dataset] = {
         load=lambda data: _open(load_latents_source, data),
         latents=True,
         bundled=False,
-        uses=frozenset({"data.data_dir", "data.images", "data.vae", "evaluation.reference"}),
+        uses=frozenset(
+            {
+                *("data.data_dir", "data.images", "data.latents", "data.vae"),
+                "evaluation.reference",
+            }
+        ),
     ),
     "prompts": Dataset(
         load=lambda data: _open(load_prompts_source, data),

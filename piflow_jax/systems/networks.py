@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from piflow_jax.config import ConfigError, ModelConfig, PolicyConfig
+from piflow_jax.config import Config, ConfigError, ModelConfig, PolicyConfig
 from piflow_jax.data.latents import SD_VAE_SCALE
 from piflow_jax.data.reference_sizes import kontext_size, qwen_edit_size
 from piflow_jax.keys import seed_key
@@ -37,6 +37,7 @@ __all__ = [
     "abstract_variables",
     "named_variables",
     "network_kind",
+    "official_data",
     "student_network",
     "teacher_network",
 ]
@@ -118,6 +119,7 @@ class NetworkKind:
       spec: keys of the network's own settings without which a checkpoint's weights mean nothing.
       data_spec: fields of `DataShape` without which they mean nothing.
       official: data of the official weights; None if there are none.
+      latents: data of those for other latents, by `config.data.latents`; see `official_data`.
       formats: official layouts of a teacher's weights; the first is the default.
       targets: layers with adapters in a student; None if all of its layers are trained.
       added: keys of `spec` that older checkpoints lack, with the value that this means.
@@ -132,6 +134,7 @@ class NetworkKind:
     spec: tuple[str, ...]
     data_spec: tuple[str, ...]
     official: DataShape | None = None
+    latents: Mapping[str, DataShape] = dataclasses.field(default_factory=dict)
     formats: tuple[str, ...] = ()
     targets: tuple[str, ...] | None = None
     added: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -228,6 +231,18 @@ NETWORKS: dict[str, NetworkKind] = {
             num_classes=1000,
             latent_scale=SD_VAE_SCALE,
         ),
+        latents={
+            # The same images, encoded by the VA-VAE of REPA-E (arXiv 2504.10483).
+            "va_vae": DataShape(
+                released=True,
+                name="latents",
+                sample_size=16,
+                channels=32,
+                num_classes=1000,
+                stride=16,
+                by_channel=True,
+            ),
+        },
         formats=("dit", "original_dit", "original_sit"),
         named=False,
     ),
@@ -300,6 +315,19 @@ def network_kind(model: ModelConfig) -> NetworkKind:
         f"package.module:function, got {model.network!r}"
         + (f"; did you mean {near[0]!r}?" if near else "")
     )
+
+
+def official_data(config: Config) -> DataShape | None:
+    """Data of the official weights that a configuration is for.
+
+    Args:
+      config: the run's settings.
+
+    Returns:
+      The shape and conditions of the data; None if there are no official weights.
+    """
+    kind = network_kind(config.model)
+    return kind.latents.get(config.data.latents, kind.official)
 
 
 def teacher_network(model: ModelConfig, data: DataShape) -> Network:

@@ -3,6 +3,8 @@
 Source: pi-Flow, arXiv 2510.14974, Alg. 1.
 """
 
+import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -11,14 +13,20 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from piflow_jax.config import Config, PolicyConfig, TrainConfig
+from piflow_jax.config import Config, EvaluationConfig, PolicyConfig, TrainConfig
 from piflow_jax.data import Source, stacked
 from piflow_jax.flow.policies import Policy
 from piflow_jax.flow.rollout import Implementation, rollout
-from piflow_jax.flow.sampling import ode_sample, sample_segments, segment_substeps
+from piflow_jax.flow.sampling import (
+    ode_sample,
+    sample_segments,
+    sde_sample,
+    segment_substeps,
+)
 from piflow_jax.flow.schedule import FlowMapTimes, TimeWarp, sampling_times
 from piflow_jax.flow.substeps import Rounding, Solver
 from piflow_jax.flow.teacher import Teacher
+from piflow_jax.keys import keys_of_noise
 from piflow_jax.systems.conditioning import Condition
 from piflow_jax.systems.networks import Network
 from piflow_jax.systems.policies import policy_factory
@@ -27,6 +35,8 @@ from piflow_jax.systems.shapes import DataShape
 
 __all__ = [
     "ROUNDING",
+    "TEACHER_SOLVERS",
+    "TeacherSolver",
     "conditions_in_turn",
     "sampling_cautions",
     "sampling_record",
@@ -35,6 +45,7 @@ __all__ = [
     "student_sampler",
     "student_substeps",
     "student_times",
+    "teacher_record",
     "teacher_sampler",
 ]
 
@@ -215,20 +226,62 @@ def student_sampler(
     return sample
 
 
-def teacher_sampler(teacher: Teacher, shift: float, steps: int) -> Callable[..., jax.Array]:
-    """A guided teacher's Euler sampler.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TeacherSolver:
+    """A row of `TEACHER_SOLVERS`.
+
+    Attributes:
+      sample: `(velocity, noise, steps, warp) -> x_0`.
+      evaluations: network evaluations per step.
+      follows_flow: a sample is the endpoint of the flow that begins at its noise, which a student
+        imitates.
+    """
+
+    sample: Callable[..., jax.Array]
+    evaluations: int = 1
+    follows_flow: bool = True
+
+
+def _sde(velocity: Callable, noise: jax.Array, steps: int, warp: TimeWarp) -> jax.Array:
+    return sde_sample(velocity, noise, steps, warp, keys_of_noise(noise))
+
+
+TEACHER_SOLVERS = {
+    "euler": TeacherSolver(sample=ode_sample),
+    "heun": TeacherSolver(sample=functools.partial(ode_sample, solver="heun"), evaluations=2),
+    "multistep": TeacherSolver(sample=functools.partial(ode_sample, solver="multistep")),
+    "sde": TeacherSolver(sample=_sde, follows_flow=False),
+}
+"""How a teacher is sampled, by `config.evaluation.teacher_solver`."""
+
+
+def teacher_sampler(
+    teacher: Teacher, shift: float, steps: int, solver: str = "euler"
+) -> Callable[..., jax.Array]:
+    """A guided teacher's sampler.
 
     Args:
       teacher: the teacher.
       shift: shift of the time warp.
-      steps: Euler steps.
+      steps: steps of the solver.
+      solver: a row of `TEACHER_SOLVERS`.
 
     Returns:
       `(params, noise[B, *sites, C], condition) -> x_0`.
     """
-    return lambda params, noise, condition: ode_sample(
+    sample = TEACHER_SOLVERS[solver].sample
+    return lambda params, noise, condition: sample(
         teacher.bind(params, condition), noise, steps, TimeWarp(shift)
     )
+
+
+def teacher_record(config: Config) -> dict[str, Any]:
+    """Settings of a teacher's samples that records name only where they are not the default.
+
+    Records that are older than the choice of a solver mean the default and keep their meaning.
+    """
+    solver = config.evaluation.teacher_solver
+    return {} if solver == EvaluationConfig.teacher_solver else {"teacher_solver": solver}
 
 
 def sampling_record(config: Config) -> dict[str, Any]:

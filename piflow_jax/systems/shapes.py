@@ -29,6 +29,9 @@ class DataShape:
       pooled_features: width of the captions' pooled embeddings; 0 where there are none.
       references: largest number of reference images of a sample; 0 where there are none.
       released: the official weights are for this data, and it is not a set prepared here.
+      stride: of released latents, pixels along the side of one.
+      by_channel: released latents are scaled channel by channel, with the mean and the standard
+        deviation in the autoencoder's own settings.
     """
 
     name: str
@@ -45,6 +48,8 @@ class DataShape:
     pooled_features: int = _field(0, low=0, most=2**20)
     references: int = _field(0, low=0)
     released: bool = False
+    stride: int = 8
+    by_channel: bool = False
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -91,6 +91,7 @@ def test_samples_are_made_once(run, made, evaluated):
         {"evaluation.seed": 1},
         {"teacher.guidance_scale": 2.0},
         {"evaluation.teacher_steps": (1, 3)},
+        {"evaluation.teacher_solver": "multistep"},
     ],
 )
 def test_other_samples_are_made_anew(run, made, evaluated, change):
@@ -98,6 +99,19 @@ def test_other_samples_are_made_anew(run, made, evaluated, change):
     other = settings(**change)
     bench_rows = evaluate(other, run).rows
     assert len(made) == 3 and bench_rows[1].nfe == other.evaluation.teacher_steps[-1]
+
+
+@pytest.mark.parametrize(
+    ("solver", "evaluations", "paired"), [("heun", 2, True), ("sde", 1, False)]
+)
+def test_rows_of_a_teacher_count_its_evaluations(run, evaluated, solver, evaluations, paired):
+    report = evaluate(settings(**{"evaluation.teacher_solver": solver}), run)
+    (run / "teacher_samples.npz").write_bytes(evaluated[-1])
+    rows = [row for row in report.rows if row.system in ("teacher", "student")]
+    assert [row.nfe for row in rows] == [evaluations, 2 * evaluations, 1]
+    assert report.protocol["teacher_solver"] == solver
+    # The ends of an SDE are not where the student's paths should end.
+    assert [row.endpoint_mse is not None for row in rows] == [paired, False, paired]
 
 
 def test_other_weights_make_others(made, evaluated, tmp_path):

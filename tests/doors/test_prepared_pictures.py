@@ -123,6 +123,40 @@ def test_settings_of_an_autoencoder_are_checked(tmp_path, weights, settings, mes
     assert message in said and str(weights) in said
 
 
+STATISTICS = {
+    "latents_mean": [float(i) for i in range(32)],
+    "latents_std": [float(2 ** (i % 3)) for i in range(32)],
+}
+VA_VAE = [  # settings, channels of the autoencoder, and the words of an error
+    (STATISTICS, 32, ""),
+    (STATISTICS | {"scaling_factor": 0.3, "shift_factor": 0.1}, 32, ""),
+    (STATISTICS | {"latents_std": [1.0] * 31}, 32, "latents_std has 31 numbers, the latents 32 ch"),
+    (STATISTICS | {"latents_std": [0.0] * 32}, 32, "latents_std must be a positive number, got [0"),
+    ({"scaling_factor": 0.3}, 32, "no latents_mean and latents_std, with which these latents are"),
+    ({}, 32, "put the config.json of its release next to its weights"),
+    ({}, 4, "of latents with 4 channels, these have 32"),
+]
+
+
+@pytest.mark.parametrize(("settings", "channels", "words"), VA_VAE)
+def test_latents_of_va_vae_have_the_statistics_in_its_settings(
+    tmp_path, settings, channels, words, capfd
+):
+    module = AutoencoderKL(channels=(4,) * 5, latent_channels=channels, **SMALL)
+    params = jax.jit(module.init)(jax.random.key(0), jnp.zeros((1, 16, 16, 3)))
+    write_safetensors(tmp_path / "vae.safetensors", to_torch_state(module, params))
+    save(tmp_path / "images" / "a" / "0.png")
+    config = of_classes(tmp_path, autoencoder(tmp_path, **settings), latents="va_vae")
+    status = run("prepare", config, tmp_path)
+    if words:
+        assert status == 2 and words in capfd.readouterr().err
+        return
+    data = DataShape.of("latents", load_latents_source(tmp_path / "set"))
+    assert status == 0 and data.shape == (16, 16, 32)
+    assert data.latent_shift == tuple(STATISTICS["latents_mean"])
+    np.testing.assert_allclose(data.latent_scale, 1 / np.array(STATISTICS["latents_std"]))
+
+
 @pytest.mark.parametrize("spoil", [lambda path: path.symlink_to("gone"), lambda path: path.mkdir()])
 def test_settings_of_an_autoencoder_that_cannot_be_read_are_not_left_out(
     tmp_path, weights, spoil, capfd

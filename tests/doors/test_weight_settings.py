@@ -16,6 +16,7 @@ import pytest
 
 import piflow_jax
 from configs import flux as flux_config
+from configs import imagenet as imagenet_config
 from configs import qwen_image as qwen_config
 from piflow_jax.config import parse
 from piflow_jax.convert import (
@@ -24,12 +25,15 @@ from piflow_jax.convert import (
     to_torch_state,
     write_safetensors,
 )
-from piflow_jax.loading.runs import load_student
+from piflow_jax.loading.runs import data_shape, load_student, load_system
 from piflow_jax.models.layers import time_features
 from piflow_jax.models.lora import split
+from piflow_jax.models.vae import AutoencoderKL
 from piflow_jax.modes import run
+from piflow_jax.modes.autoencoder import check_autoencoder, load_autoencoder, pixel_sampler
 from piflow_jax.systems import networks
 from piflow_jax.systems import spec as specs
+from piflow_jax.systems.assembly import Systems
 from piflow_jax.systems.shapes import DataShape
 from tests import tiny, tiny_text
 from tests.weights import FF, adapted, comfy, drawn, kohya, load, same, state
@@ -422,3 +426,55 @@ def test_teacher_and_student_round_alike_where_they_compute_in_bfloat16(kind, va
         student = networks.student_network(settings.model, settings.policy, data)
         assert teacher.module.time_dtype == student.module.time_dtype == jnp.dtype(dtype)
         assert specs.student_spec(settings, data)["model.time_dtype"] == "bfloat16"
+
+
+# --- Weights for the latents of another autoencoder -----------------------------------------------
+
+
+def test_official_weights_of_va_vae_are_sampled_through_its_decoder(tmp_path):
+    """A REPA-E teacher of one narrow block: its pixels, from its noise, statistics and weights."""
+    config = imagenet_config.get_config("gm_repae")
+    config.model.dit.update({"hidden": 16, "num_heads": 2, "depth": 1})
+    config.model.update({"dtype": "float32", "remat": "none"})
+    config.evaluation.update({"system": "teacher", "grid_classes": (7,), "grid_samples": 1})
+    config.evaluation.teacher_steps = (1,)
+    teacher = networks.teacher_network(parse(config).model, networks.official_data(parse(config)))
+    params = {"params": jax.tree.map(lambda a: 0.1 * a, drawn(teacher.module)["params"])}
+    arrays = to_torch_state(teacher.module, params)
+    assert arrays["pos_embed.proj.weight"].shape == (16, 32, 1, 1)
+    assert arrays["proj_out_2.weight"].shape == (32, 16)
+    write_safetensors(tmp_path / "teacher.safetensors", arrays)
+    vae = AutoencoderKL(
+        channels=(4,) * 5,
+        latent_channels=32,
+        layers_per_block=1,
+        norm_groups=2,
+        attention_levels=(4,),
+        latent_scale=tuple(1 / (1 + i % 3) for i in range(32)),
+        latent_shift=tuple(0.1 * i for i in range(32)),
+    )
+    vae_params = jax.jit(vae.init)(jax.random.key(0), jnp.zeros((1, 16, 16, 3)))
+    (tmp_path / "vae").mkdir()
+    write_safetensors(tmp_path / "vae" / "x.safetensors", to_torch_state(vae, vae_params))
+    settings = {
+        "norm_num_groups": 2,
+        "latents_mean": vae.latent_shift,
+        "latents_std": [1 / s for s in vae.latent_scale],
+    }
+    (tmp_path / "vae" / "config.json").write_text(json.dumps(settings))
+    config.teacher.weights = str(tmp_path / "teacher.safetensors")
+    config.data.vae = str(tmp_path / "vae")
+    config = parse(config)
+    data = data_shape(config, tmp_path)
+    autoencoder = load_autoencoder(config)
+    check_autoencoder(autoencoder, data)
+    sampler = pixel_sampler(Systems.of(config, data).sampler(), autoencoder.module, data)
+    both = (load_system(config, data, tmp_path), autoencoder.params)
+    noise = np.random.default_rng(0).normal(size=(1, *data.shape)).astype(np.float32)
+    labels = np.int32([7])
+    pixels = sampler(both, noise, labels)
+    # One Euler step from t = 1, where guidance is outside of its interval.
+    x_0 = noise - np.asarray(teacher.apply(params, noise, jnp.ones(1), labels))
+    raw = x_0 * np.float32(settings["latents_std"]) + np.float32(settings["latents_mean"])
+    assert pixels.shape == (1, 256, 256, 3)
+    np.testing.assert_allclose(pixels, vae.apply(vae_params, raw, method="decode"), atol=1e-3)

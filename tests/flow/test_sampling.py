@@ -9,9 +9,9 @@ import pytest
 
 from piflow_jax.flow.policies import DXPolicy, GMFlowPolicy, GMOutput
 from piflow_jax.flow.rollout import rollout
-from piflow_jax.flow.sampling import few_step_sample, ode_sample
+from piflow_jax.flow.sampling import few_step_sample, ode_sample, sde_sample
 from piflow_jax.flow.schedule import TimeWarp, sampling_times
-from tests import golden_files
+from tests import gaussian, golden_files
 from tests.golden_files import sites_last
 
 # Policies of the reference's sampler clamp their times here.
@@ -304,7 +304,7 @@ def linear_field(x, sigma):
 
 
 @pytest.mark.parametrize("shift", [1.0, 3.2])
-@pytest.mark.parametrize(("solver", "order"), [("euler", 1), ("heun", 2)])
+@pytest.mark.parametrize(("solver", "order"), [("euler", 1), ("heun", 2), ("multistep", 2)])
 def test_solvers_converge_at_their_order(x64, solver, order, shift):
     noise = small_noise()
     exact = noise * np.exp(-2 * np.sin(3) / 3)
@@ -316,7 +316,7 @@ def test_solvers_converge_at_their_order(x64, solver, order, shift):
     np.testing.assert_allclose(np.log2(np.divide(errors[:-1], errors[1:])), order, atol=0.1)
 
 
-@pytest.mark.parametrize(("solver", "evaluations"), [("euler", 1), ("heun", 2)])
+@pytest.mark.parametrize(("solver", "evaluations"), [("euler", 1), ("heun", 2), ("multistep", 1)])
 def test_the_teacher_is_traced_as_often_as_a_step_asks_it(solver, evaluations):
     for steps in (1, 7):
         traces = []
@@ -344,3 +344,103 @@ def test_ode_sampler_refuses_impossible_arguments():
         ode_sample(linear_field, jnp.ones((1, 2)), 0, TimeWarp())
     with pytest.raises(ValueError, match="unknown solver 'rk4'"):
         ode_sample(linear_field, jnp.ones((1, 2)), 2, TimeWarp(), "rk4")
+
+
+SOLVERS = [("euler", 1), ("heun", 2), ("multistep", 2)]
+
+
+@pytest.mark.parametrize(("solver", "order"), SOLVERS)
+def test_solvers_carry_noise_to_gaussian_data(x64, solver, order):
+    """The flow of a Gaussian carries quantiles to quantiles: `x_0 = MEAN + SCALE noise`."""
+    noise, exact = small_noise(), gaussian.MEAN + gaussian.SCALE * small_noise()
+    sample = functools.partial(ode_sample, gaussian.velocity, noise, warp=TimeWarp(2.0))
+    errors = [np.abs(sample(steps=n, solver=solver) - exact).max() for n in (64, 128, 256)]
+    assert errors[-1] < (0.01 if order == 1 else 2e-4)
+    np.testing.assert_allclose(np.log2(np.divide(errors[:-1], errors[1:])), order, atol=0.15)
+
+
+# --- The teacher's SDE ----------------------------------------------------------------------------
+
+
+def released_steps(steps, h, terminal=0.04, shift=1.0):
+    """The release's levels and its formula: factors of state, velocity and noise of each step."""
+    raw = np.linspace(1, 0, steps, endpoint=False)
+    levels = shift * raw / (1 + (shift - 1) * raw)
+    levels = 1 - (1 - levels) * (1 - terminal) / (1 - levels[-1])
+    for begin, end in zip(levels, [*levels[1:], 0], strict=True):
+        dt, square = end - begin, h(begin) ** 2
+        drift = dt if begin == 1 else dt * square / (1 - begin)
+        yield begin, 1 + drift, (1 + square) * dt, np.sqrt(-2 * drift * begin) if end else 0.0
+
+
+def root(level):
+    return np.sqrt(1 - level)
+
+
+@pytest.mark.parametrize(
+    ("h", "given"), [(root, None), (root, root), (lambda level: 0.5, 0.5)], ids=["", "f", "number"]
+)
+def test_the_sde_takes_the_steps_of_the_release(x64, h, given):
+    noise, key = small_noise(), jax.random.key(4)
+    x = noise
+    for index, (level, kept, step, spread) in enumerate(released_steps(9, h, shift=2.0)):
+        fresh = np.asarray(jax.random.normal(jax.random.fold_in(key, index), x.shape))
+        u = np.asarray(gaussian.velocity(jnp.asarray(x), jnp.full(len(x), level)))
+        x = kept * x + step * u + spread * fresh
+    actual = sde_sample(gaussian.velocity, noise, 9, TimeWarp(2.0), key, h=given)
+    np.testing.assert_allclose(actual, x, rtol=1e-10, atol=1e-12)
+
+
+def moments(steps):
+    """Mean and standard deviation after the release's steps in Gaussian data, in closed form."""
+    mean, var = 0.0, 1.0
+    for level, kept, step, spread in released_steps(steps, root, terminal=0.4 / steps):
+        ours = np.ones(1) * level
+        slope = (level - (1 - level) * gaussian.SCALE**2) / gaussian.variance(ours)[0]
+        shift = -slope * (1 - level) * gaussian.MEAN - gaussian.MEAN
+        factor = kept + step * slope
+        mean, var = factor * mean + step * shift, factor**2 * var + spread**2
+    return np.array([mean, np.sqrt(var)])
+
+
+def test_the_sde_samples_gaussian_data_to_first_order():
+    """What many samples have is what the closed form has, which converges to the data."""
+    count, steps = 20000, 16
+    noise = jax.random.normal(jax.random.key(0), (count, 1))
+    sample = jit(
+        lambda z, k: sde_sample(
+            gaussian.velocity, z, steps, TimeWarp(), k, terminal_sigma=0.4 / steps
+        )
+    )
+    x = np.asarray(sample(noise, jax.random.key(1)))
+    expected = moments(steps)
+    assert abs(x.mean() - expected[0]) < 3 * expected[1] / np.sqrt(count)
+    assert abs(x.std() - expected[1]) < 3 * expected[1] / np.sqrt(2 * count)
+    assert abs(np.corrcoef(noise[:, 0], x[:, 0])[0, 1]) < 0.5  # most of the first noise is gone
+    data = np.array([gaussian.MEAN, gaussian.SCALE])
+    errors = np.array([np.abs(moments(n) - data).max() for n in (128, 256, 512)])
+    assert errors[-1] < 0.005
+    np.testing.assert_allclose(np.log2(errors[:-1] / errors[1:]), 1, atol=0.15)
+
+
+def test_the_sde_without_noise_is_the_ode(x64):
+    noise = small_noise()
+    still = sde_sample(linear_field, noise, 1, TimeWarp(), jax.random.key(0), h=0.0)
+    np.testing.assert_allclose(still, ode_sample(linear_field, noise, 1, TimeWarp()), rtol=1e-12)
+    keys = [jax.random.key(seed) for seed in (0, 1)]
+    samples = [sde_sample(linear_field, noise, 5, TimeWarp(), key, h=0) for key in keys]
+    np.testing.assert_array_equal(*samples)
+
+
+def test_the_sde_refuses_impossible_arguments():
+    sample = functools.partial(
+        sde_sample, linear_field, jnp.ones((1, 2)), warp=TimeWarp(), key=jax.random.key(0)
+    )
+    for options, words in (
+        ({"steps": 0}, "steps must be at least 1, got 0"),
+        ({"steps": 2, "h": -1.0}, "h must be finite and at least 0"),
+        ({"steps": 2, "h": lambda level: level - 1}, "h must be finite and at least 0"),
+        ({"steps": 2, "terminal_sigma": 0.0}, r"terminal_sigma must be in \(0, 1\], got 0"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            sample(**options)

@@ -191,6 +191,32 @@ def test_autoencoder_matches_that_of_diffusers():
         np.testing.assert_allclose(ours, other, rtol=1e-9, atol=1e-10)
 
 
+def va_peer(widths=(8, 8, 16, 16, 32), **sizes):
+    """VA-VAE in diffusers: stride 16, and attention at the level of the latents."""
+    diffusers = pytest.importorskip("diffusers")
+    return diffusers.AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4 + ("AttnDownEncoderBlock2D",),
+        up_block_types=("AttnUpDecoderBlock2D",) + ("UpDecoderBlock2D",) * 4,
+        block_out_channels=widths,
+        latent_channels=32,
+        **sizes,
+    )
+
+
+def test_va_autoencoder_matches_that_of_diffusers():
+    torch = pytest.importorskip("torch")
+    torch.manual_seed(3)
+    peer = va_peer(layers_per_block=1, norm_num_groups=4)
+    state = {name: tensor.numpy() for name, tensor in peer.state_dict().items()}
+    module, variables = load_torch_state(state, "vae", norm_groups=4)
+    assert (module.downsampling, module.attention_levels) == (16, (4,))
+    compare_in_float32(torch, module, variables, peer, frames=False, size=(32, 48))
+    back = to_torch_state(module, variables)
+    assert set(back) == set(state)
+    for name, array in state.items():
+        np.testing.assert_array_equal(back[name], array)
+
+
 def test_flux_autoencoder_matches_that_of_diffusers():
     """No convolutions around the latents, other scale and shift, odd numbers of sites."""
     torch = pytest.importorskip("torch")
@@ -281,7 +307,7 @@ def test_what_does_not_fit_a_qwen_autoencoder_is_listed():
         load_torch_state({"a": np.zeros(2)}, "qwen_vae")
 
 
-@pytest.mark.parametrize("kind", ["flux", "qwen"])
+@pytest.mark.parametrize("kind", ["flux", "qwen", "va"])
 def test_the_published_sizes_have_the_names_and_shapes_of_diffusers(kind):
     torch = pytest.importorskip("torch")
     diffusers = pytest.importorskip("diffusers")
@@ -295,6 +321,11 @@ def test_the_published_sizes_have_the_names_and_shapes_of_diffusers(kind):
                 halving_upsample=True,
             )
             rules = qwen_vae_rules(module)
+        elif kind == "va":
+            widths = (128, 128, 256, 256, 512)  # of the sizes "f16d32" in the code of REPA-E
+            peer = va_peer(widths, layers_per_block=2)
+            module = AutoencoderKL(channels=widths, latent_channels=32, attention_levels=(4,))
+            rules = vae_rules(module)
         else:
             peer = diffusers.AutoencoderKL(
                 down_block_types=("DownEncoderBlock2D",) * 4,
@@ -316,13 +347,14 @@ def test_the_published_sizes_have_the_names_and_shapes_of_diffusers(kind):
     assert found == {rule.path for rule in rules}
 
 
-@pytest.mark.parametrize("kind", ["flux", "qwen"])
+@pytest.mark.parametrize("kind", ["flux", "qwen", "va"])
 def test_a_published_folder_tells_scale_and_shift(tmp_path, kind):
     pytest.importorskip("torch")
     diffusers = pytest.importorskip("diffusers")
     if kind == "qwen":
         peer = qwen_peer()
     else:
+        by_channel = {"latents_mean": (1.5, -2.0), "latents_std": (0.5, 4.0)}
         peer = diffusers.AutoencoderKL(
             block_out_channels=(8,),
             norm_num_groups=4,
@@ -331,12 +363,13 @@ def test_a_published_folder_tells_scale_and_shift(tmp_path, kind):
             use_post_quant_conv=False,
             scaling_factor=0.5,
             shift_factor=0.25,
+            **(by_channel if kind == "va" else {}),
         )
     peer.save_pretrained(tmp_path)
     module, _ = open_autoencoder(tmp_path)
     raw = np.random.default_rng(0).normal(size=(2, 3, module.latent_channels))
     settings = peer.config
-    if kind == "qwen":
+    if kind in ("qwen", "va"):  # not by the single scale
         expected = (raw - settings.latents_mean) / settings.latents_std
     else:
         expected = (raw - 0.25) * 0.5
@@ -348,8 +381,8 @@ def test_a_published_folder_tells_scale_and_shift(tmp_path, kind):
         open_autoencoder(tmp_path)
 
 
-def compare_in_float32(torch, module, variables, peer, frames):
-    image = np.random.default_rng(0).uniform(-1, 1, (2, 10, 14, 3)).astype(np.float32)
+def compare_in_float32(torch, module, variables, peer, frames, size=(10, 14)):
+    image = np.random.default_rng(0).uniform(-1, 1, (2, *size, 3)).astype(np.float32)
 
     @jax.jit
     def run(variables, image):
@@ -367,7 +400,7 @@ def compare_in_float32(torch, module, variables, peer, frames):
     if frames:
         shift, scale = np.array(settings.latents_mean), 1 / np.array(settings.latents_std)
     else:
-        shift, scale = settings.shift_factor, settings.scaling_factor
+        shift, scale = settings.shift_factor or 0.0, settings.scaling_factor
     for ours, other in ((mean, posterior.mean), (logvar, posterior.logvar), (decoded, theirs)):
         other = np.moveaxis(other.numpy(), 1, -1)
         other = other[:, 0] if frames else other
