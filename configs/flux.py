@@ -19,6 +19,7 @@ Variants:
     gm_8nfe   the same with 8 evaluations
     dx_4nfe   grid of 10 x_0, 4 evaluations
     datafree  Gaussian mixture, 4 evaluations, of prompts alone
+    arc_2nfe  ArcFlow's recipe: 16 growing velocities, 2 evaluations, of prompts alone
     runlocal  datafree's program at toy size on captioned digits, teacher included
 
     kontext           gm_4nfe for FLUX.1 Kontext [dev], which edits an image, of cached edit pairs
@@ -65,6 +66,8 @@ def get_config(variant: str = "gm_4nfe") -> ml_collections.ConfigDict:
     config.train.steps = 3000
     config.train.num_states = 4
     config.train.mixing_steps = 2000
+    if variant == "arc_2nfe":
+        config.train.steps = 10_000
     if variant == "runlocal":
         miniature(config)
         config.model.flux.depth = 1

@@ -18,7 +18,9 @@ Variants:
     gm_4nfe   Gaussian mixture, 4 evaluations, of image latents with prompts (the default)
     gm_8nfe   the same with 8 evaluations; this recipe is ours, the paper has none
     dx_4nfe   grid of 10 x_0, 4 evaluations
+    dx_polynomial_4nfe  the same with a polynomial of 10 coefficients
     datafree  Gaussian mixture, 4 evaluations, of prompts alone
+    arc_2nfe  ArcFlow's recipe: 16 growing velocities, 2 evaluations, of prompts alone
     runlocal  datafree's program at toy size on captioned digits, teacher included
 
     edit                gm_4nfe for Qwen-Image-Edit, which edits an image, of cached edit pairs
@@ -26,6 +28,9 @@ Variants:
     edit_2509           edit for Qwen-Image-Edit-2509, which takes up to three images
     edit_2509_datafree  edit_datafree for it
     edit_runlocal       runlocal on digits that are inverted or moved
+
+Qwen-Image-2512 is another teacher of the same network: its `transformer` folder takes the place of
+Qwen-Image's above, for the student and for its embeddings of prompts.
 
 The teacher is guided by the empty prompt's embedding with scale 4. Students are not guided. They
 are adapters (rank 256), the output head and the last modulation; everything else is the teacher's.
@@ -50,7 +55,7 @@ EDITING = {
     "edit_2509_datafree": ("datafree", 3, 1024),
     "edit_runlocal": ("runlocal", 1, 512),
 }
-VARIANTS = (*PLAIN, *EDITING)
+VARIANTS = (*PLAIN, "dx_polynomial_4nfe", *EDITING)
 
 
 def get_config(variant: str = "gm_4nfe") -> ml_collections.ConfigDict:
@@ -67,13 +72,20 @@ def get_config(variant: str = "gm_4nfe") -> ml_collections.ConfigDict:
     """
     check_variant(variant, VARIANTS)
     variant, references, text_length = EDITING.get(variant, (variant, 0, 512))
-    config = text_to_image("qwen_image", variant)
+    polynomial = variant == "dx_polynomial_4nfe"
+    config = text_to_image("qwen_image", "dx_4nfe" if polynomial else variant)
     config.data.text_length = text_length
     config.model.qwen_image.references = references
     config.model.qwen_image.depth = 60
     config.teacher.guidance_scale = 4.0
     config.train.steps = 9000
     config.train.num_states = 2
+    if polynomial:
+        config.policy.mode = "polynomial"
+    if variant == "arc_2nfe":
+        config.train.steps = 15_000
+        config.train.num_states = 4
+        config.train.mixing_steps = 1000
     if variant == "runlocal":
         miniature(config)
         config.model.qwen_image.depth = 3

@@ -339,6 +339,16 @@ def test_the_ends_of_ranges_are_accepted(values):
             "'digits'",
         ),
         (
+            {"train__optimizer__growth_rate_scale": 0.1},
+            "config.train.optimizer.growth_rate_scale is for rates of growth and must be 1 with "
+            "config.policy.kind = 'gm', got 0.1",
+        ),
+        (
+            {"policy__kind": "arc", "teacher__optimizer__growth_rate_scale": 0.1},
+            "config.teacher.optimizer.growth_rate_scale is for the output layer of this package's "
+            "students and must be 1 here, got 0.1",
+        ),
+        (
             {"data__name": "prompts"},
             "config.model.network = 'dit' needs a data set with classes as config.data.name, got "
             "'prompts'",

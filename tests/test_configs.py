@@ -156,6 +156,35 @@ def test_editing_miniatures_are_the_same_program(name, variant):
 
 
 @pytest.mark.parametrize("name", ["flux", "qwen_image"])
+def test_arcflow_recipes_are_those_of_its_code(name):
+    """`configs/*/arc*_2nfe_k16.py` of pnotp/ArcFlow."""
+    config, flux = parse(load(name).get_config("arc_2nfe")), name == "flux"
+    model, train = config.model.own, config.train
+    assert (config.policy.kind, config.policy.num_components) == ("arc", 16)
+    assert (train.nfe, train.final_step_size_scale, train.shift) == (2, 1.0, 3.2)
+    assert (train.num_states, train.window_substeps, train.total_substeps) == (4, 3, 128)
+    assert (train.gm_dropout, train.loss_scale, train.data_free) == (0.1, 30.0, True)
+    assert (train.steps, train.mixing_steps) == ((10_000, 2000) if flux else (15_000, 1000))
+    assert (model.lora_rank, model.lora_dropout) == (256, 0.05)
+    assert config.teacher.guidance_scale == (1.0 if flux else 4.0)
+    assert (train.optimizer.learning_rate, train.optimizer.growth_rate_scale) == (1e-4, 0.1)
+
+
+def test_the_polynomial_recipe_differs_from_the_grid_s_in_its_mode_alone():
+    """`dxqwen_p10_piid_4step_32gpus.py` of the release, beside `dxqwen_n10`."""
+    qwen = load("qwen_image")
+    polynomial, grid = (qwen.get_config(v) for v in ("dx_polynomial_4nfe", "dx_4nfe"))
+    settings = parse(polynomial)
+    assert (settings.policy.mode, settings.policy.num_grid) == ("polynomial", 10)
+    train = settings.train
+    assert (train.window_substeps, train.num_states, train.steps) == (3, 2, 9000)
+    polynomial.policy.mode = "grid"
+    assert polynomial == grid
+    with pytest.raises(ValueError, match="variants gm_4nfe"):
+        load("flux").get_config("dx_polynomial_4nfe")
+
+
+@pytest.mark.parametrize("name", ["flux", "qwen_image"])
 def test_miniatures_are_the_same_program(name):
     small, large = (parse(load(name).get_config(v)) for v in ("runlocal", "datafree"))
     assert small.data.name == "captioned_digits" and small.train.data_free

@@ -167,6 +167,13 @@ class OptimizerConfig:
         "how the learning rate decays after warm-up",
         choices=("constant", "cosine", "linear"),
     )
+    growth_rate_scale: float = _field(
+        1.0,
+        "factor of the learning rate for the layer that predicts the rates of growth (arc)",
+        above=0,
+        low=1e-6,
+        most=1e3,
+    )
     moment_dtype: str = _field(
         "float32", "dtype of the first moment", choices=("float32", "bfloat16")
     )

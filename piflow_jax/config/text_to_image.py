@@ -9,7 +9,7 @@ from piflow_jax.config.parsing import base_config, check_variant
 
 __all__ = ["VARIANTS", "miniature", "text_to_image"]
 
-VARIANTS = ("gm_4nfe", "gm_8nfe", "dx_4nfe", "datafree", "runlocal")
+VARIANTS = ("gm_4nfe", "gm_8nfe", "dx_4nfe", "datafree", "arc_2nfe", "runlocal")
 
 
 def text_to_image(network: str, variant: str) -> ml_collections.ConfigDict:
@@ -73,6 +73,16 @@ def text_to_image(network: str, variant: str) -> ml_collections.ConfigDict:
         config.policy.kind = "dx"
         config.policy.num_grid = 10
         config.train.gm_dropout = 0.0
+        config.evaluation.temperature = 1.0
+    elif variant == "arc_2nfe":  # from the code of ArcFlow (arXiv 2602.09014)
+        config.policy.kind = "arc"
+        config.policy.num_components = 16
+        config.train.nfe = 2
+        config.train.final_step_size_scale = 1.0
+        config.train.num_states = 4
+        config.train.optimizer.growth_rate_scale = 0.1
+        config.train.data_free = True
+        config.train.batch_size = 16  # on four GPUs
         config.evaluation.temperature = 1.0
     elif variant in ("datafree", "runlocal"):
         config.train.data_free = True

@@ -48,11 +48,13 @@ class PolicyKind(abc.ABC):
       spec: keys of `config.policy` without which a checkpoint's weights mean nothing.
       tempered: the policy has a temperature (see `few_step_sample`).
       predicts_std: the output has one log standard deviation per sample.
+      grows: the output has rates of growth.
     """
 
     spec: ClassVar[tuple[str, ...]]
     tempered: ClassVar[bool] = False
     predicts_std: ClassVar[bool] = False
+    grows: ClassVar[bool] = False
 
     @abc.abstractmethod
     def head(self, config: PolicyConfig) -> nn.Module:
@@ -115,6 +117,12 @@ class PolicyKind(abc.ABC):
             raise ConfigError(
                 "config.train.gm_dropout drops mixture components and must be 0 with "
                 f"config.policy.kind = {policy.kind!r}, got {dropout}"
+            )
+        scale = config.train.optimizer.growth_rate_scale
+        if scale != 1 and not self.grows:
+            raise ConfigError(
+                "config.train.optimizer.growth_rate_scale is for rates of growth and must be 1 with "
+                f"config.policy.kind = {policy.kind!r}, got {scale}"
             )
 
 
@@ -226,6 +234,7 @@ class ArcFlow(PolicyKind):
     """ArcFlow: `K` means `(K, C)`, then `K` logits, then `K` unbounded rates of growth."""
 
     spec = ("kind", "num_components")
+    grows = True
 
     def head(self, config):
         return ArcHead(config.num_components)

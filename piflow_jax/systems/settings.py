@@ -47,6 +47,12 @@ def check_choices(config: Config) -> None:
                 )
     trained = {"teacher": config.teacher, "train": train, "train.corrector": train.corrector}
     for group, settings in trained.items():
+        scale = settings.optimizer.growth_rate_scale
+        if scale != 1 and (settings is not train or kind.of_caller):
+            raise ConfigError(
+                f"config.{group}.optimizer.growth_rate_scale is for the output layer of this "
+                f"package's students and must be 1 here, got {scale}"
+            )
         if not model.own.blocks and settings.optimizer.kind == "muon":
             raise ConfigError(
                 f"config.{group}.optimizer.kind = 'muon' is for the matrices of a DiT's blocks, "

@@ -8,9 +8,11 @@ import optax
 from optax.contrib import MuonDimensionNumbers, muon
 
 from piflow_jax.config import OptimizerConfig
+from piflow_jax.models.heads import RATES
 
 __all__ = [
     "clip_after",
+    "growth_rates",
     "karras_decay",
     "learning_rate",
     "make_optimizer",
@@ -114,6 +116,9 @@ def muon_matrices(params):
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
     """The optimiser with warm-up, and with clipping after the warm-up.
 
+    The layer that predicts ArcFlow's rates of growth takes smaller steps by
+    `config.growth_rate_scale`, as in the code of its authors (arXiv 2602.09014).
+
     `adamw` is the optimiser of the reference. `muon` orthogonalises the momentum of the blocks'
     matrices (Jordan, 2024), scales it to Adam's root mean square (2502.16982), and uses AdamW for
     all other parameters. Both use Nesterov momentum.
@@ -147,7 +152,28 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
             weight_decay=config.weight_decay,
             mu_dtype=moment_dtype,
         )
-    return optax.chain(clip_after(config.grad_clip, config.warmup_steps), rule)
+    rules = [clip_after(config.grad_clip, config.warmup_steps), rule]
+    if config.growth_rate_scale != 1:  # otherwise states are as they were before there was a choice
+        scale = optax.scale(config.growth_rate_scale)
+        rules.append(optax.masked(scale, growth_rates))
+    return optax.chain(*rules)
+
+
+def growth_rates(params):
+    """Selects the parameters of the layer that predicts rates of growth; see `ArcHead`.
+
+    Args:
+      params: the network's parameters.
+
+    Returns:
+      A tree of the same structure, True for these parameters.
+    """
+
+    def of_rates(path, _):
+        names = [getattr(key, "key", None) for key in path]
+        return names[-3:-1] == ["head", RATES]
+
+    return jax.tree_util.tree_map_with_path(of_rates, params)
 
 
 def karras_decay(step: jax.Array, start: int, gamma: float) -> jax.Array:

@@ -261,3 +261,33 @@ def test_the_first_moment_may_be_kept_in_half_precision(kind):
         # of a nearly singular matrix into larger ones.
         cosine = jnp.vdot(ours, leaf) / (jnp.linalg.norm(ours) * jnp.linalg.norm(leaf))
         assert cosine > {"adamw": 0.999, "muon": 0.95}[kind]
+
+
+# --- The layer of the rates of growth -----------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_rates_of_growth_take_steps_of_their_own_size(kind):
+    params = {
+        "params": {
+            "head": {name: {"kernel": jnp.ones((4, 2))} for name in ("rates", "means")},
+            "blocks": {"rates": {"kernel": jnp.ones((2, 4, 4))}},  # no head's
+        }
+    }
+    grads = jax.tree.map(lambda a: 0.3 * a, params)
+
+    def steps(scale):
+        optimizer = make_optimizer(OptimizerConfig(kind=kind, growth_rate_scale=scale), 100)
+        state = optimizer.init(params)
+        updates, state = jax.jit(optimizer.update)(grads, state, params)
+        return updates["params"], state
+
+    (plain, before), (slow, _) = steps(1.0), steps(0.1)
+    np.testing.assert_allclose(
+        slow["head"]["rates"]["kernel"], 0.1 * plain["head"]["rates"]["kernel"], rtol=1e-6
+    )
+    assert np.abs(plain["head"]["rates"]["kernel"]).min() > 0
+    np.testing.assert_array_equal(slow["head"]["means"]["kernel"], plain["head"]["means"]["kernel"])
+    jax.tree.map(np.testing.assert_array_equal, slow["blocks"], plain["blocks"])
+    # Without the choice, the state is that of older checkpoints.
+    assert len(before) == 2

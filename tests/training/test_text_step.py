@@ -105,6 +105,28 @@ def distil(network, optimizer=None, batch=None, **changes):
     return step(state, params, jax.random.key(3), batch)
 
 
+RECIPES = [
+    {"policy__kind": "arc", "train__num_states": 4, "train__optimizer__growth_rate_scale": 0.1},
+    {"policy__kind": "dx", "policy__mode": "polynomial", "train__gm_dropout": 0.0},
+]
+
+
+@pytest.mark.parametrize("changes", RECIPES, ids=["arc", "polynomial"])
+@pytest.mark.parametrize("network", NETWORKS)
+def test_steps_of_later_recipes_move_all_that_is_trained(network, changes):
+    config, source, data, teacher, student, params, trained = system(network, **changes)
+    optimizer = make_optimizer(config.train.optimizer, 10)
+    step = step_of(config, data, optimizer, student, teacher, source.null)
+    state = TrainState.create(trained, optimizer)
+    arguments = (state, params, jax.random.key(3), batch_of(source))
+    shapes, metrics = jax.eval_shape(step, *arguments)
+    assert jax.tree.structure(shapes) == jax.tree.structure(state) and "loss" in metrics
+    if network == "qwen_image":  # compiled where it is cheapest
+        after, metrics = jax.jit(step)(*arguments)
+        assert np.isfinite(metrics["loss"])
+        assert all(jax.tree.leaves(jax.tree.map(lambda a: np.isfinite(a).all(), after.params)))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("network", "data_free"), [("flux", True), ("qwen_image", True), ("flux", False)]
