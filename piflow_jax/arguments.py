@@ -7,6 +7,7 @@ Docstrings say what wrong values do there.
 import contextlib
 import math
 import operator
+import os
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
@@ -23,6 +24,7 @@ __all__ = [
     "class_labels",
     "differing",
     "known",
+    "lora_strengths",
     "prefixed",
     "whole",
 ]
@@ -242,3 +244,32 @@ def whole(name: str, value: Any, low: int, high: int = 2**31 - 1) -> int:
     if number > high:
         raise ValueError(f"{name} must be at most {high}, got {number}")
     return number
+
+
+def lora_strengths(loras: Any) -> dict[str, float]:
+    """Strengths of LoRA files.
+
+    Args:
+      loras: a mapping from paths to strengths, or a list of entries `path` or `path@strength`.
+
+    Returns:
+      The strengths by path, in order.
+
+    Raises:
+      ValueError: a strength is not one finite number.
+    """
+    pairs = loras.items() if isinstance(loras, Mapping) else map(_parsed, loras)
+    found: dict[str, float] = {}
+    for path, strength in pairs:
+        check_number(f"the strength of {path}", strength, finite=True)
+        found[os.fspath(path)] = found.get(os.fspath(path), 0.0) + float(strength)
+    return found
+
+
+def _parsed(entry: str | os.PathLike) -> tuple[str, float]:
+    entry = os.fspath(entry)
+    path, at, strength = entry.rpartition("@")
+    try:
+        return (path, float(strength)) if at else (entry, 1.0)
+    except ValueError:  # the sign belongs to the path
+        return entry, 1.0

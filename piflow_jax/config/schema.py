@@ -206,6 +206,12 @@ class TeacherConfig:
         "have the names of the original DiT (and REPA) or of SiT",
         choices=("", "dit", "original_dit", "original_sit"),
     )
+    loras: tuple[str, ...] = _field(
+        (),
+        "LoRA files that are added to the weights, each a path or `path@strength`: a fine-tune "
+        "that is distilled without a second copy of its base",
+        may_be_empty=True,
+    )
     steps: int = _field(3000, "training steps", low=1)
     batch_size: int = _field(
         128, "global batch size; divisible by mesh.data times mesh.fsdp", low=1
@@ -401,6 +407,12 @@ class EvaluationConfig:
         "",
         "official student weights (.safetensors or .pth, also gs://...), in place of the run's "
         "checkpoint",
+    )
+    loras: tuple[str, ...] = _field(
+        (),
+        "LoRA files that are added to the base of a student with adapters when it samples, and to "
+        "the teacher when that does, each a path or `path@strength`",
+        may_be_empty=True,
     )
     features: str = _field("", "file of the Inception weights, for FID")
     reference: str = _field(

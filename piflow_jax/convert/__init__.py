@@ -18,6 +18,7 @@ from piflow_jax.convert.adapters import (
 from piflow_jax.convert.autoencoders import open_autoencoder
 from piflow_jax.convert.files import holds_weights, open_weights
 from piflow_jax.convert.heads import check_exportable
+from piflow_jax.convert.loras import with_loras
 from piflow_jax.convert.rules import export_state
 from piflow_jax.convert.table import kind_of, named, network_of
 from piflow_jax.models.heads import DXHead
@@ -117,5 +118,6 @@ __all__ = [
     "open_autoencoder",
     "open_weights",
     "to_torch_state",
+    "with_loras",
     "write_safetensors",
 ]

@@ -130,10 +130,10 @@ def load_adapter(
     found = _renamed(state)
     rules = adapter_rules(module)
     _check_kind(module, found)
-    scale = _scales(state, module.lora.rank)
+    scale = scales(state)
     for name, array in found.items():
         if name.endswith(_UP):
-            factor = scale(name.removesuffix(_UP))
+            factor = scale(name.removesuffix(_UP), module.lora.rank)
             found[name] = array if factor == 1 else _times(factor, array)
     like = next((a.dtype for n, a in found.items() if n.endswith(_DOWN)), np.float32)
     for name, shape in _unused(module).items():
@@ -181,8 +181,18 @@ def _check_kind(module: Flux | QwenImage, found: Mapping[str, Any]) -> None:
         raise ValueError(f"the rank is {ranks}, and the settings' lora_rank is {module.lora.rank}")
 
 
-def _scales(state: Mapping[str, Any], rank: int) -> Callable[[str], float]:
-    """Scale by layer name, from the adapter's own settings; 1 without settings."""
+def scales(state: Mapping[str, Any]) -> Callable[[str, int], float]:
+    """Scales of adapters in their own settings.
+
+    Args:
+        state: Arrays from `open_weights`, whose settings are in the file or in a file beside it.
+
+    Returns:
+        The scale of a layer and its rank; 1 without settings.
+
+    Raises:
+        ValueError: The settings are damaged.
+    """
     text, where = getattr(state, "metadata", {}).get(_METADATA), _METADATA
     path = getattr(state, "path", None)
     if text is None and path is not None and path.with_name(_BESIDE).is_file():
@@ -208,7 +218,7 @@ def _scales(state: Mapping[str, Any], rank: int) -> Callable[[str], float]:
     if wrong:
         raise ValueError(f"{where}: lora_alpha must be finite and above 0, got {wrong[0]}")
 
-    def scale(layer: str) -> float:
+    def scale(layer: str, rank: int) -> float:
         alpha = next(value for pattern, value in alphas.items() if pattern.match(layer))
         return 1.0 if alpha is None else float(alpha) / root(rank)
 

@@ -202,6 +202,46 @@ def _release(module: Flux) -> dict[str, Any]:
     }
 
 
+def _whole(*names: str) -> tuple[tuple[str, int, int], ...]:
+    return tuple((name, 0, 1) for name in names)
+
+
+def _first_stream(first: str, names: tuple) -> dict[str, tuple]:
+    attention, out, modulation, mlp = names
+    block = f"double_blocks.{{layer}}.{first}"
+    return {
+        f"{block}_attn.qkv": _whole(*(f"{DOUBLE}attn.{name}" for name in attention[0])),
+        f"{block}_attn.proj": _whole(f"{DOUBLE}attn.{out}"),
+        f"{block}_mod.lin": _whole(f"{DOUBLE}{modulation}"),
+        f"{block}_mlp.0": _whole(f"{DOUBLE}{mlp}.net.0.proj"),
+        f"{block}_mlp.2": _whole(f"{DOUBLE}{mlp}.net.2"),
+    }
+
+
+def _first_embedder(first: str, official: str) -> dict[str, tuple]:
+    layers = zip(("in_layer", "out_layer"), (1, 2), strict=True)
+    return {f"{first}.{layer}": _whole(official.format(i)) for layer, i in layers}
+
+
+# Layers of the first release of FLUX.1, whose names kohya's scripts and ComfyUI use.
+FIRST_NAMES = {
+    **_first_stream("img", STREAMS[0]),
+    **_first_stream("txt", STREAMS[1]),
+    "single_blocks.{layer}.linear1": _whole(
+        *(f"{SINGLE}attn.{name}" for name in ATTENTION[0][0]), f"{SINGLE}proj_mlp"
+    ),
+    "single_blocks.{layer}.linear2": _whole(f"{SINGLE}proj_out"),
+    "single_blocks.{layer}.modulation.lin": _whole(f"{SINGLE}norm.linear"),
+    "img_in": _whole("x_embedder"),
+    "txt_in": _whole("context_embedder"),
+    **_first_embedder("time_in", TIME),
+    **_first_embedder("vector_in", POOLED),
+    **_first_embedder("guidance_in", GUIDANCE),
+    "final_layer.linear": _whole(OUTPUT),
+    # The shift comes before the scale there.
+    "final_layer.adaLN_modulation.1": (("norm_out.linear", 1, 2), ("norm_out.linear", 0, 2)),
+}
+
 FLUX = Kind(
     name="flux",
     mark="single_transformer_blocks.0.proj_mlp.weight",
@@ -214,4 +254,5 @@ FLUX = Kind(
     ),
     rules=flux_rules,
     release=_release,
+    first_names=FIRST_NAMES,
 )

@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from flax import linen as nn
@@ -29,6 +29,9 @@ class Kind:
         rules: The table for a module's parameters; None if these names can only be read.
         unread: Prefix of the layers with adapters that the release leaves out.
         release: The class in the release, and arguments that the others of its family lack.
+        first_names: Layers under names that LoRA files have in place of the official ones, with
+            `{layer}` for a number: the official layers of their rows in turn, and the part of each
+            as `(name, part, number of parts)`.
     """
 
     name: str
@@ -40,6 +43,9 @@ class Kind:
     rules: Callable[[Any], list[Rule]] | None = None
     unread: Callable[[Any], str] = lambda module: ""
     release: Callable[[Any], dict[str, Any]] | None = None
+    first_names: Mapping[str, Sequence[tuple[str, int, int]]] = dataclasses.field(
+        default_factory=dict
+    )
 
 
 def adapter_of(state: Mapping[str, Any]) -> str | None:

@@ -14,7 +14,7 @@ import numpy as np
 from piflow_jax.convert.float8 import FLOAT8
 from piflow_jax.safetensors_files import LazyArray
 
-__all__ = ["Leaf", "dtype_of"]
+__all__ = ["Leaf", "dtype_of", "kept_dtype"]
 
 
 class Leaf(LazyArray):
@@ -152,20 +152,27 @@ def dtype_of(array: Any) -> np.dtype:
     return dtype if isinstance(dtype, np.dtype) else np.asarray(array).dtype
 
 
-def _kept_dtype(dtype: np.dtype) -> np.dtype:
-    """The dtype of a leaf: bfloat16 instead of float8, whose numbers it can all represent."""
+def kept_dtype(dtype: np.dtype) -> np.dtype:
+    """The dtype in which numbers are kept.
+
+    Args:
+        dtype: That of a file.
+
+    Returns:
+        The same, but bfloat16 instead of float8, whose numbers it can all represent.
+    """
     return np.dtype(ml_dtypes.bfloat16) if dtype in FLOAT8 else dtype
 
 
 def _common_dtype(arrays: Iterable[Any]) -> np.dtype:
-    dtypes = {_kept_dtype(dtype_of(array)) for array in arrays}
+    dtypes = {kept_dtype(dtype_of(array)) for array in arrays}
     # numpy has no common type for float16 and bfloat16.
     return dtypes.pop() if len(dtypes) == 1 else functools.reduce(jnp.promote_types, dtypes)
 
 
 def _finite(name: str, read: np.ndarray) -> np.ndarray:
     """The numbers read; ValueError if they are not finite in JAX, where float64 becomes float32."""
-    read = read.astype(_kept_dtype(read.dtype), copy=False)
+    read = read.astype(kept_dtype(read.dtype), copy=False)
     with np.errstate(over="ignore"):
         seen = read.astype(np.float32) if read.dtype == np.float64 else read
     finite = np.isfinite(seen)

@@ -89,7 +89,10 @@ _COMPUTED_BY = ("model.remat", "model.attention", "model.scan_unroll")
 _TEACHER = "teacher.parameters"
 _TEACHER_MADE_BY = tuple(
     f"teacher.{key}"
-    for key in ("checkpoint", "weights", "steps", "batch_size", "label_dropout", "optimizer.")
+    for key in (
+        *("checkpoint", "weights", "loras"),
+        *("steps", "batch_size", "label_dropout", "optimizer."),
+    )
 )
 
 

@@ -14,10 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from piflow_jax.arguments import check_choice, prefixed
+from piflow_jax.arguments import check_choice, lora_strengths, prefixed
 from piflow_jax.config import ModelConfig, PolicyConfig, parse
 from piflow_jax.exported import DESCRIPTION
 from piflow_jax.flow.teacher import Schedule, Teacher
+from piflow_jax.loading.loras import fine_tuned
 from piflow_jax.loading.shipped import shipped_names, weights_path
 from piflow_jax.loading.weights import averaged, converted, find_checkpoint
 from piflow_jax.runs.workdir import user_path
@@ -50,6 +51,7 @@ def load(
     dtype: str = "float32",
     teacher: str | os.PathLike | Teacher | None = None,
     network: Any = None,
+    loras: Any = None,
 ) -> Student:
     """Loads a student.
 
@@ -68,6 +70,9 @@ def load(
         a schedule of your own functions, that `Teacher`.
       network: of a network of your own the one that `distill` was given, or the function that makes
         it, `config.model.network` of its run; a function that a file names is never imported.
+      loras: of a student with adapters, LoRA files that are added to the official weights of its
+        teacher: strengths by path, or paths (`path@strength`). Names may be those of `peft`,
+        `diffusers`, kohya's scripts or ComfyUI.
 
     Returns:
       The student, on the default device.
@@ -77,11 +82,11 @@ def load(
       OSError: the bucket cannot be read; says why, and the remedy.
       CheckpointError: the checkpoint is unusable, or not a student's.
       ValueError: the file is not a student's, `config` is missing or does not fit, `dtype` is none
-        of the two, or the teacher is missing or another one.
+        of the two, the teacher is missing or another one, or a LoRA file does not fit it.
     """
     dtype, path = _compute_dtype(dtype), weights_path(path, "student")
     if _is_weights(path):
-        return _from_file(path, config, dtype, teacher)
+        return _from_file(path, config, dtype, teacher, loras)
     directory, step, spec, saved = find_checkpoint(path, "student")
     with prefixed(directory):
         settings = trained_with(student_settings(spec), saved)
@@ -91,8 +96,15 @@ def load(
             settings, network = _network(settings, dtype)
     trained = averaged(directory, network, step)
     if not network.adapted:
+        _no_loras(loras)
         return Student(network, trained, settings)
-    return _on_base(settings, trained, teacher or path, _base_dtype(saved))
+    own = updated_settings(saved).get("teacher.loras")
+    if own and loras is None:
+        raise ValueError(
+            f"{directory}: its teacher had LoRA files of its own ({', '.join(own)}): pass loras= "
+            "with them, or {} if teacher= has them already"
+        )
+    return _on_base(settings, trained, teacher or path, _base_dtype(saved), loras)
 
 
 def _compute_dtype(dtype: Any) -> str:
@@ -261,16 +273,23 @@ def _typed(model: ModelConfig, *, dtype: str, base_dtype: str | None = None) -> 
 
 
 def _on_base(
-    settings: StudentSettings, trained: Any, teacher: str | os.PathLike, base_dtype: str | None
+    settings: StudentSettings,
+    trained: Any,
+    teacher: str | os.PathLike,
+    base_dtype: str | None,
+    loras: Any,
 ) -> Student:
     """A student with adapters on its teacher's variables, of `base_dtype` where that is known."""
-    base, base_dtype = _base(settings, user_path(teacher), base_dtype)
+    base, base_dtype = _base(settings, user_path(teacher), base_dtype, lora_strengths(loras or {}))
     settings, network = _network(settings, settings.model.dtype, base_dtype)
     return Student(network, network.with_base(trained, base), settings)
 
 
 def _base(
-    settings: StudentSettings, teacher: epath.Path, base_dtype: str | None
+    settings: StudentSettings,
+    teacher: epath.Path,
+    base_dtype: str | None,
+    loras: dict[str, float],
 ) -> tuple[Any, str]:
     """Variables of the teacher on which a student's adapters are put, and their type.
 
@@ -280,6 +299,7 @@ def _base(
 
     model, data = settings.model, settings.data
     if any((teacher / place).is_dir() for place in ("teacher", "checkpoints")):
+        _no_loras(loras)
         directory, step, spec, saved = find_checkpoint(teacher, "teacher")
         base_dtype = _base_dtype(saved) or model.own.base_dtype
         types = {"dtype": model.dtype, "base_dtype": base_dtype}
@@ -297,7 +317,16 @@ def _base(
     base_dtype = base_dtype or _type_of(weights)
     network = teacher_network(_typed(model, dtype=model.dtype, base_dtype=base_dtype), data)
     with prefixed(teacher):
+        weights = fine_tuned(weights, network, model.network, loras, of_student=True)
         return converted(weights, network, model.network), base_dtype
+
+
+def _no_loras(loras: Any) -> None:
+    if loras:
+        raise ValueError(
+            "loras= are added to the official weights of a student's teacher: the student must "
+            "have adapters, and teacher= be such weights"
+        )
 
 
 def _type_of(weights: Mapping[str, Any]) -> str:
@@ -308,7 +337,7 @@ def _type_of(weights: Mapping[str, Any]) -> str:
 
 
 def _from_file(
-    path: epath.Path, config: Any, dtype: str, teacher: str | os.PathLike | None
+    path: epath.Path, config: Any, dtype: str, teacher: str | os.PathLike | None, loras: Any
 ) -> Student:
     from piflow_jax.convert import is_adapter, open_weights
 
@@ -338,5 +367,6 @@ def _from_file(
             network = dataclasses.replace(network, module=network.module.clone(lora=None))
         params = converted(weights, network, f"{settings.policy.kind}_{settings.model.network}")
     if not adapter:
+        _no_loras(loras)
         return Student(network, params, settings)
-    return _on_base(settings, params, teacher, base_dtype)
+    return _on_base(settings, params, teacher, base_dtype, loras)

@@ -7,9 +7,10 @@ from typing import Any
 from etils import epath
 from jax.sharding import Mesh
 
-from piflow_jax.arguments import prefixed
+from piflow_jax.arguments import lora_strengths, prefixed
 from piflow_jax.config import Config, ConfigError
 from piflow_jax.convert import open_weights
+from piflow_jax.loading.loras import fine_tuned
 from piflow_jax.loading.weights import averaged, converted, find_checkpoint
 from piflow_jax.parallel import local_mesh, parameter_shardings, processes, replicated
 from piflow_jax.runs.checkpoint import CheckpointError, check_spec, read_spec
@@ -99,9 +100,16 @@ def student_dir(config: Config, workdir: str | os.PathLike) -> str:
 
 
 def load_teacher(
-    config: Config, data: DataShape, workdir: str | os.PathLike, shardings: Any = None
+    config: Config,
+    data: DataShape,
+    workdir: str | os.PathLike,
+    shardings: Any = None,
+    *,
+    sampled: str = "",
 ) -> Any:
     """The teacher's parameters: official weights, or the average of a checkpoint.
+
+    LoRA files of `config.teacher.loras` are added to official weights.
 
     The checkpoint is the given one, or that of the given run, or that of the work directory.
 
@@ -110,6 +118,8 @@ def load_teacher(
       data: what the data looks like.
       workdir: the run's directory.
       shardings: see `averaged`; by default every device of this process has all of them.
+      sampled: what samples with the parameters, `student` or `teacher`: those of
+        `config.evaluation.loras` are added too.
 
     Returns:
       Parameters of `teacher_network(config.model, data)`.
@@ -130,7 +140,9 @@ def load_teacher(
             f"config.teacher.weights_format must be one of {', '.join(formats)} with "
             f"config.model.network = {config.model.network!r}, got {form!r}"
         )
-    return _official(config, "teacher", network, spec, form, shardings)
+    loras = config.teacher.loras + (config.evaluation.loras if sampled else ())
+    added = {"loras": loras, "of_student": sampled == "student"}
+    return _official(config, "teacher", network, spec, form, shardings, **added)
 
 
 def load_student(
@@ -156,7 +168,7 @@ def load_student(
       ConfigError: the official weights contradict the settings, or need PyTorch to be read.
     """
     network, spec = student_network(config.model, config.policy, data), student_spec(config, data)
-    base = _teacher_on(mesh, config, data, workdir) if network.adapted else None
+    base = _teacher_on(mesh, config, data, workdir, "student") if network.adapted else None
     shardings = _split(mesh, network)
     if config.evaluation.weights:
         form = f"{config.policy.kind}_{config.model.network}"
@@ -198,7 +210,7 @@ def load_system(
     """Parameters of the system that `config.evaluation.system` names; see `load_student`."""
     if config.evaluation.system == "student":
         return load_student(config, data, workdir, mesh)
-    return _teacher_on(mesh, config, data, workdir)
+    return _teacher_on(mesh, config, data, workdir, "teacher")
 
 
 def load_average(
@@ -231,14 +243,24 @@ def _split(mesh: Mesh | None, network: Network) -> Any:
     return parameter_shardings(mesh, network.trained(named) if network.adapted else named)
 
 
-def _teacher_on(mesh: Mesh | None, config: Config, data: DataShape, workdir: str | os.PathLike):
+def _teacher_on(
+    mesh: Mesh | None, config: Config, data: DataShape, workdir: str | os.PathLike, sampled: str
+) -> Any:
     """The teacher's parameters, split over a mesh's devices as `load_student` splits its own."""
     shardings = _split(mesh, teacher_network(config.model, data))
-    return load_teacher(config, data, workdir, shardings)
+    return load_teacher(config, data, workdir, shardings, sampled=sampled)
 
 
 def _official(
-    config: Config, group: str, network: Network, spec: dict[str, Any], form: str, shardings: Any
+    config: Config,
+    group: str,
+    network: Network,
+    spec: dict[str, Any],
+    form: str,
+    shardings: Any,
+    *,
+    loras: tuple[str, ...] = (),
+    of_student: bool = False,
 ) -> Any:
     """Parameters of a group's weight file that says nothing else than the settings do."""
     given = getattr(config, group).weights
@@ -256,6 +278,7 @@ def _official(
         elif spec["kind"] == "student":
             policy = weights.metadata.get("policy_config")
             check_policy_config(policy, config.policy, config.train)
+        weights = fine_tuned(weights, network, form, lora_strengths(loras), of_student=of_student)
         return converted(weights, network, form, shardings or replicated(local_mesh()))
     except (CheckpointError, FileNotFoundError, ImportError, ValueError) as error:
         if processes.lost(error):  # another one has refused its part, and says why

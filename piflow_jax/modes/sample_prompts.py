@@ -215,6 +215,9 @@ def _settings(config: Config, data: DataShape, place: int) -> dict[str, Any]:
         "model.dtype": record["dtype"],
         "place": place,
     }
+    for group in ("teacher", "evaluation"):
+        if loras := getattr(config, group).loras:
+            made[f"{group}.loras"] = list(loras)
     if settings.system == "teacher":
         return (
             teacher_spec(config, data)

@@ -121,8 +121,8 @@ class PolicyKind(abc.ABC):
         scale = config.train.optimizer.growth_rate_scale
         if scale != 1 and not self.grows:
             raise ConfigError(
-                "config.train.optimizer.growth_rate_scale is for rates of growth and must be 1 with "
-                f"config.policy.kind = {policy.kind!r}, got {scale}"
+                "config.train.optimizer.growth_rate_scale is for rates of growth and must be 1 "
+                f"with config.policy.kind = {policy.kind!r}, got {scale}"
             )
 
 

@@ -2,7 +2,8 @@
 
 from fractions import Fraction
 
-from piflow_jax.config import Config, ConfigError
+from piflow_jax.arguments import lora_strengths
+from piflow_jax.config import Config, ConfigError, naming
 from piflow_jax.systems.datasets import DATASETS, dataset
 from piflow_jax.systems.networks import network_kind
 from piflow_jax.systems.policies import POLICIES
@@ -37,6 +38,20 @@ def check_choices(config: Config) -> None:
         raise ConfigError(
             f"config.evaluation.every must be 0 with config.data.name = {config.data.name!r}, got "
             f"{config.evaluation.every}; look at checkpoints with --mode=sample"
+        )
+    for group in ("teacher", "evaluation"):
+        loras = getattr(config, group).loras
+        if loras and not config.teacher.weights:
+            raise ConfigError(
+                f"config.{group}.loras are added to config.teacher.weights, which is empty; of a "
+                "teacher that was trained here, --mode=export writes them"
+            )
+        with naming(f"config.{group}.loras"):
+            lora_strengths(loras)
+    if config.evaluation.loras and kind.targets is None:
+        raise ConfigError(
+            "config.evaluation.loras are for students that are adapters on their teacher, not for "
+            f"config.model.network = {model.network!r}; give config.teacher.loras to distil them"
         )
     if kind.official is None:
         for group in ("teacher", "evaluation"):

@@ -49,7 +49,10 @@ _SAMPLING = ("nfe", "final_step_size_scale", "shift", "total_substeps")
 _RENAMED = {"data.name": {"imagenet": "latents"}}
 _ADDED = {"data.vae": ""}
 # Settings of a student's run that were added later, with their earlier values.
-_LATER = {"train.initial": "", "train.solver": "euler", "train.nfe_choices": []}
+_LATER = {
+    **{"train.initial": "", "train.solver": "euler", "train.nfe_choices": []},
+    "teacher.loras": [],
+}
 
 
 def updated(spec: Mapping[str, Any]) -> dict[str, Any]:
@@ -92,6 +95,8 @@ def updated_settings(saved: Mapping[str, Any]) -> dict[str, Any]:
         settings[key] = value
     if "train.steps" in settings:
         settings = _LATER | settings
+    for key in [key for key in settings if key.endswith(".optimizer.kind")]:
+        settings.setdefault(f"{key.removesuffix('kind')}growth_rate_scale", 1.0)
     return settings
 
 
