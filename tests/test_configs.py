@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from piflow_jax.config import mesh_sizes, parse
+from piflow_jax.modes.compile import _data
 from piflow_jax.rivals import find_method
 from piflow_jax.systems.networks import official_data
 
@@ -88,6 +89,7 @@ def test_imagenet_recipes_are_those_of_the_design(
     patch, sites, channels = (1, 16, 32) if repae else (2, 32, 4)
     assert (model.depth, model.num_heads, model.hidden, model.patch_size) == (28, 16, 1152, patch)
     assert official_data(config).shape == (sites, sites, channels)
+    assert _data(config).shape == (sites, sites, channels)  # of --mode=compile
     assert model.time_scale == time_scale
     assert (train.gm_dropout, config.policy.logstd_hidden) == (0.0 if grid else 0.05, 1024)
     optimizer = train.optimizer
