@@ -185,7 +185,7 @@ def scales(state: Mapping[str, Any]) -> Callable[[str, int], float]:
     """Scales of adapters in their own settings.
 
     Args:
-        state: Arrays from `open_weights`, whose settings are in the file or in a file beside it.
+        state: Arrays from `open_weights`, whose settings are in the file or next to it.
 
     Returns:
         The scale of a layer and its rank; 1 without settings.

@@ -1,7 +1,7 @@
 """LoRA files of other programs, added to a network's weights as these are read.
 
-A fine-tune or a style often comes as low-rank matrices (LoRA, arXiv 2106.09685) beside the weights
-that they change: `W + strength alpha / r B A`. Names are those of `peft`, of `diffusers`, of
+A fine-tune or a style often comes as low-rank matrices (LoRA, arXiv 2106.09685), which are added to
+the weights that they change: `W + strength alpha / r B A`. Names are those of `peft`, of `diffusers`, of
 kohya's scripts and of ComfyUI, for layers under the names of `diffusers` or, for FLUX.1, under its
 first ones, in which one layer is several of `diffusers`.
 """
@@ -23,7 +23,7 @@ from piflow_jax.safetensors_files import LazyArray
 
 __all__ = ["with_loras"]
 
-# How programs call the network; the last two come before names whose dots are underscores.
+# How programs call the network. Names after the last two have underscores for dots.
 _NETWORK = re.compile(
     r"^(?:base_model\.model\.|model\.|diffusion_model\.|transformer\.|unet\.)+"
     r"|^lora_(?:unet|transformer)_"
@@ -79,8 +79,8 @@ def with_loras(
     Args:
         weights: Arrays by official name, from `open_weights`.
         model: The network, a name in `KINDS` or of a student.
-        loras: Arrays of each file by name, from `open_weights`, and its strength: a factor beside
-            the file's own scale, `alpha / r`.
+        loras: Arrays of each file by name, from `open_weights`, and its strength: a factor in
+            addition to the file's own scale, `alpha / r`.
         unused: Beginnings of names of layers that whoever reads the weights does not take; the log
             says which matrices are without effect for it.
 
