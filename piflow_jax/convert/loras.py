@@ -1,8 +1,8 @@
 """LoRA files of other programs, added to a network's weights as these are read.
 
 A fine-tune or a style often comes as low-rank matrices (LoRA, arXiv 2106.09685), which are added to
-the weights that they change: `W + strength alpha / r B A`. Names are those of `peft`, of `diffusers`, of
-kohya's scripts and of ComfyUI, for layers under the names of `diffusers` or, for FLUX.1, under its
+the weights that they change: `W + strength alpha / r B A`. Names are those of `peft`, `diffusers`,
+kohya's scripts and ComfyUI, for layers under the names of `diffusers` or, for FLUX.1, under its
 first ones, in which one layer is several of `diffusers`.
 """
 
