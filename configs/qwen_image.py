@@ -29,8 +29,8 @@ Variants:
     edit_2509_datafree  edit_datafree for it
     edit_runlocal       runlocal on digits that are inverted or moved
 
-Qwen-Image-2512 is another teacher of the same network: its `transformer` folder takes the place of
-Qwen-Image's above, for the student and for its embeddings of prompts.
+Qwen-Image-2512 is another teacher of the same network: its folder `transformer` is given as the
+weights, and its own folder as the text encoder.
 
 The teacher is guided by the empty prompt's embedding with scale 4. Students are not guided. They
 are adapters (rank 256), the output head and the last modulation; everything else is the teacher's.
