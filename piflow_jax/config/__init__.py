@@ -6,6 +6,7 @@ documentation; `python -m piflow_jax.config` prints `docs/configuration.md`.
 """
 
 from piflow_jax.config.networks import ModelConfig, NetworkConfig
+from piflow_jax.config.optimizers import OptimizerConfig
 from piflow_jax.config.parsing import (
     ConfigError,
     base_config,
@@ -24,7 +25,6 @@ from piflow_jax.config.schema import (
     DataConfig,
     EvaluationConfig,
     MeshConfig,
-    OptimizerConfig,
     PolicyConfig,
     ProcessesConfig,
     RivalsConfig,
