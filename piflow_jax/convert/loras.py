@@ -13,12 +13,14 @@ from typing import Any
 
 import numpy as np
 from absl import logging
+from flax import linen as nn
 
 from piflow_jax.convert.adapters import scales
 from piflow_jax.convert.files import Weights
 from piflow_jax.convert.leaves import dtype_of, kept_dtype
 from piflow_jax.convert.rules import listed
-from piflow_jax.convert.table import named, network_of
+from piflow_jax.convert.table import kind_of, named, network_of
+from piflow_jax.models.lora import TRAINED
 from piflow_jax.safetensors_files import LazyArray
 
 __all__ = ["with_loras"]
@@ -69,7 +71,7 @@ def with_loras(
     weights: Mapping[str, Any],
     model: str,
     loras: Sequence[tuple[Mapping[str, Any], float]],
-    unused: Iterable[str] = (),
+    base: nn.Module | None = None,
 ) -> Weights:
     """A network's weights with LoRA matrices added to them.
 
@@ -81,8 +83,8 @@ def with_loras(
         model: The network, a name in `KINDS` or of a student.
         loras: Arrays of each file by name, from `open_weights`, and its strength: a factor in
             addition to the file's own scale, `alpha / r`.
-        unused: Beginnings of names of layers that whoever reads the weights does not take; the log
-            says which matrices are without effect for it.
+        base: The network, if the weights are the base of a student. A student has an output layer
+            and a last modulation of its own, so the log says which matrices have no effect.
 
     Returns:
         The weights.
@@ -97,8 +99,9 @@ def with_loras(
     for state, strength in loras:
         for layer, change in _changes(state, strength, arrays, places):
             changes.setdefault(f"{layer}.weight", []).append(change)
-    idle = [name for name in changes if name.startswith(tuple(unused))]
-    if idle:
+    rules = [] if base is None else kind_of(base).rules(base)
+    own = {name for rule in rules if rule.path[0] in TRAINED for name in rule.names}
+    if idle := sorted(own & changes.keys()):
         logging.warning("LoRA without effect on layers that the student replaces:%s", listed(idle))
     arrays |= {name: _changed(arrays[name], found) for name, found in changes.items()}
     path, metadata = (getattr(weights, key, None) for key in ("path", "metadata"))

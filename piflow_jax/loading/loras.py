@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from piflow_jax.arguments import prefixed
-from piflow_jax.models.lora import TRAINED
 from piflow_jax.runs.workdir import user_path
 from piflow_jax.systems.networks import Network
 
@@ -38,7 +37,6 @@ def fine_tuned(
       ValueError: a file is damaged, or does not fit the weights; the message lists what.
     """
     from piflow_jax.convert import open_weights, with_loras
-    from piflow_jax.convert.table import kind_of
 
     if not loras:
         return weights
@@ -46,8 +44,4 @@ def fine_tuned(
     for path, strength in loras.items():
         with prefixed(path):
             opened.append((open_weights(user_path(path)), strength))
-    replaced = ()
-    if of_student:
-        rules = kind_of(network.module).rules(network.module)
-        replaced = [rule.names[0] for rule in rules if rule.path[0] in TRAINED]
-    return with_loras(weights, form, opened, replaced)
+    return with_loras(weights, form, opened, network.module if of_student else None)

@@ -22,8 +22,6 @@ from piflow_jax.models.layers import Linear, broadcast_sites, unpatchify
 FRESH_MEANS_STD = 0.1
 TEACHER_MEANS_STD = 0.05
 TEACHER_LOGSTD = math.log(0.05)
-# Name of the layer of an `ArcHead` that predicts rates of growth.
-RATES = "rates"
 
 
 def repeat_rows(velocity: dict, channels: int, copies: int) -> dict:
@@ -296,7 +294,7 @@ class ArcHead(_MixtureHead):
         return ArcOutput(
             means=self._means(project, x.shape[-1]),
             logweights=jax.nn.log_softmax(project("logweights", (k,)), axis=-1),
-            rates=self.bounded(project(RATES, (k,), spread_bias)),
+            rates=self.bounded(project("rates", (k,), spread_bias)),
         )
 
     def bounded(self, rates: jax.Array) -> jax.Array:
@@ -319,10 +317,10 @@ class ArcHead(_MixtureHead):
         Returns:
             The head's parameters.
         """
-        rates = jax.tree.map(jnp.zeros_like, params[RATES])
+        rates = jax.tree.map(jnp.zeros_like, params["rates"])
         bias = rates["bias"]
         rates["bias"] = _patch_bias(spread_rates(self.num_components, bias.dtype), bias.size)
-        return self._means_and_weights(params, velocity, channels, noise) | {RATES: rates}
+        return self._means_and_weights(params, velocity, channels, noise) | {"rates": rates}
 
 
 def spread_rates(components: int, dtype: DTypeLike) -> jax.Array:

@@ -43,15 +43,16 @@ def check_choices(config: Config) -> None:
         loras = getattr(config, group).loras
         if loras and not config.teacher.weights:
             raise ConfigError(
-                f"config.{group}.loras are added to config.teacher.weights, which is empty; of a "
-                "teacher that was trained here, --mode=export writes them"
+                f"config.{group}.loras must be empty without config.teacher.weights, to which they "
+                "are added; --mode=export writes those of a teacher that was trained here"
             )
         with naming(f"config.{group}.loras"):
             lora_strengths(loras)
     if config.evaluation.loras and kind.targets is None:
         raise ConfigError(
-            "config.evaluation.loras are for students that are adapters on their teacher, not for "
-            f"config.model.network = {model.network!r}; give config.teacher.loras to distil them"
+            "config.evaluation.loras must be empty with config.model.network = "
+            f"{model.network!r}, whose students are no adapters on their teacher; "
+            "config.teacher.loras distils them"
         )
     if kind.official is None:
         for group in ("teacher", "evaluation"):

@@ -8,7 +8,6 @@ import optax
 from optax.contrib import MuonDimensionNumbers, muon
 
 from piflow_jax.config import OptimizerConfig
-from piflow_jax.models.heads import RATES
 
 __all__ = [
     "clip_after",
@@ -24,6 +23,8 @@ __all__ = [
 WARMUP_START = 1e-3
 # Share of the peak at which a cosine or linear decay ends.
 DECAY_END = 0.02
+# Path of the layer that predicts rates of growth, see `ArcHead`.
+_RATES = ["head", "rates"]
 # Root mean square of Muon's updates before the learning rate, close to Adam's.
 MUON_RMS = 0.2
 
@@ -171,7 +172,7 @@ def growth_rates(params):
 
     def of_rates(path, _):
         names = [getattr(key, "key", None) for key in path]
-        return names[-3:-1] == ["head", RATES]
+        return names[-3:-1] == _RATES
 
     return jax.tree_util.tree_map_with_path(of_rates, params)
 

@@ -219,5 +219,5 @@ def test_layers_that_a_student_replaces_are_said_to_be_without_effect(caplog):
     file = {"transformer.norm_out.linear.lora_A.weight": drawn((2, 32))}
     file["transformer.norm_out.linear.lora_B.weight"] = drawn((64, 2))
     with caplog.at_level(logging.WARNING):
-        with_loras(state("flux"), "flux", [(file, 1.0)], unused=("norm_out.linear.weight",))
+        with_loras(state("flux"), "flux", [(file, 1.0)], base=network("flux"))
     assert "without effect" in caplog.text and "norm_out.linear.weight" in caplog.text

@@ -24,7 +24,7 @@ from piflow_jax.systems.networks import (
     teacher_network,
 )
 from piflow_jax.systems.shapes import DataShape
-from piflow_jax.training.optimizer import make_optimizer
+from piflow_jax.training.optimizer import growth_rates, make_optimizer
 from piflow_jax.training.state import TrainState
 from tests import tiny_text
 from tests.steps import step_of
@@ -121,6 +121,8 @@ def test_steps_of_later_recipes_move_all_that_is_trained(network, changes):
     arguments = (state, params, jax.random.key(3), batch_of(source))
     shapes, metrics = jax.eval_shape(step, *arguments)
     assert jax.tree.structure(shapes) == jax.tree.structure(state) and "loss" in metrics
+    slower = any(jax.tree.leaves(growth_rates(state.params)))
+    assert slower == (config.policy.kind == "arc")
     if network == "qwen_image":  # compiled where it is cheapest
         after, metrics = jax.jit(step)(*arguments)
         assert np.isfinite(metrics["loss"])
