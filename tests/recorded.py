@@ -31,9 +31,9 @@ from piflow_jax.rivals import METHODS
 from piflow_jax.rivals.base import rival_spec
 from piflow_jax.systems.datasets import dataset, load_source, shape_of
 from piflow_jax.systems.networks import (
-    NETWORKS,
     abstract_variables,
     named_variables,
+    official_data,
     student_network,
     teacher_network,
 )
@@ -113,7 +113,7 @@ def shape_of_data(config: Config) -> DataShape:
     if row.pictures and not row.latents:
         return DataShape(name=config.data.name, sample_size=side, channels=3, num_classes=10)
     if not row.bundled:
-        return NETWORKS[config.model.network].official
+        return official_data(config)
     return MNIST.get(config.data.name) or shape_of(config, load_source(config.data))
 
 
