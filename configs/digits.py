@@ -13,6 +13,7 @@ Variants, as in `--config=configs/digits.py:dx`:
     gm_any_nfe  one student of 1, 2, 4 and 8 evaluations
     datafree  the same from pure noise: the student's training sees no image
     guided    the teacher guided with scale 2 in [0, 0.6], distilled into 1 evaluation
+    gm_any_guidance  one student of the scales from 1 to 4, in the same interval
     rivals    pi-Flow against other few-step methods at equal compute, with --mode=rivals;
               docs/rivals.md has the results
 
@@ -29,7 +30,10 @@ import ml_collections
 
 from piflow_jax.config import base_config, check_variant
 
-VARIANTS = ("gm", "quick", "dx", "gm_2nfe", "gm_any_nfe", "datafree", "guided", "rivals")
+VARIANTS = (
+    *("gm", "quick", "dx", "gm_2nfe", "gm_any_nfe", "datafree", "guided", "gm_any_guidance"),
+    "rivals",
+)
 
 
 def get_config(variant: str = "gm") -> ml_collections.ConfigDict:
@@ -99,7 +103,9 @@ def get_config(variant: str = "gm") -> ml_collections.ConfigDict:
         config.train.data_free = True
         config.train.nfe = 2
         config.train.steps = 1000  # each step has two segments, and so two student evaluations
-    elif variant == "guided":
+    elif variant in ("guided", "gm_any_guidance"):
+        if variant == "gm_any_guidance":
+            config.teacher.guidance_range = (1.0, 4.0)
         config.teacher.guidance_scale = 2.0
         config.teacher.guidance_interval = (0.0, 0.6)
         config.train.steps = 3000

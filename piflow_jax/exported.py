@@ -54,7 +54,10 @@ class ExportedStudent:
     program: Callable[..., jax.Array]
 
     def sample(
-        self, key: int | jax.Array, labels: ArrayLike | Mapping[str, ArrayLike]
+        self,
+        key: int | jax.Array,
+        labels: ArrayLike | Mapping[str, ArrayLike],
+        guidance: ArrayLike | None = None,
     ) -> jax.Array:
         """The samples of `Student.sample` of the same key and conditions.
 
@@ -65,14 +68,16 @@ class ExportedStudent:
           key: a seed, or one PRNG key, typed or legacy.
           labels: `[N]`, integers in `[0, num_classes)`; without conditions the number `N`; of other
             students the arrays of `settings["condition"]` by name, such as embedded prompts.
+          guidance: a number or `[N]`, see `Student.sample`.
 
         Returns:
           `float32[N, *sites, C]`.
 
         Raises:
-          ValueError: the key is none, or conditions are not what they should be.
+          ValueError: the key is none, conditions are not what they should be, or the student does
+            not take `guidance`.
         """
-        condition, number = self._checked(labels)
+        condition, number = self._checked(labels, guidance)
         words, batch = jax.random.key_data(as_key(key)), self.settings["batch"]
         parts = []
         for first in range(0, number, batch or _LARGEST):
@@ -82,17 +87,22 @@ class ExportedStudent:
             parts.append(self.program(self.weights, words, places, rows)[:length])
         return parts[0] if len(parts) == 1 else jnp.concatenate(parts)
 
-    def _checked(self, given: Any) -> tuple[dict[str, np.ndarray], int]:
+    def _checked(self, given: Any, guidance: Any) -> tuple[dict[str, np.ndarray], int]:
         """Conditions by name, in the types that the program takes, and their number."""
         wanted, defaults = self.settings["condition"], self.settings["defaults"]
+        if guidance is not None and "guidance" not in wanted:
+            raise ValueError("this sampler does not take a guidance scale: leave guidance out")
         if not wanted:
             return {}, whole("the number of samples", given, 1)
-        if self.settings["num_classes"]:
-            labels = class_labels(given, self.settings["num_classes"])
-            return {"labels": labels}, len(labels)
-        given = {**defaults, **given} if isinstance(given, Mapping) else {"labels": given}
+        classes = self.settings["num_classes"]
+        named = isinstance(given, Mapping) and (not classes or "labels" in given)
+        given = {**defaults, **(given if named else {"labels": given})}
+        if guidance is not None:
+            given["guidance"] = guidance
         if not wanted.keys() <= given.keys():
             raise ValueError(f"conditions are arrays by name: {', '.join(wanted)}")
+        if classes:
+            given["labels"] = class_labels(given["labels"], classes)
         arrays = {name: np.asarray(given[name], dtype) for name, (dtype, _) in wanted.items()}
         number = max(len(array) if array.ndim else 0 for array in arrays.values())
         for name, (_, shape) in wanted.items():

@@ -108,6 +108,7 @@ class Student:
         t: jax.Array,
         labels: jax.Array | Mapping[str, jax.Array],
         params: Any = None,
+        guidance: ArrayLike | None = None,
     ) -> Policy:
         """One network evaluation; composes with jit, vmap, grad and shard_map.
 
@@ -117,14 +118,16 @@ class Student:
           labels: `[B]`, integers in `[0, num_classes]`, of which the last is the null label; or
             embedded prompts, see `sample`. Where they are traced, others give NaN.
           params: weights in place of the student's own, to differentiate by them for instance.
+          guidance: a number or `[B]`, see `sample`; traced ones are not checked.
 
         Returns:
           The policy, for `Student.rollout` from `t` down.
 
         Raises:
-          ValueError: shapes do not belong together, or known labels or noise levels are out of
-            range.
+          ValueError: shapes do not belong together, known labels or noise levels are out of range,
+            or the student does not take a guidance scale.
         """
+        labels = self.network.conditioning.guided(labels, guidance)
         params = self.params if params is None else params
         x, t = (a if isinstance(a, jax.Array) else np.asarray(a) for a in (x, t))
         check_between("t", t, 0, 1, slack=ROUNDING)
@@ -177,6 +180,7 @@ class Student:
         x: ArrayLike | None = None,
         noise: ArrayLike | None = None,
         solver: Solver = "multistep",
+        guidance: ArrayLike | None = None,
     ) -> jax.Array:
         """Samples, one for each label or prompt.
 
@@ -194,9 +198,7 @@ class Student:
           labels: `[N]`, integers in `[0, num_classes)`. Without conditions, the number `N` of
             samples; with conditions of your own, arrays `[N, ...]`. Of a student that reads text,
             embedded prompts: `text[N, L, D]`, padded behind its `text_length[N]` tokens, and for
-            FLUX.1 `pooled[N, P]`. `PromptsSource.embedded` has them of a cached set. With
-            `guidance`, a number or `[N]`, FLUX.1 takes another distilled guidance than it was
-            trained with.
+            FLUX.1 `pooled[N, P]`. `PromptsSource.embedded` has them of a cached set.
           references: of a student that edits images, the reference images, each of its own size:
             `[N, h, w, C]`, or `[h, w, C]` for all samples, in the space of the samples. Latents of
             pictures are made by `piflow_jax.models.vae.picture_encoder`. By default those in
@@ -215,6 +217,9 @@ class Student:
           noise: `[N, H, W, C]`, initial latents: standard normal noise in place of the key's,
             which is float32 `normal(fold_in(key, i))` whatever the network's dtype.
           solver: of the policy's rollouts, `multistep`, or `euler` as in training; see `rollout`.
+          guidance: guidance scale, a number or `[N]`, of a student with
+            `config.teacher.guidance_range`, which is warned of others, or distilled guidance of
+            FLUX.1; by default `config.teacher.guidance_scale`, or as trained.
 
         Returns:
           `float32[N, H, W, C]`: images, about [-1, 1], or latents as networks see them. A
@@ -223,12 +228,14 @@ class Student:
 
         Raises:
           ValueError: the key, labels, `x` or `noise` are not what they should be, a number is out
-            of range (`nfe` below 1, `temperature` outside (0, 1]), or the call is traced.
+            of range (`nfe` below 1, `temperature` outside (0, 1]), the student does not take
+            `guidance`, or the call is traced.
         """
         if references is not None:
             if not isinstance(labels, Mapping):
                 raise ValueError("references are for a student that reads text: see labels")
             labels = {**labels, "references": references}
+        labels = self.network.conditioning.guided(labels, guidance)
         traced = any(
             isinstance(a, jax.core.Tracer) for a in jax.tree.leaves((key, labels, x, noise))
         )
@@ -247,7 +254,8 @@ class Student:
         shape = (number, *size, self.settings.data.channels)
         given = {name: _checked(name, a, shape) for name, a in (("x", x), ("noise", noise))}
         given = {name: a for name, a in given.items() if a is not None}
-        choice, numbers = self._choice(shape[1:], nfe, substeps, solver, h, temperature, start)
+        w = condition["guidance"] if self.network.conditioning.guidance else ()
+        choice, numbers = self._choice(shape[1:], nfe, substeps, solver, h, temperature, start, w)
         program = _program(*choice)
         parts = []
         mesh = None if self.devices is None else _mesh(self.devices)
@@ -319,11 +327,13 @@ class Student:
                 "this student edits images, and exported samplers take no references: write its "
                 "weights by --mode=export"
             )
-        named = isinstance(example, Mapping)
+        # Conditions whose arrays have names of their own, unlike labels.
+        named_by_caller = isinstance(example, Mapping) or bool(data.conditions)
+        named = isinstance(example, Mapping) or conditioning.guidance > 0
         # Text in float32, which is its own in bfloat16.
         condition = {
             k: np.zeros(a.shape, np.float32 if a.dtype == jnp.bfloat16 else a.dtype)
-            for k, a in (example if named else {"labels": example}).items()
+            for k, a in (example if isinstance(example, Mapping) else {"labels": example}).items()
             if a is not None
         }
         whole_condition = conditioning.checked(condition, data)[0] if named else condition
@@ -346,7 +356,7 @@ class Student:
                 "nfe": choice[4],
                 "substeps": substeps,
                 "solver": solver,
-                "num_classes": 0 if named or data.conditions else data.num_classes,
+                "num_classes": 0 if named_by_caller else data.num_classes,
                 "defaults": added,
             },
         )
@@ -360,6 +370,7 @@ class Student:
         h: float = 0.0,
         temperature: float = 1.0,
         start: float = 1.0,
+        guidance: ArrayLike = (),
     ) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
         """What a program is made of, see `_sampler`, and the numbers that are its arguments."""
         policy, train = self.settings.policy, self.settings.train
@@ -372,7 +383,8 @@ class Student:
             if temperature != 1:
                 raise ValueError(f"this student's policy ({policy.kind}) has no temperature")
             sharpened = None
-        for caution in sampling_cautions(train, nfe, h, temperature, start):
+        scales = self.settings.teacher.guidance_range
+        for caution in sampling_cautions(train, nfe, h, temperature, start, guidance, scales):
             warnings.warn(caution, stacklevel=3)
         choice = (self.network, policy, train, shape, nfe, substeps, solver)
         return choice, (times, sharpened, np.float32(start))

@@ -121,7 +121,7 @@ def networks(config: Config, data: DataShape) -> dict:
     """The networks of a configuration, by what they are for."""
     found = {
         "teacher": teacher_network(config.model, data),
-        "student": student_network(config.model, config.policy, data),
+        "student": student_network(config.model, config.policy, data, config.teacher),
     }
     if config.model.network == "dit":
         found["rival"] = METHODS["meanflow"].network(config.model, data)

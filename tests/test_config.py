@@ -310,6 +310,31 @@ def test_the_ends_of_ranges_are_accepted(values):
             "(3000) for a schedule that decays, got 3000",
         ),
         (
+            {"teacher__guidance_range": (1.0, 2.0, 3.0)},
+            "config.teacher.guidance_range must be empty or (low, high) with low < high, "
+            "got (1.0, 2.0, 3.0)",
+        ),
+        (
+            {"teacher__guidance_range": (2.0, 4.0), "teacher__guidance_scale": 1.5},
+            "config.teacher.guidance_scale is the default of sampling and must be in "
+            "config.teacher.guidance_range (2.0, 4.0), got 1.5",
+        ),
+        (
+            {"teacher__guidance_range": (1.0, 4.0), "train__corrector__kind": "policy"},
+            "config.train.corrector.kind must be empty with config.teacher.guidance_range, as a "
+            "corrector knows one guidance scale, got 'policy'",
+        ),
+        (
+            {"teacher__guidance_range": (1.0, 4.0), "teacher__label_dropout": 0.0},
+            "config.teacher.label_dropout must be above 0 to train a teacher for guidance "
+            "(config.teacher.guidance_scale is 1.0, config.teacher.guidance_range (1.0, 4.0))",
+        ),
+        (
+            {"evaluation__guidance": 2.0},
+            "config.evaluation.guidance is for a student with config.teacher.guidance_range, whose "
+            "guidance is an input: leave it at 0",
+        ),
+        (
             {"policy__kind": "dx"},
             "config.train.gm_dropout drops mixture components and must be 0 with "
             "config.policy.kind = 'dx', got 0.05",

@@ -31,6 +31,7 @@ def test_digits_variants_are_valid(variant):
         "gm_any_nfe": ("gm", 1, False, 1.0),
         "datafree": ("gm", 2, True, 1.0),
         "guided": ("gm", 1, False, 2.0),
+        "gm_any_guidance": ("gm", 1, False, 2.0),
         "rivals": ("gm", 1, False, 1.0),
     }[variant]
     train = config.train
@@ -212,6 +213,7 @@ def test_imagenet_splits_its_state_over_sixteen_devices_at_most():
 def test_unknown_variant_is_named():
     with pytest.raises(
         ValueError,
-        match="variants gm, quick, dx, gm_2nfe, gm_any_nfe, datafree, guided, rivals, not 'xd'",
+        match="variants gm, quick, dx, gm_2nfe, gm_any_nfe, datafree, guided, "
+        "gm_any_guidance, rivals, not 'xd'",
     ):
         load("digits").get_config("xd")

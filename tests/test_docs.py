@@ -312,7 +312,8 @@ def test_recipes_are_those_of_the_configs_and_reports():
             f"{train.steps}",
         ]
     digits = load_module(ROOT / "configs" / "digits.py")
-    several = ("rivals", "gm_any_nfe")  # more than one student, or number of evaluations
+    # More than one student, number of evaluations or guidance scale.
+    several = ("rivals", "gm_any_nfe", "gm_any_guidance")
     variants = [name for name in digits.VARIANTS if name not in several]
     for name, (ratio, endpoint) in table_rows(ours, variants).items():
         report = ROOT / "docs" / "results" / f"digits_{name}_seed0.json"

@@ -376,14 +376,26 @@ def _check_together(config: Config) -> None:
             f"config.teacher.guidance_interval must be (low, high) with low <= high, "
             f"got {teacher.guidance_interval}"
         )
+    scales = teacher.guidance_range
+    if scales and not (len(scales) == 2 and scales[0] < scales[1]):
+        raise ConfigError(
+            f"config.teacher.guidance_range must be empty or (low, high) with low < high, "
+            f"got {scales}"
+        )
+    if scales and not scales[0] <= teacher.guidance_scale <= scales[1]:
+        raise ConfigError(
+            f"config.teacher.guidance_scale is the default of sampling and must be in "
+            f"config.teacher.guidance_range {scales}, got {teacher.guidance_scale}"
+        )
     if (
-        teacher.guidance_scale > 1
+        (scales or teacher.guidance_scale > 1)
         and teacher.label_dropout == 0
         and not (teacher.checkpoint or teacher.weights)
     ):
         raise ConfigError(
             "config.teacher.label_dropout must be above 0 to train a teacher for guidance "
-            f"(config.teacher.guidance_scale is {teacher.guidance_scale})"
+            f"(config.teacher.guidance_scale is {teacher.guidance_scale}"
+            + (f", config.teacher.guidance_range {scales})" if scales else ")")
         )
     optimizers = [("teacher", teacher.optimizer, "teacher"), ("train", train.optimizer, "train")]
     if train.corrector.kind:

@@ -183,6 +183,13 @@ class TeacherConfig:
     label_dropout: float = _field(0.1, "probability of the null label in training", low=0, high=1)
     optimizer: OptimizerConfig = _field(OptimizerConfig, "")
     guidance_scale: float = _field(1.0, "scale of classifier-free guidance; 1 means none", low=1)
+    guidance_range: tuple[float, ...] = _field(
+        (),
+        "(low, high) of scales that the student takes as an input, drawn for each example; the "
+        "default of sampling is guidance_scale; empty means that scale alone",
+        low=1,
+        may_be_empty=True,
+    )
     guidance_interval: tuple[float, float] = _field(
         (0.0, 1.0), "noise levels at which to guide, both ends included", low=0, high=1
     )
@@ -344,6 +351,9 @@ class EvaluationConfig:
         above=0,
         low=1e-3,
         high=1,
+    )
+    guidance: float = _field(
+        0.0, "scale of samples if there is a teacher.guidance_range; 0 means guidance_scale", low=0
     )
     solver: str = _field(
         "multistep",

@@ -10,7 +10,7 @@ import numpy as np
 
 from piflow_jax.convert.heads import head_rules, read_head
 from piflow_jax.convert.kinds import Kind
-from piflow_jax.convert.rules import Place, Rule, as_jax, import_state, linear
+from piflow_jax.convert.rules import Place, Rule, as_jax, embedder_rules, import_state, linear
 from piflow_jax.convert.sizes import check_given, count_layers, shape_of
 from piflow_jax.models.dit import DiT
 from piflow_jax.models.layers import TIME_FEATURES, position_table
@@ -20,6 +20,8 @@ CLASS_EMBED = "emb.class_embedder.embedding_table.weight"
 FIRST_BLOCK_EMBEDDER = "transformer_blocks.0.norm1.emb."
 POSITIONS = "pos_embed.pos_embed"
 OUTPUT = "proj_out_2"
+# Students of a range of guidance scales have it; no release does.
+GUIDANCE = "emb.guidance_embedder.linear_{}"
 # The averaged table of a long training run is off by 2e-4, a wrong table by about 1.
 _POSITION_TOLERANCE = 1e-3
 
@@ -46,6 +48,9 @@ def dit_rules(module: DiT) -> list[Rule]:
         # Rows are ordered (row, column, K, C) on both sides, so the head's layers only transpose.
         return linear(name, ("head", ours), p * p * k * c, d)
 
+    guidance = []
+    if module.guidance_embed:
+        guidance = embedder_rules(GUIDANCE, "guidance", d, TIME_FEATURES)
     return [
         Rule((f"{PATCH_EMBED}.weight",), ("patch_embed", "kernel"), "o c p q -> (p q c) o", patch),
         Rule((f"{PATCH_EMBED}.bias",), ("patch_embed", "bias"), "o -> o", {"o": d}),
@@ -58,6 +63,7 @@ def dit_rules(module: DiT) -> list[Rule]:
         *linear(f"{block}ff.net.0.proj", ("blocks", "mlp_in"), mlp, d),
         *linear(f"{block}ff.net.2", ("blocks", "mlp_out"), d, mlp),
         *linear("proj_out_1", ("final_modulation",), d, d, pieces=2),
+        *guidance,
         *head_rules(module, OUTPUT, head_layer),
     ]
 
@@ -88,8 +94,8 @@ def load_dit(
         place: Puts each leaf on its devices as soon as it is built, see `import_state`; None keeps
             leaves on the default device.
         **given: Sizes that shapes show, as a check: `patch_size`, `in_channels`, `hidden`, `depth`,
-            `mlp_ratio`, `num_classes`, `num_components`, `logstd_hidden`, `num_grid`. A mixture
-            without a logstd head needs `constant_logstd`.
+            `mlp_ratio`, `num_classes`, `guidance_embed`, `num_components`, `logstd_hidden`,
+            `num_grid`. A mixture without a logstd head needs `constant_logstd`.
 
     Returns:
         The module, and `{"params": ...}` as JAX arrays with the dtypes of `state`.
@@ -122,6 +128,7 @@ def _read_sizes(state: Mapping[str, np.ndarray]) -> dict:
         "depth": count_layers(state, "transformer_blocks"),
         "mlp_ratio": mlp / hidden,
         "num_classes": shape_of(state, CLASS_EMBED, 2)[0] - 1,
+        "guidance_embed": f"{GUIDANCE.format(1)}.weight" in state,
     }
 
 
@@ -169,7 +176,7 @@ DIT = Kind(
     output=OUTPUT,
     sizes=(
         *("patch_size", "in_channels", "hidden", "depth", "mlp_ratio", "num_classes"),
-        *("num_heads", "sample_size", "time_scale"),
+        *("num_heads", "sample_size", "time_scale", "guidance_embed"),
     ),
     rules=dit_rules,
 )

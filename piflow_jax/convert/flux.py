@@ -13,7 +13,7 @@ import numpy as np
 
 from piflow_jax.convert.heads import head_rules, read_head
 from piflow_jax.convert.kinds import Kind
-from piflow_jax.convert.rules import Place, Rule, as_jax, import_state, linear
+from piflow_jax.convert.rules import Place, Rule, as_jax, embedder_rules, import_state, linear
 from piflow_jax.convert.sizes import check_given, count_layers, divided, linear_sizes, shape_of
 from piflow_jax.models.flux import Flux
 from piflow_jax.models.layers import TIME_FEATURES
@@ -103,12 +103,6 @@ def stream_rules(blocks, prefix, d, head_size, depth, names) -> list[Rule]:
         *linear(f"{mlp}.0.proj", (*path, f"{prefix}mlp_in"), 4 * d, d, depth=depth),
         *linear(f"{mlp}.2", (*path, f"{prefix}mlp_out"), d, 4 * d, depth=depth),
     ]
-
-
-def embedder_rules(official: str, ours: str, d: int, in_: int) -> list[Rule]:
-    """Rules for a two-layer embedder of a condition."""
-    first = linear(official.format(1), (f"{ours}_in",), d, in_)
-    return first + linear(official.format(2), (f"{ours}_out",), d, d)
 
 
 def patch_rules(name: str, module) -> list[Rule]:

@@ -14,7 +14,6 @@ from piflow_jax.convert.flux import (
     AXES_DIMS_ROPE,
     OUTPUT,
     TIME,
-    embedder_rules,
     patch_head_rules,
     patch_rules,
     read_width,
@@ -22,7 +21,7 @@ from piflow_jax.convert.flux import (
 )
 from piflow_jax.convert.heads import read_head
 from piflow_jax.convert.kinds import Kind
-from piflow_jax.convert.rules import Place, Rule, as_jax, import_state, linear
+from piflow_jax.convert.rules import Place, Rule, as_jax, embedder_rules, import_state, linear
 from piflow_jax.convert.sizes import check_given, count_layers, linear_sizes
 from piflow_jax.models.layers import TIME_FEATURES
 from piflow_jax.models.qwen_image import QwenImage

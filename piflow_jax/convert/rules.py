@@ -139,6 +139,12 @@ def linear(
     ]
 
 
+def embedder_rules(official: str, ours: str, d: int, in_: int) -> list[Rule]:
+    """Rules for a two-layer embedder of a condition."""
+    first = linear(official.format(1), (f"{ours}_in",), d, in_)
+    return first + linear(official.format(2), (f"{ours}_out",), d, d)
+
+
 def import_state(
     state: Mapping[str, np.ndarray],
     rules: Iterable[Rule],

@@ -144,8 +144,13 @@ class Drawer:
 
     @property
     def guidance(self) -> float:
-        """The scale that a student with distilled guidance was trained with; 0 without it."""
-        return getattr(self.student.network.conditioning, "guidance", 0.0)
+        """The guidance scale that the student takes by default; 0 if it takes none."""
+        return self.student.network.conditioning.guidance
+
+    @property
+    def guidance_range(self) -> tuple[float, ...]:
+        """`(low, high)` of the scales that the student was trained for; empty for a single one."""
+        return self.student.network.conditioning.guidance_range
 
     @property
     def edits(self) -> bool:
@@ -186,7 +191,7 @@ class Drawer:
           teacher_nfe: the teacher's Euler steps; 0 leaves it out.
           substeps: policy substeps per unit of raw time.
           temperature: of the mixture, in all segments but the last.
-          guidance: distilled guidance, of a student that takes it.
+          guidance: guidance scale, of a student that takes it; its teacher has the same.
           count: samples; by default as many as fit into a picture.
 
         Yields:
@@ -198,16 +203,15 @@ class Drawer:
         Raises:
           ValueError: a number is out of range.
         """
-        batch = self._batch(label, seed, count, guidance)
+        batch = self._batch(label, seed, count)
         options = {"substeps": substeps, "temperature": temperature}
+        options |= {} if guidance is None else {"guidance": guidance}
         rows = yield from self._rows(batch, nfe, teacher_nfe, options)
         as_trained = None
         if nfe not in self.trained and len(rows) > 1:
             as_trained = yield from self._student(batch, self.nfe, options)
-        if guidance is not None:
-            options["guidance"] = guidance
         facts = self._facts(label=label, seed=seed, nfe=nfe, teacher_nfe=teacher_nfe, **options)
-        notes = self._cautions(nfe, temperature=temperature)
+        notes = self._cautions(nfe, temperature=temperature, guidance=options.get("guidance", ()))
         return Drawing(batch.names, rows, notes, facts, as_trained)
 
     def morph(
@@ -234,7 +238,7 @@ class Drawer:
         many, *shape = batch.noise.shape
         frames = min(_MOST_FRAMES, _MORPHED // many) if count is None else _FEW_FRAMES
         noise = np.asarray(between(batch.noise, last.noise, frames)).reshape(-1, *shape)
-        condition = _repeated(batch.condition, frames)
+        condition = jax.tree.map(lambda a: np.repeat(a, frames, axis=0), batch.condition)
         flat = dataclasses.replace(batch, noise=noise, condition=condition)
         rows = yield from self._rows(flat, nfe, teacher_nfe, {})
         rows = tuple(row.folded(many, frames) for row in rows)
@@ -342,17 +346,13 @@ class Drawer:
             return self.student.settings.data.shape
         return self.prompts[label]["x"].shape
 
-    def _batch(
-        self, label: int, seed: int, count: int | None = None, guidance: float | None = None
-    ) -> Batch:
+    def _batch(self, label: int, seed: int, count: int | None = None) -> Batch:
         """Samples that are asked for, and their noise: that of `Student.sample`."""
         names, shape = self.names, self._shape(label)
         count = count or (_TILES if _is_small(shape) else _FEW)
         said, condition = ("",) * count, None
         if self.prompts is not None:
             condition = stacked([self.prompts[label]["condition"]] * count)
-            if guidance is not None:
-                condition["guidance"] = np.full(count, guidance, np.float32)
         elif names:
             condition = np.full(count, label)
             if label == EACH:
@@ -370,6 +370,7 @@ class Drawer:
         if self.teacher is None or not teacher_nfe:
             return (student,)
         start, noise = options.get("start", 1.0), batch.noise
+        scale = options.get("guidance", self.teacher.guidance_scale)
         if start < 1:
             teacher_nfe = max(round(teacher_nfe * float(self._warp.unwarp(start))), 1)
             noise = (1 - start) * options["x"] + start * noise
@@ -381,8 +382,8 @@ class Drawer:
             noise,
             batch.arrays,
             self._levels(start, teacher_nfe),
+            *([np.float32(scale)] if self.guidance_range else []),
         )
-        scale = self.teacher.guidance_scale
         return student, Row("teacher", teacher_nfe, samples, pictures, seconds, scale)
 
     def _student(
@@ -404,8 +405,10 @@ class Drawer:
         )
         return Row("student", nfe, samples, pictures, seconds)
 
-    def _steps(self, params: Any, noise: jax.Array, condition: Any, levels: jax.Array) -> Any:
-        return step_teacher(self.teacher.bind(params, condition), noise, levels)
+    def _steps(self, params: Any, noise: Any, condition: Any, levels: Any, *scale: Any) -> Any:
+        guided = {"guidance_scale": scale[0]} if scale else {}
+        teacher = dataclasses.replace(self.teacher, **guided)
+        return step_teacher(teacher.bind(params, condition), noise, levels)
 
     def _levels(self, start: float, steps: int) -> np.ndarray:
         taus = np.linspace(float(self._warp.unwarp(start)), 0, steps + 1)
@@ -456,8 +459,9 @@ class Drawer:
         """A way whose states are pictures."""
         return way._replace(states=self._pictures(way.states), x0=self._pictures(way.x0))
 
-    def _cautions(self, nfe: int, **options: float) -> tuple[str, ...]:
-        return tuple(sampling_cautions(self.student.settings.train, nfe, **options))
+    def _cautions(self, nfe: int, **options: Any) -> tuple[str, ...]:
+        train, scales = self.student.settings.train, self.guidance_range
+        return tuple(sampling_cautions(train, nfe, guidance_range=scales, **options))
 
     def _facts(self, **facts: Any) -> dict[str, Any]:
         """What a drawing was made of, for its file."""
@@ -468,10 +472,6 @@ class Drawer:
 
 def _is_small(shape: tuple[int, ...]) -> bool:
     return np.prod(shape[:-1]) <= _LARGE
-
-
-def _repeated(condition: Any, times: int) -> Any:
-    return jax.tree.map(lambda a: np.repeat(np.asarray(a), times, axis=0), condition)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))

@@ -168,9 +168,10 @@ def _rollout(drawer: Drawer) -> list[Control]:
             )
         )
     if drawer.guidance:
+        low, high = drawer.guidance_range or (1, 10)
         own = drawer.guidance
         controls.append(
-            Control(key="guidance", name="guidance", value=own, low=1, high=10, step=0.5)
+            Control(key="guidance", name="guidance", value=own, low=low, high=high, step=0.5)
         )
     return controls
 

@@ -41,6 +41,7 @@ from piflow_jax.systems.judges import Judge, described, real_features, second_ju
 from piflow_jax.systems.sampling import (
     TEACHER_SOLVERS,
     conditions_in_turn,
+    sampling_guidance,
     sampling_record,
     teacher_record,
 )
@@ -199,7 +200,7 @@ class Bench:
             "clipping": "samples clipped to [-1, 1] for features, not for endpoints",
             "weights": "EMA",
             "teacher_solver": settings.teacher_solver,
-            "guidance": [config.teacher.guidance_scale, *config.teacher.guidance_interval],
+            "guidance": [sampling_guidance(config), *config.teacher.guidance_interval],
             **{key: record[key] for key in ("substeps", "solver", "rounding", "temperature")},
             "checkpoint": settings.checkpoint,
             "dtype": record["dtype"],
@@ -257,7 +258,7 @@ def compare(
                 "shift": config.train.shift,
                 "dtype": config.model.dtype,
                 "guidance": [
-                    *(teacher.guidance_scale, *teacher.guidance_interval),
+                    *(sampling_guidance(config), *teacher.guidance_interval),
                     teacher.orthogonal_guidance,
                 ],
             }

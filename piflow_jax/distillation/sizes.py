@@ -165,7 +165,8 @@ class Sizes:
         state = _bytes(state) + _bytes(trained) + _bytes(self._teacher)
         outputs = policy_outputs(config, self._data.channels)
         self._check_step("train", _Part(state, self._of_student), outputs, train.microbatches)
-        queries = train.num_states * (1 if config.teacher.guidance_scale == 1 else 2)
+        ranged = config.teacher.guidance_range
+        queries = train.num_states * (1 if config.teacher.guidance_scale == 1 and not ranged else 2)
         flops = 2 * self._flops(self._student) + queries * self._flops(self._teacher)
         self._check_time(
             "a step of the student's training",

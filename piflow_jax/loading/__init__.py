@@ -255,7 +255,7 @@ def _network(
     types = {"dtype": dtype, "base_dtype": base_dtype}
     settings = dataclasses.replace(settings, model=_typed(settings.model, **types))
     model = settings.model
-    return settings, student_network(model, settings.policy, settings.data)
+    return settings, student_network(model, settings.policy, settings.data, settings.teacher)
 
 
 def _base_dtype(saved: Mapping[str, Any]) -> str | None:

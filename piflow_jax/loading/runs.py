@@ -161,13 +161,14 @@ def load_student(
         all of them.
 
     Returns:
-      Parameters of `student_network(config.model, config.policy, data)`.
+      Parameters of the run's `student_network`.
 
     Raises:
       CheckpointError: there is no checkpoint, it is unusable, or it contradicts the settings.
       ConfigError: the official weights contradict the settings, or need PyTorch to be read.
     """
-    network, spec = student_network(config.model, config.policy, data), student_spec(config, data)
+    network = student_network(config.model, config.policy, data, config.teacher)
+    spec = student_spec(config, data)
     base = _teacher_on(mesh, config, data, workdir, "student") if network.adapted else None
     shardings = _split(mesh, network)
     if config.evaluation.weights:

@@ -4,6 +4,8 @@ Source: DiT, arXiv 2212.09748, in the form of the pi-Flow release (arXiv 2510.14
 share one embedder of time and class.
 """
 
+import types
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -67,6 +69,8 @@ class DiT(Transformer):
         num_classes: Number of classes; label `num_classes` is the null label.
         sample_size: Side, in sites, of the square inputs in training. It anchors the positions.
         time_scale: The network takes `t * time_scale` (1000 for ImageNet FM, 1 for REPA weights).
+        guidance_embed: Whether the guidance scale is an input (arXiv 2210.03142, Sec. 3). A fresh
+            network does not depend on it.
         head: Output head, see `piflow_jax.models.heads`.
         dtype: Compute dtype of the blocks; None is the wider of input and parameters. The
             embedding, layer-norm statistics, softmax and outputs are at least float32 with any
@@ -84,10 +88,12 @@ class DiT(Transformer):
     num_classes: int = 1000
     sample_size: int = 32
     time_scale: float = 1.0
+    guidance_embed: bool = False
+    addable = types.MappingProxyType({"guidance_embed": ("guidance_in", "guidance_out")})
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, t: jax.Array, labels: jax.Array
+        self, x: jax.Array, t: jax.Array, labels: jax.Array, guidance: jax.Array | None = None
     ) -> jax.Array | GMOutput | ArcOutput:
         """Evaluates the network.
 
@@ -96,6 +102,7 @@ class DiT(Transformer):
                 `sample_size` and from each other.
             t: `[B]` times in [0, 1], 1 is noise.
             labels: `[B]` integers in `[0, num_classes]`. Traced labels out of range give NaN.
+            guidance: `[B]` guidance scales; None if and only if `guidance_embed` is False.
 
         Returns:
             The head's output: `u[B, H, W, C]`, a `GMOutput`, an `ArcOutput`, or `[B, H, W, N, C]`.
@@ -104,7 +111,15 @@ class DiT(Transformer):
         Raises:
             ValueError: A shape, a size, a known label or the name of the remat policy is not valid.
         """
-        return self.predict(x, t, labels, self.embed_time(t))
+        time = self.embed_time(t)
+        if (guidance is not None) != self.guidance_embed:
+            raise ValueError(f"guidance_embed is {self.guidance_embed}, guidance is {guidance}")
+        if guidance is not None:
+            if guidance.shape != t.shape:
+                raise ValueError(f"guidance {guidance.shape} must be [B], like t {t.shape}")
+            zeros = nn.initializers.zeros
+            time += self.embedder("guidance", time_features(guidance), last_init=zeros)
+        return self.predict(x, t, labels, time)
 
     def predict(
         self, x: jax.Array, t: jax.Array, labels: jax.Array, time: jax.Array
@@ -148,13 +163,15 @@ class DiT(Transformer):
             batch: Number of examples.
 
         Returns:
-            States, times and labels.
+            States, times and labels, and with `guidance_embed` guidance scales.
         """
         size = self.sample_size
+        times = jax.ShapeDtypeStruct((batch,), jnp.float32)
         return (
             jax.ShapeDtypeStruct((batch, size, size, self.in_channels), jnp.float32),
-            jax.ShapeDtypeStruct((batch,), jnp.float32),
+            times,
             jax.ShapeDtypeStruct((batch,), jnp.int32),
+            *([times] if self.guidance_embed else []),
         )
 
     def embed_time(self, t: jax.Array, name: str = "time") -> jax.Array:

@@ -64,7 +64,8 @@ def initialize_student(
     Args:
         student: The student's module.
         student_params: Fresh parameters of the student. Only their dtypes are used, and the
-            parameters that the teacher lacks (the first layer of the logstd head).
+            parameters that the teacher lacks (the first layer of the logstd head, the embedder of
+            an input that it does not have).
         teacher_params: Parameters of a teacher with a `VelocityHead`.
         noise: `[K, C]` standard normal draws for a mixture head; None adds none.
         teacher: The teacher's module. If given, settings that shapes do not show are compared too.
@@ -175,12 +176,15 @@ def _check(
     # A teacher that also predicts something else (say a variance) has a wider output layer.
     pixels = student.patch_size**2 * student.in_channels
     differences = {"head": ((pixels,), theirs.pop("head/output/bias"))}
+    added = {field: layers for field, layers in student.addable.items() if getattr(student, field)}
     if teacher is not None:
         for field in dataclasses.fields(student):
-            if field.init and field.name not in (*_FREE, "parent", "name"):
+            if field.init and field.name not in (*_FREE, *added, "parent", "name"):
                 pair = (getattr(module, field.name, None) for module in (student, teacher))
                 differences[field.name] = tuple(pair)
     for name in sorted(ours.keys() | theirs.keys()):
+        if name not in theirs and name.split("/")[0] in sum(added.values(), ()):
+            continue
         if not name.startswith("head/") and name.split("/")[-1] not in (DOWN, UP):
             differences[name] = (ours.get(name), theirs.get(name))
     lines = [f"{name}: student {a}, teacher {b}" for name, (a, b) in differences.items() if a != b]

@@ -1,6 +1,7 @@
 """What the transformers share around their blocks: fields, embeddings, stacks of blocks, output."""
 
-from collections.abc import Sequence
+import types
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import jax
@@ -10,7 +11,7 @@ from jax.typing import DTypeLike
 
 from piflow_jax.models.blocks import Constrain, Layers, modulated, stacked, unconstrained
 from piflow_jax.models.heads import VelocityHead
-from piflow_jax.models.layers import Axes, Network, patchify
+from piflow_jax.models.layers import Axes, Network, patchify, xavier_uniform
 from piflow_jax.models.lora import AdaptedLinear, LoRA
 
 
@@ -29,6 +30,9 @@ class Transformer(Network):
     attention: str | None = None
     constrain: Constrain = unconstrained
     lora: ClassVar[LoRA | None] = None
+    # Inputs that a student may have beyond its teacher's, and their layers. Fresh ones change
+    # nothing, so that the student still starts at its teacher.
+    addable: ClassVar[Mapping[str, tuple[str, ...]]] = types.MappingProxyType({})
 
     def linear(
         self, features: tuple[int, ...], name: str, axes: Axes, **options: Any
@@ -37,10 +41,13 @@ class Transformer(Network):
         options = {"param_dtype": self.param_dtype, "lora": self.lora, "parent": self} | options
         return AdaptedLinear(features, axes=axes, name=name, **options)
 
-    def embedder(self, name: str, features: jax.Array) -> jax.Array:
+    def embedder(
+        self, name: str, features: jax.Array, last_init: Callable = xavier_uniform
+    ) -> jax.Array:
         """Embeds features `[B, F]` of a condition as `[B, D]`, by two layers."""
         hidden = nn.silu(self.linear((self.hidden,), f"{name}_in", (None, "embed"))(features))
-        return self.linear((self.hidden,), f"{name}_out", ("embed", None))(hidden)
+        last = self.linear((self.hidden,), f"{name}_out", ("embed", None), kernel_init=last_init)
+        return last(hidden)
 
     def conditioning(self, x: jax.Array, embedding: jax.Array) -> jax.Array:
         """The embedding `[B, D]` as blocks take it, in the dtype in which tokens are computed."""

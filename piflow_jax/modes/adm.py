@@ -49,6 +49,7 @@ from piflow_jax.systems.judges import load_inception
 from piflow_jax.systems.sampling import (
     ROUNDING,
     TEACHER_SOLVERS,
+    sampling_guidance,
     sampling_record,
     student_substeps,
     teacher_record,
@@ -104,11 +105,12 @@ def protocol(
     """What figures of a system depend on, `student` or `teacher`."""
     record, settings = sampling_record(config), config.evaluation
     how = {key: record[key] for key in ("nfe", "substeps", "solver", "temperature")}
-    how["guidance"] = 1.0  # the teacher's guidance is distilled into the student
+    # The teacher's guidance is distilled into the student.
+    how["guidance"] = settings.guidance or 1.0
     if system == "teacher":
         steps, solver = settings.teacher_steps[-1], settings.teacher_solver
         how |= {"nfe": steps * TEACHER_SOLVERS[solver].evaluations, "substeps": steps}
-        how |= {"solver": solver, "temperature": 1.0, "guidance": config.teacher.guidance_scale}
+        how |= {"solver": solver, "temperature": 1.0, "guidance": sampling_guidance(config)}
     return Protocol(
         samples=samples,
         label_rule=f"index modulo {data.num_classes}",
@@ -182,7 +184,7 @@ def _samples(
         teacher = config.teacher
         plan |= teacher_record(config) | {
             "steps": settings.teacher_steps[-1],
-            "guidance": [teacher.guidance_scale, *teacher.guidance_interval],
+            "guidance": [sampling_guidance(config), *teacher.guidance_interval],
             "orthogonal_guidance": teacher.orthogonal_guidance,
         }
     # Folders from before it was `ceil` do not know it: their samples are the same where all numbers

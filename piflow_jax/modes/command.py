@@ -33,7 +33,7 @@ from piflow_jax.runs.checkpoint import CheckpointError
 from piflow_jax.runs.loop import Interrupted, NonFiniteLossError
 from piflow_jax.runs.workdir import check_writable, user_path
 from piflow_jax.systems.datasets import DATASETS, dataset
-from piflow_jax.systems.sampling import sampling_cautions
+from piflow_jax.systems.sampling import sampling_cautions, sampling_guidance
 from piflow_jax.systems.settings import check_choices
 
 __all__ = ["MODES", "Mode", "run"]
@@ -202,7 +202,11 @@ def _caution(config: Config, mode: Mode) -> None:
     """Says what settings of sampling ask of a student that it cannot do."""
     if "evaluation" in mode.batches and not jax.process_index():
         settings = config.evaluation
-        options = {"temperature": settings.temperature}
+        options = {
+            "temperature": settings.temperature,
+            "guidance": sampling_guidance(config),
+            "guidance_range": config.teacher.guidance_range,
+        }
         for caution in sampling_cautions(config.train, config.sampling_nfe, **options):
             logging.info("note: config.evaluation: %s", caution)
 

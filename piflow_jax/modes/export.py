@@ -64,7 +64,7 @@ def export(config: Config, workdir: str | os.PathLike) -> list[epath.Path]:
         )
     workdir = user_path(workdir)
     data = data_shape(config, workdir)
-    student = student_network(config.model, config.policy, data)
+    student = student_network(config.model, config.policy, data, config.teacher)
     # Split, as a large network is whole on no device; it is put together on the host.
     mesh = config_mesh(config)
     params = load_student(config, data, workdir, mesh)

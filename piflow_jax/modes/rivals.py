@@ -112,6 +112,11 @@ def compare_rivals(config: Config, workdir: str | os.PathLike) -> dict[str, Any]
             "config.evaluation.nfe, weights and checkpoint are for one student: leave them at 0, "
             "empty and 'latest' with --mode=rivals"
         )
+    if config.teacher.guidance_range:
+        raise ConfigError(
+            "config.teacher.guidance_range must be empty with --mode=rivals, whose methods have "
+            "one guidance scale"
+        )
     if config.train.microbatches != 1:
         raise ConfigError("config.train.microbatches must be 1 with --mode=rivals")
     with naming("config.rivals.methods"):

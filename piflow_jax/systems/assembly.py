@@ -9,7 +9,12 @@ from piflow_jax.flow.teacher import Teacher
 from piflow_jax.models.blocks import Constrain
 from piflow_jax.systems.conditioning import Condition
 from piflow_jax.systems.networks import Network, student_network, teacher_network
-from piflow_jax.systems.sampling import student_sampler, student_times, teacher_sampler
+from piflow_jax.systems.sampling import (
+    sampling_guidance,
+    student_sampler,
+    student_times,
+    teacher_sampler,
+)
 from piflow_jax.systems.shapes import DataShape
 
 __all__ = ["Systems", "guided"]
@@ -27,7 +32,8 @@ def guided(network: Network, settings: TeacherConfig, null: Null | None) -> Teac
       The teacher; its parameters are the network's variables. None if it is guided but has no null
       condition.
     """
-    if settings.guidance_scale != 1 and null is None:
+    is_guided = settings.guidance_scale != 1 or settings.guidance_range
+    if is_guided and null is None:
         return None
     return Teacher(
         predict=network.apply,
@@ -35,7 +41,7 @@ def guided(network: Network, settings: TeacherConfig, null: Null | None) -> Teac
         guidance_scale=settings.guidance_scale,
         guidance_interval=settings.guidance_interval,
         orthogonal_guidance=settings.orthogonal_guidance,
-        null_cond=null if settings.guidance_scale != 1 else None,
+        null_cond=null if is_guided else None,
     )
 
 
@@ -94,7 +100,7 @@ class Systems:
             config=config,
             data=data,
             teacher=guided(network, config.teacher, null),
-            student_network=student_network(config.model, config.policy, data),
+            student_network=student_network(config.model, config.policy, data, config.teacher),
             teacher_network=network,
             null=null,
         )
@@ -118,7 +124,11 @@ class Systems:
           solver: by default `config.evaluation.teacher_solver`.
         """
         solver = solver or self.config.evaluation.teacher_solver
-        return teacher_sampler(self.teacher, self.config.train.shift, steps, solver)
+        teacher = self.teacher
+        if self.config.evaluation.guidance:
+            scale = sampling_guidance(self.config)
+            teacher = dataclasses.replace(teacher, guidance_scale=scale)
+        return teacher_sampler(teacher, self.config.train.shift, steps, solver)
 
     def student_sampler(self, nfe: int | None = None) -> Sampler:
         """The student's sampler at `nfe` evaluations, by default at `config.sampling_nfe`."""
@@ -131,8 +141,9 @@ class Systems:
             solver=settings.solver,
         )
         times = student_times(train, nfe or self.config.sampling_nfe)
+        guided, scale = self.student_network.conditioning.guided, settings.guidance or None
         return lambda params, noise, condition: sample(
-            params, noise, condition, times, settings.temperature
+            params, noise, guided(condition, scale), times, settings.temperature
         )
 
     def sampler(self) -> Sampler:

@@ -2,11 +2,14 @@
 
 A *condition* is the value under `condition` in an example of a source. It is either labels `int[B]`
 or embedded captions. Captions are a mapping of `text[B, L, D]`, padded behind its `text_length[B]`
-tokens, and `pooled[B, P]` if the encoders make one. For FLUX.1 it also holds `guidance[B]`, which
-defaults to the network's own guidance scale. For editing it holds `references`, a tuple of
+tokens, and `pooled[B, P]` if the encoders make one. For editing it holds `references`, a tuple of
 reference images `[B, h, w, C]` in the space of samples, and `null`, the empty caption's entries
 where an encoder of text has seen the references. All code except the network passes a condition on
 unchanged. A `Conditioning` turns it into the keyword arguments of one of our networks.
+
+Some networks take a guidance scale as an input: FLUX.1, and students of a range of scales. For them
+a condition is a mapping that may hold `guidance[B]` (and `labels[B]` where it would be labels);
+`Conditioning.guided` adds it, and without it the scale is the network's default.
 """
 
 import abc
@@ -36,6 +39,10 @@ __all__ = [
 ]
 
 _CLASSES = "this student is conditioned on classes: pass labels, integers [N]"
+_NO_GUIDANCE = (
+    "this student does not take a guidance scale: leave guidance out, or train a student with "
+    "config.teacher.guidance_range"
+)
 
 Condition = Any
 """Arrays `[B, ...]` in any structure."""
@@ -47,10 +54,14 @@ class Conditioning(abc.ABC):
     Attributes:
       reads_text: True if conditions are embedded captions. Samples then have no size of their own.
       references: largest number of reference images of a sample; 0 if the network edits no images.
+      guidance: default of the guidance scale that the network takes; 0 if it has no such input.
+      guidance_range: smallest and largest scale of training; empty for a single one.
     """
 
     reads_text: ClassVar[bool] = False
     references = 0
+    guidance: float = 0.0
+    guidance_range: tuple[float, ...] = ()
 
     @abc.abstractmethod
     def __call__(self, condition: Condition) -> dict[str, jax.Array]:
@@ -71,16 +82,62 @@ class Conditioning(abc.ABC):
         A ValueError says what the condition should be.
         """
 
+    def guided(self, condition: Condition, scale: ArrayLike | None) -> Condition:
+        """The condition with a guidance scale, a number or `[B]`; None leaves the default.
+
+        Raises ValueError if the network has no such input.
+        """
+        if scale is None:
+            return condition
+        if not self.guidance:
+            raise ValueError(_NO_GUIDANCE)
+        named = condition if isinstance(condition, Mapping) else {"labels": condition}
+        return {**named, "guidance": scale}
+
+    def _scales(self, condition: Condition, number: int) -> jax.Array:
+        """The guidance scales `[number]` of a condition, for the network."""
+        scale = condition.get("guidance", self.guidance)
+        return jnp.broadcast_to(jnp.asarray(scale, jnp.float32), (number,))
+
+    def _checked_scales(self, condition: Condition, number: int) -> np.ndarray:
+        """The guidance scales `[number]` of a caller's condition, on the host."""
+        scale = np.asarray(condition.get("guidance", self.guidance))
+        if scale.shape not in ((), (number,)):
+            raise ValueError(f"guidance must be a number or [{number}], got {list(scale.shape)}")
+        check_between("guidance", scale, 0)
+        return np.broadcast_to(np.float32(scale), (number,))
+
 
 @dataclasses.dataclass(frozen=True)
 class ClassLabels(Conditioning):
-    """Labels in `[0, num_classes)`; label `num_classes` is the null label."""
+    """Labels in `[0, num_classes)`; label `num_classes` is the null label.
+
+    Attributes:
+      guidance: see `Conditioning`.
+      guidance_range: see `Conditioning`.
+    """
+
+    guidance: float = 0.0
+    guidance_range: tuple[float, ...] = ()
+
+    def _named(self, condition):
+        """Labels, and a guidance scale if the condition has one, by name."""
+        if not isinstance(condition, Mapping):
+            return {"labels": condition}
+        if "labels" not in condition:
+            raise ValueError(_CLASSES)
+        if not self.guidance:
+            raise ValueError(_NO_GUIDANCE if "guidance" in condition else _CLASSES)
+        return condition
 
     def __call__(self, condition):
         """See `Conditioning`."""
-        if isinstance(condition, Mapping):
-            raise ValueError(_CLASSES)
-        return {"labels": condition if isinstance(condition, jax.Array) else np.asarray(condition)}
+        named = self._named(condition)
+        labels = named["labels"]
+        labels = labels if isinstance(labels, jax.Array) else np.asarray(labels)
+        if not self.guidance:
+            return {"labels": labels}
+        return {"labels": labels, "guidance": self._scales(named, labels.shape[0])}
 
     def null(self, data, caption):
         """See `Conditioning`."""
@@ -92,10 +149,12 @@ class ClassLabels(Conditioning):
 
     def checked(self, condition, data):
         """See `Conditioning`."""
-        if isinstance(condition, Mapping):
-            raise ValueError(_CLASSES)
-        labels = class_labels(condition, data.num_classes)
-        return labels, len(labels)
+        named = self._named(condition)
+        labels = class_labels(named["labels"], data.num_classes)
+        number = len(labels)
+        if not self.guidance:
+            return labels, number
+        return {"labels": labels, "guidance": self._checked_scales(named, number)}, number
 
 
 @dataclasses.dataclass(frozen=True)
@@ -223,10 +282,7 @@ class Text(Conditioning):
         if self.pooled:
             arguments["pooled"] = jnp.asarray(condition["pooled"])
         if self.guidance > 0:
-            # A student's sampler has the scale among its arguments; others use one scale for all
-            # samples.
-            own = jnp.full(text.shape[:1], self.guidance, jnp.float32)
-            arguments["guidance"] = jnp.asarray(condition.get("guidance", own))
+            arguments["guidance"] = self._scales(condition, text.shape[0])
         if condition.get("references"):
             arguments["references"] = tuple(map(jnp.asarray, condition["references"]))
         return arguments
@@ -271,9 +327,7 @@ class Text(Conditioning):
         for name in axes.keys() - {"text_length"}:
             check_between(name, arrays[name])
         if self.guidance > 0:
-            guidance = condition.get("guidance", self.guidance)
-            check_between("guidance", guidance, 0)
-            arrays["guidance"] = np.broadcast_to(np.float32(guidance), (number,))
+            arrays["guidance"] = self._checked_scales(condition, number)
         if condition.get("references"):
             arrays["references"] = tuple(
                 _checked_reference(f"references[{i}]", reference, number, data.channels)

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from piflow_jax.config import Config, ConfigError, ModelConfig, PolicyConfig
+from piflow_jax.config import Config, ConfigError, ModelConfig, PolicyConfig, TeacherConfig
 from piflow_jax.data.latents import SD_VAE_SCALE
 from piflow_jax.data.reference_sizes import kontext_size, qwen_edit_size
 from piflow_jax.keys import seed_key
@@ -35,6 +35,7 @@ __all__ = [
     "Network",
     "NetworkKind",
     "abstract_variables",
+    "check_takes_guidance",
     "named_variables",
     "network_kind",
     "official_data",
@@ -108,6 +109,22 @@ class BuiltIn(Network):
         """See `Network`."""
         return dataclasses.replace(self, module=self.module.clone(constrain=constrain))
 
+    def taking_guidance(self, default: float, scales: tuple[float, ...]) -> "BuiltIn":
+        """The same network with the guidance scale as a further input.
+
+        Args:
+          default: scale of conditions that have none.
+          scales: `(low, high)` of training.
+
+        Returns:
+          The network.
+        """
+        conditioning = dataclasses.replace(
+            self.conditioning, guidance=default, guidance_range=scales
+        )
+        module = self.module.clone(guidance_embed=True)
+        return dataclasses.replace(self, module=module, conditioning=conditioning)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NetworkKind:
@@ -126,6 +143,7 @@ class NetworkKind:
       reference_size: `(height, width, side) -> (height, width)`, the size in pixels at which it
         reads a reference image of a size, if a square one has this side; None if it reads none.
       named: whether a spec names the network; the spec of a DiT never did.
+      takes_guidance: whether a student can take the guidance scale as an input.
       of_caller: True if a function makes it that only the caller has.
     """
 
@@ -140,6 +158,7 @@ class NetworkKind:
     added: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     reference_size: Callable[[int, int, int], tuple[int, int]] | None = None
     named: bool = True
+    takes_guidance: bool = False
     of_caller: bool = False
 
 
@@ -245,6 +264,7 @@ NETWORKS: dict[str, NetworkKind] = {
         },
         formats=("dit", "original_dit", "original_sit"),
         named=False,
+        takes_guidance=True,
     ),
     "flux": NetworkKind(
         network=_built_in(_flux),
@@ -346,21 +366,41 @@ def teacher_network(model: ModelConfig, data: DataShape) -> Network:
     return network_kind(model).network(model, data, None)
 
 
-def student_network(model: ModelConfig, policy: PolicyConfig, data: DataShape) -> Network:
+def student_network(
+    model: ModelConfig,
+    policy: PolicyConfig,
+    data: DataShape,
+    guidance: TeacherConfig | None = None,
+) -> Network:
     """The network that predicts policies; for some networks, the teacher's with adapters.
 
     Args:
       model: the network's settings.
       policy: the policy's settings.
       data: shape and conditions of the data.
+      guidance: the teacher's guidance. If it has a range, the scale is an input of the network.
 
     Returns:
       The network.
 
     Raises:
-      ConfigError: see `teacher_network`.
+      ConfigError: see `teacher_network`, or this network cannot take the scale as an input.
     """
-    return network_kind(model).network(model, data, policy)
+    network = network_kind(model).network(model, data, policy)
+    if guidance is None or not guidance.guidance_range:
+        return network
+    check_takes_guidance(model)
+    return network.taking_guidance(guidance.guidance_scale, guidance.guidance_range)
+
+
+def check_takes_guidance(model: ModelConfig) -> None:
+    """Raises ConfigError if students of this network cannot take the guidance scale as an input."""
+    if not network_kind(model).takes_guidance:
+        able = " or ".join(repr(name) for name, kind in NETWORKS.items() if kind.takes_guidance)
+        raise ConfigError(
+            f"config.teacher.guidance_range is for config.model.network = {able} and must be empty "
+            f"with {model.network!r}"
+        )
 
 
 def abstract_variables(network: Network) -> Variables:

@@ -39,6 +39,7 @@ __all__ = [
     "TeacherSolver",
     "conditions_in_turn",
     "sampling_cautions",
+    "sampling_guidance",
     "sampling_record",
     "student_policy",
     "student_rollout",
@@ -117,7 +118,13 @@ def student_times(train: TrainConfig, nfe: int, h: float = 0.0, start: float = 1
 
 
 def sampling_cautions(
-    train: TrainConfig, nfe: int, h: float = 0.0, temperature: float = 1.0, start: float = 1.0
+    train: TrainConfig,
+    nfe: int,
+    h: float = 0.0,
+    temperature: float = 1.0,
+    start: float = 1.0,
+    guidance: ArrayLike = (),
+    guidance_range: tuple[float, ...] = (),
 ) -> list[str]:
     """Warns where a student was not trained for the options, or where they have no effect.
 
@@ -127,6 +134,8 @@ def sampling_cautions(
       h: stochasticity between segments.
       temperature: temperature of the mixture.
       start: noise level at which sampling starts.
+      guidance: guidance scales, any number of them.
+      guidance_range: `(low, high)` of the scales of training; empty for a student of one scale.
 
     Returns:
       Sentences; empty if there is nothing to warn of.
@@ -154,6 +163,14 @@ def sampling_cautions(
         cautions.append(
             f"h={h:g} has no effect with nfe=1: noise is renewed between segments, and there is one"
         )
+    if guidance_range:
+        (low, high), scales = guidance_range, np.unique(np.float32(guidance))
+        outside = scales[(scales < np.float32(low)) | (scales > np.float32(high))]
+        if outside.size:
+            cautions.append(
+                f"this student was trained for guidance from {low:g} to {high:g}; "
+                f"guidance={outside[-1]:g} is outside, where samples may be poor"
+            )
     return cautions
 
 
@@ -284,6 +301,11 @@ def teacher_record(config: Config) -> dict[str, Any]:
     return {} if solver == EvaluationConfig.teacher_solver else {"teacher_solver": solver}
 
 
+def sampling_guidance(config: Config) -> float:
+    """The guidance scale of samples: `config.evaluation.guidance`, or the teacher's own."""
+    return config.evaluation.guidance or config.teacher.guidance_scale
+
+
 def sampling_record(config: Config) -> dict[str, Any]:
     """The settings that samples depend on, except those of network, policy and weights.
 
@@ -306,7 +328,7 @@ def sampling_record(config: Config) -> dict[str, Any]:
         "rounding": ROUNDING,
         "temperature": settings.temperature,
         "dtype": config.model.dtype,
-    }
+    } | ({"guidance": settings.guidance} if settings.guidance else {})
 
 
 def conditions_in_turn(source: Source, data: DataShape) -> tuple[Condition, np.ndarray]:

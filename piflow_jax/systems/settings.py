@@ -5,7 +5,7 @@ from fractions import Fraction
 from piflow_jax.arguments import lora_strengths
 from piflow_jax.config import Config, ConfigError, naming
 from piflow_jax.systems.datasets import DATASETS, dataset
-from piflow_jax.systems.networks import network_kind
+from piflow_jax.systems.networks import check_takes_guidance, network_kind
 from piflow_jax.systems.policies import POLICIES
 from piflow_jax.systems.segments import shortest_segment
 
@@ -98,6 +98,18 @@ def check_choices(config: Config) -> None:
         raise ConfigError(
             "config.train.nfe_choices is for training with data, as a path without data has one "
             "number of segments: leave it empty, or set config.train.data_free = False"
+        )
+    if config.teacher.guidance_range:
+        check_takes_guidance(model)
+        if train.corrector.kind:
+            raise ConfigError(
+                "config.train.corrector.kind must be empty with config.teacher.guidance_range, as "
+                f"a corrector knows one guidance scale, got {train.corrector.kind!r}"
+            )
+    elif config.evaluation.guidance:
+        raise ConfigError(
+            "config.evaluation.guidance is for a student with config.teacher.guidance_range, whose "
+            "guidance is an input: leave it at 0"
         )
     _check_corrector(config)
     row.check(config)

@@ -19,6 +19,7 @@ from piflow_jax.config import (
     ModelConfig,
     NetworkConfig,
     PolicyConfig,
+    TeacherConfig,
     TrainConfig,
     base_config,
     check_group,
@@ -52,6 +53,7 @@ _ADDED = {"data.vae": ""}
 _LATER = {
     **{"train.initial": "", "train.solver": "euler", "train.nfe_choices": []},
     "teacher.loras": [],
+    "teacher.guidance_range": [],
 }
 
 
@@ -125,16 +127,21 @@ def teacher_spec(config: Config, data: DataShape) -> dict[str, Any]:
 
 def student_spec(config: Config, data: DataShape) -> dict[str, Any]:
     """The spec of a student's checkpoint: network, policy and sampling."""
-    model, policy = config.model, config.policy
+    model, policy, teacher = config.model, config.policy, config.teacher
     adapted = network_kind(model).targets is not None
+    guidance = {
+        "teacher.guidance_scale": teacher.guidance_scale,
+        "teacher.guidance_range": [*teacher.guidance_range],
+    }
     return (
         {"kind": "student"}
         | _model_spec(model, data)
         | ({"model.lora_rank": model.own.lora_rank} if adapted else {})
         | {f"policy.{key}": getattr(policy, key) for key in POLICIES[policy.kind].spec}
         | {f"train.{key}": getattr(config.train, key) for key in _SAMPLING}
-        # Not in the specs of students of one number, which are older.
+        # Not in the specs of students of one number, or of one scale, which are older.
         | ({"train.nfe_choices": [*config.train.nfe_choices]} if config.train.nfe_choices else {})
+        | (guidance if teacher.guidance_range else {})
     )
 
 
@@ -147,6 +154,8 @@ class StudentSettings:
       policy: the policy's settings.
       train: the distillation's settings.
       data: shape and conditions of the data.
+      teacher: the guidance of its teacher if the scale is an input of the student; the defaults
+        for other students.
       asked: for a user's own network, the `prediction` and `schedule` that define its inputs and
         outputs; see `OwnNetwork.spec`. Empty for our networks.
     """
@@ -155,13 +164,17 @@ class StudentSettings:
     policy: PolicyConfig
     train: TrainConfig
     data: DataShape
+    teacher: TeacherConfig = dataclasses.field(default_factory=TeacherConfig)
     asked: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @classmethod
     def of(cls, config: Config, data: DataShape, **more: Any) -> "StudentSettings":
         """Those of a configuration, for a student of `data`; `more` are further attributes."""
-        model, policy, train = config.model, config.policy, config.train
-        return cls(model=model, policy=policy, train=train, data=data, **more)
+        model, policy, train, teacher = config.model, config.policy, config.train, config.teacher
+        scales = teacher.guidance_range
+        told = {"guidance_scale": teacher.guidance_scale, "guidance_range": scales}
+        teacher = TeacherConfig(**told if scales else {})
+        return cls(model=model, policy=policy, train=train, data=data, teacher=teacher, **more)
 
 
 def spec_of(metadata: Mapping[str, str]) -> Mapping[str, Any] | None:
@@ -240,7 +253,7 @@ def _settings(spec: Mapping[str, Any], kind: str) -> StudentSettings:
         found = spec.get("kind") if isinstance(spec, Mapping) else spec
         raise ConfigError(f"this holds a {found}, not a {kind}")
     config = base_config().to_dict()
-    names = ("model", "policy", "train", "data", "asked")
+    names = ("model", "policy", "train", "data", "teacher", "asked")
     groups: dict[str, dict[str, Any]] = {name: {} for name in names}
     for key, value in updated(spec).items():
         group, _, name = key.partition(".")

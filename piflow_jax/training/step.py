@@ -1,5 +1,6 @@
 """Train steps: pure functions of state and batch, each in a single jit."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -31,6 +32,7 @@ __all__ = ["advance", "distill_step", "first_student_state", "states_of", "teach
 # Separate random streams, independent of those that the losses split off the same keys.
 _POSTERIOR = 0x9057
 _CORRECTOR = 0xC0EE
+_GUIDANCE = 0x61DE
 
 Metrics = dict[str, jax.Array]
 StepFn = Callable[..., tuple[TrainState, Metrics]]
@@ -163,7 +165,8 @@ def distill_step(
 
     Args:
       student: the student, which predicts policies.
-      teacher: the teacher with its guidance.
+      teacher: the teacher with its guidance; with a `guidance_range`, each example has a scale of
+        its own.
       optimizer: the student's optimiser.
       config: the run's settings.
       channels: `C` of a state.
@@ -174,7 +177,7 @@ def distill_step(
       donated and the teacher's parameters not. A batch has `x` and `condition`, see `Source`. For
       training without data, `x[B, *sites, 0]` gives the size of samples.
     """
-    train = config.train
+    train, scales = config.train, config.teacher.guidance_range
     factory = policy_factory(config.policy, train)
     corrector = make_corrector(config, student, teacher)
     components = POLICIES[config.policy.kind].droppable(config.policy)
@@ -197,13 +200,21 @@ def distill_step(
         else:
             draws = sample(keys[1])
         tau = 1 - jax.random.uniform(keys[2], (size,))  # in (0, 1]
+        guidance = None
+        if scales:
+            key = jax.random.fold_in(keys[2], _GUIDANCE)
+            guidance = jax.random.uniform(key, (size,), minval=scales[0], maxval=scales[1])
 
         def student_fn(params, carried, *inputs):
             base = teacher_params if student.adapted else carried
             return student.train(student.with_base(params, base), *inputs)
 
         def loss_and_grads(part, carried):
-            velocity = teacher.bind(teacher_params, part["condition"])
+            condition, guide = part["condition"], teacher
+            if scales:
+                guide = dataclasses.replace(teacher, guidance_scale=part["guidance"])
+                condition = student.conditioning.guided(condition, part["guidance"])
+            velocity = guide.bind(teacher_params, part["condition"])
             if train.data_free:
                 loss, _, grads, carried = data_free_loss_and_grads(
                     student_fn,
@@ -211,7 +222,7 @@ def distill_step(
                     carried,
                     velocity,
                     factory,
-                    part["condition"],
+                    condition,
                     part["noise"],
                     jax.tree.map(lambda a: jnp.swapaxes(a, 0, 1), part["draws"]),
                     ratio,
@@ -225,7 +236,7 @@ def distill_step(
                     velocity,
                     factory,
                     part["states"],
-                    part["condition"],
+                    condition,
                     part["tau"],
                     part["noise"],
                     part["draws"],
@@ -238,6 +249,7 @@ def distill_step(
 
         whole = {
             "condition": batch.get("condition"),
+            "guidance": guidance,
             "noise": noise,
             "draws": draws,
             "tau": tau,

@@ -37,6 +37,7 @@ class Notes:
     title, names, nfe, trained = "digits", tuple("0123456789"), 1, (1,)
     edited_from = 0.6, 1
     prompts, guidance, tempered, edits, teacher = None, 0.0, True, True, object()
+    guidance_range = ()
     student = SimpleNamespace(settings=SimpleNamespace(data=DATA))
 
     def __init__(self):
