@@ -387,6 +387,7 @@ def _check_together(config: Config) -> None:
             f"config.teacher.guidance_scale is the default of sampling and must be in "
             f"config.teacher.guidance_range {scales}, got {teacher.guidance_scale}"
         )
+    ranged = f", config.teacher.guidance_range {scales}" if scales else ""
     if (
         (scales or teacher.guidance_scale > 1)
         and teacher.label_dropout == 0
@@ -394,8 +395,7 @@ def _check_together(config: Config) -> None:
     ):
         raise ConfigError(
             "config.teacher.label_dropout must be above 0 to train a teacher for guidance "
-            f"(config.teacher.guidance_scale is {teacher.guidance_scale}"
-            + (f", config.teacher.guidance_range {scales})" if scales else ")")
+            f"(config.teacher.guidance_scale is {teacher.guidance_scale}{ranged})"
         )
     optimizers = [("teacher", teacher.optimizer, "teacher"), ("train", train.optimizer, "train")]
     if train.corrector.kind:
