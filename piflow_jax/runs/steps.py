@@ -114,11 +114,11 @@ def complete_steps(
       CheckpointError: the directory is a file, holds only foreign things, or cannot be read.
     """
     try:
-        # In this order: the folder of a bucket may go between the two questions.
+        # Between the two questions another process may make the folder, and one of a bucket go.
         if not directory.is_dir():
-            if not directory.exists():
-                return []
-            raise CheckpointError(f"{directory} is a file; checkpoints need a directory")
+            if directory.is_file():
+                raise CheckpointError(f"{directory} is a file; checkpoints need a directory")
+            return []
         names = sorted(p.name for p in directory.iterdir())
         steps = sorted(found.step for found in _STEPS.find_all(directory))
     except FileNotFoundError:  # in a bucket a folder goes with its last object, while it is tidied

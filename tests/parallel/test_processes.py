@@ -214,11 +214,15 @@ def steps_done(workdir):
     return path.read_text().count("\n") if path.exists() else 0
 
 
-def until_step(workdir, step, running):
+def until(happened, running):
     deadline = time.monotonic() + 200
-    while steps_done(workdir) < step:
+    while not happened():
         assert time.monotonic() < deadline and all(p.poll() is None for p in running)
         time.sleep(0.002)
+
+
+def until_step(workdir, step, running):
+    until(lambda: steps_done(workdir) >= step, running)
 
 
 def arrays(workdir, step=STUDENT_STEPS):
@@ -326,9 +330,8 @@ def kill(workdir, count, saved, every, *more, launcher=by_hand):
     logs = workdir / "logs"
     seldom = f"--config.checkpoint_every={every}"
     with started(workdir, logs, count, *JOB, *more, seldom, launcher=launcher) as running:
-        while not (workdir / "student" / "checkpoints" / str(saved)).is_dir():
-            until_step(workdir, 0, running)
-            time.sleep(0.002)
+        step = workdir / "student" / "checkpoints" / str(saved)
+        until(lambda: step.is_dir(), running)
         until_step(workdir, saved + 1, running)
         running[1].kill()
         killed = time.monotonic()
