@@ -276,7 +276,6 @@ def test_evaluations_are_those_of_the_training_and_others():
         ({"tempered": False}, {"guidance", "temperature"}),
         ({"guidance": 3.5}, set()),
     ],
-    ids=str,
 )
 def test_controls_are_those_that_a_student_has(changes, missing):
     drawer = Notes()
