@@ -39,7 +39,7 @@ def test_a_second_time_is_embedded_beside_the_first():
 
     with pytest.raises(TypeError, match="second"):
         module.apply(params, x, t, labels)
-    with pytest.raises(TypeError, match="positional arguments"):
+    with pytest.raises(ValueError, match="guidance_embed is False"):
         plain.apply(params, x, t, labels, t)
     with pytest.raises(ValueError, match="must have the shape of t"):
         module.apply(params, x, t, labels, t[:1])
