@@ -14,7 +14,15 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from tools.collect_reports import DECIMALS, Report, ReportError, compare, load
+from tools.collect_reports import (
+    DECIMALS,
+    Report,
+    ReportError,
+    compare,
+    filled,
+    load,
+    table,
+)
 
 CORRECTED = {
     "gm": "3,000 steps of pi-ID",
@@ -40,7 +48,7 @@ def corrector_table(variants: dict[str, dict[int, Report]]) -> list[str]:
     ]
     most = compare(next(iter(compared.values())))["most"]
     rows.append([f"teacher, {most['nfe']} NFE", "", *_cells([*compared.values()], "most")])
-    return _table(head, rows, left=2)
+    return table(head, rows, left=2)
 
 
 def _cells(reports: Sequence[Report], system: str) -> list[str]:
@@ -68,7 +76,7 @@ def evaluations_table(variants: dict[str, dict[int, Report]]) -> list[str]:
         student = compare(own)["student"]
         steps = f"{own['protocol']['steps']['student']:,}" if "steps" in own["protocol"] else "-"
         rows.append([*cells, f"{student['frechet']:.3f}", f"{student['endpoint_mse']:.4f}", steps])
-    return _table(head, rows)
+    return table(head, rows)
 
 
 def _spread(values: Sequence[float | None], decimals: int) -> str:
@@ -79,11 +87,6 @@ def _spread(values: Sequence[float | None], decimals: int) -> str:
     if len(set(values)) == 1:
         return mean
     return f"{mean} ± {stdev(values) / len(values) ** 0.5:.{decimals}f}"
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> list[str]:
-    rule = [*["---"] * left, *["---:"] * (len(head) - left)]
-    return [f"| {' | '.join(row)} |" for row in (head, rule, *rows)]
 
 
 def render(root: Path) -> str:
@@ -106,10 +109,7 @@ def render(root: Path) -> str:
     }
     for name, lines in blocks.items():
         begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
-        if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
-            raise ReportError(f"{page} must have {begin} and then {end}, once each")
-        before, after = text.split(begin)[0], text.split(end)[1]
-        text = "\n".join([f"{before}{begin}", *lines, f"{end}{after}"])
+        text = filled(text, page, begin, end, "\n".join([*lines, ""]))
     return text
 
 

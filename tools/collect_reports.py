@@ -228,7 +228,7 @@ def compiled_block(reports: Sequence[tuple[str, Report]]) -> str:
     ]
     rows = [compiled_row(variant, report) for variant, report in reports]
     versions = dict.fromkeys(f"jax {r['jax']}, libtpu {r['libtpu']}" for _, r in reports)
-    return "\n".join([*_table(head, rows), "", f"Compiled with {'; '.join(versions)}.", ""])
+    return "\n".join([*table(head, rows), "", f"Compiled with {'; '.join(versions)}.", ""])
 
 
 def load_text_compiled(directory: Path) -> list[tuple[str, str, Report]]:
@@ -286,15 +286,16 @@ def text_compiled_block(reports: Sequence[tuple[str, str, Report]]) -> str:
     head += ["of them arguments", "TFLOP per image", "teacher", "student", "policy", "rollout"]
     versions = dict.fromkeys(f"jax {r['jax']}, libtpu {r['libtpu']}" for *_, r in reports)
     rows = [text_compiled_row(*report) for report in reports]
-    return "\n".join([*_table(head, rows), "", f"Compiled with {'; '.join(versions)}.", ""])
+    return "\n".join([*table(head, rows), "", f"Compiled with {'; '.join(versions)}.", ""])
 
 
 def _number(value: float | None, decimals: int) -> str:
     return "-" if value is None else f"{value:.{decimals}f}"
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    rule = ["---", *["---:"] * (len(head) - 1)]
+def table(head: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> list[str]:
+    """Lines of a Markdown table, whose first `left` columns are words and the others numbers."""
+    rule = [*["---"] * left, *["---:"] * (len(head) - left)]
     return [f"| {' | '.join(row)} |" for row in (head, rule, *rows)]
 
 
@@ -323,7 +324,7 @@ def systems_table(reports: Sequence[Report], *, seconds: bool = False) -> list[s
     lines.append(
         ["data, half against half", "-", *_figures(floors, names), *(["-"] if seconds else [])]
     )
-    return _table(head, lines)
+    return table(head, lines)
 
 
 def _find(report: Report, system: str, pick: Callable[[Report], bool]) -> Report | None:
@@ -378,7 +379,7 @@ def comparison_table(seeds: dict[int, Report]) -> list[str]:
     if len(pairs) > 1:
         means = [_number(_mean([get(p) for p in pairs.values()]), d) for d, get in columns.values()]
         rows.append(["mean", *means])
-    return _table(["seed", *columns], rows)
+    return table(["seed", *columns], rows)
 
 
 def protocol_table(seeds: dict[int, Report]) -> list[str]:
@@ -492,10 +493,14 @@ def render(root: Path) -> dict[Path, str]:
 
 def _filled(page: Path, begin: str, end: str, block: str) -> dict[Path, str]:
     """A page with another block between its markers."""
-    text = page.read_text(encoding="utf-8")
+    return {page: filled(page.read_text(encoding="utf-8"), page, begin, end, block)}
+
+
+def filled(text: str, page: Path, begin: str, end: str, block: str) -> str:
+    """The text of a page with another block between its markers; ReportError without them."""
     if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
         raise ReportError(f"{page} must have {begin} and then {end}, once each")
-    return {page: f"{text.split(begin)[0]}{begin}\n{block}{end}{text.split(end)[1]}"}
+    return f"{text.split(begin)[0]}{begin}\n{block}{end}{text.split(end)[1]}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
