@@ -38,7 +38,7 @@ from piflow_jax.training.state import CarryingState, TrainState
 
 __all__ = ["CORRECTORS", "CorrectedState", "Corrector", "Critic", "make_corrector"]
 
-# The student's own time between two evaluations of its network has second order.
+# Of second order, since the rollout is differentiated and has few substeps.
 _SOLVER = "multistep"
 _LEAST_NORM = 1e-12
 
