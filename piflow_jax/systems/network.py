@@ -78,6 +78,10 @@ class Network(abc.ABC):
         variables.
         """
 
+    def of_student(self, trained: Variables, carried: Any, teacher: Variables) -> Variables:
+        """A student's variables for a call, with its teacher's as the base if it is adapted."""
+        return self.with_base(trained, teacher if self.adapted else carried)
+
     @abc.abstractmethod
     def start(
         self, key: jax.Array, teacher: "Network | None", teacher_variables: Variables

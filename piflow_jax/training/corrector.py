@@ -215,13 +215,9 @@ class Corrector:
         grads = jax.tree.map(lambda a, b: a + (ratio * b).astype(a.dtype), grads, own)
         return grads, {"corrector_loss": loss}
 
-    def _variables(self, params: Any, carried: Any, teacher_params: Any) -> Any:
-        base = teacher_params if self.student.adapted else carried
-        return self.student.with_base(params, base)
-
     def _policy(self, params: Any, carried: Any, teacher_params: Any, condition: Any) -> Callable:
         predict = student_policy(self.student, self.config.policy, self.config.train)
-        variables = self._variables(params, carried, teacher_params)
+        variables = self.student.of_student(params, carried, teacher_params)
         return lambda x, t: predict(variables, x, t, condition)
 
 
@@ -298,7 +294,7 @@ class CriticCorrector(Corrector):
             substeps=self.settings.substeps,
             solver=_SOLVER,
         )
-        variables = self._variables(params, carried, teacher_params)
+        variables = self.student.of_student(params, carried, teacher_params)
         times = student_times(train, train.nfe)
         return sample(variables, part["noise"], part["condition"], times)
 

@@ -206,8 +206,7 @@ def distill_step(
             guidance = jax.random.uniform(key, (size,), minval=scales[0], maxval=scales[1])
 
         def student_fn(params, carried, *inputs):
-            base = teacher_params if student.adapted else carried
-            return student.train(student.with_base(params, base), *inputs)
+            return student.train(student.of_student(params, carried, teacher_params), *inputs)
 
         def loss_and_grads(part, carried):
             condition, guide = part["condition"], teacher
