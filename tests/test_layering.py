@@ -16,7 +16,8 @@ PACKAGE = Path(__file__).parents[1] / "piflow_jax"
 NAME = "piflow_jax"
 MAX_LINES = 500
 
-GROUND = {"arguments", "buckets", "keys", "origin", "progress", "safetensors_files", "whole_files"}
+GROUND = {"arguments", "buckets", "hub", "keys", "origin", "progress", "safetensors_files"}
+GROUND |= {"whole_files"}
 # These write no files, so they have no use for the modules that do.
 WRITE_NOTHING = {"flow", "kernels", "models", "config", "training", "parallel", "rivals"}
 ROOMS = {
@@ -27,6 +28,7 @@ ROOMS = {
     "keys": {"arguments"},
     "buckets": {"gcs"},
     "gcs": set(),
+    "hub": set(),
     "safetensors_files": {"buckets", "whole_files"},
     "whole_files": {"buckets"},
     "exported": set(),
@@ -67,7 +69,7 @@ MODELS_TAKE_FROM_FLOW = {
 FLOW_TAKES = {"jax", "numpy", "einops", "flax.struct"}
 # Slow to load and not always there: imported where they are used, inside functions.
 LATE = {"tensorflow", "tensorflow_datasets", "tensorboard", "clu", "torch", "transformers"}
-LATE |= {"pyarrow", "matplotlib", "gradio"}
+LATE |= {"pyarrow", "matplotlib", "gradio", "huggingface_hub"}
 # Of the package itself: it imports such at top level, and is imported inside functions.
 LATE_FILE = "runs/events.py"
 LATE.add("piflow_jax.runs.events")

@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any
 
-_BOUNDS = ("low", "high", "above", "most", "choices", "may_be_empty", "distinct")
+_BOUNDS = ("low", "high", "above", "most", "choices", "may_be_empty", "distinct", "hub")
 
 
 def config_field(default: Any = dataclasses.MISSING, doc: str = "", **bounds: Any) -> Any:
@@ -11,7 +11,8 @@ def config_field(default: Any = dataclasses.MISSING, doc: str = "", **bounds: An
 
     Bounds are `low`, `high`, `most` (all inclusive) and `above`. Values above `high` have no
     meaning, and values above `most` cannot be computed. `choices` lists all values. A tuple
-    `may_be_empty`, or has `distinct` entries.
+    `may_be_empty`, or has `distinct` entries. `hub` are the folders of a pipeline that a key reads
+    which also takes names on the Hugging Face hub.
     """
     if not bounds.keys() <= set(_BOUNDS):
         raise TypeError(f"bounds are {', '.join(_BOUNDS)}, got {', '.join(bounds)}")

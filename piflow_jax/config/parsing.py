@@ -12,6 +12,7 @@ from typing import Any
 
 import ml_collections
 
+from piflow_jax import hub
 from piflow_jax.arguments import prefixed
 from piflow_jax.buckets import located
 from piflow_jax.config.networks import ModelConfig, NetworkConfig
@@ -198,8 +199,11 @@ def _parse_value(value: Any, hint: Any, allowed: types.MappingProxyType, key: st
         raise ConfigError(f"{key} must have no NUL character, got {_shown(value)}")
     if isinstance(value, str):
         value = os.path.expanduser(value)  # shells leave the ~ of --key=~/path as it is
+        named = hub.is_name(value)
+        if named and allowed.get("hub") is None:
+            raise ConfigError(f"{key} takes no name on the Hugging Face hub, got {_shown(value)}")
         try:
-            located(value)
+            hub.check(value) if named else located(value)
         except ValueError as error:
             raise ConfigError(f"{key} = {error}") from None
     low, high, above, choices = (allowed.get(name) for name in ("low", "high", "above", "choices"))

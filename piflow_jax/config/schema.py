@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from piflow_jax import hub
 from piflow_jax.config.fields import config_field as _field
 from piflow_jax.config.networks import ModelConfig
 from piflow_jax.config.optimizers import OptimizerConfig
@@ -55,15 +56,20 @@ class DataConfig:
         "channels, a sixteenth of the image's side)",
         choices=("", "va_vae"),
     )
-    vae: str = _field("", "weights of the autoencoder: a .safetensors file or its folder")
+    vae: str = _field(
+        "",
+        "weights of the autoencoder: a .safetensors file or its folder, also hf:owner/name",
+        hub=hub.AUTOENCODER,
+    )
     prompts: str = _field(
         "",
         "list of prompts for --mode=prepare: a .txt, .jsonl or .parquet file",
     )
     text_encoder: str = _field(
         "",
-        "text encoder for --mode=prepare: the folder of FLUX.1 or Qwen-Image, or words:D:P (hashed "
-        "words)",
+        "text encoder for --mode=prepare: the folder of FLUX.1 or Qwen-Image, also hf:owner/name, "
+        "or words:D:P (hashed words)",
+        hub=hub.ENCODERS,
     )
     text_length: int = _field(
         0, "largest number of tokens of a prompt; 0 means the encoder's own limit", low=0
@@ -161,8 +167,9 @@ class TeacherConfig:
     )
     weights: str = _field(
         "",
-        "official weights of the teacher: .safetensors, .pth, or a folder of them, on a disk or in "
-        "a bucket (gs://...)",
+        "official weights of the teacher: .safetensors, .pth, or a folder of them, on a disk, in a "
+        "bucket (gs://...) or on the Hugging Face hub (hf:owner/name)",
+        hub=hub.NETWORK,
     )
     weights_format: str = _field(
         "",
@@ -174,6 +181,7 @@ class TeacherConfig:
         (),
         "LoRA files that are added to the weights, each a path or `path@strength`: a fine-tune "
         "that is distilled without a second copy of its base",
+        hub=(),
         may_be_empty=True,
     )
     steps: int = _field(3000, "training steps", low=1)
@@ -379,16 +387,18 @@ class EvaluationConfig:
     )
     weights: str = _field(
         "",
-        "official student weights (.safetensors or .pth, also gs://...), in place of the run's "
-        "checkpoint",
+        "official student weights (.safetensors or .pth, also gs://... or hf:owner/name), in place "
+        "of the run's checkpoint",
+        hub=hub.NETWORK,
     )
     loras: tuple[str, ...] = _field(
         (),
         "LoRA files that are added to the base of a student with adapters when it samples, and to "
         "the teacher when that does, each a path or `path@strength`",
+        hub=(),
         may_be_empty=True,
     )
-    features: str = _field("", "file of the Inception weights, for FID")
+    features: str = _field("", "file of the Inception weights, for FID", hub=())
     reference: str = _field(
         "", "for latents: ADM's reference statistics, such as VIRTUAL_imagenet256_labeled.npz"
     )
@@ -399,10 +409,13 @@ class EvaluationConfig:
     teacher_images: str = _field(
         "", "for prompts: the teacher's pictures from the same noise, in the same form"
     )
-    clip: str = _field("", "for prompts: folder of the CLIP that compares pictures with prompts")
+    clip: str = _field(
+        "", "for prompts: folder of the CLIP that compares pictures with prompts", hub=()
+    )
     diversity_features: str = _field(
         "",
         "for prompts: folder of the network that compares pictures of one prompt; empty means clip",
+        hub=(),
     )
 
 
@@ -465,6 +478,11 @@ class Config:
     )
     compilation_cache: str = _field(
         "", "directory that keeps compiled programs for later runs; empty keeps none"
+    )
+    download: bool = _field(
+        False,
+        "fetch what keys name on the Hugging Face hub (hf:owner/name) and its cache lacks; "
+        "otherwise only the cache is read",
     )
     topology: str = _field("", "TPU slice for --mode=compile, such as v5e:4x4")
     log_every: int = _field(20, "steps between metrics", low=1)

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from piflow_jax import hub
 from piflow_jax.arguments import prefixed
 from piflow_jax.convert.files import open_weights
 from piflow_jax.convert.qwen_vae import QWEN_VAE
@@ -42,9 +43,9 @@ def open_autoencoder(
     """Loads an autoencoder of either kind; the names of its weights show which.
 
     Args:
-        path: A weight file or its folder, see `open_weights`. Scale and shift of latents come from
-            the `config.json` next to the weights; without one they are those of Stable Diffusion,
-            FLUX.1 or Qwen-Image.
+        path: A weight file, its folder or that of its pipeline, see `open_weights`. Scale and shift
+            of latents come from the `config.json` next to the weights; without one they are those
+            of Stable Diffusion, FLUX.1 or Qwen-Image.
         place: See `import_state`.
 
     Returns:
@@ -54,7 +55,7 @@ def open_autoencoder(
         FileNotFoundError: There is no such file.
         ValueError: The file is not an autoencoder, or `config.json` is damaged.
     """
-    weights = open_weights(path)
+    weights = open_weights(path, part=hub.AUTOENCODER[0])
     qwen = any(re.search(r"\.time_conv\.|\.gamma$", name) for name in weights)
     kind, keys = (QWEN_VAE, _BY_CHANNEL) if qwen else (VAE, _VAE)
     beside = weights.path.parent / "config.json"

@@ -18,6 +18,7 @@ import numpy as np
 from absl import logging
 from etils import epath
 
+from piflow_jax import hub
 from piflow_jax.arguments import prefixed
 from piflow_jax.buckets import fetcher, is_file, is_remote
 from piflow_jax.convert.float8 import with_scales
@@ -73,7 +74,9 @@ class Weights(dict[str, LazyArray]):
         return self[name].shape
 
 
-def open_weights(path: str | os.PathLike, select: str | None = None) -> Weights:
+def open_weights(
+    path: str | os.PathLike, select: str | None = None, part: str = hub.NETWORK[0]
+) -> Weights:
     """Opens a weight file without reading its tensors.
 
     Checkpoints of training runs hold several networks. Averaged weights are preferred, and the
@@ -86,10 +89,13 @@ def open_weights(path: str | os.PathLike, select: str | None = None) -> Weights:
         path: A `.safetensors` file; an index `*.safetensors.index.json` of shards; a `.pth`, `.pt`,
             `.bin` or `.ckpt` file of PyTorch; or a directory with exactly one of these. The path
             may be in a bucket (`gs://...`): `.safetensors` is then read by ranges of bytes, and
-            files of PyTorch are first copied to a temporary directory.
+            files of PyTorch are first copied to a temporary directory. It may be a name on the
+            Hugging Face hub (`hf:owner/name`), of files in the hub's cache.
         select: The part to take from a file with several: a key such as "model", or a prefix of
             names such as "diffusion.denoising" or "teacher.denoising". "" takes all arrays under
             their own names.
+        part: The folder to take from a pipeline of `diffusers`, a directory with a
+            `model_index.json`.
 
     Returns:
         The arrays by name. Arrays of a PyTorch file are mapped from the disk (or held in memory, if
@@ -102,16 +108,18 @@ def open_weights(path: str | os.PathLike, select: str | None = None) -> Weights:
             run code, several parts without an obvious choice, or averages without names.
         ImportError: The file is PyTorch's, and PyTorch is not installed.
     """
-    path = _one_file(readable(path))
-    if path.name.endswith(INDEX):
-        parts, metadata = _open_index(path)
-    elif path.suffix == ".safetensors":
-        parts, metadata = open_safetensors(path)
-    elif path.suffix in PICKLES:
-        parts, metadata = _open_pickle(path), {}
-    else:
-        known = ", ".join((".safetensors", INDEX, *PICKLES))
-        raise ValueError(f"{path}: unknown kind of weight file, known are {known}")
+    path = readable(path)
+    with hub.remedied(path):
+        path = _one_file(path, part)
+        if path.name.endswith(INDEX):
+            parts, metadata = _open_index(path)
+        elif path.suffix == ".safetensors":
+            parts, metadata = open_safetensors(path)
+        elif path.suffix in PICKLES:
+            parts, metadata = _open_pickle(path), {}
+        else:
+            known = ", ".join((".safetensors", INDEX, *PICKLES))
+            raise ValueError(f"{path}: unknown kind of weight file, known are {known}")
     arrays, selected = _select(path, parts, select)
     with prefixed(path):
         return Weights(path, arrays if select == "" else with_scales(arrays), metadata, selected)
@@ -136,31 +144,37 @@ def readable(path: str | os.PathLike) -> epath.Path:
     """Returns a path after checking that its bucket, if it has one, can be read.
 
     Args:
-        path: Any path, whether or not it exists.
+        path: Any path, whether or not it exists, or a name on the Hugging Face hub.
 
     Returns:
-        The path.
+        The path; of a name, its place in the hub's cache.
 
     Raises:
-        ValueError: gcsfs is missing; the message gives the remedy.
+        FileNotFoundError: The hub's cache does not have it; the message gives the remedy.
+        ValueError: gcsfs or huggingface_hub is missing; the message gives the remedy.
         OSError: The bucket cannot be read; the message says why and gives the remedy.
     """
+    if hub.is_name(path):
+        return epath.Path(hub.local(path))
     if is_remote(path):
         with contextlib.suppress(FileNotFoundError):  # the caller, which knows more, reports this
             fetcher(path)
     return epath.Path(path)
 
 
-def _one_file(path: epath.Path) -> epath.Path:
-    """The weight file of a path: the path itself, or the only weight file in a directory."""
+def _one_file(path: epath.Path, part: str) -> epath.Path:
+    """The weight file of a path: the path itself, or the only one in it or in a pipeline's part."""
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such weight file or directory")
     if not path.is_dir():
         if not is_file(path):
             raise ValueError(f"{path} is not a regular file")
         return path
+    pipeline = is_file(path / "model_index.json") and (path / part).is_dir()
     for endings in ((INDEX,), (".safetensors",), PICKLES):
         found = sorted(p for p in path.iterdir() if p.name.endswith(endings) and is_file(p))
+        if len(found) > 1 and pipeline:
+            break
         if all(_SHARD.search(p.name) for p in found) and found:
             raise ValueError(f"{path} holds shards and no index, *{INDEX}: fetch that too")
         if len(found) > 1:
@@ -168,6 +182,8 @@ def _one_file(path: epath.Path) -> epath.Path:
             raise ValueError(f"{path} holds several weight files, name one of: {names}")
         if found:
             return found[0]
+    if pipeline:
+        return _one_file(path / part, part)
     inside = [p.name for p in sorted(path.iterdir()) if p.is_dir() and holds_weights(p)]
     # The network comes before the other parts of its pipeline.
     inside.sort(key=lambda name: not name.startswith("transformer"))

@@ -18,6 +18,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from piflow_jax import hub
 from piflow_jax.data.reference_sizes import qwen_edit_size
 from piflow_jax.data.torch_parts import (
     files_digest,
@@ -380,7 +381,8 @@ def load_text_encoder(
 
     Args:
       name: The folder of a release of FLUX.1, Qwen-Image or Qwen-Image-Edit (which of these, its
-        files tell), or "words", "words:D" or "words:D:P" for a `WordEncoder`.
+        files tell), its name on the Hugging Face hub, or "words", "words:D" or "words:D:P" for a
+        `WordEncoder`.
       max_length: Tokens of a prompt, at most; 0 is the release's own limit, 512 or 1024.
       dtype: Of a released network's weights.
       gpu: Which of the GPUs that PyTorch sees; without any it is the CPU.
@@ -395,10 +397,11 @@ def load_text_encoder(
     """
     if name.split(":")[0] == _WORDS:
         return _word_encoder(name, max_length)
-    folder = Path(name)
+    folder = Path(hub.local(name) if hub.is_name(name) else name)
     if not folder.is_dir():
         raise FileNotFoundError(f"{name}: there is no such folder of text encoders")
-    kind, longest = _kind(folder)
+    with hub.remedied(folder, ValueError):
+        kind, longest = _kind(folder)
     if not 0 <= max_length <= longest:
         raise ValueError(f"{name} takes {longest} tokens at most, not {max_length}")
     try:
@@ -409,7 +412,7 @@ def load_text_encoder(
             f"{name}: text encoders need PyTorch and transformers, pip install 'piflow_jax[text]'"
         ) from error
     device = f"cuda:{gpu}" if torch.cuda.is_available() else "cpu"
-    with _quiet():
+    with _quiet(), hub.remedied(folder, ValueError):
         return kind(folder, max_length=max_length or longest, dtype=dtype, device=device)
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import ArrayLike
 
+from piflow_jax import hub
 from piflow_jax.data.torch_parts import files_digest, load_network, load_part, read_model_type
 from piflow_jax.evaluation.checks import check_same_dimension, checked_features
 
@@ -118,7 +119,7 @@ def load_image_network(folder: str | os.PathLike, device: str = "") -> ImageNetw
 
     Args:
       folder: A release of CLIP, DINOv2 or a vision transformer in the layout of `transformers`,
-        with its `preprocessor_config.json`.
+        with its `preprocessor_config.json`, or its name on the Hugging Face hub.
       device: Device name of PyTorch; empty means the first GPU, or the CPU if there is none.
 
     Returns:
@@ -129,9 +130,14 @@ def load_image_network(folder: str | os.PathLike, device: str = "") -> ImageNetw
       ImportError: PyTorch or `transformers` is not installed.
       ValueError: The folder does not hold such a release.
     """
-    folder = Path(folder)
+    folder = Path(hub.local(folder) if hub.is_name(folder) else folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: there is no such folder of an image network")
+    with hub.remedied(folder, ValueError):
+        return _loaded(folder, device)
+
+
+def _loaded(folder: Path, device: str) -> ImageNetwork:
     for name in ("config.json", "preprocessor_config.json"):
         if not (folder / name).exists():
             raise ValueError(f"{folder} is not of a released image network: it has no {name}")

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
+from piflow_jax import hub
 from piflow_jax.arguments import check_choice, lora_strengths, prefixed
 from piflow_jax.config import ModelConfig, PolicyConfig, parse
 from piflow_jax.exported import DESCRIPTION
@@ -52,8 +53,12 @@ def load(
     teacher: str | os.PathLike | Teacher | None = None,
     network: Any = None,
     loras: Any = None,
+    download: bool = False,
 ) -> Student:
     """Loads a student.
+
+    Where files of weights or their folders are named, names on the Hugging Face hub count too:
+    `hf:owner/name`, `hf:owner/name/folder` or `hf:owner/name@revision/folder`.
 
     Args:
       path: the name of a shipped student, one of `shipped_names()`; a run's work directory, a
@@ -73,19 +78,23 @@ def load(
       loras: of a student with adapters, LoRA files that are added to the official weights of its
         teacher: strengths by path, or paths (`path@strength`). Names may be those of `peft`,
         `diffusers`, kohya's scripts or ComfyUI.
+      download: fetch what is named on the hub and its cache lacks; by default the cache is read.
 
     Returns:
       The student, on the default device.
 
     Raises:
-      FileNotFoundError: there is nothing at the path.
-      OSError: the bucket cannot be read; says why, and the remedy.
+      FileNotFoundError: there is nothing at the path, or the hub's cache does not have it.
+      OSError: the bucket or the hub cannot be read; says why, and the remedy.
       CheckpointError: the checkpoint is unusable, or not a student's.
       ValueError: the file is not a student's, `config` is missing or does not fit, `dtype` is none
         of the two, the teacher is missing or another one, or a LoRA file does not fit it.
     """
-    dtype, path = _compute_dtype(dtype), weights_path(path, "student")
-    if _is_weights(path):
+    dtype = _compute_dtype(dtype)
+    if download:
+        _fetch(path, teacher, *lora_strengths(loras or {}))
+    of_hub, path = hub.is_name(path), weights_path(path, "student")
+    if of_hub or _is_weights(path):
         return _from_file(path, config, dtype, teacher, loras)
     directory, step, spec, saved = find_checkpoint(path, "student")
     with prefixed(directory):
@@ -105,6 +114,13 @@ def load(
             "with them, or {} if teacher= has them already"
         )
     return _on_base(settings, trained, teacher or path, _base_dtype(saved), loras)
+
+
+def _fetch(*paths: Any) -> None:
+    """Downloads what is named on the hub."""
+    for path in paths:
+        if isinstance(path, str | os.PathLike) and hub.is_name(path):
+            hub.fetch(path, hub.NETWORK)
 
 
 def _compute_dtype(dtype: Any) -> str:
@@ -280,7 +296,9 @@ def _on_base(
     loras: Any,
 ) -> Student:
     """A student with adapters on its teacher's variables, of `base_dtype` where that is known."""
-    base, base_dtype = _base(settings, user_path(teacher), base_dtype, lora_strengths(loras or {}))
+    base, base_dtype = _base(
+        settings, user_path(teacher, of_weights=True), base_dtype, lora_strengths(loras or {})
+    )
     settings, network = _network(settings, settings.model.dtype, base_dtype)
     return Student(network, network.with_base(trained, base), settings)
 

@@ -43,5 +43,5 @@ def fine_tuned(
     opened = []
     for path, strength in loras.items():
         with prefixed(path):
-            opened.append((open_weights(user_path(path)), strength))
+            opened.append((open_weights(user_path(path, of_weights=True)), strength))
     return with_loras(weights, form, opened, network.module if of_student else None)

@@ -265,9 +265,8 @@ def _official(
 ) -> Any:
     """Parameters of a group's weight file that says nothing else than the settings do."""
     given = getattr(config, group).weights
-    path = user_path(given, f"config.{group}.weights")
     try:
-        weights = open_weights(path)
+        weights = open_weights(user_path(given, of_weights=True))
         said = spec_of(weights.metadata)
         if said is not None:
             # Data and autoencoder are known only as far as their files are here.

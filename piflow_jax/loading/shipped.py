@@ -35,7 +35,7 @@ def weights_path(path: str | os.PathLike, kind: str) -> epath.Path:
       FileNotFoundError: it is neither.
       ConfigError: see `user_path`.
     """
-    found = user_path(path)
+    found = user_path(path, of_weights=True)
     if found.exists():
         return found
     if is_remote(found):  # the service gives one answer for both

@@ -16,6 +16,7 @@ from piflow_jax.config import Config, ConfigError, check_devices, naming, parse
 from piflow_jax.data.pictures import PicturesError
 from piflow_jax.data.shards import ShardsError
 from piflow_jax.evaluation.kept import KeptFileError
+from piflow_jax.loading.hub_weights import with_commits
 from piflow_jax.modes.adm import write_reference
 from piflow_jax.modes.compile import compile_sampling, compile_step
 from piflow_jax.modes.evaluate import evaluate
@@ -138,6 +139,7 @@ def run(mode: str, config: ml_collections.ConfigDict, workdir: str | os.PathLike
         if pictures:
             parsed = in_workdir(parsed, workdir)
         _start(parsed, MODES[mode], workdir)
+        parsed = with_commits(parsed, fetch=parsed.download and MODES[mode].here)
         _caution(parsed, MODES[mode])
         if pictures and MODES[mode].needs_data:
             prepare_missing(parsed, workdir)

@@ -9,8 +9,9 @@ from collections.abc import Iterator
 
 from etils import epath
 
+from piflow_jax import hub
 from piflow_jax.buckets import SCHEME, is_remote, located
-from piflow_jax.config import ConfigError
+from piflow_jax.config import ConfigError, naming
 
 __all__ = ["check_writable", "checkpoint_path", "user_path"]
 
@@ -18,21 +19,29 @@ __all__ = ["check_writable", "checkpoint_path", "user_path"]
 _LONGEST, _LONGEST_NAME, _DEEPEST = 4095, 255, 500
 
 
-def user_path(path: str | os.PathLike, what: str = "the path") -> epath.Path:
+def user_path(
+    path: str | os.PathLike, what: str = "the path", *, of_weights: bool = False
+) -> epath.Path:
     """The path that a user named, the same from every directory and for every reader.
 
     Args:
       path: a local path, in which `~` is the home directory, or one in a bucket, `gs://...`.
       what: what the path is, for messages.
+      of_weights: weights are read there, which a name on the hub may stand for, see `hub.local`.
 
     Returns:
       The path, absolute. It may not exist.
 
     Raises:
       ConfigError: the path is empty, too long, of an unknown scheme or user, or relative to
-        a directory that is gone; or it is in a bucket, and gcsfs is missing.
+        a directory that is gone; or it is in a bucket, and gcsfs is missing; or it is no name on
+        the hub, or huggingface_hub is missing.
+      FileNotFoundError: the hub's cache does not have what is named.
     """
     text = os.fsdecode(path)
+    if of_weights and hub.is_name(text):
+        with naming(what):
+            return epath.Path(hub.local(text))
     if not text:
         raise ConfigError(f"{what} is empty; name a directory, or . for the current one")
     shown = reprlib.repr(text)

@@ -1,0 +1,57 @@
+"""Weights that a configuration names on the Hugging Face hub."""
+
+import dataclasses
+from typing import Any
+
+from piflow_jax import hub
+from piflow_jax.arguments import lora_strengths
+from piflow_jax.config import Config
+
+__all__ = ["with_commits"]
+
+
+def with_commits(config: Config, *, fetch: bool = False) -> Config:
+    """The settings in which names on the hub have the commit that they stand for now.
+
+    What is recorded of a run then says which weights it had, and the run reads the same weights
+    until its end. Names that the cache does not have stay as they are.
+
+    Args:
+      config: the run's settings.
+      fetch: download first what the cache lacks.
+
+    Returns:
+      The settings.
+
+    Raises:
+      FileNotFoundError: see `hub.fetch`.
+      OSError: see `hub.fetch`.
+    """
+    return _replaced(config, fetch)
+
+
+def _replaced(group: Any, fetch: bool) -> Any:
+    changed = {}
+    for field in dataclasses.fields(group):
+        value, parts = getattr(group, field.name), field.metadata.get("hub")
+        if dataclasses.is_dataclass(value):
+            changed[field.name] = _replaced(value, fetch)
+        elif isinstance(value, tuple) and parts is not None:
+            changed[field.name] = tuple(_lora(entry, fetch) for entry in value)
+        elif parts is not None:
+            changed[field.name] = _named(value, parts, fetch)
+    return dataclasses.replace(group, **changed)
+
+
+def _lora(entry: str, fetch: bool) -> str:
+    """An entry with the commit, its strength left as it is."""
+    [path] = lora_strengths([entry])
+    return _named(path, (), fetch) + entry.removeprefix(path)
+
+
+def _named(value: str, parts: tuple[str, ...], fetch: bool) -> str:
+    if not hub.is_name(value):
+        return value
+    if fetch:
+        hub.fetch(value, parts)
+    return hub.pinned(value)
