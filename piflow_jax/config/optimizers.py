@@ -20,7 +20,7 @@ class OptimizerConfig:
     )
     decay: str = _field(
         "constant",
-        "how the learning rate decays after warm-up",
+        "decay of the learning rate after warm-up; cosine and linear end at 2% of the peak",
         choices=("constant", "cosine", "linear"),
     )
     growth_rate_scale: float = _field(
@@ -38,5 +38,5 @@ class OptimizerConfig:
     weight_decay: float = _field(0.0, "decoupled weight decay", low=0)
     grad_clip: float = _field(50.0, "largest global norm of the gradient; 0 does not clip", low=0)
     ema_gamma: float = _field(
-        7.0, "gamma of the Karras EMA; larger means shorter", above=0, most=1e6
+        7.0, "gamma of the Karras EMA; larger means a shorter average", above=0, most=1e6
     )

@@ -51,9 +51,9 @@ class DataConfig:
     )
     latents: str = _field(
         "",
-        "latents that official weights are for, which a prepared set knows by itself: those of "
-        "Stable Diffusion's autoencoder if empty, or va_vae, those of REPA-E's VA-VAE (32 "
-        "channels, a sixteenth of the image's side)",
+        "latents of the official weights: empty means those of Stable Diffusion's autoencoder, and "
+        "va_vae those of REPA-E's VA-VAE (32 channels, a sixteenth of the image's side). A "
+        "prepared set records its own",
         choices=("", "va_vae"),
     )
     vae: str = _field(
@@ -193,8 +193,8 @@ class TeacherConfig:
     guidance_scale: float = _field(1.0, "scale of classifier-free guidance; 1 means none", low=1)
     guidance_range: tuple[float, ...] = _field(
         (),
-        "(low, high) of scales that the student takes as an input, drawn for each example; the "
-        "default of sampling is guidance_scale; empty means that scale alone",
+        "(low, high) of the scales that the student takes as an input. Training draws one for each "
+        "example, and sampling takes guidance_scale by default. Empty means guidance_scale alone",
         low=1,
         may_be_empty=True,
     )
@@ -202,7 +202,7 @@ class TeacherConfig:
         (0.0, 1.0), "noise levels at which to guide, both ends included", low=0, high=1
     )
     orthogonal_guidance: float = _field(
-        0.0, "share that is removed of the part of the guidance parallel to x_0", low=0, high=1
+        0.0, "share to remove of the guidance's component parallel to x_0", low=0, high=1
     )
 
 
@@ -222,7 +222,7 @@ class CorrectorConfig:
     scale: float = _field(
         1.0, "norm of the corrector's gradient, relative to pi-ID's", above=0, most=100
     )
-    start: int = _field(100, "steps before it acts, in which the critic learns", low=0)
+    start: int = _field(100, "steps before the corrector acts; the critic learns in them", low=0)
     levels: tuple[float, float] = _field(
         (0.02, 0.98), "lowest and highest noise level of the states", low=1e-3, high=0.999
     )
@@ -232,7 +232,7 @@ class CorrectorConfig:
     )
     guidance_interval: tuple[float, ...] = _field(
         (),
-        "noise levels at which the teacher is guided there; empty means those of teacher",
+        "noise levels at which the corrector's teacher is guided; empty means those of teacher",
         may_be_empty=True,
         low=0,
         high=1,
@@ -266,8 +266,8 @@ class TrainConfig:
     )
     nfe_choices: tuple[int, ...] = _field(
         (),
-        "numbers of evaluations that one student is trained for, nfe among them: each example's "
-        "segment is one of a number drawn from these; empty means nfe alone",
+        "numbers of evaluations that one student is trained for, nfe among them. For each example, "
+        "one of them is drawn, and then one of its segments. Empty means nfe alone",
         may_be_empty=True,
         distinct=True,
         **_EVALUATIONS,
@@ -299,7 +299,7 @@ class TrainConfig:
     )
     mixing_steps: int = _field(
         0,
-        "steps in which the teacher's share of the trajectory falls from 1 to 0; 0: no share",
+        "steps in which the teacher's share of the trajectory falls from 1 to 0; 0 means no share",
         low=0,
     )
     loss_scale: float = _field(3.0, "factor of the loss", above=0)
@@ -311,7 +311,7 @@ class TrainConfig:
     )
     time_power: float = _field(
         0.0,
-        "q in the weight t^q of a state at noise level t; 2 weighs errors of x_0 equally",
+        "q in the weight t^q of a state at noise level t; 2 weights errors of x_0 equally",
         low=0,
         high=2,
     )
@@ -335,7 +335,8 @@ class EvaluationConfig:
     )
     teacher_steps: tuple[int, ...] = _field(
         (1, 2, 4, 8, 32, 128),
-        "steps of the teacher, a row of the report each; the last is the student's target",
+        "numbers of steps of the teacher, each a row of the report; endpoints are compared with "
+        "those of the last",
         **_EULER_STEPS,
     )
     teacher_solver: str = _field(
@@ -368,7 +369,7 @@ class EvaluationConfig:
         "solver of the policy's rollouts when sampling",
         choices=("euler", "multistep"),
     )
-    seed: int = _field(0, "seed of the noise, which uses its last 32 bits", **_SEED)
+    seed: int = _field(0, "seed of the noise", **_SEED)
     grid_samples: int = _field(20, "columns of samples.png", low=1, most=1000)
     grid_classes: tuple[int, ...] = _field(
         (),
@@ -484,7 +485,7 @@ class Config:
         "fetch what keys name on the Hugging Face hub (hf:owner/name) and its cache lacks; "
         "otherwise only the cache is read",
     )
-    topology: str = _field("", "TPU slice for --mode=compile, such as v5e:4x4")
+    topology: str = _field("", "TPU slice for --mode=compile and compile_sampling, such as v5e:4x4")
     log_every: int = _field(20, "steps between metrics", low=1)
     checkpoint_every: int = _field(1000, "steps between checkpoints", low=1)
     keep_checkpoints: int = _field(2, "checkpoints kept per stage", low=1)
