@@ -148,7 +148,7 @@ class Student:
         """Integrates a policy without the network, as `sample` does.
 
         Args:
-          policy: of `policy`.
+          policy: from `policy`.
           x: `[B, H, W, C]`, states at `t_start`.
           t_start: `[B]`, or one for all: noise levels in [0, 1].
           t_end: `[B]`, or one for all, not above `t_start`.
@@ -185,46 +185,49 @@ class Student:
         """Samples, one for each label or prompt.
 
         Sample `i` depends on the key, on `i` and on its label or prompt alone: not on how many
-        others there are, nor on how many devices. Numbers of samples are rounded up to powers of
-        two, at most 256 at a time on each device, so that at most nine programs are compiled for a
-        choice of `nfe`, `substeps`, `solver` and a size, however many samples are asked for and
-        whatever the other numbers are; and as many again with `x`, with `noise` and with both. Of
-        the last 16 choices programs are kept. Arrays that are passed are left as they are. A mesh
-        that is set has no influence.
+        others there are, nor on how many devices. At most 256 samples are drawn at a time on each
+        device, and their number is rounded up to a power of two. So a choice of `nfe`, `substeps`,
+        `solver` and size compiles at most nine programs, however many samples are asked for and
+        whatever the other numbers are, and as many again with `x`, with `noise` and with both.
+        Programs of the last 16 choices are kept. Arrays that are passed are left as they are. A
+        mesh that is set has no influence.
 
         Args:
-          key: a seed, or one PRNG key, typed or legacy. Whatever JAX's default implementation is,
-            the generator is Threefry; of an `rbg` key it takes the words of the same seed.
+          key: a seed, or one PRNG key, typed or legacy. The generator is Threefry, whatever JAX's
+            default is. An `rbg` key gives the samples of the seed that it was made from.
           labels: `[N]`, integers in `[0, num_classes)`. Without conditions, the number `N` of
-            samples; with conditions of your own, arrays `[N, ...]`. Of a student that reads text,
+            samples; with conditions of your own, arrays `[N, ...]`. For a student that reads text,
             embedded prompts: `text[N, L, D]`, padded behind its `text_length[N]` tokens, and for
-            FLUX.1 `pooled[N, P]`. `PromptsSource.embedded` has them of a cached set.
-          references: of a student that edits images, the reference images, each of its own size:
-            `[N, h, w, C]`, or `[h, w, C]` for all samples, in the space of the samples. Latents of
-            pictures are made by `piflow_jax.models.vae.picture_encoder`. By default those in
+            FLUX.1 `pooled[N, P]`. `PromptsSource.embedded` reads them from a cached set.
+          references: for a student that edits images, the reference images, each of its own size:
+            `[N, h, w, C]`, or `[h, w, C]` for all samples, in the space of the samples.
+            `piflow_jax.models.vae.picture_encoder` makes latents of pictures. By default those in
             `labels`, where `PromptsSource.embedded` puts the references of a cached set.
-          size: `(H, W)` in sites of latents, of a student that reads text: (128, 128) are 1024x1024
-            pixels. Students of classes have one size.
-          nfe: network evaluations, at least 1; by default as trained. Others, and a `start` below
-            1, evaluate the network at noise levels that it was not trained at, which is warned of.
+          size: for a student that reads text, height and width `(H, W)` of the latents: (128, 128)
+            gives 1024x1024 pixels. Students of classes have one size.
+          nfe: network evaluations, at least 1; by default as trained. Other numbers, and a `start`
+            below 1, may evaluate the network at noise levels that it was not trained at. A warning
+            says so.
           substeps: policy substeps per unit of raw time. A segment's number of them is rounded up,
-            as in the pi-Flow release: with `solver="euler"` and 128 samples are the release's.
+            as in the pi-Flow release. With `solver="euler"` and 128, samples are the release's.
           h: stochasticity between segments, see `few_step_sample`; none with one evaluation.
           temperature: of the mixture, in all segments but the last; in (0, 1], 1 leaves it.
           start: noise level at which to start, with `x`.
-          x: `[N, H, W, C]`, clean images, about [-1, 1], or latents of which noise is made up to
-            `start`; without it sampling starts at pure noise.
+          x: `[N, H, W, C]`, clean images, about [-1, 1], or latents. Noise is added to them up to
+            the level `start`. Without `x`, sampling starts at pure noise.
           noise: `[N, H, W, C]`, initial latents: standard normal noise in place of the key's,
             which is float32 `normal(fold_in(key, i))` whatever the network's dtype.
           solver: of the policy's rollouts, `multistep`, or `euler` as in training; see `rollout`.
-          guidance: guidance scale, a number or `[N]`, of a student with
-            `config.teacher.guidance_range`, which is warned of others, or distilled guidance of
-            FLUX.1; by default `config.teacher.guidance_scale`, or as trained.
+          guidance: guidance scale, a number or `[N]`, for a student trained with
+            `config.teacher.guidance_range`, by default `config.teacher.guidance_scale`. A scale
+            outside the range gives a warning. For FLUX.1, the distilled guidance, by default as
+            trained.
 
         Returns:
-          `float32[N, H, W, C]`: images, about [-1, 1], or latents as networks see them. A
-          number that one program makes, such as 64, is not waited for; others are put together on
-          the host. They are split over `devices` if these divide their number.
+          `float32[N, H, W, C]`: images, about [-1, 1], or latents as networks see them. If one
+          program makes this number of samples, such as 64, the call returns before they are
+          computed. Other numbers are put together on the host. The samples are split over
+          `devices` if these divide their number.
 
         Raises:
           ValueError: the key, labels, `x` or `noise` are not what they should be, a number is out
@@ -287,7 +290,7 @@ class Student:
         platforms: Sequence[str] = ("cpu", "cuda", "tpu"),
         batch: int | None = None,
     ) -> None:
-        """Writes the sampler as a compiled-for-platforms program with its weights, in one file.
+        """Writes the sampler in one file: a program for the given platforms, and the weights.
 
         `piflow_jax.load_exported(path).sample(key, labels)` makes the samples of `sample` without
         Flax and without this package's networks. Rollouts are plain loops: the kernels, which are

@@ -1,8 +1,8 @@
 """`piflow_jax.distill` and `piflow_jax.train_teacher`: runs with a caller's own networks and data.
 
 They use the command line's machinery: checkpoints, exact continuation, meshes, several processes,
-metrics, looks and a report. Networks, teachers and sources are the caller's values. Distillation
-follows pi-Flow, arXiv 2510.14974, Alg. 2 and Sec. 3.4.
+metrics, grids during training and a report. Networks, teachers and sources are the caller's values.
+Distillation follows pi-Flow, arXiv 2510.14974, Alg. 2 and Sec. 3.4.
 """
 
 import dataclasses
@@ -97,8 +97,8 @@ def distill(
 ) -> Student:
     """Distils a teacher into a student that needs only one or a few evaluations.
 
-    Another call with the same arguments continues where the last one stopped, with bitwise the same
-    result.
+    Another call with the same arguments continues where the last one stopped. The result is the
+    same, bit for bit, as without the interruption.
 
     Args:
       config: settings: `base_config()` with changes to `policy`, `train`, `evaluation`, `mesh` and

@@ -22,8 +22,8 @@ def null_conditions(cond: Any, null: Null) -> Any:
 
     Args:
       cond: conditions, arrays `[B, ...]` in any structure.
-      null: the null condition: `cond` of one example, without the axis `B`. Where it differs from
-        example to example, such as for editing, whose reference images stay: a function of `cond`.
+      null: the null condition: `cond` of one example, without the axis `B`. If it differs between
+        examples, as in editing, where each keeps its reference images, it is a function of `cond`.
 
     Returns:
       Arrays like `cond`.

@@ -273,8 +273,8 @@ def sde_sample(
     """Samples from a flow-matching teacher by an SDE with the marginals of its ODE.
 
     It is the SDE `dx = ((1 + h^2) u + h^2 x / (1 - t)) dt + h sqrt(2 t / (1 - t)) dw`, from `t = 1`
-    down to 0, in steps of Euler and Maruyama. The release of pi-Flow (arXiv 2510.14974) samples its
-    teachers of ImageNet in this way (`FlowSDE`, in 250 steps), with the default `h` and
+    down to 0, by the Euler-Maruyama method. The release of pi-Flow (arXiv 2510.14974) samples its
+    ImageNet teachers in this way (`FlowSDE`, in 250 steps), with the default `h` and
     `terminal_sigma`.
 
     Args:

@@ -55,7 +55,7 @@ class Systems:
       teacher: the teacher with its guidance; None if it is guided but has no null condition.
       student_network: the network that predicts policies.
       teacher_network: the teacher's network, if it is one of ours or is to be trained here.
-      null: the null condition; None for a set of captions that is not open.
+      null: the null condition; None for captions whose set has not been opened.
     """
 
     config: Config
@@ -147,7 +147,7 @@ class Systems:
         )
 
     def sampler(self) -> Sampler:
-        """The sampler of `config.evaluation.system`; a teacher takes its most `teacher_steps`."""
+        """The sampler of `config.evaluation.system`; a teacher takes the last `teacher_steps`."""
         if self.config.evaluation.system == "student":
             return self.student_sampler()
         return self.teacher_sampler(self.config.evaluation.teacher_steps[-1])

@@ -136,15 +136,17 @@ class NetworkKind:
       spec: keys of the network's own settings without which a checkpoint's weights mean nothing.
       data_spec: fields of `DataShape` without which they mean nothing.
       official: data of the official weights; None if there are none.
-      latents: data of those for other latents, by `config.data.latents`; see `official_data`.
+      latents: data of the official weights for other latents, by the value of
+        `config.data.latents`; see `official_data`.
       formats: official layouts of a teacher's weights; the first is the default.
       targets: layers with adapters in a student; None if all of its layers are trained.
       added: keys of `spec` that older checkpoints lack, with the value that this means.
       reference_size: `(height, width, side) -> (height, width)`, the size in pixels at which it
-        reads a reference image of a size, if a square one has this side; None if it reads none.
+        reads a reference image of `height` x `width`. A square one is read at `side` x `side`.
+        None if it reads none.
       named: whether a spec names the network; the spec of a DiT never did.
       takes_guidance: whether a student can take the guidance scale as an input.
-      of_caller: True if a function makes it that only the caller has.
+      of_caller: True if only the caller has the function that makes it.
     """
 
     network: Callable[[ModelConfig, DataShape, PolicyConfig | None], Network]

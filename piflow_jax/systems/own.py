@@ -271,7 +271,7 @@ class OwnNetwork(Network):
           key: PRNG key.
           initial: parameters. Those with the same path and shape are copied. A last axis of `m C`,
             where the student has `m outputs`, belongs to the layer that predicts. Its rows are
-            repeated as the policy's row defines (DESIGN 3.7).
+            repeated as the policy's row defines (`PolicyKind.start`).
 
         Returns:
           The parameters.

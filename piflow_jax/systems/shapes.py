@@ -29,7 +29,7 @@ class DataShape:
       pooled_features: width of the captions' pooled embeddings; 0 where there are none.
       references: largest number of reference images of a sample; 0 where there are none.
       released: the official weights are for this data, and it is not a set prepared here.
-      stride: of released latents, pixels along the side of one.
+      stride: for released latents, pixels of the image per site, along one side.
       by_channel: released latents are scaled channel by channel, with the mean and the standard
         deviation in the autoencoder's own settings.
     """
