@@ -145,7 +145,7 @@ def policy_share(case: Mapping[str, Any]) -> str:
     if not {EVALUATIONS, ROLLOUTS} <= set(rows):
         return ""
     share = rows[ROLLOUTS]["median_seconds"] / rows[EVALUATIONS]["median_seconds"]
-    return f"The policies' rollouts take {share:.3g} of the time of the network's evaluations.\n"
+    return f"The policies' rollouts take {share:.3g} times as long as the network's evaluations.\n"
 
 
 def main() -> None:

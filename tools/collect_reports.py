@@ -38,15 +38,15 @@ HEAD = """\
 # Results
 
 `python tools/collect_reports.py` makes this page from the reports in `docs/results/`. Do not edit
-it. [Evaluation](evaluation.md#what-is-measured) says what the figures mean and what moves them
-besides quality.
+it. [Evaluation](evaluation.md#what-is-measured) says what the figures mean and what changes them
+apart from quality.
 
 Reports that name no `solver` used Euler's substeps. Reports that name no `rounding` rounded the
 number of substeps to the nearest whole number; today it is rounded up. This makes a difference
 for `configs/flux.py` and `configs/qwen_image.py` only, whose last segment had 18 substeps and now
 has 19.
 
-The rows `gm_euler128` of the digits were trained with `--config.train.solver=euler
+The students of `gm_euler128` on the digits were trained with `--config.train.solver=euler
 --config.train.total_substeps=128`, the paper's substeps. `gm` takes 16 of second order.
 """
 COLUMNS = {

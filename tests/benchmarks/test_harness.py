@@ -183,7 +183,7 @@ def test_cases_of_other_solvers_and_substeps_are_kept_beside_each_other(tmp_path
     assert measured == [("euler", 128), ("multistep", 64), ("multistep", 32)]
     (cases,) = harness.load("sampler").values()
     assert len(cases) == 3 and "digits.py, NFE 1, batch 64, multistep, 64 substeps" in cases
-    assert page.block("sampler").count("rollouts take 0.05 of the time of the network's") == 3
+    assert page.block("sampler").count("rollouts take 0.05 times as long as the network") == 3
 
 
 def test_data_is_measured_on_the_host():
