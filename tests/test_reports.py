@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -178,6 +179,12 @@ def test_tables_hold_means_and_ratios(repository):
     assert "| teacher | 128 | 0.500 | 0.900 | 0.800 | 5.00 | - |" in readme
     ratios = "is 1.50 times the teacher's at 128 NFE and 0.075 times the teacher's at 1 NFE."
     assert f"The student's Frechet distance at 1 NFE {ratios}" in readme
+    assert "corrected" not in readme
+    root_flag = write("digits_gm_corrected_seed0.json", report(0, 0.3))
+    assert collect_reports.main(root_flag) == 0
+    own, corrected = re.findall(r"\| (\*\*.*?) \| 1 \| (\S+)", (root / "README.md").read_text())
+    assert own == ("**student**", "0.750") and corrected == ("**student**, corrected", "0.450")
+    assert "Corrected, it is 1.50 times the teacher's." in (root / "README.md").read_text()
     page = (root / "docs" / "results.md").read_text()
     assert page.index("digits.py, gm\n") < page.index("digits.py, gm_2nfe\n")
     assert "| 1 | 0.900 | 0.600 | 12.000 | 1.500 | 0.075 | 0.000 | 0.000 | 0.0071 |" in page
