@@ -118,7 +118,56 @@ def write_qwen(folder, more_specials=()):
     return folder
 
 
-def _write_bpe(folder, vocabulary, kind, longest, end, specials=()):
+# Of Mistral's and Qwen3's templates, what text alone needs.
+MISTRAL_TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}[{{ m.role }}]"
+    "{% for c in m.content %}{{ c.text }}{% endfor %}{% endfor %}"
+    "{% if add_generation_prompt %}!{% endif %}"
+)
+QWEN3_TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% if enable_thinking is false %}"
+    "<think>\n\n</think>\n\n{% endif %}{% endif %}"
+)
+LAYERED = {
+    "hidden_size": 8,
+    "intermediate_size": 12,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 4,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": None,
+}
+
+
+def write_flux2(folder, klein=False, layers=32):
+    """The language model of FLUX.2 [dev] or [klein] with its tokenizer."""
+    import torch
+    import transformers
+
+    torch.manual_seed(2)
+    vocabulary = [*byte_letters(), *QWEN_SPECIALS]
+    more = {"chat_template": QWEN3_TEMPLATE if klein else MISTRAL_TEMPLATE}
+    more |= {} if klein else {"padding_side": "left", "bos_token": "<|im_start|>"}
+    specials = QWEN_SPECIALS
+    kind, longest = "Qwen2Tokenizer", 4096
+    _write_bpe(folder / "tokenizer", vocabulary, kind, longest, "<|endoftext|>", specials, **more)
+    text = LAYERED | {"num_hidden_layers": layers, "vocab_size": len(vocabulary)}
+    if klein:
+        network = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**text))
+    else:
+        seen = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+        seen |= {"num_attention_heads": 2, "head_dim": 4, "model_type": "pixtral"}
+        config = transformers.Mistral3Config(
+            text_config=text | {"model_type": "mistral"}, vision_config=seen
+        )
+        network = transformers.Mistral3ForConditionalGeneration(config)
+    network.save_pretrained(folder / "text_encoder")
+    return folder
+
+
+def _write_bpe(folder, vocabulary, kind, longest, end, specials=(), **more):
     folder.mkdir(parents=True, exist_ok=True)
     table = {token: i for i, token in enumerate(vocabulary)}
     (folder / "vocab.json").write_text(json.dumps(table))
@@ -134,6 +183,7 @@ def _write_bpe(folder, vocabulary, kind, longest, end, specials=()):
         settings["bos_token"] = "<|startoftext|>"
     else:
         settings["additional_special_tokens"] = list(specials[1:])
+    settings |= more
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
 
 

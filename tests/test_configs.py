@@ -130,6 +130,48 @@ def test_text_recipes_are_those_of_the_design(name, variant):
     assert config.evaluation.temperature == (1.0 if grid else 0.7 if train.nfe == 8 else 0.3)
 
 
+FLUX2 = [  # width, heads, blocks, text, guidance of the network and of the teacher
+    ("", 6144, 48, 8, 48, 15360, 4.0, 1.0),
+    ("klein_4b", 3072, 24, 5, 20, 7680, 0.0, 4.0),
+    ("klein_9b", 4096, 32, 8, 24, 12288, 0.0, 4.0),
+]
+
+
+@pytest.mark.parametrize("sizes", FLUX2, ids=lambda sizes: sizes[0] or "dev")
+@pytest.mark.parametrize(
+    ("recipe", "references"), [("gm_4nfe", 0), ("datafree", 0), ("edit", 4), ("edit_datafree", 4)]
+)
+def test_flux2_recipes(sizes, recipe, references):
+    """Sizes are those of the releases, and what pi-FLUX.2's example says; the rest is FLUX.1's."""
+    klein, hidden, heads, depth, single, text, distilled, guidance = sizes
+    short = "" if recipe == "gm_4nfe" else f"_{recipe}"
+    config = load("flux2").get_config(f"{klein}{short}" if klein else recipe)
+    own = config.model.flux2
+    assert (own.hidden, own.num_heads, own.depth, own.single_depth) == (
+        hidden,
+        heads,
+        depth,
+        single,
+    )
+    assert own.rope_axes == (32, 32, 32, 32) and own.references == references
+    assert own.distilled_guidance == distilled and config.teacher.guidance_scale == guidance
+    settings = parse(config)
+    data = official_data(settings)
+    assert data.shape == (128, 128, 32) and data.text_features == text
+    assert (settings.policy.kind, settings.policy.num_components) == ("gm", 8)
+    train = settings.train
+    assert (train.nfe, train.shift, train.final_step_size_scale) == (4, 3.2, 0.5)
+    flux = load("flux").get_config("datafree" if "datafree" in recipe else "gm_4nfe")
+    config.teacher.guidance_scale = flux.teacher.guidance_scale
+    for group in ("train", "policy", "data", "teacher", "evaluation", "mesh"):
+        assert config[group] == flux[group], group
+    shared = set(own) & set(flux.model.flux) - {
+        *("hidden", "num_heads", "depth", "single_depth", "rope_axes", "references"),
+        "distilled_guidance",
+    }
+    assert all(own[key] == flux.model.flux[key] for key in shared) and len(shared) > 4
+
+
 EDITING = [("flux", "kontext", 1), ("qwen_image", "edit", 1), ("qwen_image", "edit_2509", 3)]
 
 
@@ -156,6 +198,13 @@ def test_editing_miniatures_are_the_same_program(name, variant):
     small, large = (load(name).get_config(v) for v in (f"{variant}_runlocal", "runlocal"))
     assert parse(small).data.name == "edited_digits" and small.model[name].references == 1
     assert small.train == large.train and small.teacher == large.teacher
+
+
+def test_the_miniature_of_flux2_is_that_of_kontext():
+    small, large = load("flux2").get_config("runlocal"), load("flux").get_config("kontext_runlocal")
+    assert parse(small).data.name == "edited_digits" and small.model.flux2.references == 1
+    assert small.train == large.train and small.teacher == large.teacher
+    assert small.policy == large.policy and small.evaluation == large.evaluation
 
 
 @pytest.mark.parametrize("name", ["flux", "qwen_image"])

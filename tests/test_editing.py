@@ -29,12 +29,14 @@ PEERS = dict(
 )
 
 
-def settings(network, references, guidance=1.0):
+def settings(network, references, guidance=1.0, **own_settings):
     """A network of two heads of 16, whose student is its teacher: one x_0, by Euler's method."""
     config = tiny_text.get_config(network)
     own = config.model[network]
-    own.hidden, own.num_heads, own.depth, own.rope_axes = 32, 2, 2, (4, 6, 6)
+    own.hidden, own.num_heads, own.depth = 32, 2, 2
+    own.rope_axes = (4,) * 4 if len(own.rope_axes) == 4 else (4, 6, 6)
     own.references = references
+    own.update(own_settings)
     config.policy.kind, config.policy.num_grid, config.train.gm_dropout = "dx", 1, 0.0
     config.train.nfe, config.train.final_step_size_scale = STEPS, 1.0
     config.teacher.guidance_scale = guidance
@@ -50,9 +52,9 @@ def data_of(network, channels=16):
     )
 
 
-def student_of(network, state, references):
+def student_of(network, state, references, **own_settings):
     """The student that starts at a teacher of official weights."""
-    config, data = settings(network, references), data_of(network)
+    config, data = settings(network, references, **own_settings), data_of(network)
     teacher = teacher_network(config.model, data)
     base = load_params(teacher.module, state, network)
     student = student_network(config.model, config.policy, data)
@@ -192,6 +194,56 @@ def test_latents_are_those_of_the_pipeline_of_qwen_image_edit(tmp_path, monkeypa
     turned = student.sample(0, told, references=references[::-1], **options)
     assert np.abs(turned - latents).max() > 5e-3
     assert np.abs(student.sample(0, told, **options) - latents).max() > 0.1
+
+
+@pytest.mark.parametrize("klein", [False, True], ids=["dev", "klein"])
+def test_latents_are_those_of_the_pipelines_of_flux2(klein, tmp_path):
+    torch, diffusers = pytest.importorskip("torch"), pytest.importorskip("diffusers")
+    sizes = PEERS | {"num_layers": 2, "num_single_layers": 1, "axes_dims_rope": (4,) * 4}
+    peer = diffusers.Flux2Transformer2DModel(**sizes, guidance_embeds=not klein)
+    state = random_state(peer)
+    vae = diffusers.AutoencoderKLFlux2(
+        block_out_channels=(8,) * 4, norm_num_groups=4, layers_per_block=1, latent_channels=16
+    )
+    torch.manual_seed(1)
+    vae.bn.running_mean.normal_()
+    vae.bn.running_var.uniform_(0.5, 2)
+    module, params = written(tmp_path, vae)
+    encode = picture_encoder(module, params)
+    kind = diffusers.Flux2KleinPipeline if klein else diffusers.Flux2Pipeline
+    parts = {"vae": vae, "transformer": peer, "text_encoder": None, "tokenizer": None}
+    pipeline = kind(scheduler=scheduler(), **parts)
+    pipeline.set_progress_bar_config(disable=True)
+    text, noise = drawn(1, 5, 12), drawn(1, 6, 10, 16)
+    pixels, images = pictures((64, 64), (70, 120))
+    patches = noise.reshape(1, 3, 2, 5, 2, 16).transpose(0, 5, 2, 4, 1, 3).reshape(1, 64, 3, 5)
+
+    def theirs(images):
+        out = pipeline(
+            image=images or None,
+            prompt_embeds=torch.from_numpy(text),
+            latents=torch.from_numpy(patches),
+            height=48,
+            width=80,
+            guidance_scale=1.0 if klein else 4.0,
+            num_inference_steps=STEPS,
+            output_type="latent",
+        ).images
+        # Those of [klein] are ready to be decoded.
+        return module.scaled(out.permute(0, 2, 3, 1).numpy()) if klein else unpacked(out, 6, 10)
+
+    student = student_of("flux2", state, 2, distilled_guidance=0.0 if klein else 4.0)
+    # The second picture is cut at its centre to multiples of 16.
+    seen = [pixels[0], pixels[1][3:67, 4:116]]
+    references = [encode(one[None] / np.float32(127.5) - 1) for one in seen]
+    told = {"text": text, "text_length": np.int32([5])}
+    options = {"size": (6, 10), "noise": noise, "solver": "euler"}
+    latents = student.sample(0, told, references=references, **options)
+    close(latents, theirs(images))
+    close(student.sample(0, told, **options), theirs([]))
+    close(student.sample(0, told, references=references[1:], **options), theirs(images[1:]))
+    turned = student.sample(0, told, references=references[::-1], **options)
+    assert np.abs(turned - latents).max() > 5e-3
 
 
 @pytest.fixture(scope="module")

@@ -272,6 +272,7 @@ OPEN_LOCALLY = {
     "data/digits.py": "a file of scikit-learn",
     "data/picture_sets.py": "names in local folders; sets of TFDS: local",
     "data/pictures.py": "pictures of a disk, which may be pipes or links to nothing",
+    "data/released_encoders.py": "networks of transformers: local",
     "data/text_encoders.py": "networks of transformers: local",
     "evaluation/features.py": "a file of the package",
     "evaluation/image_sets.py": "times of local files, to the nanosecond",

@@ -16,7 +16,7 @@ def get_config(network="flux"):
     own.depth = 1
     if "single_depth" in own:
         own.single_depth = 1
-    own.rope_axes = (4, 2, 2)
+    own.rope_axes = (2,) * 4 if len(own.rope_axes) == 4 else (4, 2, 2)
     own.lora_rank = 3
     config.train.nfe = 2
     config.train.final_step_size_scale = 0.5

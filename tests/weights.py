@@ -13,6 +13,7 @@ from piflow_jax.convert import (
 )
 from piflow_jax.models.dit import DiT
 from piflow_jax.models.flux import FLUX_TARGETS, Flux
+from piflow_jax.models.flux2 import FLUX2_TARGETS, Flux2
 from piflow_jax.models.heads import DXHead, GMHead, VelocityHead
 from piflow_jax.models.lora import LoRA, split
 from piflow_jax.models.qwen_image import QWEN_TARGETS, QwenImage
@@ -30,6 +31,9 @@ NETWORKS = {
     ),
     "flux": functools.partial(Flux, **SIZES, double_depth=1, single_depth=2, pooled_features=10),
     "qwen_image": functools.partial(QwenImage, **SIZES, depth=2),
+    "flux2": functools.partial(
+        Flux2, **SIZES | {"axes_dims_rope": (4, 4, 4, 4)}, double_depth=1, single_depth=2
+    ),
 }
 FF = "transformer_blocks.0.ff.net.2"
 GIVEN = {"dit": {"num_heads": 2, "sample_size": 4}}
@@ -58,8 +62,9 @@ def state(name):
 
 
 def adapted(name):
-    targets = QWEN_TARGETS if "qwen" in name else FLUX_TARGETS
-    return network(name.removesuffix("+lora"), lora=LoRA(targets, rank=3))
+    targets = {"gm_qwen_image": QWEN_TARGETS, "gm_flux2": FLUX2_TARGETS}
+    name = name.removesuffix("+lora")
+    return network(name, lora=LoRA(targets.get(name, FLUX_TARGETS), rank=3))
 
 
 def load(name, arrays):
@@ -67,7 +72,8 @@ def load(name, arrays):
     if name.endswith("+lora"):
         return load_adapter(adapted(name), arrays)
     given = GIVEN.get(name.partition("_")[2] or name, SIZES)
-    given = {"axes_dims_rope": (4, 6, 6)} if given is SIZES else given
+    axes = network(name).axes_dims_rope if given is SIZES else ()
+    given = {"axes_dims_rope": axes} if given is SIZES else given
     return load_torch_state(arrays, name, **given)
 
 

@@ -22,6 +22,10 @@ class NetworkConfig:
         """Sizes by key that `config.mesh.fsdp` has to divide."""
         return {}
 
+    def official_data(self) -> dict[str, int]:
+        """Facts of the data of official weights of these sizes, where they differ from others'."""
+        return {}
+
     def check(self, key: str) -> str | None:
         """Finds values that are possible alone and contradict each other; `key` is the group's.
 
@@ -42,7 +46,9 @@ class TransformerConfig(NetworkConfig):
         64, "width of the tokens; divisible by 4 and by num_heads", low=4, most=2**20
     )
     num_heads: int = _field(4, "attention heads", low=1)
-    depth: int = _field(3, "transformer blocks; for FLUX.1, those with two streams", low=1)
+    depth: int = _field(
+        3, "transformer blocks; for FLUX.1 and FLUX.2, those with two streams", low=1
+    )
 
     def shared_widths(self) -> dict[str, int]:
         """See `NetworkConfig`."""
@@ -81,9 +87,14 @@ class DiTConfig(TransformerConfig):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AdaptedConfig(TransformerConfig):
-    """A network that reads text, whose students are low-rank adapters on the teacher's weights."""
+    """A network that reads text, whose students are low-rank adapters on the teacher's weights.
+
+    Attributes:
+      coordinates: coordinates of a token, see `rope_axes`.
+    """
 
     whole: ClassVar[bool] = False
+    coordinates: ClassVar[int] = 3
 
     rope_axes: tuple[int, ...] = _field(
         (16, 56, 56), "features of a head for frame, row and column", low=2
@@ -118,10 +129,12 @@ class AdaptedConfig(TransformerConfig):
 
     def check(self, key: str) -> str | None:
         """See `NetworkConfig`."""
-        axes = self.rope_axes
-        if len(axes) != 3 or sum(axes) * self.num_heads != self.hidden or any(a % 2 for a in axes):
+        axes, wanted = self.rope_axes, self.coordinates
+        fits = len(axes) == wanted and sum(axes) * self.num_heads == self.hidden
+        if not fits or any(a % 2 for a in axes):
+            number = {3: "three", 4: "four"}[wanted]
             return (
-                f"{key}.rope_axes must be three even numbers that add up to {key}.hidden / "
+                f"{key}.rope_axes must be {number} even numbers that add up to {key}.hidden / "
                 f"{key}.num_heads ({self.hidden} / {self.num_heads}), got {axes}"
             )
         return super().check(key)
@@ -143,13 +156,39 @@ class QwenImageConfig(AdaptedConfig):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Flux2Config(AdaptedConfig):
+    """FLUX.2 (`model.network = "flux2"`), [dev] or [klein]."""
+
+    coordinates = 4
+
+    rope_axes: tuple[int, ...] = _field(
+        (32, 32, 32, 32), "features of a head for time, row, column and place in the text", low=2
+    )
+    single_depth: int = _field(48, "blocks with one stream, after the others", low=1)
+    distilled_guidance: float = _field(
+        4.0, "guidance scale at the network's input; 0 if it has no such input", low=0
+    )
+    text_features: int = _field(
+        15360,
+        "width of the text embeddings that official weights are for, which a prepared set knows by "
+        "itself: 15360 for FLUX.2 [dev], 7680 and 12288 for [klein] 4B and 9B",
+        low=1,
+        most=2**20,
+    )
+
+    def official_data(self) -> dict[str, int]:
+        """See `NetworkConfig`."""
+        return {"text_features": self.text_features}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """The network of teacher and student. The student adds its own head, and adapters."""
 
     network: str = _field(
         "dit",
-        "dit (conditioned on classes), flux or qwen_image (conditioned on text), each with its "
-        "settings in the group of that name, or a function of your own as "
+        "dit (conditioned on classes), flux, qwen_image or flux2 (conditioned on text), each with "
+        "its settings in the group of that name, or a function of your own as "
         "`package.module:function`, see docs/extending.md",
     )
     dtype: str = _field("float32", "compute dtype", choices=("float32", "bfloat16"))
@@ -167,6 +206,7 @@ class ModelConfig:
     dit: DiTConfig = _field(DiTConfig, "")
     flux: FluxConfig = _field(FluxConfig, "")
     qwen_image: QwenImageConfig = _field(QwenImageConfig, "")
+    flux2: Flux2Config = _field(Flux2Config, "")
 
     @property
     def own(self) -> NetworkConfig:

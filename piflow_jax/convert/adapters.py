@@ -1,4 +1,4 @@
-"""Import and export of pi-Flow's released adapters of FLUX.1 and Qwen-Image.
+"""Import and export of pi-Flow's released adapters of the networks that read text.
 
 Source: names and layouts of the pi-Flow release (arXiv 2510.14974), which follow `peft`: a layer `x
 W^T + b + (x A^T) B^T` has the arrays `lora_A.weight [rank, in]` and `lora_B.weight [out, rank]`. In
@@ -17,10 +17,9 @@ from piflow_jax.convert.heads import check_exportable
 from piflow_jax.convert.kinds import adapter_of
 from piflow_jax.convert.rules import Place, Rule, as_jax, export_state, import_state
 from piflow_jax.convert.table import kind_of
-from piflow_jax.models.flux import Flux
 from piflow_jax.models.heads import DXHead, GMHead
+from piflow_jax.models.joint import TextTransformer
 from piflow_jax.models.lora import DOWN, TRAINED, UP
-from piflow_jax.models.qwen_image import QwenImage
 from piflow_jax.safetensors_files import LazyArray
 
 __all__ = ["adapter_config", "export_adapter", "is_adapter", "load_adapter"]
@@ -38,7 +37,7 @@ _READ = (
 )
 
 
-def adapter_rules(module: Flux | QwenImage) -> list[Rule]:
+def adapter_rules(module: TextTransformer) -> list[Rule]:
     """The table for the trained part of a student with adapters.
 
     Args:
@@ -94,7 +93,7 @@ def _groups(side: str) -> tuple[str, str]:
     return outs, ins
 
 
-def _unused(module: Flux | QwenImage) -> dict[str, tuple[int, ...]]:
+def _unused(module: TextTransformer) -> dict[str, tuple[int, ...]]:
     """Adapters that the release leaves out."""
     unread = kind_of(module).unread(module)
     return {
@@ -106,7 +105,7 @@ def _unused(module: Flux | QwenImage) -> dict[str, tuple[int, ...]]:
 
 
 def load_adapter(
-    module: Flux | QwenImage, state: Mapping[str, np.ndarray], place: Place | None = None
+    module: TextTransformer, state: Mapping[str, np.ndarray], place: Place | None = None
 ) -> dict:
     """Loads the trained part of a student.
 
@@ -164,7 +163,7 @@ def _renamed(state: Mapping[str, Any]) -> dict[str, Any]:
     return {_ADAPTER.sub(r".lora_\1.weight", _NETWORK.sub("", n)): a for n, a in state.items()}
 
 
-def _check_kind(module: Flux | QwenImage, found: Mapping[str, Any]) -> None:
+def _check_kind(module: TextTransformer, found: Mapping[str, Any]) -> None:
     """Raises an error that names the cause if nearly every name or shape is wrong."""
     ranks = {a.shape[0] for n, a in found.items() if n.endswith(_DOWN) and a.ndim}
     mixture, means = isinstance(module.head, GMHead), "proj_out_means.weight" in found
@@ -234,7 +233,7 @@ def _times(factor: float, array: Any) -> LazyArray:
     return LazyArray(array.shape, array.dtype, read, in_parts=True, at_once=at_once)
 
 
-def export_adapter(module: Flux | QwenImage, trained: Mapping) -> dict[str, np.ndarray]:
+def export_adapter(module: TextTransformer, trained: Mapping) -> dict[str, np.ndarray]:
     """Turns the trained part of a student into arrays with official names.
 
     Args:
@@ -254,7 +253,7 @@ def export_adapter(module: Flux | QwenImage, trained: Mapping) -> dict[str, np.n
     return {name: array for name, array in state.items() if name not in _unused(module)}
 
 
-def adapter_config(module: Flux | QwenImage) -> dict[str, Any]:
+def adapter_config(module: TextTransformer) -> dict[str, Any]:
     """The `config.json` of an adapter, with which official pipelines load it.
 
     Args:

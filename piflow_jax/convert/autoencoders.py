@@ -1,7 +1,7 @@
 """Autoencoders from their published folders: weights, and the settings in `config.json`.
 
-Source: the `vae` folders of Stable Diffusion, FLUX.1 and Qwen-Image, and the release of VA-VAE
-(`REPA-E/e2e-vavae-hf`), in the form of `diffusers`.
+Source: the `vae` folders of Stable Diffusion, FLUX.1, FLUX.2 and Qwen-Image, and the release of
+VA-VAE (`REPA-E/e2e-vavae-hf`), in the form of `diffusers`.
 """
 
 import json
@@ -30,6 +30,7 @@ _VAE = _BY_CHANNEL | {
     "norm_num_groups": "norm_groups",
     "scaling_factor": "latent_scale",
     "shift_factor": "latent_shift",
+    "batch_norm_eps": "batch_norm_eps",
 }
 _SIGNED = ("shift_factor", "latents_mean")
 _WHOLE = ("norm_num_groups",)
@@ -45,7 +46,7 @@ def open_autoencoder(
     Args:
         path: A weight file, its folder or that of its pipeline, see `open_weights`. Scale and shift
             of latents come from the `config.json` next to the weights; without one they are those
-            of Stable Diffusion, FLUX.1 or Qwen-Image.
+            of Stable Diffusion, FLUX.1 or Qwen-Image. Those of FLUX.2 are among its weights.
         place: See `import_state`.
 
     Returns:

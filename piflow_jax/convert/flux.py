@@ -78,12 +78,17 @@ STREAMS = (
 )
 
 
-def attention_rules(path, prefix, module, names, d, head_size, depth) -> list[Rule]:
+def attention_rules(path, prefix, module, names, d, head_size, depth, bias=True) -> list[Rule]:
     """Rules for fused queries, keys and values `{prefix}qkv`, and norms of the first two."""
     layers, norms = names
-    rules = linear(
-        tuple(f"{module}{n}" for n in layers), (*path, f"{prefix}qkv"), d, d, depth=depth
-    )
+    official, ours = tuple(f"{module}{n}" for n in layers), (*path, f"{prefix}qkv")
+    rules = linear(official, ours, d, d, depth=depth, bias=bias)
+    return rules + norm_rules(path, prefix, module, norms, head_size, depth)
+
+
+def norm_rules(path, prefix, module, norms, head_size, depth) -> list[Rule]:
+    """Rules for the norms of queries and keys."""
+    rules = []
     for norm, ours in zip(norms, ("query_norm", "key_norm"), strict=True):
         leaf = (*path, f"{prefix}{ours}", "scale")
         rules += [Rule((f"{module}{norm}.weight",), leaf, "l o -> l o", {"o": head_size}, depth)]
@@ -110,24 +115,24 @@ def patch_rules(name: str, module) -> list[Rule]:
     p = module.patch_size
     sizes = {"o": module.hidden, "c": module.in_channels, "p": p, "q": p}
     kernel, bias = ("patch_embed", "kernel"), ("patch_embed", "bias")
-    return [
-        Rule((f"{name}.weight",), kernel, "o (c p q) -> (p q c) o", sizes),
-        Rule((f"{name}.bias",), bias, "o -> o", {"o": module.hidden}),
-    ]
+    rules = [Rule((f"{name}.weight",), kernel, "o (c p q) -> (p q c) o", sizes)]
+    if module.use_bias:
+        rules += [Rule((f"{name}.bias",), bias, "o -> o", {"o": module.hidden})]
+    return rules
 
 
 def patch_head_rules(module) -> list[Rule]:
-    """Rules for the output head of a FLUX.1 or Qwen-Image, see `head_rules`."""
+    """Rules for an output head on patches of channels, see `head_rules`."""
     p = module.patch_size
 
     def layer(name, ours, k, c):
         rows = {"k": k, "c": c, "p": p, "q": p}
         kernel, bias = ("head", ours, "kernel"), ("head", ours, "bias")
         sizes = rows | {"i": module.hidden}
-        return [
-            Rule((f"{name}.weight",), kernel, "(k c p q) i -> i (p q k c)", sizes),
-            Rule((f"{name}.bias",), bias, "(k c p q) -> (p q k c)", rows),
-        ]
+        rules = [Rule((f"{name}.weight",), kernel, "(k c p q) i -> i (p q k c)", sizes)]
+        if module.use_bias or name != OUTPUT:
+            rules += [Rule((f"{name}.bias",), bias, "(k c p q) -> (p q k c)", rows)]
+        return rules
 
     return head_rules(module, OUTPUT, layer)
 
@@ -174,15 +179,17 @@ def load_flux(
     return module, {"params": import_state(state, flux_rules(module), 0, place or as_jax)}
 
 
-def read_width(state: Mapping[str, np.ndarray], patch_embed: str) -> dict[str, int]:
+def read_width(
+    state: Mapping[str, np.ndarray], patch_embed: str, *, bias: bool = True
+) -> dict[str, int]:
     """Sizes of patches and of tokens, as fields of the network."""
-    hidden, ins = linear_sizes(state, patch_embed)
+    hidden, ins = linear_sizes(state, patch_embed, bias=bias)
     (head_size,) = shape_of(state, "transformer_blocks.0.attn.norm_q.weight", 1)
     return {
         "patch_size": PATCH_SIZE,
         "in_channels": divided(f"a row of {patch_embed}.weight", ins, PATCH_SIZE**2),
         "hidden": hidden,
-        "num_heads": divided(f"{patch_embed}.bias", hidden, head_size),
+        "num_heads": divided(f"a column of {patch_embed}.weight", hidden, head_size),
     }
 
 
@@ -196,7 +203,8 @@ def _release(module: Flux) -> dict[str, Any]:
     }
 
 
-def _whole(*names: str) -> tuple[tuple[str, int, int], ...]:
+def whole(*names: str) -> tuple[tuple[str, int, int], ...]:
+    """Layers that one of the first release consists of; see `Kind.first_names`."""
     return tuple((name, 0, 1) for name in names)
 
 
@@ -204,34 +212,35 @@ def _first_stream(first: str, names: tuple) -> dict[str, tuple]:
     attention, out, modulation, mlp = names
     block = f"double_blocks.{{layer}}.{first}"
     return {
-        f"{block}_attn.qkv": _whole(*(f"{DOUBLE}attn.{name}" for name in attention[0])),
-        f"{block}_attn.proj": _whole(f"{DOUBLE}attn.{out}"),
-        f"{block}_mod.lin": _whole(f"{DOUBLE}{modulation}"),
-        f"{block}_mlp.0": _whole(f"{DOUBLE}{mlp}.net.0.proj"),
-        f"{block}_mlp.2": _whole(f"{DOUBLE}{mlp}.net.2"),
+        f"{block}_attn.qkv": whole(*(f"{DOUBLE}attn.{name}" for name in attention[0])),
+        f"{block}_attn.proj": whole(f"{DOUBLE}attn.{out}"),
+        f"{block}_mod.lin": whole(f"{DOUBLE}{modulation}"),
+        f"{block}_mlp.0": whole(f"{DOUBLE}{mlp}.net.0.proj"),
+        f"{block}_mlp.2": whole(f"{DOUBLE}{mlp}.net.2"),
     }
 
 
-def _first_embedder(first: str, official: str) -> dict[str, tuple]:
+def first_embedder(first: str, official: str) -> dict[str, tuple]:
+    """First names of a two-layer embedder of a condition."""
     layers = zip(("in_layer", "out_layer"), (1, 2), strict=True)
-    return {f"{first}.{layer}": _whole(official.format(i)) for layer, i in layers}
+    return {f"{first}.{layer}": whole(official.format(i)) for layer, i in layers}
 
 
 # Layers of the first release of FLUX.1, whose names kohya's scripts and ComfyUI use.
 FIRST_NAMES = {
     **_first_stream("img", STREAMS[0]),
     **_first_stream("txt", STREAMS[1]),
-    "single_blocks.{layer}.linear1": _whole(
+    "single_blocks.{layer}.linear1": whole(
         *(f"{SINGLE}attn.{name}" for name in ATTENTION[0][0]), f"{SINGLE}proj_mlp"
     ),
-    "single_blocks.{layer}.linear2": _whole(f"{SINGLE}proj_out"),
-    "single_blocks.{layer}.modulation.lin": _whole(f"{SINGLE}norm.linear"),
-    "img_in": _whole("x_embedder"),
-    "txt_in": _whole("context_embedder"),
-    **_first_embedder("time_in", TIME),
-    **_first_embedder("vector_in", POOLED),
-    **_first_embedder("guidance_in", GUIDANCE),
-    "final_layer.linear": _whole(OUTPUT),
+    "single_blocks.{layer}.linear2": whole(f"{SINGLE}proj_out"),
+    "single_blocks.{layer}.modulation.lin": whole(f"{SINGLE}norm.linear"),
+    "img_in": whole("x_embedder"),
+    "txt_in": whole("context_embedder"),
+    **first_embedder("time_in", TIME),
+    **first_embedder("vector_in", POOLED),
+    **first_embedder("guidance_in", GUIDANCE),
+    "final_layer.linear": whole(OUTPUT),
     # The shift comes before the scale there.
     "final_layer.adaLN_modulation.1": (("norm_out.linear", 1, 2), ("norm_out.linear", 0, 2)),
 }

@@ -33,12 +33,18 @@ class Head:
     first: str = ""
 
 
+def _rows_of(kind: Kind) -> tuple[str, int]:
+    """An array with the rows of a network's output layer, and the number of its axes."""
+    return (f"{kind.output}.bias", 1) if kind.module.use_bias else (f"{kind.output}.weight", 2)
+
+
 def _velocity(state, kind, pixels, channels, given):
-    rows = np.shape(state.get(f"{kind.output}.bias", ()))
-    points, rest = divmod(rows[0], pixels * channels) if len(rows) == 1 else (1, 0)
+    name, rank = _rows_of(kind)
+    rows = np.shape(state.get(name, ()))
+    points, rest = divmod(rows[0], pixels * channels) if len(rows) == rank else (1, 0)
     if points > 1 and not rest:
         raise ValueError(
-            f"{kind.output}.bias has {points} outputs per site and channel: these are weights of a "
+            f"{name} has {points} outputs per site and channel: these are weights of a "
             f"student that predicts a grid, dx_{kind.name}"
         )
     return VelocityHead(), {}
@@ -59,8 +65,8 @@ def _mixture(state, kind, pixels, channels, given):
 
 
 def _grid(state, kind, pixels, channels, given):
-    name, by = f"{kind.output}.bias", pixels * channels
-    (rows,) = shape_of(state, name, 1)
+    (name, rank), by = _rows_of(kind), pixels * channels
+    rows, *_ = shape_of(state, name, rank)
     sizes = {"num_grid": grid_points(name, rows, by, given.get("num_grid"))}
     return DXHead(**sizes), sizes
 

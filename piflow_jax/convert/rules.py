@@ -105,6 +105,7 @@ def linear(
     *,
     pieces: int = 1,
     depth: int | None = None,
+    bias: bool = True,
 ) -> list[Rule]:
     """Rules for the weight and the bias of a linear layer (or of several fused layers).
 
@@ -117,9 +118,10 @@ def linear(
         pieces: Number of consecutive pieces in the PyTorch module's outputs, kept separate in Flax
             as a kernel `[in, s, out]`.
         depth: See `Rule`.
+        bias: Whether the layer has a bias.
 
     Returns:
-        Two rules.
+        Two rules, or one without a bias.
     """
     names = (name,) if isinstance(name, str) else name
     sizes = {"o": out}
@@ -130,19 +132,19 @@ def linear(
     if pieces > 1:
         split, outs, sizes = "(s o)", "s o", {"s": pieces, "o": out}
     weights = tuple(f"{n}.weight" for n in names)
-    biases = tuple(f"{n}.bias" for n in names)
     kernel = f"{layer}{many}{split} i -> {layer}i {outs}"
-    bias = f"{layer}{many}{split} -> {layer}{outs}"
-    return [
-        Rule(weights, (*path, "kernel"), kernel, {**sizes, "i": in_}, depth),
-        Rule(biases, (*path, "bias"), bias, sizes, depth),
-    ]
+    rules = [Rule(weights, (*path, "kernel"), kernel, {**sizes, "i": in_}, depth)]
+    if bias:
+        biases = tuple(f"{n}.bias" for n in names)
+        pattern = f"{layer}{many}{split} -> {layer}{outs}"
+        rules += [Rule(biases, (*path, "bias"), pattern, sizes, depth)]
+    return rules
 
 
-def embedder_rules(official: str, ours: str, d: int, in_: int) -> list[Rule]:
+def embedder_rules(official: str, ours: str, d: int, in_: int, *, bias: bool = True) -> list[Rule]:
     """Rules for a two-layer embedder of a condition."""
-    first = linear(official.format(1), (f"{ours}_in",), d, in_)
-    return first + linear(official.format(2), (f"{ours}_out",), d, d)
+    first = linear(official.format(1), (f"{ours}_in",), d, in_, bias=bias)
+    return first + linear(official.format(2), (f"{ours}_out",), d, d, bias=bias)
 
 
 def import_state(

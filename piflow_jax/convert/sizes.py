@@ -24,12 +24,15 @@ def divided(name: str, entries: int, by: int) -> int:
     return times
 
 
-def linear_sizes(state: Mapping[str, np.ndarray], name: str) -> tuple[int, int]:
+def linear_sizes(
+    state: Mapping[str, np.ndarray], name: str, *, bias: bool = True
+) -> tuple[int, int]:
     """Output and input features of a linear layer.
 
     Args:
         state: Arrays by name.
         name: Name of the layer.
+        bias: Whether it has a bias.
 
     Returns:
         The shape of its weight.
@@ -38,6 +41,8 @@ def linear_sizes(state: Mapping[str, np.ndarray], name: str) -> tuple[int, int]:
         ValueError: Weight or bias is missing, or they do not match.
     """
     shape = shape_of(state, f"{name}.weight", 2)
+    if not bias:
+        return shape
     (rows,) = shape_of(state, f"{name}.bias", 1)
     if shape[0] != rows:
         turned = " (transposed)" if shape[1] == rows else ""

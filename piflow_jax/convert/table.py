@@ -9,6 +9,7 @@ from flax import linen as nn
 
 from piflow_jax.convert.dit import DIT
 from piflow_jax.convert.flux import FLUX
+from piflow_jax.convert.flux2 import FLUX2
 from piflow_jax.convert.heads import HEADS
 from piflow_jax.convert.inception import INCEPTION
 from piflow_jax.convert.kinds import Kind, adapter_of
@@ -19,13 +20,13 @@ from piflow_jax.convert.vae import VAE
 
 __all__ = ["KINDS", "kind_of", "named", "network_of"]
 
-_ROWS = (DIT, ORIGINAL_DIT, ORIGINAL_SIT, FLUX, QWEN_IMAGE, VAE, QWEN_VAE, INCEPTION)
+_ROWS = (DIT, ORIGINAL_DIT, ORIGINAL_SIT, FLUX, QWEN_IMAGE, FLUX2, VAE, QWEN_VAE, INCEPTION)
 KINDS: dict[str, Kind] = {row.name: row for row in _ROWS}
 # An array that identifies networks that are not supported.
 _FOREIGN = {
     "double_blocks.0.img_attn.qkv.weight": (
-        "FLUX.1 under its first names, which are not read; take the folder transformer of the "
-        "release in the form of diffusers"
+        "FLUX.1 or FLUX.2 under its first names, which are not read; take the folder transformer "
+        "of the release in the form of diffusers"
     ),
     "decoder.mid.block_1.norm1.weight": (
         "an autoencoder under its first names, which are not read; take the folder vae of a "

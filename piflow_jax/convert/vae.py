@@ -1,4 +1,4 @@
-"""Autoencoders of Stable Diffusion, VA-VAE and FLUX.1 with the names of `diffusers`."""
+"""Autoencoders of Stable Diffusion, VA-VAE, FLUX.1 and FLUX.2 with the names of `diffusers`."""
 
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -17,6 +17,8 @@ _OLD_NAME = re.compile(r"(.*\.attentions\.\d+\.)(query|key|value|proj_attn)(\..*
 # Scale and shift of latents, from the releases' `config.json`.
 _STABLE_DIFFUSION = (0.18215, 0.0)
 _FLUX = (0.3611, 0.1159)
+# Statistics of FLUX.2's patches of latents, a batch norm without scale and shift.
+_PATCHES = "bn."
 
 
 Norm = Callable[[str, tuple[str, ...], int], list[Rule]]
@@ -126,6 +128,7 @@ def load_vae(
     latent_shift: float | None = None,
     latents_mean: Sequence[float] | None = None,
     latents_std: Sequence[float] | None = None,
+    batch_norm_eps: float = 1e-4,
     place: Place | None = None,
 ) -> tuple[AutoencoderKL, dict]:
     """Loads an autoencoder; names and shapes show its widths, depth, channels and attention.
@@ -139,6 +142,8 @@ def load_vae(
         latents_mean: Mean of raw latents, per channel. Together with `latents_std` it takes the
             place of scale and shift, as in `diffusers`.
         latents_std: Standard deviation of raw latents, per channel.
+        batch_norm_eps: What is added to the variances of patches that FLUX.2's weights contain.
+            These take the place of scale and shift.
         place: Puts each leaf on its devices as soon as it is built, see `import_state`; None keeps
             leaves on the default device.
 
@@ -150,6 +155,7 @@ def load_vae(
             are not finite.
     """
     state = _new_names(state)
+    patches = {name: state.pop(name) for name in list(state) if name.startswith(_PATCHES)}
     widths = {}
     for name, array in state.items():
         match = re.fullmatch(r"encoder\.down_blocks\.(\d+)\.resnets\.0\.conv1\.weight", name)
@@ -178,6 +184,8 @@ def load_vae(
     shift = shift if latent_shift is None else latent_shift
     if latents_mean is not None and latents_std is not None:
         scale, shift = by_channel(latents_mean, latents_std, channels)
+    if patches:
+        scale, shift = _by_place(patches, channels, batch_norm_eps)
     module = AutoencoderKL(
         channels=tuple(widths[level] for level in range(len(widths))),
         layers_per_block=1 + max(layers),
@@ -210,6 +218,41 @@ def by_channel(
     return tuple(1 / float(value) for value in std), tuple(float(value) for value in mean)
 
 
+def _by_place(patches: Mapping[str, np.ndarray], channels: int, eps: float) -> tuple[tuple, tuple]:
+    """Scale and shift of latents by place and channel of a patch, as nested tuples.
+
+    Raises:
+        ValueError: The statistics are not those of square patches, or not finite.
+    """
+    names = ("running_mean", "running_var")
+    mean, var = (np.asarray(patches.get(f"{_PATCHES}{name}", ()), np.float64) for name in names)
+    side = round((mean.size / channels) ** 0.5)
+    if not mean.size or mean.shape != var.shape or mean.shape != (channels * side * side,):
+        raise ValueError(
+            f"{_PATCHES}{names[0]} and {names[1]} have shapes {mean.shape} and {var.shape}, not "
+            f"those of square patches of {channels} channels"
+        )
+    if not np.isfinite([mean, var]).all() or (var + eps <= 0).any():
+        raise ValueError(f"{_PATCHES}{names[0]} or {names[1]} has numbers that are no statistics")
+    scale, shift = (
+        array.reshape(channels, side, side).transpose(1, 2, 0).tolist()
+        for array in (1 / np.sqrt(var + eps), mean)
+    )
+    return _frozen(scale), _frozen(shift)
+
+
+def _frozen(rows: Sequence) -> tuple:
+    """Nested lists as tuples, which a module can have as a field."""
+    return tuple(_frozen(row) if isinstance(row, list) else row for row in rows)
+
+
+def _exported(module: AutoencoderKL) -> list[Rule]:
+    """The table of an autoencoder whose weights are all parameters; ValueError for others."""
+    if np.ndim(module.latent_scale) > 1:
+        raise ValueError("FLUX.2's autoencoder has statistics among its weights, not exported")
+    return vae_rules(module)
+
+
 def _new_names(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     renamed = {}
     for name, array in state.items():
@@ -227,5 +270,5 @@ VAE = Kind(
     mark="decoder.mid_block.resnets.0.norm1.weight",
     load=load_vae,
     module=AutoencoderKL,
-    rules=vae_rules,
+    rules=_exported,
 )

@@ -4,14 +4,12 @@ They run once, in `--mode=prepare`; training reads what they made. `transformers
 extra `text` and is loaded only when a released encoder is.
 
 Source: how the pipelines of FLUX.1 and Qwen-Image in `diffusers` encode prompts, to which the tests
-compare.
+compare. Those of FLUX.2 are in `flux2_encoders.py`.
 """
 
 import contextlib
 import hashlib
 import inspect
-import json
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,14 +17,10 @@ from typing import Any, Protocol
 import numpy as np
 
 from piflow_jax import hub
+from piflow_jax.data.flux2_encoders import Flux2Encoder, KleinEncoder
 from piflow_jax.data.reference_sizes import qwen_edit_size
-from piflow_jax.data.torch_parts import (
-    files_digest,
-    load_network,
-    load_part,
-    read_model_type,
-    read_pipeline,
-)
+from piflow_jax.data.released_encoders import Released, floats
+from piflow_jax.data.torch_parts import load_network, load_part, read_model_type, read_pipeline
 
 __all__ = [
     "FluxEncoder",
@@ -39,6 +33,7 @@ __all__ = [
 
 _WORDS = "words"
 _WIDEST = 2**16
+_FLUX2 = {"mistral3": Flux2Encoder, "qwen3": KleinEncoder}
 # Qwen-Image describes its task to the language model and drops what comes of this description.
 _QWEN_SYSTEM = (
     "Describe the image by detailing the color, shape, size, texture, quantity, text, "
@@ -64,18 +59,6 @@ _EDITORS = {
     "QwenImageEditPipeline": (_EDIT_PICTURE, 1024),
     "QwenImageEditPlusPipeline": (f"Picture {{}}: {_EDIT_PICTURE}", 384),
 }
-# Text that tokenizers of one release, but of other versions or with ftfy, take apart differently.
-_PROBES = (
-    *(
-        "a red fox",
-        "Caf\u00e9  CAFE\u0301",
-        "\u4e00\u53ea\u72d0\u72f8",
-        "a\u200bb",
-        "a\ufeffb",
-        "a\u2028b\x07",
-    ),
-    *("\ufb01", "\u0130", "caf\u00c3\u00a9", "&amp; don't", "\U0001f98a", "1234567"),
-)
 
 
 class TextEncoder(Protocol):
@@ -150,35 +133,7 @@ class WordEncoder:
         return {"text": text, "pooled": pooled}
 
 
-class _Released:
-    """The encoders of a release, loaded from its folder; see `TextEncoder`."""
-
-    name: str
-    longest: int
-    parts: tuple[str, ...]
-    sees_references = False
-
-    def __init__(
-        self,
-        folder: str | os.PathLike,
-        *,
-        max_length: int = 0,
-        dtype: str = "bfloat16",
-        device: str = "cpu",
-    ):
-        import torch
-        import transformers
-
-        folder = Path(folder)
-        self._torch, self._device = torch, device
-        self.max_length = max_length or self.longest
-        tokenizers = self._load(transformers, folder, dtype=dtype, device=device)
-        self.identity = f"{self.name} {self.max_length} {files_digest(folder, *self.parts)}"
-        self.tokenizer = _tokenizer_identity(self, *tokenizers)
-        self.compute = _compute(dtype, device)
-
-
-class FluxEncoder(_Released):
+class FluxEncoder(Released):
     """FLUX.1's two encoders: the tokens of T5, and CLIP's pooled embedding.
 
     T5 sees and makes padding, and FLUX.1 attends to it, so all `max_length` tokens belong to the
@@ -229,7 +184,7 @@ class FluxEncoder(_Released):
         with self._torch.inference_mode():
             pooled = self._clip(self._ids(self._clip_tokens, prompts, longest)).pooler_output
             text = self._t5(self._ids(self._t5_tokens, prompts, self.max_length))[0]
-        pairs = zip(_floats(text), _floats(pooled), strict=True)
+        pairs = zip(floats(text), floats(pooled), strict=True)
         return [{"text": tokens, "pooled": vector} for tokens, vector in pairs]
 
     def _ids(self, tokenizer, prompts: Sequence[str], length: int):
@@ -243,7 +198,7 @@ class FluxEncoder(_Released):
         return tokens.input_ids.to(self._device)
 
 
-class QwenEncoder(_Released):
+class QwenEncoder(Released):
     """Qwen-Image's encoder: the last hidden states of Qwen2.5-VL, asked to describe an image.
 
     Args:
@@ -287,7 +242,7 @@ class QwenEncoder(_Released):
                 input_ids=tokens.input_ids, attention_mask=tokens.attention_mask
             ).last_hidden_state
         masks = tokens.attention_mask.bool().cpu().numpy()
-        pairs = zip(_floats(hidden), masks, strict=True)
+        pairs = zip(floats(hidden), masks, strict=True)
         return [{"text": states[mask][self.dropped :]} for states, mask in pairs]
 
 
@@ -369,7 +324,7 @@ class QwenEditEncoder(QwenEncoder):
             inputs["mm_token_type_ids"] = (tokens.input_ids == pad).int()
         with self._torch.inference_mode():
             hidden = self._network(**inputs).last_hidden_state
-        [states] = _floats(hidden)
+        [states] = floats(hidden)
         # The network is causal: what is cut off has not been seen by the rest.
         return {"text": states[self.dropped :][: self.max_length]}
 
@@ -380,9 +335,9 @@ def load_text_encoder(
     """The encoder of a name.
 
     Args:
-      name: The folder of a release of FLUX.1, Qwen-Image or Qwen-Image-Edit (which of these, its
-        files tell), its name on the Hugging Face hub, or "words", "words:D" or "words:D:P" for a
-        `WordEncoder`.
+      name: The folder of a release of FLUX.1, FLUX.2, Qwen-Image or Qwen-Image-Edit (which of
+        these, its files tell), its name on the Hugging Face hub, or "words", "words:D" or
+        "words:D:P" for a `WordEncoder`.
       max_length: Tokens of a prompt, at most; 0 is the release's own limit, 512 or 1024.
       dtype: Of a released network's weights.
       gpu: Which of the GPUs that PyTorch sees; without any it is the CPU.
@@ -433,34 +388,27 @@ def _kind(folder: Path) -> tuple[type, int]:
     config = folder / "text_encoder" / "config.json"
     if not config.exists():
         raise ValueError(
-            f"{folder} is not of a release of FLUX.1 or Qwen-Image: it has no "
+            f"{folder} is not of a release of FLUX.1, FLUX.2 or Qwen-Image: it has no "
             "text_encoder/config.json"
         )
     kind = read_model_type(config.parent)
     if kind == "qwen2_5_vl":
         encoder = QwenEditEncoder if (folder / "processor").is_dir() else QwenEncoder
-        return encoder, encoder.longest
-    if kind == "clip_text_model" and (folder / "text_encoder_2").is_dir():
-        return FluxEncoder, FluxEncoder.longest
-    raise ValueError(
-        f"{folder}: FLUX.1 has a clip_text_model and a text_encoder_2, Qwen-Image a qwen2_5_vl, "
-        f"not {kind!r}"
-    )
+    elif kind == "clip_text_model" and (folder / "text_encoder_2").is_dir():
+        encoder = FluxEncoder
+    elif kind in _FLUX2:
+        encoder = _FLUX2[kind]
+    else:
+        raise ValueError(
+            f"{folder}: FLUX.1 has a clip_text_model and a text_encoder_2, Qwen-Image a "
+            f"qwen2_5_vl, FLUX.2 a {' or a '.join(_FLUX2)}, not {kind!r}"
+        )
+    return encoder, encoder.longest
 
 
 def _cut(ids: list[int], length: int) -> list[int]:
     """Tokens as they are cut off: the last one, which ends the prompt, stays."""
     return ids if len(ids) <= length else [*ids[: length - 1], ids[-1]]
-
-
-def _tokenizer_identity(encoder: TextEncoder, *tokenizers: Any) -> str:
-    kinds = " and ".join(type(tokenizer).__name__ for tokenizer in tokenizers)
-    made = json.dumps(encoder.tokens(_PROBES))
-    return f"{kinds}, SHA-256 of probes {hashlib.sha256(made.encode()).hexdigest()}"
-
-
-def _floats(tensor: Any) -> np.ndarray:
-    return tensor.float().cpu().numpy()
 
 
 def _vectors(words: Sequence[str], use: str, size: int) -> np.ndarray:
@@ -473,14 +421,6 @@ def _vectors(words: Sequence[str], use: str, size: int) -> np.ndarray:
         words_ = np.random.Philox(key=key).random_raw(12 * size).reshape(12, size)
         rows.append((words_ / 2.0**64).sum(axis=0) - 6)
     return np.stack(rows).astype(np.float32)
-
-
-def _compute(dtype: str, device: str) -> str:
-    import torch
-    import transformers
-
-    kind = device.split(":")[0]  # whichever GPU it is: each process has another one
-    return f"{dtype} on {kind}, torch {torch.__version__}, transformers {transformers.__version__}"
 
 
 @contextlib.contextmanager

@@ -5,7 +5,7 @@ the conditioning shifts, scales and gates the tokens around attention and around
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -48,6 +48,7 @@ class Layers(nn.Module):
         attention: `implementation` of `jax.nn.dot_product_attention`.
         constrain: See `DiT`.
         lora: Adapters; None for none.
+        use_bias: Whether linear layers have biases.
     """
 
     num_heads: int
@@ -56,6 +57,7 @@ class Layers(nn.Module):
     attention: str | None = None
     constrain: Constrain = unconstrained
     lora: LoRA | None = None
+    use_bias: ClassVar[bool] = True
 
     def linear(
         self, features: tuple[int, ...], name: str, axes: Axes, **options: Any
@@ -63,6 +65,7 @@ class Layers(nn.Module):
         """A linear layer of this block."""
         return AdaptedLinear(
             features,
+            use_bias=self.use_bias,
             axes=axes,
             dtype=self.dtype,
             param_dtype=self.param_dtype,
@@ -76,11 +79,20 @@ class Layers(nn.Module):
         self, tokens: jax.Array, prefix: str = ""
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Queries, keys and values of `tokens[B, T, D]`, each `[B, T, heads, size]`."""
-        b, t, width = tokens.shape
+        width = tokens.shape[-1]
         qkv = self.linear((3, width), f"{prefix}qkv", ("embed", None, "heads"))(tokens)
-        qkv = self.constrain(qkv, ("batch", None, None, "heads"))
+        return self.by_head(self.constrain(qkv, ("batch", None, None, "heads")))
+
+    def by_head(self, qkv: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Queries, keys and values `[B, T, heads, size]`, the pieces of `qkv[B, T, 3, D]`."""
+        b, t, _, width = qkv.shape
         qkv = qkv.reshape(b, t, 3, self.num_heads, width // self.num_heads)
         return qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
+
+    def hidden_layer(self, tokens: jax.Array, hidden: int, prefix: str) -> jax.Array:
+        """The hidden layer `[B, T, hidden]` of the MLP on `tokens[B, T, D]`."""
+        layer = self.linear((hidden,), f"{prefix}mlp_in", ("embed", "mlp"))
+        return nn.gelu(layer(tokens), approximate=True)
 
     def after_attention(
         self,
@@ -107,11 +119,11 @@ class Layers(nn.Module):
         """
         width = tokens.shape[-1]
         attention_out = self.linear((width,), f"{prefix}attention_out", ("heads", "embed"))
-        mlp_in = self.linear((mlp_hidden,), f"{prefix}mlp_in", ("embed", "mlp"))
         mlp_out = self.linear((width,), f"{prefix}mlp_out", ("mlp", "embed"))
         tokens = tokens + modulation[:, None, 2] * attention_out(attended)
-        hidden = mlp_in(modulated(tokens, modulation[:, 3], modulation[:, 4], eps))
-        hidden = self.constrain(nn.gelu(hidden, approximate=True), ("batch", None, "mlp"))
+        hidden = modulated(tokens, modulation[:, 3], modulation[:, 4], eps)
+        hidden = self.hidden_layer(hidden, mlp_hidden, prefix)
+        hidden = self.constrain(hidden, ("batch", None, "mlp"))
         tokens = tokens + modulation[:, None, 5] * mlp_out(hidden)
         return self.constrain(tokens, ("batch", None, "embed"))
 

@@ -11,23 +11,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from jax.typing import DTypeLike
 
 from piflow_jax.flow.policies import GMOutput
 from piflow_jax.models.blocks import modulated
 from piflow_jax.models.joint import (
-    MLP_RATIO,
-    ROPE_BASE,
     JointBlock,
     JointLayers,
     TextTransformer,
     image_positions,
+    rotary_angles,
     rotary_table,
     rotate,
     round_time,
 )
 from piflow_jax.models.layers import attend, time_features
 
-__all__ = ["FLUX_TARGETS", "Flux", "SingleBlock", "flux_angles"]
+__all__ = ["FLUX_TARGETS", "Flux", "SingleBlock", "flux_angles", "scaled_features"]
 
 # The layers that pi-Flow adapts: the feed-forwards of both streams, the feed-forwards of the single
 # blocks, including the output layer that they share with attention, and the time embedder.
@@ -43,6 +43,11 @@ FLUX_TARGETS = (
 )
 # Factor of times and guidance scales in front of their sinusoids.
 TIME_SCALE = 1000.0
+
+
+def scaled_features(value: jax.Array, dtype: DTypeLike) -> jax.Array:
+    """Features `[B, F]` of times or guidance scales, rounded before and after they are scaled."""
+    return time_features(round_time(round_time(value, dtype) * TIME_SCALE, dtype))
 
 
 def flux_angles(
@@ -68,9 +73,7 @@ def flux_angles(
         `height * width` are the image's.
     """
     images = image_positions([(height, width), *references])
-    ids = np.concatenate([np.zeros((text_length, 3)), images]).astype(np.float64)
-    frequencies = [ROPE_BASE ** -(np.arange(0, size, 2) / size) for size in axes]
-    return np.concatenate([ids[:, i, None] * f[None] for i, f in enumerate(frequencies)], axis=-1)
+    return rotary_angles(np.concatenate([np.zeros((text_length, 3)), images]), axes)
 
 
 class SingleBlock(JointLayers):
@@ -94,23 +97,12 @@ class SingleBlock(JointLayers):
         # Shift, scale, gate.
         modulation = self.linear((3, width), "modulation", ("embed", None, None))(conditioning)
         hidden = modulated(tokens, modulation[:, 0], modulation[:, 1])
-        # The hidden layer stays in pieces of the token's width. With the attention's output as one
-        # more piece it is one contraction, which tensor parallelism splits along every piece.
-        mlp = self.linear((MLP_RATIO, width), "mlp_in", ("embed", None, "mlp"))(hidden)
+        # The hidden layer stays in pieces of the token's width, see `after_both`.
+        mlp = self.linear((self.mlp_ratio, width), "mlp_in", ("embed", None, "mlp"))(hidden)
         mlp = self.constrain(nn.gelu(mlp, approximate=True), ("batch", None, None, "mlp"))
         q, k, v = self.queries_keys_values(hidden)
         attended = attend(rotate(q, table), rotate(k, table), v, self.attention)
-        attended = attended.reshape(*tokens.shape[:2], 1, width)
-        joined = jnp.concatenate([attended, mlp.astype(attended.dtype)], axis=2)
-        init = nn.initializers.variance_scaling(
-            1.0, "fan_avg", "uniform", in_axis=(0, 1), out_axis=-1
-        )
-        # Heads and hidden units have the same sharding.
-        axes = (None, "mlp", "embed")
-        out = self.linear((width,), "out", axes, in_axes=2, kernel_init=init)(joined)
-        tokens = self.constrain(tokens + modulation[:, None, 2] * out, ("batch", None, "embed"))
-        self.sow("intermediates", "tokens", tokens)
-        return tokens, None
+        return self.after_both(tokens, attended, mlp, modulation[:, 2]), None
 
 
 class Flux(TextTransformer):
@@ -217,14 +209,11 @@ class Flux(TextTransformer):
         self, t: jax.Array, pooled: jax.Array, guidance: jax.Array | None
     ) -> jax.Array:
         """Embedding `[B, D]` of time, guidance and pooled text, at least float32."""
-
-        def scaled(value):
-            return round_time(round_time(value, self.time_dtype) * TIME_SCALE, self.time_dtype)
-
         wide = jnp.promote_types(pooled.dtype, jnp.float32)
-        embedding = self.embedder("time", time_features(scaled(t)).astype(wide))
+        embedding = self.embedder("time", scaled_features(t, self.time_dtype).astype(wide))
         if guidance is not None:
-            embedding += self.embedder("guidance", time_features(scaled(guidance)).astype(wide))
+            features = scaled_features(guidance, self.time_dtype).astype(wide)
+            embedding += self.embedder("guidance", features)
         return embedding + self.embedder("pooled", pooled.astype(wide))
 
     def _check(self, x, t, text, pooled, guidance, references) -> None:

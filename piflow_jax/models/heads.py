@@ -22,18 +22,21 @@ from piflow_jax.models.layers import Linear, broadcast_sites, unpatchify
 FRESH_MEANS_STD = 0.1
 TEACHER_MEANS_STD = 0.05
 TEACHER_LOGSTD = math.log(0.05)
+# Name of the layer of a velocity, or of several on a grid.
+VELOCITY = "output"
 
 
 def repeat_rows(velocity: dict, channels: int, copies: int) -> dict:
     """Repeats the rows of a velocity layer for every mixture component or grid point.
 
     Args:
-        velocity: `kernel [D, p*p*C]` and `bias [p*p*C]` of the layer.
+        velocity: `kernel [D, p*p*C]` and perhaps `bias [p*p*C]` of the layer.
         channels: `C`.
         copies: `K`.
 
     Returns:
-        `kernel [D, p*p*K*C]` and `bias [p*p*K*C]`, ordered (row, column, K, C).
+        `kernel [D, p*p*K*C]` and the bias if there is one, `[p*p*K*C]`, ordered (row, column, K,
+        C).
     """
 
     def repeat(rows: jax.Array) -> jax.Array:
@@ -63,6 +66,7 @@ class Head(nn.Module):
         *,
         patch_size: int,
         param_dtype: DTypeLike = jnp.float32,
+        velocity_bias: bool = True,
     ) -> Any:
         """Maps tokens to the network's output.
 
@@ -73,6 +77,8 @@ class Head(nn.Module):
             sigma: `[B]` time of the input.
             patch_size: Side of a patch, in sites.
             param_dtype: Dtype of fresh parameters.
+            velocity_bias: Whether the layer of a teacher's velocity has a bias. Layers that only
+                students have do.
 
         Returns:
             The output, see the subclass.
@@ -88,6 +94,7 @@ class Head(nn.Module):
                 param_dtype=param_dtype,
                 kernel_init=nn.initializers.zeros,
                 bias_init=bias_init,
+                use_bias=velocity_bias or name != VELOCITY,
                 name=name,
                 parent=self,
             )
@@ -105,13 +112,13 @@ class VelocityHead(Head):
 
     def _predict(self, project, embedding, x, sigma, param_dtype) -> jax.Array:
         """Velocities `u[B, H, W, C]`."""
-        return project("output", (x.shape[-1],))
+        return project(VELOCITY, (x.shape[-1],))
 
     def from_velocity(
         self, params: dict, velocity: dict, *, channels: int, noise: jax.Array | None = None
     ) -> dict:
         """Copies a teacher's output layer; see `GMHead.from_velocity`."""
-        return {"output": dict(velocity)}
+        return {VELOCITY: dict(velocity)}
 
 
 class DXHead(Head):
@@ -133,7 +140,7 @@ class DXHead(Head):
 
     def _predict(self, project, embedding, x, sigma, param_dtype) -> jax.Array:
         """Grid velocities `[B, H, W, N, C]`."""
-        out = project("output", (self.num_grid, x.shape[-1]))
+        out = project(VELOCITY, (self.num_grid, x.shape[-1]))
         if not self.input_skip:
             return out
         return jnp.concatenate([out[..., :1, :], self.skipped(out[..., 1:, :], x, sigma)], axis=-2)
@@ -160,7 +167,7 @@ class DXHead(Head):
 
         Args:
             params: The head's own parameters; all are replaced.
-            velocity: `kernel [D, p*p*C]`, `bias [p*p*C]` of the teacher's output layer.
+            velocity: `kernel [D, p*p*C]` and perhaps `bias [p*p*C]` of the teacher's output layer.
             channels: `C`.
             noise: Unused; mixture heads take `[K, C]`.
 
@@ -170,12 +177,12 @@ class DXHead(Head):
         output = repeat_rows(velocity, channels, self.num_grid)
         if self.input_skip:
             first = jnp.repeat(jnp.arange(self.num_grid) == 0, channels)
-            keep = _patch_bias(first, output["bias"].size)
+            keep = _patch_bias(first, output["kernel"].shape[-1])
             output = {
                 name: jnp.where(keep.reshape((1,) * (rows.ndim - 1) + (-1,)), rows, 0)
                 for name, rows in output.items()
             }
-        return {"output": output}
+        return {VELOCITY: output}
 
 
 class _MixtureHead(Head):
@@ -199,6 +206,8 @@ class _MixtureHead(Head):
     ) -> dict:
         """Means at the velocity, with noise in the bias to separate them, and equal weights."""
         means = repeat_rows(velocity, channels, self.num_components)
+        kernel = means["kernel"]
+        means.setdefault("bias", jnp.zeros(kernel.shape[-1:], kernel.dtype))
         if noise is not None:
             offsets = TEACHER_MEANS_STD * noise.astype(means["bias"].dtype)
             means["bias"] = means["bias"] + _patch_bias(offsets, means["bias"].size)
@@ -251,7 +260,7 @@ class GMHead(_MixtureHead):
 
         Args:
             params: The head's own parameters; only the first layer of the logstd head is kept.
-            velocity: `kernel [D, p*p*C]`, `bias [p*p*C]` of the teacher's output layer.
+            velocity: `kernel [D, p*p*C]` and perhaps `bias [p*p*C]` of the teacher's output layer.
             channels: `C`.
             noise: `[K, C]` standard normal draws, scaled by 0.05 and shared over patch positions;
                 None adds none.
@@ -310,7 +319,7 @@ class ArcHead(_MixtureHead):
 
         Args:
             params: The head's own parameters; all are replaced.
-            velocity: `kernel [D, p*p*C]`, `bias [p*p*C]` of the teacher's output layer.
+            velocity: `kernel [D, p*p*C]` and perhaps `bias [p*p*C]` of the teacher's output layer.
             channels: `C`.
             noise: `[K, C]` standard normal draws, as for `GMHead`; None adds none.
 

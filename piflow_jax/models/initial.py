@@ -175,7 +175,7 @@ def _check(
     )
     # A teacher that also predicts something else (say a variance) has a wider output layer.
     pixels = student.patch_size**2 * student.in_channels
-    differences = {"head": ((pixels,), theirs.pop("head/output/bias"))}
+    differences = {"head": ((pixels,), theirs["head/output/kernel"][-1:])}
     added = {field: layers for field, layers in student.addable.items() if getattr(student, field)}
     if teacher is not None:
         for field in dataclasses.fields(student):

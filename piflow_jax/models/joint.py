@@ -2,12 +2,12 @@
 
 The double block of FLUX.1 and the block of Qwen-Image (arXiv 2508.02324, section 2), after MM-DiT
 (arXiv 2403.03206, section 4). The two differ only in their rotary tables and in the masking of
-text.
+text. FLUX.2's double block joins the streams in the same way, with its own modulation and MLP.
 """
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,8 @@ from piflow_jax.models.lora import LoRA
 from piflow_jax.models.transformer import Transformer
 
 ROPE_BASE = 10000.0
-MLP_RATIO = 4
+# Prefixes of the names of layers.
+STREAMS = ("text_", "image_")
 
 
 class RMSNorm(nn.Module):
@@ -53,6 +54,24 @@ def rotary_table(angles: np.ndarray) -> jax.Array:
     """
     wide = angles.astype(np.float64)
     return jnp.asarray(np.stack([np.cos(wide), np.sin(wide)]).astype(np.float32))
+
+
+def rotary_angles(
+    positions: np.ndarray, axes: Sequence[int], base: float = ROPE_BASE
+) -> np.ndarray:
+    """Rotary angles of tokens.
+
+    Args:
+        positions: `[T, len(axes)]` coordinates.
+        axes: Features of a head for each coordinate.
+        base: The frequencies of a coordinate fall from 1 towards `1 / base`.
+
+    Returns:
+        `[T, sum(axes) / 2]` float64 radians.
+    """
+    frequencies = [base ** -(np.arange(0, size, 2) / size) for size in axes]
+    wide = positions.astype(np.float64)
+    return np.concatenate([wide[:, i, None] * f[None] for i, f in enumerate(frequencies)], axis=-1)
 
 
 def image_positions(sites: Sequence[tuple[int, int]], *, centred: bool = False) -> np.ndarray:
@@ -97,16 +116,94 @@ def rotate(x: jax.Array, table: jax.Array) -> jax.Array:
 
 
 class JointLayers(Layers):
-    """Layers with normalised queries and keys."""
+    """Layers with normalised queries and keys.
+
+    Attributes:
+        mlp_ratio: Width of an MLP's hidden layer, divided by that of the tokens.
+    """
+
+    mlp_ratio: ClassVar[int] = 4
 
     def queries_keys_values(
         self, tokens: jax.Array, prefix: str = ""
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Queries and keys, normalised, and values of `tokens[B, T, D]`: `[B, T, heads, size]`."""
-        query, key, value = super().queries_keys_values(tokens, prefix)
+        return self.normalised(*super().queries_keys_values(tokens, prefix), prefix)
+
+    def normalised(
+        self, query: jax.Array, key: jax.Array, value: jax.Array, prefix: str = ""
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Queries and keys with norms of their own, and the values; shapes stay."""
         query = RMSNorm(self.param_dtype, name=f"{prefix}query_norm", parent=self)(query)
         key = RMSNorm(self.param_dtype, name=f"{prefix}key_norm", parent=self)(key)
         return query, key, value
+
+    def joined(
+        self,
+        streams: tuple[jax.Array, jax.Array],
+        modulations: Sequence[jax.Array],
+        table: jax.Array,
+        key_mask: jax.Array | None = None,
+    ) -> tuple[jax.Array, jax.Array]:
+        """Joint attention of text and image, then an MLP on each.
+
+        Args:
+            streams: Text `[B, L, D]` and image tokens `[B, T, D]`.
+            modulations: Shift, scale and gate of each half, `[B, 6, D]` for each stream.
+            table: `[2, L + T, head size / 2]` rotary table, text first.
+            key_mask: `[B, L + T]`, see `attend`.
+
+        Returns:
+            The two streams.
+        """
+        text_length, pieces = streams[0].shape[1], []
+        for tokens, modulation, prefix in zip(streams, modulations, STREAMS, strict=True):
+            hidden = modulated(tokens, modulation[:, 0], modulation[:, 1])
+            pieces.append(self.queries_keys_values(hidden, prefix))
+        q, k, v = (jnp.concatenate(both, axis=1) for both in zip(*pieces, strict=True))
+        q, k = rotate(q, table), rotate(k, table)
+        attended = attend(q, k, v, self.attention, key_mask)
+        attended = attended.reshape(*attended.shape[:2], -1)
+        halves = attended[:, :text_length], attended[:, text_length:]
+        hidden = self.mlp_ratio * streams[0].shape[-1]
+        streams = tuple(
+            self.after_attention(tokens, half, modulation, hidden, prefix)
+            for tokens, half, modulation, prefix in zip(
+                streams, halves, modulations, STREAMS, strict=True
+            )
+        )
+        self.sow("intermediates", "text", streams[0])
+        self.sow("intermediates", "image", streams[1])
+        return streams
+
+    def after_both(
+        self, tokens: jax.Array, attended: jax.Array, mlp: jax.Array, gate: jax.Array
+    ) -> jax.Array:
+        """Adds what attention and an MLP side by side put out, through a layer of both.
+
+        Args:
+            tokens: `[B, T, D]`.
+            attended: `[B, T, heads, size]`.
+            mlp: The hidden layer, in pieces of the token's width: `[B, T, ratio, D]`.
+            gate: `[B, D]`.
+
+        Returns:
+            `[B, T, D]`.
+        """
+        width = tokens.shape[-1]
+        attended = attended.reshape(*tokens.shape[:2], 1, width)
+        # With the attention's output as one more piece it is one contraction, which tensor
+        # parallelism splits along every piece.
+        pieces = jnp.concatenate([attended, mlp.astype(attended.dtype)], axis=2)
+        init = nn.initializers.variance_scaling(
+            1.0, "fan_avg", "uniform", in_axis=(0, 1), out_axis=-1
+        )
+        # Heads and hidden units have the same sharding.
+        axes = (None, "mlp", "embed")
+        out = self.linear((width,), "out", axes, in_axes=2, kernel_init=init)(pieces)
+        tokens = self.constrain(tokens + gate[:, None] * out, ("batch", None, "embed"))
+        self.sow("intermediates", "tokens", tokens)
+        return tokens
 
 
 class JointBlock(JointLayers):
@@ -131,31 +228,10 @@ class JointBlock(JointLayers):
         Returns:
             The two streams, and None for the scan to collect.
         """
-        names, text_length = ("text_", "image_"), streams[0].shape[1]
-        pieces, modulations = [], []
-        for tokens, prefix in zip(streams, names, strict=True):
-            width = tokens.shape[-1]
-            # Shift, scale and gate of each half.
-            layer = self.linear((6, width), f"{prefix}modulation", ("embed", None, None))
-            modulation = layer(conditioning)
-            hidden = modulated(tokens, modulation[:, 0], modulation[:, 1])
-            pieces.append(self.queries_keys_values(hidden, prefix))
-            modulations.append(modulation)
-        q, k, v = (jnp.concatenate(both, axis=1) for both in zip(*pieces, strict=True))
-        q, k = rotate(q, table), rotate(k, table)
-        attended = attend(q, k, v, self.attention, key_mask)
-        attended = attended.reshape(*attended.shape[:2], -1)
-        halves = attended[:, :text_length], attended[:, text_length:]
-        hidden = MLP_RATIO * streams[0].shape[-1]
-        streams = tuple(
-            self.after_attention(tokens, half, modulation, hidden, prefix)
-            for tokens, half, modulation, prefix in zip(
-                streams, halves, modulations, names, strict=True
-            )
-        )
-        self.sow("intermediates", "text", streams[0])
-        self.sow("intermediates", "image", streams[1])
-        return streams, None
+        shape, axes = (6, streams[0].shape[-1]), ("embed", None, None)
+        layers = (self.linear(shape, f"{prefix}modulation", axes) for prefix in STREAMS)
+        modulations = [layer(conditioning) for layer in layers]
+        return self.joined(streams, modulations, table, key_mask), None
 
 
 def round_time(t: jax.Array, dtype: DTypeLike) -> jax.Array:
@@ -176,7 +252,7 @@ class TextTransformer(Transformer):
     hidden: int = 3072
     num_heads: int = 24
     text_features: int = 4096
-    axes_dims_rope: tuple[int, int, int] = (16, 56, 56)
+    axes_dims_rope: tuple[int, ...] = (16, 56, 56)
     lora: LoRA | None = None
     time_dtype: DTypeLike = jnp.float32
 

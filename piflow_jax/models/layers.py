@@ -78,6 +78,7 @@ class Linear(nn.Module):
         param_dtype: Dtype of fresh parameters.
         kernel_init: Initializer of the kernel.
         bias_init: Initializer of the bias.
+        use_bias: Whether there is a bias.
         axes: Names of the kernel's axes. The bias takes the names of the last ones except `embed`,
             because values that are added to tokens are whole on every device. None names no axes.
     """
@@ -89,6 +90,7 @@ class Linear(nn.Module):
     param_dtype: DTypeLike = jnp.float32
     kernel_init: Callable = xavier_uniform
     bias_init: Callable = nn.initializers.zeros
+    use_bias: bool = True
     axes: Axes | None = None
 
     @nn.compact
@@ -100,10 +102,12 @@ class Linear(nn.Module):
         )
         kernel_init, bias_init = named(self.kernel_init, self.axes), named(self.bias_init, whole)
         kernel = self.param("kernel", kernel_init, (*ins, *features), self.param_dtype)
-        bias = self.param("bias", bias_init, features, self.param_dtype)
         dtype = jnp.result_type(x, kernel) if self.dtype is None else self.dtype
         output_dtype = dtype if self.output_dtype is None else self.output_dtype
         y = contract(x.astype(dtype), kernel.astype(dtype), self.in_axes, output_dtype)
+        if not self.use_bias:
+            return y
+        bias = self.param("bias", bias_init, features, self.param_dtype)
         lead = (1,) * (y.ndim - len(features))
         return y + bias.astype(output_dtype).reshape(lead + features)
 

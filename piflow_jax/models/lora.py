@@ -144,9 +144,10 @@ def fuse(params: Mapping, scale: float = 1.0) -> dict:
         down, up = leaves.pop((*layer, DOWN)), leaves.pop((*layer, UP))
         kernel = leaves[*layer, "kernel"]
         wide = jnp.promote_types(down.dtype, jnp.float32)
-        rank, ins = down.shape[-1], kernel.ndim - leaves[*layer, "bias"].ndim
-        # In addition to its input axes and rank, a stacked adapter has the axis of the layers.
-        lead = kernel.shape[:1] if down.ndim - 1 > ins else (1,)
+        rank = down.shape[-1]
+        # The factors have the kernel's axes and two of the rank; a stacked adapter has the axis of
+        # the layers in both.
+        lead = kernel.shape[:1] if down.ndim + up.ndim - 2 > kernel.ndim else (1,)
         left = jnp.asarray(down, wide).reshape(*lead, -1, rank)
         right = jnp.asarray(up, wide).reshape(*lead, rank, -1)
         delta = jnp.einsum("lir,lro->lio", left, right, precision="highest").reshape(kernel.shape)

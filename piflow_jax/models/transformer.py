@@ -30,6 +30,7 @@ class Transformer(Network):
     attention: str | None = None
     constrain: Constrain = unconstrained
     lora: ClassVar[LoRA | None] = None
+    use_bias: ClassVar[bool] = True
     # Inputs that a student may have beyond its teacher's, and their layers. Fresh ones change
     # nothing, so that the student still starts at its teacher.
     addable: ClassVar[Mapping[str, tuple[str, ...]]] = types.MappingProxyType({})
@@ -39,7 +40,7 @@ class Transformer(Network):
     ) -> AdaptedLinear:
         """A linear layer of this network, outside its blocks."""
         options = {"param_dtype": self.param_dtype, "lora": self.lora, "parent": self} | options
-        return AdaptedLinear(features, axes=axes, name=name, **options)
+        return AdaptedLinear(features, use_bias=self.use_bias, axes=axes, name=name, **options)
 
     def embedder(
         self, name: str, features: jax.Array, last_init: Callable = xavier_uniform
@@ -108,6 +109,7 @@ class Transformer(Network):
             t,
             patch_size=self.patch_size,
             param_dtype=param_dtype,
+            velocity_bias=self.use_bias,
         )
 
     def check_state(self, x: jax.Array, name: str = "x") -> None:

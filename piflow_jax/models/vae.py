@@ -197,8 +197,8 @@ class AutoencoderKL(nn.Module):
             followed by attention.
         quant_convs: Whether a 1x1 convolution follows the encoder and precedes the decoder.
         halving_upsample: Whether the decoder's upsampling convolutions halve the width.
-        latent_scale: Diffusion models use `(latents - latent_shift) * latent_scale`; a number, or
-            one per channel.
+        latent_scale: Diffusion models use `(latents - latent_shift) * latent_scale`; a number, one
+            per channel, or rows of one per place and channel of a patch, `[p, p, C]` (FLUX.2).
         latent_shift: See `latent_scale`.
         dtype: Compute dtype; None is the wider of input and parameters.
     """
@@ -211,8 +211,8 @@ class AutoencoderKL(nn.Module):
     attention_levels: tuple[int, ...] = ()
     quant_convs: bool = True
     halving_upsample: bool = False
-    latent_scale: float | tuple[float, ...] = 0.18215
-    latent_shift: float | tuple[float, ...] = 0.0
+    latent_scale: float | tuple = 0.18215
+    latent_shift: float | tuple = 0.0
     dtype: DTypeLike | None = None
 
     def setup(self):  # noqa: D102
@@ -232,9 +232,16 @@ class AutoencoderKL(nn.Module):
             self.post_quant_conv = _conv1(self.latent_channels, dtype=self.dtype)
 
     def _scale_and_shift(self, latents: jax.Array) -> tuple[np.ndarray, np.ndarray]:
-        shape = (1,) * (latents.ndim - 1) + (-1,)
-        both = (self.latent_scale, self.latent_shift)
-        return tuple(np.asarray(value, latents.dtype).reshape(shape) for value in both)
+        sites = latents.shape[-3:-1]
+
+        def spread(value):
+            value = np.asarray(value, latents.dtype)
+            if value.ndim < 3:
+                return value.reshape((1,) * (latents.ndim - 1) + (-1,))
+            repeats = (side // places for side, places in zip(sites, value.shape, strict=False))
+            return np.tile(value, (*(1,) * (latents.ndim - 3), *repeats, 1))
+
+        return spread(self.latent_scale), spread(self.latent_shift)
 
     @property
     def downsampling(self) -> int:
@@ -276,7 +283,10 @@ class AutoencoderKL(nn.Module):
         return self.decoder(self.post_quant_conv(latents) if self.quant_convs else latents)
 
     def scaled(self, latents: jax.Array) -> jax.Array:
-        """Scales raw `latents[..., latent_channels]` as diffusion models use them; same shape."""
+        """Scales raw `latents[..., latent_channels]` as diffusion models use them; same shape.
+
+        With a scale for each place of a patch they are `[..., h, w, latent_channels]`.
+        """
         scale, shift = self._scale_and_shift(latents)
         return (latents - shift) * scale
 

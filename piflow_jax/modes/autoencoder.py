@@ -90,7 +90,7 @@ def check_autoencoder(autoencoder: Autoencoder, data: DataShape) -> None:
         raise ConfigError(
             f"config.data.vae is of latents with {channels} channels, these have {data.channels}"
         )
-    if data.by_channel and not isinstance(autoencoder.module.latent_scale, tuple):
+    if data.by_channel and np.ndim(autoencoder.module.latent_scale) != 1:
         raise ConfigError(
             "config.data.vae has no latents_mean and latents_std, with which these latents are "
             "scaled: put the config.json of its release next to its weights"

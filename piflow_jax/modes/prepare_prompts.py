@@ -58,6 +58,7 @@ def encode_prompts(
     autoencoder: Autoencoder | None = None,
     image_folder: str | os.PathLike = "",
     reference_size: Callable[[int, int, int], tuple[int, int]] | None = None,
+    reference_scale: Callable[[int, int, int], tuple[int, int]] | None = None,
     on_progress: Callable[[int, int], None] | None = None,
     skip_refused: bool = False,
 ) -> dict[str, Any] | None:
@@ -71,8 +72,8 @@ def encode_prompts(
     the autoencoder's posterior, as pi-Flow trains on, with noise that depends on the prompt's place
     alone. A listed shape that is a picture's before its EXIF orientation is turned with it.
 
-    References are scaled to the size of `reference_size`; their latents are the posterior's mean,
-    as editing networks read them.
+    References are scaled to the size of `reference_size`, or to that of `reference_scale` and then
+    cut at their centre; their latents are the posterior's mean, as editing networks read them.
 
     Args:
       prompts: The list.
@@ -88,6 +89,8 @@ def encode_prompts(
       image_folder: What names of images are relative to.
       reference_size: `(height, width, side) -> (height, width)` of references, with the side of a
         square one, see `NetworkKind`; needed only for prompts with references.
+      reference_scale: Likewise the size to which references are scaled before they are cut; None if
+        they are not cut.
       on_progress: Called after each shard with the number of shards that this call has written and
         has to write.
       skip_refused: Leave out prompts whose image cannot be read; the manifest names them.
@@ -151,7 +154,10 @@ def encode_prompts(
         reference_channels=channels if edits else 0,
         with_references=edits and encoder.sees_references,
     )
-    latents = None if autoencoder is None else _Latents(autoencoder, image_folder, with_images)
+    latents = None
+    if autoencoder is not None:
+        scale = reference_scale and functools.partial(reference_scale, side=image_size)
+        latents = _Latents(autoencoder, image_folder, with_images, scale)
     listed = [(i, prompts[i], *sizes[i]) for i in order] + [(len(prompts), Prompt(""), None, ())]
 
     def examples(shard):
@@ -219,6 +225,7 @@ def prepare_prompts(config: Config, workdir: str | os.PathLike) -> None:
         raise ConfigError(
             f"config.data.vae is given, but not all of {settings.prompts} has an 'image'"
         )
+    kind = network_kind(config.model)
     manifest = encode_prompts(
         prompts,
         encoder,
@@ -229,7 +236,8 @@ def prepare_prompts(config: Config, workdir: str | os.PathLike) -> None:
         process_count=jax.process_count(),
         autoencoder=autoencoder,
         image_folder=os.path.dirname(settings.prompts),
-        reference_size=network_kind(config.model).reference_size,
+        reference_size=kind.reference_size,
+        reference_scale=kind.reference_scale,
         on_progress=lambda done, todo: logging.info("prepare: %d/%d shards", done, todo),
         skip_refused=settings.skip_refused,
     )
@@ -377,12 +385,20 @@ class _Latents:
       autoencoder: What encodes them.
       folder: What names of pictures are relative to.
       with_images: Whether prompts have images.
+      scale: `(height, width) -> (height, width)` to which references are scaled before they are
+        cut; None if they are not cut.
 
     Raises:
       ConfigError: Latents are not as many times smaller as those of the networks here.
     """
 
-    def __init__(self, autoencoder: Autoencoder, folder: str | os.PathLike, with_images: bool):
+    def __init__(
+        self,
+        autoencoder: Autoencoder,
+        folder: str | os.PathLike,
+        with_images: bool,
+        scale: Callable[[int, int], tuple[int, int]] | None = None,
+    ):
         module = autoencoder.module
         if module.downsampling != DOWNSAMPLING:
             raise ConfigError(
@@ -398,7 +414,7 @@ class _Latents:
 
         self._encode = functools.partial(encode, autoencoder.params)
         self._encode_reference = picture_encoder(module, autoencoder.params)
-        self._folder, self._with_images = folder, with_images
+        self._folder, self._with_images, self._scale = folder, with_images, scale
 
     def __call__(self, prompt: Prompt, size: tuple[int, int], index: int) -> dict[str, np.ndarray]:
         """Latents of the image at a size, with the noise of an index; empty without images."""
@@ -414,7 +430,8 @@ class _Latents:
         pictures = [read_picture(path) for path in prompt.reference_files(self._folder)]
         made = {"pictures": pictures, "reference_names": prompt.references}
         for number, (pixels, size) in enumerate(zip(pictures, sizes, strict=True)):
-            image = np.float32(_scaled(pixels, size))[None] / np.float32(127.5) - 1
+            image = _scaled(pixels, self._scale(*pixels.shape[:2]) if self._scale else size)
+            image = np.float32(_cut(image, size))[None] / np.float32(127.5) - 1
             made[f"reference_{number}"] = np.asarray(self._encode_reference(image)[0])
         return made
 
@@ -424,3 +441,9 @@ def _scaled(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     from PIL import Image
 
     return np.asarray(Image.fromarray(pixels).resize(size[::-1], Image.Resampling.LANCZOS))
+
+
+def _cut(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """The part of this size at the centre of `image[H, W, C]`."""
+    top, left = ((have - want) // 2 for have, want in zip(image.shape, size, strict=False))
+    return image[top : top + size[0], left : left + size[1]]

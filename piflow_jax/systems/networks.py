@@ -16,10 +16,16 @@ from flax import linen as nn
 
 from piflow_jax.config import Config, ConfigError, ModelConfig, PolicyConfig, TeacherConfig
 from piflow_jax.data.latents import SD_VAE_SCALE
-from piflow_jax.data.reference_sizes import kontext_size, qwen_edit_size
+from piflow_jax.data.reference_sizes import (
+    flux2_scale,
+    flux2_size,
+    kontext_size,
+    qwen_edit_size,
+)
 from piflow_jax.keys import seed_key
 from piflow_jax.models import DiT, VelocityHead, student_from_teacher
 from piflow_jax.models.flux import FLUX_TARGETS, Flux
+from piflow_jax.models.flux2 import FLUX2_TARGETS, Flux2
 from piflow_jax.models.initial import initial_trained
 from piflow_jax.models.lora import LoRA, merge, split
 from piflow_jax.models.qwen_image import QWEN_TARGETS, QwenImage
@@ -49,7 +55,7 @@ class BuiltIn(Network):
     """One of our Flax modules, with its output head.
 
     Attributes:
-      module: a `DiT`, `Flux` or `QwenImage`.
+      module: one of `piflow_jax.models`, such as a `DiT`.
       conditioning: turns conditions into the module's arguments.
     """
 
@@ -144,6 +150,8 @@ class NetworkKind:
       reference_size: `(height, width, side) -> (height, width)`, the size in pixels at which it
         reads a reference image of `height` x `width`. A square one is read at `side` x `side`.
         None if it reads none.
+      reference_scale: the size to which it scales the image first, with the same arguments, if it
+        then cuts it at its centre to `reference_size`. None if it scales to `reference_size`.
       named: whether a spec names the network; the spec of a DiT never did.
       takes_guidance: whether a student can take the guidance scale as an input.
       of_caller: True if only the caller has the function that makes it.
@@ -159,6 +167,7 @@ class NetworkKind:
     targets: tuple[str, ...] | None = None
     added: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     reference_size: Callable[[int, int, int], tuple[int, int]] | None = None
+    reference_scale: Callable[[int, int, int], tuple[int, int]] | None = None
     named: bool = True
     takes_guidance: bool = False
     of_caller: bool = False
@@ -216,6 +225,17 @@ def _flux(model: ModelConfig, data: DataShape, common: Mapping[str, Any]) -> Flu
 
 def _qwen_image(model: ModelConfig, data: DataShape, common: Mapping[str, Any]) -> QwenImage:
     return QwenImage(depth=model.qwen_image.depth, **_reading_text(model, data), **common)
+
+
+def _flux2(model: ModelConfig, data: DataShape, common: Mapping[str, Any]) -> Flux2:
+    own = model.flux2
+    return Flux2(
+        double_depth=own.depth,
+        single_depth=own.single_depth,
+        guidance_embed=own.distilled_guidance > 0,
+        **_reading_text(model, data),
+        **common,
+    )
 
 
 def _reading_text(model: ModelConfig, data: DataShape) -> dict[str, Any]:
@@ -303,6 +323,20 @@ NETWORKS: dict[str, NetworkKind] = {
         targets=QWEN_TARGETS,
         reference_size=qwen_edit_size,
     ),
+    "flux2": NetworkKind(
+        network=_built_in(_flux2),
+        conditioning=lambda own: Text(guidance=own.distilled_guidance, references=own.references),
+        spec=(*_SIZES, "single_depth", "distilled_guidance", *_TEXT_SPEC),
+        data_spec=_TEXT_DATA,
+        # 1024x1024 images, with captions embedded by three layers of Mistral 3.
+        official=DataShape(
+            released=True, name="prompts", sample_size=128, channels=32, text_features=15360
+        ),
+        formats=("flux2",),
+        targets=FLUX2_TARGETS,
+        reference_size=flux2_size,
+        reference_scale=flux2_scale,
+    ),
 }
 
 # The spec of such a network consists of its name and its data; its own settings are in its code.
@@ -349,7 +383,9 @@ def official_data(config: Config) -> DataShape | None:
       The shape and conditions of the data; None if there are no official weights.
     """
     kind = network_kind(config.model)
-    return kind.latents.get(config.data.latents, kind.official)
+    data = kind.latents.get(config.data.latents, kind.official)
+    changes = config.model.own.official_data()
+    return dataclasses.replace(data, **changes) if data is not None and changes else data
 
 
 def teacher_network(model: ModelConfig, data: DataShape) -> Network:

@@ -1,4 +1,4 @@
-"""Released adapters of FLUX.1 and Qwen-Image: official names, layouts, arithmetic, in and out."""
+"""Released adapters: official names, layouts, arithmetic, in and out."""
 
 import json
 
@@ -15,6 +15,7 @@ from piflow_jax.convert import (
 )
 from piflow_jax.convert.files import open_weights
 from piflow_jax.models.flux import FLUX_TARGETS, Flux
+from piflow_jax.models.flux2 import FLUX2_TARGETS, Flux2
 from piflow_jax.models.heads import DXHead, GMHead
 from piflow_jax.models.lora import LoRA, fuse, merge, split
 from piflow_jax.models.qwen_image import QWEN_TARGETS, QwenImage
@@ -41,6 +42,12 @@ OFFICIAL = {
         *(f"transformer_blocks.{i}.txt_mlp.net.0.proj" for i in range(2)),
         *(f"transformer_blocks.{i}.txt_mlp.net.2" for i in range(2)),
     ),
+    # Of AsymFLUX.2; those of pi-FLUX.2 are not published.
+    "flux2": (
+        *("ff.linear_in", "ff.linear_out", "ff_context.linear_in", "ff_context.linear_out"),
+        *("timestep_embedder.linear_1", "timestep_embedder.linear_2"),
+        *(f"single_transformer_blocks.{i}.attn.to_out" for i in range(3)),
+    ),
 }
 
 
@@ -48,6 +55,9 @@ def student(network, head):
     if network == "flux":
         sizes = SIZES | {"double_depth": 2, "single_depth": 3, "pooled_features": 10}
         return Flux(**sizes, head=head, lora=LoRA(FLUX_TARGETS, rank=RANK))
+    if network == "flux2":
+        sizes = SIZES | {"double_depth": 2, "single_depth": 3, "axes_dims_rope": (4, 4, 4, 4)}
+        return Flux2(**sizes, head=head, lora=LoRA(FLUX2_TARGETS, rank=RANK))
     return QwenImage(**SIZES, depth=3, head=head, lora=LoRA(QWEN_TARGETS, rank=RANK))
 
 
@@ -74,7 +84,7 @@ def expected_shapes(network, whole):
     return expected
 
 
-@pytest.mark.parametrize("network", ["flux", "qwen_image"])
+@pytest.mark.parametrize("network", OFFICIAL)
 @pytest.mark.parametrize("head", [GMHead(2, 7), DXHead(3)])
 def test_names_layouts_and_arithmetic_are_the_releases(network, head, tmp_path):
     module = student(network, head)
@@ -111,7 +121,7 @@ def test_names_layouts_and_arithmetic_are_the_releases(network, head, tmp_path):
         assert not np.any(last["lora_a"][2]) and np.all(last["lora_a"][1])
 
 
-@pytest.mark.parametrize("network", ["flux", "qwen_image"])
+@pytest.mark.parametrize("network", OFFICIAL)
 def test_the_configuration_beside_an_adapter_makes_the_official_network(network):
     pytest.importorskip("torch")
     diffusers = pytest.importorskip("diffusers")

@@ -9,6 +9,7 @@ import pytest
 
 from piflow_jax.convert import load_params, open_weights, with_loras, write_safetensors
 from piflow_jax.convert.flux import FIRST_NAMES
+from piflow_jax.convert.flux2 import FIRST_NAMES as FLUX2_FIRST_NAMES
 from tests.weights import network, state
 
 RANK, ALPHA = 2, 3.0
@@ -21,6 +22,11 @@ LAYERS = {
     "qwen_image": (
         *("transformer_blocks.1.attn.add_k_proj", "transformer_blocks.0.img_mod.1"),
         *("transformer_blocks.1.txt_mlp.net.2", "txt_in"),
+    ),
+    "flux2": (
+        *("transformer_blocks.0.attn.add_v_proj", "transformer_blocks.0.ff.linear_in"),
+        *("single_transformer_blocks.1.attn.to_qkv_mlp_proj", "context_embedder"),
+        *("single_transformer_blocks.0.attn.to_out", "double_stream_modulation_img.linear"),
     ),
 }
 
@@ -144,6 +150,39 @@ def test_first_names_of_flux_are_converted_as_diffusers_does():
     for name, (up, down) in expected.items():
         for rows in (slice(0, 2), slice(len(up) // 2, len(up) // 2 + 1), slice(len(up) - 1, None)):
             np.testing.assert_allclose(ours[name][(rows,)], up[rows] @ down, rtol=1e-4, atol=1e-5)
+
+
+def test_first_names_of_flux2_are_converted_as_diffusers_does():
+    torch = pytest.importorskip("torch")
+    convert = pytest.importorskip("diffusers.loaders.lora_conversion_utils")
+    base, file = state("flux2"), {}
+    # Of this layer the converter leaves the halves as they are; for checkpoints it exchanges them.
+    skipped = "final_layer.adaLN_modulation.1"
+    for seed, (first, pieces) in enumerate(FLUX2_FIRST_NAMES.items()):
+        shapes = [base[f"{name.format(layer=0)}.weight"].shape for name, *_ in pieces]
+        outs, ins = sum(rows for rows, _ in shapes), shapes[0][1]
+        layer = f"diffusion_model.{first.format(layer=0)}"
+        if first != skipped:
+            file[f"{layer}.lora_A.weight"] = drawn((RANK, ins), seed)
+            file[f"{layer}.lora_B.weight"] = drawn((outs, RANK), 100 + seed)
+    theirs = convert._convert_non_diffusers_flux2_lora_to_diffusers(
+        {name: torch.from_numpy(array) for name, array in file.items()}
+    )
+    theirs = {name.removeprefix("transformer."): a.numpy() for name, a in theirs.items()}
+    ours, changed = with_loras(base, "flux2", [(file, 1.0)]), 0
+    for name, array in base.items():
+        layer = name.removesuffix(".weight")
+        if f"{layer}.lora_A.weight" in theirs:
+            up, down = (theirs.pop(f"{layer}.lora_{which}.weight") for which in "BA")
+            array, changed = array + up @ down, changed + 1
+        np.testing.assert_allclose(np.asarray(ours[name]), array, rtol=1e-4, atol=1e-5)
+    assert not theirs and changed > 20
+    # The shift comes before the scale there: the official layer's halves are exchanged.
+    up, down = drawn((64, RANK)), drawn((RANK, 32))
+    pair = {f"{skipped}.lora_B.weight": up, f"{skipped}.lora_A.weight": down}
+    found = np.asarray(with_loras(base, "flux2", [(pair, 1.0)])["norm_out.linear.weight"])
+    exchanged = np.roll(up @ down, 32, axis=0)
+    np.testing.assert_allclose(found - base["norm_out.linear.weight"], exchanged, atol=1e-5)
 
 
 def test_several_files_are_rounded_once_with_the_weight():

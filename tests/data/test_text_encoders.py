@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from piflow_jax.data import text_encoders
+from piflow_jax.data.released_encoders import compute
 from piflow_jax.data.text_encoders import WordEncoder, load_text_encoder
 from tests import released
 
@@ -81,6 +82,42 @@ def test_qwen_encodes_as_its_pipeline(qwen):
     np.testing.assert_allclose(alone, found[0]["text"], rtol=1e-4, atol=1e-5)
     short = load_text_encoder(str(qwen), max_length=200, dtype="float32")(PROMPTS[2:])[0]["text"]
     np.testing.assert_allclose(short, found[2]["text"][:200], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("klein", [False, True], ids=["dev", "klein"])
+def test_flux2_encodes_as_its_pipelines(klein, tmp_path):
+    diffusers = pytest.importorskip("diffusers")
+    transformers = pytest.importorskip("transformers")
+    folder = released.write_flux2(tmp_path, klein)
+    encoder = load_text_encoder(str(folder), dtype="float32")
+    assert (encoder.text_features, encoder.pooled_features, encoder.max_length) == (24, 0, 512)
+    tokens = transformers.AutoTokenizer.from_pretrained(folder / "tokenizer")
+    if klein:
+        network = transformers.Qwen3ForCausalLM.from_pretrained(folder / "text_encoder")
+        embed = diffusers.Flux2KleinPipeline._get_qwen3_prompt_embeds
+    else:
+        network = transformers.Mistral3ForConditionalGeneration.from_pretrained(
+            folder / "text_encoder"
+        )
+        embed = diffusers.Flux2Pipeline._get_mistral_3_small_prompt_embeds
+    prompts = [*PROMPTS, "a [IMG] fox"]
+    for length in (512, 300):  # a token a letter here; the third prompt is cut off
+        encoder = load_text_encoder(str(folder), max_length=length, dtype="float32")
+        text = embed(network, tokens, prompts, max_sequence_length=length).detach()
+        found = encoder(prompts)
+        for i, example in enumerate(found):
+            assert example["text"].shape == (length, 24) and example["text"].dtype == np.float32
+            np.testing.assert_allclose(example["text"], text[i], rtol=1e-5, atol=1e-6)
+    counts = encoder.tokens(prompts)
+    assert [lost > 0 for _, lost in counts] == [False, False, True, False]
+    assert all(len(ids) <= 300 for ids, _ in counts)
+    assert np.abs(found[0]["text"] - found[3]["text"]).max() > 1e-2
+    with pytest.raises(ValueError, match=r"has 20 layers, and FLUX\.2 reads number"):
+        load_text_encoder(str(released.write_flux2(tmp_path / "few", klein, layers=20)))
+    settings = folder / "tokenizer" / "tokenizer_config.json"
+    settings.write_text(settings.read_text().replace('"chat_template"', '"other"'))
+    with pytest.raises(ValueError, match="has no chat template"):
+        load_text_encoder(str(folder))
 
 
 def processor_of(transformers, folder):
@@ -294,9 +331,9 @@ def test_the_record_is_the_same_for_every_gpu():
     """Processes with a GPU each make one set, whose plan has it."""
     pytest.importorskip("torch")
     pytest.importorskip("transformers")
-    made = {text_encoders._compute("float32", f"cuda:{gpu}") for gpu in range(3)}
-    assert made == {text_encoders._compute("float32", "cuda")}
-    assert made != {text_encoders._compute("float32", "cpu")}
+    made = {compute("float32", f"cuda:{gpu}") for gpu in range(3)}
+    assert made == {compute("float32", "cuda")}
+    assert made != {compute("float32", "cpu")}
 
 
 def test_hashed_words_are_fixed_and_tell_order():

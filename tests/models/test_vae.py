@@ -281,6 +281,76 @@ def test_qwen_autoencoder_matches_that_of_diffusers():
         to_torch_state(module, variables)
 
 
+def flux2_peer():
+    diffusers = pytest.importorskip("diffusers")
+    import torch
+
+    torch.manual_seed(3)
+    peer = diffusers.AutoencoderKLFlux2(
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(16, 32),
+        layers_per_block=1,
+        latent_channels=5,
+        norm_num_groups=8,
+        batch_norm_eps=0.01,
+    )
+    peer.bn.running_mean.normal_()
+    peer.bn.running_var.uniform_(0, 3)
+    return peer.eval()
+
+
+def flux2_latents(peer, raw):
+    """Latents as the pipeline of FLUX.2 makes them, put back in place; `raw` has channels first."""
+    from diffusers import Flux2Pipeline
+
+    mean, var = (one[:, None, None] for one in (peer.bn.running_mean, peer.bn.running_var))
+    patches = Flux2Pipeline._patchify_latents(raw)
+    patches = (patches - mean) / (var + peer.config.batch_norm_eps).sqrt()
+    return np.moveaxis(Flux2Pipeline._unpatchify_latents(patches).numpy(), 1, -1)
+
+
+def test_flux2_autoencoder_matches_that_of_diffusers(tmp_path):
+    torch = pytest.importorskip("torch")
+    peer = flux2_peer()
+    peer.save_pretrained(tmp_path)
+    module, variables = open_autoencoder(tmp_path)
+    assert module.quant_convs and (module.latent_channels, module.norm_groups) == (5, 8)
+    assert np.shape(module.latent_scale) == np.shape(module.latent_shift) == (2, 2, 5)
+    image = np.random.default_rng(0).uniform(-1, 1, (2, 12, 20, 3)).astype(np.float32)
+
+    @jax.jit
+    def run(variables, image):
+        mean, _ = module.apply(variables, image, method="encode")
+        latents = module.scaled(mean)
+        return latents, module.apply(variables, module.raw(latents), method="decode")
+
+    latents, decoded = run(variables, image)
+    with torch.no_grad():
+        raw = peer.encode(torch.from_numpy(np.moveaxis(image, -1, 1).copy())).latent_dist.mean
+        theirs = np.moveaxis(peer.decode(raw).sample.numpy(), 1, -1)
+    expected = flux2_latents(peer, raw)
+    np.testing.assert_allclose(latents, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+    np.testing.assert_allclose(decoded, theirs, rtol=0, atol=1e-5 * np.abs(theirs).max())
+    with pytest.raises(ValueError, match="statistics among its weights, not exported"):
+        to_torch_state(module, variables)
+
+
+@pytest.mark.parametrize(
+    ("name", "array", "message"),
+    [
+        ("bn.running_var", np.ones(19), r"shapes \(20,\) and \(19,\), not those of square"),
+        ("bn.running_mean", np.full(20, np.nan), "numbers that are no statistics"),
+        ("bn.running_var", np.full(20, -1.0), "numbers that are no statistics"),
+    ],
+)
+def test_statistics_of_patches_that_do_not_fit_are_named(name, array, message):
+    pytest.importorskip("torch")
+    state = {key: tensor.numpy() for key, tensor in flux2_peer().state_dict().items()}
+    with pytest.raises(ValueError, match=message):
+        load_torch_state(state | {name: array}, "vae", norm_groups=8)
+
+
 def test_qwen_latents_have_the_published_statistics():
     diffusers = pytest.importorskip("diffusers")
     import inspect
@@ -307,7 +377,7 @@ def test_what_does_not_fit_a_qwen_autoencoder_is_listed():
         load_torch_state({"a": np.zeros(2)}, "qwen_vae")
 
 
-@pytest.mark.parametrize("kind", ["flux", "qwen", "va"])
+@pytest.mark.parametrize("kind", ["flux", "flux2", "qwen", "va"])
 def test_the_published_sizes_have_the_names_and_shapes_of_diffusers(kind):
     torch = pytest.importorskip("torch")
     diffusers = pytest.importorskip("diffusers")
@@ -326,6 +396,10 @@ def test_the_published_sizes_have_the_names_and_shapes_of_diffusers(kind):
             peer = va_peer(widths, layers_per_block=2)
             module = AutoencoderKL(channels=widths, latent_channels=32, attention_levels=(4,))
             rules = vae_rules(module)
+        elif kind == "flux2":
+            peer = diffusers.AutoencoderKLFlux2()
+            module = AutoencoderKL(latent_channels=32)
+            rules = vae_rules(module)
         else:
             peer = diffusers.AutoencoderKL(
                 down_block_types=("DownEncoderBlock2D",) * 4,
@@ -341,6 +415,9 @@ def test_the_published_sizes_have_the_names_and_shapes_of_diffusers(kind):
     state = {k: LazyArray(v.shape, np.float32, None) for k, v in peer.state_dict().items()}
     state = flattened(state) if kind == "qwen" else state
     expected = {name: rule.torch_shape for rule in rules for name in rule.torch_names(0)}
+    if kind == "flux2":  # statistics of latents
+        assert state.pop("bn.running_mean").shape == state.pop("bn.running_var").shape == (128,)
+        del state["bn.num_batches_tracked"]
     assert {name: array.shape for name, array in state.items()} == expected
     shapes = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, 16, 16, 3)))["params"]
     found = {tuple(k.key for k in path) for path, _ in jax.tree.leaves_with_path(shapes)}

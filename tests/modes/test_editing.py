@@ -14,7 +14,12 @@ from piflow_jax.convert import to_torch_state, write_safetensors
 from piflow_jax.data import batches
 from piflow_jax.data.prompt_lists import read_prompts
 from piflow_jax.data.prompts import PromptsError, load_prompts_source
-from piflow_jax.data.reference_sizes import kontext_size, qwen_edit_size
+from piflow_jax.data.reference_sizes import (
+    flux2_scale,
+    flux2_size,
+    kontext_size,
+    qwen_edit_size,
+)
 from piflow_jax.data.text_encoders import WordEncoder
 from piflow_jax.models.vae import AutoencoderKL, picture_encoder
 from piflow_jax.modes import run, sample, train
@@ -103,6 +108,30 @@ def test_references_become_latents_of_their_own_size(prepared):
     # Without a shape in the list, that of the last reference; without references, a square.
     shapes = [found[place][1]["x"].shape[:2] for place in range(5)]
     assert shapes == [(6, 12), (8, 8), (8, 8), (8, 8), (6, 12)]
+
+
+def test_references_of_flux2_are_cut_and_not_stretched(root):
+    """As its pipelines do, with a square of 64 where these have one of 1,024."""
+    pytest.importorskip("diffusers")
+    from diffusers.pipelines.flux2.image_processor import Flux2ImageProcessor
+
+    folder, encode = root
+    options = {"source": "list", "image_size": 64, "image_folder": folder}
+    options |= {"reference_size": flux2_size, "reference_scale": flux2_scale}
+    prompts = read_prompts(folder / "list.jsonl")
+    autoencoder = load_autoencoder(parse(config(folder)))
+    encoder = WordEncoder(12, 10)
+    encode_prompts(prompts, encoder, folder / "cut", autoencoder=autoencoder, **options)
+    source, processor = load_prompts_source(folder / "cut"), Flux2ImageProcessor()
+    for i in range(len(source)):
+        names, condition = source.reference_names(i), source[i]["condition"]
+        for name, latents in zip(names, condition.get("references", ()), strict=True):
+            picture = processor._resize_if_exceeds_area(Image.open(folder / name), 64 * 64)
+            width, height = (side - side % 16 for side in picture.size)
+            cut = processor._resize_and_crop(picture, width, height)
+            image = np.asarray(cut, np.float32)[None] / 127.5 - 1
+            np.testing.assert_allclose(latents, encode(image)[0], atol=2e-3)
+    assert flux2_size(1024, 1000, 1024) == (1024, 992) and flux2_size(3, 9, 64) == (16, 16)
 
 
 def test_a_batch_has_references_of_one_size(prepared):

@@ -23,6 +23,7 @@ from jax.sharding import PartitionSpec as P
 
 from piflow_jax.config import parse
 from piflow_jax.models.flux import FLUX_TARGETS, Flux
+from piflow_jax.models.flux2 import FLUX2_TARGETS, Flux2
 from piflow_jax.models.heads import ArcHead, DXHead, GMHead
 from piflow_jax.models.lora import LoRA
 from piflow_jax.models.qwen_image import QWEN_TARGETS, QwenImage
@@ -397,7 +398,8 @@ def test_names_that_a_network_of_other_making_has_are_heeded():
 def test_every_parameter_of_the_text_to_image_networks_has_its_axes():
     flux = Flux(lora=LoRA(FLUX_TARGETS), head=GMHead(8, logstd_hidden=1024))
     qwen = QwenImage(lora=LoRA(QWEN_TARGETS), head=DXHead(10))
-    for module in (flux, qwen):
+    flux2 = Flux2(lora=LoRA(FLUX2_TARGETS), head=GMHead(8, logstd_hidden=1024))
+    for module in (flux, qwen, flux2):
         for path, box in flatten_dict(named_variables(BuiltIn(module, Text()))["params"]).items():
             leaf, axes = box.value, box.names
             # What is large is split by `fsdp`, along the tokens' width or an adapter's rank; but

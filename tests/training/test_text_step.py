@@ -29,7 +29,7 @@ from piflow_jax.training.state import TrainState
 from tests import tiny_text
 from tests.steps import step_of
 
-NETWORKS = ("flux", "qwen_image")
+NETWORKS = ("flux", "qwen_image", "flux2")
 BATCH = 4
 
 
@@ -131,7 +131,8 @@ def test_steps_of_later_recipes_move_all_that_is_trained(network, changes):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("network", "data_free"), [("flux", True), ("qwen_image", True), ("flux", False)]
+    ("network", "data_free"),
+    [("flux", True), ("qwen_image", True), ("flux", False), ("flux2", True)],
 )
 def test_gradients_are_those_of_the_whole_network_at_the_trained_parameters(network, data_free):
     """Against a student that has the base among its own parameters, and trains all of them."""
