@@ -6,8 +6,8 @@
 
 A report's file is called `<config>_<variant>_seed<k>.json`, as in `digits_gm_2nfe_seed1.json`.
 Reports of `--mode=compile` are called `compile_<variant>-<anything>.json`, as in
-`compile_gm_repa-v5e_4x4.json`. They make the table of `docs/imagenet.md`. Those of FLUX.1 and
-Qwen-Image are in `docs/results/text_to_image/` as `<network>-<step or sampling>-<anything>.json`,
+`compile_gm_repa-v5e_4x4.json`. They make the table of `docs/imagenet.md`. Those of networks that
+read text are in `docs/results/text_to_image/` as `<network>-<step or sampling>-<anything>.json`,
 and make the table of `docs/text_to_image.md`. The output is a pure function of the files. The
 script needs the standard library only.
 """
@@ -26,7 +26,7 @@ CONFIGS = sorted(path.stem for path in (Path(__file__).parents[1] / "configs").g
 NAME = re.compile(rf"(?P<config>{'|'.join(CONFIGS)})_(?P<variant>\w+)_seed(?P<seed>\d+)\.json")
 COMPILED_NAME = re.compile(r"compile_(?P<variant>[a-z0-9_]+)-[\w-]+\.json")
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
-TEXT_NAME = re.compile(r"(?P<network>flux|qwen_image)-(?P<program>step|sampling)-[\w-]+\.json")
+TEXT_NAME = re.compile(r"(?P<network>\w+)-(?P<program>step|sampling)-[\w-]+\.json")
 COMPILED_BEGIN, COMPILED_END = "<!-- compile:begin -->", "<!-- compile:end -->"
 MAIN_VARIANT = "gm"
 # Beyond the paper; its student has a row in README.md too.

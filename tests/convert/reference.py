@@ -69,13 +69,45 @@ def pipelines(checkout: Path) -> dict:
     sys.modules["lakonlab.utils.collect_env"] = _Empty("lakonlab.utils.collect_env")
     from lakonlab.models.diffusions.schedulers.flow_map_sde import FlowMapSDEScheduler
     from lakonlab.pipelines.pipeline_piflux import PiFluxPipeline
+    from lakonlab.pipelines.pipeline_piflux2 import PiFlux2Pipeline
     from lakonlab.pipelines.pipeline_piqwen import PiQwenImagePipeline
 
     return {
         "flux": PiFluxPipeline,
+        "flux2": PiFlux2Pipeline,
         "qwen_image": PiQwenImagePipeline,
         "scheduler": FlowMapSDEScheduler,
     }
+
+
+def write_flux2(job: dict) -> None:
+    """Writes a base and an adapter of FLUX.2 with random numbers, as the release exports them."""
+    import diffusers
+    import torch
+    from lakonlab.models.architectures.gmflow.gmflux2 import _GMFlux2Transformer2DModel
+    from peft import LoraConfig
+    from safetensors.torch import save_file
+
+    torch.manual_seed(0)
+    options = {"num_gaussians": 8, "logstd_inner_dim": 24, "logweights_channels": 4}
+    base = diffusers.Flux2Transformer2DModel(**job["write"])
+    student = _GMFlux2Transformer2DModel(**job["write"], **options)
+    config = dict(student.config) | {"_class_name": "GMFlux2Transformer2DModel"}
+    student.add_adapter(LoraConfig(r=4, lora_alpha=4, target_modules=job["targets"]))
+    for module in (base, student):
+        for parameter in module.parameters():
+            torch.nn.init.normal_(parameter, 0, 0.15)
+    base.save_pretrained(job["base"])
+    names = {name: name.replace(".default.", ".") for name in student.state_dict()}
+    trained = {
+        names[name]: tensor.contiguous()
+        for name, tensor in student.state_dict().items()
+        if "lora" in name or name.startswith(("proj_out", "norm_out"))
+    }
+    folder = Path(job["adapter"])
+    folder.mkdir()
+    save_file(trained, folder / "diffusion_pytorch_model.safetensors")
+    (folder / "config.json").write_text(json.dumps(config, default=list))
 
 
 def draw(checkout: Path, job: dict) -> None:
@@ -85,9 +117,12 @@ def draw(checkout: Path, job: dict) -> None:
     from safetensors import safe_open
 
     found = pipelines(checkout)
+    if "write" in job:
+        write_flux2(job)
     arrays = {name: torch.from_numpy(a) for name, a in np.load(job["inputs"]).items()}
     network = {
         "flux": diffusers.FluxTransformer2DModel,
+        "flux2": diffusers.Flux2Transformer2DModel,
         "qwen_image": diffusers.QwenImageTransformer2DModel,
     }[job["network"]]
     transformer = network.from_pretrained(job["base"], torch_dtype=getattr(torch, job["dtype"]))
@@ -116,11 +151,16 @@ def draw(checkout: Path, job: dict) -> None:
         text = {"prompt_embeds": arrays["text"][part].to(transformer.dtype)}
         if job["network"] == "flux":
             text["pooled_prompt_embeds"] = arrays["pooled"][part].to(transformer.dtype)
-        else:
+        elif job["network"] == "qwen_image":
             text["prompt_embeds_mask"] = (positions < arrays["text_length"][part, None]).long()
         _, channels, height, width = noise.shape
+        patched = job["network"] == "flux2"
+        if patched:  # its latents are patches in their places
+            latents = pipeline._patchify_latents(noise[part])
+        else:
+            latents = pipeline._pack_latents(noise[part], 1, channels, height, width)
         tokens = pipeline(
-            latents=pipeline._pack_latents(noise[part], 1, channels, height, width),
+            latents=latents,
             height=8 * height,
             width=8 * width,
             num_inference_steps=job["nfe"],
@@ -130,7 +170,11 @@ def draw(checkout: Path, job: dict) -> None:
             return_dict=False,
             **text,
         )[0]
-        drawn.append(pipeline._unpack_latents(tokens, 8 * height, 8 * width, 8))
+        if patched:
+            patches = tokens.permute(0, 2, 1).reshape(latents.shape)
+            drawn.append(pipeline._unpatchify_latents(patches))
+        else:
+            drawn.append(pipeline._unpack_latents(tokens, 8 * height, 8 * width, 8))
     np.savez(job["outputs"], x=torch.cat(drawn).float().permute(0, 2, 3, 1).numpy())
 
 

@@ -132,7 +132,7 @@ REFUSED_FLAGS = [
         "--config.model.network=flux --config.model.dit.depth=2",
         "config.model.dit.depth is for .*'dit'",
     ),
-    ("--config.model.network=own", "must be one of dit, flux, qwen_image or a function"),
+    ("--config.model.network=own", "must be one of dit, flux, qwen_image, flux2 or a function"),
     ("--config.data.name=mnist --config.data.data_dir=nowhere", "nowhere does not exist"),
     (f"--config.compilation_cache={TINY}", "config.compilation_cache must be a directory, .*tiny"),
 ]

@@ -266,8 +266,11 @@ def test_every_parameter_has_a_place_on_a_mesh(network):
             tuple(k.key for k in path)[1:]: s.spec
             for path, s in jax.tree_util.tree_leaves_with_path(places)
         }
-        blocks = "single_blocks" if network == "flux" else "joint_blocks"
-        mlp = "mlp_in" if network == "flux" else "image_mlp_in"
+        blocks, mlp = {
+            "flux": ("single_blocks", "mlp_in"),
+            "qwen_image": ("joint_blocks", "image_mlp_in"),
+            "flux2": ("double_blocks", "image_mlp_in"),
+        }[network]
         # An adapter lies as the kernel beside it; a factor without the tokens' width by its rank.
         assert found[(blocks, mlp, DOWN)] == PartitionSpec(None, "fsdp", None)
         assert found[(blocks, mlp, UP)][1] == "fsdp" and found[(blocks, mlp, UP)][-1] == "tensor"
