@@ -220,8 +220,8 @@ class Student:
           solver: of the policy's rollouts, `multistep`, or `euler` as in training; see `rollout`.
           guidance: guidance scale, a number or `[N]`, for a student trained with
             `config.teacher.guidance_range`, by default `config.teacher.guidance_scale`. A scale
-            outside the range gives a warning. For FLUX.1, the distilled guidance, by default as
-            trained.
+            outside the range gives a warning. For FLUX.1 and FLUX.2 [dev], the distilled guidance,
+            by default as trained.
 
         Returns:
           `float32[N, H, W, C]`: images, about [-1, 1], or latents as networks see them. If one

@@ -170,8 +170,8 @@ class Flux2Config(AdaptedConfig):
     )
     text_features: int = _field(
         15360,
-        "width of the text embeddings that official weights are for, which a prepared set knows by "
-        "itself: 15360 for FLUX.2 [dev], 7680 and 12288 for [klein] 4B and 9B",
+        "width of the text embeddings for the official weights: 15360 for FLUX.2 [dev], 7680 and "
+        "12288 for [klein] 4B and 9B. A prepared set records its own",
         low=1,
         most=2**20,
     )

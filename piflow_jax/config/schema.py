@@ -67,8 +67,8 @@ class DataConfig:
     )
     text_encoder: str = _field(
         "",
-        "text encoder for --mode=prepare: the folder of FLUX.1 or Qwen-Image, also hf:owner/name, "
-        "or words:D:P (hashed words)",
+        "text encoder for --mode=prepare: the folder of FLUX.1, FLUX.2 or Qwen-Image, also "
+        "hf:owner/name, or words:D:P (hashed words)",
         hub=hub.ENCODERS,
     )
     text_length: int = _field(
