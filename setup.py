@@ -64,7 +64,7 @@ EXTRAS_REQUIRE = {
     "emoji": ["fonttools>=4.50"],
     # For .pth weights; 2.13.0 has a build without CUDA.
     "torch": ["torch==2.13.0"],
-    # The text encoders of FLUX.1 and Qwen-Image, CLIP and DINO for evaluation, lists in Parquet.
+    # The released text encoders, CLIP and DINO for evaluation, lists in Parquet.
     "text": ["torch==2.13.0", "transformers>=5", "sentencepiece>=0.2", "pyarrow>=17"],
     # Tests against other implementations; without it they are skipped.
     "peers": ["torch==2.13.0", "diffusers>=0.35", "transformers>=5", "pyarrow>=17"],

@@ -37,9 +37,9 @@ def load_torch_state(
         sizes: Sizes that shapes do not show, see the loader of `model` (`load_dit`: `num_heads`,
             `sample_size`, `time_scale`, `constant_logstd`; `load_vae`: `norm_groups`,
             `latent_scale`, `latent_shift`; `load_qwen_vae`: `latents_mean`, `latents_std`;
-            `load_flux` and `load_qwen_image`: `axes_dims_rope`, `constant_logstd`). Sizes of a
-            transformer that shapes do show are optional and are checked. `place` (not for
-            Inception) puts each leaf on its devices as soon as it is built, see
+            `load_flux`, `load_qwen_image` and `load_flux2`: `axes_dims_rope`, `constant_logstd`).
+            Sizes of a transformer that shapes do show are optional and are checked. `place` (not
+            for Inception) puts each leaf on its devices as soon as it is built, see
             `rules.import_state`.
 
     Returns:
@@ -66,7 +66,7 @@ def load_params(
     """Reads weights for an existing network.
 
     Args:
-        module: A `DiT`, `Flux` or `QwenImage`.
+        module: A `DiT`, `Flux`, `QwenImage` or `Flux2`.
         state: Arrays by official name, see `load_torch_state`.
         model: A name in `KINDS`, or the name of a student such as "gm_dit".
         place: Puts each leaf on its devices, see `rules.import_state`.

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from piflow_jax.config import parse
-from piflow_jax.convert import to_torch_state, write_safetensors
+from piflow_jax.convert import open_weights, to_torch_state, write_safetensors
 from piflow_jax.data import batches
 from piflow_jax.data.prompt_lists import read_prompts
 from piflow_jax.data.prompts import PromptsError, load_prompts_source
@@ -285,10 +285,28 @@ def test_bad_references_are_a_sentence(root, tmp_path, case, capsys, monkeypatch
     assert "Traceback" not in said
 
 
+def of_flux2(folder):
+    """The same with FLUX.2: its own set, and an autoencoder with statistics of patches."""
+    rng, patches = np.random.default_rng(1), 4 * 2 * 2
+    state = {name: np.asarray(array) for name, array in open_weights(folder / "vae").items()}
+    state["bn.running_mean"] = rng.normal(size=patches).astype(np.float32)
+    state["bn.running_var"] = rng.uniform(0.5, 2, patches).astype(np.float32)
+    shutil.copytree(folder / "vae", folder / "vae2")
+    write_safetensors(folder / "vae2" / "vae.safetensors", state)
+    made = config(folder, data_dir=str(folder / "set2"), vae=str(folder / "vae2"))
+    made.model = tiny_text.get_config("flux2").model
+    made.model.flux2.references = 2
+    prepare_prompts(parse(made), folder)
+    return made, load_prompts_source(folder / "set2")
+
+
 @pytest.mark.slow
-def test_a_student_of_edits_samples_from_the_command_line(prepared, tmp_path):
+@pytest.mark.parametrize("network", ["flux", "flux2"])
+def test_a_student_of_edits_samples_from_the_command_line(prepared, tmp_path, network):
     folder, _, source = prepared
     made = config(folder)
+    if network == "flux2":
+        made, source = of_flux2(folder)
     data = DataShape.of("prompts", source)
     assert data.references == 2 and data.channels == 4
     module = teacher_network(parse(made).model, data)
@@ -307,7 +325,7 @@ def test_a_student_of_edits_samples_from_the_command_line(prepared, tmp_path):
         names = entry.get("references", [])
         assert settings.get("references", []) == ([names] if isinstance(names, str) else names)
         assert settings["model.references"] == 2
-    made.model.flux.references = 1
+    made.model[network].references = 1
     with pytest.raises(ValueError, match=r"references is 1, but .* up to 2 reference images"):
         sample(parse(made), tmp_path)
 
