@@ -206,8 +206,7 @@ class Student:
           size: for a student that reads text, height and width `(H, W)` of the latents: (128, 128)
             gives 1024x1024 pixels. Students of classes have one size.
           nfe: network evaluations, at least 1; by default as trained. Other numbers, and a `start`
-            below 1, may evaluate the network at noise levels that it was not trained at. A warning
-            says so.
+            below 1, may evaluate it at noise levels that it was not trained at, with a warning.
           substeps: policy substeps per unit of raw time. A segment's number of them is rounded up,
             as in the pi-Flow release. With `solver="euler"` and 128, samples are the release's.
           h: stochasticity between segments, see `few_step_sample`; none with one evaluation.
@@ -220,14 +219,12 @@ class Student:
           solver: of the policy's rollouts, `multistep`, or `euler` as in training; see `rollout`.
           guidance: guidance scale, a number or `[N]`, for a student trained with
             `config.teacher.guidance_range`, by default `config.teacher.guidance_scale`. A scale
-            outside the range gives a warning. For FLUX.1 and FLUX.2 [dev], the distilled guidance,
-            by default as trained.
+            outside it gives a warning. For FLUX.1 and FLUX.2 [dev], the distilled guidance.
 
         Returns:
-          `float32[N, H, W, C]`: images, about [-1, 1], or latents as networks see them. If one
-          program makes this number of samples, such as 64, the call returns before they are
-          computed. Other numbers are put together on the host. The samples are split over
-          `devices` if these divide their number.
+          `float32[N, H, W, C]`: images, about [-1, 1], or latents as networks see them. A number
+          that one program makes, such as 64, is returned before it is computed; others are put
+          together on the host. They are split over `devices` if these divide their number.
 
         Raises:
           ValueError: the key, labels, `x` or `noise` are not what they should be, a number is out

@@ -410,9 +410,7 @@ class EvaluationConfig:
     teacher_images: str = _field(
         "", "for prompts: the teacher's pictures from the same noise, in the same form"
     )
-    clip: str = _field(
-        "", "for prompts: folder of the CLIP that compares pictures with prompts", hub=()
-    )
+    clip: str = _field("", "for prompts: folder of the CLIP of pictures and prompts", hub=())
     diversity_features: str = _field(
         "",
         "for prompts: folder of the network that compares pictures of one prompt; empty means clip",
