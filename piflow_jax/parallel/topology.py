@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import math
 import os
 import re
 
@@ -25,6 +26,7 @@ class Chip:
     network: float
 
 
+_HOST_CHIPS = 4
 # By the part of a topology's name before the colon. A device of v5p and v6e is one chip.
 CHIPS = {
     "v5e": Chip(16 * 2**30, 197e12, 1600e9 / 8, 25e9 / 8),
@@ -94,8 +96,11 @@ def topology_devices(topology: str) -> list:
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # outside a TPU VM there is no metadata
     try:
         name, _, slices = topology.partition("*")
-        several = {"num_slices": int(slices)} if slices else {}
-        description = topologies.get_topology_desc(platform="tpu", topology_name=name, **several)
+        options = {"num_slices": int(slices)} if slices else {}
+        shape = tuple(map(int, name.partition(":")[2].split("x")))
+        if math.prod(shape) < _HOST_CHIPS:  # by default a slice has whole hosts
+            options["chips_per_host_bounds"] = (*shape, 1)[:3]
+        description = topologies.get_topology_desc(platform="tpu", topology_name=name, **options)
     except Exception as error:  # jax raises various runtime errors here, without a common class
         remedy = "name the shape of a slice that there is, such as v5e:4x4"
         if importlib.util.find_spec("libtpu") is None:
