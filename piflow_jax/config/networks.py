@@ -105,8 +105,9 @@ class AdaptedConfig(TransformerConfig):
     )
     base_dtype: str = _field(
         "float32",
-        "dtype of the parameters that distillation does not train",
-        choices=("float32", "bfloat16"),
+        "dtype of the parameters that distillation does not train. In int8, float8_e4m3fn and int4 "
+        "are the matrices of the blocks, the rest is in bfloat16",
+        choices=("float32", "bfloat16", "int8", "float8_e4m3fn", "int4"),
     )
     time_dtype: str = _field(
         "float32",

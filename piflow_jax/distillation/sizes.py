@@ -22,7 +22,7 @@ from piflow_jax.parallel import peak_flops
 from piflow_jax.parallel.topology import Chip
 from piflow_jax.systems.assembly import Systems
 from piflow_jax.systems.datasets import dataset
-from piflow_jax.systems.networks import abstract_variables
+from piflow_jax.systems.networks import abstract_variables, without_scales
 from piflow_jax.systems.policies import policy_outputs
 from piflow_jax.systems.sampling import TEACHER_SOLVERS
 from piflow_jax.training.optimizer import make_optimizer
@@ -257,7 +257,8 @@ class Sizes:
 
     def _flops(self, variables: Any) -> float:
         """Operations of an evaluation: most parameters meet each token, in two operations."""
-        parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(variables))
+        leaves = jax.tree.leaves(without_scales(variables))
+        parameters = sum(math.prod(leaf.shape) for leaf in leaves)
         if not self._patch:
             return parameters
         tokens = min(math.prod(shape) / self._patch ** len(shape) for shape in self._shapes)
@@ -296,8 +297,11 @@ def _numeric(name: str, group: Any) -> tuple[str, ...]:
     return tuple(f"{name}.{key}" for key, value in values if type(value) in (int, float))
 
 
-def _bytes(tree: Any) -> int:
-    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+def _bytes(tree: Any) -> float:
+    def width(dtype):
+        return 0.5 if dtype == jnp.int4 else dtype.itemsize
+
+    return sum(math.prod(leaf.shape) * width(leaf.dtype) for leaf in jax.tree.leaves(tree))
 
 
 def _host_memory() -> int:

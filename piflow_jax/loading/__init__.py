@@ -21,11 +21,17 @@ from piflow_jax.exported import DESCRIPTION
 from piflow_jax.flow.teacher import Schedule, Teacher
 from piflow_jax.loading.loras import fine_tuned
 from piflow_jax.loading.shipped import shipped_names, weights_path
-from piflow_jax.loading.weights import averaged, converted, find_checkpoint
+from piflow_jax.loading.weights import (
+    averaged,
+    converted,
+    find_checkpoint,
+    saved_base_dtype,
+)
 from piflow_jax.runs.workdir import user_path
 from piflow_jax.student import Student
 from piflow_jax.systems.networks import (
     Network,
+    in_few_bits,
     network_kind,
     official_data,
     student_network,
@@ -113,7 +119,7 @@ def load(
             f"{directory}: its teacher had LoRA files of its own ({', '.join(own)}): pass loras= "
             "with them, or {} if teacher= has them already"
         )
-    return _on_base(settings, trained, teacher or path, _base_dtype(saved), loras)
+    return _on_base(settings, trained, teacher or path, saved_base_dtype(saved), loras)
 
 
 def _fetch(*paths: Any) -> None:
@@ -274,12 +280,6 @@ def _network(
     return settings, student_network(model, settings.policy, settings.data, settings.teacher)
 
 
-def _base_dtype(saved: Mapping[str, Any]) -> str | None:
-    """The type of the base in a run's settings, where they have one."""
-    found = updated_settings(saved)
-    return found.get(f"model.{found.get('model.network')}.base_dtype")
-
-
 def _typed(model: ModelConfig, *, dtype: str, base_dtype: str | None = None) -> ModelConfig:
     """A network's settings with other types."""
     if base_dtype is not None:
@@ -319,7 +319,8 @@ def _base(
     if any((teacher / place).is_dir() for place in ("teacher", "checkpoints")):
         _no_loras(loras)
         directory, step, spec, saved = find_checkpoint(teacher, "teacher")
-        base_dtype = _base_dtype(saved) or model.own.base_dtype
+        if not in_few_bits(base_dtype):
+            base_dtype = saved_base_dtype(saved) or model.own.base_dtype
         types = {"dtype": model.dtype, "base_dtype": base_dtype}
         found, model = (_typed(one, **types) for one in (teacher_settings(spec)[0], model))
         network = teacher_network(model, data)

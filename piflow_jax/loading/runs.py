@@ -1,6 +1,7 @@
 """The systems of a run: weights from the checkpoints and files that its settings name."""
 
 import contextlib
+import dataclasses
 import os
 from typing import Any
 
@@ -11,7 +12,7 @@ from piflow_jax.arguments import lora_strengths, prefixed
 from piflow_jax.config import Config, ConfigError
 from piflow_jax.convert import open_weights
 from piflow_jax.loading.loras import fine_tuned
-from piflow_jax.loading.weights import averaged, converted, find_checkpoint
+from piflow_jax.loading.weights import averaged, converted, find_checkpoint, saved_base_dtype
 from piflow_jax.parallel import local_mesh, parameter_shardings, processes, replicated
 from piflow_jax.runs.checkpoint import CheckpointError, check_spec, read_spec
 from piflow_jax.runs.loop import checkpoint_dir
@@ -21,6 +22,7 @@ from piflow_jax.systems.assembly import Systems
 from piflow_jax.systems.datasets import dataset, load_source, shape_of
 from piflow_jax.systems.networks import (
     Network,
+    in_few_bits,
     named_variables,
     network_kind,
     official_data,
@@ -46,6 +48,7 @@ __all__ = [
     "load_system",
     "load_teacher",
     "student_dir",
+    "with_exact_base",
 ]
 
 
@@ -91,6 +94,30 @@ def _given_teacher(config: Config) -> contextlib.AbstractContextManager:
     given = f"config.teacher.checkpoint = {config.teacher.checkpoint!r}"
     named = prefixed(given, CheckpointError, CheckpointError)
     return named if config.teacher.checkpoint else contextlib.nullcontext()
+
+
+def with_exact_base(config: Config, workdir: str | os.PathLike) -> Config:
+    """The settings with a base of the dtype that it has where it is read, if it is in few bits.
+
+    Args:
+      config: the run's settings.
+      workdir: the run's directory.
+
+    Returns:
+      The settings.
+
+    Raises:
+      CheckpointError: there is no teacher, or its checkpoint is unusable.
+    """
+    model, own = config.model, config.model.own
+    if not in_few_bits(getattr(own, "base_dtype", None)):
+        return config
+    dtype = "bfloat16"
+    if not config.teacher.weights:
+        _, _, settings = read_spec(_teacher_dir(config, workdir))
+        dtype = saved_base_dtype(settings) or "float32"
+    own = dataclasses.replace(own, base_dtype=dtype)
+    return dataclasses.replace(config, model=dataclasses.replace(model, **{model.network: own}))
 
 
 def student_dir(config: Config, workdir: str | os.PathLike) -> str:

@@ -1,21 +1,22 @@
 """A network's variables from a checkpoint or a weight file, on the devices that shardings name."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
-from flax.traverse_util import flatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Sharding
 
 from piflow_jax.loading.routes import route
 from piflow_jax.parallel import moved
-from piflow_jax.systems.networks import Network, abstract_variables
+from piflow_jax.systems.networks import Network, abstract_variables, without_scales
+from piflow_jax.systems.spec import updated_settings
 
-__all__ = ["averaged", "converted", "find_checkpoint"]
+__all__ = ["averaged", "converted", "find_checkpoint", "saved_base_dtype"]
 
 
 def averaged(
@@ -36,15 +37,28 @@ def averaged(
       CheckpointError: there is no checkpoint, it is unusable, or of another network.
     """
     # Orbax takes a second to load, which a notebook without checkpoints need not wait for.
-    from piflow_jax.runs.checkpoint import restore_subtree
+    from piflow_jax.runs.checkpoint import read_spec, restore_subtree
 
-    like, carried = _like(network, shardings), ()
+    rounded, exact = network.exact != network and not network.adapted, network
+    if rounded:
+        exact = network.exact_in(saved_base_dtype(read_spec(directory, step)[2]) or "float32")
+    like, carried = _like(exact, shardings), ()
     if network.adapted:
         return restore_subtree(directory, "ema_params", like, step)
     trained = restore_subtree(directory, "ema_params", network.trained(like), step)
     if network.carries:
         carried = restore_subtree(directory, "carried", network.carried(like), step)
-    return network.with_base(trained, carried)
+    variables = network.with_base(trained, carried)
+    if not rounded:
+        return variables
+    keep = _keeper(network, shardings)
+    return unflatten_dict({path: keep(path, a) for path, a in flatten_dict(variables).items()})
+
+
+def saved_base_dtype(settings: Mapping[str, Any]) -> str | None:
+    """The dtype of the base in a run's settings, where they have one."""
+    found = updated_settings(settings)
+    return found.get(f"model.{found.get('model.network')}.base_dtype")
 
 
 def find_checkpoint(
@@ -93,15 +107,25 @@ def converted(
     from piflow_jax.convert import load_adapter, load_params
     from piflow_jax.convert.rules import LazyPlace
 
-    like = flatten_dict(_like(network, shardings)["params"])
+    like = flatten_dict(_like(network.exact, shardings)["params"])
+    keep = _keeper(network, shardings)
 
-    def place(name: tuple[str, ...], leaf: Any) -> jax.Array:
+    def place(name: tuple[str, ...], leaf: Any) -> Any:
         # One that has no place is no parameter of the network, which is said where it is read.
-        return _put(leaf, like[name]) if name in like else jnp.asarray(np.asarray(leaf))
+        if name not in like:
+            return jnp.asarray(np.asarray(leaf))
+        return keep(("params", *name), _put(leaf, like[name]))
 
     if network.adapted:
         return load_adapter(network.module, weights, place=LazyPlace(place))
     return load_params(network.module, weights, form, LazyPlace(place))
+
+
+def _keeper(network: Network, shardings: Any) -> Callable[[tuple[str, ...], jax.Array], Any]:
+    """`Network.kept` with the shardings of each path."""
+    several = isinstance(shardings, Mapping)
+    places = flatten_dict(shardings) if several else {}
+    return lambda path, leaf: network.kept(path, leaf, places[path] if several else shardings)
 
 
 def _like(network: Network, shardings: Any) -> Any:
@@ -113,7 +137,8 @@ def _like(network: Network, shardings: Any) -> Any:
         return abstract
     if isinstance(shardings, Sharding):
         shardings = jax.tree.map(lambda _: shardings, abstract)
-    return jax.tree.map(lambda leaf, place: leaf.update(sharding=place), abstract, shardings)
+    places = without_scales(shardings)
+    return jax.tree.map(lambda leaf, place: leaf.update(sharding=place), abstract, places)
 
 
 def _put(leaf: Any, like: jax.ShapeDtypeStruct) -> jax.Array:

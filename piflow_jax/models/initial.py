@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
 
@@ -170,7 +171,7 @@ def _check(
     if set(theirs["head"]) != {"output"}:
         raise ValueError(f"head: the teacher needs a VelocityHead, it has {set(theirs['head'])}")
     ours, theirs = (
-        {name: jnp.shape(leaf) for name, leaf in flatten_dict(params, sep="/").items()}
+        {name: np.shape(leaf) for name, leaf in flatten_dict(params, sep="/").items()}
         for params in (student_params["params"], theirs)
     )
     # A teacher that also predicts something else (say a variance) has a wider output layer.

@@ -161,6 +161,7 @@ def _compiled(
         "batch_per_device": batch_size / mesh.size,
         **program.settings,
         "dtype": config.model.dtype,
+        "base_dtype": getattr(config.model.own, "base_dtype", "float32"),
         "memory_bytes": dict(step_memory(compiled)) | {"chip": _chip(config).memory},
         "flops": _flops(program, batch_size),
         "cycles": _cycles(text, program.substeps),

@@ -15,7 +15,12 @@ from piflow_jax.convert import (
     to_torch_state,
     write_safetensors,
 )
-from piflow_jax.loading.runs import data_shape, load_student, load_teacher
+from piflow_jax.loading.runs import (
+    data_shape,
+    load_student,
+    load_teacher,
+    with_exact_base,
+)
 from piflow_jax.models.lora import fuse
 from piflow_jax.parallel import config_mesh
 from piflow_jax.runs.loop import checkpoint_dir
@@ -63,6 +68,7 @@ def export(config: Config, workdir: str | os.PathLike) -> list[epath.Path]:
             "without the variables that make it one of several"
         )
     workdir = user_path(workdir)
+    config = with_exact_base(config, workdir)
     data = data_shape(config, workdir)
     student = student_network(config.model, config.policy, data, config.teacher)
     # Split, as a large network is whole on no device; it is put together on the host.

@@ -68,5 +68,5 @@ def _found(workdir: str | os.PathLike) -> str:
 
 
 def _count(network: Network) -> int:
-    leaves = jax.tree.leaves(abstract_variables(network)["params"])
+    leaves = jax.tree.leaves(abstract_variables(network.exact)["params"])
     return sum(math.prod(leaf.shape) for leaf in leaves)

@@ -24,6 +24,7 @@ from piflow_jax.runs.checkpoint import CheckpointError
 from piflow_jax.systems.assembly import Systems
 from piflow_jax.systems.datasets import dataset, load_source, shape_of
 from piflow_jax.systems.judges import load_inception, open_judge
+from piflow_jax.systems.networks import in_few_bits
 from piflow_jax.systems.shapes import DataShape
 from piflow_jax.systems.shardings import teacher_shardings
 
@@ -75,6 +76,12 @@ def _train(config: Config, workdir: str | os.PathLike) -> None:
     elif not row.by_class:
         raise ConfigError(
             "prompts are for students: give config.teacher.weights or config.teacher.checkpoint"
+        )
+    elif in_few_bits(getattr(config.model.own, "base_dtype", None)):
+        own = f"config.model.{config.model.network}.base_dtype"
+        raise ConfigError(
+            f"{own} is of a base that is not trained: give config.teacher.weights or "
+            f"config.teacher.checkpoint, or train a teacher with {own} = 'float32'"
         )
     else:
         run_here(teacher_stage(systems, source, mesh), config, workdir, mesh)

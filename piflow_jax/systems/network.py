@@ -66,6 +66,22 @@ class Network(abc.ABC):
     def trained(self, variables: Variables) -> Variables:
         """The part of variables, or of their shapes, that gradients change."""
 
+    @property
+    def exact(self) -> "Network":
+        """The same network with the parameters that weight files have; see `kept`."""
+        return self
+
+    def exact_in(self, base_dtype: str) -> "Network":
+        """`exact` with a base of this dtype, as in the checkpoints of the run that trained it."""
+        return self.exact
+
+    def kept(self, path: tuple[str, ...], leaf: jax.Array, shardings: Any = None) -> Any:
+        """A parameter of `exact` as this network keeps it, such as a kernel in few bits.
+
+        `shardings` are those of what is returned; None leaves them to JAX.
+        """
+        return leaf
+
     def carried(self, variables: Variables) -> Any:
         """The carried variables for the first call in training; see `train`."""
         return ()

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from flax.traverse_util import flatten_dict
 
 from piflow_jax.config import Config, ConfigError, ModelConfig, PolicyConfig, TeacherConfig
 from piflow_jax.data.latents import SD_VAE_SCALE
@@ -28,6 +29,7 @@ from piflow_jax.models.flux import FLUX_TARGETS, Flux
 from piflow_jax.models.flux2 import FLUX2_TARGETS, Flux2
 from piflow_jax.models.initial import initial_trained
 from piflow_jax.models.lora import LoRA, merge, split
+from piflow_jax.models.quantized import BLOCKS, is_quantized, quantize, quantized_stacks
 from piflow_jax.models.qwen_image import QWEN_TARGETS, QwenImage
 from piflow_jax.systems.conditioning import ClassLabels, Conditioning, Text
 from piflow_jax.systems.network import Network, Variables
@@ -42,11 +44,13 @@ __all__ = [
     "NetworkKind",
     "abstract_variables",
     "check_takes_guidance",
+    "in_few_bits",
     "named_variables",
     "network_kind",
     "official_data",
     "student_network",
     "teacher_network",
+    "without_scales",
 ]
 
 
@@ -57,10 +61,12 @@ class BuiltIn(Network):
     Attributes:
       module: one of `piflow_jax.models`, such as a `DiT`.
       conditioning: turns conditions into the module's arguments.
+      kernels: dtype of the kernels of its blocks, a key of `BLOCKS`; empty for the module's own.
     """
 
     module: nn.Module
     conditioning: Conditioning
+    kernels: str = ""
 
     @property
     def adapted(self) -> bool:
@@ -71,7 +77,28 @@ class BuiltIn(Network):
     def named(self, key: jax.Array) -> Variables:
         """See `Network`."""
         zeros = (jnp.zeros(leaf.shape, leaf.dtype) for leaf in self.module.example())
-        return nn.Module.init(self.module, key, *zeros)
+        variables = nn.Module.init(self.module, key, *zeros)
+        return quantized_stacks(variables, self.kernels) if self.kernels else variables
+
+    @property
+    def exact(self) -> "BuiltIn":
+        """See `Network`."""
+        return dataclasses.replace(self, kernels="")
+
+    def exact_in(self, base_dtype: str) -> "BuiltIn":
+        """See `Network`."""
+        return dataclasses.replace(self.exact, module=self.module.clone(param_dtype=base_dtype))
+
+    @functools.cached_property
+    def _kept(self) -> dict[tuple[str, ...], Any]:
+        return flatten_dict(abstract_variables(self))
+
+    def kept(self, path, leaf, shardings=None):
+        """See `Network`."""
+        kept = self._kept[path]
+        if not is_quantized(kept):
+            return leaf.astype(kept.dtype)
+        return jax.jit(quantize, static_argnums=1, out_shardings=shardings)(leaf, self.kernels)
 
     @property
     def drops(self) -> bool:
@@ -194,7 +221,9 @@ def _built_in(module: Module) -> Callable[..., BuiltIn]:
         }
         if kind.targets is not None and policy is not None:
             common["lora"] = LoRA(kind.targets, rank=own.lora_rank, dropout=own.lora_dropout)
-        return BuiltIn(module(model, data, common), kind.conditioning(own))
+        base = getattr(own, "base_dtype", "")
+        kernels = base if base in BLOCKS else ""
+        return BuiltIn(module(model, data, common), kind.conditioning(own), kernels)
 
     return network
 
@@ -245,7 +274,7 @@ def _reading_text(model: ModelConfig, data: DataShape) -> dict[str, Any]:
         "axes_dims_rope": tuple(own.rope_axes),
         # Float32 computations see the time exactly as given.
         "time_dtype": jnp.promote_types(model.dtype, own.time_dtype),
-        "param_dtype": jnp.dtype(own.base_dtype),
+        "param_dtype": jnp.dtype("bfloat16" if own.base_dtype in BLOCKS else own.base_dtype),
     }
 
 
@@ -444,6 +473,21 @@ def check_takes_guidance(model: ModelConfig) -> None:
 def abstract_variables(network: Network) -> Variables:
     """Shapes and dtypes of a network's variables, without computing any."""
     return jax.eval_shape(network.init, seed_key(0))
+
+
+def in_few_bits(base_dtype: str | None) -> bool:
+    """Whether a base of this `base_dtype` is rounded when it is loaded; see `Network.kept`."""
+    return base_dtype in BLOCKS
+
+
+def without_scales(tree: Any) -> Any:
+    """A tree of a network's variables, or of what belongs to each, as `Network.exact` has it.
+
+    Of a kernel in few bits it has what belongs to the numbers, and not what belongs to the scales.
+    """
+    return jax.tree.map(
+        lambda leaf: leaf.array.qvalue if is_quantized(leaf) else leaf, tree, is_leaf=is_quantized
+    )
 
 
 def named_variables(network: Network) -> Variables:

@@ -4,8 +4,9 @@ from fractions import Fraction
 
 from piflow_jax.arguments import lora_strengths
 from piflow_jax.config import Config, ConfigError, naming
+from piflow_jax.models.quantized import check_qwix
 from piflow_jax.systems.datasets import DATASETS, dataset
-from piflow_jax.systems.networks import check_takes_guidance, network_kind
+from piflow_jax.systems.networks import check_takes_guidance, in_few_bits, network_kind
 from piflow_jax.systems.policies import POLICIES
 from piflow_jax.systems.segments import shortest_segment
 
@@ -54,6 +55,9 @@ def check_choices(config: Config) -> None:
             f"{model.network!r}, whose students are no adapters on their teacher; "
             "config.teacher.loras distils them"
         )
+    if in_few_bits(getattr(model.own, "base_dtype", None)):
+        with naming(f"config.model.{model.network}.base_dtype = {model.own.base_dtype!r}"):
+            check_qwix()
     if kind.official is None:
         for group in ("teacher", "evaluation"):
             if getattr(config, group).weights:

@@ -93,6 +93,30 @@ def test_a_small_sampler_compiles_for_a_slice_that_could_not_train(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
+def test_a_base_in_few_bits_is_compiled_for_fewer_chips(tmp_path):
+    """Of a slice that is smaller than a host, too."""
+    pytest.importorskip("qwix")
+    found = {}
+    for dtype in ("bfloat16", "int8"):
+        flags = (
+            *(
+                "--config.topology=v5e:1x2",
+                "--config.mesh.fsdp=2",
+                "--config.model.flux.hidden=256",
+            ),
+            *("--config.model.flux.rope_axes=(64,32,32)", "--config.evaluation.batch_size=2"),
+            f"--config.model.flux.base_dtype={dtype}",
+        )
+        done = run(tmp_path, *flags, mode="compile_sampling", settings="tiny_text")
+        assert done.returncode == 0, done.stderr
+        report = json.loads((tmp_path / "compile_sampling_v5e_1x2.json").read_text())
+        assert (report["devices"], report["base_dtype"]) == (2, dtype)
+        found[dtype] = report["memory_bytes"]["arguments"]
+    assert found["int8"] < 0.6 * found["bfloat16"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
 def test_references_are_tokens_of_a_compiled_step(tmp_path):
     found = []
     for data, references in (("captioned_digits", 0), ("edited_digits", 1)):
