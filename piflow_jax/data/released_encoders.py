@@ -68,12 +68,27 @@ def _tokenizer_identity(encoder: Released, *tokenizers: Any) -> str:
 
 
 def floats(tensor: Any) -> np.ndarray:
-    """A tensor as float32 on the host."""
+    """A tensor as float32 on the host.
+
+    Args:
+      tensor: A tensor of PyTorch, `[...]`.
+
+    Returns:
+      `float32[...]`, of the same shape.
+    """
     return tensor.float().cpu().numpy()
 
 
 def compute(dtype: str, device: str) -> str:
-    """How networks of a dtype are evaluated on a device, for the record."""
+    """How networks are evaluated, for the record.
+
+    Args:
+      dtype: Dtype of their weights.
+      device: PyTorch's name of the device.
+
+    Returns:
+      Both, with the versions of the libraries.
+    """
     import torch
     import transformers
 

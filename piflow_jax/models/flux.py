@@ -46,7 +46,15 @@ TIME_SCALE = 1000.0
 
 
 def scaled_features(value: jax.Array, dtype: DTypeLike) -> jax.Array:
-    """Features `[B, F]` of times or guidance scales, rounded before and after they are scaled."""
+    """Features of times or guidance scales, rounded before and after they are scaled.
+
+    Args:
+        value: `[B]`.
+        dtype: The dtype to which they are rounded.
+
+    Returns:
+        `[B, F]`.
+    """
     return time_features(round_time(round_time(value, dtype) * TIME_SCALE, dtype))
 
 

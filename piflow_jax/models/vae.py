@@ -283,9 +283,14 @@ class AutoencoderKL(nn.Module):
         return self.decoder(self.post_quant_conv(latents) if self.quant_convs else latents)
 
     def scaled(self, latents: jax.Array) -> jax.Array:
-        """Scales raw `latents[..., latent_channels]` as diffusion models use them; same shape.
+        """Scales raw latents as diffusion models use them.
 
-        With a scale for each place of a patch they are `[..., h, w, latent_channels]`.
+        Args:
+            latents: `[..., latent_channels]`; with a scale for each place of a patch
+                `[..., h, w, latent_channels]`.
+
+        Returns:
+            Array of the same shape.
         """
         scale, shift = self._scale_and_shift(latents)
         return (latents - shift) * scale
