@@ -58,9 +58,17 @@ def test_ablations_are_means_and_standard_errors(tmp_path):
         (results / name).write_text(json.dumps(ablation_report(frechet, 0.8, seed)))
     report = json.dumps(ablation_report(1.0, 0.8, 0) | {"protocol": {"seed": 0, "data": "digits"}})
     (results / "digits_gm_any_nfe_seed0.json").write_text(report)
+    for name, scale, frechet in (
+        ("guided", 2.0, 3.0),
+        ("gm_any_guidance_scale2", 2.0, 2.0),
+        ("gm_any_guidance_scale1", 1.0, 1.0),
+    ):
+        protocol = {"seed": 0, "data": "digits", "guidance": [scale, 0.0, 1.0]}
+        report = json.dumps(ablation_report(frechet, 0.8, 0) | {"protocol": protocol})
+        (results / f"digits_{name}_seed0.json").write_text(report)
     page = tmp_path / "docs" / "beyond.md"
     blocks = "\n".join(
-        f"<!-- {n}:begin -->\n<!-- {n}:end -->" for n in ("corrector", "evaluations")
+        f"<!-- {n}:begin -->\n<!-- {n}:end -->" for n in ("corrector", "evaluations", "guidance")
     )
     page.write_text(f"before\n{blocks}\nafter\n")
     root = ["--root", str(tmp_path)]
@@ -71,6 +79,9 @@ def test_ablations_are_means_and_standard_errors(tmp_path):
     assert f"| 3,000 steps of pi-ID | 0, 1, 2 | {student}" in text
     assert "| teacher, 64 NFE |  | 0.800 | 0.500 | 0.500 | 0.250 | - | 1 |" in text
     assert "| 1 | 1.000 | 0.0100 | - | - | - |" in text
+    scales = "| 1 | 0.800 | 0.250 | 1.000 | 0.250 | 0.0100 | - | - | - |\n"
+    scales += "| 2 | 0.800 | 0.250 | 2.000 | 0.250 | 0.0100 | 3.000 | 0.250 | 0.0100 |\n"
+    assert scales in text
     page.write_text("no markers")
     assert collect_ablations.main(root) == 2
 

@@ -33,6 +33,8 @@ CORRECTED = {
     "gm_corrected_1800": "+ 1,800 steps with the corrector, `critic`",
 }
 OWN = {1: "gm", 2: "gm_2nfe"}
+# Evaluations of one student at several scales, and the student that was trained for one of them.
+ANY_GUIDANCE, GUIDED = "gm_any_guidance_scale", "guided"
 SHOWN = ("frechet", "pixel_frechet", "precision", "recall", "endpoint_mse")
 HEADS = ("Frechet", "Frechet of pixels", "precision", "recall", "endpoint MSE")
 
@@ -79,6 +81,27 @@ def evaluations_table(variants: dict[str, dict[int, Report]]) -> list[str]:
     return table(head, rows)
 
 
+def guidance_table(variants: dict[str, dict[int, Report]]) -> list[str]:
+    """Lines of the table of one student for several guidance scales."""
+
+    def cells(row, *names):
+        return [_spread([row[name]], DECIMALS[name]) for name in names]
+
+    of_student = ("frechet", "recall", "endpoint_mse")
+    head = ["scale", "teacher: Frechet", "recall", "one student: Frechet", "recall", "endpoint MSE"]
+    head += ["a student of this scale: Frechet", "recall", "endpoint MSE"]
+    (own,) = variants[GUIDED].values()
+    rows = []
+    for name in sorted(name for name in variants if name.startswith(ANY_GUIDANCE)):
+        (report,) = variants[name].values()
+        pair, scale = compare(report), report["protocol"]["guidance"][0]
+        row = [f"{scale:g}", *cells(pair["most"], "frechet", "recall")]
+        row += cells(pair["student"], *of_student)
+        same = scale == own["protocol"]["guidance"][0]
+        rows.append([*row, *(cells(compare(own)["student"], *of_student) if same else "---")])
+    return table(head, rows)
+
+
 def _spread(values: Sequence[float | None], decimals: int) -> str:
     """Mean and standard error."""
     if None in values:
@@ -106,6 +129,7 @@ def render(root: Path) -> str:
     blocks: dict[str, Any] = {
         "corrector": corrector_table(reports["fashion_mnist"]),
         "evaluations": evaluations_table(reports["digits"]),
+        "guidance": guidance_table(reports["digits"]),
     }
     for name, lines in blocks.items():
         begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
