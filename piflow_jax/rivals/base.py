@@ -21,7 +21,8 @@ from piflow_jax.keys import folded_noise, index_keys, index_noise, seed_key
 from piflow_jax.models import student_from_teacher
 from piflow_jax.models.blocks import Constrain, unconstrained
 from piflow_jax.systems.assembly import Systems, guided
-from piflow_jax.systems.networks import BuiltIn, teacher_network
+from piflow_jax.systems.built_in import BuiltIn
+from piflow_jax.systems.networks import teacher_network
 from piflow_jax.systems.shapes import DataShape
 from piflow_jax.systems.spec import teacher_spec
 from piflow_jax.training.optimizer import make_optimizer

@@ -17,7 +17,8 @@ from piflow_jax.flow.policies.base import per_sample
 from piflow_jax.flow.schedule import TimeWarp
 from piflow_jax.models import DiT
 from piflow_jax.rivals.base import Rival, Setting, descend, fresh, interpolate
-from piflow_jax.systems.networks import BuiltIn, teacher_network
+from piflow_jax.systems.built_in import BuiltIn
+from piflow_jax.systems.networks import teacher_network
 from piflow_jax.systems.shapes import DataShape
 
 __all__ = [

@@ -23,7 +23,8 @@ from piflow_jax.flow.policies.base import per_sample
 from piflow_jax.flow.schedule import TimeWarp
 from piflow_jax.models import DXHead
 from piflow_jax.rivals.base import Rival, Setting, Velocity, gradient_step, interpolate
-from piflow_jax.systems.networks import BuiltIn, teacher_network
+from piflow_jax.systems.built_in import BuiltIn
+from piflow_jax.systems.networks import teacher_network
 from piflow_jax.systems.shapes import DataShape
 
 __all__ = ["PDD", "block_bounds", "decode", "decoding_indices", "decoding_loss", "interval_levels"]

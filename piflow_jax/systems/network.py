@@ -8,10 +8,11 @@ from typing import Any
 import jax
 from flax import linen as nn
 
+from piflow_jax.keys import seed_key
 from piflow_jax.models.blocks import Constrain
 from piflow_jax.systems.conditioning import Condition, Conditioning
 
-__all__ = ["Network", "Variables"]
+__all__ = ["Network", "Variables", "abstract_variables"]
 
 Variables = Any
 
@@ -121,3 +122,8 @@ class Network(abc.ABC):
         `teacher` is the network where a student starts.
         """
         del teacher
+
+
+def abstract_variables(network: Network) -> Variables:
+    """Shapes and dtypes of a network's variables, without computing any."""
+    return jax.eval_shape(network.init, seed_key(0))

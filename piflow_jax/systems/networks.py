@@ -6,14 +6,12 @@ user's own networks are in `piflow_jax.systems.own`.
 
 import dataclasses
 import difflib
-import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from flax.traverse_util import flatten_dict
 
 from piflow_jax.config import Config, ConfigError, ModelConfig, PolicyConfig, TeacherConfig
 from piflow_jax.data.latents import SD_VAE_SCALE
@@ -24,22 +22,21 @@ from piflow_jax.data.reference_sizes import (
     qwen_edit_size,
 )
 from piflow_jax.keys import seed_key
-from piflow_jax.models import DiT, VelocityHead, student_from_teacher
+from piflow_jax.models import DiT, VelocityHead
 from piflow_jax.models.flux import FLUX_TARGETS, Flux
 from piflow_jax.models.flux2 import FLUX2_TARGETS, Flux2
-from piflow_jax.models.initial import initial_trained
-from piflow_jax.models.lora import LoRA, merge, split
-from piflow_jax.models.quantized import BLOCKS, is_quantized, quantize, quantized_stacks
+from piflow_jax.models.lora import LoRA
+from piflow_jax.models.quantized import BLOCKS, is_quantized
 from piflow_jax.models.qwen_image import QWEN_TARGETS, QwenImage
+from piflow_jax.systems.built_in import BuiltIn
 from piflow_jax.systems.conditioning import ClassLabels, Conditioning, Text
-from piflow_jax.systems.network import Network, Variables
+from piflow_jax.systems.network import Network, Variables, abstract_variables
 from piflow_jax.systems.own import network_of_function
 from piflow_jax.systems.policies import POLICIES
 from piflow_jax.systems.shapes import DataShape
 
 __all__ = [
     "NETWORKS",
-    "BuiltIn",
     "Network",
     "NetworkKind",
     "abstract_variables",
@@ -52,111 +49,6 @@ __all__ = [
     "teacher_network",
     "without_scales",
 ]
-
-
-@dataclasses.dataclass(frozen=True)
-class BuiltIn(Network):
-    """One of our Flax modules, with its output head.
-
-    Attributes:
-      module: one of `piflow_jax.models`, such as a `DiT`.
-      conditioning: turns conditions into the module's arguments.
-      kernels: dtype of the kernels of its blocks, a key of `BLOCKS`; empty for the module's own.
-    """
-
-    module: nn.Module
-    conditioning: Conditioning
-    kernels: str = ""
-
-    @property
-    def adapted(self) -> bool:
-        """See `Network`."""
-        return getattr(self.module, "lora", None) is not None
-
-    @functools.partial(jax.jit, static_argnums=0)  # traced once for equal networks
-    def named(self, key: jax.Array) -> Variables:
-        """See `Network`."""
-        zeros = (jnp.zeros(leaf.shape, leaf.dtype) for leaf in self.module.example())
-        variables = nn.Module.init(self.module, key, *zeros)
-        return quantized_stacks(variables, self.kernels) if self.kernels else variables
-
-    @property
-    def exact(self) -> "BuiltIn":
-        """See `Network`."""
-        return dataclasses.replace(self, kernels="")
-
-    def exact_in(self, base_dtype: str) -> "BuiltIn":
-        """See `Network`."""
-        return dataclasses.replace(self.exact, module=self.module.clone(param_dtype=base_dtype))
-
-    @functools.cached_property
-    def _kept(self) -> dict[tuple[str, ...], Any]:
-        return flatten_dict(abstract_variables(self))
-
-    def kept(self, path, leaf, shardings=None):
-        """See `Network`."""
-        kept = self._kept[path]
-        if not is_quantized(kept):
-            return leaf.astype(kept.dtype)
-        return jax.jit(quantize, static_argnums=1, out_shardings=shardings)(leaf, self.kernels)
-
-    @property
-    def drops(self) -> bool:
-        """See `Network`."""
-        return self.adapted and self.module.lora.dropout > 0
-
-    def apply(self, variables, x, t, condition):
-        """See `Network`."""
-        return self.module.apply(variables, x, t, **self.conditioning(condition))
-
-    def train(self, variables, x, t, condition, key):
-        """See `Network`; there are no carried variables."""
-        rngs = None if key is None else {"dropout": key}
-        return self.module.apply(variables, x, t, **self.conditioning(condition), rngs=rngs), ()
-
-    def trained(self, variables: Variables) -> Variables:
-        """See `Network`; with adapters: the adapters, the head and the last modulation."""
-        return split(variables)[1] if self.adapted else variables
-
-    def with_base(self, trained: Variables, base: Variables) -> Variables:
-        """See `Network`; the base's own head is left out."""
-        return merge(base, trained) if self.adapted else trained
-
-    def start(
-        self, key: jax.Array, teacher: "BuiltIn | None", teacher_variables: Variables
-    ) -> Variables:
-        """See `Network`."""
-        keys = jax.random.split(key)
-        module = None if teacher is None else teacher.module
-        if self.adapted:
-            return initial_trained(keys[1], self.module, teacher_variables, teacher=module)
-        return student_from_teacher(
-            keys[1], self.module, self.init(keys[0]), teacher_variables, teacher=module
-        )
-
-    def of_velocities(self) -> "BuiltIn":
-        """See `Network`."""
-        return dataclasses.replace(self, module=self.module.clone(head=VelocityHead()))
-
-    def constrained(self, constrain) -> "BuiltIn":
-        """See `Network`."""
-        return dataclasses.replace(self, module=self.module.clone(constrain=constrain))
-
-    def taking_guidance(self, default: float, scales: tuple[float, ...]) -> "BuiltIn":
-        """The same network with the guidance scale as a further input.
-
-        Args:
-          default: scale of conditions that have none.
-          scales: `(low, high)` of training.
-
-        Returns:
-          The network.
-        """
-        conditioning = dataclasses.replace(
-            self.conditioning, guidance=default, guidance_range=scales
-        )
-        module = self.module.clone(guidance_embed=True)
-        return dataclasses.replace(self, module=module, conditioning=conditioning)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -468,11 +360,6 @@ def check_takes_guidance(model: ModelConfig) -> None:
             f"config.teacher.guidance_range is for config.model.network = {able} and must be empty "
             f"with {model.network!r}"
         )
-
-
-def abstract_variables(network: Network) -> Variables:
-    """Shapes and dtypes of a network's variables, without computing any."""
-    return jax.eval_shape(network.init, seed_key(0))
 
 
 def in_few_bits(base_dtype: str | None) -> bool:

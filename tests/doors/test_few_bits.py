@@ -24,7 +24,7 @@ from piflow_jax.models.quantized import BLOCKS, is_quantized, quantize
 from piflow_jax.modes.export import export
 from piflow_jax.modes.train import train
 from piflow_jax.parallel import device_mesh, parameter_shardings
-from piflow_jax.systems import networks
+from piflow_jax.systems import built_in, networks
 from piflow_jax.systems.settings import check_choices
 from piflow_jax.systems.spec import student_spec
 from piflow_jax.training.state import TrainState
@@ -137,7 +137,7 @@ def test_official_weights_become_few_bits_kernel_by_kernel(folder, tmp_path, mon
     path, _ = folder
     config = config_of(teacher__weights=str(path / "base.safetensors"))
     held, most = set(), []
-    put, kept = loading._put, networks.BuiltIn.kept
+    put, kept = loading._put, built_in.BuiltIn.kept
 
     def _put(leaf, like):
         held.add(like.shape)
@@ -149,7 +149,7 @@ def test_official_weights_become_few_bits_kernel_by_kernel(folder, tmp_path, mon
         return kept(self, path, leaf, shardings)
 
     monkeypatch.setattr(loading, "_put", _put)
-    monkeypatch.setattr(networks.BuiltIn, "kept", keep)
+    monkeypatch.setattr(built_in.BuiltIn, "kept", keep)
     few = load_teacher(config, DATA, tmp_path)
     assert max(most) == 1  # each is rounded before the next is read
     exact = load_teacher(

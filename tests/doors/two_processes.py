@@ -31,9 +31,10 @@ from piflow_jax.parallel import (
     replicated,
 )
 from piflow_jax.systems.assembly import Systems
+from piflow_jax.systems.built_in import BuiltIn
 from piflow_jax.systems.conditioning import Text
 from piflow_jax.systems.datasets import load_source
-from piflow_jax.systems.networks import BuiltIn, named_variables, teacher_network
+from piflow_jax.systems.networks import named_variables, teacher_network
 from piflow_jax.systems.shapes import DataShape
 from tests import tiny
 
@@ -129,7 +130,7 @@ def read(folder):
             weights = open_weights(path)
             counted.clear()
             found = converted(weights, ours, "flux", shardings)
-            print(json.dumps(sum(counted)))
+            print("read", sum(counted), "bytes")
             assert jax.tree.map(lambda leaf: leaf.sharding, found) == shardings
             jax.tree.map(np.testing.assert_array_equal, gathered(found, mesh), expected)
 

@@ -17,8 +17,8 @@ from piflow_jax.flow.teacher import Teacher
 from piflow_jax.models import initialize_student
 from piflow_jax.runs.checkpoint import Checkpointer
 from piflow_jax.systems.assembly import Systems
+from piflow_jax.systems.built_in import BuiltIn
 from piflow_jax.systems.conditioning import ClassLabels
-from piflow_jax.systems.networks import BuiltIn
 from piflow_jax.systems.shapes import DataShape
 from piflow_jax.systems.spec import StudentSettings, student_settings, student_spec
 from piflow_jax.training.state import TrainState
