@@ -46,9 +46,13 @@ ROOT = Path(__file__).parents[1]
 SPECS = Path(__file__).parent / "golden" / "specs.json"
 CHECKPOINTS = Path(__file__).parent / "golden" / "checkpoints"
 # Data that may be missing on this machine.
-MNIST = {
-    name: DataShape(name=name, sample_size=28, channels=1, num_classes=10)
-    for name in ("mnist", "fashion_mnist")
+MISSING = {
+    name: DataShape(name=name, sample_size=size, channels=channels, num_classes=classes)
+    for name, size, channels, classes in (
+        ("mnist", 28, 1, 10),
+        ("fashion_mnist", 28, 1, 10),
+        ("emoji", 32, 3, 9),
+    )
 }
 
 # What no configuration of `configs/` has.
@@ -114,7 +118,7 @@ def shape_of_data(config: Config) -> DataShape:
         return DataShape(name=config.data.name, sample_size=side, channels=3, num_classes=10)
     if not row.bundled:
         return official_data(config)
-    return MNIST.get(config.data.name) or shape_of(config, load_source(config.data))
+    return MISSING.get(config.data.name) or shape_of(config, load_source(config.data))
 
 
 def networks(config: Config, data: DataShape) -> dict:
