@@ -231,7 +231,7 @@ REFUSED_NAMES = [
     ("\udcff.py", "does not exist or cannot be read"),
     ("/dev/null", "/dev/null is no config file"),
     # From another directory than the checkout's.
-    ("digit", r"one of digits, fashion_mnist, .*'digit' does not exist .*; did you mean digits\?"),
+    ("digit", r"one of digits, emoji, .*'digit' does not exist .*; did you mean digits\?"),
     ("digts", r"did you mean digits\?"),
     ("configs/digits.py", r"'configs/digits.py' does not exist .*; did you mean digits\?"),
     ("digits:guide", r"digits.py: there are the variants .*, not 'guide'; did you mean guided\?"),
