@@ -16,9 +16,9 @@ from jax.typing import DTypeLike
 from piflow_jax.flow.policies import GMOutput
 from piflow_jax.models.blocks import modulated
 from piflow_jax.models.joint import (
+    GuidedTransformer,
     JointBlock,
     JointLayers,
-    TextTransformer,
     image_positions,
     rotary_angles,
     rotary_table,
@@ -113,7 +113,7 @@ class SingleBlock(JointLayers):
         return self.after_both(tokens, attended, mlp, modulation[:, 2]), None
 
 
-class Flux(TextTransformer):
+class Flux(GuidedTransformer):
     """FLUX.1: double blocks of text and image, then single blocks of both together.
 
     The defaults are FLUX.1 [dev], 11 901 408 320 parameters. Each kind of block runs under a scan,
@@ -146,10 +146,7 @@ class Flux(TextTransformer):
         constrain: See `DiT`.
     """
 
-    double_depth: int = 19
-    single_depth: int = 38
     pooled_features: int = 768
-    guidance_embed: bool = True
 
     @nn.compact
     def __call__(
@@ -229,7 +226,4 @@ class Flux(TextTransformer):
         b = x.shape[0]
         if pooled.shape != (b, self.pooled_features):
             raise ValueError(f"pooled must be [{b}, {self.pooled_features}], got {pooled.shape}")
-        if (guidance is not None) != self.guidance_embed:
-            raise ValueError(f"guidance_embed is {self.guidance_embed}, guidance is {guidance}")
-        if t.shape != (b,) or (guidance is not None and guidance.shape != (b,)):
-            raise ValueError(f"t {t.shape} and guidance must be [B] with B = {b}")
+        self.check_guidance(x, t, guidance)

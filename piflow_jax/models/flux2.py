@@ -19,8 +19,8 @@ from piflow_jax.models.blocks import modulated
 from piflow_jax.models.flux import scaled_features
 from piflow_jax.models.joint import (
     STREAMS,
+    GuidedTransformer,
     JointLayers,
-    TextTransformer,
     image_positions,
     rotary_angles,
     rotary_table,
@@ -135,7 +135,7 @@ class SingleBlock(Flux2Layers):
         return self.after_both(tokens, attended, mlp, modulation[:, 2]), None
 
 
-class Flux2(TextTransformer):
+class Flux2(GuidedTransformer):
     """FLUX.2: double blocks of text and image, then single blocks of both together.
 
     The defaults are FLUX.2 [dev], 32 223 281 152 parameters. Each kind of block runs under a scan,
@@ -174,7 +174,6 @@ class Flux2(TextTransformer):
     single_depth: int = 48
     text_features: int = 15360
     axes_dims_rope: tuple[int, ...] = (32, 32, 32, 32)
-    guidance_embed: bool = True
 
     @nn.compact
     def __call__(
@@ -246,7 +245,4 @@ class Flux2(TextTransformer):
         self.check_inputs(x, text, references)
         if len(self.axes_dims_rope) != 4:
             raise ValueError(f"axes_dims_rope must have four entries, got {self.axes_dims_rope}")
-        if (guidance is not None) != self.guidance_embed:
-            raise ValueError(f"guidance_embed is {self.guidance_embed}, guidance is {guidance}")
-        if t.shape != x.shape[:1] or (guidance is not None and guidance.shape != t.shape):
-            raise ValueError(f"t {t.shape} and guidance must be [B] with B = {x.shape[0]}")
+        self.check_guidance(x, t, guidance)

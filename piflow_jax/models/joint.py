@@ -301,3 +301,18 @@ class TextTransformer(Transformer):
                 )
         if text.ndim != 3 or (text.shape[0], text.shape[2]) != (batch, width):
             raise ValueError(f"text must be [{batch}, L, {width}], got {text.shape}")
+
+
+class GuidedTransformer(TextTransformer):
+    """A transformer that reads text and may take the guidance scale. See `Flux` for its fields."""
+
+    double_depth: int = 19
+    single_depth: int = 38
+    guidance_embed: bool = True
+
+    def check_guidance(self, x: jax.Array, t: jax.Array, guidance: jax.Array | None) -> None:
+        """Raises ValueError if times or guidance scales are not valid for the states."""
+        if (guidance is not None) != self.guidance_embed:
+            raise ValueError(f"guidance_embed is {self.guidance_embed}, guidance is {guidance}")
+        if t.shape != x.shape[:1] or (guidance is not None and guidance.shape != t.shape):
+            raise ValueError(f"t {t.shape} and guidance must be [B] with B = {x.shape[0]}")
