@@ -11,13 +11,15 @@ Variants, as in `--config=configs/fashion_mnist.py:gm_corrected`:
     gm_corrected  600 more steps with the marginal corrector, for a student that is trained:
                   --config.train.initial=runs/fashion_mnist
                   --config.teacher.checkpoint=runs/fashion_mnist
+    rivals        pi-Flow against other few-step methods at equal compute, with --mode=rivals and
+                  --config.teacher.checkpoint=runs/fashion_mnist; docs/rivals.md has the results
 """
 
 import ml_collections
 
 from piflow_jax.config import base_config, check_variant
 
-VARIANTS = ("gm", "gm_corrected")
+VARIANTS = ("gm", "gm_corrected", "rivals")
 
 
 def get_config(variant: str = "gm") -> ml_collections.ConfigDict:
@@ -80,4 +82,11 @@ def get_config(variant: str = "gm") -> ml_collections.ConfigDict:
         config.train.corrector.optimizer.kind = "muon"
         config.train.corrector.optimizer.learning_rate = 1e-3
         config.train.corrector.optimizer.warmup_steps = 20
+    if variant == "rivals":
+        config.train.optimizer.warmup_steps = 20
+        config.evaluation.teacher_steps = (1, 64)
+        config.rivals.methods = ("gm", "meanflow", "consistency", "reflow", "dmd", "pdd")
+        config.rivals.nfes = (1,)
+        config.rivals.seconds = 240.0
+        config.rivals.pairs = 2000
     return config

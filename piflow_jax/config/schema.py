@@ -430,7 +430,8 @@ class RivalsConfig:
             *("gm", "gm_2nfe", "gm_4nfe", "gm_adaptive", "arc"),
             *("meanflow", "shortcut", "consistency", "reflow", "dmd"),
         ),
-        "methods to compare; `+teacher` after a method adds the teacher's training to its budget",
+        "methods to compare; `+teacher` after a method adds the teacher's training to its budget, "
+        "and `@0.3` multiplies its learning rate by 0.3",
         distinct=True,
     )
     seeds: tuple[int, ...] = _field((0, 1, 2), "seeds of each method", distinct=True, **_SEED)

@@ -122,7 +122,7 @@ def compare_rivals(config: Config, workdir: str | os.PathLike) -> dict[str, Any]
     with naming("config.rivals.methods"):
         methods = {name: find_method(name) for name in config.rivals.methods}
         for method in methods.values():
-            check_choices(parse(dataclasses.asdict(changed(config, method.settings)), None))
+            check_choices(parse(dataclasses.asdict(method.configured(config)), None))
     workdir = user_path(workdir)
     with RunLock(workdir):
         return _Comparison(config, workdir, methods).run()
@@ -263,7 +263,7 @@ class _Comparison:
 
     def _stage(self, method: Method, config: Config, pairs: Pairs | None) -> Stage:
         """Training of a method at the length and with the seed that the settings have."""
-        config, source, mesh = changed(config, method.settings), self._source, self._mesh
+        config, source, mesh = method.configured(config), self._source, self._mesh
         if not isinstance(method, Rival):
             systems = Systems.of(config, self._data, self._systems.null)
             return student_stage(systems, source, self._teacher, mesh)
@@ -315,7 +315,7 @@ class _Comparison:
 
     def _samplers(self, method: Method, config: Config, place: epath.Path):
         """`(nfe, sampler, parameters)` of a trained method."""
-        config, data = changed(config, method.settings), self._data
+        config, data = method.configured(config), self._data
         if not isinstance(method, Rival):
             sampler = Systems.of(config, data).student_sampler()
             yield config.train.nfe, sampler, load_student(config, data, place)

@@ -135,6 +135,7 @@ class Method:
         same noise.
       timed_as: another method with the same time per step; empty means itself.
       credit: whether its budget also includes the teacher's training.
+      rate: its learning rate divided by that of `config.train.optimizer`.
       endings: examples of endings of its name, for messages.
       variant: `ending -> row`, None for an unknown ending.
     """
@@ -146,8 +147,14 @@ class Method:
     follows: Callable[[int], bool] = lambda nfe: True
     timed_as: str = ""
     credit: bool = False
+    rate: float = 1.0
     endings: tuple[str, ...] = ()
     variant: Callable[[str], "Method | None"] = lambda ending: None
+
+    def configured(self, config: Config) -> Config:
+        """The run's settings with the method's own, and its learning rate."""
+        rate = self.rate * config.train.optimizer.learning_rate
+        return changed(config, {**self.settings, "train.optimizer.learning_rate": rate})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -160,7 +167,6 @@ class Rival(Method):
       init: `(setting, key, teacher_params) -> state`, its first state.
       network: makes its network; the default is the teacher's network.
       nfes: `config -> numbers of evaluations` for the comparison.
-      rate: its learning rate divided by that of `config.train.optimizer`.
     """
 
     step: Callable[[Setting], StepFn]
@@ -168,7 +174,6 @@ class Rival(Method):
     init: Callable[[Setting, jax.Array, Any], TrainState] = copy_of_teacher
     network: Callable[[ModelConfig, DataShape], BuiltIn] = teacher_network
     nfes: Callable[[Config], tuple[int, ...]] = lambda config: config.rivals.nfes
-    rate: float = 1.0
 
 
 def gradient_step(loss: Callable[..., jax.Array]) -> Callable[[Setting], StepFn]:
@@ -249,17 +254,15 @@ def rival_setting(
     """Builds networks and optimiser of a method.
 
     Args:
-      config: the run's settings, with the method's `train.steps` and `train.optimizer`.
+      config: the run's settings, as `rival.configured` returns them.
       data: shape and conditions of the data.
       rival: the method.
       constrain: see `DiT`.
       draw: draws states, for a source that has it, see `Source`.
 
     Returns:
-      The setting, with the method's learning rate.
+      The setting.
     """
-    rate = rival.rate * config.train.optimizer.learning_rate
-    config = changed(config, {"train.optimizer.learning_rate": rate})
     # Some methods take forward-mode derivatives, which cuDNN's attention does not have.
     network = rival.network(config.model, data).constrained(constrain)
     network = dataclasses.replace(network, module=network.module.clone(attention=None))

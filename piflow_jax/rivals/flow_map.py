@@ -71,7 +71,7 @@ class TwoTimes(DiT):
 
 
 def two_times(model: ModelConfig, data: DataShape) -> BuiltIn:
-    """The teacher's network with a second time.
+    """The teacher's network with a second time, and without a factor of its times.
 
     Args:
       model: the network's settings.
@@ -84,6 +84,8 @@ def two_times(model: ModelConfig, data: DataShape) -> BuiltIn:
     plain = network.module
     names = [field.name for field in dataclasses.fields(plain) if field.name != "parent"]
     module = TwoTimes(**{name: getattr(plain, name) for name in names})
+    # MeanFlow's target has the network's derivative by time, which a factor would make rough.
+    module = module.clone(time_scale=1.0)
     return dataclasses.replace(network, module=module)
 
 

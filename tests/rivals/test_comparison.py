@@ -126,6 +126,23 @@ def test_every_method_is_found_by_its_name_with_and_without_credit():
 
 
 @pytest.mark.parametrize(
+    ("name", "rate"),
+    [("meanflow@0.3", 0.3), ("gm_timed@3", 3.0), ("consistency+teacher@1e-1", 0.03)],
+)
+def test_a_method_takes_another_learning_rate(name, rate):
+    """Relative to the student's: consistency's own row has 0.3."""
+    config = parse(toy("gm", name))
+    used = find_method(name).configured(config).train.optimizer.learning_rate
+    assert used == pytest.approx(rate * config.train.optimizer.learning_rate)
+
+
+@pytest.mark.parametrize("factor", ["", "0", "-1", "nan", "inf", "3x"])
+def test_a_factor_of_the_learning_rate_is_a_positive_number(factor, tmp_path):
+    with pytest.raises(ConfigError, match=r"config.rivals.methods: 'gm@.*a positive number"):
+        compare_rivals(parse(toy(f"gm@{factor}")), tmp_path)
+
+
+@pytest.mark.parametrize(
     ("name", "meant"),
     [
         ("meanfow", "meanflow"),
