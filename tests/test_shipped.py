@@ -12,7 +12,7 @@ import pytest
 
 import piflow_jax
 from piflow_jax.config import parse
-from piflow_jax.convert import open_weights
+from piflow_jax.convert import open_weights, write_safetensors
 from piflow_jax.loading import shipped, shipped_names
 from piflow_jax.modes import export
 from piflow_jax.systems.shapes import DataShape
@@ -40,11 +40,24 @@ def run(tmp_path_factory):
     return workdir
 
 
+@pytest.fixture(scope="module")
+def continued(run, tmp_path_factory):
+    """A run that was continued from the first: another student, and other figures."""
+    workdir = tmp_path_factory.mktemp("continued")
+    weights = open_weights(run / "student.safetensors")
+    arrays = {name: np.asarray(leaf) + 1 for name, leaf in weights.items()}
+    write_safetensors(workdir / "student.safetensors", arrays, weights.metadata)
+    text = (run / "report.json").read_text()
+    (workdir / "report.json").write_text(text.replace("1.25", "1.125"))
+    return workdir
+
+
 @pytest.fixture
-def package(run, tmp_path, monkeypatch):
+def package(run, continued, tmp_path, monkeypatch):
     """Where the package keeps its students, with those of the run."""
     monkeypatch.setattr(shipped, "_FOLDER", type(shipped._FOLDER)(tmp_path / "shipped"))
-    ship.main([str(run), "fashion_mnist", "--to", str(tmp_path / "shipped")])
+    other = f"--student=corrected={continued}"
+    ship.main([str(run), "fashion_mnist", "--to", str(tmp_path / "shipped"), other])
     return tmp_path / "shipped" / "fashion_mnist"
 
 
@@ -55,7 +68,7 @@ def rounded(params):
 
 
 def test_a_name_loads_the_rounded_weights_of_its_run(run, package):
-    assert shipped_names() == ("fashion_mnist",)
+    assert shipped_names() == ("fashion_mnist", "fashion_mnist_corrected")
     student, original = piflow_jax.load("fashion_mnist"), piflow_jax.load(run)
     jax.tree.map(np.testing.assert_array_equal, student.params, rounded(original.params))
     for one in ("model", "policy", "data"):
@@ -67,6 +80,14 @@ def test_a_name_loads_the_rounded_weights_of_its_run(run, package):
     np.testing.assert_array_equal(*found)
 
 
+def test_students_of_one_teacher_are_told_apart(continued, package):
+    student = piflow_jax.load("fashion_mnist_corrected")
+    original = piflow_jax.load(continued / "student.safetensors")
+    jax.tree.map(np.testing.assert_array_equal, student.params, rounded(original.params))
+    both = [piflow_jax.load_teacher(name)[1] for name in shipped_names()]
+    jax.tree.map(np.testing.assert_array_equal, *both)
+
+
 def test_a_teachers_file_is_loaded_as_its_run_is(run):
     _, params = piflow_jax.load_teacher(run / "teacher.safetensors")
     jax.tree.map(np.testing.assert_array_equal, params, piflow_jax.load_teacher(run)[1])
@@ -75,6 +96,9 @@ def test_a_teachers_file_is_loaded_as_its_run_is(run):
 def test_the_card_says_what_was_measured(package):
     card = (package / "README.md").read_text()
     assert "| student | 1 | 1.250 | 0.500 | 0.750 | 4.000 |" in card
+    assert "| student, corrected | 1 | 1.125 | 0.500 | 0.750 | 4.000 |" in card
+    assert 'corrected = piflow_jax.load("fashion_mnist_corrected")' in card
+    assert "by `--config=configs/fashion_mnist.py:gm_corrected`" in card
     assert "| training images | - |" in card and "5,000 samples against 10,000 test" in card
     assert "MIT licence" in card and "seed 3." in card
 
@@ -89,7 +113,7 @@ def test_what_lies_in_the_current_directory_comes_first(run, package, tmp_path, 
 def test_what_is_neither_a_path_nor_a_name_is_said(package, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for load, kind in ((piflow_jax.load, "student"), (piflow_jax.load_teacher, "teacher")):
-        with pytest.raises(FileNotFoundError, match=rf"no shipped {kind} .*\(fashion_mnist\)"):
+        with pytest.raises(FileNotFoundError, match=rf"no shipped {kind} .*\(fashion_mnist, "):
             load("fashion-mnist")
 
 

@@ -1,7 +1,8 @@
 """Students of pi-Flow (arXiv 2510.14974), with their teachers, that come with the package.
 
-`piflow_jax/shipped/<name>/` holds `student.safetensors` and `teacher.safetensors`, which
-`tools/ship.py` makes of a run, and `README.md`, their model card.
+`piflow_jax/shipped/<data set>/` holds `student.safetensors`, `teacher.safetensors` and `README.md`,
+their model card. A further student of the same teacher is `student_<recipe>.safetensors`, and its
+name is `<data set>_<recipe>`. `tools/ship.py` makes these files of runs.
 """
 
 import os
@@ -16,9 +17,14 @@ __all__ = ["shipped_names", "weights_path"]
 _FOLDER = epath.Path(__file__).parents[1] / "shipped"
 
 
+def _students() -> dict[str, epath.Path]:
+    files = _FOLDER.glob("*/student*.safetensors")
+    return {path.parent.name + path.stem.removeprefix("student"): path for path in files}
+
+
 def shipped_names() -> tuple[str, ...]:
     """The names of shipped students, `piflow_jax.load(name)`; each has its teacher with it."""
-    return tuple(sorted(p.parent.name for p in _FOLDER.glob("*/student.safetensors")))
+    return tuple(sorted(_students()))
 
 
 def weights_path(path: str | os.PathLike, kind: str) -> epath.Path:
@@ -40,10 +46,10 @@ def weights_path(path: str | os.PathLike, kind: str) -> epath.Path:
         return found
     if is_remote(found):  # the service gives one answer for both
         raise FileNotFoundError(f"{found}: no such checkpoint or file, or no such bucket")
-    names = shipped_names()
-    if os.fsdecode(path) in names:
-        return _FOLDER / os.fsdecode(path) / f"{kind}.safetensors"
+    students = _students()
+    if student := students.get(os.fsdecode(path)):
+        return student if kind == "student" else student.parent / "teacher.safetensors"
     raise FileNotFoundError(
         f"{found}: no such checkpoint or file, and no shipped {kind} has this name "
-        f"({', '.join(names)})"
+        f"({', '.join(sorted(students))})"
     )
