@@ -74,13 +74,13 @@ class Reference:
             return
         if self.feature_network is not None:
             raise ValueError(
-                f"{self.path} is of the feature network {self.feature_network[:16]}, not of "
-                f"{feature_network[:16]}"
+                f"{self.path} was made with the feature network {self.feature_network[:16]}, not "
+                f"with {feature_network[:16]}"
             )
         if not is_published(feature_network):
             raise ValueError(
-                f"{self.path} names no feature network, so it is of the published one, which "
-                f"{feature_network[:16]} is not"
+                f"{self.path} names no feature network, so it was made with the published one, and "
+                f"{feature_network[:16]} is another"
             )
 
 

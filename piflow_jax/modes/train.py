@@ -75,13 +75,15 @@ def _train(config: Config, workdir: str | os.PathLike) -> None:
         logging.info("teacher: given, %s", given)
     elif not row.by_class:
         raise ConfigError(
-            "prompts are for students: give config.teacher.weights or config.teacher.checkpoint"
+            "no teacher is trained on prompts: give config.teacher.weights or "
+            "config.teacher.checkpoint"
         )
     elif in_few_bits(getattr(config.model.own, "base_dtype", None)):
         own = f"config.model.{config.model.network}.base_dtype"
         raise ConfigError(
-            f"{own} is of a base that is not trained: give config.teacher.weights or "
-            f"config.teacher.checkpoint, or train a teacher with {own} = 'float32'"
+            f"{own} is for frozen weights, and this run would train a teacher: give "
+            f"config.teacher.weights or config.teacher.checkpoint, such as those of a run with "
+            f"{own} = 'float32'"
         )
     else:
         run_here(teacher_stage(systems, source, mesh), config, workdir, mesh)

@@ -224,7 +224,7 @@ def test_a_reference_of_ours_says_how_many_and_of_what(tmp_path, small):
     np.testing.assert_array_equal(reference.spatial.mean, spatial.mean)
     assert [p.name for p in tmp_path.iterdir()] == ["ours.npz"]
     reference.check(OTHER)
-    with pytest.raises(ValueError, match="is of the feature network abababab"):
+    with pytest.raises(ValueError, match="made with the feature network abababab"):
         reference.check(PUBLISHED)
     with np.load(path) as archive:  # ADM's evaluator looks for these
         assert {"mu", "sigma", "mu_s", "sigma_s"} < set(archive.files)
