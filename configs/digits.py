@@ -10,10 +10,10 @@ Variants, as in `--config=configs/digits.py:dx`:
     quick     the same student trained for a sixth of the steps, for a first look
     dx        grid of x_0, 1 evaluation; needs the time-smoothing window
     gm_2nfe   Gaussian-mixture policy, 2 evaluations
-    gm_any_nfe  one student of 1, 2, 4 and 8 evaluations
-    datafree  the same from pure noise: the student's training sees no image
+    gm_any_nfe  one student for 1, 2, 4 and 8 evaluations
+    datafree  2 evaluations, from pure noise: the student's training sees no image
     guided    the teacher guided with scale 2 in [0, 0.6], distilled into 1 evaluation
-    gm_any_guidance  one student of the scales from 1 to 4, in the same interval
+    gm_any_guidance  one student for all scales from 1 to 4, in the same interval
     rivals    pi-Flow against other few-step methods at equal compute, with --mode=rivals;
               docs/rivals.md has the results
 
@@ -21,9 +21,9 @@ The student's Frechet distance at 1 evaluation is 1.04 times its teacher's at 12
 of its teacher's at 1. Its precision is lower by 0.01, its recall by 0.02, and its endpoints are at
 a mean squared distance of 0.0030. docs/results.md has every seed and variant.
 
-On two cores of a shared server (AMD EPYC, 2026-11-29) the default took 5 minutes 44 seconds, 8
-minutes 55 seconds of both cores' time. On another day, with slower cores, it took 9 minutes 37
-seconds. The student of `quick` has a distance of 1.15 times its teacher's.
+On two cores of a shared server (AMD EPYC, 2026-11-29) the default took 5 minutes 44 seconds. Both
+cores together worked for 8 minutes 55 seconds. On another day, with slower cores, it took 9 minutes
+37 seconds. The student of `quick` has a distance of 1.15 times its teacher's.
 """
 
 import ml_collections
@@ -66,7 +66,7 @@ def get_config(variant: str = "gm") -> ml_collections.ConfigDict:
     config.policy.kind = "gm"
     config.policy.num_components = 16
     config.train.steps = 8800
-    # Makes twice the steps of batches of 64 in the same time, and learns more.
+    # In the same time, twice as many steps as with batches of 64, and a better student.
     config.train.batch_size = 32
     # After 1,500 steps Muon's student follows its teacher as closely as AdamW's after 3,000.
     config.train.optimizer.kind = "muon"
@@ -75,7 +75,7 @@ def get_config(variant: str = "gm") -> ml_collections.ConfigDict:
     config.train.optimizer.decay = "cosine"
     # The average covers the last fortieth: with a rate that falls to zero, a longer one only lags.
     config.train.optimizer.ema_gamma = 40.0
-    # They teach the same as 128 of Euler's, docs/results.md; a step takes 0.83 of the time.
+    # As good as 128 Euler substeps (docs/results.md), and a step takes 0.83 of the time.
     config.train.solver = "multistep"
     config.train.total_substeps = 16
     config.train.gm_dropout = 0.05

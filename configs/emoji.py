@@ -2,9 +2,10 @@
 
     python -m piflow_jax.main --config=configs/emoji.py --workdir=runs/emoji
 
-The data are the two files of `--config.data.data_dir`, or Debian's packages
-`fonts-noto-color-emoji` and `unicode-data`; `pip install -e ".[emoji]"` reads the font. There are
-3,315 training and 332 test images, which are few for figures: they compare rows of one report.
+The data are two files in `--config.data.data_dir`, `NotoColorEmoji.ttf` and `emoji-test.txt`, or
+those of Debian's packages `fonts-noto-color-emoji` and `unicode-data`. The font is read by
+fontTools, `pip install -e ".[emoji]"`. There are 3,315 training and 332 test images. So few test
+images make figures that only compare rows of one report.
 """
 
 import ml_collections

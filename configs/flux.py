@@ -15,20 +15,20 @@ This compiles the step for a TPU slice that need not be attached, and reports me
 
 Variants:
 
-    gm_4nfe   Gaussian mixture, 4 evaluations, of image latents with prompts (the default)
+    gm_4nfe   Gaussian mixture, 4 evaluations, on image latents with prompts (the default)
     gm_8nfe   the same with 8 evaluations
     dx_4nfe   grid of 10 x_0, 4 evaluations
-    datafree  Gaussian mixture, 4 evaluations, of prompts alone
-    arc_2nfe  ArcFlow's recipe: 16 growing velocities, 2 evaluations, of prompts alone
+    datafree  Gaussian mixture, 4 evaluations, on prompts alone
+    arc_2nfe  ArcFlow's recipe: 16 growing velocities, 2 evaluations, on prompts alone
     runlocal  datafree's program at toy size on captioned digits, teacher included
 
-    kontext           gm_4nfe for FLUX.1 Kontext [dev], which edits an image, of cached edit pairs
-    kontext_datafree  datafree for it, of prompts and the images that they edit
+    kontext           gm_4nfe for FLUX.1 Kontext [dev], which edits an image, on cached edit pairs
+    kontext_datafree  datafree for FLUX.1 Kontext, on prompts and the images that they edit
     kontext_runlocal  runlocal on digits that are inverted or moved
 
 Students are adapters (rank 256), the output head and the last modulation; everything else is the
-teacher's. At full size these programs have been compiled and not run, because no official weights
-were available. docs/text_to_image.md says what has been shown.
+teacher's. Without references, these programs have been compiled at full size. None has run at full
+size, because no official weights were available. docs/text_to_image.md says what has been shown.
 """
 
 import ml_collections

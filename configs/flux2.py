@@ -15,14 +15,14 @@ This compiles the step for a TPU slice that need not be attached, and reports me
 
 Variants:
 
-    gm_4nfe        Gaussian mixture, 4 evaluations, of image latents with prompts (the default)
-    datafree       the same of prompts alone
-    edit           gm_4nfe with up to four reference images, of cached edit pairs
-    edit_datafree  datafree with them, of prompts and the images that they edit
+    gm_4nfe        Gaussian mixture, 4 evaluations, on image latents with prompts (the default)
+    datafree       the same on prompts alone
+    edit           gm_4nfe with up to four reference images, on cached edit pairs
+    edit_datafree  datafree with reference images, on prompts and the images that they edit
     runlocal       edit_datafree's program at toy size on digits, teacher included
 
-    klein_4b, klein_9b   each followed by nothing, _datafree, _edit or _edit_datafree: the same for
-                         FLUX.2 [klein] Base
+    klein_4b, klein_9b   alone, or with _datafree, _edit or _edit_datafree behind them: the same
+                         for FLUX.2 [klein] Base
 
 FLUX.2 is one network for text to image and editing, so a student of `edit` also draws prompts
 without references. [klein]'s teacher is guided by the empty prompt's embedding with scale 4. Its
@@ -30,9 +30,9 @@ student is not guided.
 
 Mixture, shift, last segment and guidance are those of the released pi-FLUX.2. Its training settings
 are not published, and the rest is FLUX.1's recipe. Students are adapters (rank 256), the output
-head and the last modulation; everything else is the teacher's. At full size these programs have
-been compiled and not run, because no official weights were available. docs/text_to_image.md says
-what has been shown.
+head and the last modulation; everything else is the teacher's. At full size these programs have not
+run, because no official weights were available. docs/text_to_image.md says what has been shown, and
+which slices they do not fit.
 """
 
 import ml_collections

@@ -12,7 +12,7 @@ any format that Pillow reads. `data.image_size` (32) is the side of the crop at 
 that cannot be read are listed by path, and left out with `--config.data.skip_refused`. Sets without
 colours become grey (`data.channels`). `--config.data.mirror` adds mirror images.
 
-The pixels can also be prepared before, by several processes, and shared between runs:
+The pixels can also be prepared beforehand, by several processes, and shared between runs:
 
     python -m piflow_jax.main --config=configs/images.py --workdir=runs/prepare --mode=prepare \
         --config.data.images=FOLDER --config.data.data_dir=data/mine
@@ -27,9 +27,9 @@ Variants, as in `--config=configs/images.py:quick`:
 On the 2,000 tiles of `python -m benchmarks.picture_tiles FOLDER`, `quick` took 7 minutes 28 seconds
 on two cores (2026-11-29): decoding, teacher, student, a feature space for these pictures, figures
 and a grid. In that feature space the student at 1 evaluation had a Frechet distance of 2.35, and
-its teacher 2.98 at 32 and 25.0 at 1. Half of the data had 0.77 from the other half. A teacher so
-briefly trained shows its patches, and its student draws them as they are. The default variant has
-not been run.
+its teacher 2.98 at 32 and 25.0 at 1. The two halves of the data had a distance of 0.77. After so
+little training the teacher's patches are visible, and the student reproduces them. The default
+variant has not been run.
 """
 
 import ml_collections

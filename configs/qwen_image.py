@@ -15,18 +15,18 @@ This compiles the step for a TPU slice that need not be attached, and reports me
 
 Variants:
 
-    gm_4nfe   Gaussian mixture, 4 evaluations, of image latents with prompts (the default)
+    gm_4nfe   Gaussian mixture, 4 evaluations, on image latents with prompts (the default)
     gm_8nfe   the same with 8 evaluations; this recipe is ours, the paper has none
     dx_4nfe   grid of 10 x_0, 4 evaluations
     dx_polynomial_4nfe  the same with a polynomial of 10 coefficients
-    datafree  Gaussian mixture, 4 evaluations, of prompts alone
-    arc_2nfe  ArcFlow's recipe: 16 growing velocities, 2 evaluations, of prompts alone
+    datafree  Gaussian mixture, 4 evaluations, on prompts alone
+    arc_2nfe  ArcFlow's recipe: 16 growing velocities, 2 evaluations, on prompts alone
     runlocal  datafree's program at toy size on captioned digits, teacher included
 
-    edit                gm_4nfe for Qwen-Image-Edit, which edits an image, of cached edit pairs
-    edit_datafree       datafree for it, of prompts and the images that they edit
+    edit                gm_4nfe for Qwen-Image-Edit, which edits an image, on cached edit pairs
+    edit_datafree       datafree for Qwen-Image-Edit, on prompts and the images that they edit
     edit_2509           edit for Qwen-Image-Edit-2509, which takes up to three images
-    edit_2509_datafree  edit_datafree for it
+    edit_2509_datafree  edit_datafree for Qwen-Image-Edit-2509
     edit_runlocal       runlocal on digits that are inverted or moved
 
 Qwen-Image-2512 is another teacher of the same network: its folder `transformer` is given as the
@@ -34,8 +34,8 @@ weights, and its own folder as the text encoder.
 
 The teacher is guided by the empty prompt's embedding with scale 4. Students are not guided. They
 are adapters (rank 256), the output head and the last modulation; everything else is the teacher's.
-At full size these programs have been compiled and not run, because no official weights were
-available. docs/text_to_image.md says what has been shown.
+Without references, these programs have been compiled at full size. None has run at full size,
+because no official weights were available. docs/text_to_image.md says what has been shown.
 """
 
 import ml_collections

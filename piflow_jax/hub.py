@@ -28,7 +28,7 @@ __all__ = [
 ]
 
 NETWORK = ("transformer",)
-"""The folder of a pipeline that holds its network; the next two hold its other parts."""
+"""Folders of a pipeline: of its network here, then of its autoencoder, then of its encoders."""
 AUTOENCODER = ("vae",)
 ENCODERS = ("tokenizer", "tokenizer_2", "text_encoder", "text_encoder_2", "processor")
 
@@ -74,7 +74,7 @@ def is_name(path: str | os.PathLike) -> bool:
 
 
 def check(name: str | os.PathLike) -> None:
-    """Refuses what is no name on the hub, without looking for it.
+    """Checks the form of a name; does not look for the repository.
 
     Args:
       name: `hf:owner/name`, perhaps with `@` and a revision, and then a folder or file:
@@ -166,7 +166,7 @@ def pinned(name: str) -> str:
 
 @contextlib.contextmanager
 def remedied(path: str | os.PathLike, *errors: type[Exception]) -> Iterator[None]:
-    """Says in errors about files of the hub's cache how missing ones are fetched.
+    """Adds the remedy to errors about missing files in the hub's cache.
 
     Args:
       path: what is opened. Errors about paths outside the cache stay as they are.
@@ -181,7 +181,7 @@ def remedied(path: str | os.PathLike, *errors: type[Exception]) -> Iterator[None
         owner, repo, commit, inside = cached.groups()
         name = _Name(f"{owner}/{repo}", commit, inside or "")
         kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
-        raise kind(f"{error}; if files of {name} are missing, {name.remedy}") from error
+        raise kind(f"{error}; files of {name} may be missing: {name.remedy}") from error
 
 
 def fetch(name: str | os.PathLike, parts: Collection[str] = ()) -> None:

@@ -312,8 +312,8 @@ class Student:
         attention = self.settings.model.attention
         if attention != "default":
             raise ValueError(
-                f"config.model.attention = {attention!r} is of one platform: load the student with "
-                "'default' to export it"
+                f"config.model.attention = {attention!r} runs on one platform only: load the "
+                "student with 'default' to export it"
             )
         conditioning, data = self.network.conditioning, self.settings.data
         shape = (*self._size(size), data.channels)
@@ -393,8 +393,8 @@ class Student:
         if self.network.conditioning.reads_text:
             if size is None:
                 raise ValueError(
-                    "this student has no size of its own: pass size=(H, W) in sites of latents; "
-                    "(128, 128) are 1024x1024 pixels"
+                    "this student has no size of its own: pass size=(H, W), the height and width "
+                    "of the latents; (128, 128) gives 1024x1024 pixels"
                 )
             if np.shape(size) != (2,):
                 raise ValueError(f"size must be (H, W), got {size!r}")

@@ -264,8 +264,8 @@ def test_the_ends_of_ranges_are_accepted(values):
         ),
         (
             {"train__corrector__kind": "critic", "train__corrector__share": 0.3},
-            "config.train.corrector.share = 0.3 is 3/10: config.train.batch_size must be "
-            "divisible by 10, got 128",
+            "config.train.corrector.share = 0.3 is 3/10 of a batch, so config.train.batch_size "
+            "must be divisible by 10, got 128",
         ),
         (
             {"train__corrector__kind": "critic", "train__corrector__guidance_interval": (0.5, 0.1)},

@@ -105,8 +105,8 @@ class AdaptedConfig(TransformerConfig):
     )
     base_dtype: str = _field(
         "float32",
-        "dtype of the parameters that distillation does not train. In int8, float8_e4m3fn and int4 "
-        "are the matrices of the blocks, the rest is in bfloat16",
+        "dtype of the parameters that distillation does not train. int8, float8_e4m3fn and int4 "
+        "are for the matrices of the blocks; the other parameters are then in bfloat16",
         choices=("float32", "bfloat16", "int8", "float8_e4m3fn", "int4"),
     )
     time_dtype: str = _field(

@@ -212,8 +212,8 @@ class CorrectorConfig:
 
     kind: str = _field(
         "",
-        "velocity of the student's distribution: critic is a second network that follows it, "
-        "policy is the policy's own; empty means no corrector",
+        "source of the velocity of the student's distribution: a second network that learns it "
+        "(critic), or the policy itself (policy). Empty means no corrector",
         choices=("", "critic", "policy"),
     )
     share: float = _field(
@@ -299,7 +299,7 @@ class TrainConfig:
     )
     mixing_steps: int = _field(
         0,
-        "steps in which the teacher's share of the trajectory falls from 1 to 0; 0 means no share",
+        "steps in which the teacher's share of the trajectory falls from 1 to 0; 0 keeps it at 0",
         low=0,
     )
     loss_scale: float = _field(3.0, "factor of the loss", above=0)
@@ -348,8 +348,8 @@ class EvaluationConfig:
     )
     system: str = _field(
         "student",
-        "what --mode=sample draws from, and what --mode=evaluate measures of latents; the teacher "
-        "takes the last of teacher_steps",
+        "the system that --mode=sample draws from, and for latents also the one that "
+        "--mode=evaluate measures; the teacher takes the last of teacher_steps",
         choices=("student", "teacher"),
     )
     substeps: int = _field(128, "policy substeps per unit of raw time when sampling", **_SUBSTEPS)
@@ -362,7 +362,7 @@ class EvaluationConfig:
         high=1,
     )
     guidance: float = _field(
-        0.0, "scale of samples if there is a teacher.guidance_range; 0 means guidance_scale", low=0
+        0.0, "guidance scale of samples with teacher.guidance_range; 0 means guidance_scale", low=0
     )
     solver: str = _field(
         "multistep",
@@ -394,8 +394,8 @@ class EvaluationConfig:
     )
     loras: tuple[str, ...] = _field(
         (),
-        "LoRA files that are added to the base of a student with adapters when it samples, and to "
-        "the teacher when that does, each a path or `path@strength`",
+        "LoRA files that are added for sampling, to the base of a student with adapters or to the "
+        "teacher, each a path or `path@strength`",
         hub=(),
         may_be_empty=True,
     )
@@ -481,8 +481,8 @@ class Config:
     )
     download: bool = _field(
         False,
-        "fetch what keys name on the Hugging Face hub (hf:owner/name) and its cache lacks; "
-        "otherwise only the cache is read",
+        "download files that keys name on the Hugging Face hub (hf:owner/name), if the hub's cache "
+        "lacks them; otherwise only the cache is read",
     )
     topology: str = _field("", "TPU slice for --mode=compile and compile_sampling, such as v5e:4x4")
     log_every: int = _field(20, "steps between metrics", low=1)

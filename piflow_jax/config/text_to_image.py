@@ -1,6 +1,6 @@
-"""The common part of the recipes of FLUX.1 and Qwen-Image (arXiv 2510.14974, section 5).
+"""The common part of the recipes of FLUX.1, FLUX.2 and Qwen-Image (arXiv 2510.14974, section 5).
 
-It is not in `configs/`, because files there run by their path and from anywhere.
+It is not in `configs/`, because files there are loaded by path and cannot import each other.
 """
 
 import ml_collections

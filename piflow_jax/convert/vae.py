@@ -249,7 +249,7 @@ def _frozen(rows: Sequence) -> tuple:
 def _exported(module: AutoencoderKL) -> list[Rule]:
     """The table of an autoencoder whose weights are all parameters; ValueError for others."""
     if np.ndim(module.latent_scale) > 1:
-        raise ValueError("FLUX.2's autoencoder has statistics among its weights, not exported")
+        raise ValueError("FLUX.2's autoencoder cannot be exported: its weights include statistics")
     return vae_rules(module)
 
 

@@ -388,7 +388,7 @@ def _kind(folder: Path) -> tuple[type, int]:
     config = folder / "text_encoder" / "config.json"
     if not config.exists():
         raise ValueError(
-            f"{folder} is not of a release of FLUX.1, FLUX.2 or Qwen-Image: it has no "
+            f"{folder} is no released folder of FLUX.1, FLUX.2 or Qwen-Image: it has no "
             "text_encoder/config.json"
         )
     kind = read_model_type(config.parent)

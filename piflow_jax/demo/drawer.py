@@ -493,7 +493,7 @@ def _decoder(data: Any, vae: str | Path | None) -> Callable[[jax.Array], jax.Arr
     module, params = open_autoencoder(vae)
     if module.latent_channels != data.channels:
         raise ValueError(
-            f"--vae is of latents with {module.latent_channels} channels, the student's samples "
+            f"--vae makes latents with {module.latent_channels} channels, the student's samples "
             f"have {data.channels}"
         )
     return picture_decoder(data.decoder(module), params)

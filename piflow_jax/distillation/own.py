@@ -271,7 +271,7 @@ def _source(given: Any, teacher: Teacher, config: Config) -> Source:
     if given is None:
         if not config.train.data_free or teacher.shape is None:
             raise ConfigError(
-                "without source, config.train.data_free must be set and the teacher say its shape"
+                "without source, set config.train.data_free and give the Teacher a shape"
             )
         return _NoData(tuple(teacher.shape))
     source = as_source(given)

@@ -63,7 +63,7 @@ def load(
 ) -> Student:
     """Loads a student.
 
-    Where files of weights or their folders are named, names on the Hugging Face hub count too:
+    Every argument that takes a file or folder of weights also takes a name on the Hugging Face hub:
     `hf:owner/name`, `hf:owner/name/folder` or `hf:owner/name@revision/folder`.
 
     Args:
@@ -72,19 +72,19 @@ def load(
         `--mode=export` wrote, or an official one, for which `config` is needed.
       config: the `ConfigDict` of an official file, such as `configs.imagenet.get_config()`; other
         files know their settings.
-      dtype: compute dtype of the network, `float32` or `bfloat16`; policies stay in float32, and
-        weights in the types that they were trained in, the base of adapters or of a merged file in
-        its own.
-      teacher: of a student with adapters, whose checkpoints and adapter files hold no more than
-        those: official weights of its teacher, or the work directory of the run that trained it. By
-        default the teacher is that of the run at `path`. Of a network of your own whose teacher has
-        a schedule of your own functions, that `Teacher`.
-      network: of a network of your own the one that `distill` was given, or the function that makes
-        it, `config.model.network` of its run; a function that a file names is never imported.
-      loras: of a student with adapters, LoRA files that are added to the official weights of its
-        teacher: strengths by path, or paths (`path@strength`). Names may be those of `peft`,
-        `diffusers`, kohya's scripts or ComfyUI.
-      download: fetch what is named on the hub and its cache lacks; by default the cache is read.
+      dtype: compute dtype of the network, `float32` or `bfloat16`. Policies stay in float32.
+        Weights keep the dtypes of their training, and a frozen base that of its file or run.
+      teacher: for a student with adapters, whose checkpoint or file holds only the adapters:
+        official weights of its teacher, or the work directory of the run that trained the teacher.
+        By default, the teacher of the run at `path`. For a network of your own whose teacher has a
+        `Schedule` made from your own functions: that `Teacher`.
+      network: for a network of your own, the one that was passed to `distill`, or the function that
+        makes it, `config.model.network` of its run. A function that a file names is never imported.
+      loras: for a student with adapters, LoRA files to add to the official weights of its teacher:
+        strengths by path, or paths (`path@strength`). Names may be those of `peft`, `diffusers`,
+        kohya's scripts or ComfyUI.
+      download: first download what `path`, `teacher` and `loras` name on the hub and the cache
+        lacks; by default only the cache is read.
 
     Returns:
       The student, on the default device.
@@ -147,11 +147,10 @@ def load_teacher(
     """Loads a teacher that was trained here.
 
     Args:
-      path: the name of a shipped student, whose teacher is meant; a run's work directory, a
-        directory of checkpoints, or one of their steps; or the `teacher.safetensors` that
-        `--mode=export` wrote.
-      guidance_scale: classifier-free guidance, 1 is none. By default as the run's student was
-        taught, or none where there is no student that knows, as with a file.
+      path: the name of a shipped student, for its teacher; a run's work directory, a directory of
+        checkpoints, or one of their steps; or the `teacher.safetensors` that `--mode=export` wrote.
+      guidance_scale: classifier-free guidance, 1 is none. By default, the scale with which the run
+        distilled its student. Without a student, as with a file, there is no guidance.
       guidance_interval: noise levels at which to guide, both ends included; by default likewise.
       network: see `load`.
 

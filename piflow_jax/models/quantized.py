@@ -1,8 +1,8 @@
 """Kernels of a frozen base in few bits.
 
-A `Quantized` takes the place of a kernel in a network's parameters. Layers read it in the dtype
-that they compute in, one block at a time, so the base is in memory in few bits alone. The numbers
-are rounded and scaled by qwix, which comes with the extra `qwix` and is loaded when it is needed.
+A `Quantized` takes the place of a kernel in a network's parameters. Layers convert it to the dtype
+that they compute in, one block at a time, so the whole base is in memory in few bits only. qwix
+rounds and scales the numbers. It comes with the extra `qwix` and is imported when it is needed.
 Its own way into a network, `qwix.quantize_model`, is not used: it would quantise adapters as well.
 Source: a frozen base in few bits under adapters is that of QLoRA (arXiv 2305.14314).
 """
@@ -21,7 +21,7 @@ from jax.typing import DTypeLike
 __all__ = ["BLOCKS", "Quantized", "check_qwix", "is_quantized", "quantize", "quantized_stacks"]
 
 BLOCKS: dict[str, int] = {"int8": 0, "float8_e4m3fn": 0, "int4": 128}
-"""Numbers of a kernel that share a scale, by dtype; 0 are all inputs of an output."""
+"""How many weights of one output share a scale, by dtype; 0 stands for all of them."""
 
 
 @struct.dataclass
@@ -73,16 +73,17 @@ def check_qwix() -> None:
 
 
 def quantize(kernel: jax.Array, dtype: str) -> Quantized:
-    """Rounds a kernel to few bits; each block of inputs of an output has a scale.
+    """Rounds a kernel to few bits; each block of weights that lead to one output has a scale.
 
     Args:
-        kernel: `[L, *ins, *features]`. Blocks lie along its largest axis but for the first and the
-            last one, which is an axis of inputs.
+        kernel: `[L, *ins, *features]`. Blocks lie along the largest of its axes, without the first
+            and the last. This is an axis of inputs.
         dtype: A key of `BLOCKS`.
 
     Returns:
-        The kernel; its largest error is half a step of a block's scale, which is the block's
-        largest number over the largest of `dtype`.
+        The kernel. The scale of a block is its largest absolute value divided by the largest value
+        of `dtype`. An error is at most half the distance of neighbouring values of `dtype`, times
+        the scale.
 
     Raises:
         ValueError: qwix is not installed.

@@ -88,7 +88,7 @@ def check_autoencoder(autoencoder: Autoencoder, data: DataShape) -> None:
     channels = autoencoder.module.latent_channels
     if channels != data.channels:
         raise ConfigError(
-            f"config.data.vae is of latents with {channels} channels, these have {data.channels}"
+            f"config.data.vae makes latents with {channels} channels, these have {data.channels}"
         )
     if data.by_channel and np.ndim(autoencoder.module.latent_scale) != 1:
         raise ConfigError(

@@ -52,7 +52,7 @@ def check_choices(config: Config) -> None:
     if config.evaluation.loras and kind.targets is None:
         raise ConfigError(
             "config.evaluation.loras must be empty with config.model.network = "
-            f"{model.network!r}, whose students are no adapters on their teacher; "
+            f"{model.network!r}, whose students are not adapters of their teacher; "
             "config.teacher.loras distils them"
         )
     if in_few_bits(getattr(model.own, "base_dtype", None)):
@@ -62,8 +62,8 @@ def check_choices(config: Config) -> None:
         for group in ("teacher", "evaluation"):
             if getattr(config, group).weights:
                 raise ConfigError(
-                    f"config.{group}.weights are official weights, which there are none of for "
-                    f"config.model.network = {model.network!r}"
+                    f"config.{group}.weights must be empty with config.model.network = "
+                    f"{model.network!r}, for which there are no official weights"
                 )
     trained = {"teacher": config.teacher, "train": train, "train.corrector": train.corrector}
     for group, settings in trained.items():
@@ -134,8 +134,8 @@ def _check_corrector(config: Config) -> None:
     parts = share.denominator * train.microbatches
     if train.batch_size % parts:
         raise ConfigError(
-            f"{group}.share = {corrector.share:g} is {share}: config.train.batch_size must be "
-            f"divisible by {parts}, got {train.batch_size}"
+            f"{group}.share = {corrector.share:g} is {share} of a batch, so "
+            f"config.train.batch_size must be divisible by {parts}, got {train.batch_size}"
         )
     interval = corrector.guidance_interval
     if interval and (len(interval) != 2 or interval[0] > interval[1]):

@@ -243,5 +243,5 @@ def test_what_a_student_that_reads_text_needs_is_named(of_latents, tmp_path):
     save_run(parse(tiny_text.get_config("flux")), data, tmp_path)
     with pytest.raises(ValueError, match=r"latents of 16 channels: pass --vae"):
         Drawer.load(tmp_path)
-    with pytest.raises(ValueError, match=r"--vae is of latents with 4 channels, .* have 16"):
+    with pytest.raises(ValueError, match=r"--vae makes latents with 4 channels, .* have 16"):
         Drawer.load(tmp_path, vae=of_latents[0] / "vae.safetensors")

@@ -142,7 +142,7 @@ ADAMW = ("--config.teacher.optimizer.kind=adamw", "--config.train.optimizer.kind
         ),
         (
             ["--config.model.network=examples.unet:unet", "--config.teacher.weights=x"],
-            "config.teacher.weights are official weights",
+            "config.teacher.weights must be empty",
         ),
         (
             ["--config.model.network=examples.unet:unet", "--mode=rivals"],
