@@ -152,7 +152,7 @@ class Method:
     variant: Callable[[str], "Method | None"] = lambda ending: None
 
     def configured(self, config: Config) -> Config:
-        """The run's settings with the method's own, and its learning rate."""
+        """The run's settings `config`, changed to the method's own settings and learning rate."""
         rate = self.rate * config.train.optimizer.learning_rate
         return changed(config, {**self.settings, "train.optimizer.learning_rate": rate})
 
