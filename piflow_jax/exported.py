@@ -1,11 +1,11 @@
 """A student's sampler as a file that needs neither Flax nor this package's networks.
 
-The file holds a program of `jax.export`, StableHLO for several platforms, the weights that are its
-arguments, and what its other arguments are, in JSON. It is a `.safetensors` file: the program is
-its tensor `program`, of bytes, the description its metadata `piflow_jax_sampler`.
+The file is a `.safetensors` file. It holds a program of `jax.export` (StableHLO for several
+platforms) as the bytes of the tensor `program`, the weights, which are arguments of the program,
+and a description of its other arguments in JSON, as the metadata `piflow_jax_sampler`.
 
-JAX reads such programs for six months: one that was exported at most that long before the release
-that is installed. Export anew for a later one; the student's own checkpoint does not age.
+A release of JAX reads programs that were exported up to six months before it. For later releases,
+export the student again. Its checkpoint can be read by all of them.
 
 Source: sampling is Alg. 1 of pi-Flow, arXiv 2510.14974.
 """
@@ -30,7 +30,7 @@ from piflow_jax.safetensors_files import open_safetensors, write_safetensors
 __all__ = ["DESCRIPTION", "ExportedStudent", "load_exported", "write_exported"]
 
 DESCRIPTION = "piflow_jax_sampler"
-"""The key of a file's metadata under which it says what it is."""
+"""The key of the description in a file's metadata."""
 
 _PROGRAM = "program"
 _PLATFORMS = {"cpu": "cpu", "cuda": "gpu", "rocm": "gpu", "tpu": "tpu"}  # their backends
@@ -59,15 +59,15 @@ class ExportedStudent:
         labels: ArrayLike | Mapping[str, ArrayLike],
         guidance: ArrayLike | None = None,
     ) -> jax.Array:
-        """The samples of `Student.sample` of the same key and conditions.
+        """Draws the samples that `Student.sample` draws with the same key and conditions.
 
-        A program is compiled for every number of samples, unless the batch was given a size when
-        the student was exported; of more than 256, or than that size, as many at a time.
+        A program is compiled for each number of samples, and at most 256 are drawn at a time. If
+        the student was exported with a batch size, there is one program, for that number.
 
         Args:
           key: a seed, or one PRNG key, typed or legacy.
-          labels: `[N]`, integers in `[0, num_classes)`; without conditions the number `N`; of other
-            students the arrays of `settings["condition"]` by name, such as embedded prompts.
+          labels: `[N]`, integers in `[0, num_classes)`. Without conditions, the number `N`. For
+            other students, the arrays of `settings["condition"]` by name, such as embedded prompts.
           guidance: a number or `[N]`, see `Student.sample`.
 
         Returns:

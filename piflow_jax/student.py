@@ -204,13 +204,13 @@ class Student:
             `piflow_jax.models.vae.picture_encoder` makes latents of pictures. By default those in
             `labels`, where `PromptsSource.embedded` puts the references of a cached set.
           size: for a student that reads text, height and width `(H, W)` of the latents: (128, 128)
-            gives 1024x1024 pixels. Students of classes have one size.
+            gives 1024x1024 pixels. Students with class labels have one size.
           nfe: network evaluations, at least 1; by default as trained. Other numbers, and a `start`
-            below 1, may evaluate it at noise levels that it was not trained at, with a warning.
+            below 1, may lead to noise levels at which the network was not trained, with a warning.
           substeps: policy substeps per unit of raw time. A segment's number of them is rounded up,
             as in the pi-Flow release. With `solver="euler"` and 128, samples are the release's.
           h: stochasticity between segments, see `few_step_sample`; none with one evaluation.
-          temperature: of the mixture, in all segments but the last; in (0, 1], 1 leaves it.
+          temperature: of the mixture, in all segments but the last; in (0, 1], 1 changes nothing.
           start: noise level at which to start, with `x`.
           x: `[N, H, W, C]`, clean images, about [-1, 1], or latents. Noise is added to them up to
             the level `start`. Without `x`, sampling starts at pure noise.
@@ -227,8 +227,8 @@ class Student:
           together on the host. They are split over `devices` if these divide their number.
 
         Raises:
-          ValueError: the key, labels, `x` or `noise` are not what they should be, a number is out
-            of range (`nfe` below 1, `temperature` outside (0, 1]), the student does not take
+          ValueError: the key, labels, `x` or `noise` have a wrong type, shape or value, a number is
+            out of range (`nfe` below 1, `temperature` outside (0, 1]), the student does not take
             `guidance`, or the call is traced.
         """
         if references is not None:
@@ -300,9 +300,9 @@ class Student:
           substeps: see `sample`.
           solver: see `sample`.
           size: see `sample`.
-          text_length: tokens of prompts, of a student that reads text.
+          text_length: for a student that reads text, the number of tokens of a prompt.
           platforms: where it is to run, names of `jax.export`: `cpu`, `cuda`, `rocm`, `tpu`.
-          batch: samples of one call; None for any number of them.
+          batch: number of samples per program; None compiles one program for each number.
 
         Raises:
           ValueError: a number is out of range, a platform is unknown or has no lowering for this

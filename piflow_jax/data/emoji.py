@@ -33,10 +33,10 @@ _TEST_PART = 10  # one base character in ten is for figures
 def load_emoji_source(data_dir: str | None = None) -> ArraySource:
     """Loads the colour emoji of the font Noto Color Emoji without downloading anything.
 
-    The font has one PNG of 136x128 for each emoji (table CBDT). What is transparent becomes white,
-    and the picture is scaled to 32x32. Every tenth base character is for figures, by a checksum of
-    it. Emoji that differ in the tone of skin alone have one base character, so that none of them is
-    among the training images when another one is among the test images.
+    The font has one PNG of 136x128 for each emoji (table CBDT). Transparent parts become white, and
+    the picture is scaled to 32x32. A checksum of the base character decides whether an emoji is a
+    training image or, in one of ten cases, a test image. Emoji that differ only in the tone of skin
+    have the same base character, so they are all training images or all test images.
 
     Args:
       data_dir: folder of `NotoColorEmoji.ttf` and Unicode's `emoji-test.txt`; a `gs://` path works.
@@ -144,5 +144,5 @@ def _scaled(png: bytes, name: str) -> np.ndarray:
 
 def _source(images: list[np.ndarray], labels: list[int], path: epath.Path) -> ArraySource:
     if not images:
-        raise ValueError(f"{path} has too few of the emoji of {_LIST}")
+        raise ValueError(f"{path} has too few of the emoji in {_LIST}")
     return pixel_source("emoji", np.stack(images), np.asarray(labels), EMOJI_CLASSES)

@@ -1,4 +1,4 @@
-"""Diagnosis of a poor student: four measurements on the same noise, and one figure of them.
+"""Diagnosis of a poor student: four measurements on the same noise, and a plot of them.
 
 A student can fail for reasons that need different cures. Its *network* may not have learned
 everything that its policy could express. Then the velocity gap along its own trajectory is large,

@@ -11,10 +11,10 @@ __all__ = ["with_commits"]
 
 
 def with_commits(config: Config, *, fetch: bool = False) -> Config:
-    """The settings in which names on the hub have the commit that they stand for now.
+    """Adds to names on the hub the commit that they stand for now.
 
-    What is recorded of a run then says which weights it had, and the run reads the same weights
-    until its end. Names that the cache does not have stay as they are.
+    The records of the run then name its weights exactly, and the run reads the same weights until
+    its end. Names that are not in the cache stay as they are.
 
     Args:
       config: the run's settings.

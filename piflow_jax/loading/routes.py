@@ -1,8 +1,8 @@
-"""How leaves of files come to the devices of several processes, each of which reads a part.
+"""Loading of arrays by several processes: each reads a part of the files, and devices exchange it.
 
-The part of a leaf on a device is seldom a range of a file: leaves are split along axes that are
-inner ones of the files, or are whole on several devices. So each process reads rows of the files
-that no other one reads, and the devices exchange them, which is faster than any disk or bucket.
+The part of an array that a device keeps is seldom a contiguous range of a file: arrays are split
+along inner axes, or are whole on several devices. So each process reads rows that no other process
+reads, and the devices exchange them, which is faster than any disk or bucket.
 """
 
 import math
@@ -16,13 +16,12 @@ __all__ = ["Route", "route"]
 
 
 class Route(NamedTuple):
-    """The way of a leaf.
+    """How an array gets from the files to the devices.
 
     Attributes:
-      shardings: how it lies on the devices when it has been read, what it goes through after that,
-        and where it goes.
+      shardings: its sharding after reading, those of the steps between, and the final one.
       axis: the axis along which it is read in parts.
-      runs: what this process reads of that axis.
+      runs: the ranges of that axis that this process reads.
     """
 
     shardings: tuple[Sharding, ...]
@@ -33,17 +32,17 @@ class Route(NamedTuple):
 def route(
     shape: Sequence[int], rows: Sequence[int], sharding: Sharding, devices: Collection[jax.Device]
 ) -> Route:
-    """The way of a leaf to devices.
+    """Chooses the route of an array to the devices.
 
     Args:
       shape: its shape.
-      rows: axes along which parts of it are parts of the files, see `piflow_jax.convert.Leaf`.
-      sharding: where it goes.
-      devices: those of the process.
+      rows: axes along which it can be read in parts, see `piflow_jax.convert.Leaf`.
+      sharding: its final sharding.
+      devices: the devices of this process.
 
     Returns:
-      The way on which processes read least. A process reads all where all devices are its own, or
-      where the mesh divides none of `rows`.
+      The route on which processes read least. A process reads the whole array if all devices belong
+      to it, or if the mesh divides none of `rows`.
     """
     if isinstance(sharding, NamedSharding) and set(devices) != sharding.device_set:
         mesh = sharding.mesh

@@ -57,11 +57,11 @@ def data_shape(config: Config, workdir: str | os.PathLike) -> DataShape:
 
     Args:
       config: the run's settings.
-      workdir: the run's directory. Its student knows the shape of its latents, or its teacher
-        where that is sampled and there is no student yet.
+      workdir: the run's directory. The checkpoint of its student has the shape of its latents. If
+        the teacher is sampled and there is no student yet, the teacher's checkpoint has it.
 
     Returns:
-      The shape of the data; of latents for official weights, see `official_data`.
+      The shape of the data. For official weights, see `official_data`.
 
     Raises:
       CheckpointError: there is no student, or its checkpoint is unusable.
@@ -97,7 +97,7 @@ def _given_teacher(config: Config) -> contextlib.AbstractContextManager:
 
 
 def with_exact_base(config: Config, workdir: str | os.PathLike) -> Config:
-    """The settings with a base of the dtype that it has where it is read, if it is in few bits.
+    """Replaces a `base_dtype` in few bits by the dtype of the checkpoint or weights.
 
     Args:
       config: the run's settings.
@@ -136,17 +136,16 @@ def load_teacher(
 ) -> Any:
     """The teacher's parameters: official weights, or the average of a checkpoint.
 
-    LoRA files of `config.teacher.loras` are added to official weights.
-
-    The checkpoint is the given one, or that of the given run, or that of the work directory.
+    The checkpoint is the one in `config.teacher.checkpoint`, or that of the work directory. LoRA
+    files of `config.teacher.loras` are added to official weights.
 
     Args:
       config: the run's settings.
-      data: what the data looks like.
+      data: shape and conditions of the data.
       workdir: the run's directory.
-      shardings: see `averaged`; by default every device of this process has all of them.
-      sampled: what samples with the parameters, `student` or `teacher`: those of
-        `config.evaluation.loras` are added too.
+      shardings: see `averaged`; by default every device of this process has all parameters.
+      sampled: the system that will sample with them, `student` or `teacher`. Then the LoRA files of
+        `config.evaluation.loras` are added as well.
 
     Returns:
       Parameters of `teacher_network(config.model, data)`.
@@ -177,12 +176,12 @@ def load_student(
 ) -> Any:
     """The student's parameters: official weights, or the average of the run's checkpoint.
 
-    Those of a student with adapters are the teacher's, see `load_teacher`, with adapters, head and
-    last modulation from there.
+    A student with adapters has the teacher's parameters, see `load_teacher`. Its adapters, head and
+    last modulation come from its own weights.
 
     Args:
       config: the run's settings.
-      data: what the data looks like.
+      data: shape and conditions of the data.
       workdir: the run's directory.
       mesh: devices over which the parameters are split; by default every device of this process has
         all of them.
@@ -207,18 +206,18 @@ def load_student(
 
 
 def load_initial(systems: Systems) -> Any:
-    """The trained part of the student of `config.train.initial`, at which another one starts.
+    """The trained part of the student in `config.train.initial`, where a new student starts.
 
     Its network and policy have to be the same; evaluations, shift and substeps need not.
 
     Args:
-      systems: of the student that starts there.
+      systems: the systems of the new student.
 
     Returns:
       The trained part of `systems.student_network`.
 
     Raises:
-      CheckpointError: there is no such student, or it is of another network or policy.
+      CheckpointError: there is no such student, or it has another network or policy.
     """
     path, network = user_path(systems.config.train.initial), systems.student_network
     directory, step, saved, _ = find_checkpoint(path, "student")
@@ -247,13 +246,13 @@ def load_average(
     """The averaged parameters of a checkpoint.
 
     Args:
-      directory: where the checkpoints lie.
+      directory: the directory of the checkpoints.
       network: the network.
-      spec: what the checkpoint must say of itself.
+      spec: the spec that the checkpoint must have.
       shardings: see `load_teacher`.
 
     Returns:
-      The parameters; of a network with adapters its trained part.
+      The parameters; for a network with adapters, its trained part.
 
     Raises:
       CheckpointError: there is no checkpoint, it is unusable, or it contradicts the spec.

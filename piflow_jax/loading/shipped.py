@@ -32,10 +32,10 @@ def weights_path(path: str | os.PathLike, kind: str) -> epath.Path:
 
     Args:
       path: a path that exists, or a name.
-      kind: `student` or `teacher`, which of a name is meant.
+      kind: whether a name stands for its `student` or for its `teacher`.
 
     Returns:
-      A path that exists. What lies in the current directory comes before a name.
+      A path that exists. A file or folder in the current directory has priority over a name.
 
     Raises:
       FileNotFoundError: it is neither.

@@ -25,16 +25,16 @@ def averaged(
     """The averaged variables of a checkpoint.
 
     Args:
-      directory: where the checkpoints lie, or the folder of one step.
-      network: whose they are.
-      step: which one, by default the latest.
-      shardings: a tree of where they go, or one sharding of all; None is the default device.
+      directory: the directory of checkpoints, or the folder of one step.
+      network: the network that has these variables.
+      step: the step, by default the latest.
+      shardings: a tree of shardings, or one for all variables; None is the default device.
 
     Returns:
-      The variables; of a network with adapters its trained part.
+      The variables; for a network with adapters, its trained part.
 
     Raises:
-      CheckpointError: there is no checkpoint, it is unusable, or of another network.
+      CheckpointError: there is no checkpoint, it is unusable, or it belongs to another network.
     """
     # Orbax takes a second to load, which a notebook without checkpoints need not wait for.
     from piflow_jax.runs.checkpoint import read_spec, restore_subtree
@@ -92,17 +92,17 @@ def converted(
     """The variables of a weight file under official names.
 
     Args:
-      weights: what `open_weights` opened.
-      network: whose they are.
-      form: the layout, a name of `piflow_jax.convert.load_params`; adapters have one of their own.
+      weights: the result of `open_weights`.
+      network: the network that has these variables.
+      form: the layout, a name of `piflow_jax.convert.load_params`; ignored for adapters.
       shardings: see `averaged`.
 
     Returns:
-      The variables, in the network's types; of a network with adapters its trained part.
+      The variables, in the network's dtypes; for a network with adapters, its trained part.
 
     Raises:
-      ImportError: the file is read by PyTorch, which is not installed.
-      ValueError: the weights are of another network, or damaged.
+      ImportError: PyTorch reads this file and is not installed.
+      ValueError: the weights belong to another network, or are damaged.
     """
     from piflow_jax.convert import load_adapter, load_params
     from piflow_jax.convert.rules import LazyPlace

@@ -2,7 +2,7 @@
 
 Source: the released FLUX.2 [dev] and [klein] networks in the form of `diffusers`, and the heads of
 pi-Flow (arXiv 2510.14974, section 5). Text enters as hidden states of three layers of a language
-model, side by side. In contrast to FLUX.1, all blocks of a kind have one modulation, MLPs are
+model, concatenated. In contrast to FLUX.1, all blocks of a kind share one modulation, MLPs are
 gated, and no layer but those of the head has a bias.
 """
 

@@ -1,4 +1,4 @@
-"""What the command line does, a mode each. The only rooms that touch the disk."""
+"""The modes of the command line, one module each."""
 
 from piflow_jax.modes.adm import write_reference
 from piflow_jax.modes.command import MODES, run

@@ -1,4 +1,4 @@
-"""A mode from settings to exit status: what is common to all of them."""
+"""Runs a mode, from settings to exit status: the part that all modes share."""
 
 import dataclasses
 import os
@@ -60,14 +60,14 @@ class Mode:
     """A row of `MODES`.
 
     Attributes:
-      run: does it, in `(config, workdir)`.
-      batches: settings whose batches it makes.
-      batches_of_prompts: the same for data without classes, on which no teacher is trained and
-        nothing is sampled while a student is; None for the same.
+      run: the function `(config, workdir)` of the mode.
+      batches: groups of settings whose batch size the mode uses.
+      batches_of_prompts: the same for data without classes. On these no teacher is trained, and
+        nothing is sampled while a student is trained. None means the same as `batches`.
       here: it computes on this machine's devices, not for a slice that need not be attached.
-      in_workdir: what it makes lies in the run's directory, not where the settings say.
-      begins: it makes that directory, before there is anything to put into it.
-      wants: keys of which the data must have a use for one; empty for any data.
+      in_workdir: it writes to the run's directory, not to a place that the settings name.
+      begins: it makes that directory before it has anything to write.
+      wants: keys, at least one of which the data must use; empty for any data.
       needs_data: pictures that are not prepared yet are prepared first.
     """
 

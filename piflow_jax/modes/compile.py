@@ -51,7 +51,7 @@ SCOPES = ("teacher", "student", "policy", "optimizer")
 
 
 def compile_step(config: Config, workdir: str | os.PathLike) -> dict[str, Any]:
-    """Compiles the distillation step of a configuration and says what it takes.
+    """Compiles the distillation step of a configuration and reports its memory and FLOPs.
 
     State, teacher and batch lie on the slice as `config.mesh` says. No weights and, for latents
     and prompts, no data are needed.
@@ -61,11 +61,11 @@ def compile_step(config: Config, workdir: str | os.PathLike) -> dict[str, Any]:
       workdir: `compile_<topology>.json` is written there.
 
     Returns:
-      What is written: memory by device in bytes, FLOPs of a step, the compiler's estimate of cycles
-      by device and step with each part's share, seconds. Rollouts that are loops end when the
-      farthest sample of the batch has arrived; each is counted at the substeps of the longest
-      segment, the most that there can be. Of rollouts that are kernels the compiler has no
-      estimate: they are counted, and left out of the cycles.
+      The content of the file: memory per device in bytes, FLOPs of a step, the compiler's estimate
+      of cycles per device and step with the share of each part, and seconds. A rollout that is a
+      loop ends when the last sample of the batch has arrived. The estimate assumes the maximum, the
+      substeps of the longest segment. The compiler has no estimate for rollouts that are kernels:
+      their number is given, and they are left out of the cycles.
 
     Raises:
       ConfigError: `config.topology` is unknown, the batch does not divide, or the step does not
@@ -77,7 +77,7 @@ def compile_step(config: Config, workdir: str | os.PathLike) -> dict[str, Any]:
 def compile_sampling(config: Config, workdir: str | os.PathLike) -> dict[str, Any]:
     """Compiles the student's sampler, without a decoder, as `compile_step` does the step.
 
-    `config.evaluation.batch_size` samples are made at a time, by parameters that are split as
+    The program makes `config.evaluation.batch_size` samples at a time. Parameters are split as
     `config.mesh` says.
 
     Args:

@@ -20,20 +20,20 @@ def evaluate(
 ) -> Report | AdmFigures | None:
     """Measures the averaged weights of teacher and student on the same noise and labels.
 
-    Of latents, it measures the student alone as ADM does; see `evaluate_latents`.
+    For latents, it measures one system as ADM does; see `evaluate_latents`.
 
     Args:
       config: the run's settings.
       workdir: the run's directory; `report.html`, `report.json` and `samples.png` are written
         there, and the teacher's samples for the next evaluation, `teacher_samples.npz`.
-      header: whether to say first where it is and what comes; training has said it.
+      header: whether to log the header of the run; training has already done so.
 
     Returns:
       The report, which is also printed as a table.
 
     Raises:
       CheckpointError: a checkpoint is missing, unusable or contradicts the settings.
-      ConfigError: settings that are for other data.
+      ConfigError: settings do not fit the data.
     """
     row = dataset(config)
     if row.latents:

@@ -38,12 +38,12 @@ _ADAPTER = "adapter/diffusion_pytorch_model.safetensors"
 def export(config: Config, workdir: str | os.PathLike) -> list[epath.Path]:
     """Writes `<workdir>/student.safetensors`, and `teacher.safetensors` for a teacher of this run.
 
-    Names and layouts are those of the pi-Flow release, the values are the averaged ones, bit for
-    bit. The file's metadata has what the network, the policy and sampling need, under `piflow_jax`.
+    Names and layouts are those of the pi-Flow release. The values are the averaged weights, bit for
+    bit. The metadata `piflow_jax` holds the settings of the network, the policy and sampling.
 
-    A student with adapters is written twice: as `adapter/`, what was trained, for official
-    pipelines to put on the official network, and as `student.safetensors`, a whole network into
-    whose weights the adapters have been added.
+    A student with adapters is written twice. `adapter/` has the trained parameters only, which
+    official pipelines add to the official network. `student.safetensors` is a whole network, with
+    the adapters added to its weights.
 
     Args:
       config: the run's settings.

@@ -9,7 +9,7 @@ from piflow_jax.systems.judges import Judge, config_judge
 
 
 def make_features(config: Config, workdir: str | os.PathLike) -> Judge:
-    """Opens the feature space of a run's images, which is made where there is none.
+    """Opens the feature space of a run's images, and makes it if there is none.
 
     Training does so by itself, before its first step.
 
@@ -22,7 +22,7 @@ def make_features(config: Config, workdir: str | os.PathLike) -> Judge:
 
     Raises:
       BlockingIOError: another run is at work in the directory.
-      ConfigError: the data are no images in pixels, or the file there is of other images.
+      ConfigError: the data are not images in pixels, or the file was made from other images.
       FileNotFoundError: the data, or Inception's weights, are not there.
     """
     if dataset(config).latents:

@@ -1,4 +1,4 @@
-"""Looks at a student of the command line, of pixels or of latents."""
+"""Evaluation of a student during training, for runs of the command line."""
 
 import dataclasses
 from collections.abc import Callable
@@ -20,17 +20,17 @@ from piflow_jax.systems.shapes import DataShape
 def student_look(
     config: Config, source: Source, data: DataShape, judge: Judge | None
 ) -> Callable[..., Look]:
-    """How to look at a student of these settings.
+    """Makes the evaluation of a student during training.
 
-    Figures are those of the report: of the data set's feature space, or ADM's where
-    `config.evaluation` names feature weights and a reference. A look at latents without these, or
-    at samples that no judge knows, has a grid and no figures.
+    It has the figures of the report: in the data set's feature space, or ADM's if
+    `config.evaluation` names feature weights and a reference. For latents without these, and for
+    samples without a feature space, it draws a grid only.
 
     Args:
       config: the run's settings.
       source: the data.
-      data: what they look like.
-      judge: the feature space of samples that are no latents; None if there is none.
+      data: shape and conditions of the data.
+      judge: the feature space for samples that are not latents; None if there is none.
 
     Returns:
       `params -> Look`, compiled at its first call.

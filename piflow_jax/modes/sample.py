@@ -22,9 +22,10 @@ __all__ = ["sample"]
 
 
 def sample(config: Config, workdir: str | os.PathLike) -> epath.Path | list[epath.Path]:
-    """Writes `<workdir>/student.png`, one row per class; of prompts see `sample_prompts`.
+    """Writes `<workdir>/student.png`, one row per class; for prompts see `sample_prompts`.
 
-    With `config.evaluation.system` it is `teacher.png`; of another seed `student-seed7.png`.
+    For the teacher (`config.evaluation.system`) the file is `teacher.png`, and with another seed,
+    such as 7, `student-seed7.png`.
 
     Args:
       config: the run's settings; `config.evaluation.seed` chooses the noise, `grid_classes` the

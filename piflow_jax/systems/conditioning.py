@@ -1,4 +1,4 @@
-"""Conditioning of networks: classes, text, arrays of a user's own, or nothing.
+"""Conditioning of networks: classes, text, a user's own arrays, or nothing.
 
 A *condition* is the value under `condition` in an example of a source. It is either labels `int[B]`
 or embedded captions. Captions are a mapping of `text[B, L, D]`, padded behind its `text_length[B]`
@@ -7,9 +7,10 @@ reference images `[B, h, w, C]` in the space of samples, and `null`, the empty c
 where an encoder of text has seen the references. All code except the network passes a condition on
 unchanged. A `Conditioning` turns it into the keyword arguments of one of our networks.
 
-Some networks take a guidance scale as an input: FLUX.1, and students of a range of scales. For them
-a condition is a mapping that may hold `guidance[B]` (and `labels[B]` where it would be labels);
-`Conditioning.guided` adds it, and without it the scale is the network's default.
+Some networks take a guidance scale as an input: FLUX.1, FLUX.2 [dev], and students that were
+trained for a range of scales. Their condition is a mapping, which may hold `guidance[B]`, and
+`labels[B]` for networks with classes. `Conditioning.guided` adds the scale. Without it, the scale
+is the network's default.
 """
 
 import abc

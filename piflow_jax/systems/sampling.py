@@ -126,7 +126,7 @@ def sampling_cautions(
     guidance: ArrayLike = (),
     guidance_range: tuple[float, ...] = (),
 ) -> list[str]:
-    """Warns where a student was not trained for the options, or where they have no effect.
+    """Finds options that a student was not trained for, and options without effect.
 
     Args:
       train: the settings of the distillation.
@@ -135,7 +135,7 @@ def sampling_cautions(
       temperature: temperature of the mixture.
       start: noise level at which sampling starts.
       guidance: guidance scales, any number of them.
-      guidance_range: `(low, high)` of the scales of training; empty for a student of one scale.
+      guidance_range: `(low, high)` of the scales of training; empty if the scale is no input.
 
     Returns:
       Sentences; empty if there is nothing to warn of.

@@ -109,7 +109,7 @@ BROKEN = [
     (emoji._FONT, FONT.read_bytes()[:2000], ValueError, "is not a font with pictures"),
     (emoji._LIST, b"# group: Flags\nx ; fully-qualified", ValueError, "is not Unicode's"),
     (emoji._LIST, b"\xff\xfe", ValueError, "is not Unicode's"),
-    (emoji._LIST, b"# group: Flags", ValueError, "has too few of the emoji of emoji-test.txt"),
+    (emoji._LIST, b"# group: Flags", ValueError, "has too few of the emoji in emoji-test.txt"),
 ]
 
 
