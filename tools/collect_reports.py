@@ -48,8 +48,16 @@ number of substeps to the nearest whole number; today it is rounded up. This mak
 for `configs/flux.py` and `configs/qwen_image.py` only, whose last segment had 18 substeps and now
 has 19.
 
-The students of `gm_euler128` on the digits were trained with `--config.train.solver=euler
---config.train.total_substeps=128`, the paper's substeps. `gm` takes 16 of second order.
+Some sections are not variants of a configuration, but a variant with other settings:
+
+| section | variant and settings |
+| --- | --- |
+| `gm_euler128` | `gm`, trained with 128 Euler substeps as in the paper, not 16 of second order |
+| `gm_any_guidance_scale1` to `4` | `gm_any_guidance` with `--config.evaluation.guidance=1` to `4` |
+| `gm_continued` | `gm_corrected` without the corrector |
+| `gm_corrected_policy` | `gm_corrected` with `--config.train.corrector.kind=policy` |
+| `gm_corrected_shift3` | `gm_corrected` with `--config.train.corrector.shift=3` |
+| `gm_corrected_1800` | `gm_corrected` with `--config.train.steps=1800` |
 """
 COLUMNS = {
     "frechet": "Frechet",
