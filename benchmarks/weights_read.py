@@ -36,7 +36,7 @@ def reads(config, processes: int) -> tuple[str, int, list[tuple[int, int]]]:
     state = {
         name: LazyArray(rule.torch_shape, ml_dtypes.bfloat16, read=None)
         for rule in rules
-        for name in rule.torch_names(0)
+        for name in rule.torch_names
     }
     sizes = {name: 2 * math.prod(array.shape) for name, array in state.items()}
     mesh = config_mesh(config, jax.devices()[: processes * CHIPS])
@@ -46,7 +46,7 @@ def reads(config, processes: int) -> tuple[str, int, list[tuple[int, int]]]:
         devices = jax.devices()[process * CHIPS : (process + 1) * CHIPS]
         lengths = []
         for rule in rules:
-            leaf = rule.leaf(state, 0)
+            leaf = rule.leaf(state)
             _, axis, runs = route(leaf.shape, leaf.rows, places[rule.path], devices)
             for run in runs:
                 index = (*(slice(None),) * axis, slice(run.start, run.stop))

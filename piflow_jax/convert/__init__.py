@@ -3,6 +3,7 @@
 Names follow the releases of pi-Flow (arXiv 2510.14974) and of the networks that it builds on.
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -22,7 +23,11 @@ from piflow_jax.convert.loras import with_loras
 from piflow_jax.convert.rules import export_state
 from piflow_jax.convert.table import kind_of, named, network_of
 from piflow_jax.models.heads import DXHead
+from piflow_jax.models.initial import FREE
 from piflow_jax.safetensors_files import write_safetensors
+
+# Fields of a network that its weights do not decide.
+_NO_SIZES = {*FREE, "time_dtype", "name", "parent"}
 
 
 def load_torch_state(
@@ -37,7 +42,7 @@ def load_torch_state(
         sizes: Sizes that shapes do not show, see the loader of `model` (`load_dit`: `num_heads`,
             `sample_size`, `time_scale`, `constant_logstd`; `load_vae`: `norm_groups`,
             `latent_scale`, `latent_shift`; `load_qwen_vae`: `latents_mean`, `latents_std`;
-            `load_flux`, `load_qwen_image` and `load_flux2`: `axes_dims_rope`, `constant_logstd`).
+            `load_text_network`: `axes_dims_rope`, `constant_logstd`).
             Sizes of a transformer that shapes do show are optional and are checked. `place` (not
             for Inception) puts each leaf on its devices as soon as it is built, see
             `rules.import_state`.
@@ -54,7 +59,7 @@ def load_torch_state(
     """
     kind, head = named(model)
     state = network_of(state, model)
-    return kind.load(state, head, **sizes) if kind.output else kind.load(state, **sizes)
+    return kind.load(kind, state, head, **sizes) if kind.output else kind.load(state, **sizes)
 
 
 def load_params(
@@ -78,7 +83,8 @@ def load_params(
         ValueError: The model is unknown, or the weights belong to a network with other sizes or
             another head.
     """
-    sizes = {name: getattr(module, name) for name in kind_of(module).sizes}
+    fields = {field.name for field in dataclasses.fields(module)} - _NO_SIZES
+    sizes = {name: getattr(module, name) for name in fields}
     if isinstance(module.head, DXHead):
         sizes["num_grid"] = module.head.num_grid
     if place is not None:
@@ -104,7 +110,7 @@ def to_torch_state(module: nn.Module, params: Mapping) -> dict[str, np.ndarray]:
     """
     rules = kind_of(module).rules(module)
     check_exportable(module)
-    return export_state(params["params"], rules, getattr(module, "depth", 0))
+    return export_state(params["params"], rules)
 
 
 __all__ = [

@@ -15,7 +15,7 @@ import numpy as np
 
 from piflow_jax.convert.heads import check_exportable
 from piflow_jax.convert.kinds import adapter_of
-from piflow_jax.convert.rules import Place, Rule, as_jax, export_state, import_state
+from piflow_jax.convert.rules import Place, Rule, export_state, import_state
 from piflow_jax.convert.table import kind_of
 from piflow_jax.models.heads import DXHead, GMHead
 from piflow_jax.models.joint import TextTransformer
@@ -99,7 +99,7 @@ def _unused(module: TextTransformer) -> dict[str, tuple[int, ...]]:
     return {
         name: rule.torch_shape
         for rule in adapter_rules(module)
-        for name in rule.torch_names(0)
+        for name in rule.torch_names
         if unread and name.startswith(unread)
     }
 
@@ -137,7 +137,7 @@ def load_adapter(
     like = next((a.dtype for n, a in found.items() if n.endswith(_DOWN)), np.float32)
     for name, shape in _unused(module).items():
         found.setdefault(name, np.zeros(shape, like))
-    return {"params": import_state(found, rules, 0, place or as_jax)}
+    return {"params": import_state(found, rules, place)}
 
 
 def is_adapter(state: Mapping[str, Any]) -> bool:
@@ -249,7 +249,7 @@ def export_adapter(module: TextTransformer, trained: Mapping) -> dict[str, np.nd
     if module.lora is not None and module.lora.scale != 1:
         raise ValueError(f"adapters of the release have the scale 1, not {module.lora.scale}")
     check_exportable(module.clone(lora=None))
-    state = export_state(trained["params"], adapter_rules(module), 0)
+    state = export_state(trained["params"], adapter_rules(module))
     return {name: array for name, array in state.items() if name not in _unused(module)}
 
 

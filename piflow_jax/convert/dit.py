@@ -10,7 +10,7 @@ import numpy as np
 
 from piflow_jax.convert.heads import head_rules, read_head
 from piflow_jax.convert.kinds import Kind
-from piflow_jax.convert.rules import Place, Rule, as_jax, embedder_rules, import_state, linear
+from piflow_jax.convert.rules import Place, Rule, embedder_rules, import_state, linear
 from piflow_jax.convert.sizes import check_given, count_layers, shape_of
 from piflow_jax.models.dit import DiT
 from piflow_jax.models.layers import TIME_FEATURES, position_table
@@ -40,7 +40,7 @@ def dit_rules(module: DiT) -> list[Rule]:
     """
     d, p, c = module.hidden, module.patch_size, module.in_channels
     mlp = int(d * module.mlp_ratio)
-    block = "transformer_blocks.{layer}."
+    depth, block = module.depth, "transformer_blocks.{layer}."
     attention = tuple(f"{block}attn1.to_{which}" for which in "qkv")
     patch = {"o": d, "c": c, "p": p, "q": p}
 
@@ -57,11 +57,11 @@ def dit_rules(module: DiT) -> list[Rule]:
         *linear("emb.timestep_embedder.linear_1", ("time_in",), d, TIME_FEATURES),
         *linear("emb.timestep_embedder.linear_2", ("time_out",), d, d),
         Rule((CLASS_EMBED,), ("class_embed",), "o i -> o i", {"o": module.num_classes + 1, "i": d}),
-        *linear(f"{block}norm1.linear", ("blocks", "modulation"), d, d, pieces=6),
-        *linear(attention, ("blocks", "qkv"), d, d),
-        *linear(f"{block}attn1.to_out.0", ("blocks", "attention_out"), d, d),
-        *linear(f"{block}ff.net.0.proj", ("blocks", "mlp_in"), mlp, d),
-        *linear(f"{block}ff.net.2", ("blocks", "mlp_out"), d, mlp),
+        *linear(f"{block}norm1.linear", ("blocks", "modulation"), d, d, pieces=6, depth=depth),
+        *linear(attention, ("blocks", "qkv"), d, d, depth=depth),
+        *linear(f"{block}attn1.to_out.0", ("blocks", "attention_out"), d, d, depth=depth),
+        *linear(f"{block}ff.net.0.proj", ("blocks", "mlp_in"), mlp, d, depth=depth),
+        *linear(f"{block}ff.net.2", ("blocks", "mlp_out"), d, mlp, depth=depth),
         *linear("proj_out_1", ("final_modulation",), d, d, pieces=2),
         *guidance,
         *head_rules(module, OUTPUT, head_layer),
@@ -69,6 +69,7 @@ def dit_rules(module: DiT) -> list[Rule]:
 
 
 def load_dit(
+    kind: Kind,
     state: Mapping[str, np.ndarray],
     head: str,
     *,
@@ -86,6 +87,7 @@ def load_dit(
     which is dropped.
 
     Args:
+        kind: The network's row.
         state: Arrays by official name.
         head: A name in `HEADS`.
         num_heads: Attention heads.
@@ -108,12 +110,12 @@ def load_dit(
     sizes = _read_sizes(state)
     if not head:
         _keep_velocity_rows(state, sizes["patch_size"] ** 2, sizes["in_channels"])
-    predicts, head_sizes = read_head(state, head, DIT, sizes, given)
+    predicts, head_sizes = read_head(state, head, kind, sizes, given)
     check_given(given, sizes | head_sizes)
     sizes |= {"num_heads": num_heads, "sample_size": sample_size, "time_scale": time_scale}
     module = DiT(**sizes, head=predicts)
     _drop_position_table(state, module)
-    return module, {"params": import_state(state, dit_rules(module), module.depth, place or as_jax)}
+    return module, {"params": import_state(state, dit_rules(module), place)}
 
 
 def _read_sizes(state: Mapping[str, np.ndarray]) -> dict:
@@ -174,9 +176,5 @@ DIT = Kind(
     load=load_dit,
     module=DiT,
     output=OUTPUT,
-    sizes=(
-        *("patch_size", "in_channels", "hidden", "depth", "mlp_ratio", "num_classes"),
-        *("num_heads", "sample_size", "time_scale", "guidance_embed"),
-    ),
     rules=dit_rules,
 )

@@ -13,14 +13,14 @@ import numpy as np
 
 from piflow_jax.convert.heads import head_rules, read_head
 from piflow_jax.convert.kinds import Kind
-from piflow_jax.convert.rules import Place, Rule, as_jax, embedder_rules, import_state, linear
+from piflow_jax.convert.rules import Place, Rule, embedder_rules, import_state, linear
 from piflow_jax.convert.sizes import check_given, count_layers, divided, linear_sizes, shape_of
 from piflow_jax.models.flux import Flux
+from piflow_jax.models.joint import TextTransformer
 from piflow_jax.models.layers import TIME_FEATURES
 
 # The released networks have latents in patches of 2 x 2, which their weights do not show.
 PATCH_SIZE = 2
-AXES_DIMS_ROPE = (16, 56, 56)
 OUTPUT = "proj_out"
 TIME = "time_text_embed.timestep_embedder.linear_{}"
 GUIDANCE = "time_text_embed.guidance_embedder.linear_{}"
@@ -137,26 +137,26 @@ def patch_head_rules(module) -> list[Rule]:
     return head_rules(module, OUTPUT, layer)
 
 
-def load_flux(
+def load_text_network(
+    kind: Kind,
     state: Mapping[str, np.ndarray],
     head: str,
     *,
-    axes_dims_rope: tuple[int, int, int] = AXES_DIMS_ROPE,
+    axes_dims_rope: tuple[int, ...] | None = None,
     place: Place | None = None,
     **given: float,
-) -> tuple[Flux, dict]:
-    """Loads a FLUX.1, or a student of it with adapters merged into its weights.
+) -> tuple[TextTransformer, dict]:
+    """Loads a network that reads text, or a student of it with adapters merged into its weights.
 
     Args:
+        kind: The network's row.
         state: Arrays by official name.
         head: A name in `HEADS`.
-        axes_dims_rope: See `Flux`; small networks need it.
+        axes_dims_rope: See the network; small ones need it. None is that of the release.
         place: Puts each leaf on its devices as soon as it is built, see `import_state`; None keeps
             leaves on the default device.
-        **given: Sizes that shapes show, as a check: `patch_size`, `in_channels`, `hidden`,
-            `num_heads`, `double_depth`, `single_depth`, `text_features`, `pooled_features`,
-            `guidance_embed`, `num_components`, `logstd_hidden`, `num_grid`. A mixture without a
-            logstd head needs `constant_logstd`.
+        **given: Sizes that shapes show, as a check: what `kind.read` finds, `num_components`,
+            `logstd_hidden`, `num_grid`. A mixture without a logstd head needs `constant_logstd`.
 
     Returns:
         The module, and `{"params": ...}` as JAX arrays with the dtypes of `state`.
@@ -165,18 +165,22 @@ def load_flux(
         ValueError: Names, shapes or dtypes do not match (the message lists the faults), numbers are
             not finite, or a given size contradicts the weights.
     """
-    state = dict(state)
-    sizes = read_width(state, "x_embedder") | {
+    sizes = kind.read(state)
+    predicts, head_sizes = read_head(state, head, kind, sizes, given)
+    check_given(given, sizes | head_sizes)
+    rope = tuple(axes_dims_rope or kind.module.axes_dims_rope)
+    module = kind.module(**sizes, axes_dims_rope=rope, head=predicts)
+    return module, {"params": import_state(state, kind.rules(module), place)}
+
+
+def _read(state: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    return read_width(state, "x_embedder") | {
         "double_depth": count_layers(state, "transformer_blocks"),
         "single_depth": count_layers(state, "single_transformer_blocks"),
         "text_features": linear_sizes(state, "context_embedder")[1],
         "pooled_features": linear_sizes(state, POOLED.format(1))[1],
         "guidance_embed": f"{GUIDANCE.format(1)}.weight" in state,
     }
-    predicts, head_sizes = read_head(state, head, FLUX, sizes, given)
-    check_given(given, sizes | head_sizes)
-    module = Flux(**sizes, axes_dims_rope=tuple(axes_dims_rope), head=predicts)
-    return module, {"params": import_state(state, flux_rules(module), 0, place or as_jax)}
 
 
 def read_width(
@@ -248,13 +252,10 @@ FIRST_NAMES = {
 FLUX = Kind(
     name="flux",
     mark="single_transformer_blocks.0.proj_mlp.weight",
-    load=load_flux,
+    load=load_text_network,
+    read=_read,
     module=Flux,
     output=OUTPUT,
-    sizes=(
-        *("patch_size", "in_channels", "hidden", "num_heads", "double_depth", "single_depth"),
-        *("text_features", "pooled_features", "guidance_embed", "axes_dims_rope"),
-    ),
     rules=flux_rules,
     release=_release,
     first_names=FIRST_NAMES,

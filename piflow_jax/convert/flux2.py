@@ -16,20 +16,19 @@ from piflow_jax.convert.flux import (
     SINGLE,
     attention_rules,
     first_embedder,
+    load_text_network,
     norm_rules,
     patch_head_rules,
     patch_rules,
     read_width,
     whole,
 )
-from piflow_jax.convert.heads import read_head
 from piflow_jax.convert.kinds import Kind
-from piflow_jax.convert.rules import Place, Rule, as_jax, embedder_rules, import_state, linear
-from piflow_jax.convert.sizes import check_given, count_layers, linear_sizes
+from piflow_jax.convert.rules import Rule, embedder_rules, linear
+from piflow_jax.convert.sizes import count_layers, linear_sizes
 from piflow_jax.models.flux2 import Flux2, Flux2Layers
 from piflow_jax.models.layers import TIME_FEATURES
 
-AXES_DIMS_ROPE = (32, 32, 32, 32)
 RATIO = Flux2Layers.mlp_ratio
 TIME = "time_guidance_embed.timestep_embedder.linear_{}"
 GUIDANCE = "time_guidance_embed.guidance_embedder.linear_{}"
@@ -92,45 +91,13 @@ def _stream_rules(d, head_size, depth, prefix, attention, out, mlp) -> list[Rule
     ]
 
 
-def load_flux2(
-    state: Mapping[str, np.ndarray],
-    head: str,
-    *,
-    axes_dims_rope: tuple[int, ...] = AXES_DIMS_ROPE,
-    place: Place | None = None,
-    **given: float,
-) -> tuple[Flux2, dict]:
-    """Loads a FLUX.2, or a student of it with adapters merged into its weights.
-
-    Args:
-        state: Arrays by official name.
-        head: A name in `HEADS`.
-        axes_dims_rope: See `Flux2`; small networks need it.
-        place: Puts each leaf on its devices as soon as it is built, see `import_state`; None keeps
-            leaves on the default device.
-        **given: Sizes that shapes show, as a check: `patch_size`, `in_channels`, `hidden`,
-            `num_heads`, `double_depth`, `single_depth`, `text_features`, `guidance_embed`,
-            `num_components`, `logstd_hidden`, `num_grid`. A mixture without a logstd head needs
-            `constant_logstd`.
-
-    Returns:
-        The module, and `{"params": ...}` as JAX arrays with the dtypes of `state`.
-
-    Raises:
-        ValueError: Names, shapes or dtypes do not match (the message lists the faults), numbers are
-            not finite, or a given size contradicts the weights.
-    """
-    state = dict(state)
-    sizes = read_width(state, "x_embedder", bias=False) | {
+def _read(state: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    return read_width(state, "x_embedder", bias=False) | {
         "double_depth": count_layers(state, "transformer_blocks"),
         "single_depth": count_layers(state, "single_transformer_blocks"),
         "text_features": linear_sizes(state, "context_embedder", bias=False)[1],
         "guidance_embed": f"{GUIDANCE.format(1)}.weight" in state,
     }
-    predicts, head_sizes = read_head(state, head, FLUX2, sizes, given)
-    check_given(given, sizes | head_sizes)
-    module = Flux2(**sizes, axes_dims_rope=tuple(axes_dims_rope), head=predicts)
-    return module, {"params": import_state(state, flux2_rules(module), 0, place or as_jax)}
 
 
 def _release(module: Flux2) -> dict[str, Any]:
@@ -172,13 +139,10 @@ FIRST_NAMES = {
 FLUX2 = Kind(
     name="flux2",
     mark="double_stream_modulation_img.linear.weight",
-    load=load_flux2,
+    load=load_text_network,
+    read=_read,
     module=Flux2,
     output=OUTPUT,
-    sizes=(
-        *("patch_size", "in_channels", "hidden", "num_heads", "double_depth", "single_depth"),
-        *("text_features", "guidance_embed", "axes_dims_rope"),
-    ),
     rules=flux2_rules,
     release=_release,
     first_names=FIRST_NAMES,

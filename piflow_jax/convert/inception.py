@@ -4,8 +4,6 @@ import hashlib
 import os
 from collections.abc import Mapping
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from piflow_jax.buckets import is_file
@@ -58,8 +56,7 @@ def load_inception(state: Mapping[str, np.ndarray]) -> tuple[InceptionV3, dict]:
     state = {n: array for n, array in state.items() if not n.endswith(".num_batches_tracked")}
     classes = np.shape(state["fc.bias"])[0] if np.ndim(state.get("fc.bias")) else 1008
     module = InceptionV3(num_classes=classes)
-    params = import_state(state, inception_rules(module), 0)
-    return module, {"params": jax.tree.map(jnp.asarray, params)}
+    return module, {"params": import_state(state, inception_rules(module))}
 
 
 def read_inception(path: str | os.PathLike) -> tuple[Mapping[str, np.ndarray], str]:

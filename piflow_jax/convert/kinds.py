@@ -21,11 +21,11 @@ class Kind:
     Attributes:
         name: Its name in `load_torch_state`.
         mark: An array that all networks of this kind have, and no others.
-        load: `(state, **sizes) -> (module, {"params": ...})`; for networks with students `(state,
-            head, **sizes)`, where `head` is a name in `HEADS`.
+        load: `(state, **sizes) -> (module, {"params": ...})`; for networks with students `(kind,
+            state, head, **sizes)`, where `head` is a name in `HEADS`.
         module: Its class in this package.
         output: The output layer of networks with students; empty for others.
-        sizes: Fields of the module that `load` takes, whether the weights show them or not.
+        read: Reads fields of a module that reads text off the shapes of a state.
         rules: The table for a module's parameters; None if these names can only be read.
         unread: Prefix of the layers with adapters that the release leaves out.
         release: The class in the release, and arguments that the others of its family lack.
@@ -39,7 +39,7 @@ class Kind:
     load: Callable[..., tuple[nn.Module, dict]]
     module: type[nn.Module]
     output: str = ""
-    sizes: tuple[str, ...] = ()
+    read: Callable[[Mapping[str, Any]], dict[str, Any]] | None = None
     rules: Callable[[Any], list[Rule]] | None = None
     unread: Callable[[Any], str] = lambda module: ""
     release: Callable[[Any], dict[str, Any]] | None = None

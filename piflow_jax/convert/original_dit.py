@@ -29,12 +29,12 @@ import functools
 import math
 import re
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
-from piflow_jax.convert.dit import CLASS_EMBED, OUTPUT, PATCH_EMBED, POSITIONS, load_dit
+from piflow_jax.convert.dit import CLASS_EMBED, DIT, OUTPUT, PATCH_EMBED, POSITIONS, load_dit
 from piflow_jax.convert.kinds import Kind
-from piflow_jax.convert.rules import Place
 from piflow_jax.models.dit import DiT
 from piflow_jax.models.layers import TIME_FEATURES
 from piflow_jax.safetensors_files import LazyArray
@@ -64,12 +64,9 @@ _ALONE = {_CLASSES: CLASS_EMBED, _POSITIONS: POSITIONS}
 def load_original_dit(
     state: Mapping[str, np.ndarray],
     *,
-    num_heads: int,
-    sample_size: int,
     time_scale: float = 1.0,
     turned: bool = False,
-    place: Place | None = None,
-    **given: float,
+    **sizes: Any,
 ) -> tuple[DiT, dict]:
     """Loads a DiT, SiT or REPA checkpoint; see the module's table for the meaning of its weights.
 
@@ -77,13 +74,11 @@ def load_original_dit(
 
     Args:
         state: Arrays by name in the original repositories.
-        num_heads: Attention heads (16 in the XL and L networks).
-        sample_size: Side, in sites, of the square inputs in training (32 for 256 pixels).
         time_scale: See `DiT`; 1 for REPA and SiT.
         turned: Converts a velocity network with data at t = 1 to one with data at t = 0, as
             everywhere here. If False, weights are loaded unchanged.
-        place: Puts each leaf on its devices as soon as it is built, see `import_state`.
-        **given: Sizes to check, see `load_dit`.
+        **sizes: `num_heads` (16 in the XL and L networks), `sample_size` (32 for 256 pixels), and
+            what else `load_dit` takes.
 
     Returns:
         The module, and `{"params": ...}` as JAX arrays with the dtypes of `state`.
@@ -98,15 +93,7 @@ def load_original_dit(
         if time_scale != 1.0:
             raise ValueError(f"original_sit networks see t in [0, 1], got time_scale {time_scale}")
         _turn_time(state)
-    return load_dit(
-        _official_names(state),
-        "",
-        num_heads=num_heads,
-        sample_size=sample_size,
-        time_scale=time_scale,
-        place=place,
-        **given,
-    )
+    return load_dit(DIT, _official_names(state), "", time_scale=time_scale, **sizes)
 
 
 def _check_names(state: Mapping[str, np.ndarray]) -> None:

@@ -11,18 +11,17 @@ import numpy as np
 
 from piflow_jax.convert.flux import (
     ATTENTION,
-    AXES_DIMS_ROPE,
     OUTPUT,
     TIME,
+    load_text_network,
     patch_head_rules,
     patch_rules,
     read_width,
     stream_rules,
 )
-from piflow_jax.convert.heads import read_head
 from piflow_jax.convert.kinds import Kind
-from piflow_jax.convert.rules import Place, Rule, as_jax, embedder_rules, import_state, linear
-from piflow_jax.convert.sizes import check_given, count_layers, linear_sizes
+from piflow_jax.convert.rules import Rule, embedder_rules, linear
+from piflow_jax.convert.sizes import count_layers, linear_sizes
 from piflow_jax.models.layers import TIME_FEATURES
 from piflow_jax.models.qwen_image import QwenImage
 
@@ -59,42 +58,11 @@ def qwen_image_rules(module: QwenImage) -> list[Rule]:
     ]
 
 
-def load_qwen_image(
-    state: Mapping[str, np.ndarray],
-    head: str,
-    *,
-    axes_dims_rope: tuple[int, int, int] = AXES_DIMS_ROPE,
-    place: Place | None = None,
-    **given: float,
-) -> tuple[QwenImage, dict]:
-    """Loads a Qwen-Image, or a student of it with adapters merged into its weights.
-
-    Args:
-        state: Arrays by official name.
-        head: A name in `HEADS`.
-        axes_dims_rope: See `QwenImage`; small networks need it.
-        place: Puts each leaf on its devices as soon as it is built, see `import_state`; None keeps
-            leaves on the default device.
-        **given: Sizes that shapes show, as a check: `patch_size`, `in_channels`, `hidden`,
-            `num_heads`, `depth`, `text_features`, `num_components`, `logstd_hidden`, `num_grid`. A
-            mixture without a logstd head needs `constant_logstd`.
-
-    Returns:
-        The module, and `{"params": ...}` as JAX arrays with the dtypes of `state`.
-
-    Raises:
-        ValueError: Names, shapes or dtypes do not match (the message lists the faults), numbers are
-            not finite, or a given size contradicts the weights.
-    """
-    state = dict(state)
-    sizes = read_width(state, "img_in") | {
+def _read(state: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    return read_width(state, "img_in") | {
         "depth": count_layers(state, "transformer_blocks"),
         "text_features": linear_sizes(state, "txt_in")[1],
     }
-    predicts, head_sizes = read_head(state, head, QWEN_IMAGE, sizes, given)
-    check_given(given, sizes | head_sizes)
-    module = QwenImage(**sizes, axes_dims_rope=tuple(axes_dims_rope), head=predicts)
-    return module, {"params": import_state(state, qwen_image_rules(module), 0, place or as_jax)}
 
 
 def _unread(module: QwenImage) -> str:
@@ -109,13 +77,10 @@ def _release(module: QwenImage) -> dict[str, Any]:
 QWEN_IMAGE = Kind(
     name="qwen_image",
     mark="txt_norm.weight",
-    load=load_qwen_image,
+    load=load_text_network,
+    read=_read,
     module=QwenImage,
     output=OUTPUT,
-    sizes=(
-        *("patch_size", "in_channels", "hidden", "num_heads", "depth", "text_features"),
-        "axes_dims_rope",
-    ),
     rules=qwen_image_rules,
     unread=_unread,
     release=_release,

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from piflow_jax.convert.kinds import Kind
-from piflow_jax.convert.rules import Place, Rule, as_jax, import_state
+from piflow_jax.convert.rules import Place, Rule, import_state
 from piflow_jax.convert.vae import by_channel, conv, middle, resnet
 from piflow_jax.models.vae import AutoencoderKL
 from piflow_jax.safetensors_files import LazyArray
@@ -139,7 +139,7 @@ def load_qwen_vae(
         latent_shift=shift,
     )
     flat = flattened(state)
-    return module, {"params": import_state(flat, qwen_vae_rules(module), 0, place or as_jax)}
+    return module, {"params": import_state(flat, qwen_vae_rules(module), place)}
 
 
 def flattened(state: Mapping[str, np.ndarray]) -> dict[str, LazyArray]:

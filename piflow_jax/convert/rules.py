@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import einops
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
@@ -46,15 +45,14 @@ class Rule:
         path: Keys of the Flax leaf.
         pattern: `einops` pattern from the (stacked) PyTorch layout to the Flax layout.
         sizes: Length of every axis in the pattern except `l` and `n`.
-        depth: Number of layers, for a network with stacks of several depths; None is the `depth`
-            argument of the functions below.
+        depth: Number of layers, if names have `{layer}`.
     """
 
     names: tuple[str, ...]
     path: tuple[str, ...]
     pattern: str
     sizes: Mapping[str, int]
-    depth: int | None = None
+    depth: int = 1
 
     @property
     def layered(self) -> bool:
@@ -68,27 +66,25 @@ class Rule:
         axes = [group for group in left.composition if group not in (["l"], ["n"])]
         return tuple(math.prod(self.sizes[axis] for axis in group) for group in axes)
 
-    def torch_names(self, depth: int) -> list[str]:
+    @property
+    def torch_names(self) -> list[str]:
         """All PyTorch names for the leaf, layers outermost."""
-        if not self.layered:
-            return list(self.names)
-        depth = depth if self.depth is None else self.depth
-        return [name.format(layer=i) for i in range(depth) for name in self.names]
+        return [name.format(layer=i) for i in range(self.depth) for name in self.names]
 
-    def leaf(self, state: Mapping[str, np.ndarray], depth: int) -> Leaf:
+    def leaf(self, state: Mapping[str, np.ndarray]) -> Leaf:
         """Makes the Flax leaf from PyTorch arrays without reading them."""
-        names, many = self.torch_names(depth), len(self.names)
+        names, many = self.torch_names, len(self.names)
         layers = [names[i : i + many] for i in range(0, len(names), many)]
         return Leaf(self.pattern, self.sizes, layers, state)
 
-    def from_leaf(self, leaf: np.ndarray, depth: int) -> dict[str, np.ndarray]:
+    def from_leaf(self, leaf: np.ndarray) -> dict[str, np.ndarray]:
         """Builds the PyTorch arrays from the Flax leaf."""
         left, right = self.pattern.split("->")
         inverse = f"{right.strip()} -> {left.strip()}"
         stacked = einops.rearrange(np.asarray(leaf), inverse, **self._known())
         arrays = stacked.reshape((-1, *self.torch_shape))
         # A view would keep the whole stack alive and is not contiguous for every writer, so copy.
-        return {n: np.array(a) for n, a in zip(self.torch_names(depth), arrays, strict=True)}
+        return {n: np.array(a) for n, a in zip(self.torch_names, arrays, strict=True)}
 
     def _known(self) -> dict[str, int]:
         known = dict(self.sizes)
@@ -104,7 +100,7 @@ def linear(
     in_: int,
     *,
     pieces: int = 1,
-    depth: int | None = None,
+    depth: int = 1,
     bias: bool = True,
 ) -> list[Rule]:
     """Rules for the weight and the bias of a linear layer (or of several fused layers).
@@ -150,7 +146,6 @@ def embedder_rules(official: str, ours: str, d: int, in_: int, *, bias: bool = T
 def import_state(
     state: Mapping[str, np.ndarray],
     rules: Iterable[Rule],
-    depth: int,
     place: Place | None = None,
 ) -> dict:
     """Turns a PyTorch state into nested Flax parameters.
@@ -162,14 +157,13 @@ def import_state(
     Args:
         state: Arrays by PyTorch name, possibly lazy (anything with a shape that numpy can read).
         rules: The table.
-        depth: Number of layers.
         place: Called with the path of a leaf, such as `("blocks", "qkv", "kernel")`, and the leaf
             as a numpy array, as soon as it is built; its result becomes the leaf. If it moves the
             leaf to its devices, the host never holds more than one. A `LazyPlace` is called before
-            the leaf is read.
+            the leaf is read. None puts leaves on the default device.
 
     Returns:
-        Nested dict of numpy arrays with the dtypes of `state` (but bfloat16 for float8), or of the
+        Nested dict of JAX arrays with the dtypes of `state` (but bfloat16 for float8), or of the
         results of `place`.
 
     Raises:
@@ -177,7 +171,7 @@ def import_state(
             numbers are not finite.
     """
     rules = list(rules)
-    expected = {name: rule.torch_shape for rule in rules for name in rule.torch_names(depth)}
+    expected = {name: rule.torch_shape for rule in rules for name in rule.torch_names}
     problems = [f"missing {name} {shape}" for name, shape in expected.items() if name not in state]
     problems += [
         f"unexpected {name} {np.shape(array)}"
@@ -198,12 +192,12 @@ def import_state(
         raise ValueError(f"the state does not fit the model:{listed(problems)}")
     leaves = {}
     for rule in rules:
-        leaf = rule.leaf(state, depth)
+        leaf = rule.leaf(state)
         if isinstance(place, LazyPlace):
             leaf = place.place(rule.path, leaf)
         else:
             leaf = np.asarray(leaf)
-            leaf = leaf if place is None else place(rule.path, leaf)
+            leaf = jnp.asarray(leaf) if place is None else place(rule.path, leaf)
         leaves[rule.path] = leaf
         del leaf
     return unflatten_dict(leaves)
@@ -215,18 +209,12 @@ def listed(faults: list[str]) -> str:
     return "".join(f"\n  {line}" for line in [*faults[:_LISTED], *more])
 
 
-def as_jax(path: tuple[str, ...], leaf: np.ndarray) -> jax.Array:
-    """The default `place`: an array on the default device."""
-    return jnp.asarray(leaf)
-
-
-def export_state(params: Mapping, rules: Iterable[Rule], depth: int) -> dict[str, np.ndarray]:
+def export_state(params: Mapping, rules: Iterable[Rule]) -> dict[str, np.ndarray]:
     """Turns nested Flax parameters into a PyTorch state, the inverse of `import_state`.
 
     Args:
         params: Nested dict of arrays.
         rules: The table.
-        depth: Number of layers.
 
     Returns:
         Arrays by PyTorch name, with the dtypes of `params`.
@@ -243,5 +231,5 @@ def export_state(params: Mapping, rules: Iterable[Rule], depth: int) -> dict[str
         raise ValueError(f"the parameters do not fit the table: missing {missing}, unknown {extra}")
     state: dict[str, np.ndarray] = {}
     for rule in rules:
-        state |= rule.from_leaf(leaves[rule.path], depth)
+        state |= rule.from_leaf(leaves[rule.path])
     return state

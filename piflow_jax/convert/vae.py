@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from piflow_jax.convert.kinds import Kind
-from piflow_jax.convert.rules import Place, Rule, as_jax, import_state, linear
+from piflow_jax.convert.rules import Place, Rule, import_state, linear
 from piflow_jax.models.vae import AutoencoderKL
 
 # In early releases of `diffusers`, attention had other names, and 1x1 convolutions instead of
@@ -201,7 +201,7 @@ def load_vae(
         latent_scale=scale,
         latent_shift=shift,
     )
-    return module, {"params": import_state(state, vae_rules(module), 0, place or as_jax)}
+    return module, {"params": import_state(state, vae_rules(module), place)}
 
 
 def by_channel(

@@ -22,7 +22,7 @@ __all__ = ["initial_trained", "initialize_student", "student_from_teacher"]
 
 # Settings in which networks with the same parameters may differ: their heads, and how they are
 # computed.
-_FREE = ("head", "lora", "dtype", "param_dtype", "remat", "scan_unroll", "attention", "constrain")
+FREE = ("head", "lora", "dtype", "param_dtype", "remat", "scan_unroll", "attention", "constrain")
 
 
 def student_from_teacher(
@@ -180,7 +180,7 @@ def _check(
     added = {field: layers for field, layers in student.addable.items() if getattr(student, field)}
     if teacher is not None:
         for field in dataclasses.fields(student):
-            if field.init and field.name not in (*_FREE, *added, "parent", "name"):
+            if field.init and field.name not in (*FREE, *added, "parent", "name"):
                 pair = (getattr(module, field.name, None) for module in (student, teacher))
                 differences[field.name] = tuple(pair)
     for name in sorted(ours.keys() | theirs.keys()):

@@ -144,7 +144,7 @@ def test_shards_go_leaf_by_leaf_to_where_they_belong(tmp_path):
         pooled_features=32,
         axes_dims_rope=(4, 6, 6),
     )
-    names = {n: r.torch_shape for r in flux_rules(module) for n in r.torch_names(0)}
+    names = {n: r.torch_shape for r in flux_rules(module) for n in r.torch_names}
     rng = np.random.default_rng(0)
     state = {n: rng.normal(size=s).astype(ml_dtypes.bfloat16) for n, s in names.items()}
     where = {n: f"model-0000{1 + i % 2}-of-00002.safetensors" for i, n in enumerate(state)}

@@ -73,7 +73,7 @@ def test_no_other_rows_are_read(tmp_path, counted, pattern, rows, index, lengths
     rng = np.random.default_rng(0)
     arrays = {n: rng.normal(size=(12, 6)).astype(ml_dtypes.bfloat16) for n in ("a", "b")}
     write_safetensors(tmp_path / "x.safetensors", arrays)
-    leaf = rule.leaf(open_weights(tmp_path / "x.safetensors"), 0)
+    leaf = rule.leaf(open_weights(tmp_path / "x.safetensors"))
     assert leaf.rows == rows
     index = tuple(
         itertools.chain.from_iterable(
@@ -84,7 +84,7 @@ def test_no_other_rows_are_read(tmp_path, counted, pattern, rows, index, lengths
     part = leaf[index]
     assert counted == lengths
     assert [12 * (rows.stop - rows.start) for _, rows in leaf.reads(index)] == lengths
-    np.testing.assert_array_equal(part, rule.leaf(arrays, 0)[()][index])
+    np.testing.assert_array_equal(part, rule.leaf(arrays)[()][index])
 
 
 def test_numbers_are_checked_in_the_part_that_is_read(tmp_path):
@@ -92,7 +92,7 @@ def test_numbers_are_checked_in_the_part_that_is_read(tmp_path):
     array[3, 1] = np.nan
     write_safetensors(tmp_path / "x.safetensors", {"a": array})
     weights = open_weights(tmp_path / "x.safetensors")
-    leaf = Rule(("a",), ("kernel",), "o i -> i o", {"o": 4, "i": 2}).leaf(weights, 0)
+    leaf = Rule(("a",), ("kernel",), "o i -> i o", {"o": 4, "i": 2}).leaf(weights)
     assert leaf[slice(None), slice(0, 3)].tolist() == [[1, 1, 1]] * 2
     with pytest.raises(ValueError, match="1 of the 2 numbers of a are not finite"):
         leaf[slice(None), slice(3, 4)]
