@@ -26,11 +26,9 @@ import numpy as np
 from benchmarks import harness
 from piflow_jax.data import batches
 from piflow_jax.data.latents import (
+    LATENTS,
     LatentsPlan,
-    finalize_latents,
     load_latents_source,
-    start_latents,
-    write_shard,
 )
 
 SHAPE = (32, 32, 4)
@@ -60,10 +58,10 @@ def write_latents(directory: str, examples: int, shard_size: int, dtype: str) ->
         mean, std = np.swapaxes(moments(index, dtype), 0, 1)
         return {"mean": mean, "std": std, "condition": index % 1000, "key": str(index)}
 
-    start_latents(directory, plan)
+    LATENTS.start(directory, plan)
     for shard in range(plan.num_shards):
-        write_shard(directory, plan, shard, map(example, plan.shard_range(shard)))
-    finalize_latents(directory)
+        LATENTS.write(directory, plan, shard, map(example, plan.shard_range(shard)))
+    LATENTS.finalize(directory)
 
 
 class Files:

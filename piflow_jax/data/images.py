@@ -9,9 +9,11 @@ import concurrent.futures
 import dataclasses
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, SupportsIndex
+from collections.abc import Iterator, Sequence
+from typing import Any, SupportsIndex
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
@@ -21,9 +23,6 @@ from piflow_jax.data.pictures import PictureError, grey
 from piflow_jax.data.plans import Plan
 from piflow_jax.data.records import Records
 from piflow_jax.data.shards import ShardedSet, ShardsError
-
-if TYPE_CHECKING:
-    import jax
 
 __all__ = [
     "ImagesError",
@@ -233,27 +232,18 @@ def prepare_images(
     directory: str | os.PathLike,
     plan: ImagesPlan,
     pictures: PictureSet,
-    *,
-    process_index: int = 0,
-    process_count: int = 1,
-    on_progress: Callable[[int, int], None] | None = None,
-    skip_refused: bool = False,
+    **how: Any,
 ) -> dict[str, Any] | None:
-    """Writes a set: each picture's `center_crop`; goes on with the first shard that is missing.
+    """Writes a set, each picture's `center_crop`, see `ShardedSet.prepare`.
 
-    Process `p` of `P` writes the shards `i` with `i % P == p`; processes need not know of each
-    other but share the directory. Whichever finds all shards in place finalises the set. Pictures
-    are decoded by threads, a few ahead of what is written.
+    Pictures are decoded by threads, a few ahead of what is written.
 
     Args:
       directory: The set's directory; made if need be.
       plan: What it is going to hold, see `plan_images`.
       pictures: Of what it is made.
-      process_index: This process.
-      process_count: Number of processes.
-      on_progress: Called after each shard with the number of shards that this call has written and
-        has to write.
-      skip_refused: Leave out pictures that cannot be read; the manifest names them.
+      **how: `process_index`, `process_count`, `on_progress` and `skip_refused` of
+        `ShardedSet.prepare`.
 
     Returns:
       The manifest if all shards are there, None if other processes still have some to write.
@@ -268,18 +258,12 @@ def prepare_images(
             directory,
             plan,
             lambda shard: _records(pictures, plan, plan.shard_range(shard), pool),
-            process_index=process_index,
-            process_count=process_count,
-            on_progress=on_progress,
-            skip_refused=skip_refused,
+            **how,
         )
 
 
-def mirrored(key: "jax.Array", x: "jax.Array") -> "jax.Array":
+def mirrored(key: jax.Array, x: jax.Array) -> jax.Array:
     """Images `x[B, H, W, C]`, or with equal chances their mirror images; jittable."""
-    import jax
-    import jax.numpy as jnp
-
     mirror = jax.random.bernoulli(key, shape=x.shape[:1])
     return jnp.where(mirror[:, None, None, None], x[:, :, ::-1], x)
 

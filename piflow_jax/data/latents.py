@@ -13,8 +13,10 @@ import math
 import os
 import reprlib
 import tempfile
-from typing import TYPE_CHECKING, Any, SupportsIndex
+from typing import Any, SupportsIndex
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
@@ -23,9 +25,6 @@ from piflow_jax.data.plans import Plan
 from piflow_jax.data.records import Records
 from piflow_jax.data.shards import ShardedSet, ShardsError
 from piflow_jax.whole_files import copy_file
-
-if TYPE_CHECKING:
-    import jax
 
 __all__ = [
     "LATENTS",
@@ -36,11 +35,7 @@ __all__ = [
     "LatentsPlan",
     "LatentsSource",
     "draw_latents",
-    "finalize_latents",
     "load_latents_source",
-    "missing_shards",
-    "start_latents",
-    "write_shard",
 ]
 
 NAME = "latents"
@@ -175,7 +170,7 @@ class LatentsSource:
         moments = {"mean": example["mean"], "std": example["std"]}
         return {"x": moments, "condition": np.asarray(example["label"], np.int32)}
 
-    def draw(self, key: "jax.Array", x: dict[str, "jax.Array"]) -> "jax.Array":
+    def draw(self, key: jax.Array, x: dict[str, jax.Array]) -> jax.Array:
         """Draws states of the moments of a batch; see `draw_latents`.
 
         Args:
@@ -242,12 +237,12 @@ def load_latents_source(
 
 
 def draw_latents(
-    key: "jax.Array",
-    mean: "jax.Array",
-    std: "jax.Array",
+    key: jax.Array,
+    mean: jax.Array,
+    std: jax.Array,
     scale: float | tuple[float, ...] = SD_VAE_SCALE,
     shift: float | tuple[float, ...] = 0.0,
-) -> "jax.Array":
+) -> jax.Array:
     """Chooses image or mirror image with equal chances and samples its posterior; jittable.
 
     It is here because it resolves the format's second axis. It loads JAX only when called.
@@ -262,9 +257,6 @@ def draw_latents(
     Returns:
       Latents float32[B, *sites, C].
     """
-    import jax
-    import jax.numpy as jnp
-
     mirror_key, noise_key = jax.random.split(key)
     mirror = jax.random.bernoulli(mirror_key, shape=mean.shape[:1])
     mirror = mirror.reshape(-1, *[1] * (mean.ndim - 2))
@@ -351,6 +343,3 @@ LATENTS = ShardedSet(
 Their examples have `mean`, `std`: `[2, *plan.latent_shape]` of `plan.dtype`, the image's and its
 mirror image's; `label: int`; `key: str`.
 """
-
-start_latents, missing_shards = LATENTS.start, LATENTS.missing
-write_shard, finalize_latents = LATENTS.write, LATENTS.finalize

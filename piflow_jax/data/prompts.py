@@ -42,11 +42,7 @@ __all__ = [
     "PromptsError",
     "PromptsPlan",
     "PromptsSource",
-    "finalize_prompts",
     "load_prompts_source",
-    "missing_prompt_shards",
-    "start_prompts",
-    "write_prompt_shard",
 ]
 
 NAME = "prompts"
@@ -478,6 +474,3 @@ bucket, where the plan has them (the empty prompt has none). Prompts of a bucket
 have `reference_0: [h, w, reference_channels]` and so on, `reference_names: list[str]`, and where
 the text encoder sees them `null`, of the empty prompt, like `text`.
 """
-
-start_prompts, missing_prompt_shards = PROMPTS.start, PROMPTS.missing
-write_prompt_shard, finalize_prompts = PROMPTS.write, PROMPTS.finalize

@@ -25,6 +25,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import PurePosixPath
 from typing import Any
 
+import jax
 from absl import logging
 from etils import epath
 
@@ -40,7 +41,6 @@ __all__ = [
     "RefusedError",
     "ShardedSet",
     "ShardsError",
-    "left_out",
 ]
 
 _WORK = "preparation"
@@ -74,6 +74,10 @@ class RefusedError(ShardsError):
         advice = "mend or remove them, or leave them out by config.data.skip_refused"
         count = "1 picture was" if len(self.refused) == 1 else f"{len(self.refused)} pictures were"
         return f"{_listed(self.refused)}\n{count} refused: {advice}"
+
+
+def _say(done: int, todo: int) -> None:
+    logging.info("prepare: %d/%d shards", done, todo)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -230,22 +234,26 @@ class ShardedSet:
         examples: Callable[[int], Iterable[Any]],
         *,
         process_index: int = 0,
-        process_count: int = 1,
-        on_progress: Callable[[int, int], None] | None = None,
+        process_count: int | None = None,
+        on_progress: Callable[[int, int], None] = _say,
         skip_refused: bool = False,
     ) -> dict[str, Any] | None:
         """Writes this process's share of the missing shards, and the manifest if all are there.
 
-        A shard with refused pictures does not hold up the others.
+        Goes on with the first shard that is missing, so a preparation that was killed is just
+        started again. Process `p` of `P` writes the shards `i` with `i % P == p`; processes need
+        not know of each other but share the directory. Whichever finds all shards in place
+        finalises the set. A shard with refused pictures does not hold up the others.
 
         Args:
           directory: The set's directory.
           plan: What it is going to hold.
           examples: The examples of a shard, see `write`.
           process_index: Index of this process.
-          process_count: Number of processes.
-          on_progress: Called after each shard with the number of shards done and of all.
-          skip_refused: Leave out examples whose picture cannot be read.
+          process_count: Number of processes; None takes JAX's, and the index of this one.
+          on_progress: Called after each shard with the number of shards that this call has written
+            and has to write; by default it goes to the log.
+          skip_refused: Leave out examples whose picture cannot be read; the manifest names them.
 
         Returns:
           The manifest; None if other processes still have shards to write.
@@ -255,6 +263,8 @@ class ShardedSet:
           ShardsError: If another preparation was begun there, or a shard is damaged.
           ValueError: If the process is none of the processes.
         """
+        if process_count is None:
+            process_index, process_count = jax.process_index(), jax.process_count()
         if not 0 <= process_index < process_count:
             raise ValueError(f"process_index must lie in [0, {process_count}), got {process_index}")
         self.start(directory, plan)
@@ -267,11 +277,18 @@ class ShardedSet:
                 self.write(directory, plan, shard, examples(shard), skip_refused=skip_refused)
             except RefusedError as error:
                 refused += error.refused
-            if on_progress is not None:
-                on_progress(done, len(todo))
+            on_progress(done, len(todo))
         if refused:
             raise RefusedError(refused)
-        return None if self.missing(directory, plan) else self.finalize(directory)
+        if self.missing(directory, plan):
+            return None
+        manifest = self.finalize(directory)
+        if entries := _refused(manifest["shards"]):
+            # A name that is not UTF-8 cannot be written to every log.
+            left_out = _listed([PictureError(one["picture"], one["reason"]) for one in entries])
+            shown = left_out.encode(errors="backslashreplace").decode()
+            logging.warning("prepare: left out\n%s", shown)
+        return manifest
 
     def finalize(self, directory: str | os.PathLike) -> dict[str, Any]:
         """Verifies all shards and writes the manifest.
@@ -418,21 +435,6 @@ class ShardedSet:
         check_entries({"refused": [], **entry}, {"refused": list}, path, self.error)
         for refused in entry.get("refused", ()):
             check_entries(refused, _REFUSED, path, self.error)
-
-
-def left_out(manifest: dict[str, Any]) -> str:
-    """The pictures that a finished set lacks.
-
-    Args:
-      manifest: The set's manifest.
-
-    Returns:
-      A line for each, with the reason; usually empty.
-    """
-    refused = _refused(manifest["shards"])
-    listed = _listed([PictureError(entry["picture"], entry["reason"]) for entry in refused])
-    # A name that is not UTF-8 cannot be written to every log.
-    return listed.encode(errors="backslashreplace").decode()
 
 
 def _refused(shards: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -14,61 +14,48 @@ from piflow_jax.config import Config, ConfigError
 from piflow_jax.data.latents import LATENTS, LatentsPlan
 from piflow_jax.data.picture_sets import PictureSet, center_crop, open_pictures
 from piflow_jax.data.pictures import PictureError
-from piflow_jax.data.shards import left_out
 from piflow_jax.models.vae import AutoencoderKL
-from piflow_jax.modes.autoencoder import check_autoencoder, load_autoencoder, tree_digest
+from piflow_jax.modes.autoencoder import Autoencoder, check_autoencoder, load_autoencoder
 from piflow_jax.parallel import batch_sharding, local_mesh, replicated
 from piflow_jax.systems.networks import official_data
 
-__all__ = ["finalize", "prepare", "prepare_latents"]
+__all__ = ["prepare", "prepare_latents"]
 
-finalize = LATENTS.finalize
+_READ_THREADS = 16
 
 
 def prepare(
     source: PictureSet,
-    vae_module: AutoencoderKL,
-    vae_params: Any,
+    autoencoder: Autoencoder,
     directory: str | os.PathLike,
     *,
     image_size: int = 256,
     shard_size: int = 8192,
     batch_size: int = 64,
-    process_index: int = 0,
-    process_count: int = 1,
-    on_progress: Callable[[int, int], None] | None = None,
     dtype: str = "float16",
     precision: str = "high",
-    read_threads: int = 16,
-    skip_refused: bool = False,
+    **how: Any,
 ) -> dict[str, Any] | None:
     """Encodes all images and their mirror images, in the order of the source.
 
-    Goes on with the first shard that is missing, so a preparation that was killed is just started
-    again. Process `p` of `P` writes the shards `i` with `i % P == p`; processes need not know of
-    each other but share the directory. Whichever finds all shards in place finalises the set.
+    Goes on where a preparation was killed, and shares the work, see `ShardedSet.prepare`.
 
     Images go by `center_crop` and to [-1, 1]. One step of all local devices encodes `batch_size`
     images and as many mirror images, while the next images are decoded by threads.
 
     Args:
       source: Images by index.
-      vae_module: The autoencoder.
-      vae_params: Its variables.
+      autoencoder: The autoencoder.
       directory: Where the set goes, on a disk or in a bucket. TFDS finds it by name, besides by
         path, if it ends in `latents/1.0.0`.
       image_size: Side of the crops.
       shard_size: Images in each shard.
       batch_size: Images in each step, divisible by the number of local devices; fewer if no shard
         has as many.
-      process_index: This process.
-      process_count: Number of processes.
-      on_progress: Called after each shard with the number of shards that this call has written and
-        has to write.
       dtype: Type of the stored moments.
       precision: JAX's precision of products; `high` is TensorFloat-32 or three bfloat16 passes.
-      read_threads: Threads that read, decode and crop images.
-      skip_refused: Leave out images that cannot be read; the manifest names them.
+      **how: `process_index`, `process_count`, `on_progress` and `skip_refused` of
+        `ShardedSet.prepare`.
 
     Returns:
       The manifest if all shards are there, None if other processes still have some to write.
@@ -89,11 +76,12 @@ def prepare(
     largest = min(shard_size, len(source))
     batch_size = min(batch_size, -(-largest // devices) * devices)
     image = jax.ShapeDtypeStruct((1, image_size, image_size, 3), jnp.float32)
+    module, params = autoencoder.module, autoencoder.params
     moments, _ = jax.eval_shape(
-        lambda params, x: vae_module.apply(params, x, method="encode"), vae_params, image
+        lambda params, x: module.apply(params, x, method="encode"), params, image
     )
     plan = LatentsPlan(
-        vae=tree_digest(vae_params),
+        vae=autoencoder.identity,
         compute=f"{moments.dtype.name}, precision {precision}, {image_size} by centre crop",
         source=source.description,
         num_examples=len(source),
@@ -102,11 +90,11 @@ def prepare(
         latent_shape=moments.shape[1:],
         shard_size=shard_size,
         dtype=dtype,
-        scale=vae_module.latent_scale,
-        shift=vae_module.latent_shift,
+        scale=module.latent_scale,
+        shift=module.latent_shift,
     )
-    encode = _encoder(vae_module, vae_params, dtype, precision)
-    with concurrent.futures.ThreadPoolExecutor(read_threads) as pool:
+    encode = _encoder(module, params, dtype, precision)
+    with concurrent.futures.ThreadPoolExecutor(_READ_THREADS) as pool:
 
         def examples(shard):
             return _encoded(source, plan.shard_range(shard), encode, batch_size, plan, pool)
@@ -115,10 +103,7 @@ def prepare(
             directory,
             plan,
             examples,
-            process_index=process_index,
-            process_count=process_count,
-            on_progress=on_progress,
-            skip_refused=skip_refused,
+            **how,
         )
 
 
@@ -151,19 +136,13 @@ def prepare_latents(config: Config, workdir: str | os.PathLike) -> None:
         )
     manifest = prepare(
         source,
-        autoencoder.module,
-        autoencoder.params,
+        autoencoder,
         settings.data_dir,
         image_size=settings.image_size,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-        on_progress=lambda done, todo: logging.info("prepare: %d/%d shards", done, todo),
         skip_refused=settings.skip_refused,
     )
     if manifest is not None:
         logging.info("prepare: %d images in %s", manifest["num_examples"], settings.data_dir)
-        if left_out(manifest):
-            logging.warning("prepare: left out\n%s", left_out(manifest))
 
 
 def _encoder(module: AutoencoderKL, params: Any, dtype: str, precision: str) -> Callable:

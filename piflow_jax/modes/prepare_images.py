@@ -3,7 +3,6 @@
 import dataclasses
 import os
 
-import jax
 from absl import logging
 from jax.experimental import multihost_utils
 
@@ -16,7 +15,6 @@ from piflow_jax.data.images import (
     prepared_images,
 )
 from piflow_jax.data.picture_sets import open_pictures
-from piflow_jax.data.shards import left_out
 
 __all__ = ["in_workdir", "prepare_missing", "prepare_pixels"]
 
@@ -63,17 +61,12 @@ def prepare_pixels(config: Config, workdir: str | os.PathLike) -> None:
         *(plan.image_size, plan.image_size, len(plan.class_names)),
         *(settings.images, settings.data_dir),
     )
-    manifest = prepare_images(
+    prepare_images(
         settings.data_dir,
         plan,
         pictures,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-        on_progress=lambda done, todo: logging.info("prepare: %d/%d shards", done, todo),
         skip_refused=settings.skip_refused,
     )
-    if manifest is not None and left_out(manifest):
-        logging.warning("prepare: left out\n%s", left_out(manifest))
 
 
 def prepare_missing(config: Config, workdir: str | os.PathLike) -> None:

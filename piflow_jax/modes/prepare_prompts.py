@@ -29,7 +29,6 @@ from piflow_jax.data.prompt_lists import (
     read_prompts,
 )
 from piflow_jax.data.prompts import PROMPTS, PromptsPlan
-from piflow_jax.data.shards import left_out
 from piflow_jax.data.text_encoders import TextEncoder, load_text_encoder
 from piflow_jax.keys import seed_key
 from piflow_jax.models.vae import picture_encoder, sample_posterior
@@ -53,20 +52,15 @@ def encode_prompts(
     image_size: int = 1024,
     shard_size: int = 512,
     batch_size: int = 32,
-    process_index: int = 0,
-    process_count: int = 1,
     autoencoder: Autoencoder | None = None,
     image_folder: str | os.PathLike = "",
     reference_size: Callable[[int, int, int], tuple[int, int]] | None = None,
     reference_scale: Callable[[int, int, int], tuple[int, int]] | None = None,
-    on_progress: Callable[[int, int], None] | None = None,
-    skip_refused: bool = False,
+    **how: Any,
 ) -> dict[str, Any] | None:
     """Encodes all prompts and the empty one, aspect ratio by aspect ratio.
 
-    Goes on with the first shard that is missing, so a preparation that was killed is just started
-    again. Process `p` of `P` writes the shards `i` with `i % P == p`; processes need not know of
-    each other but share the directory. Whichever finds all shards in place finalises the set.
+    Goes on where a preparation was killed, and shares the work, see `ShardedSet.prepare`.
 
     Images are scaled to cover their bucket's size and cut at its centre; latents are one sample of
     the autoencoder's posterior, as pi-Flow trains on, with noise that depends on the prompt's place
@@ -83,17 +77,14 @@ def encode_prompts(
       image_size: Side of a square image; others have about as many pixels.
       shard_size: Prompts in each shard.
       batch_size: Prompts encoded at once. Batches do not cross shards.
-      process_index: This process.
-      process_count: Number of processes.
       autoencoder: Of images and references; None leaves the images out.
       image_folder: What names of images are relative to.
       reference_size: `(height, width, side) -> (height, width)` of references, with the side of a
         square one, see `NetworkKind`; needed only for prompts with references.
       reference_scale: Likewise the size to which references are scaled before they are cut; None if
         they are not cut.
-      on_progress: Called after each shard with the number of shards that this call has written and
-        has to write.
-      skip_refused: Leave out prompts whose image cannot be read; the manifest names them.
+      **how: `process_index`, `process_count`, `on_progress` and `skip_refused` of
+        `ShardedSet.prepare`.
 
     Returns:
       The manifest if all shards are there, None if other processes still have some to write.
@@ -168,10 +159,7 @@ def encode_prompts(
         directory,
         plan,
         examples,
-        process_index=process_index,
-        process_count=process_count,
-        on_progress=on_progress,
-        skip_refused=skip_refused,
+        **how,
     )
 
 
@@ -232,13 +220,10 @@ def prepare_prompts(config: Config, workdir: str | os.PathLike) -> None:
         settings.data_dir,
         source=os.path.basename(settings.prompts),
         image_size=settings.image_size,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
         autoencoder=autoencoder,
         image_folder=os.path.dirname(settings.prompts),
         reference_size=kind.reference_size,
         reference_scale=kind.reference_scale,
-        on_progress=lambda done, todo: logging.info("prepare: %d/%d shards", done, todo),
         skip_refused=settings.skip_refused,
     )
     if manifest is not None:
@@ -248,8 +233,6 @@ def prepare_prompts(config: Config, workdir: str | os.PathLike) -> None:
             len(manifest["buckets"]),
             settings.data_dir,
         )
-        if left_out(manifest):
-            logging.warning("prepare: left out\n%s", left_out(manifest))
 
 
 def _check_references(config: Config, prompts: Sequence[Prompt]) -> bool:

@@ -10,14 +10,11 @@ import pytest
 
 from piflow_jax.data import batches
 from piflow_jax.data.latents import (
+    LATENTS,
     LatentsError,
     LatentsPlan,
     draw_latents,
-    finalize_latents,
     load_latents_source,
-    missing_shards,
-    start_latents,
-    write_shard,
 )
 
 PLAN = LatentsPlan(
@@ -45,10 +42,10 @@ def example(index, plan=PLAN):
 
 
 def write(directory, plan=PLAN):
-    start_latents(directory, plan)
-    for shard in missing_shards(directory, plan):
-        write_shard(directory, plan, shard, (example(i, plan) for i in plan.shard_range(shard)))
-    return finalize_latents(directory)
+    LATENTS.start(directory, plan)
+    for shard in LATENTS.missing(directory, plan):
+        LATENTS.write(directory, plan, shard, (example(i, plan) for i in plan.shard_range(shard)))
+    return LATENTS.finalize(directory)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
@@ -124,18 +121,18 @@ def test_an_unfinished_set_is_refused(tmp_path):
     with pytest.raises(LatentsError, match=r"latents\.json is missing"):
         load_latents_source(tmp_path)
     with pytest.raises(LatentsError, match="no preparation was begun"):
-        finalize_latents(tmp_path)
-    start_latents(tmp_path, PLAN)
-    write_shard(tmp_path, PLAN, 1, map(example, PLAN.shard_range(1)))
-    assert missing_shards(tmp_path, PLAN) == [0, 2]
+        LATENTS.finalize(tmp_path)
+    LATENTS.start(tmp_path, PLAN)
+    LATENTS.write(tmp_path, PLAN, 1, map(example, PLAN.shard_range(1)))
+    assert LATENTS.missing(tmp_path, PLAN) == [0, 2]
     with pytest.raises(LatentsError, match=f"{SHARDS[0]} was not written"):
-        finalize_latents(tmp_path)
+        LATENTS.finalize(tmp_path)
     with pytest.raises(LatentsError, match=r"latents\.json is missing"):
         load_latents_source(tmp_path)
 
 
 @pytest.mark.parametrize("verify", [True, False])
-@pytest.mark.parametrize("stage", [load_latents_source, finalize_latents])
+@pytest.mark.parametrize("stage", [load_latents_source, LATENTS.finalize])
 def test_a_truncated_or_missing_shard_is_named(finished, stage, verify):
     def call():
         stage(finished, **({"verify": verify} if stage is load_latents_source else {}))
@@ -144,7 +141,7 @@ def test_a_truncated_or_missing_shard_is_named(finished, stage, verify):
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(LatentsError, match=rf"{SHARDS[1]} has \d+ bytes, expected"):
         call()
-    assert missing_shards(finished, PLAN) == [1]
+    assert LATENTS.missing(finished, PLAN) == [1]
     path.unlink()
     with pytest.raises(LatentsError, match=f"{SHARDS[1]} is missing"):
         call()
@@ -156,10 +153,10 @@ def test_a_wrong_count_is_found(finished):
     record = finished / "preparation" / "00001.json"
     record.write_text(record.read_text().replace('"examples": 3', '"examples": 2'))
     with pytest.raises(LatentsError, match=f"{SHARDS[1]} has 3 examples, expected 2"):
-        finalize_latents(finished)
+        LATENTS.finalize(finished)
 
 
-@pytest.mark.parametrize("stage", [load_latents_source, finalize_latents])
+@pytest.mark.parametrize("stage", [load_latents_source, LATENTS.finalize])
 def test_a_flipped_bit_is_found(finished, stage):
     path = finished / SHARDS[2]
     data = bytearray(path.read_bytes())
@@ -227,17 +224,17 @@ def test_a_spoilt_manifest_is_refused(finished, spoil, message):
 
 def test_another_plan_in_the_same_directory_is_refused(finished):
     with pytest.raises(LatentsError, match="shard_size was 3, is 4; vae was 'abc', is 'xyz'"):
-        start_latents(finished, dataclasses.replace(PLAN, vae="xyz", shard_size=4))
+        LATENTS.start(finished, dataclasses.replace(PLAN, vae="xyz", shard_size=4))
 
 
 def test_a_shard_with_the_wrong_latents_does_not_appear(tmp_path):
-    start_latents(tmp_path, PLAN)
+    LATENTS.start(tmp_path, PLAN)
     with pytest.raises(LatentsError, match="shard 0 has 3 latents, got 2"):
-        write_shard(tmp_path, PLAN, 0, map(example, range(2)))
+        LATENTS.write(tmp_path, PLAN, 0, map(example, range(2)))
     with pytest.raises(LatentsError, match=r"n1/1\.JPEG are not finite in float16"):
         spoilt = {**example(1), "std": np.full((2, 4, 4, 2), np.inf, np.float16)}
-        write_shard(tmp_path, PLAN, 0, [example(0), spoilt, example(2)])
-    assert missing_shards(tmp_path, PLAN) == [0, 1, 2] and not list(tmp_path.glob("*-of-*"))
+        LATENTS.write(tmp_path, PLAN, 0, [example(0), spoilt, example(2)])
+    assert LATENTS.missing(tmp_path, PLAN) == [0, 1, 2] and not list(tmp_path.glob("*-of-*"))
 
 
 def test_draws_have_the_moments_of_the_two_posteriors():
@@ -282,25 +279,25 @@ def test_two_preparations_at_once_do_not_harm_each_other(place):
     """A job started again while the old one is in the middle of a shard."""
     write(place / "alone")
     directory = place / "both"
-    start_latents(directory, PLAN)
+    LATENTS.start(directory, PLAN)
     old, new = [], []
 
     def started_again(i):
         if i == 4:  # the old one has written an example of shard 1
-            for shard in missing_shards(directory, PLAN):
-                write_shard(directory, PLAN, shard, encoded_at(lambda _: None, shard, new))
+            for shard in LATENTS.missing(directory, PLAN):
+                LATENTS.write(directory, PLAN, shard, encoded_at(lambda _: None, shard, new))
 
-    for shard in missing_shards(directory, PLAN):
-        write_shard(directory, PLAN, shard, encoded_at(started_again, shard, old))
+    for shard in LATENTS.missing(directory, PLAN):
+        LATENTS.write(directory, PLAN, shard, encoded_at(started_again, shard, old))
     # The new one finishes what the old one has begun; the old one then has nothing left to do.
     assert (old, new) == ([0, 1, 2, 3, 4, 5], [3, 4, 5, 6])
-    finalize_latents(directory)
+    LATENTS.finalize(directory)
     for name in SHARDS:
         assert (directory / name).read_bytes() == (place / "alone" / name).read_bytes()
 
 
 def test_what_a_killed_preparation_left_does_not_stay(tmp_path):
-    start_latents(tmp_path, PLAN)
+    LATENTS.start(tmp_path, PLAN)
     work = tmp_path / "preparation"
     left = [work / "00001.array_record", work / "00001.array_record.0f3a"]
     for path in left:

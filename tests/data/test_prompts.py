@@ -11,13 +11,10 @@ import pytest
 from piflow_jax.data import batches
 from piflow_jax.data.pipeline import BucketSchedule, Order
 from piflow_jax.data.prompts import (
+    PROMPTS,
     PromptsError,
     PromptsPlan,
-    finalize_prompts,
     load_prompts_source,
-    missing_prompt_shards,
-    start_prompts,
-    write_prompt_shard,
 )
 
 PLAN = PromptsPlan(
@@ -54,10 +51,10 @@ def example(position):
 
 
 def write(directory, plan=PLAN, made=example):
-    start_prompts(directory, plan)
-    for shard in missing_prompt_shards(directory, plan):
-        write_prompt_shard(directory, plan, shard, map(made, plan.shard_range(shard)))
-    return finalize_prompts(directory)
+    PROMPTS.start(directory, plan)
+    for shard in PROMPTS.missing(directory, plan):
+        PROMPTS.write(directory, plan, shard, map(made, plan.shard_range(shard)))
+    return PROMPTS.finalize(directory)
 
 
 @pytest.fixture(scope="module")
@@ -151,11 +148,11 @@ def test_records_have_their_own_length(tmp_path):
     ],
 )
 def test_a_shard_with_a_wrong_example_does_not_appear(tmp_path, spoilt, message):
-    start_prompts(tmp_path, PLAN)
+    PROMPTS.start(tmp_path, PLAN)
     examples = [{**example(i), **(spoilt if i == 1 else {})} for i in range(4)]
     with np.errstate(over="ignore"), pytest.raises(PromptsError, match=message):
-        write_prompt_shard(tmp_path, PLAN, 0, examples)
-    assert missing_prompt_shards(tmp_path, PLAN) == [0, 1, 2]
+        PROMPTS.write(tmp_path, PLAN, 0, examples)
+    assert PROMPTS.missing(tmp_path, PLAN) == [0, 1, 2]
 
 
 def test_damage_and_other_encoders_are_refused(tmp_path):

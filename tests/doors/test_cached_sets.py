@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 
 from piflow_jax.data.latents import (
+    LATENTS as SET,
+)
+from piflow_jax.data.latents import (
     LatentsPlan,
-    finalize_latents,
     load_latents_source,
-    start_latents,
-    write_shard,
 )
 from piflow_jax.data.prompt_lists import Prompt
 from piflow_jax.data.prompts import load_prompts_source
@@ -36,15 +36,15 @@ PLAN = LatentsPlan(
 def sets(tmp_path_factory):
     """A set of each kind."""
     root = tmp_path_factory.mktemp("sets")
-    start_latents(root / "latents", PLAN)
+    SET.start(root / "latents", PLAN)
     for shard in range(PLAN.num_shards):
         moments = {
             "mean": np.ones((2, 4, 4, 2), np.float16),
             "std": np.ones((2, 4, 4, 2), np.float16),
         }
         examples = ({**moments, "label": i % 3, "key": f"{i}"} for i in PLAN.shard_range(shard))
-        write_shard(root / "latents", PLAN, shard, examples)
-    finalize_latents(root / "latents")
+        SET.write(root / "latents", PLAN, shard, examples)
+    SET.finalize(root / "latents")
     prompts = [Prompt(f"fox {i}", 1.0 + i % 2) for i in range(7)]
     encoder = WordEncoder(6, 4)
     encode_prompts(prompts, encoder, root / "prompts", source="x", image_size=64, shard_size=3)
@@ -107,7 +107,11 @@ LATENTS, PROMPTS, TFDS = "latents.json", "prompts.json", "dataset_info.json"
 SPOILT = {
     "no JSON": ("latents", written(LATENTS, b"{"), "latents.json is damaged"),
     "no UTF-8": ("prompts", written(PROMPTS, b"\xff{}"), "prompts.json is damaged"),
-    "no object": ("latents", written(LATENTS, b"[1]"), "latents.json is damaged: it has no object"),
+    "no object": (
+        "latents",
+        written(LATENTS, b"[1]"),
+        "latents.json is damaged: it has no object",
+    ),
     "nesting": ("latents", written(LATENTS, b"[" * 99999), "latents.json is damaged"),
     "a folder": ("prompts", made_a_folder(PROMPTS), "prompts.json is damaged"),
     "a text for a number": (
@@ -121,10 +125,18 @@ SPOILT = {
         "image_size cannot be True",
     ),
     "no scale": ("latents", changed(LATENTS, scale=0), "have the scale 0"),
-    "a scale beyond float32": ("latents", changed(LATENTS, scale=1e308), "have the scale 1e.308"),
+    "a scale beyond float32": (
+        "latents",
+        changed(LATENTS, scale=1e308),
+        "have the scale 1e.308",
+    ),
     "a scale too small": ("latents", changed(LATENTS, scale=1e-320), "have the scale 1e-320"),
     "a shift of no channel": ("latents", changed(LATENTS, shift=[]), "have the shift"),
-    "a shift of three channels": ("latents", changed(LATENTS, shift=[0.0] * 3), "have the shift"),
+    "a shift of three channels": (
+        "latents",
+        changed(LATENTS, shift=[0.0] * 3),
+        "have the shift",
+    ),
     "classes beyond 32 bits": (
         "latents",
         changed(LATENTS, num_classes=2**70),
@@ -172,7 +184,11 @@ SPOILT = {
         changed(LATENTS, shard={"file": "../x"}),
         "names a shard outside of its directory",
     ),
-    "a length of text": ("latents", changed(LATENTS, shard={"bytes": "x"}), "bytes cannot be 'x'"),
+    "a length of text": (
+        "latents",
+        changed(LATENTS, shard={"bytes": "x"}),
+        "bytes cannot be 'x'",
+    ),
     "refused pictures of text": (
         "latents",
         changed(LATENTS, shard={"refused": ["x"]}),
@@ -244,8 +260,8 @@ def test_a_damaged_preparation_is_named(tmp_path, sets, case):
     shutil.copytree(sets / "latents", directory)
     spoil(directory)
     with pytest.raises(ShardsError, match=message) as raised:
-        start_latents(directory, PLAN)
-        finalize_latents(directory)
+        SET.start(directory, PLAN)
+        SET.finalize(directory)
     assert str(directory) in str(raised.value)
 
 
@@ -263,7 +279,7 @@ def test_a_set_is_not_made_in_another_store(tmp_path, monkeypatch):
     """A directory `s3:` would be made here."""
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ShardsError, match="s3://b/x has the unknown scheme s3://; name a local"):
-        start_latents("s3://b/x", PLAN)
+        SET.start("s3://b/x", PLAN)
     assert not list(tmp_path.iterdir())
 
 
@@ -271,5 +287,5 @@ def test_a_set_is_not_made_in_another_store(tmp_path, monkeypatch):
 def test_a_directory_that_cannot_be_made_is_named(tmp_path, name):
     (tmp_path / "file").write_text("")
     with pytest.raises(ShardsError, match=r"cannot be made \(.*take another directory") as raised:
-        start_latents(tmp_path / name, PLAN)
+        SET.start(tmp_path / name, PLAN)
     assert str(tmp_path / name) in str(raised.value)

@@ -18,7 +18,7 @@ from piflow_jax.data.latents import load_latents_source
 from piflow_jax.data.prompts import load_prompts_source
 from piflow_jax.models.vae import AutoencoderKL
 from piflow_jax.modes import run
-from piflow_jax.modes.autoencoder import pixel_sampler
+from piflow_jax.modes.autoencoder import Autoencoder, pixel_sampler, tree_digest
 from piflow_jax.modes.prepare import prepare
 from piflow_jax.systems.networks import NETWORKS
 from piflow_jax.systems.shapes import DataShape
@@ -174,6 +174,7 @@ def test_a_scale_for_each_channel_reaches_the_networks_and_comes_back(tmp_path):
     scales, shifts = (0.5, 1.0, 2.0, 4.0), (0.0, 0.1, -0.2, 0.3)
     module = AutoencoderKL(channels=(4, 4), latent_scale=scales, latent_shift=shifts, **SMALL)
     params = jax.jit(module.init)(jax.random.key(0), jnp.zeros((1, 16, 16, 3)))
+    autoencoder = Autoencoder(module, params, tree_digest(params))
 
     class One:
         class_names, description = ("a",), "one"
@@ -185,7 +186,7 @@ def test_a_scale_for_each_channel_reaches_the_networks_and_comes_back(tmp_path):
             return np.full((16, 16, 3), 200, np.uint8), 0, "one"
 
     for _ in range(2):  # the second finds the plan of the first to be its own
-        prepare(One(), module, params, tmp_path, image_size=16)
+        prepare(One(), autoencoder, tmp_path, image_size=16)
     source = load_latents_source(tmp_path, expect_scale=scales, expect_shift=shifts)
     data = DataShape.of("latents", source)
     mean = jnp.asarray(source[0]["x"]["mean"])[None]

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from piflow_jax.data.latents import LatentsError, load_latents_source
+from piflow_jax.data.latents import LATENTS, LatentsError, load_latents_source
 from piflow_jax.data.picture_sets import PictureFolder, center_crop
 from piflow_jax.models.vae import AutoencoderKL
-from piflow_jax.modes.autoencoder import tree_digest
-from piflow_jax.modes.prepare import finalize, prepare
+from piflow_jax.modes.autoencoder import Autoencoder, tree_digest
+from piflow_jax.modes.prepare import prepare
 
 SIZES = [(16, 16), (20, 16), (37, 40), (16, 31), (50, 33), (18, 17), (16, 24)]
 
@@ -30,7 +30,8 @@ def images(tmp_path_factory):
 @pytest.fixture(scope="module")
 def vae():
     module = AutoencoderKL(channels=(16, 32), layers_per_block=1, norm_groups=8)
-    return module, jax.jit(module.init)(jax.random.key(0), jnp.zeros((1, 16, 16, 3)))
+    params = jax.jit(module.init)(jax.random.key(0), jnp.zeros((1, 16, 16, 3)))
+    return Autoencoder(module, params, tree_digest(params))
 
 
 SETTINGS = {"image_size": 16, "shard_size": 3, "batch_size": 2}
@@ -42,10 +43,10 @@ def whole(images, vae, tmp_path_factory):
     directory = tmp_path_factory.mktemp("whole")
     progress = []
     manifest = prepare(
-        images, *vae, directory, **SETTINGS, on_progress=lambda *now: progress.append(now)
+        images, vae, directory, **SETTINGS, on_progress=lambda *now: progress.append(now)
     )
     assert progress == [(1, 3), (2, 3), (3, 3)]
-    assert manifest["vae"] == tree_digest(vae[1])
+    assert manifest["vae"] == tree_digest(vae.params)
     assert manifest["source"] == images.description
     return directory
 
@@ -60,7 +61,7 @@ def contents(directory):
 
 
 def test_the_set_holds_the_moments_of_image_and_mirror_image(whole, images, vae):
-    module, params = vae
+    module, params, _ = vae
     source = load_latents_source(whole, expect_vae=tree_digest(params), expect_scale=0.18215)
     assert (len(source), source.shape, source.num_classes) == (7, (8, 8, 4), 3)
     encode = jax.jit(lambda x: module.apply(params, x, method="encode"))
@@ -87,12 +88,12 @@ def test_killed_between_shards_it_goes_on_to_the_same_bytes(whole, images, vae, 
 
     for left in (3, 2):
         with pytest.raises(Killed):
-            prepare(images, *vae, place, **SETTINGS, on_progress=kill)
+            prepare(images, vae, place, **SETTINGS, on_progress=kill)
         assert len(list(place.glob("*-of-*"))) == 4 - left
         with pytest.raises(LatentsError, match=r"latents\.json is missing"):
             load_latents_source(place)
     progress = []
-    prepare(images, *vae, place, **SETTINGS, on_progress=lambda *now: progress.append(now))
+    prepare(images, vae, place, **SETTINGS, on_progress=lambda *now: progress.append(now))
     assert progress == [(1, 1)]
     assert contents(place) == contents(whole)
 
@@ -110,42 +111,42 @@ def test_killed_within_a_shard_it_goes_on_to_the_same_bytes(whole, images, vae, 
             return images[index]
 
     with pytest.raises(Killed):
-        prepare(Dying(), *vae, place, **SETTINGS)
+        prepare(Dying(), vae, place, **SETTINGS)
     assert len(list(place.glob("*-of-*"))) == 1
     assert not list((place / "preparation").glob("00001.*"))
-    prepare(images, *vae, place, **SETTINGS)
+    prepare(images, vae, place, **SETTINGS)
     assert contents(place) == contents(whole)
 
 
 def test_two_processes_make_what_one_makes(whole, images, vae, place):
     def run(index):
-        return prepare(images, *vae, place, **SETTINGS, process_index=index, process_count=2)
+        return prepare(images, vae, place, **SETTINGS, process_index=index, process_count=2)
 
     assert run(1) is None
     assert [path.name[-14:] for path in place.glob("*-of-*")] == ["00001-of-00003"]
     manifest = run(0)
     assert contents(place) == contents(whole)
-    assert run(1) == manifest == finalize(place)  # nothing left to do
+    assert run(1) == manifest == LATENTS.finalize(place)  # nothing left to do
 
 
 def test_a_truncated_shard_is_made_again(whole, images, vae, place):
-    prepare(images, *vae, place, **SETTINGS)
+    prepare(images, vae, place, **SETTINGS)
     (path,) = place.glob("*-00000-of-*")
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(LatentsError, match=path.name):
-        finalize(place)
+        LATENTS.finalize(place)
     progress = []
-    prepare(images, *vae, place, **SETTINGS, on_progress=lambda *now: progress.append(now))
+    prepare(images, vae, place, **SETTINGS, on_progress=lambda *now: progress.append(now))
     assert progress == [(1, 1)] and contents(place) == contents(whole)
 
 
 def test_going_on_with_other_weights_is_refused(whole, images, vae):
-    module, params = vae
-    other = jax.tree.map(lambda leaf: leaf + 1, params)
+    params = jax.tree.map(lambda leaf: leaf + 1, vae.params)
+    other = Autoencoder(vae.module, params, tree_digest(params))
     with pytest.raises(LatentsError, match="was begun differently: vae was"):
-        prepare(images, module, other, whole, **SETTINGS)
+        prepare(images, other, whole, **SETTINGS)
     with pytest.raises(LatentsError, match="shard_size was 3, is 4"):
-        prepare(images, module, params, whole, **{**SETTINGS, "shard_size": 4})
+        prepare(images, vae, whole, **{**SETTINGS, "shard_size": 4})
 
 
 def test_the_identity_is_of_names_shapes_types_and_values():
@@ -172,4 +173,4 @@ def test_the_identity_is_of_names_shapes_types_and_values():
 )
 def test_impossible_settings_are_refused(images, vae, tmp_path, change, message):
     with pytest.raises(ValueError, match=message):
-        prepare(images, *vae, tmp_path, **{**SETTINGS, **change})
+        prepare(images, vae, tmp_path, **{**SETTINGS, **change})
