@@ -152,6 +152,11 @@ def layer_norm(x: jax.Array, eps: float) -> jax.Array:
     return (centred * jax.lax.rsqrt(variance + eps)).astype(x.dtype)
 
 
+# Scores that attention holds at a time for an example, and the multiple of queries that TPUs like.
+SCORES = 2**27
+LANES = 128
+
+
 def attend(
     q: jax.Array,
     k: jax.Array,
@@ -160,6 +165,10 @@ def attend(
     key_mask: jax.Array | None = None,
 ) -> jax.Array:
     """Full self-attention, scaled by `1 / sqrt(head size)`, softmax in float32 at least.
+
+    Outside cuDNN, scores are arrays. At most about `SCORES` of an example are held at a time:
+    longer sequences attend in pieces of the queries, one after the other, and the backward pass
+    computes the scores of a piece again.
 
     Args:
         q: `[B, T, heads, head size]` queries.
@@ -174,13 +183,43 @@ def attend(
         Array like `q`.
     """
     mask = None if key_mask is None else key_mask[:, None, None, :]
+    if implementation == "cudnn" and not _has_cudnn(q, k, v, mask):
+        implementation = None
+    whole = functools.partial(_attend, mask=mask, implementation=implementation)
+    batch, length, heads, size = q.shape
+    fitting = max(SCORES // (heads * k.shape[1]), 1)
+    if implementation == "cudnn" or length <= fitting:
+        return whole(q, k, v)
+    count = -(-length // max(fitting // LANES * LANES, LANES))
+    piece = -(-length // (count * LANES)) * LANES
+    # As residuals of the pieces keys and values are float32, so that the pieces' gradients add up
+    # in it, as the products of one piece do.
+    wide = [x.astype(jnp.promote_types(x.dtype, jnp.float32)) for x in (k, v)]
+
+    @jax.checkpoint
+    def attend_piece(queries):
+        return whole(queries, *(x.astype(q.dtype) for x in wide))
+
+    queries = jnp.pad(q, [(0, 0), (0, count * piece - length), (0, 0), (0, 0)])
+    queries = queries.reshape(batch, count, piece, heads, size).swapaxes(0, 1)
+    attended = jax.lax.map(attend_piece, queries).swapaxes(0, 1)
+    return attended.reshape(batch, count * piece, heads, size)[:, :length]
+
+
+def _attend(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    mask: jax.Array | None,
+    implementation: str | None,
+) -> jax.Array:
+    """Attention of queries `[B, n, heads, head size]` to all keys, with a mask `[B, 1, 1, T]`."""
     if q.dtype == jnp.float64:
         # The library's softmax is float32 for any input, which would hide errors of 1e-7.
         logits = jnp.einsum("bthd,bshd->bhts", q, k) / math.sqrt(q.shape[-1])
         logits = logits if mask is None else jnp.where(mask, logits, -jnp.inf)
         return jnp.einsum("bhts,bshd->bthd", jax.nn.softmax(logits, axis=-1), v)
-    if implementation == "cudnn" and not _has_cudnn(q, k, v, mask):
-        implementation = None
     return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation=implementation)
 
 

@@ -59,3 +59,62 @@ def test_cudnn_agrees_with_xla(log, head):
     for a, b in zip(grads, expected_grads, strict=True):
         a, b = a.astype(jnp.float32), b.astype(jnp.float32)
         assert jnp.linalg.norm(a - b) < 2e-2 * jnp.linalg.norm(b)
+
+
+def long_inputs(dtype, length=300, batch=2, heads=3, head=8):
+    """Queries, keys, values and weights of outputs, and a mask that hides a fifth of the keys."""
+    rng = np.random.default_rng(0)
+    draws = rng.standard_normal((4, batch, length, heads, head))
+    return [jnp.asarray(x, dtype) for x in draws], jnp.asarray(rng.random((batch, length)) > 0.2)
+
+
+def grads_of(inputs, mask):
+    def weighted(q, k, v, weight):
+        return jnp.sum(layers.attend(q, k, v, key_mask=mask) * weight)
+
+    return jax.grad(weighted, (0, 1, 2))(*inputs)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_long_sequences_attend_in_pieces_to_the_same_result(monkeypatch, masked):
+    """Of a length that pieces do not divide, in float64: values and gradients."""
+    with jax.enable_x64(True):
+        inputs, mask = long_inputs(jnp.float64)
+        mask = mask if masked else None
+        expected = layers.attend(*inputs[:3], key_mask=mask), *grads_of(inputs, mask)
+        monkeypatch.setattr(layers, "SCORES", 3 * 300 * 130)
+        assert "scan" in str(jax.make_jaxpr(layers.attend)(*inputs[:3]))
+        found = layers.attend(*inputs[:3], key_mask=mask), *grads_of(inputs, mask)
+    for ours, whole in zip(found, expected, strict=True):
+        np.testing.assert_allclose(ours, whole, rtol=0, atol=1e-13)
+
+
+def test_gradients_of_pieces_add_up_in_float32(monkeypatch):
+    """In bfloat16, those of many pieces are as close to the exact ones as those of one."""
+    exact = grads_of(*long_inputs(jnp.float32, length=2048))
+    rounded = [x.astype(jnp.bfloat16) for x in long_inputs(jnp.float32, length=2048)[0]]
+
+    def error():
+        found = grads_of(rounded, long_inputs(jnp.float32, length=2048)[1])
+        return [
+            float(jnp.linalg.norm(ours - true) / jnp.linalg.norm(true))
+            for ours, true in zip(found, exact, strict=True)
+        ]
+
+    one_piece = error()
+    monkeypatch.setattr(layers, "SCORES", 1)
+    for many, one in zip(error(), one_piece, strict=True):
+        assert many < 1.1 * one
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_scores_are_not_all_in_memory(monkeypatch, backward):
+    """At 2,048 tokens the scores of an example and a head are 16 MiB in float32."""
+    inputs, _ = long_inputs(jnp.float32, length=2048, batch=1, heads=4)
+    program = jax.jit(
+        (lambda *inputs: grads_of(inputs, None)) if backward else layers.attend,
+    )
+    shapes = inputs if backward else inputs[:3]
+    monkeypatch.setattr(layers, "SCORES", 2**20)
+    memory = program.lower(*shapes).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < 2**25  # two pieces of 4 MiB in both passes, and tokens
