@@ -141,8 +141,8 @@ ABSENT = [
     ("hf:other/name", r"^hf:other/name is not in the hub's cache, .*/hub: fetch .* other/name`"),
     ("hf:owner/name@v2", rf"^hf:owner/name@v2 is not .*: {REMEDY} --revision v2`"),
     ("hf:owner/name/text", rf"^hf:owner/name/text: text is not in .*{REMEDY} --include 'text\*'`"),
-    ("hf:owner/name/transformer", "m-00002-of-00002.*; if files of hf:owner/name@0.*/transformer"),
-    ("hf:owner/name", "missing shards m-00002-of-00002.safetensors; if files of hf:owner/name@0"),
+    ("hf:owner/name/transformer", "m-00002-of-00002.*; files of hf:owner/name@0.*/transformer"),
+    ("hf:owner/name", "missing shards m-00002-of-00002.safetensors; files of hf:owner/name@0"),
     ("hf:owner/name/text_encoder", r"directory without weight files; .*'text_encoder\*'`"),
 ]
 
