@@ -160,7 +160,7 @@ def test_torchs_networks_are_found_by_name(repository, cache):
     """What they hold is looked at after that, and named with the remedy."""
     write_cache(cache, "owner/name", repository)
     for load in (load_text_encoder, load_image_network):
-        with pytest.raises(ValueError, match=rf"models--owner--name.*; if files of .*{REMEDY}"):
+        with pytest.raises(ValueError, match=rf"models--owner--name.*; files of .*{REMEDY}"):
             load("hf:owner/name")
         with pytest.raises(FileNotFoundError, match=r"hf:other/name is not in the hub's cache"):
             load("hf:other/name")
