@@ -74,8 +74,8 @@ class ExportedStudent:
           `float32[N, *sites, C]`.
 
         Raises:
-          ValueError: the key is none, conditions are not what they should be, or the student does
-            not take `guidance`.
+          ValueError: the key or the conditions have a wrong type, shape or value, or the student
+            does not take `guidance`.
         """
         condition, number = self._checked(labels, guidance)
         words, batch = jax.random.key_data(as_key(key)), self.settings["batch"]

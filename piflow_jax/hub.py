@@ -81,7 +81,8 @@ def check(name: str | os.PathLike) -> None:
         `hf:owner/name@main/transformer`.
 
     Raises:
-      ValueError: it is none, or huggingface_hub is not installed; the message has the remedy.
+      ValueError: the name has another form, or huggingface_hub is not installed; the message has
+        the remedy.
     """
     _parsed(name)
 

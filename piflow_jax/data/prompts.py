@@ -271,10 +271,10 @@ class PromptsSource:
 
         Args:
           prompts: `N` prompts.
-          shapes: `(H, W)` of latents, one for each; a prompt that is not there in its shape is
-            found in another. Without them, and for None, the first of each is.
-          references: Names of the reference images of each, as the list has them; a prompt with
-            others is another one. Without them any are.
+          shapes: `(H, W)` of latents, one for each prompt. A prompt that the set does not have in
+            its shape is found in another one. Without shapes, and for None, the first match counts.
+          references: Names of the reference images of each prompt, as in the list. They must be the
+            same. Without this argument, any references match.
 
         Returns:
           An index for each, None for those that the set does not have.

@@ -127,22 +127,22 @@ def protocol(
 def evaluate_latents(config: Config, workdir: str | os.PathLike) -> AdmFigures | None:
     """Samples, decodes and measures as ADM does, and writes what its own evaluator reads.
 
-    Samples go to `<workdir>/samples/` a shard at a time, shared by all processes; an evaluation
-    that was killed goes on at the first one missing. `samples/samples.npz` has all of them with
-    labels, `adm.json` the figures with their protocol.
+    All processes share the samples, which go to `<workdir>/samples/` shard by shard. An evaluation
+    that was killed continues at the first missing shard. `samples/samples.npz` has all samples with
+    their labels, and `adm.json` has the figures with their protocol.
 
     Args:
       config: the run's settings.
-      workdir: the run's directory; it needs to hold nothing for official student weights.
+      workdir: the run's directory; for official student weights it may be empty.
 
     Returns:
       The figures, which are also printed; None on processes other than the first.
 
     Raises:
       CheckpointError: the system is missing, unusable or contradicts the settings.
-      ConfigError: a file is not given or not what it should be; or samples of other settings lie in
-        the directory.
-      FileNotFoundError: a file is not there; says what to put there.
+      ConfigError: a file is not given or is of another kind, or the directory has samples of other
+        settings.
+      FileNotFoundError: a file is missing; the message says what to put there.
     """
     # What is missing is said before hours are spent on samples.
     network = load_inception(config.evaluation)

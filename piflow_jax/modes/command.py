@@ -108,7 +108,7 @@ _OF_THE_RUN = (
     *(CheckpointError, KeptFileError, NonFiniteLossError, OSError),
     processes.ProcessError,
 )
-_STOPPED = "stopped by Ctrl-C; what was saved stays, and the same command goes on from there"
+_STOPPED = "stopped by Ctrl-C; the same command continues from what was saved"
 # What neither the settings' sizes nor the compiler foresaw.
 _NO_MEMORY = (
     "not enough memory ({error}); lower the batch sizes of config.train, config.teacher or "

@@ -21,7 +21,7 @@ def make_features(config: Config, workdir: str | os.PathLike) -> Judge:
       The space, whose name and digest are also printed.
 
     Raises:
-      BlockingIOError: another run is at work in the directory.
+      BlockingIOError: another run is working in the directory.
       ConfigError: the data are not images in pixels, or the file was made from other images.
       FileNotFoundError: the data, or Inception's weights, are not there.
     """

@@ -43,20 +43,20 @@ def find_prompts(
 ) -> list[int]:
     """Where prompts stand in a cached set, which is read from its beginning until all are found.
 
-    A prompt that the set has in several shapes is taken in the list's; one that it has in other
-    shapes only, in the set's first, with a warning. A prompt with other references is another one.
+    If the set has a prompt in several shapes, the shape in the list decides. If it has the prompt
+    in other shapes only, the first of these is taken, with a warning. References must be the same.
 
     Args:
       source: the set.
       wanted: the prompts.
-      image_size: side of a square image, in pixels, that the list's shapes go by.
+      image_size: side of a square image in pixels, which sets the size of the list's shapes.
       where: the set's directory, for messages.
 
     Returns:
-      An index for each.
+      An index for each prompt.
 
     Raises:
-      ConfigError: some are not there; names the first.
+      ConfigError: some prompts are missing; the message names the first.
     """
     shapes = [
         # Without a shape of its own, a prompt has that of its last reference, which the set knows.
@@ -94,13 +94,14 @@ def find_prompts(
 def sample_prompts(config: Config, workdir: str | os.PathLike) -> list[epath.Path]:
     """Writes `<workdir>/samples/<number>-<seed>.png` for each prompt of a list.
 
-    The teacher's, with `config.evaluation.system`, go to `<workdir>/teacher_samples/`, by the same
-    noise. Embeddings and shapes of images are those of the cached set `config.data.data_dir`; the
-    noise of a prompt depends on `config.evaluation.seed` and its place in the list alone. Without
-    an autoencoder (`config.data.vae`) latents are written, as `.npy`.
+    With `config.evaluation.system = "teacher"`, the teacher's pictures go to
+    `<workdir>/teacher_samples/`, from the same noise. Embeddings and shapes of images come from the
+    cached set `config.data.data_dir`. The noise of a prompt depends only on
+    `config.evaluation.seed` and its place in the list. Without an autoencoder (`config.data.vae`),
+    latents are written as `.npy`.
 
     Args:
-      config: the run's settings; `config.data.prompts` is the list, without one all prompts of the
+      config: the run's settings; `config.data.prompts` is the list. Without it, all prompts of the
         set are sampled.
       workdir: the run's directory.
 
@@ -109,8 +110,8 @@ def sample_prompts(config: Config, workdir: str | os.PathLike) -> list[epath.Pat
 
     Raises:
       CheckpointError: there is no student, or it contradicts the settings.
-      ConfigError: the list is none, embeddings are missing, the autoencoder is another one, or the
-        devices do not divide a batch.
+      ConfigError: the file is not a list of prompts, embeddings are missing, the autoencoder is
+        another one, or the devices do not divide a batch.
       PromptsError: the set is unfinished or damaged.
     """
     where = config.data.data_dir

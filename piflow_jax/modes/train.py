@@ -38,7 +38,7 @@ def train(config: Config, workdir: str | os.PathLike) -> None:
         `report.json`, `report.html`, `samples.png`.
 
     Raises:
-      BlockingIOError: another run is at work in the directory.
+      BlockingIOError: another run is working in the directory.
       CheckpointError: a checkpoint is unusable or contradicts the settings.
       ConfigError: a teacher is to be trained on prompts.
       NonFiniteLossError: a loss became NaN or infinite.

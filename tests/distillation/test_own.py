@@ -246,7 +246,7 @@ def test_without_data(tmp_path):
     given = {"teacher": teacher, "teacher_params": params, "network": network}
     student = piflow_jax.distill(config, tmp_path, **given)
     assert student.sample(0, 3).shape == (3, 2)
-    with pytest.raises(ConfigError, match=r"without source, config\.train\.data_free must be set"):
+    with pytest.raises(ConfigError, match=r"without source, set config\.train\.data_free"):
         piflow_jax.distill(settings(), tmp_path / "other", **given)
 
 

@@ -71,7 +71,7 @@ def test_ctrl_c_is_one_sentence(tmp_path, capsys, monkeypatch, mode):
     monkeypatch.setitem(command.MODES, mode, row)
     assert command.run(mode, tiny.get_config(), tmp_path) == 130
     error = capsys.readouterr().err
-    assert error.startswith("error: stopped by Ctrl-C; what was saved stays")
+    assert error.startswith("error: stopped by Ctrl-C; the same command continues")
     assert error.count("\n") == 1
 
 
