@@ -178,8 +178,17 @@ class Flux(GuidedTransformer):
         Raises:
             ValueError: A shape, a size or the name of the remat policy is not valid.
         """
-        self._check(x, t, text, pooled, guidance, references)
-        embedding = self._embed_condition(t, pooled, guidance)
+        self.check_inputs(x, text, references)
+        b = x.shape[0]
+        if pooled.shape != (b, self.pooled_features):
+            raise ValueError(f"pooled must be [{b}, {self.pooled_features}], got {pooled.shape}")
+        self.check_guidance(x, t, guidance)
+        wide = jnp.promote_types(pooled.dtype, jnp.float32)
+        embedding = self.embedder("time", scaled_features(t, self.time_dtype).astype(wide))
+        if guidance is not None:
+            features = scaled_features(guidance, self.time_dtype).astype(wide)
+            embedding += self.embedder("guidance", features)
+        embedding += self.embedder("pooled", pooled.astype(wide))
         conditioning = self.conditioning(x, embedding)
         dtype, length = conditioning.dtype, text.shape[1]
         streams, (sites, *others) = self.streams([x, *references], text, dtype)
@@ -191,39 +200,15 @@ class Flux(GuidedTransformer):
         return self.predicted(tokens[:, length:], conditioning, embedding, x, t)
 
     def example(self, batch: int = 1) -> tuple[jax.ShapeDtypeStruct, ...]:
-        """Shapes of the smallest inputs, for `init` under `jax.eval_shape`.
+        """As in `TextTransformer`, with pooled text before the guidance.
 
         Args:
             batch: Number of examples `B`.
 
         Returns:
-            float32 states `[B, p, p, C]`, times `[B]`, one token of text `[B, 1, text_features]`,
-            pooled text `[B, pooled_features]`, and with `guidance_embed` guidance scales `[B]`.
+            States, times and text; pooled text `[B, pooled_features]`; and with `guidance_embed`
+            guidance scales `[B]`.
         """
-        p = self.patch_size
-        shapes = [
-            (batch, p, p, self.in_channels),
-            (batch,),
-            (batch, 1, self.text_features),
-            (batch, self.pooled_features),
-        ]
-        shapes += [(batch,)] if self.guidance_embed else []
-        return tuple(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes)
-
-    def _embed_condition(
-        self, t: jax.Array, pooled: jax.Array, guidance: jax.Array | None
-    ) -> jax.Array:
-        """Embedding `[B, D]` of time, guidance and pooled text, at least float32."""
-        wide = jnp.promote_types(pooled.dtype, jnp.float32)
-        embedding = self.embedder("time", scaled_features(t, self.time_dtype).astype(wide))
-        if guidance is not None:
-            features = scaled_features(guidance, self.time_dtype).astype(wide)
-            embedding += self.embedder("guidance", features)
-        return embedding + self.embedder("pooled", pooled.astype(wide))
-
-    def _check(self, x, t, text, pooled, guidance, references) -> None:
-        self.check_inputs(x, text, references)
-        b = x.shape[0]
-        if pooled.shape != (b, self.pooled_features):
-            raise ValueError(f"pooled must be [{b}, {self.pooled_features}], got {pooled.shape}")
-        self.check_guidance(x, t, guidance)
+        x, t, text, *guidance = super().example(batch)
+        pooled = jax.ShapeDtypeStruct((batch, self.pooled_features), jnp.float32)
+        return (x, t, text, pooled, *guidance)

@@ -202,7 +202,10 @@ class Flux2(GuidedTransformer):
         Raises:
             ValueError: A shape, a size or the name of the remat policy is not valid.
         """
-        self._check(x, t, text, guidance, references)
+        self.check_inputs(x, text, references)
+        if len(self.axes_dims_rope) != 4:
+            raise ValueError(f"axes_dims_rope must have four entries, got {self.axes_dims_rope}")
+        self.check_guidance(x, t, guidance)
         embedding = self.embedder("time", scaled_features(t, self.time_dtype))
         if guidance is not None:
             embedding += self.embedder("guidance", scaled_features(guidance, self.time_dtype))
@@ -220,29 +223,8 @@ class Flux2(GuidedTransformer):
         tokens, _ = single(jnp.concatenate(streams, axis=1), modulation, table)
         return self.predicted(tokens[:, length:], conditioning, embedding, x, t)
 
-    def example(self, batch: int = 1) -> tuple[jax.ShapeDtypeStruct, ...]:
-        """Shapes of the smallest inputs, for `init` under `jax.eval_shape`.
-
-        Args:
-            batch: Number of examples `B`.
-
-        Returns:
-            float32 states `[B, p, p, C]`, times `[B]`, one token of text `[B, 1, text_features]`,
-            and with `guidance_embed` guidance scales `[B]`.
-        """
-        p = self.patch_size
-        shapes = [(batch, p, p, self.in_channels), (batch,), (batch, 1, self.text_features)]
-        shapes += [(batch,)] if self.guidance_embed else []
-        return tuple(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes)
-
     def _modulation(self, name: str, pieces: int, conditioning: jax.Array) -> jax.Array:
         """Shifts, scales and gates `[B, pieces, D]` of all blocks of a kind."""
         axes = ("embed", None, None)
         layer = self.linear((pieces, self.hidden), name, axes, dtype=conditioning.dtype)
         return layer(conditioning)
-
-    def _check(self, x, t, text, guidance, references) -> None:
-        self.check_inputs(x, text, references)
-        if len(self.axes_dims_rope) != 4:
-            raise ValueError(f"axes_dims_rope must have four entries, got {self.axes_dims_rope}")
-        self.check_guidance(x, t, guidance)

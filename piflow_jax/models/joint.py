@@ -281,6 +281,20 @@ class TextTransformer(Transformer):
         scale, shift = self.last_modulation(conditioning, param_dtype=trained)
         return self.output(tokens, shift, scale, embedding, x, t, trained)
 
+    def example(self, batch: int = 1) -> tuple[jax.ShapeDtypeStruct, ...]:
+        """Shapes of the smallest inputs, for `init` under `jax.eval_shape`.
+
+        Args:
+            batch: Number of examples `B`.
+
+        Returns:
+            float32 states `[B, p, p, C]`, times `[B]`, one token of text `[B, 1, text_features]`,
+            and what else the network takes.
+        """
+        p = self.patch_size
+        shapes = (batch, p, p, self.in_channels), (batch,), (batch, 1, self.text_features)
+        return tuple(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes)
+
     def check_inputs(self, x: jax.Array, text: jax.Array, references: Sequence[jax.Array]) -> None:
         """Raises ValueError if a size, the states, the text or the references are not valid."""
         axes, hidden, num_heads = self.axes_dims_rope, self.hidden, self.num_heads
@@ -309,6 +323,11 @@ class GuidedTransformer(TextTransformer):
     double_depth: int = 19
     single_depth: int = 38
     guidance_embed: bool = True
+
+    def example(self, batch: int = 1) -> tuple[jax.ShapeDtypeStruct, ...]:
+        """As in `TextTransformer`; with `guidance_embed` also guidance scales `[B]`."""
+        x, t, text = super().example(batch)
+        return (x, t, text, t) if self.guidance_embed else (x, t, text)
 
     def check_guidance(self, x: jax.Array, t: jax.Array, guidance: jax.Array | None) -> None:
         """Raises ValueError if times or guidance scales are not valid for the states."""

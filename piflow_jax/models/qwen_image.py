@@ -141,7 +141,11 @@ class QwenImage(TextTransformer):
         Raises:
             ValueError: A shape, a size or the name of the remat policy is not valid.
         """
-        self._check(x, t, text, mask, references)
+        self.check_inputs(x, text, references)
+        if mask is not None and mask.shape != text.shape[:2]:
+            raise ValueError(f"mask {mask.shape} must be [B, L] = {text.shape[:2]}")
+        if t.shape != x.shape[:1]:
+            raise ValueError(f"t {t.shape} must be [B] with B = {x.shape[0]}")
         features = time_features(round_time(t, self.time_dtype), scale=TIME_SCALE)
         embedding = self.embedder("time", features)
         conditioning = self.conditioning(x, embedding)
@@ -156,24 +160,3 @@ class QwenImage(TextTransformer):
         blocks = self.blocks(JointBlock, self.depth, "joint_blocks", dtype)
         (_, tokens), _ = blocks(streams, conditioning, table, key_mask)
         return self.predicted(tokens, conditioning, embedding, x, t)
-
-    def example(self, batch: int = 1) -> tuple[jax.ShapeDtypeStruct, ...]:
-        """Shapes of the smallest inputs, for `init` under `jax.eval_shape`.
-
-        Args:
-            batch: Number of examples `B`.
-
-        Returns:
-            float32 states `[B, p, p, C]`, times `[B]` and one token of text
-            `[B, 1, text_features]`.
-        """
-        p = self.patch_size
-        shapes = (batch, p, p, self.in_channels), (batch,), (batch, 1, self.text_features)
-        return tuple(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes)
-
-    def _check(self, x, t, text, mask, references) -> None:
-        self.check_inputs(x, text, references)
-        if mask is not None and mask.shape != text.shape[:2]:
-            raise ValueError(f"mask {mask.shape} must be [B, L] = {text.shape[:2]}")
-        if t.shape != x.shape[:1]:
-            raise ValueError(f"t {t.shape} must be [B] with B = {x.shape[0]}")
