@@ -38,7 +38,7 @@ def test_a_checkpoint_written_before_loads(kind, tmp_path):
 def test_the_state_of_a_checkpoint_written_before_is_a_students(kind, tmp_path):
     """Parameters, average, moments and counters: what a run continues from."""
     directory = recorded.unpack(kind, tmp_path) / "student" / "checkpoints"
-    with Checkpointer(directory, read_only=True) as checkpointer:
+    with Checkpointer(directory) as checkpointer:
         step = checkpointer.latest_step()
         spec = json.loads((directory / str(step) / "meta" / "metadata").read_text())["meta"]["spec"]
         settings = student_settings(spec)

@@ -20,7 +20,7 @@ from piflow_jax import hub
 from piflow_jax.data.flux2_encoders import Flux2Encoder, KleinEncoder
 from piflow_jax.data.reference_sizes import qwen_edit_size
 from piflow_jax.data.released_encoders import Released, floats
-from piflow_jax.data.torch_parts import load_network, load_part, read_model_type, read_pipeline
+from piflow_jax.data.torch_parts import load_network, load_part, read_kind
 
 __all__ = [
     "FluxEncoder",
@@ -267,7 +267,7 @@ class QwenEditEncoder(QwenEncoder):
 
     def _load(self, transformers: Any, folder: Path, **options: str) -> tuple[Any, ...]:
         """Loads all parts; returns the tokenizer."""
-        editor = read_pipeline(folder)
+        editor = read_kind(folder / "model_index.json", "_class_name")
         if editor not in _EDITORS:
             raise ValueError(
                 f"{folder / 'model_index.json'} names {editor!r}, not one of {', '.join(_EDITORS)}"
@@ -391,7 +391,7 @@ def _kind(folder: Path) -> tuple[type, int]:
             f"{folder} is no released folder of FLUX.1, FLUX.2 or Qwen-Image: it has no "
             "text_encoder/config.json"
         )
-    kind = read_model_type(config.parent)
+    kind = read_kind(config, "model_type")
     if kind == "qwen2_5_vl":
         encoder = QwenEditEncoder if (folder / "processor").is_dir() else QwenEncoder
     elif kind == "clip_text_model" and (folder / "text_encoder_2").is_dir():

@@ -6,40 +6,22 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ["files_digest", "load_network", "load_part", "read_model_type", "read_pipeline"]
+__all__ = ["files_digest", "load_network", "load_part", "read_kind"]
 
 
-def read_model_type(folder: Path) -> str:
-    """What `config.json` calls the kind of network in a folder.
-
-    Args:
-      folder: The folder.
-
-    Returns:
-      The kind, such as "clip_text_model".
-
-    Raises:
-      ValueError: There is no such file, or it does not say.
-    """
-    return _read_kind(folder / "config.json", "model_type")
-
-
-def read_pipeline(folder: Path) -> str:
-    """What `model_index.json` calls the class of a release's pipeline.
+def read_kind(path: Path, key: str) -> str:
+    """What a JSON file of a release says that it is of.
 
     Args:
-      folder: The release's folder.
+      path: The file: `config.json` of a network, or `model_index.json` of a pipeline.
+      key: `model_type` or `_class_name`.
 
     Returns:
-      The class, such as "QwenImageEditPipeline".
+      The value.
 
     Raises:
-      ValueError: There is no such file, or it does not say.
+      ValueError: If the file does not say; the message names it.
     """
-    return _read_kind(folder / "model_index.json", "_class_name")
-
-
-def _read_kind(path: Path, key: str) -> str:
     try:
         kind = json.loads(path.read_text(encoding="utf-8"))[key]
     except (KeyError, OSError, RecursionError, TypeError, ValueError) as error:

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from piflow_jax import hub
-from piflow_jax.data.torch_parts import files_digest, load_network, load_part, read_model_type
+from piflow_jax.data.torch_parts import files_digest, load_network, load_part, read_kind
 from piflow_jax.evaluation.checks import check_same_dimension, checked_features
 
 __all__ = ["ImageNetwork", "clip_similarity", "load_image_network", "prompt_diversity"]
@@ -114,16 +114,15 @@ class ImageNetwork:
         return (pixels - self._mean) / self._std
 
 
-def load_image_network(folder: str | os.PathLike, device: str = "") -> ImageNetwork:
+def load_image_network(folder: str | os.PathLike) -> ImageNetwork:
     """Loads a network.
 
     Args:
       folder: A release of CLIP, DINOv2 or a vision transformer in the layout of `transformers`,
         with its `preprocessor_config.json`, or its name on the Hugging Face hub.
-      device: Device name of PyTorch; empty means the first GPU, or the CPU if there is none.
 
     Returns:
-      The network, in float32.
+      The network, in float32, on the first GPU, or on the CPU if there is none.
 
     Raises:
       FileNotFoundError: There is no such folder.
@@ -134,10 +133,10 @@ def load_image_network(folder: str | os.PathLike, device: str = "") -> ImageNetw
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: there is no such folder of an image network")
     with hub.remedied(folder, ValueError):
-        return _loaded(folder, device)
+        return _loaded(folder)
 
 
-def _loaded(folder: Path, device: str) -> ImageNetwork:
+def _loaded(folder: Path) -> ImageNetwork:
     for name in ("config.json", "preprocessor_config.json"):
         if not (folder / name).exists():
             raise ValueError(f"{folder} is not of a released image network: it has no {name}")
@@ -149,8 +148,8 @@ def _loaded(folder: Path, device: str) -> ImageNetwork:
             f"{folder}: image networks need PyTorch and transformers, "
             "pip install 'piflow_jax[text]'"
         ) from error
-    kind = read_model_type(folder)
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    kind = read_kind(folder / "config.json", "model_type")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         return ImageNetwork(folder, kind, device)
     # This covers its preprocessor's settings; errors in its other files explain themselves.

@@ -72,13 +72,9 @@ class Report:
                 return row
         raise KeyError(f"no row for {system} at {nfe} NFE")
 
-    def as_dict(self) -> dict[str, Any]:
-        """The report as JSON values."""
-        return dataclasses.asdict(self)
-
     def write(self, path: str | os.PathLike) -> None:
         """Writes the report as JSON to `path`; an existing file is replaced atomically."""
-        write_json(epath.Path(path), self.as_dict())
+        write_json(epath.Path(path), dataclasses.asdict(self))
 
     def table(self) -> str:
         """The report for people, in fixed-width columns that are also Markdown; names the space."""

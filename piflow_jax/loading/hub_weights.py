@@ -5,19 +5,18 @@ from typing import Any
 
 from piflow_jax import hub
 from piflow_jax.arguments import lora_strengths
-from piflow_jax.config import Config
 
 __all__ = ["with_commits"]
 
 
-def with_commits(config: Config, *, fetch: bool = False) -> Config:
+def with_commits(config: Any, *, fetch: bool = False) -> Any:
     """Adds to names on the hub the commit that they stand for now.
 
     The records of the run then name its weights exactly, and the run reads the same weights until
     its end. Names that are not in the cache stay as they are.
 
     Args:
-      config: the run's settings.
+      config: the run's settings, or a group of them.
       fetch: download first what the cache lacks.
 
     Returns:
@@ -27,20 +26,16 @@ def with_commits(config: Config, *, fetch: bool = False) -> Config:
       FileNotFoundError: see `hub.fetch`.
       OSError: see `hub.fetch`.
     """
-    return _replaced(config, fetch)
-
-
-def _replaced(group: Any, fetch: bool) -> Any:
     changed = {}
-    for field in dataclasses.fields(group):
-        value, parts = getattr(group, field.name), field.metadata.get("hub")
+    for field in dataclasses.fields(config):
+        value, parts = getattr(config, field.name), field.metadata.get("hub")
         if dataclasses.is_dataclass(value):
-            changed[field.name] = _replaced(value, fetch)
+            changed[field.name] = with_commits(value, fetch=fetch)
         elif isinstance(value, tuple) and parts is not None:
             changed[field.name] = tuple(_lora(entry, fetch) for entry in value)
         elif parts is not None:
             changed[field.name] = _named(value, parts, fetch)
-    return dataclasses.replace(group, **changed)
+    return dataclasses.replace(config, **changed)
 
 
 def _lora(entry: str, fetch: bool) -> str:

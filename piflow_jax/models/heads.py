@@ -17,7 +17,7 @@ from flax import linen as nn
 from jax.typing import DTypeLike
 
 from piflow_jax.flow.policies import ArcOutput, GMOutput
-from piflow_jax.models.layers import Linear, broadcast_sites, unpatchify
+from piflow_jax.models.layers import Linear, unpatchify
 
 FRESH_MEANS_STD = 0.1
 TEACHER_MEANS_STD = 0.05
@@ -157,7 +157,7 @@ class DXHead(Head):
             `[B, *sites, n, C]`.
         """
         sigma = jnp.maximum(sigma.astype(coefficients.dtype), self.min_sigma)
-        skip = x.astype(coefficients.dtype) / broadcast_sites(sigma, x)
+        skip = x.astype(coefficients.dtype) / sigma.reshape((-1,) + (1,) * (x.ndim - 1))
         return coefficients + skip[..., None, :]
 
     def from_velocity(

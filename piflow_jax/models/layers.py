@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from flax import linen as nn
-from jax.typing import ArrayLike, DTypeLike
+from jax.typing import DTypeLike
 
 TIME_FEATURES = 256
 
@@ -242,12 +242,7 @@ def _say_once(reason: str) -> None:
     logging.warning("attention by cuDNN is not to be had, JAX's own takes its place: %s", reason)
 
 
-def time_features(
-    t: jax.Array,
-    size: int = TIME_FEATURES,
-    *,
-    scale: float = 1.0,
-) -> jax.Array:
+def time_features(t: jax.Array, *, scale: float = 1.0) -> jax.Array:
     """Sinusoidal features of a time, always computed in float32.
 
     Released weights were trained on float32 sinusoids. At `t = 1000` radians, rounding one
@@ -257,14 +252,13 @@ def time_features(
 
     Args:
         t: `[B]`, in the network's own units (radians of the fastest feature).
-        size: Number of features, even.
         scale: Factor of the angles, applied after the frequencies. In float32 this differs from
             scaling `t`.
 
     Returns:
-        `[B, size]` float32: cosines, then sines.
+        `[B, TIME_FEATURES]` float32: cosines, then sines.
     """
-    half = size // 2
+    half = TIME_FEATURES // 2
     # Rounded to float32 at the same two places as in the released networks, but on the host, so
     # that every backend uses the same numbers.
     exponents = np.float32(-math.log(10000.0)) * np.arange(half, dtype=np.float32)
@@ -330,9 +324,3 @@ def unpatchify(y: jax.Array, patch_size: int, features: tuple[int, ...]) -> jax.
     size = math.prod(features)
     y = y.reshape(b, h, w, p, p, size).transpose(0, 1, 3, 2, 4, 5)
     return y.reshape(b, h * p, w * p, *features)
-
-
-def broadcast_sites(per_sample: ArrayLike, like: jax.Array) -> jax.Array:
-    """Reshapes `[B]` to `[B, 1, ..., 1]` with the rank of `like`."""
-    per_sample = jnp.asarray(per_sample)
-    return per_sample.reshape(per_sample.shape + (1,) * (like.ndim - 1))

@@ -64,15 +64,12 @@ class Checkpointer(contextlib.AbstractContextManager):
     several processes every method is called by all of them.
 
     Args:
-      directory: where the steps lie; made absolute, created unless `read_only`.
+      directory: where the steps lie; made absolute, and created.
       keep: how many of the latest steps to keep.
-      read_only: refuse to save, and leave the directory as it is.
       record: note the last complete step next to the directory, in `<directory>.json`. Every reader
         then notices that this step was removed or renamed.
       rewind: a save removes the steps from its own on, where they hold anything else, instead of
         being refused: what a continued run finds there is of the run before it was killed.
-      fingerprints: compute and verify the fingerprints of the leaves. They cost a pass over host
-        copies of the state, about a second per GB, at every save and restore.
 
     Attributes:
       waited: seconds for which callers of `save` and `wait` have waited: for an earlier save, for
@@ -88,38 +85,32 @@ class Checkpointer(contextlib.AbstractContextManager):
         directory: Path,
         *,
         keep: int = 2,
-        read_only: bool = False,
         record: bool = False,
         rewind: bool = False,
-        fingerprints: bool = True,
     ):
         if keep < 1:
             raise ValueError(f"keep must be at least 1, got {keep}")
         quiet()
         self.directory = checkpoint_path(directory)
-        self._read_only = read_only
         self._rewind = rewind
         self.waited = 0.0
         self._first: Callable[[], None] | None = None
         # What follows a save waits for it on a thread of its own, since Orbax has no such hook.
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._ending: Future | None = None
-        self._fingerprints = fingerprints
         # A scan before Orbax tidies up: reports unfinished saves, refuses foreign directories.
-        complete_steps(self.directory, report=True, writing=not read_only)
-        if read_only:
-            options = {"read_only": True, "save_interval_steps": 0, "create": False}
-        else:
-            options = {"max_to_keep": keep, "cleanup_tmp_directories": True}
-            committing = ocp.AsyncOptions(post_finalization_callback=self._commit)
-            options["async_options"] = committing
+        complete_steps(self.directory, report=True, writing=True)
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep,
+            cleanup_tmp_directories=True,
+            async_options=ocp.AsyncOptions(post_finalization_callback=self._commit),
+        )
         try:
-            options = ocp.CheckpointManagerOptions(**options)
             self._manager = ocp.CheckpointManager(self.directory, options=options)
         except OSError as error:
             raise cannot("open", self.directory, error) from error
         local = not is_remote(self.directory)
-        if local and not read_only and not os.access(self.directory, os.W_OK | os.X_OK):
+        if local and not os.access(self.directory, os.W_OK | os.X_OK):
             error = PermissionError("the directory is read-only for this user")
             raise cannot("write checkpoints to", self.directory, error)
         self._record = record and jax.process_index() == 0
@@ -182,15 +173,13 @@ class Checkpointer(contextlib.AbstractContextManager):
             state for this step (unless it may `rewind`), or cannot be written.
           TypeError: a leaf is not an array, or a mapping is not JSON.
         """
-        if self._read_only:
-            raise CheckpointError(f"{self.directory} was opened read-only; refusing to save {step}")
         meta = {
             "format": _FORMAT,
             "step": step,
             "data_state": _as_json(data_state, "data_state"),
             "config": _as_json(config, "config"),
             "spec": _as_json(spec, "spec"),
-            "leaves": leaf_table(state, fingerprints=self._fingerprints),
+            "leaves": leaf_table(state, fingerprints=True),
         }
         with self._waiting():
             return self._start(step, state, meta, first, then)
@@ -200,7 +189,7 @@ class Checkpointer(contextlib.AbstractContextManager):
         last = self._manager.latest_step()
         if last is not None and step <= last:
             saved = _read_meta(self.directory / str(last))["leaves"] if step == last else None
-            if self._fingerprints and saved == meta["leaves"]:
+            if saved == meta["leaves"]:
                 return False
             if not self._rewind:
                 raise CheckpointError(
@@ -275,8 +264,7 @@ class Checkpointer(contextlib.AbstractContextManager):
             state = self._manager.restore(step, args=args)["state"]
         except Exception as error:
             raise unreadable(path, error) from error
-        if self._fingerprints:
-            _check_values(meta["leaves"], state, path)
+        _check_values(meta["leaves"], state, path)
         return Restored(step, state, meta["data_state"], meta["config"], meta["spec"])
 
     def wait(self) -> None:
@@ -426,8 +414,6 @@ def _check_leaves(saved: Mapping, wanted: Mapping, path: epath.Path) -> None:
 
 
 def _check_values(saved: Mapping, tree: Any, path: epath.Path) -> None:
-    if not all("fingerprint" in entry for entry in saved.values()):
-        return  # written with fingerprints=False
     found = leaf_table(tree, fingerprints=True)
     wrong = [name for name, entry in found.items() if entry != saved[name]]
     if wrong:

@@ -13,7 +13,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -32,6 +32,7 @@ OnMetrics = Callable[[str, int, Mapping[str, float]], None]
 """`(stage, step, scalars)`, called with all that is written."""
 
 _RESERVED = ("step", "stage", "time")
+_SHOWN = {"loss": "loss", "grad_norm": "grad"}  # on the console, and their names there
 _UPLOAD_EVERY = 30.0  # seconds, where no checkpoint is saved before
 _REMEDY = "Install them with: pip install -e . (or: pip install clu tensorboard)"
 
@@ -53,7 +54,6 @@ class MetricWriter(contextlib.AbstractContextManager):
       first_step: how many steps were done before, 0 for a new stage. What lines and event files
         have of later steps, written by a run that was killed after its last checkpoint, is removed.
       print_every: steps between log lines where there is no terminal.
-      show: names of the scalars that the console shows, in this order, where they are given.
       on_metrics: called with the scalars of each step that are written, in process 0.
 
     Raises:
@@ -69,7 +69,6 @@ class MetricWriter(contextlib.AbstractContextManager):
         *,
         first_step: int = 0,
         print_every: int = 100,
-        show: Sequence[str] = ("loss", "grad_norm"),
         on_metrics: OnMetrics | None = None,
     ):
         if print_every < 1:
@@ -81,7 +80,6 @@ class MetricWriter(contextlib.AbstractContextManager):
         self._stage = stage
         self._total = total_steps
         self._print_every = print_every
-        self._show = tuple(show)
         self._on_metrics = on_metrics
         self._directory = user_path(workdir) / stage
         with self._writing():
@@ -236,10 +234,11 @@ class MetricWriter(contextlib.AbstractContextManager):
     def _progress(self, step: int, scalars: Mapping[str, float]) -> None:
         if not self._points or step > self._points[-1][0]:
             self._points.append((step, time.monotonic()))
-        shown = [name for name in self._show if name in scalars]
-        if not shown:
+        parts = [
+            f"{label} {scalars[name]:.4g}" for name, label in _SHOWN.items() if name in scalars
+        ]
+        if not parts:
             return
-        parts = [f"{_LABELS.get(name, name)} {scalars[name]:.4g}" for name in shown]
         # Between the last few writes; compiling happens before the first one.
         (first, began), (last, ended) = self._points[0], self._points[-1]
         seconds = (ended - began) / (last - first) if last > first else None
@@ -257,9 +256,6 @@ class MetricWriter(contextlib.AbstractContextManager):
             width = len(str(self._total))
             head = f"{self._stage}  {step:>{width}}/{self._total}"
             logging.info("%s", "  ".join([head, *parts]))
-
-
-_LABELS = {"grad_norm": "grad"}
 
 
 def _step_time(seconds: float) -> str:

@@ -72,7 +72,7 @@ def save(directory, *steps, **kwargs):
 
 
 def restore(directory, like=None, step=None):
-    with Checkpointer(directory, read_only=True) as checkpointer:
+    with Checkpointer(directory) as checkpointer:
         return checkpointer.restore(abstract(make_state()) if like is None else like, step)
 
 
