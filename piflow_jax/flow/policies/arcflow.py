@@ -8,8 +8,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from piflow_jax.arguments import check_shape
-from piflow_jax.flow.policies.base import check_mask, check_query, per_sample, promote
+from piflow_jax.flow.policies.base import check_mask, check_output, check_query, per_sample, promote
 
 __all__ = ["ArcFlowPolicy", "ArcOutput"]
 
@@ -63,25 +62,12 @@ class ArcFlowPolicy:
         Raises:
           ValueError: if the shapes do not match, or there is no component.
         """
-        batch, *sites, channels = x_src.shape
-        components = output.means.shape[-2]
-        if not components:
-            raise ValueError(f"ArcOutput.means has shape {output.means.shape}, without a component")
-        expected = {
-            "means": (batch, *sites, components, channels),
-            "logweights": (batch, *sites, components),
-            "rates": (batch, *sites, components),
-        }
-        for name, shape in expected.items():
-            of = f"x_src of shape {x_src.shape}"
-            check_shape(f"ArcOutput.{name}", getattr(output, name), shape, of)
-        if sigma_src.shape != (batch,):
-            raise ValueError(f"sigma_src has shape {sigma_src.shape}, expected {(batch,)}")
+        check_output(output, x_src, sigma_src)
         means, logweights, rates, sigma_src = promote(
             output.means, output.logweights, output.rates, sigma_src
         )
         # A mask and not a slice: the rate of the constant component gets no gradient.
-        rates = jnp.where(jnp.arange(components) == 0, 0, rates)
+        rates = jnp.where(jnp.arange(rates.shape[-1]) == 0, 0, rates)
         return cls(means=means, logweights=logweights, rates=rates, sigma_src=sigma_src)
 
     @property
@@ -135,7 +121,6 @@ class ArcFlowPolicy:
           ValueError: the mask has another shape, or fractional values.
         """
         mask = check_mask(mask, (self.logweights.shape[0], self.logweights.shape[-1]))
-        mask = mask & ~jnp.all(mask, axis=-1, keepdims=True)
         sites = (1,) * (self.logweights.ndim - 2)
         mask = jnp.reshape(mask, (mask.shape[0], *sites, mask.shape[1]))
         return self.replace(logweights=jnp.where(mask, -jnp.inf, self.logweights))

@@ -3,7 +3,8 @@
 Source: arXiv 2510.14974, Sec. 3.1.
 """
 
-from typing import Protocol
+import dataclasses
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,15 @@ import numpy as np
 
 from piflow_jax.arguments import check_shape
 
-__all__ = ["Policy", "check_mask", "check_query", "per_batch", "per_sample", "promote"]
+__all__ = [
+    "Policy",
+    "check_mask",
+    "check_output",
+    "check_query",
+    "per_batch",
+    "per_sample",
+    "promote",
+]
 
 
 class Policy(Protocol):
@@ -61,6 +70,34 @@ def per_batch(name: str, value: jax.Array, x: jax.Array) -> jax.Array:
     return jnp.broadcast_to(value, x.shape[:1])
 
 
+def check_output(output: Any, x_src: jax.Array, sigma_src: jax.Array) -> None:
+    """Refuses a network's output that is no mixture at its source.
+
+    Args:
+      output: a dataclass of `means[B, *sites, K, C]`, of a `logstd[B]` if it has one, and of other
+        fields `[B, *sites, K]`.
+      x_src: `[B, *sites, C]`, the state that the network saw.
+      sigma_src: `[B]`, its noise level.
+
+    Raises:
+      ValueError: shapes do not match, or there is no component.
+    """
+    if np.ndim(x_src) < 2:
+        raise ValueError(f"x_src must be [B, *sites, C], got shape {np.shape(x_src)}")
+    batch, *sites, channels = np.shape(x_src)
+    kind, means = type(output).__name__, np.shape(output.means)
+    components = means[-2] if len(means) > 1 else 0
+    if not components:
+        raise ValueError(f"{kind}.means has shape {means}, without a component")
+    others = {"means": (batch, *sites, components, channels), "logstd": (batch,)}
+    for field in dataclasses.fields(output):
+        shape = others.get(field.name, (batch, *sites, components))
+        of = f"x_src of shape {np.shape(x_src)}"
+        check_shape(f"{kind}.{field.name}", getattr(output, field.name), shape, of)
+    if np.shape(sigma_src) != (batch,):
+        raise ValueError(f"sigma_src has shape {np.shape(sigma_src)}, expected {(batch,)}")
+
+
 def check_query(x: jax.Array, sigma: jax.Array, states: tuple[int, ...]) -> None:
     """Refuses states and noise levels that do not fit a policy.
 
@@ -88,7 +125,7 @@ def check_mask(mask: jax.Array, shape: tuple[int, int]) -> jax.Array:
       shape: `(B, K)` of the policy.
 
     Returns:
-      `bool[B, K]`.
+      `bool[B, K]`; where a sample would lose all K, none is marked.
 
     Raises:
       ValueError: it has another shape, or fractional values.
@@ -97,7 +134,8 @@ def check_mask(mask: jax.Array, shape: tuple[int, int]) -> jax.Array:
     check_shape("mask", mask, shape, "the policy")
     if not jnp.issubdtype(mask.dtype, jnp.integer) and mask.dtype != bool:
         raise ValueError(f"mask must be bool, got {mask.dtype}")
-    return mask != 0
+    mask = mask != 0
+    return mask & ~jnp.all(mask, axis=-1, keepdims=True)
 
 
 def promote(*values: jax.Array) -> tuple[jax.Array, ...]:

@@ -10,10 +10,9 @@ from typing import NamedTuple
 import flax.struct
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from piflow_jax.arguments import check_between, check_number, check_shape
-from piflow_jax.flow.policies.base import check_mask, check_query, per_sample, promote
+from piflow_jax.arguments import check_between, check_number
+from piflow_jax.flow.policies.base import check_mask, check_output, check_query, per_sample, promote
 
 __all__ = ["GMFlowPolicy", "GMOutput", "MixtureCoefficients"]
 
@@ -119,7 +118,7 @@ class GMFlowPolicy:
           ValueError: if the shapes do not match, there is no component, or `eps` or a known noise
             level is not a number.
         """
-        _check_shapes(output, x_src, sigma_src)
+        check_output(output, x_src, sigma_src)
         check_between("sigma_src", sigma_src)
         check_number("eps", eps, 0)
         means, logweights, logstd, x_src, sigma_src = promote(
@@ -247,7 +246,6 @@ class GMFlowPolicy:
           ValueError: the mask has another shape, or fractional values.
         """
         mask = check_mask(mask, self.logweights.shape[:2])
-        mask = mask & ~jnp.all(mask, axis=-1, keepdims=True)
         mask = jnp.reshape(mask, mask.shape + (1,) * (self.logweights.ndim - 2))
         return self.replace(logweights=jnp.where(mask, -jnp.inf, self.logweights))
 
@@ -269,22 +267,3 @@ class GMFlowPolicy:
             logweights=jax.nn.log_softmax(self.logweights / temperature, axis=1),
             variance=self.variance * temperature,
         )
-
-
-def _check_shapes(output: GMOutput, x_src: jax.Array, sigma_src: jax.Array) -> None:
-    if np.ndim(x_src) < 2:
-        raise ValueError(f"x_src must be [B, *sites, C], got shape {np.shape(x_src)}")
-    batch, *sites, channels = np.shape(x_src)
-    components = output.means.shape[-2] if output.means.ndim > 1 else 0
-    if not components:
-        raise ValueError(f"GMOutput.means has shape {output.means.shape}, without a component")
-    expected = {
-        "means": (batch, *sites, components, channels),
-        "logweights": (batch, *sites, components),
-        "logstd": (batch,),
-    }
-    for name, shape in expected.items():
-        of = f"x_src of shape {np.shape(x_src)}"
-        check_shape(f"GMOutput.{name}", getattr(output, name), shape, of)
-    if np.shape(sigma_src) != (batch,):
-        raise ValueError(f"sigma_src has shape {np.shape(sigma_src)}, expected {(batch,)}")
