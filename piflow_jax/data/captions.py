@@ -4,8 +4,8 @@ A caption is a few words that name the digit, such as "a handwritten seven". Its
 those of `WordEncoder`. Conditions have the keys of those of cached prompts (`prompts.py`).
 """
 
-import dataclasses
 import functools
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -13,7 +13,7 @@ from piflow_jax.data.digits import load_digits_source
 from piflow_jax.data.source import stacked
 from piflow_jax.data.text_encoders import WordEncoder
 
-__all__ = ["CaptionedDigits", "embedded_caption", "load_captioned_digits_source"]
+__all__ = ["Captioned", "CaptionedDigits", "load_captioned_digits_source"]
 
 _DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 _FORMS = ("{}", "a {}", "the digit {}", "a handwritten {}", "a drawing of a {}")
@@ -21,47 +21,64 @@ CAPTIONS = WordEncoder(text_features=24, pooled_features=16)
 """The encoder of captions of digits."""
 
 
-@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
-class CaptionedDigits:
-    """The digits, each with a caption; held in memory.
+class Captioned:
+    """Pictures of one size with a caption each; held in memory.
+
+    Args:
+      name: Short name for logs and reports.
+      x: `[N, H, W, C]` pictures, float32 in [-1, 1].
+      captions: The captions that there are.
 
     Attributes:
-      name: Short name for logs and reports.
-      x: float32[N, H, W, C] in [-1, 1], the images.
-      labels: int32[N], the digits.
-      captions: N captions.
+      name: The name.
+      x: The pictures.
+      captions: The captions.
       text_length: Tokens that captions are padded to, the length of the longest.
-      null: Example of the empty caption, without an image: `text: float32[L, D]`, `text_length:
-        int32[]` and `pooled: float32[P]`.
-      num_classes: Number of digits, ten.
+      null: The empty caption: `text: float32[L, D]`, `text_length: int32[]` and `pooled:
+        float32[P]`.
+      shape: Shape `(H, W, C)` of one picture.
+      buckets: Shapes `(H, W)` that pictures have: one.
       text_features: Width `D` of the text embeddings.
       pooled_features: Width `P` of the pooled embedding.
     """
 
-    name: str
-    x: np.ndarray
-    labels: np.ndarray
-    captions: tuple[str, ...]
-    text_length: int
-    null: dict[str, np.ndarray]
-    num_classes: int = len(_DIGITS)
-    text_features: int = CAPTIONS.text_features
-    pooled_features: int = CAPTIONS.pooled_features
+    text_features = CAPTIONS.text_features
+    pooled_features = CAPTIONS.pooled_features
 
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """Shape `(H, W, C)` of one image."""
-        return self.x.shape[1:]
+    def __init__(self, name: str, x: np.ndarray, captions: Iterable[str]):
+        self.name, self.x, self.captions = name, x, tuple(captions)
+        self.shape, self.buckets = x.shape[1:], [x.shape[1:3]]
+        self.text_length = max(len(_embedded(caption)["text"]) for caption in self.captions)
+        self.null = self._condition("")
 
-    @property
-    def prompts(self) -> tuple[str, ...]:
-        """The captions, as they are called where they are drawn from."""
-        return self.captions
+    def _condition(self, caption: str) -> dict[str, np.ndarray]:
+        """A caption as a condition, like `null`."""
+        embedding = _embedded(caption)
+        tokens = embedding["text"]
+        text = np.zeros((self.text_length, tokens.shape[1]), np.float32)
+        text[: len(tokens)] = tokens
+        return {"text": text, "text_length": np.int32(len(tokens)), "pooled": embedding["pooled"]}
 
-    @property
-    def buckets(self) -> list[tuple[int, int]]:
-        """Shapes `(H, W)` that images have: one."""
-        return [self.x.shape[1:3]]
+
+class CaptionedDigits(Captioned):
+    """The digits, each with a caption; see `Captioned`.
+
+    Args:
+      x: `[N, H, W, C]` pictures, float32 in [-1, 1].
+      labels: `[N]` digits, int32.
+
+    Attributes:
+      labels: The digits.
+      prompts: The captions, as they are called where they are drawn from.
+      num_classes: Number of digits, ten.
+    """
+
+    num_classes = len(_DIGITS)
+
+    def __init__(self, x: np.ndarray, labels: np.ndarray):
+        forms = (_FORMS[i % len(_FORMS)].format(_DIGITS[label]) for i, label in enumerate(labels))
+        super().__init__("captioned_digits", x, forms)
+        self.labels, self.prompts = labels, self.captions
 
     def __len__(self) -> int:
         """Returns the number of examples."""
@@ -69,7 +86,7 @@ class CaptionedDigits:
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         """Returns one example: `x`, the image, its caption's embeddings and its `index`."""
-        caption = embedded_caption(self.captions[index], self.text_length)
+        caption = self._condition(self.captions[index])
         return {"x": self.x[index], "condition": caption, "index": np.int32(index)}
 
     def of_classes(self) -> dict[str, np.ndarray]:
@@ -78,31 +95,12 @@ class CaptionedDigits:
         Returns:
           `text: float32[10, L, D]`, `text_length: int32[10]` and `pooled: float32[10, P]`.
         """
-        return stacked(
-            [embedded_caption(_FORMS[3].format(digit), self.text_length) for digit in _DIGITS]
-        )
+        return stacked([self._condition(_FORMS[3].format(digit)) for digit in _DIGITS])
 
 
 @functools.cache
 def _embedded(caption: str) -> dict[str, np.ndarray]:
     return CAPTIONS([caption])[0]
-
-
-def embedded_caption(caption: str, length: int) -> dict[str, np.ndarray]:
-    """A caption as a condition.
-
-    Args:
-      caption: The caption.
-      length: Tokens that it is padded to.
-
-    Returns:
-      `text: float32[length, D]`, `text_length: int32[]` and `pooled: float32[P]`.
-    """
-    embedding = _embedded(caption)
-    tokens = embedding["text"]
-    text = np.zeros((length, tokens.shape[1]), np.float32)
-    text[: len(tokens)] = tokens
-    return {"text": text, "text_length": np.int32(len(tokens)), "pooled": embedding["pooled"]}
 
 
 @functools.cache
@@ -114,15 +112,4 @@ def load_captioned_digits_source() -> CaptionedDigits:
       digit.
     """
     digits = load_digits_source()
-    captions = tuple(
-        _FORMS[i % len(_FORMS)].format(_DIGITS[label]) for i, label in enumerate(digits.condition)
-    )
-    length = max(len(_embedded(caption)["text"]) for caption in captions)
-    return CaptionedDigits(
-        name="captioned_digits",
-        x=digits.x,
-        labels=digits.condition,
-        captions=captions,
-        text_length=length,
-        null=embedded_caption("", length),
-    )
+    return CaptionedDigits(digits.x, digits.condition)

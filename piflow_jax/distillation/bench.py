@@ -134,22 +134,25 @@ class Bench:
         samples: np.ndarray,
         seconds: float,
         reference: np.ndarray | None,
+        labels: np.ndarray | None = None,
     ) -> Row:
-        """Figures of samples; `reference` are the endpoints to compare with, if there are any."""
+        """Figures of samples; `reference` are the endpoints to compare with, if there are any.
+
+        `labels` are those of the samples if their classes do not come in turn.
+        """
         mse = None if reference is None else float(np.mean(np.square(samples - reference)))
+        labels = self._labels if labels is None else labels
+        by_pixels = None
+        if self._pixels is not None:
+            by_pixels = frechet_distance(self._pixels.extract(samples), self._real_pixels)
         return Row(
             system=system,
             nfe=nfe,
-            figures=measure(samples, self._labels, self._real, self._judge),
+            figures=measure(samples, labels, self._real, self._judge),
             endpoint_mse=mse,
             seconds=seconds,
-            pixel_frechet=self._by_pixels(samples),
+            pixel_frechet=by_pixels,
         )
-
-    def _by_pixels(self, samples: np.ndarray) -> float | None:
-        if self._pixels is None:
-            return None
-        return frechet_distance(self._pixels.extract(samples), self._real_pixels)
 
     def of_training_data(self) -> list[Row]:
         """Figures of training images if the real images are test images: a system's floor."""
@@ -157,18 +160,7 @@ class Bench:
             return []
         number = min(self._config.evaluation.num_samples, len(self.source))
         images = self.source.gather(np.arange(number))
-        labels = images["condition"]
-        figures = measure(images["x"], labels, self._real, self._judge)
-        return [
-            Row(
-                system="training images",
-                nfe=0,
-                figures=figures,
-                endpoint_mse=None,
-                seconds=0.0,
-                pixel_frechet=self._by_pixels(images["x"]),
-            )
-        ]
+        return [self.row("training images", 0, images["x"], 0.0, None, images["condition"])]
 
     @property
     def training_images(self) -> np.ndarray | None:

@@ -36,7 +36,6 @@ from piflow_jax.loading.runs import data_shape, load_system
 from piflow_jax.models.inception import POOL_FEATURES
 from piflow_jax.modes.autoencoder import (
     Autoencoder,
-    check_autoencoder,
     load_autoencoder,
     pixel_sampler,
     tree_digest,
@@ -147,9 +146,8 @@ def evaluate_latents(config: Config, workdir: str | os.PathLike) -> AdmFigures |
     # What is missing is said before hours are spent on samples.
     network = load_inception(config.evaluation)
     reference = load_reference(config, network)
-    autoencoder = load_autoencoder(config)
     data = data_shape(config, workdir)
-    check_autoencoder(autoencoder, data)
+    autoencoder = load_autoencoder(config, data)
     Sizes(Systems.of(config, data)).check_evaluation()
     samples = _samples(config, data, autoencoder, user_path(workdir))
     if samples is None:

@@ -17,7 +17,6 @@ from piflow_jax.systems.shapes import DataShape
 __all__ = [
     "CHUNK",
     "Autoencoder",
-    "check_autoencoder",
     "load_autoencoder",
     "pixel_sampler",
     "tree_digest",
@@ -53,17 +52,19 @@ def tree_digest(params: Any) -> str:
     return digest.hexdigest()
 
 
-def load_autoencoder(config: Config) -> Autoencoder:
+def load_autoencoder(config: Config, data: DataShape | None = None) -> Autoencoder:
     """The autoencoder of `config.data.vae`.
 
     Args:
       config: the run's settings.
+      data: the latents that it is for, if there are any yet.
 
     Returns:
       The autoencoder.
 
     Raises:
-      ConfigError: none is given, or the file is not one.
+      ConfigError: none is given, the file is not one, or the latents were made by another one, as
+        far as that is known.
       FileNotFoundError: the file is not there.
     """
     path = config.data.vae
@@ -75,11 +76,13 @@ def load_autoencoder(config: Config) -> Autoencoder:
     with naming(f"config.data.vae = {path!r}"):
         module, params = open_autoencoder(path)
     identity = tree_digest(params)
-    return Autoencoder(module, jax.device_put(params, replicated(local_mesh())), identity)
+    autoencoder = Autoencoder(module, jax.device_put(params, replicated(local_mesh())), identity)
+    if data is not None:
+        _check(autoencoder, data)
+    return autoencoder
 
 
-def check_autoencoder(autoencoder: Autoencoder, data: DataShape) -> None:
-    """Raises ConfigError if latents were made by another autoencoder, as far as that is known."""
+def _check(autoencoder: Autoencoder, data: DataShape) -> None:
     if data.vae and data.vae != autoencoder.identity:
         raise ConfigError(
             f"config.data.vae has the weights {autoencoder.identity[:16]}, but these latents were "

@@ -9,7 +9,7 @@ from piflow_jax.distillation.bench import judged
 from piflow_jax.distillation.looks import Measure, look_by
 from piflow_jax.evaluation.adm import measure_adm, to_uint8
 from piflow_jax.modes.adm import load_reference, protocol
-from piflow_jax.modes.autoencoder import check_autoencoder, load_autoencoder, pixel_sampler
+from piflow_jax.modes.autoencoder import load_autoencoder, pixel_sampler
 from piflow_jax.runs.loop import Look
 from piflow_jax.systems.assembly import Systems
 from piflow_jax.systems.datasets import dataset
@@ -42,8 +42,7 @@ def student_look(
     settings, sampler = config.evaluation, Systems.of(config, data).student_sampler()
     if not dataset(config).latents:
         return look_by(config, source, data, sampler, judged(source, judge))
-    autoencoder = load_autoencoder(config)
-    check_autoencoder(autoencoder, data)
+    autoencoder = load_autoencoder(config, data)
     sampler, measure = pixel_sampler(sampler, autoencoder.module, data), None
     if settings.features or settings.reference:
         network = load_inception(settings)

@@ -15,7 +15,7 @@ from piflow_jax.data.latents import LATENTS, LatentsPlan
 from piflow_jax.data.picture_sets import PictureSet, center_crop, open_pictures
 from piflow_jax.data.pictures import PictureError
 from piflow_jax.models.vae import AutoencoderKL
-from piflow_jax.modes.autoencoder import Autoencoder, check_autoencoder, load_autoencoder
+from piflow_jax.modes.autoencoder import Autoencoder, load_autoencoder
 from piflow_jax.parallel import batch_sharding, local_mesh, replicated
 from piflow_jax.systems.networks import official_data
 
@@ -126,9 +126,7 @@ def prepare_latents(config: Config, workdir: str | os.PathLike) -> None:
         if not getattr(settings, key):
             raise ConfigError(f"--mode=prepare needs config.data.{key}")
     source = open_pictures(settings.images)
-    autoencoder = load_autoencoder(config)
-    if settings.latents:
-        check_autoencoder(autoencoder, official_data(config))
+    autoencoder = load_autoencoder(config, official_data(config) if settings.latents else None)
     if settings.image_size % autoencoder.module.downsampling:
         raise ConfigError(
             f"config.data.image_size must be a multiple of {autoencoder.module.downsampling}, by "

@@ -11,7 +11,7 @@ from piflow_jax.distillation.grids import grid_rows, index_sampler
 from piflow_jax.distillation.sizes import Sizes
 from piflow_jax.evaluation import as_pictures, save_grid
 from piflow_jax.loading.runs import data_shape, load_system
-from piflow_jax.modes.autoencoder import check_autoencoder, load_autoencoder, pixel_sampler
+from piflow_jax.modes.autoencoder import load_autoencoder, pixel_sampler
 from piflow_jax.modes.header import say_header
 from piflow_jax.modes.sample_prompts import sample_prompts
 from piflow_jax.runs.workdir import user_path
@@ -61,8 +61,7 @@ def sample(config: Config, workdir: str | os.PathLike) -> epath.Path | list[epat
     say_header(systems, workdir, path.name)
     sampler = systems.sampler()
     if row.latents:
-        autoencoder = load_autoencoder(config)
-        check_autoencoder(autoencoder, data)
+        autoencoder = load_autoencoder(config, data)
         sampler = pixel_sampler(sampler, autoencoder.module, data)
         params = (load_system(config, data, workdir), autoencoder.params)
     else:

@@ -20,7 +20,7 @@ from piflow_jax.evaluation.adm import to_uint8
 from piflow_jax.keys import index_keys, index_noise, seed_key
 from piflow_jax.loading.runs import load_system
 from piflow_jax.models.vae import picture_decoder
-from piflow_jax.modes.autoencoder import check_autoencoder, load_autoencoder
+from piflow_jax.modes.autoencoder import load_autoencoder
 from piflow_jax.modes.header import say_header
 from piflow_jax.modes.prepare_prompts import listed_prompts
 from piflow_jax.parallel import ActivationSharding, batch_sharding, config_mesh
@@ -127,9 +127,7 @@ def sample_prompts(config: Config, workdir: str | os.PathLike) -> list[epath.Pat
         # By place in the list that the set was made of, not by bucket.
         indices = sorted(range(len(source)), key=lambda index: int(source[index]["index"]))
     data = DataShape.of(config.data.name, source)
-    autoencoder = load_autoencoder(config) if config.data.vae else None
-    if autoencoder is not None:
-        check_autoencoder(autoencoder, data)
+    autoencoder = load_autoencoder(config, data) if config.data.vae else None
     systems = Systems.of(config, data, source.null)
     Sizes(systems, source).check_sampling(len(indices))
     directory = user_path(workdir) / _FOLDERS[config.evaluation.system]

@@ -15,7 +15,7 @@ from piflow_jax.distillation.sizes import Sizes
 from piflow_jax.distillation.stages import locked, run_here, student_stage, teacher_stage
 from piflow_jax.loading.runs import load_initial, load_teacher, student_dir
 from piflow_jax.modes.adm import load_reference
-from piflow_jax.modes.autoencoder import check_autoencoder, load_autoencoder
+from piflow_jax.modes.autoencoder import load_autoencoder
 from piflow_jax.modes.evaluate import evaluate
 from piflow_jax.modes.header import say_header
 from piflow_jax.modes.look import student_look
@@ -135,6 +135,6 @@ def _check_evaluation(
         return
     measured = settings.features or settings.reference
     if config.data.vae or measured or settings.every:
-        check_autoencoder(load_autoencoder(config), data)
+        load_autoencoder(config, data)
     if measured:
         load_reference(config, load_inception(config.evaluation))

@@ -30,7 +30,7 @@ from piflow_jax.models.layers import time_features
 from piflow_jax.models.lora import split
 from piflow_jax.models.vae import AutoencoderKL
 from piflow_jax.modes import run
-from piflow_jax.modes.autoencoder import check_autoencoder, load_autoencoder, pixel_sampler
+from piflow_jax.modes.autoencoder import load_autoencoder, pixel_sampler
 from piflow_jax.systems import networks
 from piflow_jax.systems import spec as specs
 from piflow_jax.systems.assembly import Systems
@@ -466,8 +466,7 @@ def test_official_weights_of_va_vae_are_sampled_through_its_decoder(tmp_path):
     config.data.vae = str(tmp_path / "vae")
     config = parse(config)
     data = data_shape(config, tmp_path)
-    autoencoder = load_autoencoder(config)
-    check_autoencoder(autoencoder, data)
+    autoencoder = load_autoencoder(config, data)
     sampler = pixel_sampler(Systems.of(config, data).sampler(), autoencoder.module, data)
     both = (load_system(config, data, tmp_path), autoencoder.params)
     noise = np.random.default_rng(0).normal(size=(1, *data.shape)).astype(np.float32)
