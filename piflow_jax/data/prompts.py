@@ -231,11 +231,16 @@ class PromptsSource:
     def shape(self) -> tuple[int, int, int]:
         """Shape `(S, S, C)`, where `S` is the longest side of any latents.
 
-        A set without images is for the latents of FLUX.1 and Qwen-Image, 16 channels.
+        In a set without latents, `C` is 16, as for FLUX.1 and Qwen-Image, see `has_latents`.
         """
         side = max(max(size) for size in self.buckets)
         channels = self.latent_channels or self.manifest["reference_channels"]
         return side, side, channels or _LATENT_CHANNELS
+
+    @property
+    def has_latents(self) -> bool:
+        """Whether the set has latents, of images or of references, and so knows their channels."""
+        return bool(self.latent_channels or self.manifest["reference_channels"])
 
     def __len__(self) -> int:
         """Returns the number of prompts."""

@@ -19,6 +19,7 @@ from piflow_jax.data import (
 )
 from piflow_jax.data.emoji import EMOJI_CLASSES
 from piflow_jax.data.mnist import DIGIT_CLASSES, FASHION_CLASSES
+from piflow_jax.systems.networks import official_data
 from piflow_jax.systems.shapes import DataShape
 
 __all__ = ["DATASETS", "Dataset", "class_names", "dataset", "load_source"]
@@ -148,5 +149,11 @@ def load_source(data: DataConfig) -> Source:
 
 
 def shape_of(config: Config, source: Source) -> DataShape:
-    """The shape and conditions of a run's data, as networks need them."""
-    return DataShape.of(config.data.name, source)
+    """The shape and conditions of a run's data, as networks need them.
+
+    A set of prompts without latents does not know their channels, which are then the network's.
+    """
+    data, official = DataShape.of(config.data.name, source), official_data(config)
+    if official is None or getattr(source, "has_latents", True):
+        return data
+    return dataclasses.replace(data, channels=official.channels)

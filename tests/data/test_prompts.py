@@ -2,12 +2,14 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import jax
 import ml_dtypes
 import numpy as np
 import pytest
 
+from piflow_jax.config import parse
 from piflow_jax.data import batches
 from piflow_jax.data.pipeline import BucketSchedule, Order
 from piflow_jax.data.prompts import (
@@ -16,7 +18,10 @@ from piflow_jax.data.prompts import (
     PromptsPlan,
     load_prompts_source,
 )
+from piflow_jax.systems.datasets import shape_of
+from tests.modules import load_module
 
+CONFIGS = Path(__file__).parents[2] / "configs"
 PLAN = PromptsPlan(
     encoder="abc",
     compute="bfloat16",
@@ -108,6 +113,9 @@ def test_a_set_without_images_or_pooled_embeddings(tmp_path):
     write(tmp_path, plan, made)
     found = load_prompts_source(tmp_path)
     assert set(found[0]["condition"]) == {"text", "text_length"}
+    for network, channels in (("flux", 16), ("qwen_image", 16), ("flux2", 32)):
+        config = load_module(CONFIGS / f"{network}.py").get_config("datafree")
+        assert shape_of(parse(config), found).channels == channels
     assert found[0]["x"].shape == (*SIZES[0], 0)
     assert set(found.null) == {"text", "text_length"}
 
