@@ -14,7 +14,7 @@ import piflow_jax
 from piflow_jax.config import parse
 from piflow_jax.convert import open_weights, write_safetensors
 from piflow_jax.loading import shipped, shipped_names
-from piflow_jax.modes import export
+from piflow_jax.modes.export import export
 from piflow_jax.systems.shapes import DataShape
 from tests import tiny
 from tests.modules import load_module

@@ -11,7 +11,7 @@ import pytest
 
 from piflow_jax.config import ConfigError, parse
 from piflow_jax.modes import compile as stages_compile
-from piflow_jax.modes import compile_sampling, compile_step
+from piflow_jax.modes.compile import compile_sampling, compile_step
 from tests import tiny, tiny_text, tpu_compiler
 
 ROOT = Path(__file__).parents[2]

@@ -22,9 +22,11 @@ from piflow_jax.data.reference_sizes import (
 )
 from piflow_jax.data.text_encoders import WordEncoder
 from piflow_jax.models.vae import AutoencoderKL, picture_encoder
-from piflow_jax.modes import run, sample, train
+from piflow_jax.modes import run
 from piflow_jax.modes.autoencoder import load_autoencoder
 from piflow_jax.modes.prepare_prompts import encode_prompts, prepare_prompts
+from piflow_jax.modes.sample import sample
+from piflow_jax.modes.train import train
 from piflow_jax.systems.networks import teacher_network
 from piflow_jax.systems.shapes import DataShape
 from tests import released, tiny_text

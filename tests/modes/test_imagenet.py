@@ -18,15 +18,12 @@ from piflow_jax.evaluation.adm import write_samples
 from piflow_jax.loading.runs import load_teacher
 from piflow_jax.models.inception import InceptionV3
 from piflow_jax.models.vae import AutoencoderKL
-from piflow_jax.modes import (
-    adm,
-    evaluate,
-    export,
-    prepare_latents,
-    sample,
-    train,
-    write_reference,
-)
+from piflow_jax.modes import adm
+from piflow_jax.modes.evaluate import evaluate
+from piflow_jax.modes.export import export
+from piflow_jax.modes.prepare import prepare_latents
+from piflow_jax.modes.sample import sample
+from piflow_jax.modes.train import train
 from piflow_jax.systems.networks import NETWORKS, teacher_network
 from tests import tiny
 
@@ -100,7 +97,7 @@ def measurable(trained):
     inception = InceptionV3()
     state = to_torch_state(inception, init_inception(inception))
     write_safetensors(config.evaluation.features, state)
-    write_reference(parse(config), workdir)
+    adm.write_reference(parse(config), workdir)
     return workdir, config
 
 

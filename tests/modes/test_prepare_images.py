@@ -1,6 +1,5 @@
 """Pictures of the user's own, from a folder to pixels, a student, figures and a grid."""
 
-import importlib
 import io
 import shutil
 import tarfile
@@ -140,8 +139,7 @@ def without_training(monkeypatch):
     """`--mode=train` up to the opened data, which it returns."""
     opened = []
     monkeypatch.setattr(
-        importlib.import_module("piflow_jax.modes.train"),  # not the function of this name
-        "_train",
+        "piflow_jax.modes.train._train",
         lambda config, workdir: opened.append(load_images_source(config.data.data_dir)),
     )
     return opened

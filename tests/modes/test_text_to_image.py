@@ -20,9 +20,11 @@ from piflow_jax.data.prompt_lists import Prompt
 from piflow_jax.data.prompts import load_prompts_source
 from piflow_jax.data.text_encoders import WordEncoder
 from piflow_jax.models.vae import AutoencoderKL
-from piflow_jax.modes import export, sample, train
+from piflow_jax.modes.export import export
 from piflow_jax.modes.prepare_prompts import encode_prompts
+from piflow_jax.modes.sample import sample
 from piflow_jax.modes.sample_prompts import find_prompts
+from piflow_jax.modes.train import train
 from piflow_jax.systems.networks import teacher_network
 from piflow_jax.systems.shapes import DataShape
 from tests import tiny_text

@@ -10,9 +10,9 @@ import pytest
 
 from piflow_jax.config import ConfigError, parse
 from piflow_jax.data import load_digits_source
-from piflow_jax.modes import compare_rivals, export
 from piflow_jax.modes import rivals as mode
-from piflow_jax.modes.rivals import _comparable, interleaved_seconds
+from piflow_jax.modes.export import export
+from piflow_jax.modes.rivals import _comparable, compare_rivals, interleaved_seconds
 from piflow_jax.parallel import config_mesh
 from piflow_jax.rivals import METHODS, Rival, find_method
 from piflow_jax.rivals.base import changed
