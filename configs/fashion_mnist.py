@@ -11,6 +11,8 @@ Variants, as in `--config=configs/fashion_mnist.py:gm_corrected`:
     gm_corrected  600 more steps with the marginal corrector, for a student that is trained:
                   --config.train.initial=runs/fashion_mnist
                   --config.teacher.checkpoint=runs/fashion_mnist
+    gm_frechet    the same with the Frechet distance to the training data, in the features of a
+                  network of its own
     rivals        pi-Flow against other few-step methods at equal compute, with --mode=rivals and
                   --config.teacher.checkpoint=runs/fashion_mnist; docs/rivals.md has the results
 """
@@ -19,7 +21,7 @@ import ml_collections
 
 from piflow_jax.config import base_config, check_variant
 
-VARIANTS = ("gm", "gm_corrected", "rivals")
+VARIANTS = ("gm", "gm_corrected", "gm_frechet", "rivals")
 
 
 def get_config(variant: str = "gm") -> ml_collections.ConfigDict:
@@ -72,13 +74,17 @@ def get_config(variant: str = "gm") -> ml_collections.ConfigDict:
     config.evaluation.substeps = 64
     config.evaluation.grid_samples = 10
 
-    if variant == "gm_corrected":
+    if variant in ("gm_corrected", "gm_frechet"):
         config.train.steps = 600
         config.train.optimizer.learning_rate = 1e-3
         config.train.optimizer.warmup_steps = 50
-        config.train.corrector.kind = "critic"
         config.train.corrector.share = 0.5
         config.train.corrector.start = 60
+    if variant == "gm_frechet":
+        config.train.corrector.kind = "frechet"
+        config.train.corrector.population = 2048
+    if variant == "gm_corrected":
+        config.train.corrector.kind = "critic"
         config.train.corrector.optimizer.kind = "muon"
         config.train.corrector.optimizer.learning_rate = 1e-3
         config.train.corrector.optimizer.warmup_steps = 20

@@ -56,6 +56,9 @@ def test_ablations_are_means_and_standard_errors(tmp_path):
     for seed, frechet in enumerate((1.5, 2.0, 2.5)):
         name = f"fashion_mnist_gm_seed{seed}.json"
         (results / name).write_text(json.dumps(ablation_report(frechet, 0.8, seed)))
+    trained = ablation_report(1.2, 0.8, 0)
+    trained["protocol"] |= {"trained_in": ["a space"], "trained_on": ["frechet"]}
+    (results / "fashion_mnist_gm_frechet_judge_seed0.json").write_text(json.dumps(trained))
     report = json.dumps(ablation_report(1.0, 0.8, 0) | {"protocol": {"seed": 0, "data": "digits"}})
     (results / "digits_gm_any_nfe_seed0.json").write_text(report)
     for name, scale, frechet in (
@@ -77,6 +80,9 @@ def test_ablations_are_means_and_standard_errors(tmp_path):
     text = page.read_text()
     student = "2.000 ± 0.289 | 0.750 | 0.500 | 0.250 | 0.0100 | 2.50 ± 0.36 |"
     assert f"| 3,000 steps of pi-ID | 0, 1, 2 | {student}" in text
+    # The distance that a student was trained on is in parentheses, and so is what is made of it.
+    assert "= judge` | 0 | (1.200) | 0.750 | 0.500 | 0.250 | 0.0100 | (1.50) |" in text
+    assert f"\n\n{collect_ablations.TRAINED_ON}\n<!-- corrector:end -->" in text
     assert "| teacher, 64 NFE |  | 0.800 | 0.500 | 0.500 | 0.250 | - | 1 |" in text
     assert "| 1 | 1.000 | 0.0100 | - | - | - |" in text
     scales = "| 1 | 0.800 | 0.250 | 1.000 | 0.250 | 0.0100 | - | - | - |\n"

@@ -31,11 +31,15 @@ CORRECTED = {
     "gm_corrected": "+ 600 steps with the corrector, `critic`",
     "gm_corrected_shift3": "the same with `corrector.shift = 3`",
     "gm_corrected_1800": "+ 1,800 steps with the corrector, `critic`",
+    "gm_frechet": "+ 600 steps with the corrector, `frechet`",
+    "gm_frechet_judge": "the same with `corrector.space = judge`",
+    "gm_frechet_pixels": "the same with `corrector.space = pixels`",
 }
 OWN = {1: "gm", 2: "gm_2nfe"}
 # Evaluations of one student at several scales, and the student that was trained for one of them.
 ANY_GUIDANCE, GUIDED = "gm_any_guidance_scale", "guided"
 SHOWN = ("frechet", "pixel_frechet", "precision", "recall", "endpoint_mse")
+TRAINED_ON = "A figure in parentheses is a distance that the student was trained on."
 HEADS = ("Frechet", "Frechet of pixels", "precision", "recall", "endpoint MSE")
 
 
@@ -50,15 +54,21 @@ def corrector_table(variants: dict[str, dict[int, Report]]) -> list[str]:
     ]
     most = compare(next(iter(compared.values())))["most"]
     rows.append([f"teacher, {most['nfe']} NFE", "", *_cells([*compared.values()], "most")])
-    return table(head, rows, left=2)
+    lines = table(head, rows, left=2)
+    return [*lines, "", TRAINED_ON] if any(" | (" in line for line in lines) else lines
 
 
 def _cells(reports: Sequence[Report], system: str) -> list[str]:
     pairs = [compare(report) for report in reports]
-    values = [[pair[system].get(name) for pair in pairs] for name in SHOWN]
-    cells = [_spread(of, DECIMALS[name]) for name, of in zip(SHOWN, values, strict=True)]
-    ratio = _spread([pair["to_most"] for pair in pairs], 2) if system == "student" else "1"
-    return [*cells, ratio]
+    values = {name: [pair[system].get(name) for pair in pairs] for name in SHOWN}
+    cells = {name: _spread(of, DECIMALS[name]) for name, of in values.items()}
+    cells["ratio"] = "1"
+    if system == "student":
+        cells["ratio"] = _spread([pair["to_most"] for pair in pairs], 2)
+        known = reports[0]["protocol"].get("trained_on", ())
+        known = [*known, *(["ratio"] if "frechet" in known else [])]
+        cells |= {name: f"({cells[name]})" for name in known}
+    return [*cells.values()]
 
 
 def evaluations_table(variants: dict[str, dict[int, Report]]) -> list[str]:

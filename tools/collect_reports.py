@@ -68,6 +68,7 @@ COLUMNS = {
     "pixel_frechet": "Frechet of pixels",  # not in older reports
 }
 FIGURES = tuple(COLUMNS)[:-1]
+TRAINED = " (trained on)"
 STUDENT = "| **student**"  # the beginning of its row
 COMPILED_SCOPES = ("teacher", "student", "policy", "optimizer", "other")
 DECIMALS = dict.fromkeys(COLUMNS, 3) | {"diversity": 2, "endpoint_mse": 4}
@@ -324,7 +325,8 @@ def systems_table(reports: Sequence[Report], *, seconds: bool = False) -> list[s
     """Lines of the table of all systems and the data floor, means over reports."""
     of_pixels = any(row.get("pixel_frechet") for report in reports for row in report["rows"])
     names = tuple(COLUMNS) if of_pixels else FIGURES
-    head = ["system", "NFE", *(COLUMNS[name] for name in names)]
+    known = reports[0]["protocol"].get("trained_on", ())
+    head = ["system", "NFE", *(f"{COLUMNS[name]}{TRAINED * (name in known)}" for name in names)]
     head += ["sampling, s"] if seconds else []
     lines = []
     for index, row in enumerate(reports[0]["rows"]):

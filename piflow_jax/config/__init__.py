@@ -5,6 +5,7 @@ frozen dataclasses, or refuses it with the key and the allowed range. Each field
 documentation; `python -m piflow_jax.config` prints `docs/configuration.md`.
 """
 
+from piflow_jax.config.correctors import CorrectorConfig
 from piflow_jax.config.networks import ModelConfig, NetworkConfig
 from piflow_jax.config.optimizers import OptimizerConfig
 from piflow_jax.config.parsing import (
@@ -21,7 +22,6 @@ from piflow_jax.config.parsing import (
 )
 from piflow_jax.config.schema import (
     Config,
-    CorrectorConfig,
     DataConfig,
     EvaluationConfig,
     MeshConfig,

@@ -3,6 +3,7 @@
 import dataclasses
 
 from piflow_jax import hub
+from piflow_jax.config.correctors import CorrectorConfig
 from piflow_jax.config.fields import config_field as _field
 from piflow_jax.config.networks import ModelConfig
 from piflow_jax.config.optimizers import OptimizerConfig
@@ -204,41 +205,6 @@ class TeacherConfig:
     orthogonal_guidance: float = _field(
         0.0, "share to remove of the guidance's component parallel to x_0", low=0, high=1
     )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class CorrectorConfig:
-    """The marginal corrector, which moves the distribution of samples towards the teacher's."""
-
-    kind: str = _field(
-        "",
-        "source of the velocity of the student's distribution: a second network that learns it "
-        "(critic), or the policy itself (policy). Empty means no corrector",
-        choices=("", "critic", "policy"),
-    )
-    share: float = _field(
-        0.25, "share of the batch that the corrector takes; pi-ID has the rest", low=0.01, high=0.9
-    )
-    scale: float = _field(
-        1.0, "norm of the corrector's gradient, relative to pi-ID's", above=0, most=100
-    )
-    start: int = _field(100, "steps before the corrector acts; the critic learns in them", low=0)
-    levels: tuple[float, float] = _field(
-        (0.02, 0.98), "lowest and highest noise level of the states", low=1e-3, high=0.999
-    )
-    shift: float = _field(1.0, "shift of these levels towards noise", above=0, low=1e-3, most=1e3)
-    substeps: int = _field(
-        8, "policy substeps per unit of raw time in the rollout of samples", low=1, most=1024
-    )
-    guidance_interval: tuple[float, ...] = _field(
-        (),
-        "noise levels at which the corrector's teacher is guided; empty means those of teacher",
-        may_be_empty=True,
-        low=0,
-        high=1,
-    )
-    critic_steps: int = _field(1, "updates of the critic per step", low=1, most=100)
-    optimizer: OptimizerConfig = _field(OptimizerConfig, "")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

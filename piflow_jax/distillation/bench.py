@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,13 @@ from piflow_jax.runs.loop import checkpoint_dir
 from piflow_jax.runs.steps import latest_step
 from piflow_jax.runs.workdir import user_path
 from piflow_jax.systems.assembly import Systems
-from piflow_jax.systems.judges import Judge, described, real_features, second_judge
+from piflow_jax.systems.judges import (
+    Judge,
+    described,
+    is_judge_of,
+    real_features,
+    second_judge,
+)
 from piflow_jax.systems.sampling import (
     TEACHER_SOLVERS,
     conditions_in_turn,
@@ -72,10 +78,19 @@ class Bench:
       source: real data.
       data: shape and conditions of the data.
       judge: the feature space.
+      trained_in: feature spaces that the student was trained in.
     """
 
-    def __init__(self, config: Config, source: Source, data: DataShape, judge: Judge):
+    def __init__(
+        self,
+        config: Config,
+        source: Source,
+        data: DataShape,
+        judge: Judge,
+        trained_in: Sequence[str] = (),
+    ):
         self._config, self.source, self._data, self._judge = config, source, data, judge
+        self._trained_in = trained_in
         self._conditions, labels = conditions_in_turn(source, data)
         self._real, self._real_labels = real_features(source, judge)
         self._pixels = second_judge(source, judge)
@@ -177,8 +192,15 @@ class Bench:
     def protocol(self) -> dict[str, Any]:
         """All settings that the figures depend on."""
         config, settings = self._config, self._config.evaluation
-        record = sampling_record(config)
-        return {
+        record, trained = sampling_record(config), {}
+        if self._trained_in:
+            judges, spaces = (
+                {"frechet": self._judge, "pixel_frechet": self._pixels},
+                self._trained_in,
+            )
+            known = [name for name, it in judges.items() if it and is_judge_of(it, spaces)]
+            trained = {"trained_in": [*spaces], "trained_on": known}
+        return trained | {
             "data": self.source.name,
             "network": config.model.network,
             "real_images": len(self._real),

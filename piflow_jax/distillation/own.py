@@ -47,10 +47,11 @@ from piflow_jax.runs.steps import latest_step
 from piflow_jax.student import Student
 from piflow_jax.systems.assembly import Systems
 from piflow_jax.systems.conditioning import described
-from piflow_jax.systems.judges import Judge, open_judge
+from piflow_jax.systems.judges import Judge, is_judge_of, open_judge
 from piflow_jax.systems.own import OwnNetwork, own_network, params_of
 from piflow_jax.systems.policies import POLICIES
 from piflow_jax.systems.shapes import DataShape
+from piflow_jax.systems.spaces import open_space
 from piflow_jax.systems.spec import StudentSettings
 
 __all__ = ["distill", "train_teacher"]
@@ -152,6 +153,9 @@ def distill(
             if report.problem:
                 raise ConfigError(f"{report.problem}; describe the teacher as it is")
         judge = open_judge(test, workdir, parsed.evaluation) if has_states(test) else None
+        space = open_space(parsed, source, workdir, test_source=test)
+        systems = dataclasses.replace(systems, space=space)
+        spaces = (space.name,) if space else ()
         Sizes(systems, test, teacher=params).check_distillation(judge is not None)
         network = systems.student_network
         stage = student_stage(
@@ -159,7 +163,7 @@ def distill(
             source,
             _placed(params, mesh, split=parsed.mesh.teacher == "split"),
             mesh,
-            look=_look(systems, test, judge) if parsed.evaluation.every else None,
+            look=_look(systems, test, judge, spaces) if parsed.evaluation.every else None,
             start=functools.partial(_start, network),
             initial=None if first is None else _placed(first, mesh, split=False),
             identity=_identity(network, source),
@@ -172,7 +176,8 @@ def distill(
         if judge is None:
             draw(systems, test, *both, workdir)
         else:
-            compare(Bench(parsed, test, systems.data, judge), systems, *both, workdir)
+            bench = Bench(parsed, test, systems.data, judge, spaces)
+            compare(bench, systems, *both, workdir)
     asked = {key.removeprefix("asked."): value for key, value in network.spec.items()}
     return Student(network, variables, StudentSettings.of(parsed, systems.data, asked=asked))
 
@@ -356,6 +361,8 @@ def _identity(network: OwnNetwork, source: Source) -> dict[str, Any]:
     return {"source": f"digest {source_digest(source)}", "asked": f"digest {asked}"}
 
 
-def _look(systems: Systems, test: Source, judge: Judge | None):
+def _look(systems: Systems, test: Source, judge: Judge | None, spaces: tuple[str, ...]):
     sampler = systems.student_sampler()
-    return look_by(systems.config, test, systems.data, sampler, judged(test, judge))
+    independent = judge and not is_judge_of(judge, spaces)
+    measure = judged(test, judge if independent else None)
+    return look_by(systems.config, test, systems.data, sampler, measure)

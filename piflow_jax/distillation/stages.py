@@ -6,7 +6,7 @@ The command line's modes and `piflow_jax.distill` share these two stages.
 import contextlib
 import dataclasses
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -24,6 +24,7 @@ from piflow_jax.runs.run_lock import RunLock
 from piflow_jax.runs.workdir import check_writable, user_path
 from piflow_jax.systems.assembly import Systems
 from piflow_jax.systems.shardings import student_shardings
+from piflow_jax.systems.spaces import TRAINED_IN, Space
 from piflow_jax.systems.spec import model_settings, student_spec, teacher_spec, updated_settings
 from piflow_jax.training.optimizer import make_optimizer
 from piflow_jax.training.state import TrainState
@@ -168,6 +169,7 @@ def student_stage(
     start: Callable[[jax.Array, Any], Any] | None = None,
     initial: Any = None,
     identity: Mapping[str, Any] | None = None,
+    trained_in: Sequence[str] = (),
 ) -> Stage:
     """Training of the student by pi-ID.
 
@@ -181,9 +183,10 @@ def student_stage(
         default the student starts at its teacher.
       initial: where the student starts; by default the teacher's parameters.
       identity: values that a continued run must find unchanged, in addition to the settings.
+      trained_in: feature spaces in which the student was trained before it starts here.
 
     Returns:
-      The stage.
+      The stage. Its settings name the spaces of its own training too.
     """
     systems = systems.constrained(ActivationSharding(mesh))
     config, student, teacher = systems.config, systems.student_network, systems.teacher_network
@@ -199,7 +202,9 @@ def student_stage(
         key = stream_key(config, STUDENT_INIT)
         carried = student.carried(student.init(key)) if student.carries else ()
         trained = start(key, initial)
-        return first_student_state(key, config, student, trained, teacher_params, carried)
+        return first_student_state(
+            key, config, student, trained, teacher_params, carried, systems.space
+        )
 
     def look_at(trained, carried):
         # One copy of the base on this process's devices: the teacher's parameters lie on the mesh.
@@ -218,17 +223,26 @@ def student_stage(
     # Each microbatch has its own key for the dropout of adapters.
     if not student.drops:
         extensible += ("train.microbatches",)
-    channels = systems.data.channels
+    step = distill_step(
+        student,
+        systems.teacher,
+        optimizer,
+        config,
+        systems.data.channels,
+        _draw(source),
+        systems.space,
+    )
     return Stage(
         name="student",
         init=init,
-        step=distill_step(student, systems.teacher, optimizer, config, channels, _draw(source)),
+        step=step,
         constants=(teacher_params, stream_key(config, STUDENT_STEPS)),
         data=stage_batches(mesh, source, settings.batch_size, config.seed + STUDENT_DATA),
         steps=settings.steps,
         batch_size=settings.batch_size,
         config=flat
         | {_TEACHER: f"fingerprint {tree_fingerprint(teacher_params)}"}
+        | _of_space(systems.space, trained_in)
         | dict(identity or {}),
         extensible=extensible,
         tunable=_tunable("train"),
@@ -239,6 +253,15 @@ def student_stage(
         shardings=lambda state: student_shardings(config, mesh, state, student),
         look=look and look_at,
     )
+
+
+def _of_space(space: Space | None, trained_in: Sequence[str]) -> dict[str, Any]:
+    """Entries of students that were trained in feature spaces; others have none."""
+    if space is None:
+        return {TRAINED_IN: [*trained_in]} if trained_in else {}
+    measured = tree_fingerprint((space.mean, space.covariance))
+    spaces = [*dict.fromkeys((*trained_in, space.name))]
+    return {TRAINED_IN: spaces, f"{_CORRECTOR}data": f"fingerprint {measured}"}
 
 
 def _of_data(systems: Systems) -> dict[str, Any]:

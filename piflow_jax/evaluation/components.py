@@ -7,6 +7,8 @@ import dataclasses
 import math
 from collections.abc import Iterable, Mapping
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import scipy.linalg
 from numpy.typing import ArrayLike
@@ -108,6 +110,19 @@ class PrincipalComponents:
         """The arrays to save, by name, see `of_arrays`."""
         sizes = {"shape": np.array(self.shape, np.int32), "sites": np.array(self.sites, np.int32)}
         return {**sizes, "mean": self.mean, "axes": self.axes}
+
+    def features(self, images: jax.Array) -> jax.Array:
+        """Features of images inside of another program, with derivatives.
+
+        Args:
+          images: `[B, H, W, C]`; clipped as in `extract`, so a pixel outside of [-1, 1] has none.
+
+        Returns:
+          `[B, D]`.
+        """
+        averaged = area_averaged(jnp.clip(images, -1, 1), self.sites)
+        centred = averaged.reshape(len(averaged), -1) - self.mean[None, :]
+        return jnp.matmul(centred, self.axes, precision=jax.lax.Precision.HIGHEST)
 
     def extract(self, images: ArrayLike) -> np.ndarray:
         """Features of images.

@@ -109,6 +109,17 @@ class FeatureNetwork:
             outputs.append(np.asarray(features)[: len(part)])
         return np.concatenate(outputs)
 
+    def features(self, images: jax.Array) -> jax.Array:
+        """Features of images inside of another program, with derivatives.
+
+        Args:
+          images: `[B, H, W, C]`; clipped as in `extract`, so a pixel outside of [-1, 1] has none.
+
+        Returns:
+          `[B, D]`.
+        """
+        return _standardised(self.parameters, images, self.sites, self.strides)
+
     @classmethod
     def of_arrays(cls, arrays: Mapping[str, np.ndarray], name: str) -> "FeatureNetwork":
         """Restores a network that was saved.

@@ -14,6 +14,8 @@ from piflow_jax.whole_files import write_json
 
 __all__ = ["Report", "Row"]
 
+_NO_MEASURE = "where figures are taken there, they do not measure it"
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Row:
@@ -78,8 +80,11 @@ class Report:
 
     def table(self) -> str:
         """The report for people, in fixed-width columns that are also Markdown; names the space."""
-        head = ("system", "NFE", "Frechet", "precision", "recall", "diversity")
-        head += ("Frechet of pixels", "endpoint", "sec")
+        trained = self.protocol.get("trained_on", ())
+        names = {"frechet": "Frechet", "pixel_frechet": "Frechet of pixels"}
+        names |= {name: f"{names[name]} (trained on)" for name in trained}
+        head = ("system", "NFE", names["frechet"], "precision", "recall", "diversity")
+        head += (names["pixel_frechet"], "endpoint", "sec")
 
         def shown(figures, diversity):
             shares = (f"{value:.3f}" for value in (figures.precision, figures.recall))
@@ -104,7 +109,11 @@ class Report:
             f"features: {self.protocol['features']}, sha256 {self.protocol['features_sha256']}; "
             "figures compare only within these"
         )
-        return "\n".join([line(head), rule, *map(line, cells[1:]), "", space])
+        lines = [line(head), rule, *map(line, cells[1:]), "", space]
+        if trained:
+            spaces = "; ".join(self.protocol["trained_in"])
+            lines.append(f"the student was trained on distances in {spaces}: {_NO_MEASURE}")
+        return "\n".join(lines)
 
 
 def _shown(value: float | None, decimals: int) -> str:

@@ -30,6 +30,7 @@ from piflow_jax.systems.networks import (
     teacher_network,
 )
 from piflow_jax.systems.shapes import DataShape
+from piflow_jax.systems.spaces import TRAINED_IN
 from piflow_jax.systems.spec import (
     check_policy_config,
     spec_of,
@@ -47,6 +48,7 @@ __all__ = [
     "load_student",
     "load_system",
     "load_teacher",
+    "spaces_of",
     "student_dir",
     "with_exact_base",
 ]
@@ -229,6 +231,22 @@ def load_initial(systems: Systems) -> Any:
     check_spec(theirs, own, directory)
     weights = averaged(directory, network, step, replicated(local_mesh()))
     return weights if network.adapted else network.trained(weights)
+
+
+def spaces_of(directory: str | os.PathLike) -> tuple[str, ...]:
+    """Feature spaces in which the student of a checkpoint was trained.
+
+    Args:
+      directory: where the checkpoints lie, or the work directory of a run.
+
+    Returns:
+      Their names, for students that were trained by a distance of features.
+
+    Raises:
+      CheckpointError: there is no checkpoint, or it is unusable.
+    """
+    _, _, _, settings = find_checkpoint(directory, "student")
+    return tuple(settings.get(TRAINED_IN, ()))
 
 
 def load_system(

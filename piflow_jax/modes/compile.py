@@ -32,6 +32,7 @@ from piflow_jax.parallel.topology import CHIPS, Chip, topology_devices
 from piflow_jax.runs.monitor import step_memory
 from piflow_jax.runs.workdir import user_path
 from piflow_jax.systems.assembly import Systems
+from piflow_jax.systems.correctors import corrector_kind
 from piflow_jax.systems.datasets import dataset, load_source, shape_of
 from piflow_jax.systems.networks import abstract_variables, named_variables, official_data
 from piflow_jax.systems.sampling import student_substeps
@@ -39,6 +40,7 @@ from piflow_jax.systems.segments import longest_segment
 from piflow_jax.systems.settings import check_ours
 from piflow_jax.systems.shapes import DataShape
 from piflow_jax.systems.shardings import student_shardings, teacher_shardings
+from piflow_jax.systems.spaces import open_space
 from piflow_jax.training.optimizer import make_optimizer
 from piflow_jax.training.step import distill_step, first_student_state
 from piflow_jax.whole_files import write_json
@@ -71,7 +73,8 @@ def compile_step(config: Config, workdir: str | os.PathLike) -> dict[str, Any]:
       ConfigError: `config.topology` is unknown, the batch does not divide, or the step does not
         fit the devices' memory.
     """
-    return _compiled(config, workdir, "compile", "train", _step_program)
+    make = functools.partial(_step_program, workdir=workdir)
+    return _compiled(config, workdir, "compile", "train", make)
 
 
 def compile_sampling(config: Config, workdir: str | os.PathLike) -> dict[str, Any]:
@@ -212,18 +215,23 @@ def _sizes(config: Config, mesh: Mesh, systems: Systems) -> Sizes:
     return Sizes(systems, machine=Machine.of_chips(_chip(config), mesh.size))
 
 
-def _step_program(config: Config, mesh: Mesh) -> _Program:
+def _step_program(config: Config, mesh: Mesh, workdir: str | os.PathLike) -> _Program:
     systems, train = _systems(config, mesh), config.train
     student, teacher = systems.student_network, systems.teacher_network
     _sizes(config, mesh, systems).check_student_training()
+    space, row = None, corrector_kind(config)
+    if row and row.of_data:
+        space = open_space(config, load_source(config.data), workdir, dataset(config).features)
     optimizer = make_optimizer(train.optimizer, train.steps)
     teacher_params = abstract_variables(teacher)
-    first = functools.partial(first_student_state, seed_key(0), config, student)
+    first = functools.partial(first_student_state, seed_key(0), config, student, space=space)
     state = jax.eval_shape(first, student.trained(abstract_variables(student)), teacher_params)
     batch = _batch(config, systems, train.batch_size)
     of_state = student_shardings(config, mesh, state, student)
     return _Program(
-        function=distill_step(student, systems.teacher, optimizer, config, systems.data.channels),
+        function=distill_step(
+            student, systems.teacher, optimizer, config, systems.data.channels, space=space
+        ),
         arguments=(state, teacher_params, jax.eval_shape(lambda: seed_key(0)), batch),
         shardings=(
             of_state,

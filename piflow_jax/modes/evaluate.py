@@ -7,7 +7,7 @@ from piflow_jax.distillation.bench import Bench, compare
 from piflow_jax.distillation.sizes import Sizes
 from piflow_jax.evaluation import Report
 from piflow_jax.evaluation.adm import AdmFigures
-from piflow_jax.loading.runs import load_student, load_teacher
+from piflow_jax.loading.runs import load_student, load_teacher, spaces_of, student_dir
 from piflow_jax.modes.adm import evaluate_latents
 from piflow_jax.modes.header import say_header, say_next
 from piflow_jax.systems.assembly import Systems
@@ -46,7 +46,8 @@ def evaluate(
         say_header(systems, workdir, "report.html, report.json, samples.png")
     teacher = load_teacher(config, data, workdir)
     student = load_student(config, data, workdir)
-    bench = Bench(config, source, data, config_judge(config, source, workdir))
+    judge, spaces = config_judge(config, source, workdir), spaces_of(student_dir(config, workdir))
+    bench = Bench(config, source, data, judge, spaces)
     report = compare(bench, systems, teacher, student, workdir, keep=True)
     say_next(workdir, "report.html")
     return report

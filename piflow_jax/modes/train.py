@@ -1,5 +1,6 @@
 """`--mode=train`: the teacher if none is given, then the student, then the report."""
 
+import dataclasses
 import os
 from typing import Any
 
@@ -13,7 +14,7 @@ from piflow_jax.data import Source, has_states
 from piflow_jax.distillation.grids import grid_rows
 from piflow_jax.distillation.sizes import Sizes
 from piflow_jax.distillation.stages import locked, run_here, student_stage, teacher_stage
-from piflow_jax.loading.runs import load_initial, load_teacher, student_dir
+from piflow_jax.loading.runs import load_initial, load_teacher, spaces_of, student_dir
 from piflow_jax.modes.adm import load_reference
 from piflow_jax.modes.autoencoder import load_autoencoder
 from piflow_jax.modes.evaluate import evaluate
@@ -21,12 +22,14 @@ from piflow_jax.modes.header import say_header
 from piflow_jax.modes.look import student_look
 from piflow_jax.parallel import config_mesh
 from piflow_jax.runs.checkpoint import CheckpointError
+from piflow_jax.runs.workdir import user_path
 from piflow_jax.systems.assembly import Systems
 from piflow_jax.systems.datasets import dataset, load_source, shape_of
-from piflow_jax.systems.judges import load_inception, open_judge
+from piflow_jax.systems.judges import described, is_judge_of, load_inception, open_judge
 from piflow_jax.systems.networks import in_few_bits
 from piflow_jax.systems.shapes import DataShape
 from piflow_jax.systems.shardings import teacher_shardings
+from piflow_jax.systems.spaces import open_space
 
 
 def train(config: Config, workdir: str | os.PathLike) -> None:
@@ -71,6 +74,15 @@ def _train(config: Config, workdir: str | os.PathLike) -> None:
     judge = None
     if pixels:
         judge = open_judge(source, workdir, config.evaluation, row.features)
+    space = open_space(config, source, workdir, row.features)
+    systems = dataclasses.replace(systems, space=space)
+    start = initial_start(systems)
+    spaces = (*start.get("trained_in", ()), *([space.name] if space else ()))
+    if judge and is_judge_of(judge, spaces) and config.evaluation.checkpoint == "best":
+        raise ConfigError(
+            "config.evaluation.checkpoint = 'best' would be chosen by a distance in the features "
+            f"that the student is trained in, {described(judge)}: give 'latest'"
+        )
     if given:
         logging.info("teacher: given, %s", given)
     elif not row.by_class:
@@ -91,10 +103,9 @@ def _train(config: Config, workdir: str | os.PathLike) -> None:
     teacher_params = load_teacher(config, data, workdir, shardings)
     look = None
     if config.evaluation.every:
-        look = student_look(config, source, data, judge)
-    stage = student_stage(
-        systems, source, teacher_params, mesh, look=look, **initial_start(systems)
-    )
+        independent = judge and not is_judge_of(judge, spaces)
+        look = student_look(config, source, data, judge if independent else None)
+    stage = student_stage(systems, source, teacher_params, mesh, look=look, **start)
     run_here(stage, config, workdir, mesh)
     if not row.by_class:
         logging.info("trained; --mode=sample draws its pictures, --mode=evaluate measures them")
@@ -115,8 +126,12 @@ def initial_start(systems: Systems) -> dict[str, Any]:
     if not path:
         return {}
     with naming(f"config.train.initial = {path!r}", CheckpointError):
-        initial = load_initial(systems)
-    return {"start": lambda key, given: jax.tree.map(jnp.copy, given), "initial": initial}
+        initial, spaces = load_initial(systems), spaces_of(user_path(path))
+    return {
+        "start": lambda key, given: jax.tree.map(jnp.copy, given),
+        "initial": initial,
+        "trained_in": spaces,
+    }
 
 
 def _check_evaluation(

@@ -16,6 +16,7 @@ from piflow_jax.systems.sampling import (
     teacher_sampler,
 )
 from piflow_jax.systems.shapes import DataShape
+from piflow_jax.systems.spaces import Space
 
 __all__ = ["Systems", "guided"]
 
@@ -56,6 +57,8 @@ class Systems:
       student_network: the network that predicts policies.
       teacher_network: the teacher's network, if it is one of ours or is to be trained here.
       null: the null condition; None for captions whose set has not been opened.
+      space: the feature space in which a corrector compares samples with the data, where it has
+        been opened; see `open_space`.
     """
 
     config: Config
@@ -64,6 +67,7 @@ class Systems:
     student_network: Network | None
     teacher_network: Network | None = None
     null: Null | None = None
+    space: Space | None = None
 
     @classmethod
     def of(

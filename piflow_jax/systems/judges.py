@@ -7,7 +7,7 @@ each space has a digest, which reports store with their figures.
 import io
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Protocol
 
 import jax
@@ -40,10 +40,15 @@ __all__ = [
     "Judge",
     "config_judge",
     "described",
+    "is_judge_of",
+    "kept_space",
     "load_inception",
+    "network_space",
     "open_judge",
+    "real_batches",
     "real_features",
     "second_judge",
+    "why_no_figures",
 ]
 
 FEATURES_FILE = "features.npz"
@@ -100,6 +105,14 @@ def described(judge: Judge) -> str:
     return f"{judge.name}, sha256 {judge.digest[:12]}"
 
 
+def is_judge_of(judge: Judge, spaces: Iterable[str]) -> bool:
+    """Whether a judge measures in one of the spaces, by their names as `described` gives them.
+
+    Spaces with one name count as one, such as components of training images and of test images.
+    """
+    return judge.name in {space.rpartition(", sha256 ")[0] for space in spaces}
+
+
 def open_judge(
     source: Source,
     directory: str | os.PathLike,
@@ -128,7 +141,7 @@ def open_judge(
       FileNotFoundError: Inception's weights are missing; the message says what to put there.
       KeptFileError: the stored space is damaged.
     """
-    problem = _no_figures(source)
+    problem = why_no_figures(source)
     if problem:
         logging.info("no figures: %s", problem)
         return None
@@ -137,7 +150,7 @@ def open_judge(
     elif shipped:
         judge = _shipped(shipped, source)
     else:
-        judge = _kept(source, epath.Path(directory) / FEATURES_FILE)
+        judge = kept_space(source, epath.Path(directory) / FEATURES_FILE, _made)
     logging.info("features: %s; figures compare only within these", described(judge))
     return judge
 
@@ -194,7 +207,7 @@ def real_features(source: Source, judge: Judge) -> tuple[np.ndarray, np.ndarray]
       without classes.
     """
     test = getattr(source, "test", None) or source
-    pairs = [(judge.extract(images), labels) for images, labels in _real_batches(test)]
+    pairs = [(judge.extract(images), labels) for images, labels in real_batches(test)]
     features, labels = zip(*pairs, strict=True)
     return np.concatenate(features), np.concatenate(labels)
 
@@ -212,14 +225,17 @@ def second_judge(source: Source, judge: Judge) -> PrincipalComponents | None:
     if isinstance(judge, PrincipalComponents):
         return None
     test = getattr(source, "test", None) or source
-    return PrincipalComponents.of(images for images, _ in _real_batches(test))
+    return PrincipalComponents.of(images for images, _ in real_batches(test))
 
 
-def _real_batches(source: Source) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Real images `[b, H, W, C]` with labels `int32[b]`, see `real_features`."""
+def real_batches(
+    source: Source, most: int | None = None
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Real images `[b, H, W, C]` with labels `int32[b]`, see `real_features`; `most` in total."""
+    most = most or _MOST_REAL
     indices = np.arange(len(source))
-    if len(source) > _MOST_REAL:
-        indices = np.sort(shuffled(len(source), (0, 0))[:_MOST_REAL])
+    if len(source) > most:
+        indices = np.sort(shuffled(len(source), (0, 0))[:most])
     labels = getattr(source, "labels", None)  # captions made from classes also have labels
     for part in np.split(indices, range(_BATCH, len(indices), _BATCH)):
         if hasattr(source, "gather"):
@@ -235,12 +251,12 @@ def _real_batches(source: Source) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         yield batch["x"], np.asarray(of_part, np.int32)
 
 
-def _no_figures(source: Source) -> str:
+def why_no_figures(source: Source) -> str:
     """Why figures cannot be measured for a source; empty if they can."""
     name, shape = source.name, tuple(source.shape)
     if len(shape) != 3 or shape[-1] not in (1, 3):
         return f"the states of {name!r}, {list(shape)}, are no images [H, W, 1] or [H, W, 3]"
-    images = next(_real_batches(source))[0]
+    images = next(real_batches(source))[0]
     if np.shape(images)[1:] != shape or hasattr(source, "latent_scale"):
         return f"the states of {name!r} are drawn from what is kept, not images"
     if len(source) < least_real_samples():
@@ -261,12 +277,27 @@ def _shipped(name: str, source: Source) -> Judge:
     return judge
 
 
-def _kept(source: Source, path: epath.Path) -> Judge:
-    """Reads the space from a file, or makes and writes it if the file is missing."""
+def kept_space(
+    source: Source, path: epath.Path, make: Callable[[Source], tuple[str, dict[str, np.ndarray]]]
+) -> FeatureNetwork | PrincipalComponents:
+    """Reads a feature space from a file, or makes and writes it if the file is missing.
+
+    Args:
+      source: the images.
+      path: the file. All processes must call this.
+      make: `source -> (name, arrays)`.
+
+    Returns:
+      The space.
+
+    Raises:
+      ConfigError: the file holds the space of another source.
+      KeptFileError: the file is damaged.
+    """
     if jax.process_index() == 0 and not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        _write(path, source, *_made(source))
-    multihost_utils.sync_global_devices("features")
+        _write(path, source, *make(source))
+    multihost_utils.sync_global_devices(path.name)
     return _read(path, source)
 
 
@@ -285,27 +316,42 @@ def _no_network(source: Source) -> str:
     return ""
 
 
+def network_space(source: Source, seed: int = 0) -> tuple[dict[str, np.ndarray], str]:
+    """Trains a feature network on a labelled source.
+
+    Args:
+      source: the images.
+      seed: root of all randomness.
+
+    Returns:
+      The arrays of `FeatureNetwork.of_arrays` and an empty string, or no arrays and the reason.
+    """
+    problem = _no_network(source)
+    if problem:
+        return {}, problem
+    recipe = recipe_for(source.shape)
+    logging.info(
+        "features: training a network on %d images for %d steps", len(source), recipe.steps
+    )
+    with Progress("features: training", recipe.steps) as progress:
+        params = train_network(source, recipe, seed, on_step=lambda step: progress.advance())
+    arrays = stored_arrays(params, (images for images, _ in real_batches(source)), recipe)
+    if np.isfinite(arrays["mean"]).all() and (arrays["scale"] > 0).all():
+        return arrays, ""
+    return {}, "its training diverged"
+
+
 def _made(source: Source) -> tuple[str, dict[str, np.ndarray]]:
     """Name and arrays of a feature space of a source."""
-    problem = _no_network(source)
-    if not problem:
-        recipe = recipe_for(source.shape)
-        logging.info(
-            "features: training a network on %d images for %d steps", len(source), recipe.steps
-        )
-
-        with Progress("features: training", recipe.steps) as progress:
-            params = train_network(source, recipe, on_step=lambda step: progress.advance())
-        arrays = stored_arrays(params, (images for images, _ in _real_batches(source)), recipe)
-        if np.isfinite(arrays["mean"]).all() and (arrays["scale"] > 0).all():
-            return f"a network trained on {source.name!r}", arrays
-        problem = "its training diverged"
+    arrays, problem = network_space(source)
+    if arrays:
+        return f"a network trained on {source.name!r}", arrays
     logging.info(
         "features: no network can be trained, %s; the principal components of the pixels instead",
         problem,
     )
     with naming(f"no features of {source.name!r}"):
-        components = PrincipalComponents.of(images for images, _ in _real_batches(source))
+        components = PrincipalComponents.of(images for images, _ in real_batches(source))
     return components.name, components.arrays()
 
 

@@ -1,10 +1,9 @@
 """Checks of a configuration that depend on its choices, row by row of the tables."""
 
-from fractions import Fraction
-
 from piflow_jax.arguments import lora_strengths
 from piflow_jax.config import Config, ConfigError, naming
 from piflow_jax.models.quantized import check_qwix
+from piflow_jax.systems.correctors import check_corrector
 from piflow_jax.systems.datasets import DATASETS, dataset
 from piflow_jax.systems.networks import check_takes_guidance, in_few_bits, network_kind
 from piflow_jax.systems.policies import POLICIES
@@ -115,42 +114,8 @@ def check_choices(config: Config) -> None:
             "config.evaluation.guidance is for a student with config.teacher.guidance_range, whose "
             "guidance is an input: leave it at 0"
         )
-    _check_corrector(config)
+    check_corrector(config)
     row.check(config)
-
-
-def _check_corrector(config: Config) -> None:
-    """Refuses a corrector that does not go with the rest."""
-    train, corrector = config.train, config.train.corrector
-    if not corrector.kind:
-        return
-    group = "config.train.corrector"
-    if corrector.kind == "policy" and train.nfe > 1:
-        raise ConfigError(
-            f"{group}.kind = 'policy' follows one policy from noise to data and needs "
-            f"config.train.nfe = 1, got {train.nfe}; give 'critic'"
-        )
-    share = Fraction(corrector.share).limit_denominator(train.batch_size)
-    parts = share.denominator * train.microbatches
-    if train.batch_size % parts:
-        raise ConfigError(
-            f"{group}.share = {corrector.share:g} is {share} of a batch, so "
-            f"config.train.batch_size must be divisible by {parts}, got {train.batch_size}"
-        )
-    interval = corrector.guidance_interval
-    if interval and (len(interval) != 2 or interval[0] > interval[1]):
-        raise ConfigError(
-            f"{group}.guidance_interval must be empty or (low, high) with low <= high, got "
-            f"{interval}"
-        )
-    if interval and config.teacher.guidance_scale == 1:
-        raise ConfigError(
-            f"{group}.guidance_interval is for a teacher with guidance and must be empty with "
-            "config.teacher.guidance_scale = 1"
-        )
-    low, high = corrector.levels
-    if low >= high:
-        raise ConfigError(f"{group}.levels must be (low, high) with low < high, got {low, high}")
 
 
 def check_ours(config: Config, mode: str) -> None:

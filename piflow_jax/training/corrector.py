@@ -1,13 +1,15 @@
-"""The marginal corrector: moves the distribution of the student's samples towards the teacher's.
+"""Correctors, which move the distribution of the student's samples to the teacher's or the data's.
 
 pi-ID imitates paths. Where the network cannot follow a path, the error stays in the distribution of
-the samples, and nothing corrects it. The corrector compares two velocities at states of the
-student's samples: the teacher's, and that of the student's own distribution. Their difference is
-the direction in which the samples are wrong. It is sent back through the student's rollout, and
-its gradient is scaled to the norm of pi-ID's.
+the samples, and nothing corrects it. A corrector finds the direction in which samples are wrong. It
+is sent back through the student's rollout, and its gradient is scaled to the norm of pi-ID's.
+
+Two correctors compare velocities at states of the student's samples: the teacher's, and that of the
+student's own distribution. A third compares the features of samples with those of training data.
 
 Sources: FreeFlow (arXiv 2511.19428), whose correction has the same form for flow maps; variational
-score distillation (arXiv 2305.16213) and DMD (arXiv 2311.18828) for the direction.
+score distillation (arXiv 2305.16213) and DMD (arXiv 2311.18828) for the direction; FD-loss (arXiv
+2604.28190) for features.
 """
 
 import dataclasses
@@ -21,22 +23,32 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from piflow_jax.config import Config, CorrectorConfig
+from piflow_jax.config import Config, ConfigError, CorrectorConfig
 from piflow_jax.flow.distribution import (
     distribution_matching_loss,
     distribution_matching_loss_at,
 )
+from piflow_jax.flow.frechet import Moments, frechet_distance, frechet_loss
 from piflow_jax.flow.policies.base import per_sample
 from piflow_jax.flow.rollout import rollout
 from piflow_jax.flow.schedule import TimeWarp
 from piflow_jax.flow.teacher import Teacher
+from piflow_jax.systems.correctors import corrector_kind
 from piflow_jax.systems.networks import Network
 from piflow_jax.systems.sampling import student_policy, student_sampler, student_times
+from piflow_jax.systems.spaces import Space
 from piflow_jax.training.accumulation import accumulate
 from piflow_jax.training.optimizer import make_optimizer
 from piflow_jax.training.state import CarryingState, TrainState
 
-__all__ = ["CORRECTORS", "CorrectedState", "Corrector", "Critic", "make_corrector"]
+__all__ = [
+    "CORRECTORS",
+    "CorrectedState",
+    "Corrector",
+    "Critic",
+    "MeasuredState",
+    "make_corrector",
+]
 
 # Of second order, since the rollout is differentiated and has few substeps.
 _SOLVER = "multistep"
@@ -67,6 +79,17 @@ class CorrectedState(CarryingState):
     critic: Critic | None = None
 
 
+@flax.struct.dataclass
+class MeasuredState(CarryingState):
+    """The state of a student whose samples are measured in a feature space.
+
+    Attributes:
+      moments: mean and covariance of its samples.
+    """
+
+    moments: Moments | None = None
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Corrector:
     """A corrector that takes the policy's own velocity for that of the student's distribution.
@@ -78,11 +101,13 @@ class Corrector:
       config: the run's settings.
       student: the student's network.
       teacher: the teacher with its guidance; the first state does not need it.
+      space: the feature space, for a corrector that compares features.
     """
 
     config: Config
     student: Network
     teacher: Teacher | None
+    space: Space | None = None
 
     @property
     def settings(self) -> CorrectorConfig:
@@ -140,14 +165,19 @@ class Corrector:
         tau = low + (high - low) * (jnp.arange(batch) + offsets) / batch
         return {"t": warp.warp(tau), "mixed": jax.random.normal(noise_key, noise.shape, dtype)}
 
+    def learned(self, state: TrainState) -> Any:
+        """What the loss takes of the state besides the student; here nothing."""
+        del state
+        return ()
+
     def loss(
-        self, params: Any, critic: Any, carried: Any, teacher_params: Any, part: Mapping[str, Any]
+        self, params: Any, learned: Any, carried: Any, teacher_params: Any, part: Mapping[str, Any]
     ) -> jax.Array:
         """The loss whose gradient corrects the student.
 
         Args:
           params: the student's trained parameters.
-          critic: the critic's parameters, if there is one.
+          learned: see the method `learned`.
           carried: the student's carried variables.
           teacher_params: the teacher's parameters.
           part: `condition`, `noise`, and what `draw` returns.
@@ -155,7 +185,7 @@ class Corrector:
         Returns:
           A scalar.
         """
-        del critic
+        del learned
         warp, options = self._warp, {"solver": _SOLVER, "bound": self.settings.substeps}
         noise, t = part["noise"], part["t"]
         ones = jnp.ones(noise.shape[:1], noise.dtype)
@@ -200,8 +230,8 @@ class Corrector:
 
         def loss_and_grads(part, carried):
             def loss(params):
-                critic = getattr(state, "critic", Critic((), ())).params
-                return self.loss(params, critic, state.carried, teacher_params, part)
+                learned = self.learned(state)
+                return self.loss(params, learned, state.carried, teacher_params, part)
 
             return jax.value_and_grad(loss)(state.params), carried
 
@@ -219,6 +249,20 @@ class Corrector:
         predict = student_policy(self.student, self.config.policy, self.config.train)
         variables = self.student.of_student(params, carried, teacher_params)
         return lambda x, t: predict(variables, x, t, condition)
+
+    def _samples(self, params, carried, teacher_params, part) -> jax.Array:
+        """The student's samples from `noise`, differentiable."""
+        train = self.config.train
+        sample = student_sampler(
+            self.student,
+            self.config.policy,
+            train,
+            substeps=self.settings.substeps,
+            solver=_SOLVER,
+        )
+        variables = self.student.of_student(params, carried, teacher_params)
+        times = student_times(train, train.nfe)
+        return sample(variables, part["noise"], part["condition"], times)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -245,9 +289,11 @@ class CriticCorrector(Corrector):
             params = jax.tree.map(jnp.copy, teacher_params)
         else:
             params = self._network.start(key, None, teacher_params)
-        values = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
-        values["carried"] = state.carried
-        return CorrectedState(**values, critic=Critic(params, self._optimizer.init(params)))
+        return _with(CorrectedState, state, critic=Critic(params, self._optimizer.init(params)))
+
+    def learned(self, state: CorrectedState) -> Any:
+        """The critic's parameters; see `Corrector`."""
+        return state.critic.params
 
     def loss(self, params, critic, carried, teacher_params, part):
         """See `Corrector`."""
@@ -284,20 +330,6 @@ class CriticCorrector(Corrector):
         critic, losses = jax.lax.scan(update, state.critic, keys)
         return state.replace(critic=critic), {"critic_loss": jnp.mean(losses)}
 
-    def _samples(self, params, carried, teacher_params, part) -> jax.Array:
-        """The student's samples from `noise`, differentiable."""
-        train = self.config.train
-        sample = student_sampler(
-            self.student,
-            self.config.policy,
-            train,
-            substeps=self.settings.substeps,
-            solver=_SOLVER,
-        )
-        variables = self.student.of_student(params, carried, teacher_params)
-        times = student_times(train, train.nfe)
-        return sample(variables, part["noise"], part["condition"], times)
-
     def _velocity(self, critic: Any, teacher_params: Any, condition: Any) -> Callable:
         if self._network is None:
             unguided = dataclasses.replace(self.teacher, guidance_scale=1.0)
@@ -306,11 +338,80 @@ class CriticCorrector(Corrector):
         return network.bind(self._network.with_base(critic, teacher_params), condition)
 
 
-CORRECTORS: dict[str, type[Corrector]] = {"critic": CriticCorrector, "policy": Corrector}
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FrechetCorrector(Corrector):
+    """A corrector that compares the features of samples with those of training data (FD-loss).
+
+    The distance is that between the Gaussians of both. A batch is too small for a covariance, so
+    the student's is a running estimate over earlier samples. Each sample of the batch gets the
+    gradient that the distance has there.
+    """
+
+    @property
+    def _most(self) -> float:
+        """Batches in the running estimate."""
+        batch = self.config.train.batch_size * self.settings.share
+        return max(self.settings.population / batch, 1.0)
+
+    def begin(self, key: jax.Array, state: TrainState, teacher_params: Any) -> MeasuredState:
+        """Adds moments of no samples; see `Corrector`."""
+        del key, teacher_params
+        dimension = 0 if self.space is None else len(self.space.mean)  # unknown for sizes
+        return _with(MeasuredState, state, moments=Moments.none(dimension))
+
+    def learned(self, state: MeasuredState) -> Moments:
+        """The moments of the student's samples; see `Corrector`."""
+        return state.moments
+
+    def draw(self, key: jax.Array, noise: jax.Array) -> dict[str, jax.Array]:
+        """Nothing: samples alone are compared; see `Corrector`."""
+        del key, noise
+        return {}
+
+    def loss(self, params, moments, carried, teacher_params, part):
+        """See `Corrector`."""
+        features = self._features(params, carried, teacher_params, part)
+        return frechet_loss(features, moments.gaussian(), *self._target(features))
+
+    def follow(self, state, teacher_params, part, key):
+        """Takes samples of the student into its moments; see `Corrector`."""
+        del key
+        features = self._features(state.params, state.carried, teacher_params, part)
+        moments = state.moments.add(features, self._most)
+        distance = frechet_distance(moments.gaussian(), *self._target(features))
+        return state.replace(moments=moments), {"corrector_frechet": distance}
+
+    def _features(self, params, carried, teacher_params, part) -> jax.Array:
+        """Features `[B, D]` of samples, relative to the mean of the training data."""
+        features = self.space.features.features(
+            self._samples(params, carried, teacher_params, part)
+        )
+        return features - jnp.asarray(self.space.mean, features.dtype)[None, :]
+
+    def _target(self, features: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Mean and root of the training data's covariance, in the same coordinates."""
+        root = jnp.asarray(self.space.root, features.dtype)
+        return jnp.zeros(len(root), features.dtype), root
+
+
+def _with(kind: type, state: TrainState, **more: Any) -> Any:
+    """A state of a kind that has more attributes."""
+    values = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
+    return kind(**values | {"carried": state.carried} | more)
+
+
+CORRECTORS: dict[str, type[Corrector]] = {
+    "critic": CriticCorrector,
+    "policy": Corrector,
+    "frechet": FrechetCorrector,
+}
 
 
 def make_corrector(
-    config: Config, student: Network, teacher: Teacher | None = None
+    config: Config,
+    student: Network,
+    teacher: Teacher | None = None,
+    space: Space | None = None,
 ) -> Corrector | None:
     """The corrector of `config.train.corrector`.
 
@@ -318,13 +419,24 @@ def make_corrector(
       config: the run's settings.
       student: the student's network.
       teacher: the teacher with the guidance of pi-ID; the first state does not need it.
+      space: the feature space, for a corrector that compares features; the size of the first state
+        is estimated without it.
 
     Returns:
       The corrector, or None for training without one.
+
+    Raises:
+      ConfigError: the feature space is needed and was not opened.
     """
-    settings = config.train.corrector
-    if not settings.kind:
+    settings, row = config.train.corrector, corrector_kind(config)
+    if row is None:
         return None
+    if teacher is not None and row.of_data and space is None:
+        raise ConfigError(
+            f"config.train.corrector.kind = {settings.kind!r} is for --mode=train and "
+            "piflow_jax.distill, which open its feature space; leave it empty here"
+        )
     if teacher is not None and settings.guidance_interval:
         teacher = dataclasses.replace(teacher, guidance_interval=settings.guidance_interval)
-    return CORRECTORS[settings.kind](config=config, student=student, teacher=teacher)
+    make = CORRECTORS[settings.kind]
+    return make(config=config, student=student, teacher=teacher, space=space)

@@ -15,6 +15,7 @@ from piflow_jax.flow.teacher import Teacher
 from piflow_jax.keys import seed_key
 from piflow_jax.systems.networks import Network
 from piflow_jax.systems.policies import POLICIES, policy_factory
+from piflow_jax.systems.spaces import Space
 from piflow_jax.training.accumulation import accumulate
 from piflow_jax.training.corrector import make_corrector
 from piflow_jax.training.objectives import (
@@ -130,8 +131,9 @@ def first_student_state(
     trained: Any,
     teacher_params: Any,
     carried: Any = (),
+    space: Space | None = None,
 ) -> TrainState:
-    """The state of a student before its first step, with a critic if its corrector needs one.
+    """The state of a student before its first step, with what its corrector learns.
 
     Args:
       key: PRNG key of what is fresh in the critic.
@@ -140,13 +142,14 @@ def first_student_state(
       trained: the student's trained parameters at the start.
       teacher_params: the teacher's parameters; only a corrector needs them.
       carried: the student's carried variables.
+      space: see `distill_step`.
 
     Returns:
       The state.
     """
     optimizer = make_optimizer(config.train.optimizer, config.train.steps)
     state = TrainState.create(trained, optimizer, carried)
-    corrector = make_corrector(config, student)
+    corrector = make_corrector(config, student, space=space)
     return state if corrector is None else corrector.begin(key, state, teacher_params)
 
 
@@ -157,6 +160,7 @@ def distill_step(
     config: Config,
     channels: int,
     draw: Draw | None = None,
+    space: Space | None = None,
 ) -> StepFn:
     """The pi-ID step of the student.
 
@@ -171,6 +175,7 @@ def distill_step(
       config: the run's settings.
       channels: `C` of a state.
       draw: draws states, for a source that has it, see `Source`.
+      space: the feature space of a corrector that compares features.
 
     Returns:
       `(state, teacher_params, root_key, batch) -> (state, metrics)`, to be jitted with the state
@@ -179,7 +184,7 @@ def distill_step(
     """
     train, scales = config.train, config.teacher.guidance_range
     factory = policy_factory(config.policy, train)
-    corrector = make_corrector(config, student, teacher)
+    corrector = make_corrector(config, student, teacher, space)
     components = POLICIES[config.policy.kind].droppable(config.policy)
 
     def step(state: TrainState, teacher_params, root: jax.Array, batch):

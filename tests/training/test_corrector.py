@@ -1,6 +1,11 @@
 """The marginal corrector on Gaussian data, where samples and velocities are known, and in steps."""
 
 import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +16,7 @@ import pytest
 from piflow_jax.config import parse
 from piflow_jax.data import load_digits_source
 from piflow_jax.distillation.stages import student_stage
+from piflow_jax.flow.frechet import Moments
 from piflow_jax.flow.policies import GMOutput
 from piflow_jax.flow.teacher import Teacher
 from piflow_jax.parallel import device_mesh
@@ -20,10 +26,12 @@ from piflow_jax.systems.conditioning import Unconditional
 from piflow_jax.systems.network import Network
 from piflow_jax.systems.networks import abstract_variables
 from piflow_jax.systems.shapes import DataShape
+from piflow_jax.systems.spaces import Space
 from piflow_jax.training.corrector import make_corrector
 from piflow_jax.training.optimizer import make_optimizer
 from piflow_jax.training.step import first_student_state
 from tests import gaussian, tiny
+from tests.compiled import on_devices
 from tests.steps import step_of
 from tests.training.test_text_step import batch_of, system
 
@@ -71,10 +79,13 @@ TEACHER = Teacher(predict=velocity, shape=SITES)
 RIGHT = {"mean": jnp.asarray(gaussian.MEAN), "logstd": jnp.log(gaussian.SCALE)}
 
 
+SEEN = jax.random.key(7)
+
+
 def settings(kind, **changes):
     config = tiny.get_config()
     config.train.corrector.kind = kind
-    config.train.corrector.start = 0
+    config.train.corrector.start = 0 if kind != "frechet" else 1
     config.train.optimizer.grad_clip = 0.0
     config.update_from_flattened_dict({k.replace("__", "."): v for k, v in changes.items()})
     return parse(config)
@@ -85,10 +96,35 @@ def part(key):
     return {"noise": noise, "condition": None}
 
 
+class Pixels:
+    """Features of Gaussian data that are Gaussian too: the pixels themselves."""
+
+    name, digest = "pixels", 64 * "0"
+
+    def features(self, images):
+        return images.reshape(len(images), -1)
+
+
+SIZE = int(np.prod(SITES))
+SPACE = Space(
+    features=Pixels(),
+    mean=np.full(SIZE, gaussian.MEAN),
+    covariance=gaussian.SCALE**2 * np.eye(SIZE),
+)
+
+
+def corrector_of(config, teacher=TEACHER):
+    return make_corrector(config, Student(), teacher, SPACE)
+
+
+def first_state(config, student):
+    return first_student_state(jax.random.key(0), config, Student(), student, RIGHT, space=SPACE)
+
+
 @pytest.mark.parametrize("kind", ["critic", "policy"])
 def test_a_student_that_is_right_gets_no_gradient(kind):
-    corrector = make_corrector(settings(kind), Student(), TEACHER)
-    state = first_student_state(jax.random.key(0), corrector.config, Student(), RIGHT, RIGHT)
+    corrector = corrector_of(settings(kind))
+    state = first_state(corrector.config, RIGHT)
     grads = jax.tree.map(jnp.ones_like, RIGHT)
 
     @jax.jit
@@ -105,18 +141,50 @@ def test_a_student_that_is_right_gets_no_gradient(kind):
         assert metrics["corrector_loss"] < 1e-5 < 1e-2 < other
 
 
-@pytest.mark.parametrize("kind", ["critic", "policy"])
-def test_the_fixed_point_is_the_teachers_marginal(kind):
+# Settings of the test and the rate of its descent, for each corrector.
+OF_KIND = {
+    "critic": (
+        {
+            "train__corrector__critic_steps": 4,
+            "train__corrector__optimizer__learning_rate": 0.03,
+            "train__corrector__optimizer__warmup_steps": 0,
+        },
+        0.4,
+    ),
+    "policy": ({}, 0.4),
+    # Eight of the batches here, which are larger than that of the settings.
+    "frechet": ({"train__corrector__population": 16}, 0.4 / SIZE),
+}
+
+
+def test_the_gradient_of_features_is_the_closed_form():
+    """`D ((m - n)^2 + (s - r)^2)` between `N(m, s^2)` and `N(n, r^2)` in D dimensions."""
+    corrector = corrector_of(settings("frechet", train__corrector__substeps=64))
+    mean, std = -0.2, 1.3
+    wrong = {"mean": jnp.asarray(mean), "logstd": jnp.log(std)}
+    shift = np.full(SIZE, mean - gaussian.MEAN)
+    moments = Moments(jnp.asarray(1), shift, np.outer(shift, shift) + std**2 * np.eye(SIZE))
+    inputs = part(jax.random.key(1))
+    value, grads = jax.jit(jax.value_and_grad(corrector.loss))(wrong, moments, (), RIGHT, inputs)
+    expected = SIZE * ((mean - gaussian.MEAN) ** 2 + (std - gaussian.SCALE) ** 2)
+    np.testing.assert_allclose(value, expected, rtol=0.03)  # of 512 samples
+    np.testing.assert_allclose(grads["mean"], 2 * SIZE * (mean - gaussian.MEAN), rtol=0.03)
+    by_log = 2 * SIZE * (std - gaussian.SCALE) * std
+    np.testing.assert_allclose(grads["logstd"], by_log, rtol=0.03)
+    # Right moments: no gradient. Those of the student are its samples', so the student is right.
+    moments = Moments(jnp.asarray(1), jnp.zeros(SIZE), gaussian.SCALE**2 * jnp.eye(SIZE))
+    grads = jax.jit(jax.grad(corrector.loss))(RIGHT, moments, (), RIGHT, inputs)
+    assert max(map(abs, map(float, jax.tree.leaves(grads)))) < 1e-4
+
+
+@pytest.mark.parametrize("kind", OF_KIND)
+def test_the_fixed_point_is_the_distribution_that_is_right(kind):
     """From another mean and scale, by the corrector's gradient alone, at nfe = 1."""
-    config = settings(
-        kind,
-        train__corrector__critic_steps=4,
-        train__corrector__optimizer__learning_rate=0.03,
-        train__corrector__optimizer__warmup_steps=0,
-    )
-    corrector = make_corrector(config, Student(), TEACHER)
+    changes, first_rate = OF_KIND[kind]
+    config = settings(kind, **changes)
+    corrector = corrector_of(config)
     wrong = {"mean": jnp.asarray(-0.2), "logstd": jnp.asarray(0.3)}
-    state = first_student_state(jax.random.key(0), config, Student(), wrong, RIGHT)
+    state = corrector.follow(first_state(config, wrong), RIGHT, part(SEEN), SEEN)[0]
 
     @jax.jit
     def run(state):
@@ -124,9 +192,9 @@ def test_the_fixed_point_is_the_teachers_marginal(kind):
             keys = jax.random.split(jax.random.fold_in(jax.random.key(1), index), 3)
             inputs = part(keys[0])
             drawn = inputs | corrector.draw(keys[1], inputs["noise"])
-            critic = state.critic.params if kind == "critic" else ()
-            rate = 0.4 * 0.99**index
-            grads = jax.grad(corrector.loss)(state.params, critic, (), RIGHT, drawn)
+            rate = first_rate * 0.99**index
+            learned = corrector.learned(state)
+            grads = jax.grad(corrector.loss)(state.params, learned, (), RIGHT, drawn)
             params = jax.tree.map(lambda a, g: a - rate * g, state.params, grads)
             state = state.replace(params=params)
             return corrector.follow(state, RIGHT, inputs, keys[2])[0], None
@@ -143,9 +211,9 @@ def test_the_fixed_point_is_the_teachers_marginal(kind):
 
 def test_its_gradient_has_the_norm_of_the_other_and_waits_for_the_critic():
     config = settings("policy", train__corrector__scale=0.5, train__corrector__start=3)
-    corrector = make_corrector(config, Student(), TEACHER)
+    corrector = corrector_of(config)
     wrong = {"mean": jnp.asarray(-0.2), "logstd": jnp.asarray(0.3)}
-    state = first_student_state(jax.random.key(0), config, Student(), wrong, RIGHT)
+    state = first_state(config, wrong)
     grads = {"mean": jnp.asarray(3.0), "logstd": jnp.asarray(4.0)}
 
     @jax.jit
@@ -158,9 +226,28 @@ def test_its_gradient_has_the_norm_of_the_other_and_waits_for_the_critic():
     np.testing.assert_allclose(added(3), 2.5, rtol=1e-6)
 
 
+def test_microbatches_change_no_gradient_of_a_distance():
+    """It is that of all samples seen so far, so the parts of a batch are independent."""
+    found = []
+    for count in (1, 4):
+        config = settings("frechet", train__microbatches=count, train__batch_size=16)
+        corrector = corrector_of(config)
+        wrong = {"mean": jnp.asarray(-0.2), "logstd": jnp.asarray(0.3)}
+
+        @jax.jit
+        def step(state, corrector=corrector):
+            state, _ = corrector.follow(state, RIGHT, part(SEEN), SEEN)
+            ones = jax.tree.map(jnp.ones_like, RIGHT)
+            state = state.replace(step=jnp.asarray(5))
+            return corrector.correct(state, ones, RIGHT, part(SEEN), SEEN)
+
+        found.append(step(first_state(config, wrong)))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), *found)
+
+
 def test_levels_are_stratified_between_their_ends_and_shifted_to_noise():
     config = settings("critic", train__corrector__levels=(0.1, 0.9), train__corrector__shift=3.0)
-    corrector = make_corrector(config, Student(), TEACHER)
+    corrector = corrector_of(config)
     drawn = corrector.draw(jax.random.key(0), jnp.zeros((BATCH, *SITES)))
     t = np.asarray(drawn["t"], np.float64)
     assert 0.1 <= t.min() < 0.11 and 0.89 < t.max() <= 0.9
@@ -174,7 +261,7 @@ def test_levels_are_stratified_between_their_ends_and_shifted_to_noise():
 
 def test_every_example_is_the_correctors_or_pi_ids():
     config = settings("critic", train__batch_size=12, train__corrector__share=1 / 3)
-    theirs, ours = make_corrector(config, Student()).shares({"x": jnp.arange(12)})
+    theirs, ours = corrector_of(config, None).shares({"x": jnp.arange(12)})
     # Neighbours are divided, so that nothing moves between devices.
     np.testing.assert_array_equal(theirs["x"], [0, 3, 6, 9])
     np.testing.assert_array_equal(ours["x"], [1, 2, 4, 5, 7, 8, 10, 11])
@@ -183,10 +270,10 @@ def test_every_example_is_the_correctors_or_pi_ids():
 # --- In the training step ----------------------------------------------------------------------
 
 
-def stage(tmp_path=None, **changes):
-    config = settings("critic", **changes)
+def stage(kind="critic", space=None, **changes):
+    config = settings(kind, **changes)
     source = load_digits_source()
-    systems = Systems.of(config, DATA)
+    systems = dataclasses.replace(Systems.of(config, DATA), space=space)
     params = jax.jit(systems.teacher_network.init)(jax.random.key(5))
     # A fresh network predicts zero.
     params = jax.tree.map(
@@ -264,3 +351,16 @@ def test_a_critic_lies_on_a_mesh_as_its_student():
     assert kernels
     for name in kernels:
         assert flat[f"critic/params/{name.removeprefix('params/')}"] == flat[name]
+
+
+def test_features_of_a_batch_on_eight_devices_are_those_of_one():
+    """Moments are of the whole batch, wherever its parts lie."""
+    environment = os.environ | on_devices(8) | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    script = Path(__file__).with_name("split_features.py")
+    done = subprocess.run(
+        [sys.executable, script], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["apart"] < 1e-4
+    assert found["moved"][0] == 0 < found["moved"][1]  # the batch was split
