@@ -28,7 +28,7 @@ from piflow_jax.flow.schedule import TimeWarp
 from piflow_jax.flow.substeps import Solver
 from piflow_jax.parallel.flops import flops
 from piflow_jax.student import Student
-from piflow_jax.systems.networks import abstract_variables
+from piflow_jax.systems.network import abstract_variables
 from piflow_jax.systems.policies import policy_factory
 from piflow_jax.systems.spec import StudentSettings
 

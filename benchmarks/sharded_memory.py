@@ -30,11 +30,8 @@ from piflow_jax.parallel import (
     state_shardings,
 )
 from piflow_jax.runs.monitor import step_memory
-from piflow_jax.systems.networks import (
-    NETWORKS,
-    abstract_variables,
-    named_variables,
-)
+from piflow_jax.systems.network import abstract_variables
+from piflow_jax.systems.networks import NETWORKS, named_variables
 from piflow_jax.training.optimizer import make_optimizer
 from piflow_jax.training.state import TrainState
 from piflow_jax.training.step import distill_step

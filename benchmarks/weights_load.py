@@ -40,7 +40,7 @@ def write(path: Path, blocks: int) -> None:
     import numpy as np
 
     from piflow_jax.convert import to_torch_state, write_safetensors
-    from piflow_jax.systems.networks import abstract_variables
+    from piflow_jax.systems.network import abstract_variables
 
     network, rng = _qwen(blocks), np.random.default_rng(0)
     few = rng.normal(scale=0.02, size=2**20).astype(ml_dtypes.bfloat16)

@@ -14,21 +14,6 @@ from typing import Any
 import jax
 import numpy as np
 
-__all__ = [
-    "ROUNDING",
-    "check_between",
-    "check_choice",
-    "check_no_pixels",
-    "check_number",
-    "check_shape",
-    "class_labels",
-    "differing",
-    "known",
-    "lora_strengths",
-    "prefixed",
-    "whole",
-]
-
 ROUNDING = 1e-5
 """What sums of times in float32 may be off by: less than a hundredth of a substep of 1,000."""
 

@@ -14,8 +14,6 @@ from typing import Any
 
 from etils import epath
 
-__all__ = ["SCHEME", "fetcher", "is_file", "is_remote", "located", "repeated_requests"]
-
 SCHEME = "gs://"
 
 _ANY_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")

@@ -12,8 +12,6 @@ import gcsfs
 import google.auth.exceptions
 from gcsfs.core import GCSFile
 
-__all__ = ["BucketError", "register"]
-
 _BUCKET = re.compile(r"(?:^|/)b/([^/?]+)")
 _NO_RANGE = "416"
 # Of the task that looks for a folder: another one asks for an object of the same name.

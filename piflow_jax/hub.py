@@ -14,19 +14,6 @@ from collections.abc import Collection, Iterator, Sequence
 
 from absl import logging
 
-__all__ = [
-    "AUTOENCODER",
-    "ENCODERS",
-    "NETWORK",
-    "check",
-    "fetch",
-    "is_name",
-    "local",
-    "needed",
-    "pinned",
-    "remedied",
-]
-
 NETWORK = ("transformer",)
 """Folders of a pipeline: of its network here, then of its autoencoder, then of its encoders."""
 AUTOENCODER = ("vae",)

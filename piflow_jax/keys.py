@@ -14,8 +14,6 @@ import numpy as np
 
 from piflow_jax.arguments import known
 
-__all__ = ["as_key", "folded_noise", "index_keys", "index_noise", "seed_key", "shuffled"]
-
 _IMPLEMENTATION = "threefry2x32"
 
 

@@ -6,8 +6,6 @@ from pathlib import Path
 
 from piflow_jax import __version__
 
-__all__ = ["commit", "origin"]
-
 
 @functools.cache
 def commit() -> str:

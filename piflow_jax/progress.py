@@ -9,8 +9,6 @@ from typing import TypeVar
 import jax
 from absl import logging
 
-__all__ = ["Progress", "clock", "live_line", "tracked"]
-
 _EVERY = 15.0  # seconds between lines of a log
 _T = TypeVar("_T")
 

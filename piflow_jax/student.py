@@ -25,7 +25,7 @@ from piflow_jax.flow.rollout import Implementation
 from piflow_jax.flow.substeps import Solver, check_substeps
 from piflow_jax.keys import as_key, index_keys, index_noise
 from piflow_jax.systems.datasets import class_names
-from piflow_jax.systems.networks import Network
+from piflow_jax.systems.network import Network
 from piflow_jax.systems.policies import POLICIES
 from piflow_jax.systems.sampling import (
     sampling_cautions,

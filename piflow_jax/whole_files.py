@@ -14,8 +14,6 @@ from etils import epath
 
 from piflow_jax.buckets import is_remote
 
-__all__ = ["copy_file", "reading", "replacing", "write_json"]
-
 _PIECE = 2**24  # bytes of a file that are copied at a time
 
 

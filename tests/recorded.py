@@ -30,8 +30,8 @@ from piflow_jax.parallel import device_mesh, parameter_shardings, state_sharding
 from piflow_jax.rivals import METHODS
 from piflow_jax.rivals.base import rival_spec
 from piflow_jax.systems.datasets import dataset, load_source, shape_of
+from piflow_jax.systems.network import abstract_variables
 from piflow_jax.systems.networks import (
-    abstract_variables,
     named_variables,
     official_data,
     student_network,

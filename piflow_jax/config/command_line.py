@@ -25,8 +25,6 @@ from piflow_jax.config.parsing import (
 )
 from piflow_jax.config.schema import Config
 
-__all__ = ["load_config", "override"]
-
 # `--config.key=value` or `--config.key value`; for a switch, `--config.key` or `--noconfig.key`.
 _OVERRIDE = re.compile(r"--?(?P<no>no)?(?P<key>config\.[^=]*)(=(?P<text>.*))?", re.DOTALL)
 # The module of a config file, by the name that dataclasses and pickle look it up.

@@ -7,8 +7,6 @@ import ml_collections
 
 from piflow_jax.config.parsing import base_config, check_variant
 
-__all__ = ["VARIANTS", "miniature", "text_to_image"]
-
 VARIANTS = ("gm_4nfe", "gm_8nfe", "dx_4nfe", "datafree", "arc_2nfe", "runlocal")
 
 

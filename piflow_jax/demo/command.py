@@ -9,8 +9,6 @@ from piflow_jax.demo.server import serve
 from piflow_jax.loading import shipped_names
 from piflow_jax.runs.checkpoint import CheckpointError
 
-__all__ = ["main"]
-
 
 def main(arguments: list[str] | None = None) -> None:
     """Serves the page until it is interrupted.

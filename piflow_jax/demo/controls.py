@@ -4,8 +4,6 @@ import dataclasses
 import math
 from typing import Any, Literal
 
-__all__ = ["Control"]
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Control:

@@ -36,8 +36,6 @@ from piflow_jax.systems.sampling import (
     student_times,
 )
 
-__all__ = ["EACH", "Drawer"]
-
 EACH = -1
 """In place of a class: one sample of each."""
 

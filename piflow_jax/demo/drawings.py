@@ -8,8 +8,6 @@ import numpy as np
 
 from piflow_jax.demo.paths import Way
 
-__all__ = ["Batch", "Drawing", "Row", "Trajectory", "plural"]
-
 
 @dataclasses.dataclass(frozen=True)
 class Row:

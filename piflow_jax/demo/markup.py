@@ -13,8 +13,6 @@ from piflow_jax.demo.drawings import Drawing, Row, Trajectory, plural
 from piflow_jax.demo.pictures import COLOURS, as_uri, film, weight_maps, weight_shares
 from piflow_jax.evaluation import as_levels
 
-__all__ = ["bars", "busy", "empty", "gap", "pairs", "stage"]
-
 _SMALL = 96  # pixels; those of larger pictures are not enlarged
 _MIXTURE_HEIGHT = 100  # units of the chart
 

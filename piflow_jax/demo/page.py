@@ -12,8 +12,6 @@ from piflow_jax.demo.pictures import as_sample
 from piflow_jax.demo.server import KEPT_SECONDS, LARGEST_PICTURE
 from piflow_jax.demo.views import View, views_of
 
-__all__ = ["drawn", "make_page"]
-
 _WAITING = 8  # calls that may wait for their turn
 _CANVAS = 280  # pixels of a side on which pictures are drawn
 _BRUSH = 18  # of these

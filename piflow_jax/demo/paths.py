@@ -16,8 +16,6 @@ from piflow_jax.flow.rollout import rollout
 from piflow_jax.flow.schedule import FlowMapTimes, TimeWarp
 from piflow_jax.flow.substeps import Rounding, Solver
 
-__all__ = ["Way", "between", "follow_policy", "step_teacher", "teacher_way"]
-
 
 class Way(NamedTuple):
     """One sample at `F` raw times.

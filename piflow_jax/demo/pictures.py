@@ -13,18 +13,6 @@ from piflow_jax.data.picture_sets import center_crop
 from piflow_jax.data.pictures import PictureError, picture_sizes, read_picture
 from piflow_jax.evaluation import draw_grid
 
-__all__ = [
-    "COLOURS",
-    "animation",
-    "as_sample",
-    "as_uri",
-    "film",
-    "png",
-    "weight_maps",
-    "weight_order",
-    "weight_shares",
-]
-
 # Of the mixture's components, the heaviest first; all further ones share the last.
 COLOURS = (
     *("#4e79a7", "#f28e2b", "#59a14f", "#b07aa1", "#edc948", "#76b7b2", "#e15759", "#9c755f"),

@@ -7,8 +7,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ["KEPT_SECONDS", "LARGEST_PICTURE", "serve"]
-
 LARGEST_PICTURE = 10 * 2**20
 """Bytes of a picture that is sent."""
 

@@ -15,8 +15,6 @@ from piflow_jax.demo.drawings import Drawing, Trajectory, plural
 from piflow_jax.demo.pictures import animation, png
 from piflow_jax.evaluation import draw_grid
 
-__all__ = ["View", "film_of", "views_of"]
-
 # Of a prepared set, in the list to choose from.
 _MOST_PROMPTS = 200
 _LARGEST_SEED = 2**31 - 1

@@ -55,8 +55,6 @@ from piflow_jax.systems.shapes import DataShape
 from piflow_jax.systems.spec import teacher_spec
 from piflow_jax.whole_files import replacing
 
-__all__ = ["Bench", "compare", "draw", "judged"]
-
 
 def judged(source: Source, judge: Judge | None) -> Measure | None:
     """Measures the figures of a look in a feature space; None without one."""

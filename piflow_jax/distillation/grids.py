@@ -13,8 +13,6 @@ from piflow_jax.systems.conditioning import Condition
 from piflow_jax.systems.sampling import conditions_in_turn
 from piflow_jax.systems.shapes import DataShape
 
-__all__ = ["class_names", "grid_rows", "index_sampler"]
-
 
 def grid_rows(
     config: Config, source: Source | None, data: DataShape

@@ -17,8 +17,6 @@ from piflow_jax.runs.loop import Look
 from piflow_jax.systems.sampling import conditions_in_turn
 from piflow_jax.systems.shapes import DataShape
 
-__all__ = ["Measure", "look_by"]
-
 # Columns of a grid; with more, images would be too small in TensorBoard.
 _COLUMNS = 8
 

@@ -21,8 +21,6 @@ from piflow_jax.runs.metrics import logged_images
 from piflow_jax.runs.workdir import user_path
 from piflow_jax.whole_files import replacing
 
-__all__ = ["write_page"]
-
 # Titles of plots, by the names of metrics.
 _PLOTS = {"loss": "Loss of the {}", "eval_frechet": "Frechet distance of the {}"}
 _MOST_GRIDS = 8  # of the looks at a student in training

@@ -22,14 +22,13 @@ from piflow_jax.parallel import peak_flops
 from piflow_jax.parallel.topology import Chip
 from piflow_jax.systems.assembly import Systems
 from piflow_jax.systems.datasets import dataset
-from piflow_jax.systems.networks import abstract_variables, without_scales
+from piflow_jax.systems.network import abstract_variables
+from piflow_jax.systems.networks import without_scales
 from piflow_jax.systems.policies import policy_outputs
 from piflow_jax.systems.sampling import TEACHER_SOLVERS
 from piflow_jax.training.optimizer import make_optimizer
 from piflow_jax.training.state import TrainState
 from piflow_jax.training.step import first_student_state
-
-__all__ = ["Machine", "Sizes"]
 
 GIB = 2**30
 # Longest wait for a step or an evaluation, which give no result before they end.

@@ -29,8 +29,8 @@ from piflow_jax.loading.weights import (
 )
 from piflow_jax.runs.workdir import user_path
 from piflow_jax.student import Student
+from piflow_jax.systems.network import Network
 from piflow_jax.systems.networks import (
-    Network,
     in_few_bits,
     network_kind,
     official_data,

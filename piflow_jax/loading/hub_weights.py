@@ -6,8 +6,6 @@ from typing import Any
 from piflow_jax import hub
 from piflow_jax.arguments import lora_strengths
 
-__all__ = ["with_commits"]
-
 
 def with_commits(config: Any, *, fetch: bool = False) -> Any:
     """Adds to names on the hub the commit that they stand for now.

@@ -5,9 +5,7 @@ from typing import Any
 
 from piflow_jax.arguments import prefixed
 from piflow_jax.runs.workdir import user_path
-from piflow_jax.systems.networks import Network
-
-__all__ = ["fine_tuned"]
+from piflow_jax.systems.network import Network
 
 
 def fine_tuned(

@@ -12,8 +12,6 @@ from typing import NamedTuple
 import jax
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
-__all__ = ["Route", "route"]
-
 
 class Route(NamedTuple):
     """How an array gets from the files to the devices.

@@ -20,8 +20,8 @@ from piflow_jax.runs.steps import latest_step
 from piflow_jax.runs.workdir import user_path
 from piflow_jax.systems.assembly import Systems
 from piflow_jax.systems.datasets import dataset, load_source, shape_of
+from piflow_jax.systems.network import Network
 from piflow_jax.systems.networks import (
-    Network,
     in_few_bits,
     named_variables,
     network_kind,
@@ -40,18 +40,6 @@ from piflow_jax.systems.spec import (
     teacher_spec,
     updated,
 )
-
-__all__ = [
-    "data_shape",
-    "load_average",
-    "load_initial",
-    "load_student",
-    "load_system",
-    "load_teacher",
-    "spaces_of",
-    "student_dir",
-    "with_exact_base",
-]
 
 
 def data_shape(config: Config, workdir: str | os.PathLike) -> DataShape:

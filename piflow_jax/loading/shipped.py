@@ -12,8 +12,6 @@ from etils import epath
 from piflow_jax.buckets import is_remote
 from piflow_jax.runs.workdir import user_path
 
-__all__ = ["shipped_names", "weights_path"]
-
 _FOLDER = epath.Path(__file__).parents[1] / "shipped"
 
 

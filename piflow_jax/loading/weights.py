@@ -13,10 +13,9 @@ from jax.sharding import Sharding
 
 from piflow_jax.loading.routes import route
 from piflow_jax.parallel import moved
-from piflow_jax.systems.networks import Network, abstract_variables, without_scales
+from piflow_jax.systems.network import Network, abstract_variables
+from piflow_jax.systems.networks import without_scales
 from piflow_jax.systems.spec import updated_settings
-
-__all__ = ["averaged", "converted", "find_checkpoint", "saved_base_dtype"]
 
 
 def averaged(

@@ -56,8 +56,6 @@ from piflow_jax.systems.sampling import (
 from piflow_jax.systems.shapes import DataShape
 from piflow_jax.whole_files import reading, replacing, write_json
 
-__all__ = ["evaluate_latents", "load_reference", "protocol", "write_reference"]
-
 # Samples of a file under way: what a kill loses at most, and what processes share.
 _SHARD = 512
 

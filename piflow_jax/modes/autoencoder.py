@@ -14,14 +14,6 @@ from piflow_jax.models.vae import AutoencoderKL, decode_in_chunks
 from piflow_jax.parallel import local_mesh, replicated
 from piflow_jax.systems.shapes import DataShape
 
-__all__ = [
-    "CHUNK",
-    "Autoencoder",
-    "load_autoencoder",
-    "pixel_sampler",
-    "tree_digest",
-]
-
 # Latents that a device decodes at once; 256x256 images of the full-size decoder take 1 GiB each.
 CHUNK = 8
 

@@ -37,8 +37,6 @@ from piflow_jax.systems.datasets import DATASETS, dataset
 from piflow_jax.systems.sampling import sampling_cautions, sampling_guidance
 from piflow_jax.systems.settings import check_choices
 
-__all__ = ["MODES", "Mode", "run"]
-
 
 def _prepare(config: Config, workdir: str | os.PathLike) -> None:
     row = dataset(config)

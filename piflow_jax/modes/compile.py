@@ -34,7 +34,8 @@ from piflow_jax.runs.workdir import user_path
 from piflow_jax.systems.assembly import Systems
 from piflow_jax.systems.correctors import corrector_kind
 from piflow_jax.systems.datasets import dataset, load_source, shape_of
-from piflow_jax.systems.networks import abstract_variables, named_variables, official_data
+from piflow_jax.systems.network import abstract_variables
+from piflow_jax.systems.networks import named_variables, official_data
 from piflow_jax.systems.sampling import student_substeps
 from piflow_jax.systems.segments import longest_segment
 from piflow_jax.systems.settings import check_ours

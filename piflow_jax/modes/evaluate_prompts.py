@@ -31,8 +31,6 @@ from piflow_jax.modes.prepare_prompts import listed_prompts
 from piflow_jax.runs.workdir import user_path
 from piflow_jax.systems.judges import load_inception
 
-__all__ = ["evaluate_images"]
-
 _CACHE = "evaluation_features"
 _REPORT = "text_report.json"
 T = TypeVar("T")

@@ -12,9 +12,7 @@ from piflow_jax.runs.loop import checkpoint_dir
 from piflow_jax.runs.steps import CheckpointError, latest_step
 from piflow_jax.runs.workdir import user_path
 from piflow_jax.systems.assembly import Systems
-from piflow_jax.systems.networks import Network, abstract_variables
-
-__all__ = ["say_header", "say_next"]
+from piflow_jax.systems.network import Network, abstract_variables
 
 
 def say_header(systems: Systems, workdir: str | os.PathLike, makes: str) -> None:

@@ -19,8 +19,6 @@ from piflow_jax.modes.autoencoder import Autoencoder, load_autoencoder
 from piflow_jax.parallel import batch_sharding, local_mesh, replicated
 from piflow_jax.systems.networks import official_data
 
-__all__ = ["prepare", "prepare_latents"]
-
 _READ_THREADS = 16
 
 

@@ -16,8 +16,6 @@ from piflow_jax.data.images import (
 )
 from piflow_jax.data.picture_sets import open_pictures
 
-__all__ = ["in_workdir", "prepare_missing", "prepare_pixels"]
-
 _FOLDER = "data"  # of a work directory
 
 

@@ -35,8 +35,6 @@ from piflow_jax.models.vae import picture_encoder, sample_posterior
 from piflow_jax.modes.autoencoder import Autoencoder, load_autoencoder
 from piflow_jax.systems.networks import network_kind
 
-__all__ = ["encode_prompts", "listed_prompts", "prepare_prompts"]
-
 _READ_THREADS = 16
 _TOKENIZED = 1024  # prompts at once
 # Logarithms of aspect ratios that differ less are of the same shape: sizes are whole numbers.

@@ -18,8 +18,6 @@ from piflow_jax.runs.workdir import user_path
 from piflow_jax.systems.assembly import Systems
 from piflow_jax.systems.datasets import dataset, load_source
 
-__all__ = ["sample"]
-
 
 def sample(config: Config, workdir: str | os.PathLike) -> epath.Path | list[epath.Path]:
     """Writes `<workdir>/student.png`, one row per class; for prompts see `sample_prompts`.

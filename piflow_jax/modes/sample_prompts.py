@@ -32,8 +32,6 @@ from piflow_jax.systems.shapes import DataShape
 from piflow_jax.systems.spec import student_spec, teacher_spec
 from piflow_jax.whole_files import replacing
 
-__all__ = ["find_prompts", "sample_prompts"]
-
 _OF_EVALUATION = ("nfe", "temperature", "substeps", "solver")
 _FOLDERS = {"student": "samples", "teacher": "teacher_samples"}
 

@@ -14,8 +14,6 @@ from collections.abc import Mapping, Sequence
 
 from piflow_jax.parallel.program import Instruction, Program, Walk, parse_program
 
-__all__ = ["BETWEEN_SLICES", "collective_bytes"]
-
 BETWEEN_SLICES = "between slices"
 """The name of data sent by hosts."""
 

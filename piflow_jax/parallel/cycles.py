@@ -12,8 +12,6 @@ from collections.abc import Mapping, Sequence
 
 from piflow_jax.parallel.program import Walk, parse_program
 
-__all__ = ["OTHER", "Cycles", "estimated_cycles"]
-
 OTHER = "other"
 """The name of operations outside all scopes."""
 

@@ -13,8 +13,6 @@ from typing import Any
 import jax
 from absl import logging
 
-__all__ = ["OTHER", "Flops", "flops"]
-
 OTHER = "other"
 """The name of operations outside all scopes."""
 

@@ -11,20 +11,6 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from piflow_jax.config import Config, check_devices
 
-__all__ = [
-    "AXES",
-    "batch_sharding",
-    "config_mesh",
-    "device_mesh",
-    "gathered",
-    "global_batch",
-    "local_mesh",
-    "local_rows",
-    "moved",
-    "replicated",
-    "slice_count",
-]
-
 AXES = ("data", "fsdp", "tensor")
 
 

@@ -33,8 +33,6 @@ from jax.sharding import PartitionSpec
 from piflow_jax.config import ConfigError, ProcessesConfig
 from piflow_jax.parallel.mesh import AXES, device_mesh
 
-__all__ = ["Place", "ProcessError", "end", "find", "lost", "over_devices", "start"]
-
 _ADDRESS, _COUNT, _INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
 # Variables of MPI launchers: size and rank.
 _MPI = (("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"), ("PMI_SIZE", "PMI_RANK"))

@@ -6,8 +6,6 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
-__all__ = ["Instruction", "Program", "UnknownTripCountError", "Walk", "parse_program"]
-
 
 class UnknownTripCountError(ValueError):
     """A loop's number of iterations does not follow from the program's text."""

@@ -16,8 +16,6 @@ import jax
 from flax import linen as nn
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-__all__ = ["RULES", "ActivationSharding", "parameter_shardings", "state_shardings"]
-
 BATCH = ("data", "fsdp")
 # From an axis's name to the mesh axis that splits it; axes with other names stay whole.
 RULES: dict[str, str] = {

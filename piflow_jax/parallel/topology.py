@@ -6,8 +6,6 @@ import math
 import os
 import re
 
-__all__ = ["CHIPS", "Chip", "peak_flops", "topology_devices"]
-
 
 @dataclasses.dataclass(frozen=True)
 class Chip:

@@ -14,8 +14,6 @@ from piflow_jax.runs.checkpoint import Checkpointer, CheckpointError
 from piflow_jax.runs.workdir import user_path
 from piflow_jax.whole_files import write_json
 
-__all__ = ["BestCheckpoint"]
-
 
 class BestCheckpoint(contextlib.AbstractContextManager):
     """Keeps the checkpoint with the smallest distance; use it as a context manager.

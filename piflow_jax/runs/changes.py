@@ -9,8 +9,6 @@ from piflow_jax.runs.steps import CheckpointError
 if TYPE_CHECKING:
     from piflow_jax.runs.loop import Stage
 
-__all__ = ["CHANGES", "changed_settings"]
-
 # The key of a checkpoint's settings that lists those which changed on the way to it.
 CHANGES = "changes"
 

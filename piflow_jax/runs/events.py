@@ -28,8 +28,6 @@ from tensorboard.plugins.text.summary_v2 import text_pb
 from tensorboard.summary.writer.record_writer import RecordWriter
 from tensorboard.util.tensor_util import make_tensor_proto
 
-__all__ = ["EventWriter"]
-
 
 def _interface():
     """`clu.metric_writers.interface` without its package, which imports TensorFlow.

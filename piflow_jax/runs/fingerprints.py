@@ -7,8 +7,6 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-__all__ = ["fingerprint", "leaf_table", "tree_fingerprint"]
-
 
 def fingerprint(values: np.ndarray, start: tuple | None = None, shape: tuple | None = None) -> int:
     """A sum over elements of (bits times an odd weight made of the position), modulo 2^64.

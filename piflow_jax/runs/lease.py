@@ -17,8 +17,6 @@ from etils import epath
 
 from piflow_jax.runs.steps import cause
 
-__all__ = ["Lease"]
-
 _BEAT = 15.0  # seconds between two signs of life
 _REQUEST = 60.0  # seconds that one may take, with all repetitions of the client
 

@@ -30,9 +30,6 @@ from piflow_jax.runs.steps import falling_back
 from piflow_jax.runs.workdir import user_path
 from piflow_jax.training.state import TrainState
 
-__all__ = ["Interrupted", "Look", "NonFiniteLossError", "Stage", "checkpoint_dir", "run_stage"]
-
-
 # The processes exchange signals under this name, as places in the list. The largest one decides.
 _LEAVE = "leave"
 _SIGNALS = (None, "SIGTERM", "SIGINT")

@@ -15,8 +15,6 @@ from piflow_jax.buckets import is_remote, repeated_requests
 from piflow_jax.parallel import peak_flops
 from piflow_jax.runs.spool import Spool
 
-__all__ = ["Monitor", "step_memory"]
-
 _COMPILED = "/jax/core/compile/backend_compile_duration"
 # The second batch may be the first to be placed on the devices by itself.
 _WARM_UP = 2

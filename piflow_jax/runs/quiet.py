@@ -9,8 +9,6 @@ from typing import Any
 
 from absl import logging
 
-__all__ = ["quiet"]
-
 
 @functools.cache
 def quiet() -> None:

@@ -18,8 +18,6 @@ from piflow_jax.buckets import is_remote
 from piflow_jax.runs.lease import Lease, in_use, parsed_holder, this_process
 from piflow_jax.runs.workdir import checkpoint_path
 
-__all__ = ["RunLock"]
-
 _NAME = "run.lock"
 
 

@@ -11,8 +11,6 @@ from etils import epath
 from piflow_jax.buckets import is_remote
 from piflow_jax.whole_files import copy_file
 
-__all__ = ["Spool"]
-
 
 class Spool:
     """A directory of files to append to, in folders or not.

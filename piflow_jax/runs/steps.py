@@ -12,23 +12,6 @@ from etils import epath
 from piflow_jax.parallel import processes
 from piflow_jax.whole_files import write_json
 
-__all__ = [
-    "CheckpointError",
-    "bad_step",
-    "cannot",
-    "cause",
-    "complete_steps",
-    "falling_back",
-    "first_cause",
-    "is_step",
-    "latest_step",
-    "listed",
-    "missing_parts",
-    "recorded_step",
-    "unreadable",
-    "write_record",
-]
-
 _TMP = ".orbax-checkpoint-tmp"
 _STEPS = ocp.path.step.standard_name_format()
 # What is said of files that are missing, cut or altered: by TensorStore, with or without a code in

@@ -13,8 +13,6 @@ from piflow_jax import hub
 from piflow_jax.buckets import SCHEME, is_remote, located
 from piflow_jax.config import ConfigError, naming
 
-__all__ = ["check_writable", "checkpoint_path", "user_path"]
-
 # Bytes of a path and of a name in it, on most file systems; folders are made one inside the other.
 _LONGEST, _LONGEST_NAME, _DEEPEST = 4095, 255, 500
 

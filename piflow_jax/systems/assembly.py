@@ -8,7 +8,8 @@ from piflow_jax.flow.guidance import Null
 from piflow_jax.flow.teacher import Teacher
 from piflow_jax.models.blocks import Constrain
 from piflow_jax.systems.conditioning import Condition
-from piflow_jax.systems.networks import Network, student_network, teacher_network
+from piflow_jax.systems.network import Network
+from piflow_jax.systems.networks import student_network, teacher_network
 from piflow_jax.systems.sampling import (
     sampling_guidance,
     student_sampler,
@@ -17,8 +18,6 @@ from piflow_jax.systems.sampling import (
 )
 from piflow_jax.systems.shapes import DataShape
 from piflow_jax.systems.spaces import Space
-
-__all__ = ["Systems", "guided"]
 
 
 def guided(network: Network, settings: TeacherConfig, null: Null | None) -> Teacher | None:

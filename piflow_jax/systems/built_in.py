@@ -16,8 +16,6 @@ from piflow_jax.models.quantized import is_quantized, quantize, quantized_stacks
 from piflow_jax.systems.conditioning import Conditioning
 from piflow_jax.systems.network import Network, Variables, abstract_variables
 
-__all__ = ["BuiltIn"]
-
 
 @dataclasses.dataclass(frozen=True)
 class BuiltIn(Network):

@@ -28,17 +28,6 @@ from piflow_jax.arguments import check_between, check_no_pixels, class_labels, w
 from piflow_jax.flow.guidance import Null, nothing_of
 from piflow_jax.systems.shapes import DataShape
 
-__all__ = [
-    "Arrays",
-    "ClassLabels",
-    "Condition",
-    "Conditioning",
-    "Text",
-    "Unconditional",
-    "conditioning_of",
-    "described",
-]
-
 _CLASSES = "this student is conditioned on classes: pass labels, integers [N]"
 _NO_GUIDANCE = (
     "this student does not take a guidance scale: leave guidance out, or train a student with "

@@ -9,8 +9,6 @@ from fractions import Fraction
 from piflow_jax.config import Config, ConfigError, CorrectorConfig
 from piflow_jax.systems.datasets import dataset
 
-__all__ = ["CORRECTOR_KINDS", "CorrectorKind", "check_corrector", "corrector_kind"]
-
 _OF_FEATURES = frozenset({"space", "population"})
 
 

@@ -22,8 +22,6 @@ from piflow_jax.data.mnist import DIGIT_CLASSES, FASHION_CLASSES
 from piflow_jax.systems.networks import official_data
 from piflow_jax.systems.shapes import DataShape
 
-__all__ = ["DATASETS", "Dataset", "class_names", "dataset", "load_source"]
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Dataset:

@@ -34,23 +34,6 @@ from piflow_jax.progress import Progress, tracked
 from piflow_jax.systems.datasets import dataset
 from piflow_jax.whole_files import replacing
 
-__all__ = [
-    "FEATURES_FILE",
-    "InceptionJudge",
-    "Judge",
-    "config_judge",
-    "described",
-    "is_judge_of",
-    "kept_space",
-    "load_inception",
-    "network_space",
-    "open_judge",
-    "real_batches",
-    "real_features",
-    "second_judge",
-    "why_no_figures",
-]
-
 FEATURES_FILE = "features.npz"
 # Most real samples in figures, because precision and recall compare all pairs.
 _MOST_REAL = 10_000

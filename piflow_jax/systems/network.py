@@ -12,8 +12,6 @@ from piflow_jax.keys import seed_key
 from piflow_jax.models.blocks import Constrain
 from piflow_jax.systems.conditioning import Condition, Conditioning
 
-__all__ = ["Network", "Variables", "abstract_variables"]
-
 Variables = Any
 
 

@@ -30,25 +30,10 @@ from piflow_jax.models.quantized import BLOCKS, is_quantized
 from piflow_jax.models.qwen_image import QWEN_TARGETS, QwenImage
 from piflow_jax.systems.built_in import BuiltIn
 from piflow_jax.systems.conditioning import ClassLabels, Conditioning, Text
-from piflow_jax.systems.network import Network, Variables, abstract_variables
+from piflow_jax.systems.network import Network, Variables
 from piflow_jax.systems.own import network_of_function
 from piflow_jax.systems.policies import POLICIES
 from piflow_jax.systems.shapes import DataShape
-
-__all__ = [
-    "NETWORKS",
-    "Network",
-    "NetworkKind",
-    "abstract_variables",
-    "check_takes_guidance",
-    "in_few_bits",
-    "named_variables",
-    "network_kind",
-    "official_data",
-    "student_network",
-    "teacher_network",
-    "without_scales",
-]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -27,8 +27,6 @@ from piflow_jax.systems.network import Network
 from piflow_jax.systems.policies import POLICIES
 from piflow_jax.systems.shapes import DataShape
 
-__all__ = ["OwnNetwork", "network_of_function", "own_network", "params_of"]
-
 _LOGSTD_WIDTH = 64
 _TIME_SCALE = 1000.0
 

@@ -28,27 +28,10 @@ from piflow_jax.flow.substeps import Rounding, Solver
 from piflow_jax.flow.teacher import Teacher
 from piflow_jax.keys import keys_of_noise
 from piflow_jax.systems.conditioning import Condition
-from piflow_jax.systems.networks import Network
+from piflow_jax.systems.network import Network
 from piflow_jax.systems.policies import policy_factory
 from piflow_jax.systems.segments import said_evaluations
 from piflow_jax.systems.shapes import DataShape
-
-__all__ = [
-    "ROUNDING",
-    "TEACHER_SOLVERS",
-    "TeacherSolver",
-    "conditions_in_turn",
-    "sampling_cautions",
-    "sampling_guidance",
-    "sampling_record",
-    "student_policy",
-    "student_rollout",
-    "student_sampler",
-    "student_substeps",
-    "student_times",
-    "teacher_record",
-    "teacher_sampler",
-]
 
 ROUNDING: Rounding = "ceil"
 """Rounding of a student's substeps, as in the pi-Flow release."""

@@ -3,8 +3,6 @@
 from piflow_jax.config import TrainConfig
 from piflow_jax.flow.schedule import Segments
 
-__all__ = ["longest_segment", "said_evaluations", "shortest_segment"]
-
 
 def said_evaluations(train: TrainConfig) -> str:
     """The numbers of evaluations that the student is trained for, such as `1, 2 or 4`."""

@@ -9,8 +9,6 @@ from piflow_jax.systems.networks import check_takes_guidance, in_few_bits, netwo
 from piflow_jax.systems.policies import POLICIES
 from piflow_jax.systems.segments import shortest_segment
 
-__all__ = ["check_choices", "check_ours"]
-
 
 def check_choices(config: Config) -> None:
     """Refuses choices that do not fit together, and settings that a choice does not use.

@@ -6,8 +6,6 @@ from typing import Any
 from piflow_jax.config.fields import config_field as _field
 from piflow_jax.models.vae import AutoencoderKL
 
-__all__ = ["DataShape"]
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataShape:

@@ -6,9 +6,8 @@ from jax.sharding import Mesh
 
 from piflow_jax.config import Config
 from piflow_jax.parallel import parameter_shardings, state_shardings
-from piflow_jax.systems.networks import Network, named_variables
-
-__all__ = ["student_shardings", "teacher_shardings"]
+from piflow_jax.systems.network import Network
+from piflow_jax.systems.networks import named_variables
 
 
 def teacher_shardings(config: Config, mesh: Mesh, teacher: Network) -> Any:

@@ -36,8 +36,6 @@ from piflow_jax.systems.judges import (
 )
 from piflow_jax.whole_files import replacing
 
-__all__ = ["SPACES", "TRAINED_IN", "Space", "open_space"]
-
 TRAINED_IN = "trained_in"
 """Key of a student's recorded settings: names of the feature spaces that it was trained in."""
 

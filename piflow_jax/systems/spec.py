@@ -31,20 +31,6 @@ from piflow_jax.systems.networks import NETWORKS, network_kind
 from piflow_jax.systems.policies import POLICIES
 from piflow_jax.systems.shapes import DataShape
 
-__all__ = [
-    "StudentSettings",
-    "check_policy_config",
-    "model_settings",
-    "spec_of",
-    "student_settings",
-    "student_spec",
-    "teacher_settings",
-    "teacher_spec",
-    "trained_with",
-    "updated",
-    "updated_settings",
-]
-
 _SAMPLING = ("nfe", "final_step_size_scale", "shift", "total_substeps")
 # Values with other names in older specs, and a key that they lack.
 _RENAMED = {"data.name": {"imagenet": "latents"}}

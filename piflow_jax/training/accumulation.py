@@ -6,8 +6,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-__all__ = ["accumulate"]
-
 
 def accumulate(loss_and_grads: Callable, batch, count: int, carried: Any = ()):
     """Mean loss and gradients of a batch, computed in `count` parts one after the other.

@@ -34,21 +34,12 @@ from piflow_jax.flow.rollout import rollout
 from piflow_jax.flow.schedule import TimeWarp
 from piflow_jax.flow.teacher import Teacher
 from piflow_jax.systems.correctors import corrector_kind
-from piflow_jax.systems.networks import Network
+from piflow_jax.systems.network import Network
 from piflow_jax.systems.sampling import student_policy, student_sampler, student_times
 from piflow_jax.systems.spaces import Space
 from piflow_jax.training.accumulation import accumulate
 from piflow_jax.training.optimizer import make_optimizer
 from piflow_jax.training.state import CarryingState, TrainState
-
-__all__ = [
-    "CORRECTORS",
-    "CorrectedState",
-    "Corrector",
-    "Critic",
-    "MeasuredState",
-    "make_corrector",
-]
 
 # Of second order, since the rollout is differentiated and has few substeps.
 _SOLVER = "multistep"

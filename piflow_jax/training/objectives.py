@@ -20,15 +20,6 @@ from piflow_jax.flow.policies.base import per_sample
 from piflow_jax.flow.schedule import Segments, TimeWarp, segment_start
 from piflow_jax.systems.segments import longest_segment
 
-__all__ = [
-    "Draws",
-    "data_dependent_loss",
-    "data_free_loss_and_grads",
-    "flow_matching_loss",
-    "sample_draws",
-    "teacher_ratio",
-]
-
 Condition = Any
 """An example's condition: arrays `[B, ...]` in any structure, or None."""
 

@@ -9,16 +9,6 @@ from optax.contrib import MuonDimensionNumbers, muon
 
 from piflow_jax.config import OptimizerConfig
 
-__all__ = [
-    "clip_after",
-    "growth_rates",
-    "karras_decay",
-    "learning_rate",
-    "make_optimizer",
-    "muon_matrices",
-    "update_ema",
-]
-
 # Learning rate of the first warm-up step, as a share of the peak.
 WARMUP_START = 1e-3
 # Share of the peak at which a cosine or linear decay ends.

@@ -7,8 +7,6 @@ import jax
 import jax.numpy as jnp
 import optax
 
-__all__ = ["CarryingState", "TrainState"]
-
 
 @flax.struct.dataclass
 class TrainState:

@@ -13,7 +13,7 @@ from piflow_jax.flow.guidance import Null
 from piflow_jax.flow.schedule import TimeWarp
 from piflow_jax.flow.teacher import Teacher
 from piflow_jax.keys import seed_key
-from piflow_jax.systems.networks import Network
+from piflow_jax.systems.network import Network
 from piflow_jax.systems.policies import POLICIES, policy_factory
 from piflow_jax.systems.spaces import Space
 from piflow_jax.training.accumulation import accumulate
@@ -27,8 +27,6 @@ from piflow_jax.training.objectives import (
 )
 from piflow_jax.training.optimizer import make_optimizer, update_ema
 from piflow_jax.training.state import TrainState
-
-__all__ = ["advance", "distill_step", "first_student_state", "states_of", "teacher_step"]
 
 # Separate random streams, independent of those that the losses split off the same keys.
 _POSTERIOR = 0x9057

@@ -11,7 +11,7 @@ from piflow_jax.modes.train import initial_start
 from piflow_jax.parallel import device_mesh
 from piflow_jax.systems.assembly import Systems
 from piflow_jax.systems.datasets import load_source
-from piflow_jax.systems.networks import abstract_variables
+from piflow_jax.systems.network import abstract_variables
 from piflow_jax.systems.shapes import DataShape
 from piflow_jax.systems.spec import student_spec
 from tests import tiny, tiny_text

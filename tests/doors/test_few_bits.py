@@ -25,6 +25,7 @@ from piflow_jax.modes.export import export
 from piflow_jax.modes.train import train
 from piflow_jax.parallel import device_mesh, parameter_shardings
 from piflow_jax.systems import built_in, networks
+from piflow_jax.systems.network import abstract_variables
 from piflow_jax.systems.settings import check_choices
 from piflow_jax.systems.spec import student_spec
 from piflow_jax.training.state import TrainState
@@ -90,7 +91,7 @@ def test_a_network_computes_with_what_the_few_bits_stand_for(kind, dtype):
     network = networks.student_network(config.model, config.policy, DATA)
     exact = jax.tree.map(lambda a: jnp.asarray(a, jnp.bfloat16), drawn(network.exact.module))
     few = unflatten_dict({p: network.kept(p, a) for p, a in flatten_dict(exact).items()})
-    abstract = networks.abstract_variables(network)
+    abstract = abstract_variables(network)
     assert jax.tree.structure(few) == jax.tree.structure(abstract)
     assert jax.tree.map(np.shape, few) == jax.tree.map(np.shape, abstract)
     # All matrices of the blocks, and nothing of the adapters or outside of the blocks.
@@ -122,7 +123,7 @@ def test_numbers_and_scales_lie_as_the_kernel_did():
     few, exact = (
         parameter_shardings(mesh, networks.named_variables(n)) for n in (network, network.exact)
     )
-    assert jax.tree.structure(few) == jax.tree.structure(networks.abstract_variables(network))
+    assert jax.tree.structure(few) == jax.tree.structure(abstract_variables(network))
     found = pairs(few, exact)
     assert len(found) == 14
     for path, leaf, place in found:

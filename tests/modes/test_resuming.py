@@ -14,7 +14,8 @@ from piflow_jax.runs.changes import changed_settings
 from piflow_jax.runs.checkpoint import CheckpointError
 from piflow_jax.systems.assembly import Systems
 from piflow_jax.systems.datasets import load_source
-from piflow_jax.systems.networks import abstract_variables, teacher_network
+from piflow_jax.systems.network import abstract_variables
+from piflow_jax.systems.networks import teacher_network
 from piflow_jax.systems.shapes import DataShape
 from tests import tiny, tiny_text
 

@@ -13,7 +13,8 @@ from piflow_jax.config import parse
 from piflow_jax.models import ArcHead, DiT, DXHead, GMHead, VelocityHead
 from piflow_jax.models.layers import attend
 from piflow_jax.parallel.flops import flops
-from piflow_jax.systems.networks import abstract_variables, student_network, teacher_network
+from piflow_jax.systems.network import abstract_variables
+from piflow_jax.systems.networks import student_network, teacher_network
 from piflow_jax.systems.shapes import DataShape
 from piflow_jax.training.optimizer import make_optimizer
 from piflow_jax.training.state import TrainState

@@ -30,13 +30,8 @@ from piflow_jax.models.qwen_image import QWEN_TARGETS, QwenImage
 from piflow_jax.parallel import device_mesh, parameter_shardings, state_shardings
 from piflow_jax.rivals.flow_map import TwoTimes
 from piflow_jax.systems.conditioning import ClassLabels, Text
-from piflow_jax.systems.networks import (
-    BuiltIn,
-    abstract_variables,
-    named_variables,
-    student_network,
-    teacher_network,
-)
+from piflow_jax.systems.network import abstract_variables
+from piflow_jax.systems.networks import BuiltIn, named_variables, student_network, teacher_network
 from piflow_jax.systems.own import own_network
 from piflow_jax.systems.shapes import DataShape
 from piflow_jax.systems.shardings import student_shardings, teacher_shardings

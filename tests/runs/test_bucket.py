@@ -36,7 +36,8 @@ from piflow_jax.runs.run_lock import RunLock
 from piflow_jax.runs.steps import complete_steps
 from piflow_jax.runs.workdir import check_writable, user_path
 from piflow_jax.systems.datasets import load_source
-from piflow_jax.systems.networks import abstract_variables, teacher_network
+from piflow_jax.systems.network import abstract_variables
+from piflow_jax.systems.networks import teacher_network
 from piflow_jax.systems.shapes import DataShape
 from piflow_jax.whole_files import copy_file, replacing, write_json
 from tests import tiny

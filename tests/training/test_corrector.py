@@ -23,8 +23,7 @@ from piflow_jax.parallel import device_mesh
 from piflow_jax.runs.loop import run_stage
 from piflow_jax.systems.assembly import Systems
 from piflow_jax.systems.conditioning import Unconditional
-from piflow_jax.systems.network import Network
-from piflow_jax.systems.networks import abstract_variables
+from piflow_jax.systems.network import Network, abstract_variables
 from piflow_jax.systems.shapes import DataShape
 from piflow_jax.systems.spaces import Space
 from piflow_jax.training.corrector import make_corrector

@@ -8,7 +8,8 @@ import pytest
 
 from piflow_jax.config import parse
 from piflow_jax.runs.monitor import step_memory
-from piflow_jax.systems.networks import abstract_variables, student_network, teacher_network
+from piflow_jax.systems.network import abstract_variables
+from piflow_jax.systems.networks import student_network, teacher_network
 from piflow_jax.systems.shapes import DataShape
 from piflow_jax.training.accumulation import accumulate
 from piflow_jax.training.state import TrainState

@@ -17,12 +17,8 @@ from piflow_jax.parallel import device_mesh, parameter_shardings
 from piflow_jax.runs.checkpoint import Checkpointer
 from piflow_jax.runs.monitor import step_memory
 from piflow_jax.systems.assembly import guided
-from piflow_jax.systems.networks import (
-    abstract_variables,
-    named_variables,
-    student_network,
-    teacher_network,
-)
+from piflow_jax.systems.network import abstract_variables
+from piflow_jax.systems.networks import named_variables, student_network, teacher_network
 from piflow_jax.systems.shapes import DataShape
 from piflow_jax.training.optimizer import growth_rates, make_optimizer
 from piflow_jax.training.state import TrainState
