@@ -67,11 +67,19 @@ def load_autoencoder(config: Config, data: DataShape | None = None) -> Autoencod
         )
     with naming(f"config.data.vae = {path!r}"):
         module, params = open_autoencoder(path)
-    identity = tree_digest(params)
+    identity = tree_digest(_weights(module, params))
     autoencoder = Autoencoder(module, jax.device_put(params, replicated(local_mesh())), identity)
     if data is not None:
         _check(autoencoder, data)
     return autoencoder
+
+
+def _weights(module: AutoencoderKL, params: Any) -> Any:
+    """All numbers of a file of weights: those of FLUX.2 contain statistics of latents, too."""
+    if np.ndim(module.latent_scale) < 3:
+        return params
+    statistics = {"scale": module.latent_scale, "shift": module.latent_shift}
+    return params | {key: np.asarray(value) for key, value in statistics.items()}
 
 
 def _check(autoencoder: Autoencoder, data: DataShape) -> None:

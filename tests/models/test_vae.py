@@ -10,11 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from piflow_jax.config import base_config, parse
 from piflow_jax.convert import load_torch_state, open_autoencoder, to_torch_state
 from piflow_jax.convert.files import LazyArray
 from piflow_jax.convert.qwen_vae import flattened, qwen_vae_rules
 from piflow_jax.convert.vae import vae_rules
 from piflow_jax.models.vae import AutoencoderKL, decode_in_chunks, sample_posterior
+from piflow_jax.modes.autoencoder import load_autoencoder
 from tests import golden_files
 from tests.compiled import on_devices
 
@@ -349,6 +351,18 @@ def test_statistics_of_patches_that_do_not_fit_are_named(name, array, message):
     state = {key: tensor.numpy() for key, tensor in flux2_peer().state_dict().items()}
     with pytest.raises(ValueError, match=message):
         load_torch_state(state | {name: array}, "vae", norm_groups=8)
+
+
+@pytest.mark.parametrize("name", ["running_mean", "running_var"])
+def test_statistics_of_patches_belong_to_the_identity(tmp_path, name):
+    peer, found = flux2_peer(), []
+    for factor in (1, 2, 0.5):  # there and back
+        getattr(peer.bn, name).mul_(factor)
+        peer.save_pretrained(tmp_path)
+        config = base_config()
+        config.data.vae = str(tmp_path)
+        found.append(load_autoencoder(parse(config)).identity)
+    assert found[0] == found[2] != found[1]
 
 
 def test_qwen_latents_have_the_published_statistics():
