@@ -258,6 +258,11 @@ def test_the_ends_of_ranges_are_accepted(values):
             "number of segments: leave it empty, or set config.train.data_free = False",
         ),
         (
+            {"train__state_power": 1.0, "train__mixing_steps": 10},
+            "config.train.state_power is for states on the student's own path: set it to 0, or "
+            "config.train.mixing_steps, got 10",
+        ),
+        (
             {"train__corrector__kind": "policy", "train__nfe": 2},
             "config.train.corrector.kind = 'policy' follows one policy from noise to data and "
             "needs config.train.nfe = 1, got 2; give 'critic'",

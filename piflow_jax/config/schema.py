@@ -281,6 +281,13 @@ class TrainConfig:
         low=0,
         high=2,
     )
+    state_power: float = _field(
+        0.0,
+        "q in the density tau^q of the raw times of states within their segment: more states at "
+        "noise in place of the weight of time_power. Only without mixing_steps",
+        low=0,
+        high=2,
+    )
     corrector: CorrectorConfig = _field(CorrectorConfig, "")
 
     @property

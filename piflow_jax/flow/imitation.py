@@ -25,6 +25,7 @@ __all__ = [
     "imitation_loss",
     "intervals_from_uniforms",
     "sample_intervals",
+    "uniforms_by_density",
     "window_size",
 ]
 
@@ -134,6 +135,35 @@ def intervals_from_uniforms(
         teacher=teacher * (teacher_ratio * room),
         mixed=not (isinstance(teacher_ratio, int | float) and teacher_ratio == 0),
     )
+
+
+def uniforms_by_density(
+    student_u: jax.Array, tau_src: jax.Array, room: jax.Array, power: float
+) -> jax.Array:
+    """Moves the uniforms of states, so that their raw times have a density proportional to a power.
+
+    Args:
+      student_u: `[B, M]` in [0, 1], for `intervals_from_uniforms` without a teacher's share.
+      tau_src: `[B]`, raw times of the segment's start.
+      room: `[B]`, raw-time length in which states lie: the segment without its window.
+      power: `q` of the density `tau^q`; 0 leaves the uniforms as they are.
+
+    Returns:
+      `[B, M]` in [0, 1]. Errors at these states are, on average, those at uniform states with the
+      weight `tau^q` divided by its mean.
+
+    Raises:
+      ValueError: `power` is negative or not finite.
+    """
+    check_between("power", power, 0)
+    if power == 0:
+        return student_u
+    start, room = (jnp.expand_dims(jnp.asarray(a), -1) for a in (tau_src, room))
+    end = jnp.maximum(start - room, 0)
+    low, high = end ** (power + 1), start ** (power + 1)
+    tau = jnp.maximum(high - student_u * (high - low), low) ** (1 / (power + 1))
+    least = jnp.finfo(tau.dtype).tiny  # a window may leave no room
+    return jnp.clip((start - tau) / jnp.maximum(start - end, least), 0, 1)
 
 
 def _check_segment(segment_size: jax.Array, window: jax.Array) -> None:

@@ -90,6 +90,11 @@ def check_choices(config: Config) -> None:
             f"config.train.window_substeps must be in [0, {room}], the substeps of the shortest "
             f"segment, got {train.window_substeps}"
         )
+    if train.state_power and train.mixing_steps:
+        raise ConfigError(
+            "config.train.state_power is for states on the student's own path: set it to 0, or "
+            f"config.train.mixing_steps, got {train.mixing_steps}"
+        )
     if train.nfe_choices and train.nfe not in train.nfe_choices:
         raise ConfigError(
             f"config.train.nfe_choices must contain config.train.nfe ({train.nfe}), which is the "

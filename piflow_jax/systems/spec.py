@@ -16,6 +16,7 @@ from typing import Any
 from piflow_jax.config import (
     Config,
     ConfigError,
+    CorrectorConfig,
     ModelConfig,
     NetworkConfig,
     PolicyConfig,
@@ -38,8 +39,13 @@ _ADDED = {"data.vae": ""}
 # Settings of a student's run that were added later, with their earlier values.
 _LATER = {
     **{"train.initial": "", "train.solver": "euler", "train.nfe_choices": []},
+    "train.state_power": 0.0,
     "teacher.loras": [],
     "teacher.guidance_range": [],
+}
+# The same, of runs with a corrector; others do not record its settings.
+_LATER_OF_CORRECTOR = {
+    f"train.corrector.{key}": getattr(CorrectorConfig(), key) for key in ("space", "population")
 }
 
 
@@ -83,6 +89,8 @@ def updated_settings(saved: Mapping[str, Any]) -> dict[str, Any]:
         settings[key] = value
     if "train.steps" in settings:
         settings = _LATER | settings
+    if "train.corrector.kind" in settings:
+        settings = _LATER_OF_CORRECTOR | settings
     for key in [key for key in settings if key.endswith(".optimizer.kind")]:
         settings.setdefault(f"{key.removesuffix('kind')}growth_rate_scale", 1.0)
     return settings

@@ -14,7 +14,12 @@ import jax.numpy as jnp
 
 from piflow_jax.config import TrainConfig
 from piflow_jax.flow.guidance import Null, null_conditions
-from piflow_jax.flow.imitation import imitation_loss, intervals_from_uniforms, window_size
+from piflow_jax.flow.imitation import (
+    imitation_loss,
+    intervals_from_uniforms,
+    uniforms_by_density,
+    window_size,
+)
 from piflow_jax.flow.policies import Policy
 from piflow_jax.flow.policies.base import per_sample
 from piflow_jax.flow.schedule import Segments, TimeWarp, segment_start
@@ -153,7 +158,8 @@ def _make_policy(student, carried, policy_factory, x, sigma, condition, draws):
 def _segment_loss(policy, teacher, x_src, tau_src, segment_size, draws, ratio, config):
     """The pi-ID loss on one segment with the settings of a config, and the state at its end."""
     window = window_size(segment_size, config.window_substeps, config.total_substeps)
-    intervals = intervals_from_uniforms(draws.student, draws.teacher, segment_size, window, ratio)
+    student = uniforms_by_density(draws.student, tau_src, segment_size - window, config.state_power)
+    intervals = intervals_from_uniforms(student, draws.teacher, segment_size, window, ratio)
     detached = None
     if config.gm_dropout > 0:
         detached = policy.drop(draws.dropout < config.gm_dropout)

@@ -11,6 +11,7 @@ from piflow_jax.flow.imitation import (
     imitation_loss,
     intervals_from_uniforms,
     sample_intervals,
+    uniforms_by_density,
     window_size,
 )
 from piflow_jax.flow.policies import DXPolicy, GMFlowPolicy, GMOutput
@@ -214,6 +215,48 @@ def test_weights_are_those_of_the_errors_and_times(x64):
     np.testing.assert_allclose(
         found, expected / np.reshape(errors + 1e-3, (-1, 1, 1, 1)), rtol=1e-9, atol=1e-14
     )
+
+
+@pytest.mark.parametrize("power", [0, 1.0, 2.0])
+def test_raw_times_of_states_have_the_density_of_their_power(x64, power):
+    """Its distribution function `(tau^(q+1) - a^(q+1)) / (b^(q+1) - a^(q+1))` is the uniform's."""
+    u = np.linspace(0, 1, 7)[None, :] * np.ones((3, 1))
+    start, size, window = np.array([[1.0, 0.9, 0.5], [1.0, 0.4, 0.5], [0.0, 0.1, 0.0]])
+    moved = uniforms_by_density(jnp.asarray(u), start, size - window, power)
+    intervals = intervals_from_uniforms(moved, jnp.zeros((3, 6)), size, window, 0)
+    tau = start[:, None] - np.cumsum(intervals.student, axis=1)
+    a, b = (start - size + window)[:, None] ** (power + 1), start[:, None] ** (power + 1)
+    np.testing.assert_allclose((tau ** (power + 1) - a) / (b - a), 1 - u, atol=1e-12)
+    if power:  # no room at all leaves all states at the start
+        assert np.all(uniforms_by_density(jnp.asarray(u), start, 0 * start, power) == 0)
+
+
+def test_states_by_density_count_as_the_weight_does_on_average(x64):
+    """Over all uniforms of one state: the density `t^q` counts as the weight `(q + 1) t^q`."""
+    count = 4000
+    u = (jnp.arange(count)[:, None] + 0.5) / count
+    tau, x = jnp.ones(count), jnp.broadcast_to(jnp.asarray([[0.3, -0.8]]), (count, 2))
+    output = jnp.broadcast_to(jnp.asarray([[[0.5, 1.0], [-0.2, 0.4]]]), (count, 2, 2))
+
+    @functools.partial(jax.jit, static_argnames=("power", "weight"))
+    def loss(power, weight):
+        moved = uniforms_by_density(u, tau, tau, power)
+        intervals = intervals_from_uniforms(moved, jnp.zeros((count, 0)), tau, 0 * tau, 0)
+        return imitation_loss(
+            DXPolicy.create(output, x, tau),
+            lambda x, t: jnp.sin(3 * x) * jnp.reshape(1 + t, (-1, 1)),
+            x,
+            tau,
+            tau,
+            intervals,
+            TimeWarp(1.0),
+            total_substeps=64,
+            time_power=weight,
+        )[0]
+
+    plain, weighted, drawn = loss(0.0, 0.0), loss(0.0, 1.0), loss(1.0, 0.0)
+    np.testing.assert_allclose(drawn, 2 * weighted, rtol=2e-3)
+    assert abs(float(drawn / plain) - 1) > 0.05
 
 
 def test_intervals_stay_inside_the_segment():

@@ -29,6 +29,7 @@ from piflow_jax.systems.correctors import CORRECTOR_KINDS
 from piflow_jax.systems.judges import is_judge_of
 from piflow_jax.systems.shapes import DataShape
 from piflow_jax.systems.spaces import SPACES, open_space
+from piflow_jax.systems.spec import updated_settings
 from piflow_jax.training.corrector import CORRECTORS
 from tests import tiny
 from tests.settings import refusal
@@ -234,3 +235,12 @@ def test_a_report_says_which_distances_the_student_was_trained_on(tmp_path, spac
     others = Bench(settings(space), source, DATA, load_features("digits")).protocol()
     assert not {"trained_in", "trained_on"} & others.keys()
     assert "trained on" not in Report(**rows, protocol=others).table()
+
+
+@pytest.mark.parametrize("kind", ["critic", ""])
+def test_runs_before_features_go_on(kind):
+    """Their settings lack the keys of features, which runs without a corrector never record."""
+    saved = {"train.steps": 3} | ({"train.corrector.kind": kind} if kind else {})
+    found = {key: value for key, value in updated_settings(saved).items() if "corrector." in key}
+    added = {"train.corrector.space": "network", "train.corrector.population": 50_000}
+    assert found == ({"train.corrector.kind": kind} | added if kind else {})

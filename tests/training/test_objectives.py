@@ -312,6 +312,39 @@ def test_each_example_has_a_segment_of_its_own_number_of_evaluations():
     np.testing.assert_allclose(several, np.mean(each), rtol=1e-5)
 
 
+def test_states_are_drawn_by_the_density_of_the_settings():
+    """At two evaluations: raw times of uniforms u are roots between the ends' powers."""
+    x0 = jax.random.normal(jax.random.key(0), (12, 2))
+    noise, tau = jax.random.normal(jax.random.key(1), (12, 2)), jnp.linspace(0.1, 1, 12)
+    draws = sample_draws(jax.random.key(2), 12, 2, 8)
+    start = np.where(np.asarray(tau) > 0.5, 1.0, 0.5)[:, None]
+    low, high = (start - 0.5) ** 2, start**2
+    moved = (start - np.sqrt(high - np.asarray(draws.student) * (high - low))) / 0.5
+
+    def student(x, sigma, labels):
+        return GMOutput(jnp.stack([x, -x], -2), jnp.zeros((len(x), 2)), jnp.zeros(len(x)))
+
+    def loss(draws, power):
+        config = TrainConfig(gm_dropout=0.0, total_substeps=8, nfe=2, state_power=power)
+        return data_dependent_loss(
+            call(student),
+            (),
+            lambda x, sigma: jnp.cos(x) * sigma[:, None],
+            policy_factory(PolicyConfig(), config),
+            x0,
+            None,
+            tau,
+            noise,
+            draws,
+            0,
+            config,
+        )[0]
+
+    plain, found = loss(draws, 0.0), loss(draws, 1.0)
+    np.testing.assert_allclose(found, loss(draws.replace(student=moved), 0.0), rtol=1e-5)
+    assert abs(found / plain - 1) > 0.01
+
+
 def test_teacher_ratio_decays_linearly_to_zero():
     steps = jnp.asarray([0, 1, 500, 1999, 2000, 50000])
     expected = [1, 1999 / 2000, 0.75, 1 / 2000, 0, 0]
