@@ -40,6 +40,11 @@ class Quantized:
         """The kernel's shape."""
         return self.array.shape
 
+    @property
+    def dtype(self) -> jnp.dtype:
+        """The dtype of the numbers in few bits."""
+        return self.array.qvalue.dtype
+
     def astype(self, dtype: DTypeLike) -> jax.Array:
         """The kernel in a dtype; products with the scales are taken in float32.
 
