@@ -52,6 +52,7 @@ def test_folders_are_compared_with_a_revision(tmp_path, capsys):
     arguments = [f"--root={tmp_path}", "--against=HEAD", "house", "other"]
     assert code_lines.main(arguments) == 0
     table = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert table.pop()[-6:] == ["0", "lines", "then,", "0", "now,", "+0"]
     assert table == [
         ["house", "2", "0", "+2"],
         ["house/a", "1", "3", "-2"],
@@ -61,3 +62,32 @@ def test_folders_are_compared_with_a_revision(tmp_path, capsys):
     ]
     assert code_lines.main([*arguments[:1], "--against=nothing", "house"]) == 2
     assert "nothing" in capsys.readouterr().err
+
+
+def test_what_existed_is_followed_by_name():
+    """A method and a decorator count once, a new function and a line outside of all not at all."""
+    then = """
+import functools
+class A:
+    x = 1
+    @functools.cache
+    def f(self):
+        def inner():
+            pass
+        return inner
+def gone():
+    pass
+"""
+    now = """
+class A:
+    x = 1
+    def f(self):
+        "Documented."
+        return 1
+def new():
+    pass
+y = 2
+"""
+    old, new = (code_lines.by_definition([(Path("a.py"), text)]) for text in (then, now))
+    assert old == {"A": 2, "A.f": 5, "gone": 2}
+    assert new == {"A": 2, "A.f": 2, "new": 2}

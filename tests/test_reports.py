@@ -120,7 +120,7 @@ def rivals_report(seeds=(0, 1)):
 def test_rivals_are_tabulated_by_distance(tmp_path, capsys):
     (tmp_path / "docs" / "results").mkdir(parents=True)
     page, report = tmp_path / "docs" / "rivals.md", rivals_report()
-    names = ("digits", "mnist", "ablation")
+    names = (*collect_rivals.COMPARISONS, "ablation")
     page.write_text("".join(f"<!-- rivals:{n} -->\n<!-- rivals:{n}:end -->\n" for n in names))
     path = tmp_path / "docs" / "results" / "rivals_digits.json"
     path.write_text(json.dumps(report))
@@ -129,12 +129,37 @@ def test_rivals_are_tabulated_by_distance(tmp_path, capsys):
     second = text.index("| 1 | MeanFlow | 3.50 ± 0.71 |")
     assert first < second
     assert "| 12 | 42 |" in text and "| 12 | 12 |" in text
+    assert "| digits | plain |" not in text  # there is no other weight to compare it with
+    weighted = [row | {"method": "gm_timed"} for row in rivals_report()["rows"][2:]]
+    path.write_text(json.dumps(report | {"rows": report["rows"] + weighted}))
+    text = collect_rivals.render(tmp_path)
     assert "| digits | plain | 1 | 2.00 | 0.250 | - |" in text
+    assert "| digits | timed | 1 | 2.00 | 0.250 | - |" in text
     assert "mnist -->\nNot run yet." in text
     del report["rows"][0]
     path.write_text(json.dumps(report))
     assert collect_rivals.main(["--check", "--root", str(tmp_path)]) == 2
     assert "meanflow at 1 NFE has the seeds [1]" in capsys.readouterr().err
+
+
+def test_curves_take_the_best_rate_at_each_budget():
+    search, longer = rivals_report(seeds=(0,)), rivals_report()
+    faster = [row | {"method": f"{row['method']}@3"} for row in search["rows"]]
+    faster[0] = faster[0] | {"figures": {"frechet": 2.5}}
+    faster[1] = faster[1] | {"figures": {"frechet": 9.0}}
+    search["rows"] += faster
+    longer["times"] = longer["times"] | {"settings": {"seconds": 48.0}}
+    longer["rows"][0] |= {"method": "meanflow+teacher@3", "train_seconds": 90.0}
+    longer["rows"][1] |= {"method": "meanflow+teacher@3", "train_seconds": 90.0}
+    for one in (search, longer):
+        for row in one["rows"]:
+            row |= row.pop("figures")
+    assert collect_rivals.curves([search, longer]) == {
+        "MeanFlow": [(12.0, 2.5)],
+        "MeanFlow + teacher's time": [(90.0, 3.5)],
+        "**pi-Flow, GM**": [(12.0, 1.0), (48.0, 1.5)],
+    }
+    assert collect_rivals.name_of("gm@0.3") == "**pi-Flow, GM**, 0.3 times the rate"
 
 
 def report(seed, frechet):

@@ -4,7 +4,8 @@
     python tools/code_lines.py --against=81be43c        # and how many there were then
     python tools/code_lines.py piflow_jax tests tools   # several roots
 
-A string that is a statement by itself counts as documentation.
+A string that is a statement by itself counts as documentation. A comparison ends with the functions
+and classes that there were then, which it follows by their names: a renamed one counts as gone.
 """
 
 import argparse
@@ -13,6 +14,7 @@ import io
 import subprocess
 import sys
 import tarfile
+import textwrap
 import tokenize
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -40,7 +42,11 @@ def code_lines(source: str) -> int:
     return len(lines)
 
 
-def by_folder(files: Iterable[tuple[PurePosixPath, str]]) -> Counter[str]:
+Files = Sequence[tuple[PurePosixPath, str]]
+Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
+
+
+def by_folder(files: Files) -> Counter[str]:
     """Lines of code of `(path, source)`, summed over the files of a root's folder."""
     counts: Counter[str] = Counter()
     for path, source in files:
@@ -49,16 +55,42 @@ def by_folder(files: Iterable[tuple[PurePosixPath, str]]) -> Counter[str]:
     return counts
 
 
-def now(root: Path, names: Sequence[str]) -> Counter[str]:
-    """Lines of the working tree."""
+def by_definition(files: Files) -> Counter[str]:
+    """Lines of code of `(path, source)` by the names of functions, methods and classes.
+
+    Methods count for themselves, and everything inside a function counts for the function. Equal
+    names of different files are summed.
+    """
+    counts: Counter[str] = Counter()
+    for _, source in files:
+        lines = source.splitlines()
+
+        def walk(nodes: Iterable[ast.AST], outer: str = "", lines=lines) -> int:
+            whole = 0
+            for node in (node for node in nodes if isinstance(node, Definition)):
+                first = min(n.lineno for n in (node, *node.decorator_list))
+                size = code_lines(textwrap.dedent("\n".join(lines[first - 1 : node.end_lineno])))
+                inner = (
+                    walk(node.body, f"{outer}{node.name}.") if isinstance(node, ast.ClassDef) else 0
+                )
+                counts[outer + node.name] += size - inner
+                whole += size
+            return whole
+
+        walk(ast.parse(source).body)
+    return counts
+
+
+def now(root: Path, names: Sequence[str]) -> Files:
+    """Files of the working tree."""
     paths = [path for name in names for path in sorted((root / name).rglob("*.py"))]
-    return by_folder(
+    return [
         (PurePosixPath(path.relative_to(root)), path.read_text(encoding="utf-8")) for path in paths
-    )
+    ]
 
 
-def then(root: Path, names: Sequence[str], revision: str) -> Counter[str]:
-    """Lines of a revision; a root that it lacks has none."""
+def then(root: Path, names: Sequence[str], revision: str) -> Files:
+    """Files of a revision; a root that it lacks has none."""
 
     def git(*arguments: str) -> bytes:
         command = ["git", "-C", str(root), *arguments]
@@ -66,13 +98,13 @@ def then(root: Path, names: Sequence[str], revision: str) -> Counter[str]:
 
     held = git("ls-tree", "--name-only", revision, "--", *names).decode().split()
     if not held:
-        return Counter()
+        return []
     with tarfile.open(fileobj=io.BytesIO(git("archive", revision, "--", *held))) as archive:
         members = [member for member in archive if member.name.endswith(".py")]
-        return by_folder(
+        return [
             (PurePosixPath(member.name), archive.extractfile(member).read().decode())
             for member in members
-        )
+        ]
 
 
 def table(counts: Counter[str], before: Counter[str] | None) -> str:
@@ -97,7 +129,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--against", metavar="REVISION", help="a git revision to compare with")
     parser.add_argument("--root", type=Path, default=ROOT, help="the repository")
     options = parser.parse_args(arguments)
-    before = None
+    files, before = now(options.root, options.roots), None
     if options.against:
         try:
             before = then(options.root, options.roots, options.against)
@@ -105,7 +137,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             message = error.stderr.decode().strip()
             print(f"error: --against={options.against}: {message}", file=sys.stderr)
             return 2
-    print(table(now(options.root, options.roots), before))
+    print(table(by_folder(files), None if before is None else by_folder(before)))
+    if before is not None:
+        old, new = by_definition(before), by_definition(files)
+        kept = sum(new[name] for name in old)
+        change = f"{old.total():,} lines then, {kept:,} now, {kept - old.total():+,}"
+        print(f"functions and classes of {options.against}, by name: {change}")
     return 0
 
 

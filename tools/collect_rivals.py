@@ -16,12 +16,28 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from piflow_jax.rivals import find_method
+from piflow_jax.rivals import CREDIT, RATE, find_method
 
-DATA_SETS = ("digits", "mnist")
-FIGURES = ("frechet", "precision", "recall", "diversity")
-DECIMALS = {"frechet": 2, "precision": 3, "recall": 3, "diversity": 2, "endpoint_mse": 4}
-HEADS = ("Frechet", "precision", "recall", "diversity", "endpoint MSE")
+# Comparisons, and what the titles of their pictures say of them; without a picture if nothing.
+SMALLER = "networks smaller than those of the main job"
+COMPARISONS = {
+    "fashion_mnist": "2 minutes of two cores a method",
+    "fashion_mnist_long": "",
+    "fashion_mnist_rates": "",
+    "digits": SMALLER,
+    "mnist": SMALLER,
+}
+# Their distances at one evaluation are a curve over compute.
+BUDGETS = ("fashion_mnist_rates", "fashion_mnist", "fashion_mnist_long")
+COLUMNS = {
+    "frechet": "Frechet",
+    "pixel_frechet": "Frechet of pixels",  # not in older reports
+    "precision": "precision",
+    "recall": "recall",
+    "diversity": "diversity",
+    "endpoint_mse": "endpoint MSE",
+}
+DECIMALS = {"frechet": 2, "pixel_frechet": 2, "diversity": 2, "endpoint_mse": 4}
 
 Report = dict[str, Any]
 
@@ -60,8 +76,9 @@ def load(path: Path) -> Report:
 
 def name_of(method: str) -> str:
     """The usual name of a method; the evaluations that it was trained for have their own column."""
-    row = find_method(method)
-    return row.title + (" + teacher's time" if row.credit else "")
+    row, (_, _, factor) = find_method(method), method.partition(RATE)
+    credit = " + teacher's time" if row.credit else ""
+    return row.title + credit + (f", {factor} times the rate" if factor else "")
 
 
 def groups(report: Report) -> list[tuple[int, str, list[Report]]]:
@@ -74,30 +91,33 @@ def groups(report: Report) -> list[tuple[int, str, list[Report]]]:
 
 
 def _cell(rows: Sequence[Report], key: str) -> str:
-    values = [row[key] for row in rows]
+    values = [row.get(key) for row in rows]
     if None in values:
         return "-"
-    text = f"{fmean(values):.{DECIMALS[key]}f}"
-    if key == "frechet" and len(values) > 1:
-        text += f" ± {stdev(values):.{DECIMALS[key]}f}"
+    decimals = DECIMALS.get(key, 3)
+    text = f"{fmean(values):.{decimals}f}"
+    if key.endswith("frechet") and len(values) > 1:
+        text += f" ± {stdev(values):.{decimals}f}"
     return text
 
 
 def comparison(report: Report) -> list[str]:
     """Lines of the table of all methods, means over seeds."""
-    head = ["NFE", "method", *HEADS, "steps", "training, s", "and the teacher's, s"]
+    keys = [key for key in COLUMNS if any(key in row for row in report["teacher"])]
+    heads = [COLUMNS[key] for key in keys]
+    head = ["NFE", "method", *heads, "steps", "training, s", "and the teacher's, s"]
     rows = []
     for nfe, method, same in groups(report):
         first = same[0]
         whole = first["train_seconds"] + first["teacher_seconds"]
-        cells = [_cell(same, key) for key in (*FIGURES, "endpoint_mse")]
+        cells = [_cell(same, key) for key in keys]
         times = f"{first['steps']:,}", f"{first['train_seconds']:.0f}", f"{whole:.0f}"
         rows.append([str(nfe), name_of(method), *cells, *times])
     for row in report["teacher"]:
-        cells = [_cell([row], key) for key in (*FIGURES, "endpoint_mse")]
+        cells = [_cell([row], key) for key in keys]
         rows.append([str(row["nfe"]), "teacher", *cells, "", "", ""])
-    floor = report["floor"] | {"diversity": report["data_diversity"], "endpoint_mse": None}
-    cells = [_cell([floor], key) for key in (*FIGURES, "endpoint_mse")]
+    floor = report["floor"] | {"diversity": report["data_diversity"]}
+    cells = [_cell([floor], key) for key in keys]
     rows.append(["-", "data, half against half", *cells, "", "", ""])
     rule = ["---:", "---", *["---:"] * (len(head) - 2)]
     return [f"| {' | '.join(row)} |" for row in (head, rule, *rows)]
@@ -108,10 +128,9 @@ def ablation(reports: dict[str, Report]) -> list[str]:
     lines = ["| data | loss | seed | Frechet | recall | endpoint MSE |"]
     lines.append("| --- | --- | ---: | ---: | ---: | ---: |")
     for data, report in reports.items():
-        for nfe, method, rows in groups(report):
-            base, *parts = method.split("_")
-            if base != "gm" or nfe != 1:
-                continue
+        students = [g for g in groups(report) if g[0] == 1 and g[1].split("_")[0] == "gm"]
+        for _, method, rows in students if len(students) > 1 else ():
+            _, *parts = method.split("_")
             loss = ", ".join(parts) or "plain"
             rows = sorted(rows, key=lambda row: row["seed"])
             for name, same in [*((str(row["seed"]), [row]) for row in rows), ("mean", rows)]:
@@ -123,7 +142,7 @@ def ablation(reports: dict[str, Report]) -> list[str]:
 def blocks(root: Path) -> dict[str, str]:
     """The texts between the markers of the page, by name."""
     results, texts, reports = root / "docs" / "results", {}, {}
-    for data in DATA_SETS:
+    for data in COMPARISONS:
         path = results / f"rivals_{data}.json"
         if path.exists():
             report = reports[data] = load(path)
@@ -167,7 +186,8 @@ def render(root: Path) -> str:
 def draw(report: Report, path: Path, title: str) -> None:
     """Frechet distance over recall (above) and over diversity within a class (below).
 
-    Each number of evaluations has a column, and each seed a marker. The data's own distance and
+    Each number of evaluations has a column, and each seed a marker. With one number, the second
+    plot is to the right of the first. The data's own distance and
     recall are left out. With them, all methods would crowd at the other end of the axes.
 
     Args:
@@ -193,15 +213,13 @@ def draw(report: Report, path: Path, title: str) -> None:
     evaluations = sorted({row["nfe"] for row in report["rows"]})
     best = max(report["teacher"], key=lambda row: row["nfe"])
     teacher = {"marker": "*", "facecolor": "none", "edgecolor": "black", "lw": 1.3}
-    figure, axes = pyplot.subplots(
-        2,
-        len(evaluations),
-        figsize=(3.3 * len(evaluations) + 1.6, 7.4),
-        sharex="row",
-        sharey=True,
-        squeeze=False,
-        layout="constrained",
-    )
+    count, shared = len(evaluations), {"sharey": True, "squeeze": False, "layout": "constrained"}
+    if count > 1:
+        size = (3.3 * count + 1.6, 7.4)
+        figure, axes = pyplot.subplots(2, count, figsize=size, sharex="row", **shared)
+    else:  # both beside each other, as a single column is too narrow for the legend
+        figure, axes = pyplot.subplots(1, 2, figsize=(9.6, 4.8), **shared)
+        axes = axes.T
     names = {"recall": "recall", "diversity": "diversity within a class"}
     for line, (key, name) in zip(axes, names.items(), strict=True):
         for axis, nfe in zip(line, evaluations, strict=True):
@@ -228,9 +246,67 @@ def draw(report: Report, path: Path, title: str) -> None:
     label = f"teacher, {best['nfe']} evaluations"
     handles.append(dot([], [], color="black", marker="*", mfc="none", ms=11, ls="", label=label))
     handles.append(dot([], [], color="black", ls=":", label="the data's diversity"))
-    figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
+    figure.legend(
+        handles=handles,
+        loc="outside lower center",
+        ncols=4 if count > 1 else 3,
+        frameon=False,
+        fontsize=9,
+    )
     figure.suptitle(title)
     path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def curves(reports: Sequence[Report]) -> dict[str, list[tuple[float, float]]]:
+    """Points `(training seconds, Frechet distance)` of each method at one evaluation.
+
+    Args:
+      reports: comparisons with different budgets.
+
+    Returns:
+      The points by the method's name. Of several learning rates, the best counts; distances are
+      means over seeds.
+    """
+    points: dict[str, dict[float, float]] = {}
+    for report in reports:
+        for nfe, method, rows in groups(report):
+            if nfe == 1:
+                found = points.setdefault(name_of(method.partition(RATE)[0]), {})
+                distance = fmean(row["frechet"] for row in rows)
+                spent = report["times"]["settings"]["seconds"]
+                if method.partition(RATE)[0].endswith(CREDIT):
+                    spent = rows[0]["train_seconds"]
+                found[spent] = min(distance, found.get(spent, distance))
+    return {name: sorted(found.items()) for name, found in points.items()}
+
+
+def draw_budgets(reports: Sequence[Report], path: Path) -> None:
+    """Draws `curves` of comparisons and their teacher's distance as `path`."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot, ticker
+
+    figure, axis = pyplot.subplots(figsize=(7.6, 4.6), layout="constrained")
+    for name, points in curves(reports).items():
+        marker = "o" if name.startswith("**") else "s"  # pi-Flow, or another method
+        axis.plot(*zip(*points, strict=True), marker=marker, label=name.replace("*", ""))
+    best = max(reports[0]["teacher"], key=lambda row: row["nfe"])
+    label = f"teacher, {best['nfe']} evaluations"
+    axis.axhline(best["frechet"], color="black", ls="--", lw=1.2, label=label)
+    axis.set(xscale="log", yscale="log", ylabel="Frechet distance at one evaluation")
+    axis.set_xlabel("training, seconds of all cores together")
+    for one in (axis.xaxis, axis.yaxis):
+        one.set_major_formatter("{x:g}")
+        one.set_minor_formatter(ticker.NullFormatter())
+    axis.xaxis.set_major_locator(
+        ticker.FixedLocator([r["times"]["settings"]["seconds"] for r in reports])
+    )
+    axis.yaxis.set_major_locator(ticker.FixedLocator([0.3, 0.5, 1, 2, 3, 5, 10, 20, 30]))
+    axis.grid(alpha=0.3)
+    figure.legend(loc="outside right upper", frameon=False, fontsize=9)
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
 
@@ -254,15 +330,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     page.write_text(text, encoding="utf-8")
     print(f"wrote {page}")
-    for data in DATA_SETS:
-        path = options.root / "docs" / "results" / f"rivals_{data}.json"
-        if path.exists():
-            picture = options.root / "docs" / "images" / f"rivals_{data}.png"
-            report = load(path)
+    folder, images = options.root / "docs" / "results", options.root / "docs" / "images"
+    paths = {name: folder / f"rivals_{name}.json" for name in COMPARISONS}
+    reports = {name: load(path) for name, path in paths.items() if path.exists()}
+    for name, report in reports.items():
+        if COMPARISONS[name]:
             seeds = ", ".join(map(str, report["protocol"]["seed"]))
-            smaller = f"networks smaller than those of configs/{data}.py"
-            draw(report, picture, f"configs/{data}.py:rivals, seeds {seeds}; {smaller}")
-            print(f"wrote {picture}")
+            title = f"configs/{name}.py:rivals, seeds {seeds}; {COMPARISONS[name]}"
+            draw(report, images / f"rivals_{name}.png", title)
+            print(f"wrote {images / f'rivals_{name}.png'}")
+    if all(name in reports for name in BUDGETS):
+        draw_budgets([reports[name] for name in BUDGETS], images / "rivals_budgets.png")
+        print(f"wrote {images / 'rivals_budgets.png'}")
     return 0
 
 
