@@ -183,7 +183,11 @@ def write_exported(
     }
     like = {name: jax.ShapeDtypeStruct(a.shape, a.dtype) for name, a in weights.items()}
     words = [jax.ShapeDtypeStruct((size,), np.uint32) for size in (2, numbers)]
-    exporting = jax_export.export(jax.jit(sampler), platforms=tuple(platforms))
+    # The hint of `in_place` to TPUs. A compiler that does not know it may ignore it.
+    hint = jax_export.DisabledSafetyCheck.custom_call("LayoutConstraint")
+    exporting = jax_export.export(
+        jax.jit(sampler), platforms=tuple(platforms), disabled_checks=[hint]
+    )
     refused = f"cannot export for {', '.join(platforms)}"
     with prefixed(refused, (NotImplementedError, ValueError)):
         exported = exporting(like, *words, conditions)
