@@ -106,9 +106,13 @@ class Linear(nn.Module):
         kernel = self.param("kernel", kernel_init, (*ins, *features), self.param_dtype)
         dtype = jnp.result_type(x, kernel) if self.dtype is None else self.dtype
         output_dtype = dtype if self.output_dtype is None else self.output_dtype
-        y = contract(
-            x.astype(dtype), in_place(kernel, dtype, self.in_axes), self.in_axes, output_dtype
-        )
+
+        def product(x: jax.Array, kernel: Any) -> jax.Array:
+            return contract(x, in_place(kernel, dtype, self.in_axes), self.in_axes, output_dtype)
+
+        # The backward pass takes the kernel in its order anew. Otherwise a loop over blocks would
+        # keep a second copy of every block's kernel for it.
+        y = jax.checkpoint(product, prevent_cse=False)(x.astype(dtype), kernel)
         if not self.use_bias:
             return y
         bias = self.param("bias", bias_init, features, self.param_dtype)

@@ -134,7 +134,7 @@ VA_VAE = [  # settings, channels of the autoencoder, and the words of an error
     (STATISTICS | {"latents_std": [0.0] * 32}, 32, "latents_std must be a positive number, got [0"),
     ({"scaling_factor": 0.3}, 32, "no latents_mean and latents_std, with which these latents are"),
     ({}, 32, "put the config.json of its release next to its weights"),
-    ({}, 4, "of latents with 4 channels, these have 32"),
+    ({}, 4, "makes latents with 4 channels, these have 32"),
 ]
 
 
