@@ -16,7 +16,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from piflow_jax.rivals import CREDIT, RATE, find_method
+from piflow_jax.rivals import RATE, find_method
 
 # Comparisons, and what the titles of their pictures say of them; without a picture if nothing.
 SMALLER = "networks smaller than those of the main job"
@@ -79,6 +79,16 @@ def name_of(method: str) -> str:
     row, (_, _, factor) = find_method(method), method.partition(RATE)
     credit = " + teacher's time" if row.credit else ""
     return row.title + credit + (f", {factor} times the rate" if factor else "")
+
+
+def marker_of(name: str) -> str:
+    """The marker of a method by its usual name: a circle for pi-Flow, a square for the others."""
+    return "o" if name.startswith("**") else "s"
+
+
+def most_evaluated(report: Report) -> Report:
+    """The teacher's row with the most evaluations."""
+    return max(report["teacher"], key=lambda row: row["nfe"])
 
 
 def groups(report: Report) -> list[tuple[int, str, list[Report]]]:
@@ -187,8 +197,8 @@ def draw(report: Report, path: Path, title: str) -> None:
     """Frechet distance over recall (above) and over diversity within a class (below).
 
     Each number of evaluations has a column, and each seed a marker. With one number, the second
-    plot is to the right of the first. The data's own distance and
-    recall are left out. With them, all methods would crowd at the other end of the axes.
+    plot is to the right of the first. The data's own distance and recall are left out. With them,
+    all methods would crowd at the other end of the axes.
 
     Args:
       report: a comparison.
@@ -206,18 +216,18 @@ def draw(report: Report, path: Path, title: str) -> None:
     styles = {
         name: {
             "color": palette[place % len(palette)],
-            "marker": "o" if name.startswith("**") else "s",  # pi-Flow, or another method
+            "marker": marker_of(name),
         }
         for place, name in enumerate(methods)
     }
     evaluations = sorted({row["nfe"] for row in report["rows"]})
-    best = max(report["teacher"], key=lambda row: row["nfe"])
+    best = most_evaluated(report)
     teacher = {"marker": "*", "facecolor": "none", "edgecolor": "black", "lw": 1.3}
     count, shared = len(evaluations), {"sharey": True, "squeeze": False, "layout": "constrained"}
     if count > 1:
         size = (3.3 * count + 1.6, 7.4)
         figure, axes = pyplot.subplots(2, count, figsize=size, sharex="row", **shared)
-    else:  # both beside each other, as a single column is too narrow for the legend
+    else:  # a single column would be too narrow for the legend
         figure, axes = pyplot.subplots(1, 2, figsize=(9.6, 4.8), **shared)
         axes = axes.T
     names = {"recall": "recall", "diversity": "diversity within a class"}
@@ -272,13 +282,13 @@ def curves(reports: Sequence[Report]) -> dict[str, list[tuple[float, float]]]:
     points: dict[str, dict[float, float]] = {}
     for report in reports:
         for nfe, method, rows in groups(report):
-            if nfe == 1:
-                found = points.setdefault(name_of(method.partition(RATE)[0]), {})
-                distance = fmean(row["frechet"] for row in rows)
-                spent = report["times"]["settings"]["seconds"]
-                if method.partition(RATE)[0].endswith(CREDIT):
-                    spent = rows[0]["train_seconds"]
-                found[spent] = min(distance, found.get(spent, distance))
+            if nfe != 1:
+                continue
+            found = points.setdefault(name_of(method.partition(RATE)[0]), {})
+            distance = fmean(row["frechet"] for row in rows)
+            budget = report["times"]["settings"]["seconds"]
+            spent = rows[0]["train_seconds"] if find_method(method).credit else budget
+            found[spent] = min(distance, found.get(spent, distance))
     return {name: sorted(found.items()) for name, found in points.items()}
 
 
@@ -291,9 +301,9 @@ def draw_budgets(reports: Sequence[Report], path: Path) -> None:
 
     figure, axis = pyplot.subplots(figsize=(7.6, 4.6), layout="constrained")
     for name, points in curves(reports).items():
-        marker = "o" if name.startswith("**") else "s"  # pi-Flow, or another method
-        axis.plot(*zip(*points, strict=True), marker=marker, label=name.replace("*", ""))
-    best = max(reports[0]["teacher"], key=lambda row: row["nfe"])
+        label = name.replace("*", "")
+        axis.plot(*zip(*points, strict=True), marker=marker_of(name), label=label)
+    best = most_evaluated(reports[0])
     label = f"teacher, {best['nfe']} evaluations"
     axis.axhline(best["frechet"], color="black", ls="--", lw=1.2, label=label)
     axis.set(xscale="log", yscale="log", ylabel="Frechet distance at one evaluation")
