@@ -192,12 +192,10 @@ class Bench:
         config, settings = self._config, self._config.evaluation
         record, trained = sampling_record(config), {}
         if self._trained_in:
-            judges, spaces = (
-                {"frechet": self._judge, "pixel_frechet": self._pixels},
-                self._trained_in,
-            )
+            spaces = [*self._trained_in]
+            judges = {"frechet": self._judge, "pixel_frechet": self._pixels}
             known = [name for name, it in judges.items() if it and is_judge_of(it, spaces)]
-            trained = {"trained_in": [*spaces], "trained_on": known}
+            trained = {"trained_in": spaces, "trained_on": known}
         return trained | {
             "data": self.source.name,
             "network": config.model.network,
