@@ -47,7 +47,7 @@ from piflow_jax.runs.steps import latest_step
 from piflow_jax.student import Student
 from piflow_jax.systems.assembly import Systems
 from piflow_jax.systems.conditioning import described
-from piflow_jax.systems.judges import Judge, is_judge_of, open_judge
+from piflow_jax.systems.judges import Judge, independent, open_judge
 from piflow_jax.systems.own import OwnNetwork, own_network, params_of
 from piflow_jax.systems.policies import POLICIES
 from piflow_jax.systems.shapes import DataShape
@@ -363,6 +363,5 @@ def _identity(network: OwnNetwork, source: Source) -> dict[str, Any]:
 
 def _look(systems: Systems, test: Source, judge: Judge | None, spaces: tuple[str, ...]):
     sampler = systems.student_sampler()
-    independent = judge and not is_judge_of(judge, spaces)
-    measure = judged(test, judge if independent else None)
+    measure = judged(test, independent(judge, spaces))
     return look_by(systems.config, test, systems.data, sampler, measure)

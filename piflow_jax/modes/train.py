@@ -25,7 +25,13 @@ from piflow_jax.runs.checkpoint import CheckpointError
 from piflow_jax.runs.workdir import user_path
 from piflow_jax.systems.assembly import Systems
 from piflow_jax.systems.datasets import dataset, load_source, shape_of
-from piflow_jax.systems.judges import described, is_judge_of, load_inception, open_judge
+from piflow_jax.systems.judges import (
+    described,
+    independent,
+    is_judge_of,
+    load_inception,
+    open_judge,
+)
 from piflow_jax.systems.networks import in_few_bits
 from piflow_jax.systems.shapes import DataShape
 from piflow_jax.systems.shardings import teacher_shardings
@@ -103,8 +109,7 @@ def _train(config: Config, workdir: str | os.PathLike) -> None:
     teacher_params = load_teacher(config, data, workdir, shardings)
     look = None
     if config.evaluation.every:
-        independent = judge and not is_judge_of(judge, spaces)
-        look = student_look(config, source, data, judge if independent else None)
+        look = student_look(config, source, data, independent(judge, spaces))
     stage = student_stage(systems, source, teacher_params, mesh, look=look, **start)
     run_here(stage, config, workdir, mesh)
     if not row.by_class:

@@ -96,6 +96,11 @@ def is_judge_of(judge: Judge, spaces: Iterable[str]) -> bool:
     return judge.name in {space.rpartition(", sha256 ")[0] for space in spaces}
 
 
+def independent(judge: Judge | None, spaces: Iterable[str]) -> Judge | None:
+    """The judge if it measures in none of the spaces, for figures during training."""
+    return None if judge is None or is_judge_of(judge, spaces) else judge
+
+
 def open_judge(
     source: Source,
     directory: str | os.PathLike,
