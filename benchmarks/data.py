@@ -56,7 +56,7 @@ def write_latents(directory: str, examples: int, shard_size: int, dtype: str) ->
 
     def example(index):
         mean, std = np.swapaxes(moments(index, dtype), 0, 1)
-        return {"mean": mean, "std": std, "condition": index % 1000, "key": str(index)}
+        return {"mean": mean, "std": std, "label": index % 1000, "key": str(index)}
 
     LATENTS.start(directory, plan)
     for shard in range(plan.num_shards):
@@ -78,11 +78,8 @@ class Files:
         """One example."""
         both = np.load(f"{self.directory}/{index}.npy")
         mean, std = both[np.random.randint(2)]
-        return {
-            "mean": mean.astype(np.float32),
-            "std": std.astype(np.float32),
-            "condition": index % 1000,
-        }
+        moments = {"mean": mean.astype(np.float32), "std": std.astype(np.float32)}
+        return {"x": moments, "condition": index % 1000}
 
 
 def endless(loader):
@@ -121,7 +118,7 @@ def reading(make: Callable[[], Iterator], count: int) -> Callable:
     def read():
         for _ in range(count):
             batch = next(iterator)
-        return np.asarray(batch["mean"])
+        return np.asarray(batch["x"]["mean"])
 
     return read
 

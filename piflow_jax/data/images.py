@@ -132,7 +132,7 @@ class ImagesSource:
 
     def __getitems__(self, indices: Sequence[SupportsIndex]) -> list[dict[str, np.ndarray]]:
         """Returns several examples, read at once."""
-        records = self._records.__getitems__([int(index) for index in indices])
+        records = self._records.__getitems__(indices)
         return [
             {"x": _scaled(pixels), "condition": np.asarray(label, np.int32)}
             for pixels, label in records

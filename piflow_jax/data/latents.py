@@ -13,6 +13,7 @@ import math
 import os
 import reprlib
 import tempfile
+from collections.abc import Sequence
 from typing import Any, SupportsIndex
 
 import jax
@@ -166,9 +167,17 @@ class LatentsSource:
 
     def __getitem__(self, index: SupportsIndex) -> dict[str, np.ndarray]:
         """Returns one example, `0 <= index < len(self)`."""
-        example = self._examples[index]
-        moments = {"mean": example["mean"], "std": example["std"]}
-        return {"x": moments, "condition": np.asarray(example["label"], np.int32)}
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: Sequence[SupportsIndex]) -> list[dict[str, np.ndarray]]:
+        """Returns several examples, read at once."""
+        return [
+            {
+                "x": {"mean": example["mean"], "std": example["std"]},
+                "condition": np.asarray(example["label"], np.int32),
+            }
+            for example in self._examples.__getitems__(indices)
+        ]
 
     def draw(self, key: jax.Array, x: dict[str, jax.Array]) -> jax.Array:
         """Draws states of the moments of a batch; see `draw_latents`.

@@ -248,12 +248,15 @@ class PromptsSource:
 
     def __getitem__(self, index: SupportsIndex) -> dict[str, np.ndarray]:
         """Returns one example, `0 <= index < len(self)`."""
-        if not 0 <= index < len(self):
-            raise IndexError(f"there are {len(self)} prompts, no number {index}")
-        arrays = self._records[index]
-        height, width = self.buckets[self.bucket(index)]
-        x = arrays["latents"] if self.latent_channels else np.zeros((height, width, 0), np.float32)
-        return {"x": x, "condition": self._embedding(arrays), "index": arrays["index"]}
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: Sequence[SupportsIndex]) -> list[dict[str, np.ndarray]]:
+        """Returns several examples, read at once."""
+        for index in indices:
+            if not 0 <= index < len(self):
+                raise IndexError(f"there are {len(self)} prompts, no number {index}")
+        examples = zip(indices, self._records.__getitems__(indices), strict=True)
+        return [self._example(index, arrays) for index, arrays in examples]
 
     def bucket(self, index: SupportsIndex) -> int:
         """Returns the bucket of a prompt; reads nothing.
@@ -340,6 +343,13 @@ class PromptsSource:
                 "those of one size at a time"
             )
         return stacked(rows) if rows else {}
+
+    def _example(
+        self, index: SupportsIndex, arrays: dict[str, np.ndarray]
+    ) -> dict[str, np.ndarray]:
+        height, width = self.buckets[self.bucket(index)]
+        x = arrays["latents"] if self.latent_channels else np.zeros((height, width, 0), np.float32)
+        return {"x": x, "condition": self._embedding(arrays), "index": arrays["index"]}
 
     def _parsed(self, record: bytes) -> dict[str, np.ndarray]:
         arrays = _arrays(record)

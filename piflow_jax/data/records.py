@@ -67,24 +67,22 @@ class Records(Sequence[Any]):
 
     def __getitem__(self, index: SupportsIndex) -> Any:
         """Returns what one record means; raises `error` if it is damaged."""
-        index = range(len(self))[index]
-        chunks = self._brought([index])
-        try:
-            return self._parse(self._read([index], chunks)[0])
-        except Exception as reason:  # of the library, or of a parser that meets other bytes
-            path = self._paths[self._shard(index)]
-            raise self._error(
-                f"{path} has a damaged record, the {index}th of the set: {reason}; remove the file "
-                "and prepare again"
-            ) from reason
+        return self.__getitems__([index])[0]
 
-    def __getitems__(self, indices: Sequence[int]) -> list[Any]:
-        """What several records mean, read at once."""
+    def __getitems__(self, indices: Sequence[SupportsIndex]) -> list[Any]:
+        """Returns what several records mean, read at once; raises `error` if one is damaged."""
+        indices = [range(len(self))[index] for index in indices]
         chunks = self._brought(indices)
         try:
             return [self._parse(record) for record in self._read(indices, chunks)]
-        except Exception:  # one by one, the damaged record is named
-            return [self[index] for index in indices]
+        except Exception as reason:  # of the library, or of a parser that meets other bytes
+            if len(indices) > 1:  # one by one, the damaged record is named
+                return [self[index] for index in indices]
+            path = self._paths[self._shard(indices[0])]
+            raise self._error(
+                f"{path} has a damaged record, the {indices[0]}th of the set: {reason}; remove the "
+                "file and prepare again"
+            ) from reason
 
     def stage(self) -> None:
         """All records will be read: copies of shards in a bucket are made in the background."""
@@ -105,7 +103,10 @@ class Records(Sequence[Any]):
 
     def _read(self, indices: Sequence[int], chunks: dict[int, tuple[bytes, int]]) -> list[bytes]:
         here = [index for index in indices if index not in chunks]
-        copies = iter(self._records.__getitems__(here) if here else ())
+        if len(here) > 1:
+            copies = iter(self._records.__getitems__(here))
+        else:  # without the threads that the library starts for a list
+            copies = (self._records[index] for index in here)
         return [record_of(*chunks[i]) if i in chunks else next(copies) for i in indices]
 
 

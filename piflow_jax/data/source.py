@@ -34,11 +34,11 @@ class Source(Protocol):
 
     Beyond `name` and `shape` these attributes are optional: `num_classes`, so that label
     `num_classes` stands for no condition; `draw(key, x) -> states[B, *sites, C]`, where `x` is not
-    the states themselves but what they are drawn from in a training step; `gather(indices)`, a
-    stacked batch at once, which marks a source held in memory; `test`, another source of the same
-    shape, which figures compare samples with in place of this one; `class_names`, for captions;
-    `stage()`, called when all examples are going to be read, so that one elsewhere can be brought
-    here in the background.
+    the states themselves but what they are drawn from in a training step; `__getitems__(indices)`,
+    a list of several examples, read at once; `gather(indices)`, a stacked batch at once, which
+    marks a source held in memory; `test`, another source of the same shape, which figures compare
+    samples with in place of this one; `class_names`, for captions; `stage()`, called when all
+    examples are going to be read, so that one elsewhere can be brought here in the background.
 
     Attributes:
       name: short name for logs and reports.

@@ -5,7 +5,11 @@ import numpy as np
 import pytest
 
 from piflow_jax.data import ArraySource, batches
+from piflow_jax.data.images import load_images_source, prepare_images
+from piflow_jax.data.latents import load_latents_source
 from piflow_jax.data.pipeline import Order
+from piflow_jax.data.prompts import load_prompts_source
+from tests.data import test_images, test_latents, test_prompts
 
 LENGTH = 23
 
@@ -114,6 +118,30 @@ def test_only_sources_on_disk_are_read_by_threads():
     disk = OnDisk(make_source())
     take(batches(disk, batch_size=9, seed=2), 5)
     assert threading.current_thread().name not in disk.threads
+
+
+@pytest.mark.parametrize(
+    ("write", "load"),
+    [
+        (lambda d: prepare_images(d, test_images.PLAN, test_images.Pictures()), load_images_source),
+        (test_latents.write, load_latents_source),
+        (test_prompts.write, load_prompts_source),
+    ],
+    ids=["images", "latents", "prompts"],
+)
+def test_the_records_of_a_batch_are_read_by_one_call(tmp_path, monkeypatch, write, load):
+    from array_record.python.array_record_data_source import ArrayRecordDataSource as Library
+
+    write(tmp_path)
+    monkeypatch.setattr("piflow_jax.data.images._IN_MEMORY", 0)
+    source, sizes = load(tmp_path), []
+    read = Library.__getitems__
+    monkeypatch.setattr(Library, "__getitems__", lambda *a: sizes.append(len(a[1])) or read(*a))
+    monkeypatch.setattr(Library, "__getitem__", lambda *a: sizes.append(1))
+    iterator = batches(source, batch_size=3, seed=0)
+    for _ in range(2):
+        next(iterator)
+    assert set(sizes) == {3}
 
 
 @pytest.mark.parametrize("wrap", [lambda s: s, OnDisk], ids=["memory", "disk"])
