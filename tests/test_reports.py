@@ -13,6 +13,7 @@ ROOT = Path(__file__).parents[1]
 
 
 collect_reports = load_module(ROOT / "tools" / "collect_reports.py")
+collect_compiled = load_module(ROOT / "tools" / "collect_compiled.py")
 collect_rivals = load_module(ROOT / "tools" / "collect_rivals.py")
 collect_ablations = load_module(ROOT / "tools" / "collect_ablations.py")
 
@@ -29,6 +30,7 @@ def test_the_scaling_table_is_that_of_its_results(monkeypatch):
 
 def test_tables_are_what_the_reports_say():
     assert collect_reports.main(["--check"]) == 0
+    assert collect_compiled.main(["--check"]) == 0
     assert collect_rivals.main(["--check"]) == 0
     assert collect_ablations.main(["--check"]) == 0
 
@@ -195,7 +197,7 @@ def repository(tmp_path):
     (tmp_path / "docs" / "results").mkdir(parents=True)
     readme = f"before\n{collect_reports.BEGIN}\nold\n{collect_reports.END}\nafter\n"
     (tmp_path / "README.md").write_text(readme)
-    begin, end = collect_reports.COMPILED_BEGIN, collect_reports.COMPILED_END
+    begin, end = collect_compiled.BEGIN, collect_compiled.END
     (tmp_path / "docs" / "imagenet.md").write_text(f"over\n{begin}\nold\n{end}\nunder\n")
 
     def write(name, content):
@@ -258,7 +260,7 @@ def test_compiled_steps_have_a_table(repository):
     root, write = repository
     page = root / "docs" / "imagenet.md"
     root_flag = ["--root", str(root)]
-    assert collect_reports.main(root_flag) == 0
+    assert collect_compiled.main(root_flag) == 0
     assert "No step has been compiled yet." in page.read_text()
     write("compile_gm_repa-v6e_4x4.json", compiled("v6e:4x4", remat="dots"))
     small = {"peak": 17 * 2**30, "chip": 16 * 2**30}
@@ -266,9 +268,9 @@ def test_compiled_steps_have_a_table(repository):
     halved["libtpu_flags"] = "--xla_jf_spmd_threshold_for_windowed_einsum_mib=1000000 --other=1"
     write("compile_gm_repa-v5e_4x4_bfloat16.json", halved)
     write("compile_gm_repa-v5e_4x4.json", compiled("v5e:4x4"))
-    assert collect_reports.main([*root_flag, "--check"]) == 1
-    assert collect_reports.main(root_flag) == 0
-    assert collect_reports.main([*root_flag, "--check"]) == 0
+    assert collect_compiled.main([*root_flag, "--check"]) == 1
+    assert collect_compiled.main(root_flag) == 0
+    assert collect_compiled.main([*root_flag, "--check"]) == 0
     text = page.read_text()
     assert text.startswith("over\n") and text.endswith("under\n") and "old" not in text
     first, second, third = (line for line in text.splitlines() if line.startswith("| `gm_repa`"))
@@ -306,7 +308,8 @@ def test_reports_may_be_of_every_config(config):
 )
 def test_unusable_reports_are_named(repository, capsys, name, content, message):
     _, write = repository
-    assert collect_reports.main(write(name, content)) == 2
+    collector = collect_compiled if name.startswith("compile") else collect_reports
+    assert collector.main(write(name, content)) == 2
     error = capsys.readouterr().err
     assert name in error and message in error
 

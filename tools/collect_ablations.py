@@ -7,7 +7,6 @@ The tables are between markers and are a pure function of the reports in `docs/r
 `tools/collect_reports.py` reads too.
 """
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +20,7 @@ from tools.collect_reports import (
     compare,
     filled,
     load,
+    run,
     table,
 )
 
@@ -122,50 +122,37 @@ def _spread(values: Sequence[float | None], decimals: int) -> str:
     return f"{mean} ± {stdev(values) / len(values) ** 0.5:.{decimals}f}"
 
 
-def render(root: Path) -> str:
-    """The text of `docs/beyond.md` with the tables of today's reports.
+def render(root: Path) -> dict[Path, str]:
+    """The text of `docs/beyond.md` with the tables of today's reports, by path.
 
     Args:
       root: the repository.
 
     Returns:
-      The text.
+      One page.
 
     Raises:
-      ReportError: a report cannot be used, or the page lacks its markers.
+      ReportError: a report is missing or cannot be used, or the page lacks its markers.
     """
     page, reports = root / "docs" / "beyond.md", load(root / "docs" / "results")
     text = page.read_text(encoding="utf-8")
-    blocks: dict[str, Any] = {
-        "corrector": corrector_table(reports["fashion_mnist"]),
-        "evaluations": evaluations_table(reports["digits"]),
-        "guidance": guidance_table(reports["digits"]),
-    }
+    try:
+        blocks: dict[str, Any] = {
+            "corrector": corrector_table(reports["fashion_mnist"]),
+            "evaluations": evaluations_table(reports["digits"]),
+            "guidance": guidance_table(reports["digits"]),
+        }
+    except KeyError as error:
+        raise ReportError(f"{root / 'docs' / 'results'} has no report of {error}") from error
     for name, lines in blocks.items():
         begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
         text = filled(text, page, begin, end, "\n".join([*lines, ""]))
-    return text
+    return {page: text}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit status."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if stale")
-    parser.add_argument("--root", type=Path, default=Path(__file__).resolve().parents[1])
-    options = parser.parse_args(arguments)
-    page = options.root / "docs" / "beyond.md"
-    try:
-        text = render(options.root)
-    except (ReportError, OSError, KeyError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    stale = page.read_text(encoding="utf-8") != text
-    if stale and options.check:
-        print(f"{page} is stale; run: python -m tools.collect_ablations", file=sys.stderr)
-    elif stale:
-        page.write_text(text, encoding="utf-8")
-        print(f"wrote {page}")
-    return 1 if options.check and stale else 0
+    return run(render, "python -m tools.collect_ablations", __doc__, arguments)
 
 
 if __name__ == "__main__":

@@ -1,15 +1,11 @@
-"""Collects runs' reports into `docs/results.md` and the tables of `README.md` and ImageNet's page.
+"""Collects runs' reports into `docs/results.md` and the table of `README.md`.
 
     cp runs/digits/report.json docs/results/digits_gm_seed0.json
     python tools/collect_reports.py            # rewrite the files
     python tools/collect_reports.py --check    # exit 1 if they are not what the reports say
 
-A report's file is called `<config>_<variant>_seed<k>.json`, as in `digits_gm_2nfe_seed1.json`.
-Reports of `--mode=compile` are called `compile_<variant>-<anything>.json`, as in
-`compile_gm_repa-v5e_4x4.json`. They make the table of `docs/imagenet.md`. Those of networks that
-read text are in `docs/results/text_to_image/` as `<network>-<step or sampling>-<anything>.json`,
-and make the table of `docs/text_to_image.md`. The output is a pure function of the files. The
-script needs the standard library only.
+A report's file is called `<config>_<variant>_seed<k>.json`, as in `digits_gm_2nfe_seed1.json`. The
+output is a pure function of the files. The script needs the standard library only.
 """
 
 import argparse
@@ -24,10 +20,7 @@ from typing import Any
 
 CONFIGS = sorted(path.stem for path in (Path(__file__).parents[1] / "configs").glob("*.py"))
 NAME = re.compile(rf"(?P<config>{'|'.join(CONFIGS)})_(?P<variant>\w+)_seed(?P<seed>\d+)\.json")
-COMPILED_NAME = re.compile(r"compile_(?P<variant>[a-z0-9_]+)-[\w-]+\.json")
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
-TEXT_NAME = re.compile(r"(?P<network>\w+)-(?P<program>step|sampling)-[\w-]+\.json")
-COMPILED_BEGIN, COMPILED_END = "<!-- compile:begin -->", "<!-- compile:end -->"
 MAIN_VARIANT = "gm"
 # Beyond the paper; its student has a row in README.md too.
 CORRECTED_VARIANT = "gm_corrected"
@@ -70,7 +63,6 @@ COLUMNS = {
 FIGURES = tuple(COLUMNS)[:-1]
 TRAINED = " (trained on)"
 STUDENT = "| **student**"  # the beginning of its row
-COMPILED_SCOPES = ("teacher", "student", "policy", "optimizer", "other")
 DECIMALS = dict.fromkeys(COLUMNS, 3) | {"diversity": 2, "endpoint_mse": 4}
 
 Report = dict[str, Any]
@@ -157,149 +149,6 @@ def _check_comparable(name: str, seeds: dict[int, Report]) -> None:
                 f"seeds {first} and {other} of {name} differ in {', '.join(different)}; "
                 "evaluate them again with equal settings (--mode=evaluate)"
             )
-
-
-def load_compiled(directory: Path) -> list[tuple[str, Report]]:
-    """Reads the reports of `--mode=compile`.
-
-    Args:
-      directory: where the JSON files lie.
-
-    Returns:
-      Variant and report, by variant and slice; the plainest settings first.
-
-    Raises:
-      ReportError: a file's name or content is wrong.
-    """
-    found = []
-    for path in sorted(directory.glob("compile_*.json")):
-        match = COMPILED_NAME.fullmatch(path.name)
-        if match is None:
-            raise ReportError(f"{path} is not called compile_<variant>-<anything>.json")
-        try:
-            report = json.loads(path.read_text(encoding="utf-8"))
-            compiled_row(match["variant"], report)
-        except (ValueError, KeyError, TypeError) as error:
-            raise ReportError(
-                f"{path} is not a report ({type(error).__name__}: {error})"
-            ) from error
-        found.append((match["variant"], report))
-
-    def order(item):
-        variant, report = item
-        plain = report["remat"] == "none", report["moment_dtype"] == "float32", _overlapped(report)
-        return variant, report["topology"], [not value for value in plain]
-
-    return sorted(found, key=order)
-
-
-def _overlapped(report: Report) -> bool:
-    """Whether the compiler may split matrix products to send weights meanwhile (its default)."""
-    return "windowed_einsum_mib=1000000" not in report.get("libtpu_flags", "")
-
-
-def _rollout(report: Report) -> str:
-    """Whether rollouts are loops, whose cycles are in the policy's share, or kernels."""
-    return "loop" if report["cycles"]["rollouts"] else "kernel"
-
-
-def compiled_row(variant: str, report: Report) -> list[str]:
-    """Cells of one compiled step."""
-    memory, flops, cycles = report["memory_bytes"], report["flops"], report["cycles"]
-    fits = "" if memory["peak"] <= memory["chip"] else ", does not fit"
-    return [
-        f"`{variant}`",
-        report["topology"],
-        str(report["devices"]),
-        f"{report['batch_per_device']:g} in {report['microbatches']}",
-        report["remat"],
-        report["moment_dtype"],
-        "on" if _overlapped(report) else "off",
-        f"{memory['peak'] / 2**30:.2f} of {memory['chip'] / 2**30:.0f}{fits}",
-        f"{flops['counted']:.3e}",
-        f"{flops['ratio']:.3f}",
-        f"{cycles['total']:.3e}",
-        *(f"{cycles['shares'][name]:.1%}" for name in COMPILED_SCOPES),
-        _rollout(report),
-    ]
-
-
-def compiled_block(reports: Sequence[tuple[str, Report]]) -> str:
-    """The text between the markers of `docs/imagenet.md`."""
-    if not reports:
-        return "No step has been compiled yet.\n"
-    head = ["variant", "slice", "devices", "batch per device, in parts", "remat", "first moment"]
-    head += [
-        "collective matmul",
-        "GiB per device",
-        "FLOPs per step",
-        "over the minimum",
-        "cycles",
-        *COMPILED_SCOPES,
-        "rollout",
-    ]
-    rows = [compiled_row(variant, report) for variant, report in reports]
-    versions = dict.fromkeys(f"jax {r['jax']}, libtpu {r['libtpu']}" for _, r in reports)
-    return "\n".join([*table(head, rows), "", f"Compiled with {'; '.join(versions)}.", ""])
-
-
-def load_text_compiled(directory: Path) -> list[tuple[str, str, Report]]:
-    """Reads the reports of `--mode=compile` and `--mode=compile_sampling` for text networks.
-
-    Args:
-      directory: where the JSON files lie.
-
-    Returns:
-      Network, program and report, by name of the file.
-
-    Raises:
-      ReportError: a file's name or content is wrong.
-    """
-    found = []
-    for path in sorted(directory.glob("*.json")):
-        match = TEXT_NAME.fullmatch(path.name)
-        if match is None:
-            raise ReportError(f"{path} is not called <network>-<step or sampling>-<anything>.json")
-        try:
-            report = json.loads(path.read_text(encoding="utf-8"))
-            text_compiled_row(match["network"], match["program"], report)
-        except (ValueError, KeyError, TypeError) as error:
-            raise ReportError(
-                f"{path} is not a report ({type(error).__name__}: {error})"
-            ) from error
-        found.append((match["network"], match["program"], report))
-    return found
-
-
-def text_compiled_row(network: str, program: str, report: Report) -> list[str]:
-    """Cells of one compiled program of a text network."""
-    memory, flops, shares = report["memory_bytes"], report["flops"], report["cycles"]["shares"]
-    fits = "" if memory["peak"] <= memory["chip"] else ", does not fit"
-    parts = f" in {report['microbatches']}" if "microbatches" in report else ""
-    return [
-        f"`{network}`",
-        program,
-        report.get("base_dtype", "bfloat16"),
-        report["topology"],
-        " x ".join(f"{axis} {size}" for axis, size in report["mesh"].items()) or "one chip",
-        f"{report['batch_size']}{parts}",
-        f"{memory['peak'] / 2**30:.1f} of {memory['chip'] / 2**30:.0f}{fits}",
-        f"{memory['arguments'] / 2**30:.1f}",
-        f"{flops['per_example'] / 1e12:,.0f}",
-        *(f"{shares[name]:.1%}" for name in ("teacher", "student", "policy")),
-        _rollout(report),
-    ]
-
-
-def text_compiled_block(reports: Sequence[tuple[str, str, Report]]) -> str:
-    """The text between the markers of `docs/text_to_image.md`."""
-    if not reports:
-        return "No program has been compiled yet.\n"
-    head = ["network", "program", "base", "slice", "mesh", "images, in parts", "GiB per device"]
-    head += ["of them arguments", "TFLOP per image", "teacher", "student", "policy", "rollout"]
-    versions = dict.fromkeys(f"jax {r['jax']}, libtpu {r['libtpu']}" for *_, r in reports)
-    rows = [text_compiled_row(*report) for report in reports]
-    return "\n".join([*table(head, rows), "", f"Compiled with {'; '.join(versions)}.", ""])
 
 
 def _number(value: float | None, decimals: int) -> str:
@@ -484,35 +333,18 @@ def render(root: Path) -> dict[Path, str]:
       root: the repository.
 
     Returns:
-      `docs/results.md`, `README.md`, `docs/imagenet.md` and, if it has reports,
-      `docs/text_to_image.md`.
+      `docs/results.md` and `README.md`.
 
     Raises:
-      ReportError: a report cannot be used, or a page lacks its markers.
+      ReportError: a report cannot be used, or `README.md` lacks its markers.
     """
-    results = root / "docs" / "results"
-    reports = load(results)
-    text, of_text = results / "text_to_image", {}
-    if text.is_dir():
-        block = text_compiled_block(load_text_compiled(text))
-        page = root / "docs" / "text_to_image.md"
-        of_text = _filled(page, COMPILED_BEGIN, COMPILED_END, block)
+    reports = load(root / "docs" / "results")
+    readme = root / "README.md"
+    block = readme_block(reports)
     return {
-        **of_text,
         root / "docs" / "results.md": results_page(reports),
-        **_filled(root / "README.md", BEGIN, END, readme_block(reports)),
-        **_filled(
-            root / "docs" / "imagenet.md",
-            COMPILED_BEGIN,
-            COMPILED_END,
-            compiled_block(load_compiled(results)),
-        ),
+        readme: filled(readme.read_text(encoding="utf-8"), readme, BEGIN, END, block),
     }
-
-
-def _filled(page: Path, begin: str, end: str, block: str) -> dict[Path, str]:
-    """A page with another block between its markers."""
-    return {page: filled(page.read_text(encoding="utf-8"), page, begin, end, block)}
 
 
 def filled(text: str, page: Path, begin: str, end: str, block: str) -> str:
@@ -522,9 +354,24 @@ def filled(text: str, page: Path, begin: str, end: str, block: str) -> str:
     return f"{text.split(begin)[0]}{begin}\n{block}{end}{text.split(end)[1]}"
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command; returns its exit status."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def run(
+    render: Callable[[Path], dict[Path, str]],
+    command: str,
+    description: str,
+    arguments: Sequence[str] | None,
+) -> int:
+    """Runs the command line of a collector.
+
+    Args:
+      render: texts of its files, by path, of a root.
+      command: how it is called, without options.
+      description: its docstring.
+      arguments: of the command line; None takes those of the process.
+
+    Returns:
+      The exit status: 0; 1 for stale files with `--check`; 2 for reports that cannot be used.
+    """
+    parser = argparse.ArgumentParser(description=description.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if stale")
     parser.add_argument("--root", type=Path, default=Path(__file__).resolve().parents[1])
     options = parser.parse_args(arguments)
@@ -536,11 +383,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     stale = [p for p, text in texts.items() if not p.exists() or p.read_text("utf-8") != text]
     for path in stale:
         if options.check:
-            print(f"{path} is stale; run: python tools/collect_reports.py", file=sys.stderr)
+            print(f"{path} is stale; run: {command}", file=sys.stderr)
         else:
             path.write_text(texts[path], encoding="utf-8")
             print(f"wrote {path}")
     return 1 if options.check and stale else 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command; returns its exit status."""
+    return run(render, "python tools/collect_reports.py", __doc__, arguments)
 
 
 if __name__ == "__main__":
