@@ -22,6 +22,7 @@ from piflow_jax.parallel import peak_flops
 from piflow_jax.parallel.topology import Chip
 from piflow_jax.systems.assembly import Systems
 from piflow_jax.systems.datasets import dataset
+from piflow_jax.systems.judges import compared
 from piflow_jax.systems.network import abstract_variables
 from piflow_jax.systems.networks import without_scales
 from piflow_jax.systems.policies import policy_outputs
@@ -97,7 +98,7 @@ class Sizes:
         teacher: Any = None,
     ):
         self._systems, self._config, self._data = systems, systems.config, systems.data
-        self._real = None if source is None else len(source)
+        self._real = None if source is None else len(compared(source))
         self._machine = machine or Machine.here()
         self._given = teacher
         model = systems.config.model

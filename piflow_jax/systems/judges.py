@@ -182,6 +182,11 @@ def load_inception(settings: EvaluationConfig) -> InceptionNetwork:
     )
 
 
+def compared(source: Source) -> Source:
+    """The data that figures compare with: the test data, or all where there are none."""
+    return getattr(source, "test", None) or source
+
+
 def real_features(source: Source, judge: Judge) -> tuple[np.ndarray, np.ndarray]:
     """Features of the real images that figures compare with.
 
@@ -194,8 +199,7 @@ def real_features(source: Source, judge: Judge) -> tuple[np.ndarray, np.ndarray]
       images. A larger set is reduced to 10,000 images, chosen by its length alone. Labels are 0
       without classes.
     """
-    test = getattr(source, "test", None) or source
-    pairs = [(judge.extract(images), labels) for images, labels in real_batches(test)]
+    pairs = [(judge.extract(images), labels) for images, labels in real_batches(compared(source))]
     features, labels = zip(*pairs, strict=True)
     return np.concatenate(features), np.concatenate(labels)
 
@@ -212,8 +216,7 @@ def second_judge(source: Source, judge: Judge) -> PrincipalComponents | None:
     """
     if isinstance(judge, PrincipalComponents):
         return None
-    test = getattr(source, "test", None) or source
-    return PrincipalComponents.of(images for images, _ in real_batches(test))
+    return PrincipalComponents.of(images for images, _ in real_batches(compared(source)))
 
 
 def real_batches(
@@ -247,8 +250,13 @@ def why_no_figures(source: Source) -> str:
     images = next(real_batches(source))[0]
     if np.shape(images)[1:] != shape or hasattr(source, "latent_scale"):
         return f"the states of {name!r} are drawn from what is kept, not images"
-    if len(source) < least_real_samples():
-        return f"{name!r} has {len(source)} images, figures need {least_real_samples()}"
+    real, classes = compared(source), getattr(source, "num_classes", 0)
+    if len(real) < least_real_samples():
+        return f"{real.name!r} has {len(real)} images, figures need {least_real_samples()}"
+    if len(real) <= classes:  # otherwise two share a class
+        labels = np.concatenate([labels for _, labels in real_batches(real)])
+        if len(np.unique(labels)) == len(labels):
+            return f"no class of {real.name!r} has two images, which figures compare"
     low, high = float(np.min(images)), float(np.max(images))
     if not (low >= -1 and high <= 1):
         return f"the images of {name!r} must lie in [-1, 1], they lie in [{low:.3g}, {high:.3g}]"
@@ -294,7 +302,8 @@ def _no_network(source: Source) -> str:
     classes, count, side = getattr(source, "num_classes", 0), len(source), min(source.shape[:2])
     if classes < 2:
         return f"{source.name!r} has {'one class' if classes else 'no classes'}"
-    if np.ndim(source[0]["condition"]):
+    label = np.asarray(source[0]["condition"])
+    if label.ndim or not np.issubdtype(label.dtype, np.integer):
         return f"the conditions of {source.name!r} are no labels"
     if side < _SMALLEST_SIDE:
         return f"its images have {side} pixels a side, fewer than {_SMALLEST_SIDE}"

@@ -8,7 +8,7 @@ import pytest
 
 from piflow_jax.config import ConfigError, EvaluationConfig
 from piflow_jax.convert.inception import INCEPTION_FILE
-from piflow_jax.data import ArraySource, load_digits_source
+from piflow_jax.data import ArraySource, load_captioned_digits_source, load_digits_source
 from piflow_jax.evaluation import frechet_distance
 from piflow_jax.evaluation.components import PrincipalComponents
 from piflow_jax.evaluation.feature_training import Recipe, recipe_for
@@ -95,6 +95,7 @@ def test_a_trained_space_tells_classes_apart_that_share_their_moments(tmp_path, 
             ArraySource(name="pictures", x=pictures().x, condition={"text": np.zeros((40, 2))}),
             "'pictures' has no classes",
         ),
+        (load_captioned_digits_source(), "the conditions of 'captioned_digits' are no labels"),
     ],
 )
 def test_without_a_network_there_are_principal_components(tmp_path, messages, source, words):
@@ -115,6 +116,8 @@ def test_without_a_network_there_are_principal_components(tmp_path, messages, so
         (pictures(30, (4, 4, 4)), "are no images"),
         (pictures(30, (4, 4, 4, 1)), "are no images"),
         (pictures(7), "has 7 images, figures need 8"),
+        (dataclasses.replace(pictures(9), test=pictures(7)), "has 7 images, figures need 8"),
+        (pictures(8, classes=8), "no class of 'pictures' has two images"),
         (
             ArraySource(name="loud", x=np.full((9, 4, 4, 1), 3, np.float32)),
             r"'loud' must lie in \[-1, 1\], they lie in \[3, 3\]",
