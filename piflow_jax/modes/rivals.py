@@ -50,6 +50,7 @@ from piflow_jax.runs.loop import Stage, checkpoint_dir
 from piflow_jax.runs.run_lock import RunLock
 from piflow_jax.runs.workdir import user_path
 from piflow_jax.systems.assembly import Systems
+from piflow_jax.systems.correctors import corrector_kind
 from piflow_jax.systems.datasets import dataset, load_source, shape_of
 from piflow_jax.systems.judges import config_judge
 from piflow_jax.systems.networks import network_kind, teacher_network
@@ -119,6 +120,17 @@ def compare_rivals(config: Config, workdir: str | os.PathLike) -> dict[str, Any]
         )
     if config.train.microbatches != 1:
         raise ConfigError("config.train.microbatches must be 1 with --mode=rivals")
+    if config.train.initial:
+        raise ConfigError(
+            "config.train.initial must be empty with --mode=rivals, whose methods start at the "
+            "teacher or from scratch"
+        )
+    corrector = corrector_kind(config)
+    if corrector is not None and corrector.of_data:
+        raise ConfigError(
+            f"config.train.corrector.kind = {config.train.corrector.kind!r} is for --mode=train "
+            "and piflow_jax.distill, not for --mode=rivals"
+        )
     with naming("config.rivals.methods"):
         methods = {name: find_method(name) for name in config.rivals.methods}
         for method in methods.values():

@@ -74,6 +74,11 @@ def check_corrector(config: Config) -> None:
             f"config.data.name = {config.data.name!r} are latents; give 'critic'"
         )
     share = Fraction(corrector.share).limit_denominator(train.batch_size)
+    if not 0 < share < 1:
+        raise ConfigError(
+            f"{group}.share = {corrector.share:g} leaves the corrector or pi-ID without examples "
+            f"with config.train.batch_size = {train.batch_size}: raise the batch size"
+        )
     parts = share.denominator * train.microbatches
     if train.batch_size % parts:
         raise ConfigError(

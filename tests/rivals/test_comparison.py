@@ -47,14 +47,16 @@ def test_unknown_methods_are_refused_with_the_known_ones(method, tmp_path):
     [
         ("data.name", "latents", "compares on pixels"),
         ("train.microbatches", 2, "must be 1"),
+        ("train.initial", "runs/a", "config.train.initial must be empty"),
+        ("train.corrector.kind", "frechet", "is for --mode=train and piflow_jax.distill"),
     ],
 )
 def test_settings_for_other_runs_are_refused(key, value, message, tmp_path):
     config = toy("gm")
-    group, name = key.split(".")
-    config[group][name] = value
+    config.update_from_flattened_dict({key: value})
     with pytest.raises(ConfigError, match=message):
         compare_rivals(parse(config), tmp_path)
+    assert not list(tmp_path.iterdir())  # before anything is trained
 
 
 def test_results_of_other_settings_are_not_mixed(tmp_path):
