@@ -277,7 +277,7 @@ class CriticCorrector(Corrector):
     def begin(self, key: jax.Array, state: TrainState, teacher_params: Any) -> CorrectedState:
         """Adds a critic that starts at the teacher; see `Corrector`."""
         if self._network is None:
-            params = jax.tree.map(jnp.copy, teacher_params)
+            params = jax.tree.map(jnp.copy, _parameters(teacher_params))
         else:
             params = self._network.start(key, None, teacher_params)
         return _with(CorrectedState, state, critic=Critic(params, self._optimizer.init(params)))
@@ -324,7 +324,10 @@ class CriticCorrector(Corrector):
     def _velocity(self, critic: Any, teacher_params: Any, condition: Any) -> Callable:
         if self._network is None:
             unguided = dataclasses.replace(self.teacher, guidance_scale=1.0)
-            return unguided.bind(critic, condition)
+            whole = critic
+            if _parameters(teacher_params) is not teacher_params:
+                whole = {**teacher_params, **critic}
+            return unguided.bind(whole, condition)
         network = Teacher(predict=self._network.apply, shape=None)
         return network.bind(self._network.with_base(critic, teacher_params), condition)
 
@@ -383,6 +386,13 @@ class FrechetCorrector(Corrector):
         """Mean and root of the training data's covariance, in the same coordinates."""
         root = jnp.asarray(self.space.root, features.dtype)
         return jnp.zeros(len(root), features.dtype), root
+
+
+def _parameters(variables: Any) -> Any:
+    """The variables that gradients may change, without running averages and random state."""
+    if isinstance(variables, Mapping) and variables.keys() > {"params"}:
+        return {"params": variables["params"]}
+    return variables
 
 
 def _with(kind: type, state: TrainState, **more: Any) -> Any:

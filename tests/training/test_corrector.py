@@ -140,6 +140,20 @@ def test_a_student_that_is_right_gets_no_gradient(kind):
         assert metrics["corrector_loss"] < 1e-5 < 1e-2 < other
 
 
+def test_a_critic_leaves_running_averages_and_random_state_as_they_are():
+    others = {"batch_stats": {"scale": jnp.float32(1)}, "carried": {"count": jnp.uint32(3)}}
+
+    def predict(variables, x, t, condition):
+        return variables["batch_stats"]["scale"] * velocity(variables["params"], x, t, condition)
+
+    teacher = Teacher(predict=predict, shape=SITES)
+    teacher_params = {"params": RIGHT} | others
+    corrector = corrector_of(settings("critic"), teacher)
+    state = corrector.begin(SEEN, first_state(corrector.config, RIGHT), teacher_params)
+    followed, metrics = corrector.follow(state, teacher_params, part(SEEN), SEEN)
+    assert followed.critic.params.keys() == {"params"} and np.isfinite(metrics["critic_loss"])
+
+
 # Settings of the test and the rate of its descent, for each corrector.
 OF_KIND = {
     "critic": (
