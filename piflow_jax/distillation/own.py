@@ -49,7 +49,7 @@ from piflow_jax.systems.assembly import Systems
 from piflow_jax.systems.conditioning import described
 from piflow_jax.systems.judges import Judge, independent, open_judge
 from piflow_jax.systems.own import OwnNetwork, own_network, params_of
-from piflow_jax.systems.policies import POLICIES
+from piflow_jax.systems.settings import check_choices
 from piflow_jax.systems.shapes import DataShape
 from piflow_jax.systems.spaces import open_space
 from piflow_jax.systems.spec import StudentSettings
@@ -138,6 +138,11 @@ def distill(
     parsed = _parsed(config, (*_OF_BOTH, *_OF_STUDENT))
     source = _source(source, teacher, parsed)
     test = source if test_source is None else as_source(test_source, "test")
+    if tuple(test.shape) != tuple(source.shape):
+        theirs = list(source.shape)
+        raise ConfigError(
+            f"samples of {test.name} are {list(test.shape)}, those of {source.name} {theirs}"
+        )
     parsed, systems, first = _student_systems(parsed, source, teacher, network, initial_params)
     params = jax.tree.map(_as_array, teacher_params)
     if first is not None and not isinstance(initial_params, Student):
@@ -155,7 +160,8 @@ def distill(
         judge = open_judge(test, workdir, parsed.evaluation) if has_states(test) else None
         space = open_space(parsed, source, workdir, test_source=test)
         systems = dataclasses.replace(systems, space=space)
-        spaces = (space.name,) if space else ()
+        before = initial_params.settings.trained_in if isinstance(initial_params, Student) else ()
+        spaces = tuple(dict.fromkeys((*before, *([space.name] if space else ()))))
         Sizes(systems, test, teacher=params).check_distillation(judge is not None)
         network = systems.student_network
         stage = student_stage(
@@ -167,6 +173,7 @@ def distill(
             start=functools.partial(_start, network),
             initial=None if first is None else _placed(first, mesh, split=False),
             identity=_identity(network, source),
+            trained_in=before,
         )
         state = run_here(stage, parsed, workdir, mesh, on_metrics)
         variables = network.with_base(*gathered((state.ema_params, state.carried), mesh))
@@ -179,7 +186,8 @@ def distill(
             bench = Bench(parsed, test, systems.data, judge, spaces)
             compare(bench, systems, *both, workdir)
     asked = {key.removeprefix("asked."): value for key, value in network.spec.items()}
-    return Student(network, variables, StudentSettings.of(parsed, systems.data, asked=asked))
+    settings = StudentSettings.of(parsed, systems.data, asked=asked, trained_in=spaces)
+    return Student(network, variables, settings)
 
 
 def train_teacher(
@@ -218,6 +226,7 @@ def train_teacher(
         raise ConfigError(f"{source.name} has no states to train on")
     data = _shape_of(source)
     parsed = _named(parsed, network)
+    check_choices(parsed)
     own = own_network("the network", network, data, None)
     own.check()
     null = own.conditioning.null(data, getattr(source, "null", None))
@@ -312,7 +321,7 @@ def _student_systems(
         orthogonal_guidance=float(teacher.orthogonal_guidance),
     )
     config = dataclasses.replace(_named(config, network), teacher=guidance)
-    POLICIES[config.policy.kind].check(config)
+    check_choices(config)
     asked = None
     if isinstance(initial, Student):
         if not isinstance(initial.network, OwnNetwork):

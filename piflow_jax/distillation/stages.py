@@ -24,8 +24,14 @@ from piflow_jax.runs.run_lock import RunLock
 from piflow_jax.runs.workdir import check_writable, user_path
 from piflow_jax.systems.assembly import Systems
 from piflow_jax.systems.shardings import student_shardings
-from piflow_jax.systems.spaces import TRAINED_IN, Space
-from piflow_jax.systems.spec import model_settings, student_spec, teacher_spec, updated_settings
+from piflow_jax.systems.spaces import Space
+from piflow_jax.systems.spec import (
+    TRAINED_IN,
+    model_settings,
+    student_spec,
+    teacher_spec,
+    updated_settings,
+)
 from piflow_jax.training.optimizer import make_optimizer
 from piflow_jax.training.state import TrainState
 from piflow_jax.training.step import distill_step, first_student_state, teacher_step

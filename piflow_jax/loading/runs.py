@@ -30,8 +30,8 @@ from piflow_jax.systems.networks import (
     teacher_network,
 )
 from piflow_jax.systems.shapes import DataShape
-from piflow_jax.systems.spaces import TRAINED_IN
 from piflow_jax.systems.spec import (
+    TRAINED_IN,
     check_policy_config,
     spec_of,
     student_settings,

@@ -36,9 +36,6 @@ from piflow_jax.systems.judges import (
 )
 from piflow_jax.whole_files import replacing
 
-TRAINED_IN = "trained_in"
-"""Key of a student's recorded settings: names of the feature spaces that it was trained in."""
-
 _KEY = "config.train.corrector.space"
 # The judge's own network has seed 0.
 _SEED = 1
@@ -91,7 +88,13 @@ def _own_network(source: Source, of: Source, directory: epath.Path, shipped: str
 def _judge(source: Source, of: Source, directory: epath.Path, shipped: str) -> Any:
     """The space of the figures, if they are not Inception's."""
     del source
-    return open_judge(of, directory, shipped=shipped)
+    judge = open_judge(of, directory, shipped=shipped)
+    if judge is None:
+        raise ConfigError(
+            f"{_KEY} = 'judge' is the space of figures, which cannot be measured: "
+            f"{why_no_figures(of)}; give 'network' or 'pixels'"
+        )
+    return judge
 
 
 def _pixels(source: Source, of: Source, directory: epath.Path, shipped: str) -> Any:

@@ -32,6 +32,9 @@ from piflow_jax.systems.networks import NETWORKS, network_kind
 from piflow_jax.systems.policies import POLICIES
 from piflow_jax.systems.shapes import DataShape
 
+TRAINED_IN = "trained_in"
+"""Key of a student's recorded settings: names of the feature spaces that it was trained in."""
+
 _SAMPLING = ("nfe", "final_step_size_scale", "shift", "total_substeps")
 # Values with other names in older specs, and a key that they lack.
 _RENAMED = {"data.name": {"imagenet": "latents"}}
@@ -152,6 +155,8 @@ class StudentSettings:
         for other students.
       asked: for a user's own network, the `prediction` and `schedule` that define its inputs and
         outputs; see `OwnNetwork.spec`. Empty for our networks.
+      trained_in: names of the feature spaces that it was trained in, where figures do not measure
+        it.
     """
 
     model: ModelConfig
@@ -160,6 +165,7 @@ class StudentSettings:
     data: DataShape
     teacher: TeacherConfig = dataclasses.field(default_factory=TeacherConfig)
     asked: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    trained_in: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, config: Config, data: DataShape, **more: Any) -> "StudentSettings":
@@ -231,7 +237,7 @@ def trained_with(settings: StudentSettings, saved: Mapping[str, Any]) -> Student
             functools.reduce(operator.getitem, groups, recorded)[name] = value
     recorded |= {key: getattr(settings.train, key) for key in (*_SAMPLING, "nfe_choices")}
     train = check_group(TrainConfig, recorded, "train")
-    return dataclasses.replace(settings, train=train)
+    return dataclasses.replace(settings, train=train, trained_in=tuple(saved.get(TRAINED_IN, ())))
 
 
 def teacher_settings(spec: Mapping[str, Any]) -> tuple[ModelConfig, DataShape]:

@@ -328,7 +328,11 @@ def test_a_student_starts_where_another_ended(finished, tmp_path):
     _, given, first = finished
     config = settings(train__steps=1)
     config.train.optimizer.learning_rate = 1e-12
+    trained = dataclasses.replace(first.settings, trained_in=("a, sha256 0",))
+    first = dataclasses.replace(first, settings=trained)
     student = piflow_jax.distill(config, tmp_path, **given, initial_params=first)
+    loaded = piflow_jax.load(tmp_path, network=given["network"])
+    assert student.settings.trained_in == loaded.settings.trained_in == ("a, sha256 0",)
     for a, b in zip(*map(jax.tree.leaves, (student.params, first.params)), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-6)
 
@@ -346,6 +350,15 @@ REFUSED = {
         r"samples of arrays are \[2\], the teacher's \[3\]",
     ),
     "start": (lambda: ({}, {"initial_params": {"a": np.zeros(3)}}), "a: nothing in the student"),
+    "test": (
+        lambda: ({}, {"test_source": TOKENS}),
+        r"samples of test are \[5, 2\], those of arrays \[2\]",
+    ),
+    "window": (lambda: ({"train__window_substeps": 9}, {}), r"window_substeps must be in \[0, 8\]"),
+    "corrector": (
+        lambda: ({"train__corrector__kind": "policy", "train__nfe": 2}, {}),
+        "follows one policy from noise to data and needs config.train.nfe = 1",
+    ),
 }
 
 

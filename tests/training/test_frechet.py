@@ -142,6 +142,12 @@ def test_data_without_such_a_space_are_refused(tmp_path, source, space, words):
     assert str(error.value) == words
 
 
+def test_test_images_without_figures_have_no_space(tmp_path):
+    few = ArraySource(name="test", x=np.zeros((5, 8, 8, 1), np.float32))
+    with pytest.raises(ConfigError, match=r"'judge' .* 'test' has 5 images, .*; give"):
+        open_space(settings("judge"), load_digits_source(), tmp_path, test_source=few)
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
@@ -168,6 +174,14 @@ def test_data_without_such_a_space_are_refused(tmp_path, source, space, words):
             {"train__corrector__start": 0},
             "config.train.corrector.start must be at least 1 with config.train.corrector.kind = "
             "'frechet', which first has to see samples",
+        ),
+        *(
+            (
+                {"train__corrector__share": share, "train__batch_size": 4},
+                f"config.train.corrector.share = {share} leaves the corrector or pi-ID without "
+                "examples with config.train.batch_size = 4: raise the batch size",
+            )
+            for share in (0.01, 0.9)
         ),
     ],
 )
