@@ -88,25 +88,22 @@ def contents(weights):
 
 
 NAMES = [
-    ("hf:owner/name", "transformer"),
-    ("hf:owner/name/transformer", "transformer"),
-    ("hf:owner/name/transformer/", "transformer"),
-    ("hf:owner/name@main/transformer", "transformer"),
-    (f"hf:owner/name@{COMMIT}/transformer", "transformer"),
-    ("hf:owner/name@v1.0", "transformer"),
-    ("hf:owner/name@refs/pr/7/transformer", "transformer"),
-    ("hf:owner/name/first.safetensors", "first.safetensors"),
-    ("hf:owner/name@v1.0/transformer/m.safetensors.index.json", "transformer"),
+    ("hf:owner/name", "main", "transformer"),
+    ("hf:owner/name/transformer", "main", "transformer"),
+    ("hf:owner/name/transformer/", "main", "transformer"),
+    ("hf:owner/name@main/transformer", "main", "transformer"),
+    (f"hf:owner/name@{COMMIT}/transformer", "", "transformer"),
+    ("hf:owner/name@v1.0", "v1.0", "transformer"),
+    ("hf:owner/name@refs/pr/7/transformer", "refs/pr/7", "transformer"),
+    ("hf:owner/name/first.safetensors", "main", "first.safetensors"),
+    ("hf:owner/name@v1.0/transformer/m.safetensors.index.json", "v1.0", "transformer"),
 ]
 
 
-@pytest.mark.parametrize(("name", "path"), NAMES)
-def test_a_name_is_its_files_in_the_cache(repository, cache, name, path):
-    write_cache(cache, "owner/name", repository)
-    for ref in ("v1.0", "refs/pr/7"):
-        place = cache / "models--owner--name" / "refs" / ref
-        place.parent.mkdir(parents=True, exist_ok=True)
-        place.write_text(COMMIT)
+@pytest.mark.parametrize(("name", "ref", "path"), NAMES)
+def test_a_name_is_its_files_in_the_cache(repository, cache, name, ref, path):
+    """Of the revision that it names: the cache has no other."""
+    write_cache(cache, "owner/name", repository, ref=ref)
     same(contents(open_weights(name)), contents(open_weights(repository / path)))
 
 
