@@ -32,6 +32,7 @@ CORRECTED = {
     "gm_corrected_shift3": "the same with `corrector.shift = 3`",
     "gm_corrected_1800": "+ 1,800 steps with the corrector, `critic`",
     "gm_frechet": "+ 600 steps with the corrector, `frechet`",
+    "gm_corrected_frechet": "+ 600 steps with `critic`, then 600 with `frechet`",
     "gm_frechet_judge": "the same with `corrector.space = judge`",
     "gm_frechet_pixels": "the same with `corrector.space = pixels`",
 }

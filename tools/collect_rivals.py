@@ -24,6 +24,7 @@ COMPARISONS = {
     "fashion_mnist": "2 minutes of two cores a method",
     "fashion_mnist_long": "",
     "fashion_mnist_rates": "",
+    "fashion_mnist_weights": "",
     "digits": SMALLER,
     "mnist": SMALLER,
 }
@@ -139,7 +140,9 @@ def ablation(reports: dict[str, Report]) -> list[str]:
     lines.append("| --- | --- | ---: | ---: | ---: | ---: |")
     for data, report in reports.items():
         students = [g for g in groups(report) if g[0] == 1 and g[1].split("_")[0] == "gm"]
-        for _, method, rows in students if len(students) > 1 else ():
+        if "gm" not in {method for _, method, _ in students} or len(students) == 1:
+            continue
+        for _, method, rows in students:
             _, *parts = method.split("_")
             loss = ", ".join(parts) or "plain"
             rows = sorted(rows, key=lambda row: row["seed"])

@@ -8,8 +8,16 @@ from piflow_jax.rivals.base import Method
 
 __all__ = ["ARC", "GM", "WEIGHTS"]
 
-# Weights of the pi-ID loss that are not in its paper, by the ending of a method's name.
-WEIGHTS = {"adaptive": {"train.adaptive_power": 1.0}, "timed": {"train.time_power": 1.0}}
+# Weights of the pi-ID loss by the ending of a method's name. Only `plain` is in its paper; without
+# an ending, the weight is the run's.
+_NONE = {"train.adaptive_power": 0.0, "train.time_power": 0.0, "train.state_power": 0.0}
+WEIGHTS = {
+    "plain": _NONE,
+    "adaptive": {"train.adaptive_power": 1.0},
+    "timed": {"train.time_power": 1.0},
+    "timed2": {"train.time_power": 2.0},
+    "drawn": _NONE | {"train.state_power": 1.0},
+}
 
 
 def _student(kind: str, title: str, words: tuple[str, ...] = ()) -> Method | None:

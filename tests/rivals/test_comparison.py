@@ -111,6 +111,10 @@ def test_an_arc_student_has_no_official_names(tmp_path):
             *("gm_4nfe_timed", "gm", 4, {"train.time_power": 1.0}),
             *("gm_4nfe", "**pi-Flow, GM**, timed"),
         ),
+        (
+            *("gm_timed2", "gm", 1, {"train.time_power": 2.0}),
+            *("gm", "**pi-Flow, GM**, timed2"),
+        ),
     ],
 )
 def test_methods_name_their_policy_evaluations_and_loss(name, kind, nfe, weight, timed_as, title):
@@ -171,6 +175,14 @@ def test_pi_flows_endings_are_their_settings():
     assert changed_config.policy.kind == "arc"
     train = dataclasses.replace(config.train, nfe=2, time_power=1.0)
     assert changed_config.train == train and changed_config.rivals == config.rivals
+
+
+@pytest.mark.parametrize(("ending", "drawn"), [("plain", 0.0), ("drawn", 1.0)])
+def test_pi_flows_endings_replace_the_weights_of_the_run(ending, drawn):
+    config = toy("gm")
+    config.train.update({"time_power": 1.0, "adaptive_power": 1.0})
+    train = find_method(f"gm_{ending}").configured(parse(config)).train
+    assert (train.time_power, train.adaptive_power, train.state_power) == (0.0, 0.0, drawn)
 
 
 def test_times_are_medians_of_rounds_in_turn(monkeypatch):
