@@ -26,6 +26,7 @@ from tools.collect_reports import (
 
 CORRECTED = {
     "gm": "3,000 steps of pi-ID",
+    "gm_3820": "3,820 steps of pi-ID",
     "gm_continued": "+ 600 steps of pi-ID",
     "gm_corrected_policy": "+ 600 steps with the corrector, `policy`",
     "gm_corrected": "+ 600 steps with the corrector, `critic`",

@@ -129,6 +129,10 @@ def in_place(kernel: Any, dtype: DTypeLike, in_axes: int = 1) -> jax.Array:
     program are in an order that wastes no memory: in `[in, pieces, out]`, the pieces are tiled with
     the outputs if they fill a tile, and come first if they do not.
 
+    Kernels that are wider than the dtype are left alone. They are trained, and the conversion
+    copies them in any case. With the order fixed, a compiler (libtpu 0.0.42.1) gathered a split
+    DiT's modulation kernels once more for every part of the batch.
+
     Args:
         kernel: `[*ins, *features]`, an array or a `Quantized`.
         dtype: The dtype.
@@ -138,7 +142,8 @@ def in_place(kernel: Any, dtype: DTypeLike, in_axes: int = 1) -> jax.Array:
         `[*ins, *features]`.
     """
     array = kernel.astype(dtype)
-    if array.ndim != 3 or in_axes != 1:
+    wider = dtypes.itemsize_bits(kernel.dtype) > dtypes.itemsize_bits(array.dtype)
+    if array.ndim != 3 or in_axes != 1 or wider:
         return array
     pieces = array.shape[1]
     tiled = pieces in (2, 4, 8) and pieces * dtypes.itemsize_bits(kernel.dtype) >= 32

@@ -230,6 +230,16 @@ def test_bfloat16_parameters_leave_in_float32():
     assert apply(module, params, *small_inputs()).dtype == jnp.float32
 
 
+@pytest.mark.parametrize(
+    ("stored", "computed", "ordered"),
+    [("bfloat16", "bfloat16", True), ("float32", "float32", True), ("float32", "bfloat16", False)],
+)
+def test_only_kernels_that_are_not_narrowed_keep_their_order(stored, computed, ordered):
+    kernel = jax.ShapeDtypeStruct((8, 3, 16), stored)
+    program = jax.make_jaxpr(lambda kernel: layers.in_place(kernel, computed))(kernel)
+    assert ("layout_constraint" in str(program)) == ordered
+
+
 def test_time_scale():
     module = DiT(**SMALL)
     params = random_params(module)
