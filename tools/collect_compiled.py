@@ -12,8 +12,9 @@ and make the table of `docs/text_to_image.md`. The tables are a pure function of
 import json
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from tools.collect_reports import Report, ReportError, filled, run, table
 
@@ -35,19 +36,8 @@ def load_compiled(directory: Path) -> list[tuple[str, Report]]:
     Raises:
       ReportError: a file's name or content is wrong.
     """
-    found = []
-    for path in sorted(directory.glob("compile_*.json")):
-        match = NAME.fullmatch(path.name)
-        if match is None:
-            raise ReportError(f"{path} is not called compile_<variant>-<anything>.json")
-        try:
-            report = json.loads(path.read_text(encoding="utf-8"))
-            compiled_row(match["variant"], report)
-        except (ValueError, KeyError, TypeError) as error:
-            raise ReportError(
-                f"{path} is not a report ({type(error).__name__}: {error})"
-            ) from error
-        found.append((match["variant"], report))
+    called = "compile_<variant>-<anything>.json"
+    found = _read(directory.glob("compile_*.json"), NAME, called, compiled_row)
 
     def order(item):
         variant, report = item
@@ -55,6 +45,24 @@ def load_compiled(directory: Path) -> list[tuple[str, Report]]:
         return variant, report["topology"], [not value for value in plain]
 
     return sorted(found, key=order)
+
+
+def _read(paths: Iterable[Path], name: re.Pattern, called: str, row: Callable) -> list[Any]:
+    """What the names of files say of their reports, and then each report; `row` must take both."""
+    found = []
+    for path in sorted(paths):
+        match = name.fullmatch(path.name)
+        if match is None:
+            raise ReportError(f"{path} is not called {called}")
+        try:
+            entry = *match.groups(), json.loads(path.read_text(encoding="utf-8"))
+            row(*entry)
+        except (ValueError, KeyError, TypeError) as error:
+            raise ReportError(
+                f"{path} is not a report ({type(error).__name__}: {error})"
+            ) from error
+        found.append(entry)
+    return found
 
 
 def _overlapped(report: Report) -> bool:
@@ -119,20 +127,8 @@ def load_text_compiled(directory: Path) -> list[tuple[str, str, Report]]:
     Raises:
       ReportError: a file's name or content is wrong.
     """
-    found = []
-    for path in sorted(directory.glob("*.json")):
-        match = TEXT_NAME.fullmatch(path.name)
-        if match is None:
-            raise ReportError(f"{path} is not called <network>-<step or sampling>-<anything>.json")
-        try:
-            report = json.loads(path.read_text(encoding="utf-8"))
-            text_compiled_row(match["network"], match["program"], report)
-        except (ValueError, KeyError, TypeError) as error:
-            raise ReportError(
-                f"{path} is not a report ({type(error).__name__}: {error})"
-            ) from error
-        found.append((match["network"], match["program"], report))
-    return found
+    called = "<network>-<step or sampling>-<anything>.json"
+    return _read(directory.glob("*.json"), TEXT_NAME, called, text_compiled_row)
 
 
 def text_compiled_row(network: str, program: str, report: Report) -> list[str]:
