@@ -51,7 +51,7 @@ from piflow_jax.systems.judges import Judge, independent, open_judge
 from piflow_jax.systems.own import OwnNetwork, own_network, params_of
 from piflow_jax.systems.settings import check_choices
 from piflow_jax.systems.shapes import DataShape
-from piflow_jax.systems.spaces import open_space
+from piflow_jax.systems.spaces import open_space, spaces_with
 from piflow_jax.systems.spec import StudentSettings
 
 __all__ = ["distill", "train_teacher"]
@@ -161,7 +161,7 @@ def distill(
         space = open_space(parsed, source, workdir, test_source=test)
         systems = dataclasses.replace(systems, space=space)
         before = initial_params.settings.trained_in if isinstance(initial_params, Student) else ()
-        spaces = tuple(dict.fromkeys((*before, *([space.name] if space else ()))))
+        spaces = spaces_with(space, before)
         Sizes(systems, test, teacher=params).check_distillation(judge is not None)
         network = systems.student_network
         stage = student_stage(

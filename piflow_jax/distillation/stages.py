@@ -24,7 +24,7 @@ from piflow_jax.runs.run_lock import RunLock
 from piflow_jax.runs.workdir import check_writable, user_path
 from piflow_jax.systems.assembly import Systems
 from piflow_jax.systems.shardings import student_shardings
-from piflow_jax.systems.spaces import Space
+from piflow_jax.systems.spaces import Space, spaces_with
 from piflow_jax.systems.spec import (
     TRAINED_IN,
     model_settings,
@@ -263,11 +263,12 @@ def student_stage(
 
 def _of_space(space: Space | None, trained_in: Sequence[str]) -> dict[str, Any]:
     """Entries of students that were trained in feature spaces; others have none."""
-    if space is None:
-        return {TRAINED_IN: [*trained_in]} if trained_in else {}
-    measured = tree_fingerprint((space.mean, space.covariance))
-    spaces = [*dict.fromkeys((*trained_in, space.name))]
-    return {TRAINED_IN: spaces, f"{_CORRECTOR}data": f"fingerprint {measured}"}
+    spaces = [*spaces_with(space, trained_in)]
+    entries: dict[str, Any] = {TRAINED_IN: spaces} if spaces else {}
+    if space is not None:
+        measured = tree_fingerprint((space.mean, space.covariance))
+        entries[f"{_CORRECTOR}data"] = f"fingerprint {measured}"
+    return entries
 
 
 def _of_data(systems: Systems) -> dict[str, Any]:

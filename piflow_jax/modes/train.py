@@ -35,7 +35,7 @@ from piflow_jax.systems.judges import (
 from piflow_jax.systems.networks import in_few_bits
 from piflow_jax.systems.shapes import DataShape
 from piflow_jax.systems.shardings import teacher_shardings
-from piflow_jax.systems.spaces import open_space
+from piflow_jax.systems.spaces import open_space, spaces_with
 
 
 def train(config: Config, workdir: str | os.PathLike) -> None:
@@ -83,7 +83,7 @@ def _train(config: Config, workdir: str | os.PathLike) -> None:
     space = open_space(config, source, workdir, row.features)
     systems = dataclasses.replace(systems, space=space)
     start = initial_start(systems)
-    spaces = (*start.get("trained_in", ()), *([space.name] if space else ()))
+    spaces = spaces_with(space, start.get("trained_in", ()))
     if judge and is_judge_of(judge, spaces) and config.evaluation.checkpoint == "best":
         raise ConfigError(
             "config.evaluation.checkpoint = 'best' would be chosen by a distance in the features "

@@ -9,7 +9,7 @@ import functools
 import io
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -157,6 +157,11 @@ def open_space(
     )
     logging.info("corrector: trains in %s; figures there say nothing of its worth", space.name)
     return space
+
+
+def spaces_with(space: Space | None, before: Iterable[str]) -> tuple[str, ...]:
+    """Names of the spaces that a student is trained in: those before its run, and the run's."""
+    return tuple(dict.fromkeys((*before, *([space.name] if space else ()))))
 
 
 def _statistics(source: Source, features: Any, path: epath.Path) -> dict[str, np.ndarray]:
