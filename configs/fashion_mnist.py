@@ -8,7 +8,10 @@ prepared, or Debian's package `dataset-fashion-mnist`. Figures are taken against
 Variants, as in `--config=configs/fashion_mnist.py:gm_corrected`:
 
     gm            Gaussian-mixture policy, 1 evaluation (the default)
-    gm_corrected  600 more steps with the marginal corrector, for a student that is trained:
+    gm_corrected  600 more steps with the marginal corrector, for the student that ships with the
+                  package:
+                  --config.train.initial=fashion_mnist --config.teacher.weights=fashion_mnist
+                  or that of a run:
                   --config.train.initial=runs/fashion_mnist
                   --config.teacher.checkpoint=runs/fashion_mnist
     gm_frechet    the same with the Frechet distance to the training data, in the features of a

@@ -17,8 +17,8 @@ def save_stage(workdir, stage, params, spec, config=None):
         checkpointer.save(1, state, data_state={}, config=config or {}, spec=spec)
 
 
-def save_run(settings, data, workdir):
-    """A work directory with a teacher and a student."""
+def save_run(settings, data, workdir, **recorded):
+    """A work directory with a teacher and a student, whose settings have more entries."""
     networks = {
         "teacher": (teacher_network(settings.model, data), teacher_spec(settings, data)),
         "student": (
@@ -34,6 +34,6 @@ def save_run(settings, data, workdir):
         params = module.trained(jax.jit(init)())
         # As `distillation/stages.py` keeps them: a teacher's do not know how it will be guided.
         kept = {name: getattr(settings, name) for name in ("model", "teacher", "train")}
-        kept = flat_settings(kept if stage == "student" else {"model": settings.model})
+        kept = flat_settings(kept | recorded if stage == "student" else {"model": settings.model})
         save_stage(workdir, stage, params, spec, kept)
     return workdir

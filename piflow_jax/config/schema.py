@@ -168,8 +168,9 @@ class TeacherConfig:
     )
     weights: str = _field(
         "",
-        "official weights of the teacher: .safetensors, .pth, or a folder of them, on a disk, in a "
-        "bucket (gs://...) or on the Hugging Face hub (hf:owner/name)",
+        "the teacher's weights, ours or official ones: .safetensors, .pth, or a folder; on a disk, "
+        "in a bucket (gs://...) or on the Hugging Face hub (hf:owner/name); or the name of a "
+        "shipped student, for its teacher",
         hub=hub.NETWORK,
     )
     weights_format: str = _field(
@@ -221,8 +222,9 @@ class TrainConfig:
     optimizer: OptimizerConfig = _field(OptimizerConfig, "")
     initial: str = _field(
         "",
-        "student to start from: the work directory of a run, or a directory of checkpoints; empty "
-        "starts at the teacher",
+        "student to start from: the work directory of a run, a directory of checkpoints, weights "
+        "(see evaluation.weights), or the name of a shipped student; empty starts at the teacher",
+        hub=hub.NETWORK,
     )
     data_free: bool = _field(
         False, "train without data: each step starts at noise and walks all segments"

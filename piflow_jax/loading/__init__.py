@@ -20,7 +20,7 @@ from piflow_jax.config import ModelConfig, PolicyConfig, parse
 from piflow_jax.exported import DESCRIPTION
 from piflow_jax.flow.teacher import Schedule, Teacher
 from piflow_jax.loading.loras import fine_tuned
-from piflow_jax.loading.shipped import shipped_names, weights_path
+from piflow_jax.loading.shipped import is_weights, shipped_names, weights_path
 from piflow_jax.loading.weights import (
     averaged,
     converted,
@@ -42,6 +42,7 @@ from piflow_jax.systems.shapes import DataShape
 from piflow_jax.systems.spec import (
     StudentSettings,
     check_policy_config,
+    spaces_in,
     spec_of,
     student_settings,
     teacher_settings,
@@ -100,7 +101,7 @@ def load(
     if download:
         _fetch(path, teacher, *lora_strengths(loras or {}))
     of_hub, path = hub.is_name(path), weights_path(path, "student")
-    if of_hub or _is_weights(path):
+    if of_hub or is_weights(path):
         return _from_file(path, config, dtype, teacher, loras)
     directory, step, spec, saved = find_checkpoint(path, "student")
     with prefixed(directory):
@@ -168,7 +169,7 @@ def load_teacher(
 
     path = weights_path(path, "teacher")
     run, weights, step = path, None, None
-    if _is_weights(path):
+    if is_weights(path):
         weights = open_weights(path)
         with prefixed(path):
             spec = spec_of(weights.metadata)
@@ -260,14 +261,6 @@ def _guidance(path: epath.Path) -> dict[str, Any]:
         for name, value in found.items()
         if value is not None
     }
-
-
-def _is_weights(path: epath.Path) -> bool:
-    """Whether a path is a weight file, or a folder of weights and of no run."""
-    from piflow_jax.convert import holds_weights
-
-    run = any((path / folder).is_dir() for folder in ("teacher", "student", "checkpoints"))
-    return not run and holds_weights(path)
 
 
 def _network(
@@ -366,6 +359,7 @@ def _from_file(
         adapter, spec = is_adapter(weights), spec_of(weights.metadata)
         if spec is not None:
             settings = student_settings(spec)
+            settings = dataclasses.replace(settings, trained_in=spaces_in(weights.metadata))
         elif config is not None:
             parsed = parse(config)
             settings = StudentSettings.of(parsed, official_data(parsed))

@@ -8,10 +8,12 @@ from typing import Any
 from etils import epath
 from jax.sharding import Mesh
 
+from piflow_jax import hub
 from piflow_jax.arguments import lora_strengths, prefixed
 from piflow_jax.config import Config, ConfigError
 from piflow_jax.convert import open_weights
 from piflow_jax.loading.loras import fine_tuned
+from piflow_jax.loading.shipped import is_weights, weights_path
 from piflow_jax.loading.weights import averaged, converted, find_checkpoint, saved_base_dtype
 from piflow_jax.parallel import local_mesh, parameter_shardings, processes, replicated
 from piflow_jax.runs.checkpoint import CheckpointError, check_spec, read_spec
@@ -33,6 +35,7 @@ from piflow_jax.systems.shapes import DataShape
 from piflow_jax.systems.spec import (
     TRAINED_IN,
     check_policy_config,
+    spaces_in,
     spec_of,
     student_settings,
     student_spec,
@@ -208,32 +211,40 @@ def load_initial(systems: Systems) -> Any:
 
     Raises:
       CheckpointError: there is no such student, or it has another network or policy.
+      ImportError: PyTorch is needed to read its weights.
+      ValueError: its weights belong to another network, or are damaged.
     """
-    path, network = user_path(systems.config.train.initial), systems.student_network
-    directory, step, saved, _ = find_checkpoint(path, "student")
-    wanted = student_spec(systems.config, systems.data)
-    own, theirs = (
-        {key: value for key, value in spec.items() if not key.startswith("train.")}
-        for spec in (wanted, updated(saved))
-    )
-    check_spec(theirs, own, directory)
-    weights = averaged(directory, network, step, replicated(local_mesh()))
+    config, network = systems.config, systems.student_network
+    spec = student_spec(config, systems.data).items()
+    of_network = {key: value for key, value in spec if not key.startswith("train.")}
+    path = weights_path(config.train.initial, "student")
+    if hub.is_name(config.train.initial) or is_weights(path):
+        form = f"{config.policy.kind}_{config.model.network}"
+        weights = _from_file(path, config, network, of_network, form)
+    else:
+        directory, step, saved, _ = find_checkpoint(path, "student")
+        check_spec(updated(saved), of_network, directory)
+        weights = averaged(directory, network, step, replicated(local_mesh()))
     return weights if network.adapted else network.trained(weights)
 
 
-def spaces_of(directory: str | os.PathLike) -> tuple[str, ...]:
-    """Feature spaces in which the student of a checkpoint was trained.
+def spaces_of(path: str | os.PathLike) -> tuple[str, ...]:
+    """Feature spaces in which a student was trained.
 
     Args:
-      directory: where the checkpoints lie, or the work directory of a run.
+      path: where its checkpoints lie, or the work directory of a run, or a weight file.
 
     Returns:
       Their names, for students that were trained by a distance of features.
 
     Raises:
       CheckpointError: there is no checkpoint, or it is unusable.
+      ValueError: the file is damaged.
     """
-    _, _, _, settings = find_checkpoint(directory, "student")
+    path = weights_path(path, "student")
+    if is_weights(path):
+        return spaces_in(open_weights(path).metadata)
+    _, _, _, settings = find_checkpoint(path, "student")
     return tuple(settings.get(TRAINED_IN, ()))
 
 
@@ -298,21 +309,39 @@ def _official(
     """Parameters of a group's weight file that says nothing else than the settings do."""
     given = getattr(config, group).weights
     try:
-        weights = open_weights(user_path(given, of_weights=True))
-        said = spec_of(weights.metadata)
-        if said is not None:
-            # Data and autoencoder are known only as far as their files are here.
-            unknown = {"data.name", "data.vae"}
-            if config.data.latents:
-                unknown |= {"data.latent_scale", "data.latent_shift"}
-            known = {k: v for k, v in spec.items() if k not in unknown}
-            check_spec(updated(said), known, weights.path)
-        elif spec["kind"] == "student":
-            policy = weights.metadata.get("policy_config")
-            check_policy_config(policy, config.policy, config.train)
-        weights = fine_tuned(weights, network, form, lora_strengths(loras), of_student=of_student)
-        return converted(weights, network, form, shardings or replicated(local_mesh()))
+        path, loras = weights_path(given, spec["kind"]), lora_strengths(loras)
+        return _from_file(
+            path, config, network, spec, form, shardings, loras=loras, of_student=of_student
+        )
     except (CheckpointError, FileNotFoundError, ImportError, ValueError) as error:
         if processes.lost(error):  # another one has refused its part, and says why
             raise
         raise ConfigError(f"config.{group}.weights = {given!r}: {error}") from error
+
+
+def _from_file(
+    path: epath.Path,
+    config: Config,
+    network: Network,
+    spec: dict[str, Any],
+    form: str,
+    shardings: Any = None,
+    *,
+    loras: dict[str, float] | None = None,
+    of_student: bool = False,
+) -> Any:
+    """Parameters of a weight file that says nothing else than a spec does."""
+    weights = open_weights(path)
+    said = spec_of(weights.metadata)
+    if said is not None:
+        # Data and autoencoder are known only as far as their files are here.
+        unknown = {"data.name", "data.vae"}
+        if config.data.latents:
+            unknown |= {"data.latent_scale", "data.latent_shift"}
+        known = {k: v for k, v in spec.items() if k not in unknown}
+        check_spec(updated(said), known, weights.path)
+    elif spec["kind"] == "student":
+        policy = weights.metadata.get("policy_config")
+        check_policy_config(policy, config.policy, config.train)
+    weights = fine_tuned(weights, network, form, loras or {}, of_student=of_student)
+    return converted(weights, network, form, shardings or replicated(local_mesh()))

@@ -43,11 +43,19 @@ def weights_path(path: str | os.PathLike, kind: str) -> epath.Path:
     if found.exists():
         return found
     if is_remote(found):  # the service gives one answer for both
-        raise FileNotFoundError(f"{found}: no such checkpoint or file, or no such bucket")
+        raise FileNotFoundError(f"{found}: no such checkpoint or weight file, or no such bucket")
     students = _students()
     if student := students.get(os.fsdecode(path)):
         return student if kind == "student" else student.parent / "teacher.safetensors"
     raise FileNotFoundError(
-        f"{found}: no such checkpoint or file, and no shipped {kind} has this name "
+        f"{found}: no such checkpoint or weight file, and no shipped {kind} has this name "
         f"({', '.join(sorted(students))})"
     )
+
+
+def is_weights(path: epath.Path) -> bool:
+    """Whether a path is a weight file, or a folder of weights and of no run."""
+    from piflow_jax.convert import holds_weights
+
+    run = any((path / folder).is_dir() for folder in ("teacher", "student", "checkpoints"))
+    return not run and holds_weights(path)

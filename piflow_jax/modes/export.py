@@ -19,6 +19,8 @@ from piflow_jax.loading.runs import (
     data_shape,
     load_student,
     load_teacher,
+    spaces_of,
+    student_dir,
     with_exact_base,
 )
 from piflow_jax.models.lora import fuse
@@ -29,7 +31,7 @@ from piflow_jax.systems.networks import student_network, teacher_network
 from piflow_jax.systems.policies import POLICIES
 from piflow_jax.systems.settings import check_ours
 from piflow_jax.systems.shapes import DataShape
-from piflow_jax.systems.spec import student_spec, teacher_spec
+from piflow_jax.systems.spec import TRAINED_IN, student_spec, teacher_spec
 
 # What official pipelines look for in an adapter's directory.
 _ADAPTER = "adapter/diffusion_pytorch_model.safetensors"
@@ -80,6 +82,9 @@ def export(config: Config, workdir: str | os.PathLike) -> list[epath.Path]:
         "piflow_jax": json.dumps(student_spec(config, data)),
         "policy_config": json.dumps(row.official(config.policy, config.train)),
     }
+    spaces = spaces_of(config.evaluation.weights or student_dir(config, workdir))
+    if spaces:
+        metadata[TRAINED_IN] = json.dumps(spaces)
     workdir.mkdir(parents=True, exist_ok=True)
     paths = []
     module = student.module

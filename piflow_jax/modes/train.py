@@ -22,7 +22,6 @@ from piflow_jax.modes.header import say_header
 from piflow_jax.modes.look import student_look
 from piflow_jax.parallel import config_mesh
 from piflow_jax.runs.checkpoint import CheckpointError
-from piflow_jax.runs.workdir import user_path
 from piflow_jax.systems.assembly import Systems
 from piflow_jax.systems.datasets import dataset, load_source, shape_of
 from piflow_jax.systems.judges import (
@@ -131,7 +130,7 @@ def initial_start(systems: Systems) -> dict[str, Any]:
     if not path:
         return {}
     with naming(f"config.train.initial = {path!r}", CheckpointError):
-        initial, spaces = load_initial(systems), spaces_of(user_path(path))
+        initial, spaces = load_initial(systems), spaces_of(path)
     return {
         "start": lambda key, given: jax.tree.map(jnp.copy, given),
         "initial": initial,

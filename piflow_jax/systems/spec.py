@@ -184,6 +184,12 @@ def spec_of(metadata: Mapping[str, str]) -> Mapping[str, Any] | None:
         return None if text is None else dict(json.loads(text))
 
 
+def spaces_in(metadata: Mapping[str, str]) -> tuple[str, ...]:
+    """Feature spaces that a student was trained in, from a weight file's metadata."""
+    with naming(f"its {TRAINED_IN} is damaged", TypeError, RecursionError):
+        return tuple(map(str, json.loads(metadata.get(TRAINED_IN, "[]"))))
+
+
 def check_policy_config(text: str | None, policy: PolicyConfig, train: TrainConfig) -> None:
     """Raises ConfigError if a file describes another policy than the settings do."""
     with naming("its policy_config is damaged", TypeError, RecursionError):

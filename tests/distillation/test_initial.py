@@ -4,16 +4,19 @@ import jax
 import numpy as np
 import pytest
 
+import piflow_jax
+from configs.fashion_mnist import get_config
 from piflow_jax.config import ConfigError, parse
 from piflow_jax.distillation.stages import student_stage
-from piflow_jax.loading.runs import load_average, student_dir
+from piflow_jax.loading.runs import load_average, load_teacher, spaces_of, student_dir
+from piflow_jax.modes.export import export
 from piflow_jax.modes.train import initial_start
 from piflow_jax.parallel import device_mesh
 from piflow_jax.systems.assembly import Systems
 from piflow_jax.systems.datasets import load_source
 from piflow_jax.systems.network import abstract_variables
 from piflow_jax.systems.shapes import DataShape
-from piflow_jax.systems.spec import student_spec
+from piflow_jax.systems.spec import TRAINED_IN, student_spec
 from tests import tiny, tiny_text
 from tests.saved_runs import save_run
 
@@ -33,11 +36,21 @@ def ended(request, tmp_path_factory):
     return save_run(config, data, tmp_path_factory.mktemp("ended")), request.param, source, data
 
 
-@pytest.mark.parametrize("place", [".", "student/checkpoints"])
-def test_it_has_the_averaged_weights_of_the_other(ended, place):
+@pytest.fixture(scope="module")
+def exported(ended):
+    """The files of `--mode=export` by the network: a whole student, or its adapters."""
+    workdir, name, _, _ = ended
+    export(settings_of(name), workdir)
+    inside = {"dit": "student.safetensors", "flux": "adapter/diffusion_pytorch_model.safetensors"}
+    return workdir / inside[name]
+
+
+@pytest.mark.parametrize("place", [".", "student/checkpoints", "weights"])
+def test_it_has_the_averaged_weights_of_the_other(ended, exported, place):
     workdir, name, source, data = ended
     # The number of evaluations may be another one.
-    config = settings_of(name, train__initial=str(workdir / place), train__nfe=4)
+    path = exported if place == "weights" else workdir / place
+    config = settings_of(name, train__initial=str(path), train__nfe=4)
     systems = Systems.of(config, data, getattr(source, "null", None))
     teacher = abstract_variables(systems.teacher_network)
     teacher = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), teacher)
@@ -60,3 +73,36 @@ def test_another_network_is_refused_by_key(ended, tmp_path):
     config = settings_of(name, train__initial=str(tmp_path))
     with pytest.raises(ConfigError, match=r"config\.train\.initial = .*no checkpoint"):
         initial_start(Systems.of(config, data))
+
+
+def test_weights_of_another_network_are_refused_by_key(ended, exported):
+    _, name, _, data = ended
+    config = settings_of(name, train__initial=str(exported), policy__num_components=3)
+    with pytest.raises(ConfigError, match=r"(?s)config\.train\.initial = .*policy\.num_components"):
+        initial_start(Systems.of(config, data))
+
+
+def test_weights_keep_the_spaces_that_their_student_was_trained_in(tmp_path):
+    config = settings_of("dit")
+    source = load_source(config.data)
+    spaces = ("a, sha256 0", "b")
+    data = DataShape.of(config.data.name, source)
+    workdir = save_run(config, data, tmp_path, **{TRAINED_IN: list(spaces)})
+    export(config, workdir)
+    for path in (workdir, workdir / "student.safetensors"):
+        assert spaces_of(path) == spaces
+        assert piflow_jax.load(path).settings.trained_in == spaces
+
+
+def test_a_shipped_student_and_its_teacher_go_on():
+    config = get_config("gm_corrected")
+    config.train.initial = config.teacher.weights = "fashion_mnist"
+    config, data = parse(config), piflow_jax.load("fashion_mnist").settings.data
+    systems = Systems.of(config, data)
+    started = initial_start(systems)["initial"]
+    shipped = systems.student_network.trained(piflow_jax.load("fashion_mnist").params)
+    jax.tree.map(np.testing.assert_array_equal, started, shipped)
+    teacher = load_teacher(config, data, "nothing")
+    jax.tree.map(
+        np.testing.assert_array_equal, teacher, piflow_jax.load_teacher("fashion_mnist")[1]
+    )

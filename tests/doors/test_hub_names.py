@@ -183,7 +183,7 @@ def test_names_are_refused_by_key_before_anything_is_read(repository, name, word
         parse(settings(repository, teacher__loras=(name,)))
 
 
-@pytest.mark.parametrize("key", ["data__data_dir", "teacher__checkpoint", "train__initial"])
+@pytest.mark.parametrize("key", ["data__data_dir", "teacher__checkpoint"])
 def test_other_keys_take_no_names(repository, key):
     key_words = f"config.{key.replace('__', '.')} takes no name on the Hugging Face hub"
     with pytest.raises(ConfigError, match=key_words):
