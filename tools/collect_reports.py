@@ -362,6 +362,7 @@ def run(
     command: str,
     description: str,
     arguments: Sequence[str] | None,
+    draw: Callable[[Path], list[Path]] = lambda root: [],
 ) -> int:
     """Runs the command line of a collector.
 
@@ -370,6 +371,7 @@ def run(
       command: how it is called, without options.
       description: its docstring.
       arguments: of the command line; None takes those of the process.
+      draw: writes the pictures of a root and returns their paths; `--check` ignores them.
 
     Returns:
       The exit status: 0; 1 for stale files with `--check`; 2 for reports that cannot be used.
@@ -390,6 +392,8 @@ def run(
         else:
             path.write_text(texts[path], encoding="utf-8")
             print(f"wrote {path}")
+    for path in () if options.check else draw(options.root):
+        print(f"wrote {path}")
     return 1 if options.check and stale else 0
 
 

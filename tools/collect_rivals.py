@@ -1,14 +1,13 @@
 """Collects the comparisons of `--mode=rivals` into `docs/rivals.md` and its pictures.
 
     cp runs/rivals_digits/rivals.json docs/results/rivals_digits.json
-    python tools/collect_rivals.py             # rewrite the tables and the pictures
-    python tools/collect_rivals.py --check     # exit 1 if the tables are not what the reports say
+    python -m tools.collect_rivals             # rewrite the tables and the pictures
+    python -m tools.collect_rivals --check     # exit 1 if the tables are not what the reports say
 
 The tables are between markers and are a pure function of the files `docs/results/rivals_*.json`.
 Pictures need Matplotlib. Methods have their names in their rows, in `piflow_jax/rivals`.
 """
 
-import argparse
 import json
 import sys
 from collections.abc import Sequence
@@ -17,6 +16,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 from piflow_jax.rivals import RATE, find_method
+from tools.collect_reports import ReportError, run
 
 # Comparisons, and what the titles of their pictures say of them; without a picture if nothing.
 SMALLER = "networks smaller than those of the main job"
@@ -41,10 +41,6 @@ COLUMNS = {
 DECIMALS = {"frechet": 2, "pixel_frechet": 2, "diversity": 2, "endpoint_mse": 4}
 
 Report = dict[str, Any]
-
-
-class ReportError(ValueError):
-    """A report's file or the page cannot be used."""
 
 
 def load(path: Path) -> Report:
@@ -324,38 +320,31 @@ def draw_budgets(reports: Sequence[Report], path: Path) -> None:
     pyplot.close(figure)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command; returns its exit status."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if stale")
-    parser.add_argument("--root", type=Path, default=Path(__file__).resolve().parents[1])
-    options = parser.parse_args(arguments)
-    page = options.root / "docs" / "rivals.md"
-    try:
-        text = render(options.root)
-    except (ReportError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    if options.check:
-        if page.read_text(encoding="utf-8") == text:
-            return 0
-        print(f"{page} is stale; run: python tools/collect_rivals.py", file=sys.stderr)
-        return 1
-    page.write_text(text, encoding="utf-8")
-    print(f"wrote {page}")
-    folder, images = options.root / "docs" / "results", options.root / "docs" / "images"
+def pictures(root: Path) -> list[Path]:
+    """Draws the pictures of the page and returns their paths."""
+    folder, images = root / "docs" / "results", root / "docs" / "images"
     paths = {name: folder / f"rivals_{name}.json" for name in COMPARISONS}
     reports = {name: load(path) for name, path in paths.items() if path.exists()}
+    drawn = []
     for name, report in reports.items():
         if COMPARISONS[name]:
             seeds = ", ".join(map(str, report["protocol"]["seed"]))
             title = f"configs/{name}.py:rivals, seeds {seeds}; {COMPARISONS[name]}"
-            draw(report, images / f"rivals_{name}.png", title)
-            print(f"wrote {images / f'rivals_{name}.png'}")
+            drawn.append(images / f"rivals_{name}.png")
+            draw(report, drawn[-1], title)
     if all(name in reports for name in BUDGETS):
-        draw_budgets([reports[name] for name in BUDGETS], images / "rivals_budgets.png")
-        print(f"wrote {images / 'rivals_budgets.png'}")
-    return 0
+        drawn.append(images / "rivals_budgets.png")
+        draw_budgets([reports[name] for name in BUDGETS], drawn[-1])
+    return drawn
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command; returns its exit status."""
+
+    def texts(root: Path) -> dict[Path, str]:
+        return {root / "docs" / "rivals.md": render(root)}
+
+    return run(texts, "python -m tools.collect_rivals", __doc__, arguments, pictures)
 
 
 if __name__ == "__main__":

@@ -76,12 +76,12 @@ def _train(config: Config, workdir: str | os.PathLike) -> None:
     if not given:
         stages = f"teacher ({config.teacher.steps:,} steps), {stages}"
     say_header(systems, workdir, stages + (", figures and samples" if row.by_class else ""))
+    start = initial_start(systems)  # what it says of a wrong path comes before anything is made
     judge = None
     if pixels:
         judge = open_judge(source, workdir, config.evaluation, row.features)
     space = open_space(config, source, workdir, row.features)
     systems = dataclasses.replace(systems, space=space)
-    start = initial_start(systems)
     spaces = spaces_with(space, start.get("trained_in", ()))
     if judge and is_judge_of(judge, spaces) and config.evaluation.checkpoint == "best":
         raise ConfigError(

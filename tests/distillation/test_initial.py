@@ -10,7 +10,7 @@ from piflow_jax.config import ConfigError, parse
 from piflow_jax.distillation.stages import student_stage
 from piflow_jax.loading.runs import load_average, load_teacher, spaces_of, student_dir
 from piflow_jax.modes.export import export
-from piflow_jax.modes.train import initial_start
+from piflow_jax.modes.train import initial_start, train
 from piflow_jax.parallel import device_mesh
 from piflow_jax.systems.assembly import Systems
 from piflow_jax.systems.datasets import load_source
@@ -73,6 +73,13 @@ def test_another_network_is_refused_by_key(ended, tmp_path):
     config = settings_of(name, train__initial=str(tmp_path))
     with pytest.raises(ConfigError, match=r"config\.train\.initial = .*no checkpoint"):
         initial_start(Systems.of(config, data))
+
+
+def test_a_wrong_path_is_said_before_anything_is_made(tmp_path, monkeypatch):
+    monkeypatch.setattr("piflow_jax.modes.train.open_judge", lambda *given: pytest.fail("too late"))
+    config = settings_of("dit", train__initial=str(tmp_path / "nowhere"))
+    with pytest.raises(ConfigError, match=r"config\.train\.initial = .*nowhere: no such checkpoint"):
+        train(config, tmp_path / "run")
 
 
 def test_weights_of_another_network_are_refused_by_key(ended, exported):
