@@ -129,7 +129,7 @@ def initial_start(systems: Systems) -> dict[str, Any]:
     path = systems.config.train.initial
     if not path:
         return {}
-    with naming(f"config.train.initial = {path!r}", CheckpointError):
+    with naming(f"config.train.initial = {path!r}", CheckpointError, FileNotFoundError):
         initial, spaces = load_initial(systems), spaces_of(path)
     return {
         "start": lambda key, given: jax.tree.map(jnp.copy, given),

@@ -76,10 +76,12 @@ def test_another_network_is_refused_by_key(ended, tmp_path):
 
 
 def test_a_wrong_path_is_said_before_anything_is_made(tmp_path, monkeypatch):
-    monkeypatch.setattr("piflow_jax.modes.train.open_judge", lambda *given: pytest.fail("too late"))
+    opened = []
+    monkeypatch.setattr("piflow_jax.modes.train.open_judge", lambda *given: opened.append(given))
     config = settings_of("dit", train__initial=str(tmp_path / "nowhere"))
-    with pytest.raises(ConfigError, match=r"config\.train\.initial = .*nowhere: no such checkpoint"):
+    with pytest.raises(ConfigError, match=r"config\.train\.initial = .*nowhere: no such check"):
         train(config, tmp_path / "run")
+    assert not opened
 
 
 def test_weights_of_another_network_are_refused_by_key(ended, exported):
