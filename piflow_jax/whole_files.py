@@ -75,6 +75,24 @@ def reading(path: Path) -> Iterator[Path]:
         yield here
 
 
+def visible(folder: Path) -> list[Path]:
+    """What lies in a folder, by name, without hidden entries.
+
+    Those are files that `replacing` had under way when it was killed, or what macOS puts beside
+    files. No pattern is matched: in one, brackets in the folder's own path would have a meaning.
+
+    Args:
+      folder: The folder, on a disk or in a bucket; one that is not there has nothing in it.
+
+    Returns:
+      The paths.
+    """
+    try:
+        return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    except FileNotFoundError:
+        return []
+
+
 def copy_file(source: Path, target: Path) -> None:
     """Copies a file to or from a bucket, where it is there as a whole or not at all."""
     with source.open("rb") as read, target.open("wb") as written:

@@ -24,7 +24,7 @@ from piflow_jax.buckets import fetcher, is_file, is_remote
 from piflow_jax.convert.float8 import with_scales
 from piflow_jax.convert.rules import listed
 from piflow_jax.safetensors_files import LazyArray, check_here, open_safetensors
-from piflow_jax.whole_files import reading
+from piflow_jax.whole_files import reading, visible
 
 INDEX = ".safetensors.index.json"
 PICKLES = (".pth", ".pt", ".bin", ".ckpt")
@@ -137,7 +137,7 @@ def holds_weights(path: str | os.PathLike) -> bool:
     path = readable(path)
     if not path.is_dir():
         return path.exists()
-    return any(p.name.endswith(_ENDINGS) and is_file(p) for p in path.iterdir())
+    return any(p.name.endswith(_ENDINGS) and is_file(p) for p in visible(path))
 
 
 def readable(path: str | os.PathLike) -> epath.Path:
@@ -172,7 +172,7 @@ def _one_file(path: epath.Path, part: str) -> epath.Path:
         return path
     pipeline = is_file(path / "model_index.json") and (path / part).is_dir()
     for endings in ((INDEX,), (".safetensors",), PICKLES):
-        found = sorted(p for p in path.iterdir() if p.name.endswith(endings) and is_file(p))
+        found = [p for p in visible(path) if p.name.endswith(endings) and is_file(p)]
         if len(found) > 1 and pipeline:
             break
         if all(_SHARD.search(p.name) for p in found) and found:
@@ -184,7 +184,7 @@ def _one_file(path: epath.Path, part: str) -> epath.Path:
             return found[0]
     if pipeline:
         return _one_file(path / part, part)
-    inside = [p.name for p in sorted(path.iterdir()) if p.is_dir() and holds_weights(p)]
+    inside = [p.name for p in visible(path) if p.is_dir() and holds_weights(p)]
     # The network comes before the other parts of its pipeline.
     inside.sort(key=lambda name: not name.startswith("transformer"))
     hint = "".join(f"{', ' if i else '; look in '}{name}/" for i, name in enumerate(inside))

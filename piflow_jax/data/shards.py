@@ -35,7 +35,7 @@ from piflow_jax.data.manifests import check_digest, check_entries, read_json, re
 from piflow_jax.data.pictures import PictureError
 from piflow_jax.data.plans import Plan
 from piflow_jax.data.records import num_records
-from piflow_jax.whole_files import copy_file, reading, replacing, write_json
+from piflow_jax.whole_files import copy_file, reading, replacing, visible, write_json
 
 __all__ = [
     "RefusedError",
@@ -224,8 +224,9 @@ class ShardedSet:
                 ]
             write_json(_record_path(directory, shard), entry)
         # What killed preparations left of this shard; one that still runs does without.
-        for left in work.glob(f"{name}*"):
-            left.unlink(missing_ok=True)
+        for left in visible(work):
+            if left.name.startswith(name):
+                left.unlink(missing_ok=True)
 
     def prepare(
         self,

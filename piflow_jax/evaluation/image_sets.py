@@ -21,7 +21,7 @@ from etils import epath
 from piflow_jax.buckets import is_file, is_remote, located
 from piflow_jax.data.pictures import PictureError, read_picture
 from piflow_jax.evaluation.kept import read_kept
-from piflow_jax.whole_files import reading, replacing
+from piflow_jax.whole_files import reading, replacing, visible
 
 __all__ = ["ImageSet", "cached_features", "centre_patch", "open_images", "resized"]
 
@@ -96,7 +96,7 @@ def open_images(path: str | os.PathLike) -> ImageSet:
 
 
 def _open_folder(path: epath.Path) -> ImageSet:
-    files = sorted(path.glob("*.png"))
+    files = [file for file in visible(path) if file.name.endswith(".png")]
     matches = [_NAME.fullmatch(file.name) for file in files]
     for file, match in zip(files, matches, strict=True):
         if match is None:

@@ -26,11 +26,12 @@ from piflow_jax.progress import clock, live_line
 from piflow_jax.runs.spool import Spool
 from piflow_jax.runs.steps import cause
 from piflow_jax.runs.workdir import user_path
-from piflow_jax.whole_files import replacing
+from piflow_jax.whole_files import replacing, visible
 
 OnMetrics = Callable[[str, int, Mapping[str, float]], None]
 """`(stage, step, scalars)`, called with all that is written."""
 
+_EVENTS = "events.out.tfevents."  # how names of event files begin
 _RESERVED = ("step", "stage", "time")
 _SHOWN = {"loss": "loss", "grad_norm": "grad"}  # on the console, and their names there
 _UPLOAD_EVERY = 30.0  # seconds, where no checkpoint is saved before
@@ -291,9 +292,9 @@ def _forget_events(spool: Spool, first_step: int) -> None:
 
     Of the readers of event files some drop what a restart repeats, and some do not.
     """
-    spool.fetch("events.out.tfevents.*")
+    spool.fetch(f"{_EVENTS}*")
     for path in sorted(spool.here.iterdir()):
-        if not path.name.startswith("events.out.tfevents."):
+        if not path.name.startswith(_EVENTS):
             continue
         if first_step == 0:
             path.unlink()
@@ -318,7 +319,9 @@ def logged_images(directory: epath.Path) -> list[tuple[int, bytes]]:
     from tensorboard.plugins.image.metadata import PLUGIN_NAME
 
     found = {}
-    for path in sorted(directory.glob("events.out.tfevents.*")):
+    for path in visible(directory):
+        if not path.name.startswith(_EVENTS):
+            continue
         for event, _ in _records(path):
             for value in event.summary.value:
                 if value.metadata.plugin_data.plugin_name == PLUGIN_NAME:

@@ -297,6 +297,7 @@ def test_two_preparations_at_once_do_not_harm_each_other(place):
 
 
 def test_what_a_killed_preparation_left_does_not_stay(tmp_path):
+    tmp_path = tmp_path / "latents [1]"  # which would be a pattern
     LATENTS.start(tmp_path, PLAN)
     work = tmp_path / "preparation"
     left = [work / "00001.array_record", work / "00001.array_record.0f3a"]

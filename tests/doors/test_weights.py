@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from piflow_jax.convert import (
+    holds_weights,
     load_adapter,
     load_params,
     open_autoencoder,
@@ -313,6 +314,16 @@ def test_folders_that_are_no_weights(tmp_path, names, words):
         write_safetensors(tmp_path / name, {"w": np.zeros(1)})
     with pytest.raises((ValueError, FileNotFoundError), match=words):
         open_weights(tmp_path)
+
+
+def test_hidden_files_are_no_weights(tmp_path):
+    """A write that was killed leaves one, and macOS puts one beside each file."""
+    write_safetensors(tmp_path / "a.safetensors", {"w": np.ones(1)})
+    for name in (".a.0f3a.safetensors", "._a.safetensors"):
+        (tmp_path / name).write_bytes(b"half a file")
+    assert list(open_weights(tmp_path)) == ["w"]
+    (tmp_path / "a.safetensors").unlink()
+    assert not holds_weights(tmp_path)
 
 
 def test_one_shard_is_no_network(tmp_path):

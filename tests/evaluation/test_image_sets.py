@@ -22,11 +22,15 @@ PAIRS = [(10, 0), (2, 1), (2, 0)]
 
 
 def test_a_folder_is_ordered_by_prompt_and_seed(tmp_path):
+    tmp_path = tmp_path / "runs [1]"  # which would be a pattern
+    tmp_path.mkdir()
     images = open_images(write(tmp_path / "set", PAIRS))
     assert images.places.tolist() == [2, 2, 10] and images.seeds.tolist() == [0, 1, 0]
     for number, pair in enumerate([(2, 0), (2, 1), (10, 0)]):
         np.testing.assert_array_equal(images[number], picture(*pair))
     Image.fromarray(picture(3, 0)[..., 0]).save(tmp_path / "set" / "3.png")  # grey, no seed
+    # What a run that was killed had under way.
+    (tmp_path / "set" / ".00004-0.0f3a.png").write_bytes(b"half a picture")
     images = open_images(tmp_path / "set")
     assert images.places.tolist() == [2, 2, 3, 10] and images[2].shape == (5, 7, 3)
 

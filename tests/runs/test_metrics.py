@@ -55,6 +55,7 @@ def read(workdir, stage="teacher"):
 
 
 def test_events_and_lines_through_clu(tmp_path):
+    tmp_path = tmp_path / "a run [1]"  # which would be a pattern
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     from tensorboard.util.tensor_util import make_ndarray
 
