@@ -13,6 +13,7 @@ __all__ = [
     "ArraySource",
     "Source",
     "as_source",
+    "check_source",
     "has_states",
     "labelled_pictures",
     "mapped",
@@ -22,6 +23,11 @@ __all__ = [
 ]
 
 _DIGESTED = 256  # examples by which a source is known
+_MOST_CLASSES = 2**31 - 1  # the null label is an int32 too
+_DATA = (
+    ": pass arrays x[N, *sites, C], a tuple (x, condition) of arrays, or a piflow_jax.data.Source, "
+    "which has a name, a shape and examples by index"
+)
 
 
 class Source(Protocol):
@@ -88,8 +94,7 @@ class ArraySource:
                 f"{self.name}: `x` must be non-empty float32[N, *sites, C], "
                 f"got {x.dtype}{list(x.shape)}"
             )
-        if not np.isfinite(x).all():
-            raise ValueError(f"{self.name}: `x` has NaN or infinity")
+        check_finite(f"{self.name}: `x`", x)
         x.setflags(write=False)
         if self.num_classes:
             if condition.shape != x.shape[:1] or condition.dtype != np.int32:
@@ -107,6 +112,7 @@ class ArraySource:
                 raise ValueError(
                     f"{self.name}: condition{name} has {len(array)} rows, not {len(x)}"
                 )
+            check_finite(f"{self.name}: condition{name}", array)
             array.setflags(write=False)
 
     @property
@@ -161,12 +167,68 @@ def source_digest(source: Source) -> str:
       SHA-256, 64 hexadecimal digits, of its length and of at most 256 examples spread over it.
     """
     digest = hashlib.sha256(f"{len(source)}{list(source.shape)}".encode())
-    for index in np.unique(np.linspace(0, len(source) - 1, _DIGESTED).astype(int)):
-        for path, leaf in sorted(_leaves(source[int(index)])):
+    for index in _spread(source):
+        for path, leaf in sorted(_leaves(source[index])):
             array = np.ascontiguousarray(leaf)
             digest.update(f"{path}{array.dtype}{list(array.shape)}".encode())
             digest.update(array.tobytes())
     return digest.hexdigest()
+
+
+def check_source(source: Source) -> None:
+    """Refuses a caller's source that is not what `Source` says.
+
+    Args:
+      source: any source. At most 256 examples spread over it are read.
+
+    Raises:
+      ValueError: the source is empty, or an example is no mapping with `x`, has another shape, a
+        NaN, an infinity, pixels, or a label outside [0, num_classes).
+    """
+    name = source.name
+    if not len(source):
+        raise ValueError(f"{name} is empty: it has no examples")
+    classes, one_shape = getattr(source, "num_classes", 0), not hasattr(source, "bucket_sizes")
+    states = one_shape and getattr(source, "draw", None) is None
+    for index in _spread(source):
+        example, what = source[index], f"{name}: example {index}"
+        if not isinstance(example, Mapping) or "x" not in example:
+            raise ValueError(
+                f"{what} must be a mapping with `x`, and with `condition` where there is one, "
+                f"got {_named(example)}"
+            )
+        x, condition = example["x"], example.get("condition")
+        # Without states, `x` has only the sites.
+        if states and np.size(x):
+            array = np.asarray(x)
+            check_no_pixels(f"{what}: `x`", array)
+            if array.shape != tuple(source.shape):
+                wanted = list(source.shape)
+                raise ValueError(f"{what}: `x` is {list(array.shape)}, the source says {wanted}")
+            check_finite(f"{what}: `x`", array)
+        if classes and condition is not None and not isinstance(condition, Mapping):
+            label = np.asarray(condition)
+            whole = np.issubdtype(label.dtype, np.integer) and not label.ndim
+            if not whole or not 0 <= label < classes:
+                raise ValueError(
+                    f"{what}: its label must be an integer in [0, {classes}), got {condition!r}"
+                )
+        for path, leaf in _leaves(condition):
+            check_finite(f"{what}: condition{path}", np.asarray(leaf))
+
+
+def check_finite(name: str, array: np.ndarray) -> None:
+    """Refuses NaN and infinity.
+
+    Args:
+      name: what the array is.
+      array: of any type; types without NaN pass.
+
+    Raises:
+      ValueError: a number is not finite.
+    """
+    if np.issubdtype(array.dtype, np.floating) and not np.isfinite(array).all():
+        raise ValueError(f"{name} has NaN or infinity")
 
 
 def labelled_pictures(
@@ -237,16 +299,25 @@ def as_source(data: Any, name: str = "arrays") -> Source:
     """
     if hasattr(data, "__getitem__") and hasattr(data, "shape") and hasattr(data, "name"):
         return data
-    x, condition = data if isinstance(data, tuple) else (data, None)
-    check_no_pixels(f"{name}: x", np.asarray(x))
+    pair = isinstance(data, tuple) and len(data) == 2
+    x, condition = data if pair else (data, None)
+    x = _numbers(f"{name}: x", x, _DATA)
+    check_no_pixels(f"{name}: x", x)
     x = np.array(x, np.float32)
-    if condition is None or isinstance(condition, Mapping):
-        condition = None if condition is None else mapped(np.array, condition)
-        return ArraySource(name=name, x=x, condition=condition)
+    if condition is None:
+        return ArraySource(name=name, x=x)
+    if isinstance(condition, Mapping):
+        what = f"{name}: condition."
+        arrays = {key: np.array(_numbers(what + key, a)) for key, a in condition.items()}
+        return ArraySource(name=name, x=x, condition=arrays)
     labels = np.asarray(condition)
     if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
-        raise ValueError(f"{name}: labels must be integers [N], got {labels.dtype}{labels.shape}")
+        raise ValueError(
+            f"{name}: labels must be integers [N], got {labels.dtype}{list(labels.shape)}"
+        )
     classes = int(labels.max(initial=0)) + 1
+    if classes > _MOST_CLASSES:
+        raise ValueError(f"{name}: labels must be below {_MOST_CLASSES:,}, got {classes - 1}")
     return ArraySource(name=name, x=x, condition=labels.astype(np.int32), num_classes=classes)
 
 
@@ -290,3 +361,32 @@ def _leaves(tree: Any, path: str = "") -> list[tuple[str, np.ndarray]]:
     if isinstance(tree, Mapping):
         return [leaf for key, value in tree.items() for leaf in _leaves(value, f"{path}.{key}")]
     return [] if tree is None else [(path, tree)]
+
+
+def _numbers(what: str, values: Any, remedy: str = "") -> np.ndarray:
+    """A caller's rows of numbers as an array."""
+    refused = f"{what} must be an array of numbers with N rows, got {_named(values)}{remedy}"
+    try:
+        array = np.asarray(values)
+    except (TypeError, ValueError) as error:
+        raise ValueError(refused) from error
+    # Objects are what NumPy makes of data sets and iterators that it does not know.
+    if not array.ndim or array.dtype.kind in "cmMOSU":
+        raise ValueError(refused)
+    return array
+
+
+def _named(value: Any) -> str:
+    """What a value is, for a message."""
+    if isinstance(value, np.ndarray):
+        return f"{value.dtype}{list(value.shape)}"
+    if isinstance(value, Mapping):
+        return f"a mapping of {', '.join(map(str, value)) or 'nothing'}"
+    if isinstance(value, (list, tuple)):
+        return f"a {type(value).__name__} of {len(value)}"
+    return f"a {type(value).__name__}"
+
+
+def _spread(source: Source) -> list[int]:
+    """Places of the examples by which a source is known."""
+    return np.unique(np.linspace(0, len(source) - 1, _DIGESTED).astype(int)).tolist()

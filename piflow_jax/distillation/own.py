@@ -20,7 +20,7 @@ from ml_collections import ConfigDict
 
 from piflow_jax.config import Config, ConfigError, base_config, parse
 from piflow_jax.data import Source, as_source, has_states
-from piflow_jax.data.source import source_digest
+from piflow_jax.data.source import check_source, source_digest
 from piflow_jax.diagnostics.teacher import check_teacher
 from piflow_jax.distillation.bench import Bench, compare, draw, judged
 from piflow_jax.distillation.looks import look_by
@@ -134,10 +134,14 @@ def distill(
       ConfigError: settings, networks or data do not fit together; raised before any training.
       Interrupted: a signal arrived; the state is saved.
       NonFiniteLossError: the loss became NaN or infinite.
+      ValueError: `source` or `test_source` is no such thing; the message names the example.
     """
     parsed = _parsed(config, (*_OF_BOTH, *_OF_STUDENT))
     source = _source(source, teacher, parsed)
-    test = source if test_source is None else as_source(test_source, "test")
+    test = source
+    if test_source is not None:
+        test = as_source(test_source, "test")
+        check_source(test)
     if tuple(test.shape) != tuple(source.shape):
         theirs = list(source.shape)
         raise ConfigError(
@@ -220,8 +224,10 @@ def train_teacher(
       ConfigError: see `distill`.
       Interrupted: see `distill`.
       NonFiniteLossError: see `distill`.
+      ValueError: see `distill`.
     """
     parsed, source = _parsed(config, (*_OF_BOTH, *_OF_TEACHER)), as_source(source)
+    check_source(source)
     if not has_states(source):
         raise ConfigError(f"{source.name} has no states to train on")
     data = _shape_of(source)
@@ -289,6 +295,7 @@ def _source(given: Any, teacher: Teacher, config: Config) -> Source:
             )
         return _NoData(tuple(teacher.shape))
     source = as_source(given)
+    check_source(source)
     if not (config.train.data_free or has_states(source)):
         raise ConfigError(f"{source.name} has no states: set config.train.data_free")
     if teacher.shape is not None and tuple(source.shape) != tuple(teacher.shape):

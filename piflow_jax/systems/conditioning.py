@@ -176,8 +176,9 @@ class Arrays(Conditioning):
 
     def example(self, data, batch, length):
         """See `Conditioning`."""
+        # Checkpoints name the caller's dtype. JAX computes in 32 bits where float64 is not enabled.
         shapes = {
-            name: jax.ShapeDtypeStruct((batch, *shape), dtype)
+            name: jax.ShapeDtypeStruct((batch, *shape), jax.dtypes.canonicalize_dtype(dtype))
             for name, dtype, shape in map(_read, data.conditions)
         }
         return shapes.get("", shapes)

@@ -80,10 +80,11 @@ SOURCES = {
     "tokens": (TOKENS, None),
     "volumes": (VOLUMES, None),
     "labels": LABELLED,
-    "mapping": (POINTS, {"pose": rng.normal(size=(256, 3)).astype(np.float32)}),
+    "mapping": (POINTS, {"pose": rng.normal(size=(256, 3))}),
 }
 
 
+@pytest.mark.filterwarnings("error:Explicitly requested dtype")  # the poses are float64
 @pytest.mark.parametrize("name", SOURCES)
 def test_a_run_of_any_sites_and_conditions_ends_continues_and_loads(name, tmp_path):
     x, condition = SOURCES[name]
@@ -354,12 +355,29 @@ REFUSED = {
         lambda: ({}, {"test_source": TOKENS}),
         r"samples of test are \[5, 2\], those of arrays \[2\]",
     ),
+    "label": (
+        lambda: ({}, {"source": Outside()}),
+        r"mine: example 2: its label must be an integer in \[0, 2\), got 2",
+    ),
+    "label of a test": (lambda: ({}, {"test_source": Outside()}), "mine: example 2: its label"),
     "window": (lambda: ({"train__window_substeps": 9}, {}), r"window_substeps must be in \[0, 8\]"),
     "corrector": (
         lambda: ({"train__corrector__kind": "policy", "train__nfe": 2}, {}),
         "follows one policy from noise to data and needs config.train.nfe = 1",
     ),
 }
+
+
+class Outside:
+    """A source with a label that it has no class for."""
+
+    name, shape, num_classes = "mine", (2,), CLASSES
+
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, index):
+        return {"x": POINTS[index], "condition": np.int32(index % (CLASSES + 1))}
 
 
 def negated(params, z, s, cond=None):
@@ -370,6 +388,12 @@ def negated(params, z, s, cond=None):
 def test_what_cannot_be_is_said_before_anything_is_trained(what, finished, tmp_path):
     make, words = REFUSED[what]
     changes, given = make()
-    with pytest.raises(ConfigError, match=words):
+    with pytest.raises(ValueError, match=words):
         piflow_jax.distill(settings(**changes), tmp_path, **(finished[1] | given))
     assert not list(tmp_path.glob("student/checkpoints/*"))
+
+
+def test_a_teacher_is_not_trained_on_what_is_no_source(tmp_path):
+    with pytest.raises(ValueError, match="mine: example 2: its label"):
+        piflow_jax.train_teacher(config_of_teacher(), tmp_path, network=Small(2), source=Outside())
+    assert not list(tmp_path.iterdir())
