@@ -63,6 +63,12 @@ def test_a_wrong_description_is_named(prediction, change, words):
     assert report.problem is not None and words in report.problem, report
 
 
+@pytest.mark.filterwarnings("error")
+def test_of_a_single_example_nothing_can_be_said():
+    report = check_teacher(teacher("v", Schedule.cosine()), {}, DATA[:1])
+    assert report.problem is None and np.isnan(report.ratio) and "nothing wrong" in str(report)
+
+
 def test_of_a_network_that_has_learned_nothing_no_other_reading_is_named():
     nothing = Teacher(
         predict=lambda params, z, s, cond: 0 * z,

@@ -7,7 +7,8 @@ variance of the data alone. Denoising errors are those of arXiv 2206.00364.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -47,8 +48,11 @@ class TeacherReport:
 
     @property
     def ratio(self) -> float:
-        """Error over the linear estimate's error, mean over levels; a useful teacher is below 1."""
-        return float(np.mean(np.divide(self.error, self.linear)))
+        """Error over the linear estimate's error, mean over levels; a useful teacher is below 1.
+
+        NaN if the data do not vary: then the linear estimate has no error.
+        """
+        return _ratio(self.error, self.linear)
 
     def __str__(self) -> str:
         """A table, and the problem if there is one."""
@@ -90,12 +94,13 @@ def check_teacher(
     error = _errors(teacher, params, x0, noise, condition)
     variance = float(np.var(np.asarray(x0), axis=0).mean())
     linear = [variance * t**2 / ((1 - t) ** 2 * variance + t**2) for t in _LEVELS]
-    ratio = float(np.mean(np.divide(error, linear)))
+    ratio = _ratio(error, linear)
     problem = None
-    if not ratio < _DOUBTFUL:
+    # Examples that are all the same leave nothing to compare with.
+    if variance and not ratio < _DOUBTFUL:
 
         def ratio_of(teacher):
-            return float(np.mean(np.divide(_errors(teacher, params, x0, noise, condition), linear)))
+            return _ratio(_errors(teacher, params, x0, noise, condition), linear)
 
         readings = dict(_readings(teacher))
         found = {name: ratio_of(other) for name, other in readings.items()}
@@ -108,6 +113,10 @@ def check_teacher(
                 f"{reading} it would be {found[reading]:.3g} times that"
             )
     return TeacherReport(levels=_LEVELS, error=tuple(error), linear=tuple(linear), problem=problem)
+
+
+def _ratio(error: Sequence[float], linear: Sequence[float]) -> float:
+    return float(np.mean(np.divide(error, linear))) if all(linear) else math.nan
 
 
 def _errors(teacher: Teacher, params, x0, noise, condition) -> list[float]:
