@@ -236,9 +236,8 @@ class Student:
                 raise ValueError("references are for a student that reads text: see labels")
             labels = {**labels, "references": references}
         labels = self.network.conditioning.guided(labels, guidance)
-        traced = any(
-            isinstance(a, jax.core.Tracer) for a in jax.tree.leaves((key, labels, x, noise))
-        )
+        values = (key, labels, x, noise, h, temperature, start)
+        traced = any(isinstance(a, jax.core.Tracer) for a in jax.tree.leaves(values))
         key = None if traced else as_key(key)
         if traced or isinstance(key, jax.core.Tracer):
             raise ValueError(

@@ -352,6 +352,10 @@ OF_STUDENTS = {
         lambda s: jax.jit(lambda: s.sample(0, LABELS))(),
         "cannot be traced.*few_step_sample",
     ),
+    "under grad": (
+        lambda s: jax.grad(lambda w: s.sample(0, LABELS, temperature=w).sum())(1.0),
+        "cannot be traced",
+    ),
     "under vmap": (
         lambda s: jax.vmap(lambda key: s.sample(key, LABELS))(jax.random.split(seed_key(0))),
         "cannot be traced",
