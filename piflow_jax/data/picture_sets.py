@@ -20,7 +20,7 @@ from etils import epath
 
 from piflow_jax.arguments import prefixed
 from piflow_jax.buckets import fetcher, is_remote, located
-from piflow_jax.data.pictures import PicturesError, is_picture, read_picture
+from piflow_jax.data.pictures import PicturesError, is_hidden, is_picture, read_picture
 
 __all__ = [
     "LabelledPicture",
@@ -146,7 +146,7 @@ class _Listed:
 class PictureFolder(_Listed):
     """A folder with one folder of pictures for each class, such as `train/n01440764/*.JPEG`.
 
-    A folder that has no folders is one class.
+    A folder that has no folders is one class. Hidden files and folders do not count.
 
     Args:
       directory: The folder; its folders, sorted by name, are the classes.
@@ -222,7 +222,7 @@ class PictureTar(_Listed):
             _, self._fetch = fetcher(self._path)
         damaged = prefixed(f"{path} is damaged or compressed", tarfile.TarError, PicturesError)
         with damaged, tarfile.open(fileobj=self._file, mode="r:") as outer:
-            files = [member for member in outer if member.isfile()]
+            files = [one for one in outer if one.isfile() and not is_hidden(one.name)]
             tars = [member for member in files if member.name.endswith(".tar")]
             loose = [member for member in files if is_picture(member.name)]
             entries = [entry for tar in tars for entry in self._inner(outer, tar)]
@@ -260,10 +260,12 @@ class PictureTar(_Listed):
 
 
 def _names(folder: epath.Path) -> list[str]:
-    """Names of what lies in a folder; in a bucket its own marker is there too, without a name."""
+    """Names of what lies in a folder and is not hidden; a bucket has its own marker there, too."""
     if is_remote(folder):
-        return [path.name for path in folder.iterdir() if path != folder]
-    return os.listdir(folder)
+        names = [path.name for path in folder.iterdir() if path != folder]
+    else:
+        names = os.listdir(folder)
+    return [name for name in names if not is_hidden(name)]
 
 
 def _grouped(

@@ -25,6 +25,7 @@ __all__ = [
     "PictureFile",
     "PicturesError",
     "grey",
+    "is_hidden",
     "is_picture",
     "picture_sizes",
     "read_picture",
@@ -80,16 +81,32 @@ class PictureError(PicturesError):
         return f"{self.name} is not a readable image: {self.reason}"
 
 
-def is_picture(name: str) -> bool:
-    """Whether a file's name ends as those of pictures do.
+def is_hidden(name: str) -> bool:
+    """Whether a file, or a folder around it, is none of the user's own.
+
+    Such are the copies that Jupyter keeps in `.ipynb_checkpoints`, and the files `._*` that macOS
+    puts beside others on foreign disks and into tar files.
 
     Args:
-      name: The file's name.
+      name: The file's name, or its path in an archive.
 
     Returns:
-      True for the usual endings of formats that Pillow reads, in lower or upper case.
+      True if a part of it begins with a dot.
     """
-    return PurePath(name).suffix.lower() in _SUFFIXES
+    return any(part.startswith(".") and part != ".." for part in PurePath(name).parts)
+
+
+def is_picture(name: str) -> bool:
+    """Whether a file's name is one of a picture.
+
+    Args:
+      name: The file's name, or its path in an archive.
+
+    Returns:
+      True for the usual endings of formats that Pillow reads, in lower or upper case, unless it is
+      hidden.
+    """
+    return PurePath(name).suffix.lower() in _SUFFIXES and not is_hidden(name)
 
 
 def read_picture(

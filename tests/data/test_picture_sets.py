@@ -54,6 +54,10 @@ def folder(tmp_path):
         path.write_bytes(data)
     (root / "readme.txt").write_text("not a class")
     (root / NAMES[0] / "notes.txt").write_text("not an image")
+    # What Jupyter and macOS leave in folders.
+    (root / ".ipynb_checkpoints").mkdir()
+    for hidden in (".ipynb_checkpoints/a-checkpoint.png", f"{NAMES[0]}/._a.JPEG", "._a.JPEG"):
+        (root / hidden).write_text("not a picture of the user's")
     return root
 
 
@@ -70,6 +74,7 @@ def make_tar(path):
             entry = tarfile.TarInfo(f"{name}.tar")
             entry.size = buffer.tell()
             outer.addfile(entry, io.BytesIO(buffer.getvalue()))
+            outer.addfile(tarfile.TarInfo(f"._{name}.tar"))
     return path
 
 
