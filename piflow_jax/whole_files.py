@@ -31,6 +31,7 @@ def replacing(path: Path, under_way: Path | None = None) -> Iterator[Path]:
       That path; for a file in a bucket one in a temporary folder.
 
     Raises:
+      FileNotFoundError: the folder of `path` is not there.
       IsADirectoryError: `path` is a folder on a disk.
     """
     if is_remote(path):
@@ -43,6 +44,11 @@ def replacing(path: Path, under_way: Path | None = None) -> Iterator[Path]:
     if path.is_dir():
         raise IsADirectoryError(
             f"cannot write {path}: it is a folder; move it away, or choose another place"
+        )
+    if not path.parent.is_dir():  # else the error would name the hidden file
+        raise FileNotFoundError(
+            f"cannot write {path}: there is no folder {path.parent}; make it, or choose another "
+            "place"
         )
     if under_way is None:
         under_way = path.with_name(f".{path.stem}.{uuid.uuid4().hex}{path.suffix}")

@@ -14,7 +14,9 @@ import numpy as np
 import pytest
 
 from piflow_jax.config import parse
+from piflow_jax.convert import write_safetensors
 from piflow_jax.data import load_digits_source
+from piflow_jax.evaluation import save_grid
 from piflow_jax.evaluation.image_sets import cached_features, open_images
 from piflow_jax.evaluation.kept import KeptFileError
 from piflow_jax.modes import adm, rivals
@@ -180,7 +182,21 @@ def test_event_files_hold_a_step_once(tmp_path, damage):
     assert events(tmp_path / "student") == [(2, "loss")]
 
 
-# --- A full disk ------------------------------------------------------------------------------
+# --- A full disk, and a folder that is not there ----------------------------------------------
+
+
+WRITES = {
+    "grid": lambda path: save_grid(path, [("one", np.zeros((1, 8, 8, 1)))]),
+    "weights": lambda path: write_safetensors(path, {"w": np.zeros(1)}),
+}
+
+
+@pytest.mark.parametrize("what", WRITES)
+def test_a_folder_that_is_not_there_is_named(tmp_path, what):
+    path = tmp_path / "absent" / "file.out"
+    says = f"cannot write {path}: there is no folder {path.parent}; make it"
+    with pytest.raises(FileNotFoundError, match=re.escape(says)):
+        WRITES[what](path)
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
