@@ -211,7 +211,7 @@ def check_source(source: Source) -> None:
             whole = np.issubdtype(label.dtype, np.integer) and not label.ndim
             if not whole or not 0 <= label < classes:
                 raise ValueError(
-                    f"{what}: its label must be an integer in [0, {classes}), got {condition!r}"
+                    f"{what}: its label must be an integer in [0, {classes}), got {label}"
                 )
         for path, leaf in _leaves(condition):
             check_finite(f"{what}: condition{path}", np.asarray(leaf))

@@ -138,15 +138,7 @@ def distill(
     """
     parsed = _parsed(config, (*_OF_BOTH, *_OF_STUDENT))
     source = _source(source, teacher, parsed)
-    test = source
-    if test_source is not None:
-        test = as_source(test_source, "test")
-        check_source(test)
-    if tuple(test.shape) != tuple(source.shape):
-        theirs = list(source.shape)
-        raise ConfigError(
-            f"samples of {test.name} are {list(test.shape)}, those of {source.name} {theirs}"
-        )
+    test = source if test_source is None else _test_source(test_source, source)
     parsed, systems, first = _student_systems(parsed, source, teacher, network, initial_params)
     params = jax.tree.map(_as_array, teacher_params)
     if first is not None and not isinstance(initial_params, Student):
@@ -304,6 +296,33 @@ def _source(given: Any, teacher: Teacher, config: Config) -> Source:
             f"samples of {source.name} are {list(source.shape)}, the teacher's {theirs}"
         )
     return source
+
+
+def _test_source(given: Any, source: Source) -> Source:
+    test = as_source(given, "test")
+    check_source(test)
+    if tuple(test.shape) != tuple(source.shape):
+        theirs = list(source.shape)
+        raise ConfigError(
+            f"samples of {test.name} are {list(test.shape)}, those of {source.name} {theirs}"
+        )
+    # Samples with classes have all of them in turn; others have the conditions of the test data.
+    has, needs = _conditions_of(test), _conditions_of(source)
+    if has != needs and not _shape_of(source).num_classes:
+        raise ConfigError(
+            f"examples of {test.name} have {has or 'no conditions'}, those of {source.name} "
+            f"{needs or 'none'}: samples for figures have the conditions of {test.name}"
+        )
+    return test
+
+
+def _conditions_of(source: Source) -> dict[str, list[int]]:
+    """Shapes of the arrays of one condition, by name; empty without conditions."""
+    condition = source[0].get("condition")
+    if condition is None:
+        return {}
+    arrays = condition if isinstance(condition, Mapping) else {"condition": condition}
+    return {name: list(np.shape(array)) for name, array in arrays.items()}
 
 
 def _shape_of(source: Source) -> DataShape:

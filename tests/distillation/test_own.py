@@ -355,6 +355,14 @@ REFUSED = {
         lambda: ({}, {"test_source": TOKENS}),
         r"samples of test are \[5, 2\], those of arrays \[2\]",
     ),
+    "test without conditions": (
+        lambda: ({}, {"source": SOURCES["mapping"], "test_source": POINTS}),
+        r"examples of test have no conditions, those of arrays {'pose': \[3\]}: samples for",
+    ),
+    "test with labels": (
+        lambda: ({}, {"source": POINTS, "test_source": LABELLED}),
+        r"examples of test have {'condition': \[\]}, those of arrays none",
+    ),
     "label": (
         lambda: ({}, {"source": Outside()}),
         r"mine: example 2: its label must be an integer in \[0, 2\), got 2",
