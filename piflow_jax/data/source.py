@@ -206,7 +206,11 @@ def check_source(source: Source) -> None:
                 wanted = list(source.shape)
                 raise ValueError(f"{what}: `x` is {list(array.shape)}, the source says {wanted}")
             check_finite(f"{what}: `x`", array)
-        if classes and condition is not None and not isinstance(condition, Mapping):
+        if classes and condition is None:
+            raise ValueError(
+                f"{what} has no `condition`, and the source has num_classes = {classes}"
+            )
+        if classes and not isinstance(condition, Mapping):
             label = np.asarray(condition)
             whole = np.issubdtype(label.dtype, np.integer) and not label.ndim
             if not whole or not 0 <= label < classes:

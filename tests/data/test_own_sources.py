@@ -86,6 +86,7 @@ WRONG = {
     "one shape": (Own(lambda i: {"x": X[i][: 2 - i // 7]}), r"example 7: `x` is \[1\]"),
     "NaN": (Own(lambda i: {"x": BROKEN[i]}), "mine: example 5: `x` has NaN or infinity"),
     "pixels": (Own(lambda i: {"x": np.uint8([i, 255])}), "example 0: `x` must be about .* uint8"),
+    "no label": (labelled(lambda i: None), "example 0 has no `condition`, and .* num_classes = 2"),
     "label": (labelled(lambda i: np.int32(i % 3)), r"example 2: its label .* in \[0, 2\), got"),
     "label below": (labelled(lambda i: -1), r"its label must be an integer in \[0, 2\), got -1"),
     "fraction": (labelled(lambda i: 0.5), r"its label must be an integer in \[0, 2\), got 0\.5"),
