@@ -95,6 +95,8 @@ def get_config(variant: str = "gm") -> ml_collections.ConfigDict:
         config.train.corrector.optimizer.warmup_steps = 20
     if variant == "rivals":
         config.train.optimizer.warmup_steps = 20
+        optimizer = config.train.optimizer.copy_and_resolve_references()
+        config.train.corrector.optimizer = optimizer  # of gm_corrected
         config.evaluation.teacher_steps = (1, 64)
         config.rivals.methods = ("gm", "meanflow", "consistency", "reflow", "dmd", "pdd")
         config.rivals.nfes = (1,)

@@ -115,6 +115,12 @@ def test_an_arc_student_has_no_official_names(tmp_path):
             *("gm_timed2", "gm", 1, {"train.time_power": 2.0}),
             *("gm", "**pi-Flow, GM**, timed2"),
         ),
+        (
+            *("gm_corrected", "gm", 1),
+            {"train.corrector.kind": "critic", "train.corrector.share": 0.5},
+            # Its second network takes time.
+            *("gm_corrected", "**pi-Flow, GM**, corrected"),
+        ),
     ],
 )
 def test_methods_name_their_policy_evaluations_and_loss(name, kind, nfe, weight, timed_as, title):
