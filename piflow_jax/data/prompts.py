@@ -281,14 +281,20 @@ class PromptsSource:
           prompts: `N` prompts.
           shapes: `(H, W)` of latents, one for each prompt. A prompt that the set does not have in
             its shape is found in another one. Without shapes, and for None, the first match counts.
-          references: Names of the reference images of each prompt, as in the list. They must be the
-            same. Without this argument, any references match.
+          references: Names of the reference images of each prompt, as in the list: a name or a list
+            of names. They must be the same. Without this argument, any references match.
 
         Returns:
           An index for each, None for those that the set does not have.
+
+        Raises:
+          ValueError: One of them is a single text, or there are references of another number.
         """
-        count = len(prompts)
-        names = [None] * count if references is None else map(tuple, references)
+        count, names = len(prompts), [None] * len(prompts)
+        if references is not None:
+            names = [tuple([own] if isinstance(own, str) else own) for own in references]
+        if str in (type(prompts), type(references)) or len(names) != count:
+            raise ValueError("prompts must be a list of texts, references as many lists of names")
         wanted = list(zip(prompts, names, shapes or [None] * count, strict=True))
         texts, missing = set(prompts), set(wanted)
         found = {}
@@ -332,9 +338,10 @@ class PromptsSource:
             size, which takes several calls.
         """
         found = self.find(prompts, references=references)
-        for prompt, index in zip(prompts, found, strict=True):
-            if index is None:
-                raise PromptsError(f"the set has no embeddings of {prompt!r}")
+        if None in found:
+            first = found.index(None)
+            edited = "" if references is None else f" with the references {references[first]!r}"
+            raise PromptsError(f"the set has no embeddings of {prompts[first]!r}{edited}")
         rows = [self._embedding(self._records[index]) for index in found]
         shapes = [[r.shape for r in row.get("references", ())] for row in rows]
         if any(shape != shapes[0] for shape in shapes):

@@ -65,6 +65,25 @@ def use(kind, directory):
         source.embedded(["fox 1"])
 
 
+NO_LISTS = "prompts must be a list of texts, references as many lists of names"
+WRONG_PROMPTS = {
+    "one text": (("fox 1",), NO_LISTS),
+    "one name": ((["fox 1"], "a.png"), NO_LISTS),
+    "two of one": ((["fox 1"], [["a"], ["b"]]), NO_LISTS),
+    "without it": (
+        (["fox 1", "fox 2"], [[], ["a.png"]]),
+        r"no embeddings of 'fox 2' with the references \['a.png'\]",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_PROMPTS)
+def test_prompts_that_a_set_cannot_give_are_named(sets, case):
+    asked, words = WRONG_PROMPTS[case]
+    with pytest.raises(ValueError, match=words):
+        load_prompts_source(sets / "prompts", verify=False).embedded(*asked)
+
+
 def changed(path, **entries):
     """Changes entries of a JSON file; `shard=` those of its second shard."""
 
