@@ -20,6 +20,7 @@ from flax import linen as nn
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jax.typing import ArrayLike, DTypeLike
 
+from piflow_jax.arguments import check_no_pixels
 from piflow_jax.models.layers import attend
 
 __all__ = [
@@ -361,13 +362,27 @@ def picture_encoder(module: AutoencoderKL, params: dict) -> Callable[[ArrayLike]
     Returns:
         A function from images `[B, f h, f w, in_channels]` in [-1, 1] to the means of their
         posteriors, latents `[B, h, w, C]` scaled as diffusion models use them.
+
+    Raises:
+        ValueError: The function gets pixels of 8 bits, another shape, or sides that `f` does not
+            divide.
     """
 
+    @jax.jit
     def encode(params, image):
         return module.scaled(module.apply(params, image, method="encode")[0])
 
-    encode = jax.jit(encode)
-    return lambda image: encode(params, image)
+    def latents(image):
+        image = image if isinstance(image, jax.Array) else np.asarray(image)
+        check_no_pixels("images", image)
+        if image.ndim != 4 or image.shape[-1] != module.in_channels:
+            raise ValueError(
+                f"images must be [B, H, W, {module.in_channels}] in [-1, 1], got "
+                f"{list(image.shape)}"
+            )
+        return encode(params, image)
+
+    return latents
 
 
 def picture_decoder(

@@ -136,6 +136,21 @@ def test_references_of_flux2_are_cut_and_not_stretched(root):
     assert flux2_size(1024, 1000, 1024) == (1024, 992) and flux2_size(3, 9, 64) == (16, 16)
 
 
+@pytest.mark.parametrize(
+    ("picture", "words"),
+    [
+        (np.zeros((1, 16, 16, 3), np.uint8), r"images must be about \[-1, 1\], got uint8"),
+        (np.zeros((16, 16, 3)), r"images must be \[B, H, W, 3\] in \[-1, 1\], got \[16, 16, 3\]"),
+        (np.zeros((1, 16, 16, 1)), r"\[B, H, W, 3\] .* got \[1, 16, 16, 1\]"),
+        (np.zeros((1, 16, 16, 4)), r"\[B, H, W, 3\] .* got \[1, 16, 16, 4\]"),
+    ],
+    ids=["pixels", "no batch", "grey", "alpha"],
+)
+def test_pictures_that_have_no_latents_are_refused(root, picture, words):
+    with pytest.raises(ValueError, match=words):
+        root[1](picture)
+
+
 def test_a_batch_has_references_of_one_size(prepared):
     *_, source = prepared
     seen = set()
@@ -150,6 +165,8 @@ def test_a_prompt_is_found_with_its_references(prepared):
     *_, source = prepared
     one = source.embedded(["make it red"], [["tall.png"]])
     assert [r.shape for r in one["references"]] == [(1, 10, 6, 4)]
+    again = source.embedded(["make it red"], ["tall.png"])
+    np.testing.assert_array_equal(again["references"][0], one["references"][0])
     two = source.embedded(["make it red"] * 2, [["wide.png"]] * 2)
     assert [r.shape for r in two["references"]] == [(2, 6, 12, 4)]
     with pytest.raises(PromptsError, match="no embeddings of 'make it red'"):
