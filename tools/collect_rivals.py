@@ -25,6 +25,7 @@ COMPARISONS = {
     "fashion_mnist_long": "",
     "fashion_mnist_rates": "",
     "fashion_mnist_weights": "",
+    "fashion_mnist_corrected": "",
     "digits": SMALLER,
     "mnist": SMALLER,
 }
