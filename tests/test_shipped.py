@@ -54,11 +54,11 @@ def continued(run, tmp_path_factory):
 
 @pytest.fixture
 def package(run, continued, tmp_path, monkeypatch):
-    """Where the package keeps its students, with those of the run."""
-    monkeypatch.setattr(shipped, "_FOLDER", type(shipped._FOLDER)(tmp_path / "shipped"))
+    """Where the package keeps its students, with those of the run; a path may have brackets."""
+    monkeypatch.setattr(shipped, "_FOLDER", type(shipped._FOLDER)(tmp_path / "[shipped]"))
     other = f"--student=corrected={continued}"
-    ship.main([str(run), "fashion_mnist", "--to", str(tmp_path / "shipped"), other])
-    return tmp_path / "shipped" / "fashion_mnist"
+    ship.main([str(run), "fashion_mnist", "--to", str(tmp_path / "[shipped]"), other])
+    return tmp_path / "[shipped]" / "fashion_mnist"
 
 
 def rounded(params):
