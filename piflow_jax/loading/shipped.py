@@ -6,20 +6,23 @@ name is `<data set>_<recipe>`. `tools/ship.py` makes these files of runs.
 """
 
 import os
-from pathlib import Path
 
 from etils import epath
 
 from piflow_jax.buckets import is_remote
 from piflow_jax.runs.workdir import user_path
+from piflow_jax.whole_files import visible
 
-# Of pathlib, since in a pattern of epath, brackets in the folder's own path have a meaning.
-_FOLDER = Path(__file__).parents[1] / "shipped"
+_FOLDER = epath.Path(__file__).parents[1] / "shipped"
 
 
 def _students() -> dict[str, epath.Path]:
-    files = map(epath.Path, _FOLDER.glob("*/student*.safetensors"))
-    return {path.parent.name + path.stem.removeprefix("student"): path for path in files}
+    files = [path for folder in visible(_FOLDER) for path in visible(folder)]
+    return {
+        path.parent.name + path.stem.removeprefix("student"): path
+        for path in files
+        if path.name.startswith("student") and path.suffix == ".safetensors"
+    }
 
 
 def shipped_names() -> tuple[str, ...]:
