@@ -277,7 +277,6 @@ def draw_latents(
     return (mean + std * jax.random.normal(noise_key, mean.shape) - shift) * scale
 
 
-@functools.cache
 def _parser(shape: tuple[int, ...], dtype: str) -> Callable[[bytes], dict[str, Any]]:
     """Reads a record that TFDS wrote with `_features`; TFDS's own reader takes twice as long."""
     from tensorflow_datasets.proto import tf_example_pb2
@@ -298,6 +297,7 @@ def _parser(shape: tuple[int, ...], dtype: str) -> Callable[[bytes], dict[str, A
     return parse
 
 
+@functools.cache
 def _features(latent_shape: tuple[int, ...], dtype: str, num_classes: int) -> Any:
     """What TFDS calls the types of an example's entries."""
     import tensorflow_datasets as tfds
