@@ -20,7 +20,7 @@ from piflow_jax.config import ModelConfig, PolicyConfig, parse
 from piflow_jax.exported import DESCRIPTION
 from piflow_jax.flow.teacher import Schedule, Teacher
 from piflow_jax.loading.loras import fine_tuned
-from piflow_jax.loading.shipped import is_weights, shipped_names, weights_path
+from piflow_jax.loading.shipped import located_weights, shipped_names
 from piflow_jax.loading.weights import (
     averaged,
     converted,
@@ -100,8 +100,8 @@ def load(
     dtype = _compute_dtype(dtype)
     if download:
         _fetch(path, teacher, *lora_strengths(loras or {}))
-    of_hub, path = hub.is_name(path), weights_path(path, "student")
-    if of_hub or is_weights(path):
+    path, is_weights = located_weights(path, "student")
+    if is_weights:
         return _from_file(path, config, dtype, teacher, loras)
     directory, step, spec, saved = find_checkpoint(path, "student")
     with prefixed(directory):
@@ -167,9 +167,9 @@ def load_teacher(
     """
     from piflow_jax.convert import open_weights
 
-    path = weights_path(path, "teacher")
+    path, is_weights = located_weights(path, "teacher")
     run, weights, step = path, None, None
-    if is_weights(path):
+    if is_weights:
         weights = open_weights(path)
         with prefixed(path):
             spec = spec_of(weights.metadata)

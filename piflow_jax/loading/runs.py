@@ -8,12 +8,11 @@ from typing import Any
 from etils import epath
 from jax.sharding import Mesh
 
-from piflow_jax import hub
 from piflow_jax.arguments import lora_strengths, prefixed
 from piflow_jax.config import Config, ConfigError
 from piflow_jax.convert import open_weights
 from piflow_jax.loading.loras import fine_tuned
-from piflow_jax.loading.shipped import is_weights, weights_path
+from piflow_jax.loading.shipped import located_weights, weights_path
 from piflow_jax.loading.weights import averaged, converted, find_checkpoint, saved_base_dtype
 from piflow_jax.parallel import local_mesh, parameter_shardings, processes, replicated
 from piflow_jax.runs.checkpoint import CheckpointError, check_spec, read_spec
@@ -217,8 +216,8 @@ def load_initial(systems: Systems) -> Any:
     config, network = systems.config, systems.student_network
     spec = student_spec(config, systems.data).items()
     of_network = {key: value for key, value in spec if not key.startswith("train.")}
-    path = weights_path(config.train.initial, "student")
-    if hub.is_name(config.train.initial) or is_weights(path):
+    path, is_weights = located_weights(config.train.initial, "student")
+    if is_weights:
         form = f"{config.policy.kind}_{config.model.network}"
         weights = _from_file(path, config, network, of_network, form)
     else:
@@ -241,8 +240,8 @@ def spaces_of(path: str | os.PathLike) -> tuple[str, ...]:
       CheckpointError: there is no checkpoint, or it is unusable.
       ValueError: the file is damaged.
     """
-    path = weights_path(path, "student")
-    if is_weights(path):
+    path, is_weights = located_weights(path, "student")
+    if is_weights:
         return spaces_in(open_weights(path).metadata)
     _, _, _, settings = find_checkpoint(path, "student")
     return tuple(settings.get(TRAINED_IN, ()))

@@ -9,6 +9,7 @@ import os
 
 from etils import epath
 
+from piflow_jax import hub
 from piflow_jax.buckets import is_remote
 from piflow_jax.runs.workdir import user_path
 from piflow_jax.whole_files import visible
@@ -58,9 +59,23 @@ def weights_path(path: str | os.PathLike, kind: str) -> epath.Path:
     )
 
 
-def is_weights(path: epath.Path) -> bool:
-    """Whether a path is a weight file, or a folder of weights and of no run."""
+def located_weights(path: str | os.PathLike, kind: str) -> tuple[epath.Path, bool]:
+    """What a user's path or name stands for, see `weights_path`, and whether it is weights.
+
+    Args:
+      path: see `weights_path`; names on the hub are always weights.
+      kind: see `weights_path`.
+
+    Returns:
+      `(path, is_weights)`: True for a weight file or a folder of weights, False for a run or its
+      checkpoints.
+
+    Raises:
+      FileNotFoundError: see `weights_path`.
+      ConfigError: see `weights_path`.
+    """
     from piflow_jax.convert import holds_weights
 
+    of_hub, path = hub.is_name(path), weights_path(path, kind)
     run = any((path / folder).is_dir() for folder in ("teacher", "student", "checkpoints"))
-    return not run and holds_weights(path)
+    return path, of_hub or (not run and holds_weights(path))

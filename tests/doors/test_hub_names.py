@@ -30,7 +30,7 @@ from piflow_jax.convert import (
 from piflow_jax.data.text_encoders import load_text_encoder
 from piflow_jax.evaluation.image_text import load_image_network
 from piflow_jax.loading.hub_weights import with_commits
-from piflow_jax.loading.runs import load_student, load_system
+from piflow_jax.loading.runs import load_student, load_system, spaces_of
 from piflow_jax.models.vae import AutoencoderKL
 from piflow_jax.modes.autoencoder import load_autoencoder
 from piflow_jax.runs.workdir import user_path
@@ -198,6 +198,11 @@ def test_without_its_library_a_name_says_what_to_install(repository, monkeypatch
     words = r'need huggingface_hub: pip install -e "\.\[hub\]"'
     with pytest.raises(ConfigError, match=f"config.data.vae = hf:owner/name: .* {words}"):
         parse(settings(repository, data__vae="hf:owner/name"))
+
+
+def test_a_student_of_the_hub_in_a_folder_of_its_pipeline_names_its_spaces(repository, cache):
+    write_cache(cache, "owner/name", repository)
+    assert spaces_of("hf:owner/name") == ()
 
 
 def of_cache(path, cache):
