@@ -103,7 +103,10 @@ REFUSED_FLAGS = [
     ("--config.model.network=os:system", r"must take \(outputs, shape, num_classes\) to make"),
     ("--config.model.network=tests.tiny:get_config", "must take .* too many positional arguments"),
     ("--config.data.name=latents", "there are no latents.* or correct config.data.data_dir"),
-    ("--config.teacher.weights=nowhere", "config.teacher.weights = 'nowhere': .* no such ch"),
+    (
+        "--config.teacher.weights=nowhere",
+        "config.teacher.weights = 'nowhere': .* no such checkpoint or weight file",
+    ),
     ("--prompts=a.txt", f"config.data.prompts {OF_PROMPTS}"),
     ("--config.train.stepz=3", STEPS),
     ("--config.train.stepz 3", STEPS),
