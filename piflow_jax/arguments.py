@@ -131,6 +131,29 @@ def check_shape(name: str, value: Any, shape: tuple[int, ...], of: str) -> None:
         raise ValueError(f"{name} has shape {np.shape(value)}; {of} asks for {tuple(shape)}")
 
 
+def as_dtype(name: str, values: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """Values in another dtype, in which they are finite and, if it is one of integers, the same.
+
+    Args:
+      name: the argument's name.
+      values: an array of any shape.
+      dtype: the dtype.
+
+    Returns:
+      The array.
+
+    Raises:
+      ValueError: a value is not finite, or `dtype` does not have it.
+    """
+    check_between(name, values)
+    with np.errstate(over="ignore", invalid="ignore"):
+        cast = values.astype(dtype)
+    check_between(name, cast)
+    if dtype.kind in "biu" and not np.array_equal(cast, values):
+        raise ValueError(f"{name} must be {dtype} as in training, got {values[cast != values][0]}")
+    return cast
+
+
 def check_choice(name: str, value: Any, choices: Collection[str]) -> None:
     """Refuses a name that is not among the choices.
 

@@ -23,7 +23,7 @@ from etils import epath
 from jax import export as jax_export
 from jax.typing import ArrayLike
 
-from piflow_jax.arguments import class_labels, prefixed, whole
+from piflow_jax.arguments import as_dtype, check_between, class_labels, prefixed, whole
 from piflow_jax.keys import as_key
 from piflow_jax.safetensors_files import open_safetensors, write_safetensors
 
@@ -103,7 +103,10 @@ class ExportedStudent:
             raise ValueError(f"conditions are arrays by name: {', '.join(wanted)}")
         if classes:
             given["labels"] = class_labels(given["labels"], classes)
-        arrays = {name: np.asarray(given[name], dtype) for name, (dtype, _) in wanted.items()}
+        arrays = {
+            name: as_dtype(name, np.asarray(given[name]), np.dtype(dtype))
+            for name, (dtype, _) in wanted.items()
+        }
         number = max(len(array) if array.ndim else 0 for array in arrays.values())
         for name, (_, shape) in wanted.items():
             if name in defaults:
@@ -111,6 +114,10 @@ class ExportedStudent:
             if not number or arrays[name].shape != (number, *shape):
                 axes, found = ", ".join(map(str, ("N", *shape))), list(arrays[name].shape)
                 raise ValueError(f"{name} must be [{axes}], got {found}")
+        for name in defaults:  # of guidance
+            check_between(name, arrays[name], 0)
+        if {"text", "text_length"} <= wanted.keys():
+            check_between("text_length", arrays["text_length"], 0, arrays["text"].shape[1])
         return arrays, number
 
 

@@ -160,6 +160,14 @@ def test_wrong_prompts(tmp_path):
     wrong = embedded(2) | {"pooled": np.zeros((2, 4), np.float32)}
     with pytest.raises(ValueError, match=r"pooled must be \[N, 3\], got \[2, 4\]"):
         loaded.sample(0, wrong)
+    for name, values, words in (
+        ("text", np.full((2, 4, 5), np.nan), "text must be .*, got nan"),
+        ("text_length", [2.5, 4], "text_length must be int32 as in training, got 2.5"),
+        ("text_length", [2, 5], r"text_length must be in \[0, 4\], got 5"),
+        ("guidance", -1.0, "guidance must be finite and at least 0, got -1"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            loaded.sample(0, embedded(2) | {name: values})
     guided = embedded(1) | {"guidance": 5.0}
     expected = student.sample(0, guided, size=(4, 8), substeps=2)
     np.testing.assert_allclose(loaded.sample(0, guided), expected, rtol=0, atol=1e-5)

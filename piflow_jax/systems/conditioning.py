@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from piflow_jax.arguments import check_between, check_no_pixels, class_labels, whole
+from piflow_jax.arguments import as_dtype, check_between, check_no_pixels, class_labels, whole
 from piflow_jax.flow.guidance import Null, nothing_of
 from piflow_jax.systems.shapes import DataShape
 
@@ -196,19 +196,10 @@ class Arrays(Conditioning):
             shapes = {name: list(a.shape) for name, a in arrays.items()}
             axes = {name: ["N", *shape] for name, (_, shape) in wanted.items()}
             raise ValueError(f"conditions must be arrays {axes} with one N, got {shapes}")
-        arrays = {name: _as(name or "condition", a, wanted[name][0]) for name, a in arrays.items()}
+        arrays = {
+            name: as_dtype(name or "condition", a, wanted[name][0]) for name, a in arrays.items()
+        }
         return arrays.get("", arrays), number
-
-
-def _as(name: str, values: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """Values in the dtype of training, where they are what they were."""
-    check_between(name, values)
-    with np.errstate(over="ignore", invalid="ignore"):
-        cast = values.astype(dtype)
-    check_between(name, cast)
-    if dtype.kind in "biu" and not np.array_equal(cast, values):
-        raise ValueError(f"{name} must be {dtype} as in training, got {values[cast != values][0]}")
-    return cast
 
 
 def described(condition: Condition) -> tuple[str, ...]:
