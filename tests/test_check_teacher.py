@@ -63,6 +63,22 @@ def test_a_wrong_description_is_named(prediction, change, words):
     assert report.problem is not None and words in report.problem, report
 
 
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (4.5 * DATA, "with the data times about 0.25"),
+        (0.22 * DATA, "with the data times about 4"),
+        (DATA / 2 + 0.5, "with 2 * x - 1 in place of"),
+        (127.5 * DATA + 127.5, "with x / 127.5 - 1 in place of"),
+    ],
+    ids=["large", "small", "half", "bytes"],
+)
+@pytest.mark.parametrize(("prediction", "schedule"), RIGHT, ids=[name for name, _ in RIGHT])
+def test_data_of_another_scale_are_named(prediction, schedule, data, words):
+    report = check_teacher(teacher(prediction, schedule), {}, data)
+    assert report.problem is not None and words in report.problem, report
+
+
 @pytest.mark.filterwarnings("error")
 def test_of_a_single_example_nothing_can_be_said():
     report = check_teacher(teacher("v", Schedule.cosine()), {}, DATA[:1])

@@ -1,9 +1,10 @@
 """Checks a teacher's description: its denoising error against the error that data allow.
 
 A network with a wrong description (prediction, sign, direction or time scale) still gives
-velocities, and a student imitates them. The error of the clean samples reveals it. No useful
-network is worse than the best linear estimate, and the error of that estimate follows from the
-variance of the data alone. Denoising errors are those of arXiv 2206.00364.
+velocities, as does one that gets data of another scale, and a student imitates them. The error of
+the clean samples reveals it. No useful network is worse than the best linear estimate, and the
+error of that estimate follows from the variance of the data alone. Denoising errors are those of
+arXiv 2206.00364.
 """
 
 import dataclasses
@@ -75,8 +76,8 @@ def check_teacher(
       seed: seed of the noise.
 
     Returns:
-      The report. `problem` names another prediction, sign, direction or time scale if the same
-      network denoises much better with it.
+      The report. `problem` names another prediction, sign, direction, time scale or scale of the
+      data if the same network denoises much better with it.
 
     Raises:
       ValueError: the network does not take the data, or predicts another shape.
@@ -91,23 +92,23 @@ def check_teacher(
     x0 = jnp.asarray(x0, jnp.float32)
     noise = jax.random.normal(key, x0.shape)
     condition = batch.get("condition")
-    error = _errors(teacher, params, x0, noise, condition)
-    variance = float(np.var(np.asarray(x0), axis=0).mean())
-    linear = [variance * t**2 / ((1 - t) ** 2 * variance + t**2) for t in _LEVELS]
+    error, linear = _errors(teacher, params, x0, noise, condition), _linear(x0)
     ratio = _ratio(error, linear)
     problem = None
     # Examples that are all the same leave nothing to compare with.
-    if variance and not ratio < _DOUBTFUL:
+    if any(linear) and not ratio < _DOUBTFUL:
 
-        def ratio_of(teacher):
-            return _ratio(_errors(teacher, params, x0, noise, condition), linear)
+        def ratio_of(teacher, x0):
+            return _ratio(_errors(teacher, params, x0, noise, condition), _linear(x0))
 
-        readings = dict(_readings(teacher))
-        found = {name: ratio_of(other) for name, other in readings.items()}
+        readings = {name: (other, x0) for name, other in _readings(teacher)}
+        readings |= {name: (teacher, other) for name, other in _other_data(x0)}
+        found = {name: ratio_of(*reading) for name, reading in readings.items()}
         reading = min(found, key=lambda name: found[name] if np.isfinite(found[name]) else np.inf)
-        zeros = dataclasses.replace(readings[reading], predict=lambda params, z, s, cond: 0 * z)
+        other, data = readings[reading]
+        zeros = dataclasses.replace(other, predict=lambda params, z, s, cond: 0 * z)
         better = found[reading] < _BETTER * ratio or not np.isfinite(ratio)
-        if better and found[reading] < _LEARNED * ratio_of(zeros):
+        if better and found[reading] < _LEARNED * ratio_of(zeros, data):
             problem = (
                 f"the teacher's error is {ratio:.3g} times the best linear estimate's; "
                 f"{reading} it would be {found[reading]:.3g} times that"
@@ -132,6 +133,21 @@ def _errors(teacher: Teacher, params, x0, noise, condition) -> list[float]:
         return jnp.mean(jnp.square(x - level * velocity - x0))
 
     return [float(error(params, x0, noise, condition, t)) for t in _LEVELS]
+
+
+def _linear(x0: jax.Array) -> list[float]:
+    """The mean squared error of the best linear estimate at each level."""
+    variance = float(np.var(np.asarray(x0), axis=0).mean())
+    return [variance * t**2 / ((1 - t) ** 2 * variance + t**2) for t in _LEVELS]
+
+
+def _other_data(x0: jax.Array) -> Iterator[tuple[str, jax.Array]]:
+    """The same data as the teacher may have been trained on them."""
+    yield "with 2 * x - 1 in place of the data x", 2 * x0 - 1
+    yield "with (x + 1) / 2 in place of the data x", (x0 + 1) / 2
+    yield "with x / 127.5 - 1 in place of the data x", x0 / 127.5 - 1
+    for factor in (1 / 8, 1 / 4, 1 / 2, 2, 4, 8):
+        yield f"with the data times about {factor:g}", factor * x0
 
 
 def _readings(teacher: Teacher) -> Iterator[tuple[str, Teacher]]:

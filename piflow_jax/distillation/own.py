@@ -152,7 +152,8 @@ def distill(
         if latest_step(checkpoint_dir(workdir, "student")) is None and has_states(source):
             report = check_teacher(teacher, params, source)
             if report.problem:
-                raise ConfigError(f"{report.problem}; describe the teacher as it is")
+                remedy = "describe the teacher as it is, with data as in its training"
+                raise ConfigError(f"{report.problem}; {remedy}")
         judge = open_judge(test, workdir, parsed.evaluation) if has_states(test) else None
         space = open_space(parsed, source, workdir, test_source=test)
         systems = dataclasses.replace(systems, space=space)

@@ -227,6 +227,16 @@ def _agreed(requested: str | None) -> str | None:
     return _SIGNALS[int(multihost_utils.process_allgather(asked).max())]
 
 
+def _not_finite(batch: Any) -> str:
+    """The names of a batch's arrays that are not finite on this process's devices."""
+    return ", ".join(
+        jax.tree_util.keystr(path, simple=True, separator="/")
+        for path, leaf in jax.tree_util.tree_leaves_with_path(batch)
+        if jnp.issubdtype(leaf.dtype, jnp.floating)
+        and not all(np.isfinite(part.data).all() for part in leaf.addressable_shards)
+    )
+
+
 def _first_state(
     stage: Stage, checkpointer: Checkpointer, abstract: TrainState, shardings
 ) -> tuple[TrainState, int, list[dict[str, Any]]]:
@@ -290,7 +300,7 @@ class _Loop:
                 self._report(*pending)
             end = step == stage.steps
             last = end or self._asked_to_leave(seen)
-            pending = (step, metrics)
+            pending = (step, metrics, batch)
             if best is not None and step % look_every == 0:
                 self._finite(*pending)
                 self._report(*pending, looked=self._look(step, state, best))
@@ -403,31 +413,36 @@ class _Loop:
         return {f"eval_{name}": value for name, value in look.figures.items()}
 
     def _report(
-        self, step: int, metrics: Mapping[str, jax.Array], looked: Mapping[str, float] | None = None
+        self,
+        step: int,
+        metrics: Mapping[str, jax.Array],
+        batch: Any,
+        looked: Mapping[str, float] | None = None,
     ) -> None:
-        values = self._finite(step, metrics)
+        values = self._finite(step, metrics, batch)
         if step % self.log_every and step != self.stage.steps and not looked:
             return
         values |= looked or {}
         values |= self.monitor.figures(step)
         self.writer.write(step, values)
 
-    def _finite(self, step: int, metrics: Mapping[str, jax.Array]) -> dict[str, float]:
-        """A step's metrics on the host, if its loss is finite."""
+    def _finite(self, step: int, metrics: Mapping[str, jax.Array], batch: Any) -> dict[str, float]:
+        """The metrics of a step with a batch, on the host, if its loss is finite."""
         values = {
             name: float(np.asarray(value)) for name, value in metrics.items() if name != _LEAVE
         }
         if not np.isfinite(values["loss"]):
             what = f"the loss of {self.stage.name} is {values['loss']} at step {step}"
-            raise self._diverged(what, step - 1)
+            raise self._diverged(what, step - 1, _not_finite(batch))
         return values
 
-    def _diverged(self, what: str, bad: int) -> NonFiniteLossError:
+    def _diverged(self, what: str, bad: int, data: str = "") -> NonFiniteLossError:
         """The error that says which checkpoint is good, and what to do.
 
         Args:
           what: what was seen.
           bad: the step whose parameters it was seen of.
+          data: the arrays of its batch that are to blame.
         """
         directory, saved = self.checkpointer.directory, self._last_saved
         with contextlib.suppress(CheckpointError):  # what is being saved counts too
@@ -435,9 +450,14 @@ class _Loop:
         good = f"the last good checkpoint is step {saved} in {directory}."
         if saved is None:
             good = f"there is no checkpoint yet in {directory}."
-        elif saved == bad:
+        elif saved == bad and not data:
             path = directory / str(saved)
             good = f"the checkpoint {path} gives it. Delete {falling_back(path)}."
+        if data:
+            return NonFiniteLossError(
+                f"{what}, because values of {data} in its batch are not finite; {good} Repair the "
+                "data, and run again."
+            )
         remedy = "Lower the learning rate or raise its warm-up, and run again"
         if tunable := ", ".join(f"config.{key}" for key in self.stage.tunable):
             remedy += f"; a run may go on with other {tunable}."

@@ -263,6 +263,19 @@ def test_non_finite_loss_names_step_and_checkpoint(tmp_path, poison, good):
         run_stage(make_stage(poison_at=poison), tmp_path, **OPTIONS)
 
 
+def test_data_that_are_not_finite_are_named(tmp_path):
+    class Damaged(Hooked):
+        def __next__(self):
+            batch = super().__next__()
+            return batch | {"x": np.where(self._count == 7, np.nan, batch["x"])}
+
+    stage = make_stage()
+    stage = dataclasses.replace(stage, data=Damaged(stage.data, lambda count: None))
+    says = r"nan at step 7, because values of x in .*; .* is step 4 in .*Repair the data"
+    with pytest.raises(NonFiniteLossError, match=says):
+        run_stage(stage, tmp_path, **OPTIONS)
+
+
 def test_non_finite_state_is_never_saved(place):
     with pytest.raises(NonFiniteLossError):
         run_stage(make_stage(poison_at=8), place, **OPTIONS)
