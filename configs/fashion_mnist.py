@@ -90,6 +90,9 @@ def get_config(variant: str = "gm") -> ml_collections.ConfigDict:
         config.train.corrector.population = 2048
     if variant == "gm_corrected":
         config.train.corrector.kind = "critic"
+        # A student that follows the corrector more than pi-ID needs a critic that keeps up with it.
+        config.train.corrector.scale = 4.0
+        config.train.corrector.critic_steps = 4
         config.train.corrector.optimizer.kind = "muon"
         config.train.corrector.optimizer.learning_rate = 1e-3
         config.train.corrector.optimizer.warmup_steps = 20

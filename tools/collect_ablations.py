@@ -28,12 +28,16 @@ CORRECTED = {
     "gm": "3,000 steps of pi-ID",
     "gm_3820": "3,820 steps of pi-ID",
     "gm_continued": "+ 600 steps of pi-ID",
-    "gm_corrected_policy": "+ 600 steps with the corrector, `policy`",
-    "gm_corrected": "+ 600 steps with the corrector, `critic`",
-    "gm_corrected_shift3": "the same with `corrector.shift = 3`",
-    "gm_corrected_1800": "+ 1,800 steps with the corrector, `critic`",
-    "gm_frechet": "+ 600 steps with the corrector, `frechet`",
-    "gm_corrected_frechet": "+ 600 steps with `critic`, then 600 with `frechet`",
+    "gm_corrected": "+ 600 with `critic`",
+    "gm_corrected_scale4_critic1": "+ 600 with `critic`, `critic_steps = 1`",
+    "gm_corrected_scale1_critic1": "+ 600 with `critic`, `critic_steps = 1`, `scale = 1`",
+    "gm_corrected_shift3": "+ 600 with `critic`, `critic_steps = 1`, `scale = 1`, `shift = 3`",
+    "gm_corrected_1800": "+ 1,800 with `critic`, `critic_steps = 1`, `scale = 1`",
+    "gm_corrected_policy": "+ 600 with `policy`, `scale = 1`",
+    "gm_frechet": "+ 600 with `frechet`",
+    "gm_corrected_frechet": (
+        "+ 600 with `critic`, `critic_steps = 1`, `scale = 1`, then 600 with `frechet`"
+    ),
     "gm_frechet_judge": "the same with `corrector.space = judge`",
     "gm_frechet_pixels": "the same with `corrector.space = pixels`",
 }

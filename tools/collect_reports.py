@@ -50,10 +50,12 @@ Some sections are not variants of a configuration, but a variant with other sett
 | `gm_teacher_euler` | `gm` with `--config.evaluation.teacher_solver=euler` |
 | `gm_3820` | `gm` with `--config.train.steps=3820` |
 | `gm_continued` | `gm_corrected` without the corrector |
-| `gm_corrected_policy` | `gm_corrected` with `--config.train.corrector.kind=policy` |
-| `gm_corrected_shift3` | `gm_corrected` with `--config.train.corrector.shift=3` |
-| `gm_corrected_1800` | `gm_corrected` with `--config.train.steps=1800` |
-| `gm_corrected_frechet` | `gm_frechet`, which continues the student of `gm_corrected` |
+| `gm_corrected_scale4_critic1` | `gm_corrected` with `--config.train.corrector.critic_steps=1` |
+| `gm_corrected_scale1_critic1` | the same with `--config.train.corrector.scale=1` too |
+| `gm_corrected_policy` | `gm_corrected_scale1_critic1` with `kind=policy` of the corrector |
+| `gm_corrected_shift3` | `gm_corrected_scale1_critic1` with `shift=3` of the corrector |
+| `gm_corrected_1800` | `gm_corrected_scale1_critic1` with `--config.train.steps=1800` |
+| `gm_corrected_frechet` | `gm_frechet`, continuing the student of `gm_corrected_scale1_critic1` |
 """
 COLUMNS = {
     "frechet": "Frechet",
