@@ -39,7 +39,8 @@ class TeacherReport:
       levels: noise levels `t`.
       error: mean squared error of `x_0 = x_t - t u` at each.
       linear: error of the best linear estimate per coordinate, at each level.
-      problem: the fault in the description, in a sentence; None if there is none.
+      problem: the fault in the description or in the scale of the data, in a sentence; None if
+        there is none.
     """
 
     levels: tuple[float, ...]
