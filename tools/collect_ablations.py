@@ -28,6 +28,7 @@ CORRECTED = {
     "gm": "3,000 steps of pi-ID",
     "gm_3820": "3,820 steps of pi-ID",
     "gm_continued": "+ 600 steps of pi-ID",
+    "gm_continued_1140": "+ 1,140 steps of pi-ID",
     "gm_corrected": "+ 600 with `critic`",
     "gm_corrected_scale4_critic1": "+ 600 with `critic`, `critic_steps = 1`",
     "gm_corrected_scale1_critic1": "+ 600 with `critic`, `critic_steps = 1`, `scale = 1`",

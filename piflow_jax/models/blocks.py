@@ -160,6 +160,8 @@ def stacked(
         in_axes=nn.broadcast,
         length=depth,
         unroll=unroll,
+        # The check traces the block a second time.
+        check_constancy_invariants=False,
         metadata_params={nn.PARTITION_NAME: "layers"},
     )
     return scanned(**settings)

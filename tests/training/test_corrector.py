@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -35,7 +36,7 @@ from tests.steps import step_of
 from tests.training.test_text_step import batch_of, system
 
 DATA = DataShape(name="digits", sample_size=8, channels=1, num_classes=10)
-SITES, BATCH = (4, 4, 1), 512
+SITES, BATCH = (2, 2, 1), 512
 
 
 class Student(Network):
@@ -297,11 +298,14 @@ def stage(kind="critic", space=None, **changes):
 
 def test_a_run_with_a_critic_continues_to_the_same_bits(tmp_path):
     options = {"log_every": 2, "checkpoint_every": 2, "keep_checkpoints": 2}
-    whole = run_stage(stage(train__steps=4), tmp_path / "whole", **options)
-    run_stage(stage(train__steps=2), tmp_path / "parts", **options)
-    parts = run_stage(stage(train__steps=4), tmp_path / "parts", **options)
+    made = stage(train__steps=4)
+    whole = run_stage(made, tmp_path / "whole", **options)
+    shutil.copytree(tmp_path / "whole", tmp_path / "parts")
+    shutil.rmtree(tmp_path / "parts/student/checkpoints/4")
+    (tmp_path / "parts/student/checkpoints.json").unlink()
+    parts = run_stage(made, tmp_path / "parts", **options)
     jax.tree.map(np.testing.assert_array_equal, whole, parts)
-    start = stage().init_arguments[1]
+    start = made.init_arguments[1]
     moved = jax.tree.map(lambda a, b: np.abs(np.asarray(a - b)).max(), parts.critic.params, start)
     assert max(jax.tree.leaves(moved)) > 1e-5  # the critic has learned
 
@@ -337,9 +341,9 @@ def test_the_critic_of_a_student_with_adapters_is_adapters_too(network):
     expected = jax.jit(teacher.apply)(params, *inputs)
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
     optimizer = make_optimizer(config.train.optimizer, config.train.steps)
-    step = jax.jit(step_of(config, data, optimizer, student, teacher, source.null))
-    state, metrics = step(state, params, jax.random.key(3), batch)
-    assert np.isfinite(list(map(float, metrics.values()))).all()
+    step = step_of(config, data, optimizer, student, teacher, source.null)
+    after, metrics = jax.eval_shape(step, state, params, jax.random.key(3), batch)
+    assert jax.tree.structure(after) == jax.tree.structure(state)
     assert {"corrector_loss", "critic_loss"} <= metrics.keys()
 
 

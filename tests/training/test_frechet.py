@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -198,9 +199,12 @@ def test_elsewhere_than_in_training_it_is_refused():
 
 def test_a_run_continues_to_the_same_bits_and_names_its_spaces(tmp_path):
     before = {"trained_in": ("a, sha256 0",)}
-    whole = run_stage(stage(tmp_path, train__steps=4, **before), tmp_path / "whole", **OPTIONS)
-    run_stage(stage(tmp_path, train__steps=2, **before), tmp_path / "parts", **OPTIONS)
-    parts = run_stage(stage(tmp_path, train__steps=4, **before), tmp_path / "parts", **OPTIONS)
+    made = stage(tmp_path, train__steps=4, **before)
+    whole = run_stage(made, tmp_path / "whole", **OPTIONS)
+    shutil.copytree(tmp_path / "whole", tmp_path / "parts")
+    shutil.rmtree(tmp_path / "parts/student/checkpoints/4")
+    (tmp_path / "parts/student/checkpoints.json").unlink()
+    parts = run_stage(made, tmp_path / "parts", **OPTIONS)
     jax.tree.map(np.testing.assert_array_equal, whole, parts)
     assert int(parts.moments.batches) == 4 and np.any(np.asarray(parts.moments.second))
     lines = (tmp_path / "whole/student/metrics.jsonl").read_text().splitlines()
