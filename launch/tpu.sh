@@ -141,8 +141,11 @@ pack() {
   run git -C "$root" archive --format=tar.gz "--output=$archive" HEAD
 }
 
+running="bash $code/launch/worker.sh state --dir=$notes 2>/dev/null | grep -q running"
+
+# Only where the program does not run: it may, although its worker could not be asked.
 install() {
-  local steps="set -e; rm -rf $code; mkdir $code; tar -xzf \"\$HOME/piflow_code.tar.gz\" -C $code"
+  local steps="! $running || exit 0; set -e; rm -rf $code; mkdir $code; tar -xzf \"\$HOME/piflow_code.tar.gz\" -C $code"
   # uv, because the images' own Python is older than 3.11.
   steps+="; [ -x $uv ] || python3 -m pip install --user --quiet uv"
   steps+="; [ -x $python ] || $uv venv --quiet --python 3.12 \"\$HOME/piflow_env\""
@@ -155,11 +158,11 @@ install() {
 # In the background and deaf to SIGHUP: the program must outlive the connection. Only where it does
 # not run yet, so that a start that missed some workers can be repeated.
 start() {
-  local program set="" unless="bash launch/worker.sh state --dir=$notes | grep -q running"
+  local program set=""
   ((${#variables[@]} == 0)) || set="env $(quoted "${variables[@]}") "
   program="nohup ${set}bash launch/worker.sh run --dir=$notes $python -m piflow_jax.main $(quoted "${job[@]}")"
   # All of the background is redirected, or ssh would wait for it.
-  workers "mkdir -p $notes && cd $code || exit; { $unless || $program; } >>$log 2>&1 </dev/null &"
+  workers "mkdir -p $notes && cd $code || exit; { $running || $program; } >>$log 2>&1 </dev/null &"
 }
 
 ask_workers() {

@@ -75,6 +75,16 @@ def test_relative_links_lead_somewhere(path):
 
 
 @pytest.mark.parametrize("path", PAGES, ids=page_id)
+def test_imported_names_exist(path):
+    """In blocks that are not run too."""
+    text = path.read_text(encoding="utf-8")
+    for line in re.findall(
+        r"^(?:from piflow_jax\S* |)import piflow_jax.*$|^from piflow_jax.*$", text, re.M
+    ):
+        execute(line, path, {})
+
+
+@pytest.mark.parametrize("path", PAGES, ids=page_id)
 def test_mentioned_keys_exist(path):
     text = path.read_text(encoding="utf-8")
     names = set(re.findall(r"(?<![\w./])(?:--)?config\.([a-z_]\w*(?:\.[a-z_]\w*)*)", text))

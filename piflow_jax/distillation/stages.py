@@ -23,6 +23,8 @@ from piflow_jax.runs.metrics import OnMetrics
 from piflow_jax.runs.run_lock import RunLock
 from piflow_jax.runs.workdir import check_writable, user_path
 from piflow_jax.systems.assembly import Systems
+from piflow_jax.systems.correctors import corrector_kind
+from piflow_jax.systems.sampling import measured_with
 from piflow_jax.systems.shardings import student_shardings
 from piflow_jax.systems.spaces import Space, spaces_with
 from piflow_jax.systems.spec import (
@@ -112,9 +114,9 @@ def _tunable(stage: str) -> tuple[str, ...]:
     return tuple(f"{stage}.optimizer.{key}" for key in _TUNABLE)
 
 
-def _extensible(stage: str, decay: str) -> tuple[str, ...]:
-    """Settings that may change: the number of steps too, unless the learning rate depends on it."""
-    return _COMPUTED_BY + ((f"{stage}.steps",) if decay == "constant" else ())
+def _extensible(stage: str, *decays: str) -> tuple[str, ...]:
+    """Settings that may change: the number of steps too, unless a learning rate depends on it."""
+    return _COMPUTED_BY + ((f"{stage}.steps",) if {*decays} == {"constant"} else ())
 
 
 def teacher_stage(
@@ -225,7 +227,10 @@ def student_stage(
     if not corrected:  # older runs do not have its keys
         flat = {key: value for key, value in flat.items() if not key.startswith(_CORRECTOR)}
     made_by = tuple(key for key in flat if key.startswith(_TEACHER_MADE_BY))
-    extensible = _extensible("train", settings.optimizer.decay)
+    decays = [settings.optimizer.decay]
+    if corrected and "optimizer" not in corrector_kind(config).lacks:
+        decays.append(settings.corrector.optimizer.decay)
+    extensible = _extensible("train", *decays)
     # Each microbatch has its own key for the dropout of adapters.
     if not student.drops:
         extensible += ("train.microbatches",)
@@ -258,6 +263,7 @@ def student_stage(
         init_arguments=(initial, teacher_params) if corrected else (initial,),
         shardings=lambda state: student_shardings(config, mesh, state, student),
         look=look and look_at,
+        measured=measured_with(config),
     )
 
 

@@ -102,8 +102,8 @@ def protocol(
     """What figures of a system depend on, `student` or `teacher`."""
     record, settings = sampling_record(config), config.evaluation
     how = {key: record[key] for key in ("nfe", "substeps", "solver", "temperature")}
-    # The teacher's guidance is distilled into the student.
-    how["guidance"] = settings.guidance or 1.0
+    # Without a range, the teacher's guidance is distilled into the student, which takes none.
+    how["guidance"] = sampling_guidance(config) if config.teacher.guidance_range else 1.0
     if system == "teacher":
         steps, solver = settings.teacher_steps[-1], settings.teacher_solver
         how |= {"nfe": steps * TEACHER_SOLVERS[solver].evaluations, "substeps": steps}

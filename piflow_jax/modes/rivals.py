@@ -118,6 +118,11 @@ def compare_rivals(config: Config, workdir: str | os.PathLike) -> dict[str, Any]
             "config.teacher.guidance_range must be empty with --mode=rivals, whose methods have "
             "one guidance scale"
         )
+    if config.train.nfe_choices:
+        raise ConfigError(
+            "config.train.nfe_choices must be empty with --mode=rivals, whose methods are students "
+            "of one number of evaluations each, such as gm and gm_2nfe"
+        )
     if config.train.microbatches != 1:
         raise ConfigError("config.train.microbatches must be 1 with --mode=rivals")
     if config.train.initial:

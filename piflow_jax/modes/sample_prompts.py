@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -120,16 +120,16 @@ def sample_prompts(config: Config, workdir: str | os.PathLike) -> list[epath.Pat
     source = load_prompts_source(where, verify=False)
     if config.data.prompts:
         wanted = listed_prompts(config)
-        indices = find_prompts(source, wanted, config.data.image_size, where)
+        chosen = dict(enumerate(find_prompts(source, wanted, config.data.image_size, where)))
     else:
-        # By place in the list that the set was made of, not by bucket.
-        indices = sorted(range(len(source)), key=lambda index: int(source[index]["index"]))
+        # The set lacks the places of prompts that were left out when it was made.
+        chosen = {int(source[index]["index"]): index for index in range(len(source))}
     data = DataShape.of(config.data.name, source)
     autoencoder = load_autoencoder(config, data) if config.data.vae else None
     systems = Systems.of(config, data, source.null)
-    Sizes(systems, source).check_sampling(len(indices))
+    Sizes(systems, source).check_sampling(len(chosen))
     directory = user_path(workdir) / _FOLDERS[config.evaluation.system]
-    say_header(systems, workdir, f"{len(indices)} pictures in {directory.name}/")
+    say_header(systems, workdir, f"{len(chosen)} pictures in {directory.name}/")
     mesh = config_mesh(config, groups=("evaluation",))
     params = load_system(config, data, workdir, mesh)
     sampler = jax.jit(_sampler(config, data, mesh, source.null), out_shardings=batch_sharding(mesh))
@@ -139,9 +139,9 @@ def sample_prompts(config: Config, workdir: str | os.PathLike) -> list[epath.Pat
     directory.mkdir(parents=True, exist_ok=True)
     suffix = ".png" if decode is not None or data.channels in (1, 3) else ".npy"
     paths = []
-    with Progress("pictures", len(indices)) as progress:
+    with Progress("pictures", len(chosen)) as progress:
         progress.compiling()
-        for places, batch in _batches(config, source, indices, mesh):
+        for places, batch in _batches(config, source, chosen, mesh):
             here = jax.device_put((np.asarray(places, np.uint32), batch), batch_sharding(mesh))
             with jax.set_mesh(mesh):  # kernels split their batch over it
                 latents = sampler(params, *here)
@@ -151,9 +151,9 @@ def sample_prompts(config: Config, workdir: str | os.PathLike) -> list[epath.Pat
             files = {p: directory / f"{p:05d}-{config.evaluation.seed}{suffix}" for p in made}
             mine = list(made)[jax.process_index() :: jax.process_count()]
             for place, image in zip(mine, _pictures(decode, [made[p] for p in mine]), strict=True):
-                prompt = source.prompts[indices[place]]
+                prompt = source.prompts[chosen[place]]
                 made_by = _settings(config, data, place)
-                names = source.reference_names(indices[place])
+                names = source.reference_names(chosen[place])
                 made_by |= {"references": names} if names else {}
                 _write(files[place], image, prompt, made_by)
             paths += files.values()
@@ -174,11 +174,14 @@ def _sampler(config: Config, data: DataShape, mesh: jax.sharding.Mesh, null: dic
 
 
 def _batches(
-    config: Config, source: PromptsSource, indices: Sequence[int], mesh: jax.sharding.Mesh
+    config: Config, source: PromptsSource, chosen: Mapping[int, int], mesh: jax.sharding.Mesh
 ) -> Iterator[tuple[list[int], dict[str, np.ndarray]]]:
-    """Places in the list and their examples, of one shape each; the last place fills a batch."""
+    """Places in the list and their examples, of one shape each; the last place fills a batch.
+
+    `chosen` has the index in the set by place.
+    """
     by_bucket: dict[int, list[int]] = {}
-    for place, index in enumerate(indices):
+    for place, index in sorted(chosen.items()):
         by_bucket.setdefault(source.bucket(index), []).append(place)
     parts = mesh.shape["data"] * mesh.shape["fsdp"]
     for places in by_bucket.values():
@@ -186,7 +189,7 @@ def _batches(
         for start in range(0, len(places), most):
             part = places[start : start + most]
             part += part[-1:] * (most - len(part))
-            examples = [source[indices[place]] for place in part]
+            examples = [source[chosen[place]] for place in part]
             # Of the states the shape alone matters.
             examples = [e | {"x": np.zeros((*e["x"].shape[:-1], 0), np.float32)} for e in examples]
             yield part, stacked(examples)
@@ -223,6 +226,8 @@ def _settings(config: Config, data: DataShape, place: int) -> dict[str, Any]:
                 "evaluation.teacher_steps": settings.teacher_steps[-1],
                 **{f"evaluation.{key}": value for key, value in teacher_record(config).items()},
                 "teacher.guidance_scale": teacher.guidance_scale,
+                "teacher.guidance_interval": [*teacher.guidance_interval],
+                "teacher.orthogonal_guidance": teacher.orthogonal_guidance,
                 "train.shift": record["shift"],
             }
         )

@@ -142,17 +142,23 @@ def _check_evaluation(
     config: Config, source: Source, data: DataShape, workdir: str | os.PathLike
 ) -> None:
     """Opens what looks and the evaluation will need, before days are spent on training."""
-    settings = config.evaluation
+    settings, steps = config.evaluation, config.train.steps
+    measured = not dataset(config).latents or settings.features or settings.reference
     if settings.every:
         grid_rows(config, source, data)
-    elif settings.checkpoint == "best" and not epath.Path(student_dir(config, workdir)).exists():
-        raise ConfigError(
-            "config.evaluation.checkpoint = 'best' needs looks at the student while it trains; set "
-            "config.evaluation.every"
-        )
+    if settings.checkpoint == "best" and not epath.Path(student_dir(config, workdir)).exists():
+        if not 0 < settings.every <= steps:
+            raise ConfigError(
+                "config.evaluation.checkpoint = 'best' needs looks at the student while it trains; "
+                f"set config.evaluation.every to at most config.train.steps = {steps:,}"
+            )
+        if not measured:
+            raise ConfigError(
+                "config.evaluation.checkpoint = 'best' needs looks with figures; set "
+                "config.evaluation.features and config.evaluation.reference"
+            )
     if not dataset(config).latents:
         return
-    measured = settings.features or settings.reference
     if config.data.vae or measured or settings.every:
         load_autoencoder(config, data)
     if measured:

@@ -4,7 +4,8 @@ import contextlib
 import json
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import numpy as np
@@ -24,18 +25,20 @@ class BestCheckpoint(contextlib.AbstractContextManager):
 
     Args:
       directory: where the checkpoints go.
+      measured: settings that distances depend on, and that a continued run may change.
 
     Attributes:
       checkpointer: what saves them.
 
     Raises:
-      CheckpointError: `best.json` is damaged, or checkpoints cannot be written.
+      CheckpointError: `best.json` is damaged, its distance was measured with other settings, or
+        checkpoints cannot be written.
     """
 
-    def __init__(self, directory: str | os.PathLike):
+    def __init__(self, directory: str | os.PathLike, measured: Mapping[str, Any]):
         self.checkpointer = Checkpointer(directory, keep=1, rewind=True)
         self._record = user_path(directory).parent / "best.json"
-        self._distance = float("inf")
+        self._distance, self._measured = float("inf"), json.loads(json.dumps(dict(measured)))
         # A run may be killed after it removes a best checkpoint and before it saves a better one.
         # The record is then alone and does not count.
         if self.checkpointer.latest_step() is not None and self._record.exists():
@@ -44,10 +47,22 @@ class BestCheckpoint(contextlib.AbstractContextManager):
                 self._distance = float(record["distance"])
                 if math.isnan(self._distance):  # nothing would be better than it
                     raise ValueError("its distance is nan")
+                before = dict(record.get("measured", {}))  # older records have none
             except (OSError, RecursionError, ValueError, KeyError, TypeError) as error:
                 raise CheckpointError(
                     f"{self._record} is damaged ({error!r}); remove it to start the comparison anew"
                 ) from error
+            self._check(before)
+
+    def _check(self, before: Mapping[str, Any]) -> None:
+        for key, value in self._measured.items():
+            if before.get(key, value) != value:
+                raise CheckpointError(
+                    f"{self._record} has a distance that was measured with {key} = "
+                    f"{before[key]!r}, which is {value!r} now, so later ones cannot be compared "
+                    f"with it. Set it back, or move {self._record.parent} away to start the "
+                    "comparison anew"
+                )
 
     def __exit__(self, kind, value, traceback) -> None:
         """Closes."""
@@ -76,7 +91,8 @@ class BestCheckpoint(contextlib.AbstractContextManager):
 
         def then():
             if jax.process_index() == 0:
-                write_json(self._record, {"step": step, "distance": distance})
+                record = {"step": step, "distance": distance, "measured": self._measured}
+                write_json(self._record, record)
 
         save(self.checkpointer, then)
         self._distance = distance

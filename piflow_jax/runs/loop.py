@@ -96,6 +96,7 @@ class Stage:
       shardings: where a state lies, `state -> shardings`; by default all of it on every device.
       look: looks at averaged parameters and at what is carried besides them, with one copy of both
         on this process's devices.
+      measured: settings that the distances of looks depend on, and that a resumed run may change.
     """
 
     name: str
@@ -114,6 +115,7 @@ class Stage:
     init_arguments: tuple[Any, ...] = ()
     shardings: Callable[[TrainState], Any] | None = None
     look: Callable[[Any, Any], Look] | None = None
+    measured: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def checkpoint_dir(workdir: str | os.PathLike, stage: str) -> epath.Path:
@@ -189,7 +191,8 @@ def run_stage(
             )
             looks = contextlib.nullcontext()
             if stage.look is not None and look_every:
-                looks = BestCheckpoint(checkpoint_dir(workdir, f"{stage.name}/best"))
+                best = checkpoint_dir(workdir, f"{stage.name}/best")
+                looks = BestCheckpoint(best, stage.measured)
                 checkpointers.append(looks.checkpointer)
             writer = MetricWriter(
                 workdir,

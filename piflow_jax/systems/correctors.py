@@ -10,6 +10,7 @@ from piflow_jax.config import Config, ConfigError, CorrectorConfig
 from piflow_jax.systems.datasets import dataset
 
 _OF_FEATURES = frozenset({"space", "population"})
+_OF_CRITIC = frozenset({"critic_steps", "optimizer"})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,10 +30,9 @@ class CorrectorKind:
 
 CORRECTOR_KINDS: dict[str, CorrectorKind] = {
     "critic": CorrectorKind(),
-    "policy": CorrectorKind(one_policy=True),
+    "policy": CorrectorKind(one_policy=True, lacks=_OF_FEATURES | _OF_CRITIC),
     "frechet": CorrectorKind(
-        of_data=True,
-        lacks=frozenset({"levels", "shift", "guidance_interval", "critic_steps", "optimizer"}),
+        of_data=True, lacks=_OF_CRITIC | {"levels", "shift", "guidance_interval"}
     ),
 }
 

@@ -36,6 +36,11 @@ from piflow_jax.systems.shapes import DataShape
 ROUNDING: Rounding = "ceil"
 """Rounding of a student's substeps, as in the pi-Flow release."""
 
+# What the figures of a look depend on, of the settings that a continued run may change.
+_MEASURED_WITH = (
+    *("every_samples", "seed", "nfe", "substeps", "solver", "temperature", "guidance"),
+    *("features", "reference"),
+)
 # Most conditions to cycle through for data without classes.
 _MOST_CONDITIONS = 1000
 # Most noise levels of a sampler in a message.
@@ -312,6 +317,11 @@ def sampling_record(config: Config) -> dict[str, Any]:
         "temperature": settings.temperature,
         "dtype": config.model.dtype,
     } | ({"guidance": settings.guidance} if settings.guidance else {})
+
+
+def measured_with(config: Config) -> dict[str, Any]:
+    """What the distances of looks depend on, by key; a continued run may have changed it."""
+    return {f"config.evaluation.{key}": getattr(config.evaluation, key) for key in _MEASURED_WITH}
 
 
 def conditions_in_turn(source: Source, data: DataShape) -> tuple[Condition, np.ndarray]:

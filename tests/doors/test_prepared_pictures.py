@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from piflow_jax.config import base_config
+from piflow_jax.config import base_config, parse
 from piflow_jax.convert import to_torch_state, write_safetensors
 from piflow_jax.data.latents import load_latents_source
 from piflow_jax.data.prompts import load_prompts_source
 from piflow_jax.models.vae import AutoencoderKL
-from piflow_jax.modes import run
+from piflow_jax.modes import run, sample_prompts
 from piflow_jax.modes.autoencoder import Autoencoder, pixel_sampler, tree_digest
 from piflow_jax.modes.prepare import prepare
 from piflow_jax.systems.networks import NETWORKS
@@ -331,7 +331,9 @@ def test_what_has_no_images_is_named(tmp_path, weights, case, capfd):
     assert message in said and str(tmp_path) in said and "Traceback" not in said
 
 
-def test_a_broken_picture_of_a_prompt_is_named_and_can_be_left_out(tmp_path, weights, capfd):
+def test_a_broken_picture_of_a_prompt_is_named_and_can_be_left_out(
+    tmp_path, weights, capfd, monkeypatch
+):
     vae = autoencoder(weights)
     entries = [
         {"prompt": "a", "image": "0.png"},
@@ -353,6 +355,19 @@ def test_a_broken_picture_of_a_prompt_is_named_and_can_be_left_out(tmp_path, wei
     assert [int(source[i]["index"]) for i in range(2)] == [0, 2] and source.bucket_sizes == (2,)
     assert source.null["text_length"] == 1
     assert not np.array_equal(source[0]["x"], source[1]["x"])
+
+    # Pictures have their places in the list, as noise and texts do that they are compared with.
+    def sampler(config, data, mesh, null):
+        return lambda params, places, batch: jnp.broadcast_to(
+            places[:, None, None, None].astype(jnp.float32), (len(places), 8, 8, data.channels)
+        )
+
+    monkeypatch.setattr(sample_prompts, "load_system", lambda *_: {})
+    monkeypatch.setattr(sample_prompts, "_sampler", sampler)
+    config.data.prompts = config.data.vae = ""
+    files = sample_prompts.sample_prompts(parse(config), tmp_path / "run")
+    assert [path.name for path in files] == ["00000-0.npy", "00002-0.npy"]
+    assert [np.load(path).max() for path in files] == [0, 2]
 
 
 TAGS = Image.Exif()

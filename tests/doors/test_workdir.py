@@ -232,7 +232,7 @@ def test_the_home_directory_is_the_same_for_all_of_a_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with RunLock("~/run"):
         run_stage(make_stage(4), "~/run", **OPTIONS)
-        with BestCheckpoint("~/run/toy/best/checkpoints"):
+        with BestCheckpoint("~/run/toy/best/checkpoints", {}):
             pass
     assert sorted(os.listdir(tmp_path)) == ["home"]
     assert sorted(os.listdir(tmp_path / "home" / "run")) == ["run.lock", "toy"]

@@ -107,6 +107,7 @@ elif verb == "scp":
     for home in homes:
         shutil.copy(source, home / target.partition(":")[2])
 elif verb == "ssh":
+    refuse()
     if (fake / "vm").read_text().strip() != "READY":
         sys.exit("ERROR: cannot connect")
     chosen = homes if option["worker"] == "all" else [homes[int(option["worker"])]]

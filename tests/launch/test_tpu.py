@@ -245,6 +245,25 @@ os.execvp(sys.argv[1], sys.argv[1:])
 """
 
 
+def test_tpu_keeps_the_code_of_a_program_whose_worker_could_not_be_asked(fake):
+    behave(fake, "wait", "finish")
+    words = ["bash", str(fake / "checkout/launch/tpu.sh"), "run", "pod", *TPU, "--", *JOB]
+    streams = {"stdin": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(words, env=environment(fake), **streams) as first:
+        until(lambda: len(starts(fake)) == 2)
+        first.kill()
+    mark = fake / "worker1/piflow_code/mark"
+    mark.touch()
+    asked = len(calls(fake, "ssh"))
+    (fake / "refuse.ssh").write_text("1")
+    with subprocess.Popen(words, env=environment(fake), **streams) as again:
+        until(lambda: len(calls(fake, "ssh")) >= asked + 4)  # state, installation, start, log
+        assert launch("tpu.sh", "stop", "pod", "--zone=z", fake=fake).returncode == 0
+        assert again.wait(90) == 0
+    assert mark.exists() and len(starts(fake)) == 2
+    until(lambda: not processes(fake))
+
+
 def test_tpu_is_watched_again_and_stopped(fake):
     behave(fake, "wait", "finish")
     words = [sys.executable, "-c", INTERRUPTED, "bash", str(fake / "checkout/launch/tpu.sh")]

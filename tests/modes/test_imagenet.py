@@ -147,6 +147,13 @@ def test_figures_are_said_to_be_of_the_sampler_that_made_them():
     named = types.SimpleNamespace(identity="vae", digest="ab", path=Path("reference.npz"))
     found = adm.protocol(parse(config), DATA, named, named, named, 10)
     assert (found.nfe, found.solver, found.temperature) == (3, "multistep", 0.5)
+    # A student of one scale takes none; one of a range has the teacher's by default.
+    config.teacher.guidance_scale = 3.2
+    scales = []
+    for bounds, asked in (((), 0.0), ((1.0, 4.0), 0.0), ((1.0, 4.0), 2.0)):
+        config.teacher.guidance_range, config.evaluation.guidance = bounds, asked
+        scales.append(adm.protocol(parse(config), DATA, named, named, named, 10).guidance)
+    assert scales == [1.0, 3.2, 2.0]
 
 
 @pytest.mark.slow

@@ -329,6 +329,31 @@ def test_a_continued_run_remembers_its_best(place):
         run_stage(make_look_again(), place, look_every=4, **OPTIONS)
 
 
+def test_distances_of_other_settings_are_not_compared(place):
+    """By fewer samples, for one, the distance of the same student is larger."""
+    few, many = ({"config.evaluation.every_samples": count} for count in (20, 1000))
+
+    def look_at(steps, distance, measured):
+        stage = make_stage(steps=steps)
+        stage = dataclasses.replace(stage, look=look_with([distance]), measured=measured)
+        return run_stage(stage, place, look_every=4, **OPTIONS)
+
+    look_at(4, 3.0, few)
+    words = (
+        r"best\.json has a distance .* with config\.evaluation\.every_samples = 20, which is 1000"
+    )
+    with pytest.raises(CheckpointError, match=words):
+        look_at(8, 2.0, many)
+    assert names(checkpoint_dir(place, "toy/best")) == ["4"]
+    look_at(8, 2.5, few)
+    assert names(checkpoint_dir(place, "toy/best")) == ["8"]
+    # Older records do not say with what they were measured.
+    record = place / "toy" / "best" / "best.json"
+    record.write_text(json.dumps({"step": 8, "distance": 2.5}))
+    look_at(12, 2.0, many)
+    assert json.loads(record.read_text()) == {"step": 12, "distance": 2.0, "measured": many}
+
+
 def killed_after_the_look_at_step_6(workdir):
     """A run whose last checkpoint is of step 4, and whose best one of step 6."""
 
@@ -366,7 +391,7 @@ def test_a_better_one_at_a_step_that_is_passed_again_is_kept(tmp_path, distances
     expected = old["params"]["w"] if kept else look.seen[step - 5]
     np.testing.assert_array_equal(best, expected)
     record = json.loads((folder.parent / "best.json").read_text())
-    assert record == {"step": step, "distance": 3.0 if kept else 2.0}
+    assert record == {"step": step, "distance": 3.0 if kept else 2.0, "measured": {}}
     # The latest ones are untouched.
     assert names(checkpoint_dir(tmp_path, "toy")) == ["4", "8"]
 

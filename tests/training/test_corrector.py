@@ -310,6 +310,15 @@ def test_a_run_with_a_critic_continues_to_the_same_bits(tmp_path):
     assert max(jax.tree.leaves(moved)) > 1e-5  # the critic has learned
 
 
+@pytest.mark.parametrize(
+    ("kind", "decay", "longer"),
+    [("critic", "constant", True), ("critic", "cosine", False), ("policy", "constant", True)],
+)
+def test_a_run_is_prolonged_only_if_no_learning_rate_depends_on_its_steps(kind, decay, longer):
+    made = stage(kind, train__corrector__optimizer__decay=decay)
+    assert ("train.steps" in made.extensible) == longer
+
+
 def test_microbatches_change_nothing_but_the_last_digits():
     found = []
     for count in (1, 2):
