@@ -135,7 +135,7 @@ def load_exported(path: str | os.PathLike) -> ExportedStudent:
       ValueError: it is another file, damaged, or was exported for other platforms or by a JAX whose
         programs this one does not read.
     """
-    path = epath.Path(path)
+    path = epath.Path(path).expanduser()
     arrays, metadata = open_safetensors(path)
     if DESCRIPTION not in metadata or _PROGRAM not in arrays:
         raise ValueError(f"{path} is no file of Student.export; piflow_jax.load reads weight files")

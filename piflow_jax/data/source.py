@@ -33,10 +33,10 @@ _DATA = (
 class Source(Protocol):
     """A finite data set with random access.
 
-    An example is a mapping with `x`, what networks see, and `condition`: a label `int32[]`, arrays
-    in any structure, or absent where samples have no condition. Keys and shapes are the same in
-    all examples; or they are the same within buckets that follow each other, and `bucket_sizes` has
-    their numbers of examples.
+    An example is a mapping with `x`, what networks see, and `condition`: a label `int32[]`, an
+    array, a mapping of arrays, or absent where samples have no condition. Keys and shapes are the
+    same in all examples; or they are the same within buckets that follow each other, and
+    `bucket_sizes` has their numbers of examples.
 
     Beyond `name` and `shape` these attributes are optional: `num_classes`, so that label
     `num_classes` stands for no condition; `draw(key, x) -> states[B, *sites, C]`, where `x` is not

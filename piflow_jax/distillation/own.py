@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 from ml_collections import ConfigDict
 
 from piflow_jax.config import Config, ConfigError, base_config, parse
@@ -26,6 +27,7 @@ from piflow_jax.distillation.bench import Bench, compare, draw, judged
 from piflow_jax.distillation.looks import look_by
 from piflow_jax.distillation.sizes import Sizes
 from piflow_jax.distillation.stages import (
+    DESCRIPTION,
     flat_settings,
     locked,
     run_here,
@@ -48,7 +50,7 @@ from piflow_jax.student import Student
 from piflow_jax.systems.assembly import Systems
 from piflow_jax.systems.conditioning import described
 from piflow_jax.systems.judges import Judge, independent, open_judge
-from piflow_jax.systems.own import OwnNetwork, own_network, params_of
+from piflow_jax.systems.own import OwnNetwork, own_network
 from piflow_jax.systems.settings import check_choices
 from piflow_jax.systems.shapes import DataShape
 from piflow_jax.systems.spaces import open_space, spaces_with
@@ -142,10 +144,16 @@ def distill(
     parsed, systems, first = _student_systems(parsed, source, teacher, network, initial_params)
     params = jax.tree.map(_as_array, teacher_params)
     if first is not None and not isinstance(initial_params, Student):
-        same = tree_fingerprint(first) == tree_fingerprint(params_of(params))
-        if same and not teacher.is_plain:
-            student = dataclasses.replace(systems.student_network, asked=teacher.as_asked())
-            systems = dataclasses.replace(systems, student_network=student)
+        student = systems.student_network
+        if _same(first, student.parameters_of(params)):
+            if not teacher.is_plain:
+                student = dataclasses.replace(student, asked=teacher.as_asked())
+                systems = dataclasses.replace(systems, student_network=student)
+        elif not teacher.is_plain:
+            logging.warning(
+                "initial_params are not teacher_params, so the student takes (x, t) and predicts "
+                "velocities, unlike the teacher; its first policy is not the teacher's"
+            )
     systems.student_network.check_start(first)
     mesh = config_mesh(parsed)
     with locked(workdir, "student", "student/best") as workdir:
@@ -169,7 +177,7 @@ def distill(
             look=_look(systems, test, judge, spaces) if parsed.evaluation.every else None,
             start=functools.partial(_start, network),
             initial=None if first is None else _placed(first, mesh, split=False),
-            identity=_identity(network, source),
+            identity=_identity(network, source) | _description(teacher),
             trained_in=before,
         )
         state = run_here(stage, parsed, workdir, mesh, on_metrics)
@@ -349,16 +357,16 @@ def _student_systems(
     )
     config = dataclasses.replace(_named(config, network), teacher=guidance)
     check_choices(config)
-    asked = None
+    student = own_network("the network", network, data, config.policy)
     if isinstance(initial, Student):
         if not isinstance(initial.network, OwnNetwork):
             raise ConfigError(
                 "initial_params is a student of this package's networks, not of yours"
             )
-        asked, first = initial.network.asked, initial.network.trained(initial.params)
+        student = dataclasses.replace(student, asked=initial.network.asked)
+        first = initial.network.trained(initial.params)
     else:
-        first = None if initial is None else jax.tree.map(_as_array, params_of(initial))
-    student = own_network("the network", network, data, config.policy, asked)
+        first = None if initial is None else jax.tree.map(_as_array, student.parameters_of(initial))
     systems = Systems(config=config, data=data, teacher=teacher, student_network=student)
     return config, systems, first
 
@@ -391,10 +399,41 @@ def _start(network: OwnNetwork, key: jax.Array, initial: Any) -> Any:
     return network.trained(network.init(key)) if initial is None else network.start_at(key, initial)
 
 
+def _same(first: Any, params: Any) -> bool:
+    """Whether two trees have the same paths and values, in any dtypes that have them."""
+    if jax.tree.structure(first) != jax.tree.structure(params):
+        return False
+    common = jax.tree.map(jnp.promote_types, *(_dtypes(tree) for tree in (first, params)))
+    one, two = (jax.tree.map(lambda a, d: a.astype(d), t, common) for t in (first, params))
+    return tree_fingerprint(one) == tree_fingerprint(two)
+
+
+def _dtypes(tree: Any) -> Any:
+    return jax.tree.map(lambda leaf: leaf.dtype, tree)
+
+
 def _identity(network: OwnNetwork, source: Source) -> dict[str, Any]:
     """Values that a continued run must find unchanged, in addition to its checkpoint's tree."""
-    asked = hashlib.sha256(json.dumps(network.spec, sort_keys=True).encode()).hexdigest()
-    return {"source": f"digest {source_digest(source)}", "asked": f"digest {asked}"}
+    return {
+        "source": f"digest {source_digest(source)}",
+        "asked": f"digest {_digest(network.spec)}",
+    }
+
+
+def _description(teacher: Teacher) -> dict[str, Any]:
+    """The same of a teacher, apart from its parameters and its guidance."""
+    schedule, null = teacher.schedule, teacher.null_cond
+    if not callable(null):
+        null = tree_fingerprint(jax.tree.map(np.asarray, null))
+    description = [
+        *(teacher.prediction, schedule.made_by, schedule.time_scale, schedule.levels),
+        None if callable(null) else null,
+    ]
+    return {DESCRIPTION: f"digest {_digest(description)}"}
+
+
+def _digest(values: Any) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def _look(systems: Systems, test: Source, judge: Judge | None, spaces: tuple[str, ...]):

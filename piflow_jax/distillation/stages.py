@@ -96,6 +96,8 @@ def flat_settings(groups: dict[str, Any]) -> dict[str, Any]:
 _COMPUTED_BY = ("model.remat", "model.attention", "model.scan_unroll")
 # The identity of a teacher's parameters in a student's run, and the settings that made them.
 _TEACHER = "teacher.parameters"
+# Of a caller's own teacher; checkpoints of older runs do not have it.
+DESCRIPTION = "teacher.description"
 _TEACHER_MADE_BY = tuple(
     f"teacher.{key}"
     for key in (
@@ -257,7 +259,7 @@ def student_stage(
         | dict(identity or {}),
         extensible=extensible,
         tunable=_tunable("train"),
-        identified={_TEACHER: made_by},
+        identified={_TEACHER: made_by, DESCRIPTION: ()},
         updated=updated_settings,
         spec=student_spec(config, systems.data) | student.spec,
         init_arguments=(initial, teacher_params) if corrected else (initial,),

@@ -81,7 +81,9 @@ def _compiled(lowered: jax.stages.Lowered, sharding: jax.sharding.Sharding | Non
     """
     devices = None if sharding is None else tuple(d.id for d in sharding.device_set)
     text = lowered.as_text().encode()
-    kept = _program((hashlib.sha256(text).digest(), devices, jax.config.jax_default_device))
+    # The text does not name the arguments.
+    key = (hashlib.sha256(text).digest(), lowered.in_tree, devices, jax.config.jax_default_device)
+    kept = _program(key)
     if not kept:
         kept.append(lowered.compile())
     return kept[0]

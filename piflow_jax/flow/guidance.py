@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from piflow_jax.arguments import check_between, check_shape, known
 from piflow_jax.flow.policies.base import per_sample
@@ -29,7 +30,8 @@ def null_conditions(cond: Any, null: Null) -> Any:
       Arrays like `cond`.
 
     Raises:
-      ValueError: `null` is not of the structure and shapes of `cond`.
+      ValueError: `null` is not of the structure and shapes of `cond`, or the dtype of `cond` does
+        not have a known value of it.
     """
     return null(cond) if callable(null) else nothing_of(cond, null)
 
@@ -41,12 +43,25 @@ def nothing_of(cond: Any, null: Any) -> Any:
         return jnp.broadcast_to(null, given.shape).astype(jnp.asarray(given).dtype)
 
     try:
-        return jax.tree.map(nothing, cond, null)
+        found = jax.tree.map(nothing, cond, null)
     except ValueError as error:
         raise ValueError(
             "null_cond must be the condition of one example: of the structure of cond, and of "
             "its shapes without B"
         ) from error
+    jax.tree.map(_check_null, cond, null)
+    return found
+
+
+def _check_null(given: Any, null: Any) -> None:
+    values, dtype = known(null), jnp.asarray(given).dtype
+    if values is None or jnp.issubdtype(dtype, jnp.floating):
+        return
+    if not np.array_equal(np.asarray(values).astype(dtype), values):
+        raise ValueError(
+            f"null_cond is {values.tolist()}, which conditions of dtype {dtype} do not have: give "
+            "them in a dtype that has both"
+        )
 
 
 def check_guidance(

@@ -41,7 +41,7 @@ class Schedule:
         to them.
       ours: True for the straight path with data at 0. Its states and times need no conversion.
       made_by: the method that made it and the arguments by name, which identify it in a checkpoint;
-        None for a schedule made from your own functions.
+        None for a schedule of your own functions, or changed by `dataclasses.replace`.
     """
 
     signal: Callable[[jax.Array], jax.Array]
@@ -50,7 +50,14 @@ class Schedule:
     time_scale: float = 1.0
     levels: tuple[float, float] = (0.0, 1.0)
     ours: bool = False
-    made_by: tuple[str, tuple[tuple[str, Any], ...]] | None = None
+    # No argument: what `dataclasses.replace` makes is not made by the method any more.
+    made_by: tuple[str, tuple[tuple[str, Any], ...]] | None = dataclasses.field(
+        default=None, init=False
+    )
+
+    def _made_by(self, method: str, **arguments: Any) -> "Schedule":
+        object.__setattr__(self, "made_by", (method, tuple(arguments.items())))
+        return self
 
     @classmethod
     def made(cls, method: str, arguments: Mapping[str, Any]) -> "Schedule":
@@ -104,15 +111,8 @@ class Schedule:
 
         noise, signal = (same, other) if data_at == 0 else (other, same)
         ours = data_at == 0
-        made_by = ("straight", (("data_at", data_at), ("time_scale", time_scale)))
-        return cls(
-            signal=signal,
-            noise=noise,
-            time=noise,
-            time_scale=time_scale,
-            ours=ours,
-            made_by=made_by,
-        )
+        made = cls(signal=signal, noise=noise, time=noise, time_scale=time_scale, ours=ours)
+        return made._made_by("straight", data_at=data_at, time_scale=time_scale)
 
     @classmethod
     def cosine(cls, *, time_scale: float = 1.0) -> "Schedule":
@@ -124,21 +124,24 @@ class Schedule:
         Returns:
           The schedule, `s` in [0, 1].
         """
-        return cls(
+        made = cls(
             signal=lambda s: jnp.cos(jnp.pi * s / 2),
             noise=lambda s: jnp.sin(jnp.pi * s / 2),
             time=lambda t: jnp.arctan2(t, 1 - t) * 2 / jnp.pi,
             time_scale=time_scale,
-            made_by=("cosine", (("time_scale", time_scale),)),
         )
+        return made._made_by("cosine", time_scale=time_scale)
 
     @classmethod
-    def variance_exploding(cls, *, smallest: float = 2e-3, largest: float = 80.0) -> "Schedule":
+    def variance_exploding(
+        cls, *, smallest: float = 2e-3, largest: float = 80.0, time_scale: float = 1.0
+    ) -> "Schedule":
         """The schedule of EDM: `a = 1`, `b = s`; `s` is the standard deviation of the noise.
 
         Args:
           smallest: smallest standard deviation of the noise that the network knows.
           largest: largest standard deviation that it knows.
+          time_scale: the network receives `s * time_scale`.
 
         Returns:
           The schedule.
@@ -150,22 +153,25 @@ class Schedule:
             raise ValueError(
                 f"smallest must be above 0 and below largest, got {smallest} and {largest}"
             )
-        return cls(
+        made = cls(
             signal=jnp.ones_like,
             noise=lambda s: s,
             time=lambda t: t / (1 - t),
+            time_scale=time_scale,
             levels=(smallest / (1 + smallest), largest / (1 + largest)),
-            made_by=("variance_exploding", (("smallest", smallest), ("largest", largest))),
         )
+        scale = _unless_one(time_scale)
+        return made._made_by("variance_exploding", smallest=smallest, largest=largest, **scale)
 
     @classmethod
-    def discrete(cls, alphas_cumprod: np.ndarray) -> "Schedule":
+    def discrete(cls, alphas_cumprod: np.ndarray, *, time_scale: float = 1.0) -> "Schedule":
         """The schedule of DDPM at time `i`: `a_i^2 = alphas_cumprod[i]`, `b_i^2 = 1 - a_i^2`.
 
         Between indices it interpolates the logarithm of `b / a`, so times need not be integers.
 
         Args:
           alphas_cumprod: `[N]`, falling, in (0, 1).
+          time_scale: the network receives `s * time_scale`.
 
         Returns:
           The schedule, `s` in `[0, N - 1]`.
@@ -184,13 +190,20 @@ class Schedule:
         def level(s):
             return 2 * jnp.interp(s, index, half_log_ratio)
 
-        return cls(
+        made = cls(
             signal=lambda s: jnp.sqrt(jax.nn.sigmoid(-level(s))),
             noise=lambda s: jnp.sqrt(jax.nn.sigmoid(level(s))),
             time=lambda t: jnp.interp(jnp.log(t / (1 - t)), half_log_ratio, index),
+            time_scale=time_scale,
             levels=tuple(float(ratio / (1 + ratio)) for ratio in ratios),
-            made_by=("discrete", (("alphas_cumprod", tuple(table.tolist())),)),
         )
+        values = tuple(table.tolist())
+        return made._made_by("discrete", alphas_cumprod=values, **_unless_one(time_scale))
+
+
+def _unless_one(time_scale: float) -> dict[str, float]:
+    """The argument, unless it is the one that schedules in older checkpoints do not name."""
+    return {} if time_scale == 1 else {"time_scale": time_scale}
 
 
 def _made(method: str, arguments: tuple[tuple[str, Any], ...]) -> Schedule:

@@ -74,7 +74,8 @@ def load(
       config: the `ConfigDict` of an official file, such as `configs.imagenet.get_config()`; other
         files know their settings.
       dtype: compute dtype of the network, `float32` or `bfloat16`. Policies stay in float32.
-        Weights keep the dtypes of their training, and a frozen base that of its file or run.
+        Weights keep the dtypes of their training, and a frozen base that of its file or run. A
+        network of your own has its own.
       teacher: for a student with adapters, whose checkpoint or file holds only the adapters:
         official weights of its teacher, or the work directory of the run that trained the teacher.
         By default, the teacher of the run at `path`. For a network of your own whose teacher has a
@@ -107,6 +108,10 @@ def load(
     with prefixed(directory):
         settings = trained_with(student_settings(spec), saved)
         if network is not None or _is_own(settings.model):
+            if dtype != "float32":
+                raise ValueError(
+                    f"dtype = {dtype!r}: a network of your own computes in its own dtype"
+                )
             network = _own(settings, network, teacher)
         else:
             settings, network = _network(settings, dtype)

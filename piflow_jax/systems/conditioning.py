@@ -29,6 +29,7 @@ from piflow_jax.flow.guidance import Null, nothing_of
 from piflow_jax.systems.shapes import DataShape
 
 _CLASSES = "this student is conditioned on classes: pass labels, integers [N]"
+_PLAIN = "a condition must be an array of numbers, or a mapping of such arrays"
 _NO_GUIDANCE = (
     "this student does not take a guidance scale: leave guidance out, or train a student with "
     "config.teacher.guidance_range"
@@ -205,7 +206,13 @@ class Arrays(Conditioning):
 def described(condition: Condition) -> tuple[str, ...]:
     """Names, dtypes and shapes of one example's condition; see `DataShape.conditions`."""
     arrays = condition if isinstance(condition, Mapping) else {"": condition}
-    arrays = {name: np.asarray(array) for name, array in arrays.items()}
+    try:
+        arrays = {name: np.asarray(array) for name, array in arrays.items()}
+    except ValueError as error:  # ragged
+        raise ValueError(f"{_PLAIN}: {error}") from error
+    for name, array in arrays.items():
+        if array.dtype.kind not in "biufV" or array.dtype.names:  # V: those of ml_dtypes
+            raise ValueError(f"{_PLAIN}: {name or 'the condition'} is of dtype {array.dtype}")
     return tuple(f"{name}:{a.dtype}:{'x'.join(map(str, a.shape))}" for name, a in arrays.items())
 
 

@@ -17,12 +17,18 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from piflow_jax.arguments import check_between
 from piflow_jax.config import ConfigError, PolicyConfig
 from piflow_jax.flow.teacher import Teacher
 from piflow_jax.keys import seed_key
 from piflow_jax.models.heads import TEACHER_LOGSTD
 from piflow_jax.models.layers import time_features
-from piflow_jax.systems.conditioning import Condition, Conditioning, conditioning_of
+from piflow_jax.systems.conditioning import (
+    ClassLabels,
+    Condition,
+    Conditioning,
+    conditioning_of,
+)
 from piflow_jax.systems.network import Network
 from piflow_jax.systems.policies import POLICIES
 from piflow_jax.systems.shapes import DataShape
@@ -48,11 +54,25 @@ class Functions(Protocol):
         ...
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class _Linen:
     """A `flax.linen.Module`; it carries all of its collections except `params`."""
 
     module: nn.Module
+
+    @property
+    def _compared(self):
+        try:
+            hash(self.module)
+        except TypeError:  # lists and arrays among its fields
+            return id(self.module)
+        return self.module
+
+    def __eq__(self, other):
+        return isinstance(other, _Linen) and self._compared == other._compared
+
+    def __hash__(self):
+        return hash(self._compared)
 
     def init(self, key, data):
         example = conditioning_of(data).example(data, 1, 0)
@@ -227,8 +247,16 @@ class OwnNetwork(Network):
             logstd = _TimeLogstd().apply({"params": params["logstd"]}, t)
             params = params["network"]
         own = {"params": params, "carried": variables["carried"]}
+        if isinstance(self.conditioning, ClassLabels):
+            condition = self.conditioning(condition)["labels"]
+            check_between("labels", condition, 0, self.data.num_classes)
         z, s = (x, t) if self.asked is None else self.asked.inputs(x, t)
         values, carried = self.functions.apply(own, z, s, condition, training)
+        if not hasattr(values, "shape"):
+            raise ConfigError(
+                f"{self.name} made a {type(values).__name__}, it must make one array "
+                f"{[*x.shape[:-1], self.outputs]}"
+            )
         if values.shape != (*x.shape[:-1], self.outputs):
             raise ConfigError(
                 f"{self.name} made {list(values.shape)} of states {list(x.shape)}, it must make "
@@ -261,6 +289,12 @@ class OwnNetwork(Network):
     def start(self, key: jax.Array, teacher: "OwnNetwork", teacher_variables: Any) -> Any:
         """See `Network`."""
         return self.start_at(key, teacher.trained(teacher_variables))
+
+    def parameters_of(self, given: Any) -> Any:
+        """Parameters in the network's own tree, see `params_of`."""
+        own = jax.eval_shape(lambda key: self.functions.init(key, self.data), seed_key(0))["params"]
+        # What a pair `(init, apply)` makes may itself be Linen's variables.
+        return given if isinstance(own, Mapping) and "params" in own else params_of(given)
 
     def start_at(self, key: jax.Array, initial: Any) -> Any:
         """The trained part of a student that starts at its teacher's or a student's parameters.

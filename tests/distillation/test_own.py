@@ -308,6 +308,10 @@ CHANGES = {
     "teacher's weights": (lambda: {"teacher_params": exact(0.4)[1]}, "teacher.parameters"),
     "source": (lambda: {"source": (POINTS[::-1].copy(), LABELLED[1])}, "config.source"),
     "network": (lambda: {"network": Small(9, 7)}, "params/network/Dense_0"),
+    "prediction": (
+        lambda: {"teacher": dataclasses.replace(exact()[0], prediction="eps")},
+        "teacher.description",
+    ),
     "guidance": (
         lambda: {"teacher": dataclasses.replace(exact()[0], guidance_scale=2.0, null_cond=CLASSES)},
         "teacher.guidance_scale",
@@ -338,7 +342,30 @@ def test_a_student_starts_where_another_ended(finished, tmp_path):
         np.testing.assert_allclose(a, b, atol=1e-6)
 
 
+class Outside:
+    """A source with a label that it has no class for."""
+
+    name, shape, num_classes = "mine", (2,), CLASSES
+
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, index):
+        return {"x": POINTS[index], "condition": np.int32(index % (CLASSES + 1))}
+
+
+class Nested(Outside):
+    """A source whose conditions are mappings of mappings."""
+
+    def __getitem__(self, index):
+        return {"x": POINTS[index], "condition": {"a": {"b": np.float32(1)}}}
+
+
 REFUSED = {
+    "nested conditions": (
+        lambda: ({}, {"source": Nested()}),
+        "a condition must be an array of numbers, or a mapping of such arrays: a is of dtype",
+    ),
     "key": (lambda: ({"model__dit__hidden": 32}, {}), r"config\.model\.dit\.hidden has no meaning"),
     "outputs": (lambda: ({}, {"network": Small(4)}), "it must make .*: 9 per site"),
     "kind": (lambda: ({}, {"network": 3}), "not a flax.linen.Module, a flax.nnx.Module or a pair"),
@@ -376,18 +403,6 @@ REFUSED = {
 }
 
 
-class Outside:
-    """A source with a label that it has no class for."""
-
-    name, shape, num_classes = "mine", (2,), CLASSES
-
-    def __len__(self):
-        return 8
-
-    def __getitem__(self, index):
-        return {"x": POINTS[index], "condition": np.int32(index % (CLASSES + 1))}
-
-
 def negated(params, z, s, cond=None):
     return -exact()[0].predict(params, z, s)
 
@@ -405,3 +420,100 @@ def test_a_teacher_is_not_trained_on_what_is_no_source(tmp_path):
     with pytest.raises(ValueError, match="mine: example 2: its label"):
         piflow_jax.train_teacher(config_of_teacher(), tmp_path, network=Small(2), source=Outside())
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("given", ["float32", "bfloat16", "others", "linen variables"])
+def test_a_start_at_the_teacher_is_recognised(given, tmp_path, caplog):
+    """By values, in whatever dtype; anything else is said to predict velocities."""
+    theirs, schedule = Small(2), Schedule.cosine(time_scale=1000.0)
+    params = theirs.init(jax.random.key(0), jnp.zeros((1, 2)), jnp.zeros(1))
+    params = jax.tree.map(lambda a: a.astype(jnp.bfloat16).astype(jnp.float32), params)
+    initial = params if given != "others" else jax.tree.map(lambda a: a + 1e-3, params)
+    if given == "bfloat16":
+        params = jax.tree.map(lambda a: a.astype(jnp.bfloat16), params)
+    teacher = Teacher(
+        predict=lambda params, z, s, cond: theirs.apply(params, z, s),
+        shape=(2,),
+        prediction="eps",
+        schedule=schedule,
+    )
+    config = settings(train__steps=1)
+    network = Small(piflow_jax.policy_outputs(config, 2))
+    if given == "linen variables":
+        example = jnp.zeros((1, 2)), jnp.zeros(1)
+        network = (lambda key, module=network: module.init(key, *example), network.apply)
+    student = piflow_jax.distill(
+        config,
+        tmp_path,
+        teacher=teacher,
+        teacher_params=params,
+        network=network,
+        source=POINTS,
+        initial_params=initial,
+    )
+    asked = student.network.asked
+    assert (asked is None) == (given == "others")
+    assert ("initial_params are not teacher_params" in caplog.text) == (given == "others")
+
+
+class Listed(nn.Module):
+    """A network with a field that has no hash."""
+
+    outputs: int
+    widths: list
+
+    @nn.compact
+    def __call__(self, x, t):
+        for width in self.widths:
+            x = jnp.tanh(nn.Dense(width)(x))
+        return nn.Dense(self.outputs)(x)
+
+
+def test_a_network_with_a_list_among_its_fields_is_sampled():
+    config = piflow_jax.config.parse(settings())
+    data = DataShape(name="points", channels=2, sites=())
+    network = own_network("own", Listed(9, [4]), data, config.policy)
+    assert network == dataclasses.replace(network) and hash(network) == hash(network)
+    other = own_network("own", Listed(9, [4]), data, config.policy)
+    assert network != other  # lists may change
+    same = [own_network("own", Small(9), data, config.policy) for _ in range(2)]
+    assert same[0] == same[1] and hash(same[0]) == hash(same[1])
+
+
+class Pair(nn.Module):
+    """A network that returns more than its prediction."""
+
+    @nn.compact
+    def __call__(self, x, t, labels=None):
+        return nn.Dense(9)(x), {}
+
+
+def test_what_a_network_is_given_and_makes(finished):
+    config = piflow_jax.config.parse(settings())
+    data = DataShape(name="points", channels=2, sites=())
+    with pytest.raises(ConfigError, match=r"own made a tuple, it must make one array \[1, 9\]"):
+        own_network("own", Pair(), data, config.policy).check_start()
+    workdir, given, student = finished
+    x = jnp.zeros((2, 2))
+    for label in (-1, CLASSES + 1):
+        with pytest.raises(ValueError, match=rf"labels must be in \[0, {CLASSES}\], got {label}"):
+            student.policy(x, 1.0, np.array([0, label]))
+    np.testing.assert_array_equal(
+        student.policy(x, 1.0, [0, 1]).velocity(x, jnp.full(2, 0.5)),
+        student.policy(x, 1.0, np.array([0, 1])).velocity(x, jnp.full(2, 0.5)),
+    )
+    with pytest.raises(ValueError, match="a network of your own computes in its own dtype"):
+        piflow_jax.load(workdir, network=given["network"], dtype="bfloat16")
+
+
+def test_an_nnx_teacher_with_random_state_is_given_as_its_state(tmp_path):
+    model = Averaging(2, nnx.Rngs(0))
+    model.eval()
+    graph, state = nnx.split(model)
+    teacher = Teacher(predict=lambda state, z, s, cond: nnx.merge(graph, state)(z, s), shape=(2,))
+    config = settings(train__steps=1)
+    network = Small(piflow_jax.policy_outputs(config, 2))
+    student = piflow_jax.distill(
+        config, tmp_path, teacher=teacher, teacher_params=state, network=network, source=POINTS
+    )
+    assert bool(jnp.isfinite(student.sample(0, 2)).all())

@@ -1,5 +1,8 @@
 """Teachers of other makings, against closed forms of Gaussian data in their own coordinates."""
 
+import dataclasses
+import pickle
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -33,6 +36,10 @@ COORDINATES = {
     "exploding": (
         Schedule.variance_exploding(),
         lambda s: (np.ones_like(s), s, np.zeros_like(s), np.ones_like(s)),
+    ),
+    "exploding in thousandths": (
+        Schedule.variance_exploding(time_scale=1000.0),
+        lambda s: (np.ones_like(s), s / 1000, np.zeros_like(s), np.ones_like(s)),
     ),
 }
 
@@ -173,3 +180,42 @@ def test_shapes_that_are_not_the_teachers_are_refused():
         teacher.velocity(None, jnp.zeros((5, 3)), jnp.ones(5))
     with pytest.raises(ValueError, match=r"the teacher predicts \(5, 2, 1\) of states \(5, 2\)"):
         teacher.velocity(None, jnp.zeros((5, 2)), jnp.ones(5))
+
+
+SCHEDULES = {
+    "straight": lambda **scale: Schedule.straight(data_at=1, **scale),
+    "cosine": Schedule.cosine,
+    "exploding": lambda **scale: Schedule.variance_exploding(largest=40.0, **scale),
+    "table": lambda **scale: Schedule.discrete(ALPHAS, **scale),
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_a_schedule_comes_back_as_it_was(name):
+    """And one that was changed by hand is not taken for the one that its method makes."""
+    t = jnp.linspace(0.1, 0.9, 9)
+    for schedule in (SCHEDULES[name](), SCHEDULES[name](time_scale=1e-3)):
+        assert schedule.made_by is not None
+        method, arguments = schedule.made_by
+        for again in (pickle.loads(pickle.dumps(schedule)), Schedule.made(method, dict(arguments))):
+            assert (again.time_scale, again.levels) == (schedule.time_scale, schedule.levels)
+            np.testing.assert_array_equal(again.time(t), schedule.time(t))
+    assert SCHEDULES[name]().made_by != SCHEDULES[name](time_scale=1e-3).made_by
+    assert dataclasses.replace(SCHEDULES[name](), time_scale=1e-3).made_by is None
+
+
+@pytest.mark.parametrize(
+    ("null", "dtype"), [(-1, np.uint8), (256, np.uint8), (-1, bool), (0.5, np.int32)]
+)
+def test_a_null_condition_is_what_it_is_in_the_dtype_of_the_conditions(null, dtype):
+    teacher = Teacher(
+        predict=lambda params, z, s, cond: z * cond["class"][:, None],
+        shape=(2,),
+        guidance_scale=3.0,
+        null_cond={"class": null},
+    )
+    with pytest.raises(ValueError, match=rf"null_cond is {null}, which conditions of dtype"):
+        teacher.velocity(None, jnp.ones((1, 2)), jnp.ones(1), {"class": np.ones(1, dtype)})
+    wide = {"class": np.ones(1, np.float32)}
+    found = teacher.velocity(None, jnp.ones((1, 2)), jnp.ones(1), wide)
+    np.testing.assert_allclose(found, null + 3 * (1 - np.full((1, 2), float(null))), rtol=1e-6)

@@ -42,6 +42,8 @@ def test_fingerprint_adds_up_over_shards_and_sees_every_element(dtype, shape):
 def test_a_trees_fingerprint_sees_names_types_and_values_and_not_where_they_lie():
     tree = {"a": np.arange(6, dtype=np.float32).reshape(2, 3), "b": {"c": np.ones(4, np.float16)}}
     found = tree_fingerprint(tree)
+    keys = [tree_fingerprint(tree | {"key": jax.random.key(seed)}) for seed in (0, 0, 1)]
+    assert keys[0] == keys[1] != keys[2]
     assert tree_fingerprint(jax.device_put(tree)) == found
     lines = [
         f"{name} {entry['type']} {entry['fingerprint']}\n"
