@@ -51,6 +51,7 @@ Some sections are not variants of a configuration, but a variant with other sett
 | `gm_3820` | `gm` with `--config.train.steps=3820` |
 | `gm_continued` | `gm_corrected` without the corrector |
 | `gm_continued_1140` | the same with `--config.train.steps=1140` |
+| `gm_corrected_own` | `gm_corrected`, continuing a student of the same seed and of the shipped teacher |
 | `gm_corrected_scale4_critic1` | `gm_corrected` with `--config.train.corrector.critic_steps=1` |
 | `gm_corrected_scale1_critic1` | the same with `--config.train.corrector.scale=1` too |
 | `gm_corrected_policy` | `gm_corrected_scale1_critic1` with `kind=policy` of the corrector |
