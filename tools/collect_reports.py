@@ -51,10 +51,10 @@ Some sections are not variants of a configuration, but a variant with other sett
 | `gm_3820` | `gm` with `--config.train.steps=3820` |
 | `gm_continued` | `gm_corrected` without the corrector |
 | `gm_continued_1140` | the same with `--config.train.steps=1140` |
-| `gm_corrected_own` | `gm_corrected`, continuing a student of the same seed and of the shipped teacher |
+| `gm_corrected_own` | `gm_corrected`, continuing a student of the same seed |
 | `gm_corrected_scale4_critic1` | `gm_corrected` with `--config.train.corrector.critic_steps=1` |
 | `gm_corrected_scale1_critic1` | the same with `--config.train.corrector.scale=1` too |
-| `gm_corrected_policy` | `gm_corrected_scale1_critic1` with `kind=policy` of the corrector |
+| `gm_corrected_policy` | the same with `kind=policy`, and the critic's optimiser at its defaults |
 | `gm_corrected_shift3` | `gm_corrected_scale1_critic1` with `shift=3` of the corrector |
 | `gm_corrected_1800` | `gm_corrected_scale1_critic1` with `--config.train.steps=1800` |
 | `gm_corrected_frechet` | `gm_frechet`, continuing the student of `gm_corrected_scale1_critic1` |

@@ -305,7 +305,7 @@ REFUSED_VALUES = [
     ("evaluation.checkpoint", "best", "= 'best' needs looks .*; set config.evaluation.every"),
     (
         *("evaluation.checkpoint", "best --config.evaluation.every=100"),
-        "set config.evaluation.every to at most config.train.steps = 6",
+        "= 'best' needs looks .*; set config.evaluation.every to at most config.train.steps = 6",
     ),
     ("evaluation.grid_classes", "(3,10) --config.evaluation.every=1", "must be below 10, got 10"),
     ("evaluation.every_samples", "10 --config.evaluation.every=1", "must be at least 11 for all"),

@@ -315,7 +315,9 @@ def test_a_run_with_a_critic_continues_to_the_same_bits(tmp_path):
     [("critic", "constant", True), ("critic", "cosine", False), ("policy", "constant", True)],
 )
 def test_a_run_is_prolonged_only_if_no_learning_rate_depends_on_its_steps(kind, decay, longer):
-    made = stage(kind, train__corrector__optimizer__decay=decay)
+    changes = {"decay": decay, "warmup_steps": 2} if kind == "critic" else {}
+    optimizer = {f"train__corrector__optimizer__{key}": of for key, of in changes.items()}
+    made = stage(kind, **optimizer)
     assert ("train.steps" in made.extensible) == longer
 
 
