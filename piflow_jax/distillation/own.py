@@ -403,13 +403,14 @@ def _same(first: Any, params: Any) -> bool:
     """Whether two trees have the same paths and values, in any dtypes that have them."""
     if jax.tree.structure(first) != jax.tree.structure(params):
         return False
-    common = jax.tree.map(jnp.promote_types, *(_dtypes(tree) for tree in (first, params)))
-    one, two = (jax.tree.map(lambda a, d: a.astype(d), t, common) for t in (first, params))
-    return tree_fingerprint(one) == tree_fingerprint(two)
+    return tree_fingerprint(jax.tree.map(_widened, first, params)) == tree_fingerprint(
+        jax.tree.map(_widened, params, first)
+    )
 
 
-def _dtypes(tree: Any) -> Any:
-    return jax.tree.map(lambda leaf: leaf.dtype, tree)
+def _widened(leaf: jax.Array, other: jax.Array) -> jax.Array:
+    same = leaf.dtype == other.dtype
+    return leaf if same else leaf.astype(jnp.promote_types(leaf.dtype, other.dtype))
 
 
 def _identity(network: OwnNetwork, source: Source) -> dict[str, Any]:

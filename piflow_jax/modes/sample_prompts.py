@@ -215,6 +215,8 @@ def _settings(config: Config, data: DataShape, place: int) -> dict[str, Any]:
         "model.dtype": record["dtype"],
         "place": place,
     }
+    if base := getattr(config.model.own, "base_dtype", None):
+        made["model.base_dtype"] = base
     for group in ("teacher", "evaluation"):
         if loras := getattr(config, group).loras:
             made[f"{group}.loras"] = list(loras)

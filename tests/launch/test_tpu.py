@@ -245,18 +245,31 @@ os.execvp(sys.argv[1], sys.argv[1:])
 """
 
 
+def running(fake):
+    """The script with a job, in the background."""
+    words = [sys.executable, "-c", INTERRUPTED, "bash", str(fake / "checkout/launch/tpu.sh")]
+    words += ["run", "pod", *TPU, "--", *JOB]
+    streams = {"stdin": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(words, env=environment(fake), **streams)
+
+
+def started_and_left(fake):
+    """The same, until the program runs on both workers."""
+    with running(fake) as first:
+        until(lambda: len(starts(fake)) == 2)
+        # Bash forgets an interrupt that it alone got while a program ran in its foreground.
+        until(lambda: first.send_signal(signal.SIGINT) or first.poll() is not None)
+        assert first.returncode == 130
+
+
 def test_tpu_keeps_the_code_of_a_program_whose_worker_could_not_be_asked(fake):
     behave(fake, "wait", "finish")
-    words = ["bash", str(fake / "checkout/launch/tpu.sh"), "run", "pod", *TPU, "--", *JOB]
-    streams = {"stdin": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
-    with subprocess.Popen(words, env=environment(fake), **streams) as first:
-        until(lambda: len(starts(fake)) == 2)
-        first.kill()
+    started_and_left(fake)
     mark = fake / "worker1/piflow_code/mark"
     mark.touch()
     asked = len(calls(fake, "ssh"))
     (fake / "refuse.ssh").write_text("1")
-    with subprocess.Popen(words, env=environment(fake), **streams) as again:
+    with running(fake) as again:
         until(lambda: len(calls(fake, "ssh")) >= asked + 4)  # state, installation, start, log
         assert launch("tpu.sh", "stop", "pod", "--zone=z", fake=fake).returncode == 0
         assert again.wait(90) == 0
@@ -266,15 +279,8 @@ def test_tpu_keeps_the_code_of_a_program_whose_worker_could_not_be_asked(fake):
 
 def test_tpu_is_watched_again_and_stopped(fake):
     behave(fake, "wait", "finish")
-    words = [sys.executable, "-c", INTERRUPTED, "bash", str(fake / "checkout/launch/tpu.sh")]
-    words += ["run", "pod", *TPU, "--", *JOB]
-    streams = {"stdin": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
-    with subprocess.Popen(words, env=environment(fake), **streams) as first:
-        until(lambda: len(starts(fake)) == 2)
-        # Bash forgets an interrupt that it alone got while a program ran in its foreground.
-        until(lambda: first.send_signal(signal.SIGINT) or first.poll() is not None)
-        assert first.returncode == 130
-    with subprocess.Popen(words, env=environment(fake), **streams) as again:
+    started_and_left(fake)
+    with running(fake) as again:
         lines = []
         while "running already" not in "".join(lines):
             lines.append(again.stderr.readline())

@@ -15,11 +15,12 @@ from PIL import Image
 import piflow_jax
 from piflow_jax.config import ConfigError, parse
 from piflow_jax.convert import open_weights, to_torch_state, write_safetensors
-from piflow_jax.data import load_edited_digits_source, stacked
+from piflow_jax.data import load_captioned_digits_source, load_edited_digits_source, stacked
 from piflow_jax.data.prompt_lists import Prompt
 from piflow_jax.data.prompts import load_prompts_source
 from piflow_jax.data.text_encoders import WordEncoder
 from piflow_jax.models.vae import AutoencoderKL
+from piflow_jax.modes import sample_prompts
 from piflow_jax.modes.export import export
 from piflow_jax.modes.prepare_prompts import encode_prompts
 from piflow_jax.modes.sample import sample
@@ -80,6 +81,27 @@ def test_a_prompt_is_found_in_the_shape_of_the_list(tmp_path, caplog):
     assert "other shapes" not in caplog.text
     assert shapes(Prompt("b", 1), Prompt("a", 1)) == [(height, width), square]
     assert "1 prompts, the first is 'b', have other shapes in cache" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("teacher.guidance_interval", (0.2, 0.6)),
+        ("teacher.orthogonal_guidance", 0.5),
+        ("model.flux.base_dtype", "int8"),
+        ("teacher.guidance_scale", 2.0),
+    ],
+)
+def test_a_picture_of_the_teacher_records_what_it_depends_on(key, value):
+    source = load_captioned_digits_source()
+    data = DataShape.of("captioned_digits", source)
+    config = tiny_text.get_config("flux")
+    config.evaluation.system = "teacher"
+    before = sample_prompts._settings(parse(config), data, 0)
+    config.update_from_flattened_dict({key: value})
+    after = sample_prompts._settings(parse(config), data, 0)
+    assert before.keys() == after.keys() and before != after
+    json.dumps(after)
 
 
 @pytest.mark.slow
