@@ -308,6 +308,10 @@ REFUSED_VALUES = [
         "= 'best' needs looks .*; set config.evaluation.every to at most config.train.steps = 6",
     ),
     ("evaluation.grid_classes", "(3,10) --config.evaluation.every=1", "must be below 10, got 10"),
+    (
+        *("train.corrector.critic_steps", "7 --config.train.corrector.kind=policy"),
+        "is for config.train.corrector.kind = 'critic' and must be its default with 'policy'",
+    ),
     ("evaluation.every_samples", "10 --config.evaluation.every=1", "must be at least 11 for all"),
     # Found by an estimate, before anything is compiled.
     ("model.dit.hidden", 2**20, MEMORY),
