@@ -101,6 +101,7 @@ fi
 code='"$HOME/piflow_code"' python='"$HOME/piflow_env/bin/python"' uv='"$HOME/.local/bin/uv"'
 # shellcheck disable=SC2016
 notes='"$HOME/piflow_run"' log='"$HOME/piflow_run/log"'
+running="bash $code/launch/worker.sh state --dir=$notes 2>/dev/null | grep -q running"
 
 vm() {
   local verb="$1"
@@ -140,8 +141,6 @@ remove() {
 pack() {
   run git -C "$root" archive --format=tar.gz "--output=$archive" HEAD
 }
-
-running="bash $code/launch/worker.sh state --dir=$notes 2>/dev/null | grep -q running"
 
 # Only where the program does not run: it may, although its worker could not be asked.
 install() {

@@ -202,4 +202,5 @@ def write_exported(
     description = {**settings, "condition": condition, "batch": batch}
     description |= {"platforms": list(platforms), "jax": jax.__version__}
     tensors = {**weights, _PROGRAM: np.frombuffer(exported.serialize(), np.uint8)}
+    path = epath.Path(path).expanduser()
     write_safetensors(path, tensors, {DESCRIPTION: json.dumps(description)})

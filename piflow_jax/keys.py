@@ -36,6 +36,16 @@ def seed_key(seed: int) -> jax.Array:
     return jax.random.wrap_key_data(jax.device_put(words), impl=_IMPLEMENTATION)
 
 
+def is_typed_key(array: jax.Array | np.ndarray) -> bool:
+    """Whether an array holds typed PRNG keys, whose dtype is of JAX alone."""
+    return jnp.issubdtype(array.dtype, jax.dtypes.prng_key)
+
+
+def key_numbers(array: jax.Array | np.ndarray) -> jax.Array | np.ndarray:
+    """The numbers of typed PRNG keys; any other array as it is."""
+    return jax.random.key_data(array) if is_typed_key(array) else array
+
+
 def as_key(key: Any) -> jax.Array:
     """The key of a seed, of a typed key or of a legacy key.
 
@@ -54,8 +64,7 @@ def as_key(key: Any) -> jax.Array:
         return seed_key(key)
     array = key if isinstance(key, jax.Array) else np.asarray(key)
     found = f"{array.dtype}{list(array.shape)}"
-    if jnp.issubdtype(array.dtype, jax.dtypes.prng_key) and not array.ndim:
-        array = jax.random.key_data(array)
+    array = array if array.ndim else key_numbers(array)
     if jnp.issubdtype(array.dtype, jnp.integer) and not array.ndim:
         seed = known(array)
         return jax.random.key(array, impl=_IMPLEMENTATION) if seed is None else seed_key(int(seed))
@@ -144,7 +153,7 @@ def folded_noise(keys: jax.Array, number: jax.Array, shape: tuple[int, ...], dty
     def draw(key, shape):
         return jax.random.normal(jax.random.fold_in(key, number), shape, dtype)
 
-    if jnp.issubdtype(keys.dtype, jax.dtypes.prng_key) and keys.ndim == 1:
+    if is_typed_key(keys) and keys.ndim == 1:
         if keys.shape != shape[:1]:
             raise ValueError(f"keys must be one or [{shape[0]}], got {list(keys.shape)}")
         return jax.vmap(lambda key: draw(key, shape[1:]))(jax.vmap(as_key)(keys))

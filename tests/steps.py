@@ -1,5 +1,7 @@
 """Steps of teachers and students of a configuration, as the tests of training take them."""
 
+import shutil
+
 from piflow_jax.systems.assembly import Systems, guided
 from piflow_jax.training.step import distill_step
 
@@ -17,3 +19,10 @@ def step_of(config, data, optimizer, student=None, teacher=None, caption=None):
 def call(network):
     """A function `(x, sigma, condition) -> output` as losses take networks: nothing is carried."""
     return lambda carried, x, sigma, condition, key: (network(x, sigma, condition), carried)
+
+
+def without_step(step, workdir, copy):
+    """Copies a run as it was before a student's step was saved."""
+    shutil.copytree(workdir, copy)
+    shutil.rmtree(copy / "student" / "checkpoints" / str(step))
+    (copy / "student" / "checkpoints.json").unlink()

@@ -130,6 +130,13 @@ def test_a_batch_of_fixed_size_is_filled_up(exported):
     np.testing.assert_allclose(found, student.sample(1, LABELS, substeps=8), rtol=0, atol=1e-5)
 
 
+def test_a_path_may_be_in_the_home_directory(exported, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    exported[0].export("~/sampler.safetensors", substeps=8, platforms=["cpu"], batch=2)
+    assert (tmp_path / "sampler.safetensors").is_file()
+    assert piflow_jax.load_exported("~/sampler.safetensors").settings["batch"] == 2
+
+
 def test_a_file_says_what_it_is(exported):
     settings = piflow_jax.load_exported(exported[1]).settings
     wanted = {"nfe": 2, "substeps": 8, "solver": "multistep", "shape": [8, 8, 1], "batch": 2}

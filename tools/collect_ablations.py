@@ -30,7 +30,7 @@ CORRECTED = {
     "gm_continued": "+ 600 steps of pi-ID",
     "gm_continued_1140": "+ 1,140 steps of pi-ID",
     "gm_corrected": "+ 600 with `critic`",
-    "gm_corrected_own": "+ 600 with `critic`, of a student of the same seed",
+    "gm_corrected_own": "+ 600 with `critic`, from a student of its own",
     "gm_corrected_scale4_critic1": "+ 600 with `critic`, `critic_steps = 1`",
     "gm_corrected_scale1_critic1": "+ 600 with `critic`, `critic_steps = 1`, `scale = 1`",
     "gm_corrected_shift3": "+ 600 with `critic`, `critic_steps = 1`, `scale = 1`, `shift = 3`",

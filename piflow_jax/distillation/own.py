@@ -143,13 +143,13 @@ def distill(
     test = source if test_source is None else _test_source(test_source, source)
     parsed, systems, first = _student_systems(parsed, source, teacher, network, initial_params)
     params = jax.tree.map(_as_array, teacher_params)
-    if first is not None and not isinstance(initial_params, Student):
+    own_start = first is not None and not isinstance(initial_params, Student)
+    if own_start and not teacher.is_plain:
         student = systems.student_network
-        if _same(first, student.parameters_of(params)):
-            if not teacher.is_plain:
-                student = dataclasses.replace(student, asked=teacher.as_asked())
-                systems = dataclasses.replace(systems, student_network=student)
-        elif not teacher.is_plain:
+        if _same(first, student.functions.parameters_of(params)):
+            student = dataclasses.replace(student, asked=teacher.as_asked())
+            systems = dataclasses.replace(systems, student_network=student)
+        else:
             logging.warning(
                 "initial_params are not teacher_params, so the student takes (x, t) and predicts "
                 "velocities, unlike the teacher; its first policy is not the teacher's"
@@ -366,7 +366,8 @@ def _student_systems(
         student = dataclasses.replace(student, asked=initial.network.asked)
         first = initial.network.trained(initial.params)
     else:
-        first = None if initial is None else jax.tree.map(_as_array, student.parameters_of(initial))
+        given = None if initial is None else student.functions.parameters_of(initial)
+        first = jax.tree.map(_as_array, given)
     systems = Systems(config=config, data=data, teacher=teacher, student_network=student)
     return config, systems, first
 
@@ -422,14 +423,11 @@ def _identity(network: OwnNetwork, source: Source) -> dict[str, Any]:
 
 
 def _description(teacher: Teacher) -> dict[str, Any]:
-    """The same of a teacher, apart from its parameters and its guidance."""
+    """The same for a teacher, without its parameters and its guidance scale."""
     schedule, null = teacher.schedule, teacher.null_cond
-    if not callable(null):
-        null = tree_fingerprint(jax.tree.map(np.asarray, null))
-    description = [
-        *(teacher.prediction, schedule.made_by, schedule.time_scale, schedule.levels),
-        None if callable(null) else null,
-    ]
+    null = None if callable(null) else tree_fingerprint(jax.tree.map(np.asarray, null))
+    made_by, scale, levels = schedule.made_by, schedule.time_scale, schedule.levels
+    description = [teacher.prediction, made_by, scale, levels, null]
     return {DESCRIPTION: f"digest {_digest(description)}"}
 
 

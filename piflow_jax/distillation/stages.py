@@ -23,7 +23,6 @@ from piflow_jax.runs.metrics import OnMetrics
 from piflow_jax.runs.run_lock import RunLock
 from piflow_jax.runs.workdir import check_writable, user_path
 from piflow_jax.systems.assembly import Systems
-from piflow_jax.systems.correctors import corrector_kind
 from piflow_jax.systems.sampling import measured_with
 from piflow_jax.systems.shardings import student_shardings
 from piflow_jax.systems.spaces import Space, spaces_with
@@ -230,7 +229,7 @@ def student_stage(
         flat = {key: value for key, value in flat.items() if not key.startswith(_CORRECTOR)}
     made_by = tuple(key for key in flat if key.startswith(_TEACHER_MADE_BY))
     decays = [settings.optimizer.decay]
-    if corrected and "optimizer" not in corrector_kind(config).lacks:
+    if corrected:  # correctors without an optimizer have the default's, which is constant
         decays.append(settings.corrector.optimizer.decay)
     extensible = _extensible("train", *decays)
     # Each microbatch has its own key for the dropout of adapters.

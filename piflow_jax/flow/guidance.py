@@ -49,18 +49,17 @@ def nothing_of(cond: Any, null: Any) -> Any:
             "null_cond must be the condition of one example: of the structure of cond, and of "
             "its shapes without B"
         ) from error
-    jax.tree.map(_check_null, cond, null)
+    jax.tree.map(_check_null, found, null)
     return found
 
 
-def _check_null(given: Any, null: Any) -> None:
-    values, dtype = known(null), jnp.asarray(given).dtype
-    if values is None or jnp.issubdtype(dtype, jnp.floating):
-        return
-    if not np.array_equal(np.asarray(values).astype(dtype), values):
+def _check_null(found: jax.Array, null: Any) -> None:
+    # Embeddings are large, and are not fetched for this.
+    values = None if jnp.issubdtype(found.dtype, jnp.floating) else known(null)
+    if values is not None and not np.array_equal(values.astype(found.dtype), values):
         raise ValueError(
-            f"null_cond is {values.tolist()}, which conditions of dtype {dtype} do not have: give "
-            "them in a dtype that has both"
+            f"null_cond is {values.tolist()}, which conditions of dtype {found.dtype} cannot hold: "
+            "give them in a dtype that can"
         )
 
 

@@ -38,7 +38,7 @@ class BestCheckpoint(contextlib.AbstractContextManager):
     def __init__(self, directory: str | os.PathLike, measured: Mapping[str, Any]):
         self.checkpointer = Checkpointer(directory, keep=1, rewind=True)
         self._record = user_path(directory).parent / "best.json"
-        self._distance, self._measured = float("inf"), json.loads(json.dumps(dict(measured)))
+        self._distance, self._measured = float("inf"), dict(measured)
         # A run may be killed after it removes a best checkpoint and before it saves a better one.
         # The record is then alone and does not count.
         if self.checkpointer.latest_step() is not None and self._record.exists():

@@ -4,9 +4,10 @@ import hashlib
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
+
+from piflow_jax.keys import key_numbers
 
 
 def fingerprint(values: np.ndarray, start: tuple | None = None, shape: tuple | None = None) -> int:
@@ -81,7 +82,7 @@ def tree_fingerprint(tree: Any) -> str:
     Returns:
       16 hexadecimal digits.
     """
-    leaves = jax.tree_util.tree_flatten_with_path(jax.tree.map(_without_key_dtype, tree))[0]
+    leaves = jax.tree_util.tree_flatten_with_path(jax.tree.map(key_numbers, tree))[0]
     arrays = [leaf for _, leaf in leaves]
     shares = [_local_fingerprint(leaf, keep=False) for leaf in arrays]
     totals = _over_processes(arrays, shares)
@@ -90,11 +91,6 @@ def tree_fingerprint(tree: Any) -> str:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         digest.update(f"{name} {leaf.dtype}{list(leaf.shape)} {total:016x}\n".encode())
     return digest.hexdigest()[:16]
-
-
-def _without_key_dtype(leaf: jax.Array | np.ndarray) -> jax.Array | np.ndarray:
-    """The numbers of random keys, such as those of an NNX model's dropout; others as they are."""
-    return jax.random.key_data(leaf) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf
 
 
 def _local_fingerprint(leaf: jax.Array | np.ndarray, keep: bool = True) -> int:

@@ -20,7 +20,7 @@ from flax import linen as nn
 from piflow_jax.arguments import check_between
 from piflow_jax.config import ConfigError, PolicyConfig
 from piflow_jax.flow.teacher import Teacher
-from piflow_jax.keys import seed_key
+from piflow_jax.keys import is_typed_key, key_numbers, seed_key
 from piflow_jax.models.heads import TEACHER_LOGSTD
 from piflow_jax.models.layers import time_features
 from piflow_jax.systems.conditioning import (
@@ -51,6 +51,10 @@ class Functions(Protocol):
         self, variables: Any, x: jax.Array, t: jax.Array, condition: Condition, training: bool
     ) -> tuple[jax.Array, Any]:
         """The output, and the carried variables for the next call in training."""
+        ...
+
+    def parameters_of(self, given: Any) -> Any:
+        """Parameters as a user gives them, in the tree of `init`'s."""
         ...
 
 
@@ -90,6 +94,9 @@ class _Linen:
             return self.module.apply(whole, x, t, *arguments, **named), carried
         return self.module.apply(whole, x, t, *arguments, **named, mutable=sorted(carried))
 
+    def parameters_of(self, given):
+        return params_of(given)
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Nnx:
@@ -126,6 +133,9 @@ class _Nnx:
         _, _, after = nnx.split(module, nnx.Param, ...)
         return out, _raw(nnx.to_pure_dict(after))
 
+    def parameters_of(self, given):
+        return params_of(given)
+
     def __getstate__(self):
         return {"module": self.module}
 
@@ -143,6 +153,11 @@ class _Pair:
     def apply(self, variables, x, t, condition, training):
         arguments, named = _arguments(condition)
         return self.call(variables["params"], x, t, *arguments, **named), variables["carried"]
+
+    def parameters_of(self, given):
+        own = jax.eval_shape(self.make, seed_key(0))
+        # What it makes may itself be Linen's variables.
+        return given if isinstance(own, Mapping) and "params" in own else params_of(given)
 
 
 def _functions(network: Any, name: str) -> Functions:
@@ -289,12 +304,6 @@ class OwnNetwork(Network):
     def start(self, key: jax.Array, teacher: "OwnNetwork", teacher_variables: Any) -> Any:
         """See `Network`."""
         return self.start_at(key, teacher.trained(teacher_variables))
-
-    def parameters_of(self, given: Any) -> Any:
-        """Parameters in the network's own tree, see `params_of`."""
-        own = jax.eval_shape(lambda key: self.functions.init(key, self.data), seed_key(0))["params"]
-        # What a pair `(init, apply)` makes may itself be Linen's variables.
-        return given if isinstance(own, Mapping) and "params" in own else params_of(given)
 
     def start_at(self, key: jax.Array, initial: Any) -> Any:
         """The trained part of a student that starts at its teacher's or a student's parameters.
@@ -458,17 +467,13 @@ def _arguments(condition: Condition) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return ((), dict(condition)) if isinstance(condition, Mapping) else ((condition,), {})
 
 
-def _is_key(array: Any) -> bool:
-    return jnp.issubdtype(array.dtype, jax.dtypes.prng_key)
-
-
 def _raw(tree: Any) -> Any:
-    return jax.tree.map(lambda a: jax.random.key_data(a) if _is_key(a) else jnp.asarray(a), tree)
+    return jax.tree.map(lambda a: jnp.asarray(key_numbers(a)), tree)
 
 
 def _typed(tree: Any, like: Any) -> Any:
     def typed(array, like):
-        if not _is_key(like):
+        if not is_typed_key(like):
             return array
         return jax.random.wrap_key_data(array, impl=jax.random.key_impl(like))
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import shutil
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +33,7 @@ from piflow_jax.systems.spec import updated_settings
 from piflow_jax.training.corrector import CORRECTORS
 from tests import tiny
 from tests.settings import refusal
+from tests.steps import without_step
 
 DATA = DataShape(name="digits", sample_size=8, channels=1, num_classes=10)
 OPTIONS = {"log_every": 1, "checkpoint_every": 2, "keep_checkpoints": 2}
@@ -201,9 +201,7 @@ def test_a_run_continues_to_the_same_bits_and_names_its_spaces(tmp_path):
     before = {"trained_in": ("a, sha256 0",)}
     made = stage(tmp_path, train__steps=4, **before)
     whole = run_stage(made, tmp_path / "whole", **OPTIONS)
-    shutil.copytree(tmp_path / "whole", tmp_path / "parts")
-    shutil.rmtree(tmp_path / "parts/student/checkpoints/4")
-    (tmp_path / "parts/student/checkpoints.json").unlink()
+    without_step(4, tmp_path / "whole", tmp_path / "parts")
     parts = run_stage(made, tmp_path / "parts", **OPTIONS)
     jax.tree.map(np.testing.assert_array_equal, whole, parts)
     assert int(parts.moments.batches) == 4 and np.any(np.asarray(parts.moments.second))
