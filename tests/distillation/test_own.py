@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import shutil
 
 import jax
 import jax.numpy as jnp
@@ -14,74 +13,20 @@ from flax import nnx
 import piflow_jax
 from piflow_jax import Schedule, Teacher
 from piflow_jax.config import ConfigError
-from piflow_jax.flow.policies.base import per_sample
-from piflow_jax.runs.checkpoint import CheckpointError
 from piflow_jax.systems.own import own_network
 from piflow_jax.systems.policies import POLICIES
 from piflow_jax.systems.sampling import sampling_cautions
 from piflow_jax.systems.shapes import DataShape
-
-CLASSES = 2
-rng = np.random.default_rng(0)
-POINTS = rng.normal(0, 0.5, (256, 2)).astype(np.float32)
-TOKENS = rng.normal(0, 0.5, (64, 5, 2)).astype(np.float32)
-LABELLED = (POINTS, np.arange(256) % CLASSES)
-VOLUMES = rng.normal(0, 0.5, (32, 2, 3, 4, 2)).astype(np.float32)
-IMAGES = np.tanh(rng.normal(0, 0.5, (64, 8, 8, 3))).astype(np.float32)
-
-
-class Small(nn.Module):
-    """As little as tells states and times, and conditions where there are some, apart."""
-
-    outputs: int
-    width: int = 6
-
-    @nn.compact
-    def __call__(self, x, t, labels=None, pose=None):
-        h = nn.Dense(self.width)(t[:, None])
-        if labels is not None:
-            h = h + nn.Embed(CLASSES + 1, self.width)(labels)
-        if pose is not None:
-            h = h + nn.Dense(self.width)(pose)
-        h = nn.Dense(self.width)(x) + h.reshape(-1, *[1] * (x.ndim - 2), self.width)
-        return nn.Dense(self.outputs, name="out")(jnp.tanh(h))
-
-
-def settings(**changes):
-    config = piflow_jax.base_config()
-    config.policy.num_components = 3
-    config.train.steps, config.train.batch_size, config.train.total_substeps = 3, 8, 8
-    config.train.optimizer.warmup_steps = 1
-    config.evaluation.num_samples, config.evaluation.batch_size = 16, 16
-    config.evaluation.teacher_steps, config.evaluation.substeps = (1,), 8
-    config.evaluation.grid_samples = 4
-    config.log_every, config.checkpoint_every = 1, 2
-    config.update_from_flattened_dict({k.replace("__", "."): v for k, v in changes.items()})
-    return config
-
-
-def exact(deviation=0.5, prediction="u", schedule=None):
-    """The denoiser of a normal distribution, in closed form, as a prediction on a schedule."""
-    schedule = schedule or Schedule.straight()
-
-    def predict(params, z, s, cond=None):
-        s = per_sample(s, z.ndim) / schedule.time_scale
-        a, b = schedule.signal(s), schedule.noise(s)
-        x0 = params["variance"] * a / (a**2 * params["variance"] + b**2) * z
-        eps = (z - a * x0) / jnp.maximum(b, 1e-6)
-        return {"x0": x0, "eps": eps, "v": a * eps - b * x0, "u": eps - x0}[prediction]
-
-    params = {"variance": jnp.float32(deviation**2)}
-    return Teacher(predict=predict, shape=None, prediction=prediction, schedule=schedule), params
-
-
-SOURCES = {
-    "points": (POINTS, None),
-    "tokens": (TOKENS, None),
-    "volumes": (VOLUMES, None),
-    "labels": LABELLED,
-    "mapping": (POINTS, {"pose": rng.normal(size=(256, 3))}),
-}
+from tests.distillation.own import (
+    CLASSES,
+    IMAGES,
+    POINTS,
+    SOURCES,
+    Small,
+    config_of_teacher,
+    exact,
+    settings,
+)
 
 
 @pytest.mark.filterwarnings("error:Explicitly requested dtype")  # the poses are float64
@@ -285,143 +230,6 @@ def test_images_are_measured_and_looked_at(tmp_path):
     )
 
 
-def config_of_teacher():
-    config = piflow_jax.base_config()
-    config.teacher.steps, config.teacher.batch_size = 3, 8
-    config.teacher.optimizer.warmup_steps = 1
-    config.log_every, config.checkpoint_every = 1, 2
-    return config
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """A run of two steps, and what it was given."""
-    teacher, params = exact()
-    workdir = tmp_path_factory.mktemp("finished")
-    network = Small(piflow_jax.policy_outputs(settings(), 2))
-    given = {"teacher": teacher, "teacher_params": params, "network": network, "source": LABELLED}
-    student = piflow_jax.distill(settings(train__steps=2), workdir, **given)
-    return workdir, given, student
-
-
-CHANGES = {
-    "teacher's weights": (lambda: {"teacher_params": exact(0.4)[1]}, "teacher.parameters"),
-    "source": (lambda: {"source": (POINTS[::-1].copy(), LABELLED[1])}, "config.source"),
-    "network": (lambda: {"network": Small(9, 7)}, "params/network/Dense_0"),
-    "prediction": (
-        lambda: {"teacher": dataclasses.replace(exact()[0], prediction="eps")},
-        "teacher.description",
-    ),
-    "guidance": (
-        lambda: {"teacher": dataclasses.replace(exact()[0], guidance_scale=2.0, null_cond=CLASSES)},
-        "teacher.guidance_scale",
-    ),
-}
-
-
-@pytest.mark.parametrize("change", CHANGES)
-def test_a_run_goes_on_with_what_it_began(change, finished, tmp_path):
-    workdir, given, _ = finished
-    shutil.copytree(workdir, tmp_path / "run")
-    make, key = CHANGES[change]
-    given = given | make()
-    with pytest.raises(CheckpointError, match=key.replace(".", r"\.")):
-        piflow_jax.distill(settings(train__steps=3), tmp_path / "run", **given)
-
-
-def test_a_student_starts_where_another_ended(finished, tmp_path):
-    _, given, first = finished
-    config = settings(train__steps=1)
-    config.train.optimizer.learning_rate = 1e-12
-    trained = dataclasses.replace(first.settings, trained_in=("a, sha256 0",))
-    first = dataclasses.replace(first, settings=trained)
-    student = piflow_jax.distill(config, tmp_path, **given, initial_params=first)
-    loaded = piflow_jax.load(tmp_path, network=given["network"])
-    assert student.settings.trained_in == loaded.settings.trained_in == ("a, sha256 0",)
-    for a, b in zip(*map(jax.tree.leaves, (student.params, first.params)), strict=True):
-        np.testing.assert_allclose(a, b, atol=1e-6)
-
-
-class Outside:
-    """A source with a label that it has no class for."""
-
-    name, shape, num_classes = "mine", (2,), CLASSES
-
-    def __len__(self):
-        return 8
-
-    def __getitem__(self, index):
-        return {"x": POINTS[index], "condition": np.int32(index % (CLASSES + 1))}
-
-
-class Nested(Outside):
-    """A source whose conditions are mappings of mappings."""
-
-    def __getitem__(self, index):
-        return {"x": POINTS[index], "condition": {"a": {"b": np.float32(1)}}}
-
-
-REFUSED = {
-    "nested conditions": (
-        lambda: ({}, {"source": Nested()}),
-        "a condition must be an array of numbers, or a mapping of such arrays: a is of dtype",
-    ),
-    "key": (lambda: ({"model__dit__hidden": 32}, {}), r"config\.model\.dit\.hidden has no meaning"),
-    "outputs": (lambda: ({}, {"network": Small(4)}), "it must make .*: 9 per site"),
-    "kind": (lambda: ({}, {"network": 3}), "not a flax.linen.Module, a flax.nnx.Module or a pair"),
-    "sign": (
-        lambda: ({}, {"teacher": dataclasses.replace(exact()[0], predict=negated)}),
-        "with the opposite sign",
-    ),
-    "shape": (
-        lambda: ({}, {"teacher": dataclasses.replace(exact()[0], shape=(3,))}),
-        r"samples of arrays are \[2\], the teacher's \[3\]",
-    ),
-    "start": (lambda: ({}, {"initial_params": {"a": np.zeros(3)}}), "a: nothing in the student"),
-    "test": (
-        lambda: ({}, {"test_source": TOKENS}),
-        r"samples of test are \[5, 2\], those of arrays \[2\]",
-    ),
-    "test without conditions": (
-        lambda: ({}, {"source": SOURCES["mapping"], "test_source": POINTS}),
-        r"examples of test have no conditions, those of arrays {'pose': \[3\]}: samples for",
-    ),
-    "test with labels": (
-        lambda: ({}, {"source": POINTS, "test_source": LABELLED}),
-        r"examples of test have {'condition': \[\]}, those of arrays none",
-    ),
-    "label": (
-        lambda: ({}, {"source": Outside()}),
-        r"mine: example 2: its label must be an integer in \[0, 2\), got 2",
-    ),
-    "label of a test": (lambda: ({}, {"test_source": Outside()}), "mine: example 2: its label"),
-    "window": (lambda: ({"train__window_substeps": 9}, {}), r"window_substeps must be in \[0, 8\]"),
-    "corrector": (
-        lambda: ({"train__corrector__kind": "policy", "train__nfe": 2}, {}),
-        "follows one policy from noise to data and needs config.train.nfe = 1",
-    ),
-}
-
-
-def negated(params, z, s, cond=None):
-    return -exact()[0].predict(params, z, s)
-
-
-@pytest.mark.parametrize("what", REFUSED)
-def test_what_cannot_be_is_said_before_anything_is_trained(what, finished, tmp_path):
-    make, words = REFUSED[what]
-    changes, given = make()
-    with pytest.raises(ValueError, match=words):
-        piflow_jax.distill(settings(**changes), tmp_path, **(finished[1] | given))
-    assert not list(tmp_path.glob("student/checkpoints/*"))
-
-
-def test_a_teacher_is_not_trained_on_what_is_no_source(tmp_path):
-    with pytest.raises(ValueError, match="mine: example 2: its label"):
-        piflow_jax.train_teacher(config_of_teacher(), tmp_path, network=Small(2), source=Outside())
-    assert not list(tmp_path.iterdir())
-
-
 @pytest.mark.parametrize("given", ["float32", "bfloat16", "others", "linen variables"])
 def test_a_start_at_the_teacher_is_recognised(given, tmp_path, caplog):
     """By values, in whatever dtype; anything else is said to predict velocities."""
@@ -478,32 +286,6 @@ def test_a_network_with_a_list_among_its_fields_is_sampled():
     assert network != other  # lists may change
     same = [own_network("own", Small(9), data, config.policy) for _ in range(2)]
     assert same[0] == same[1] and hash(same[0]) == hash(same[1])
-
-
-class Pair(nn.Module):
-    """A network that returns more than its prediction."""
-
-    @nn.compact
-    def __call__(self, x, t, labels=None):
-        return nn.Dense(9)(x), {}
-
-
-def test_what_a_network_is_given_and_makes(finished):
-    config = piflow_jax.config.parse(settings())
-    data = DataShape(name="points", channels=2, sites=())
-    with pytest.raises(ConfigError, match=r"own made a tuple, it must make one array \[1, 9\]"):
-        own_network("own", Pair(), data, config.policy).check_start()
-    workdir, given, student = finished
-    x = jnp.zeros((2, 2))
-    for label in (-1, CLASSES + 1):
-        with pytest.raises(ValueError, match=rf"labels must be in \[0, {CLASSES}\], got {label}"):
-            student.policy(x, 1.0, np.array([0, label]))
-    np.testing.assert_array_equal(
-        student.policy(x, 1.0, [0, 1]).velocity(x, jnp.full(2, 0.5)),
-        student.policy(x, 1.0, np.array([0, 1])).velocity(x, jnp.full(2, 0.5)),
-    )
-    with pytest.raises(ValueError, match="a network of your own computes in its own dtype"):
-        piflow_jax.load(workdir, network=given["network"], dtype="bfloat16")
 
 
 def test_an_nnx_teacher_with_random_state_is_given_as_its_state(tmp_path):
