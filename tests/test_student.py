@@ -336,24 +336,26 @@ def test_devices_share_the_work_and_change_no_sample(run):
 
 
 IMPORT = """
-import sys, time, jax
-before = time.process_time()
-import piflow_jax
+import sys, piflow_jax
 for name in piflow_jax.__all__:
     getattr(piflow_jax, name)
-print(time.process_time() - before)
-assert not {"tensorflow", "torch", "matplotlib", "gradio"} & set(sys.modules)
+print(*{module.split(".")[0] for module in sys.modules})
 """
+# Each takes half a second to ten of them, or is not installed with the package alone.
+HEAVY = {
+    "clu", "datasets", "diffusers", "fontTools", "gradio", "IPython", "matplotlib", "pandas",
+    "sklearn", "tensorboard", "tensorflow", "tensorflow_datasets", "torch", "transformers",
+}  # fmt: skip
 
 
-def test_importing_every_name_takes_under_two_seconds_beyond_jax():
-    # Of the processor's time: a busy machine is not the package's fault.
-    run = [sys.executable, "-c", IMPORT]
-    root = Path(__file__).parents[1]
-
-    def seconds():
-        done = subprocess.run(run, cwd=root, capture_output=True, text=True)
-        assert not done.returncode, done.stderr
-        return float(done.stdout)
-
-    assert seconds() < 2 or seconds() < 2  # the first may have come at a bad time
+def test_every_name_is_imported_without_heavy_packages():
+    done = subprocess.run(
+        [sys.executable, "-c", IMPORT],
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+    )
+    assert not done.returncode, done.stderr
+    loaded = set(done.stdout.split())
+    assert "piflow_jax" in loaded
+    assert not HEAVY & loaded
