@@ -329,7 +329,7 @@ def readme_block(reports: dict[str, dict[str, dict[int, Report]]]) -> str:
         row = next(line for line in systems_table(corrected) if line.startswith(STUDENT))
         lines.insert(lines.index(own) + 1, row.replace(STUDENT, f"{STUDENT}, corrected", 1))
         ratio = fmean(compare(report)["to_most"] for report in corrected)
-        lines[-1] += f" Corrected, it is {ratio:.2f} times the teacher's."
+        lines[-1] += f" The corrected student's is {ratio:.2f} times the teacher's."
     return "\n".join([*lines, ""])
 
 

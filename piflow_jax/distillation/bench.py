@@ -41,6 +41,7 @@ from piflow_jax.systems.judges import (
     Judge,
     described,
     is_judge_of,
+    real_batches,
     real_features,
     second_judge,
 )
@@ -172,8 +173,9 @@ class Bench:
         if getattr(self.source, "test", None) is None:
             return []
         number = min(self._config.evaluation.num_samples, len(self.source))
-        images = self.source.gather(np.arange(number))
-        return [self.row("training images", 0, images["x"], 0.0, None, images["condition"])]
+        batches = real_batches(self.source, indices=np.arange(number))
+        images, labels = map(np.concatenate, zip(*batches, strict=True))
+        return [self.row("training images", 0, images, 0.0, None, labels)]
 
     @property
     def training_images(self) -> np.ndarray | None:

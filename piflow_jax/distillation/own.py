@@ -104,8 +104,9 @@ def distill(
     same, bit for bit, as without the interruption.
 
     Args:
-      config: settings: `base_config()` with changes to `policy`, `train`, `evaluation`, `mesh` and
-        to keys outside all groups. A change to any other key is refused.
+      config: settings: `base_config()` with changes to `policy`, `train`, `evaluation`, `mesh`,
+        `seed`, `log_every`, `checkpoint_every`, `keep_checkpoints`, `profile` and `peak_flops`. A
+        change to any other key is refused.
       workdir: the run's directory. It receives `student/` with checkpoints and metrics,
         `samples.png`, `report.html`, and `report.json` if figures can be measured.
       teacher: the network's prediction, its diffusion and its guidance.
@@ -206,8 +207,8 @@ def train_teacher(
     """Trains a teacher by flow matching; `distill` takes the result.
 
     Args:
-      config: settings: `base_config()` with changes to `teacher`, `train.shift`, `mesh` and to keys
-        outside all groups.
+      config: settings: `base_config()` with changes to `teacher`, `train.shift`, `mesh`, `seed`,
+        `log_every`, `checkpoint_every`, `keep_checkpoints`, `profile` and `peak_flops`.
       workdir: the run's directory. It receives `teacher/` with checkpoints and metrics.
       network: see `distill`. It returns `[B, *sites, C]`, the velocity `eps - x_0` at `(1 - t) x_0
         + t eps`. For data with classes, label `num_classes` is the null label.

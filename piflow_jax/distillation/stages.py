@@ -211,8 +211,9 @@ def student_stage(
         key = stream_key(config, STUDENT_INIT)
         carried = student.carried(student.init(key)) if student.carries else ()
         trained = start(key, initial)
+        of_critic = jax.random.fold_in(key, 1)
         return first_student_state(
-            key, config, student, trained, teacher_params, carried, systems.space
+            of_critic, config, student, trained, teacher_params, carried, systems.space
         )
 
     def look_at(trained, carried):

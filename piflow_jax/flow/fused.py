@@ -45,7 +45,7 @@ def fused_rollout(
         pull=of.pull,
         pull_src=of.pull_src,
         pull_center=of.pull * of.lift,
-        half_precision=of.half_precision,
+        half_zeta=of.half_zeta,
         gain=of.weight / of.denominator,
         gain_src=of.weight_src / of.denominator,
         gain_center=(of.weight * of.lift + of.weight_center) / of.denominator,

@@ -1,4 +1,4 @@
-"""Rollouts: Euler integration of a policy over substeps uniform in raw time (paper, Alg. 1)."""
+"""Rollouts of a policy over substeps uniform in raw time (paper, Alg. 1), or in closed form."""
 
 from typing import Literal, get_args
 
@@ -84,9 +84,6 @@ def rollout(
         raise ValueError(f"policy must be a policy, with a velocity, got a {type(policy).__name__}")
     check_warp(warp)
     x, tau_start, tau_end = _interval(x, tau_start, tau_end)
-    if hasattr(policy, "displacement"):
-        sigma_end = warp.warp(jnp.maximum(tau_end, 0))
-        return x + policy.displacement(x, warp.warp(tau_start), sigma_end), sigma_end
     fusible = isinstance(policy, GMFlowPolicy) and policy.states == x.shape
     fusible = fusible and promote(x, policy.center)[0].dtype == jnp.float32
     if implementation == "fused" and not fusible:
@@ -94,6 +91,9 @@ def rollout(
             "implementation='fused' is for a GMFlowPolicy in float32, not for a "
             f"{type(policy).__name__} at states {x.shape} in {x.dtype}; 'auto' takes the scan"
         )
+    if hasattr(policy, "displacement"):
+        sigma_end = warp.warp(jnp.maximum(tau_end, 0))
+        return x + policy.displacement(x, warp.warp(tau_start), sigma_end), sigma_end
     trips = total_substeps if bound in ("traced", None) else bound
     substeps = Substeps.between(tau_start, tau_end, total_substeps, trips, rounding)
 

@@ -58,7 +58,7 @@ def num_substeps(
       delta_tau: length of the interval in raw time, of any shape.
       total_substeps: substeps per unit of raw time.
       rounding: `round` or `ceil`, see `Rounding`. `ceil` ignores a millionth of raw time: an
-        interval of 32.00002 substeps has 32.
+        interval of 32.0001 of 128 substeps has 32.
 
     Returns:
       Whole numbers with the shape and type of `delta_tau`, in NumPy if `delta_tau` is.

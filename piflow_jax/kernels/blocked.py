@@ -99,7 +99,7 @@ def whole_rollout(*arrays: jax.Array) -> jax.Array:
         pull = jax.lax.optimization_barrier(pull)
         pairs = zip(by_channel, jnp.unstack(pull, axis=1), strict=True)
         inner = sum(d * p[:, None] for d, p in pairs)
-        logits = jax.lax.optimization_barrier(logweights - step.half_precision * norms + inner)
+        logits = jax.lax.optimization_barrier(logweights - step.half_zeta * norms + inner)
         weights = jnp.exp(logits - jnp.max(logits, axis=1, keepdims=True))
         total = jnp.sum(weights, axis=1)
         pairs = zip(jnp.unstack(weights, axis=1), jnp.unstack(offsets, axis=1), strict=True)

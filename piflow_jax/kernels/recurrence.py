@@ -18,7 +18,7 @@ class Recurrence(NamedTuple):
     state relative to the centre `y`, a substep is
 
         e  = pull y + pull_src y_s + pull_center r
-        w  = softmax_k(a_k + <d_k, e> - half_precision |d_k|^2)
+        w  = softmax_k(a_k + <d_k, e> - half_zeta |d_k|^2)
         g  = gain y + gain_src y_s + gain_center r - gain_offset sum_k w_k d_k
         y' = y + step g + step_previous (g of the substep before)
 
@@ -28,7 +28,7 @@ class Recurrence(NamedTuple):
     pull: jax.Array
     pull_src: jax.Array
     pull_center: jax.Array
-    half_precision: jax.Array
+    half_zeta: jax.Array
     gain: jax.Array
     gain_src: jax.Array
     gain_center: jax.Array

@@ -62,7 +62,7 @@ def substep(
     for k in range(components):
         offset, logweight, norm = component(k)
         inner = _sum(d * p for d, p in zip(offset, pull, strict=True))
-        logits.append(logweight - of.half_precision * norm + inner)
+        logits.append(logweight - of.half_zeta * norm + inner)
     largest = functools.reduce(jnp.maximum, logits)
     weights = [jnp.exp(logit - largest) for logit in logits]
     scale = of.gain_offset / _sum(weights)

@@ -86,7 +86,6 @@ def initial_trained(
     key: jax.Array,
     student: nn.Module,
     teacher_params: Mapping,
-    noise: jax.Array | None = None,
     *,
     teacher: nn.Module | None = None,
 ) -> dict:
@@ -98,8 +97,6 @@ def initial_trained(
         key: Random key.
         student: A `Flux` or `QwenImage`, with or without `lora`.
         teacher_params: Parameters of the same network with a `VelocityHead` and without adapters.
-        noise: `[K, C]` standard normal draws that separate mixture components; None draws them from
-            `key`.
         teacher: The teacher's module. If given, settings that shapes do not show are compared too.
 
     Returns:
@@ -120,7 +117,7 @@ def initial_trained(
     if "logstd_in" in head:  # the only fresh parameters of its own that a head keeps
         kernel = head["logstd_in"]["kernel"]
         head["logstd_in"]["kernel"] = xavier_uniform(keys[2], kernel.shape, kernel.dtype)
-    noise = _noise(keys[1], student) if noise is None else noise
+    noise = _noise(keys[1], student)
     return _at_teacher(student, {"params": fresh | {"head": head}}, teacher_params, noise)
 
 

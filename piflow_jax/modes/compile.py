@@ -47,7 +47,7 @@ from piflow_jax.training.step import distill_step, first_student_state
 from piflow_jax.whole_files import write_json
 
 GIB = 2**30
-# Tokens of a caption in the recipes of both.
+# Tokens of a caption in the recipes of text to image.
 _TEXT_LENGTH = 512
 # Named scopes of the step whose shares of the estimated cycles are reported.
 SCOPES = ("teacher", "student", "policy", "optimizer")

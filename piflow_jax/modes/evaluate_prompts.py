@@ -33,6 +33,9 @@ from piflow_jax.systems.judges import load_inception
 
 _CACHE = "evaluation_features"
 _REPORT = "text_report.json"
+# Prompts that a network reads at a time.
+_TEXTS = 256
+
 T = TypeVar("T")
 _VIEWS = {"resized": resized, "centre_patch": centre_patch}
 
@@ -187,6 +190,6 @@ def _features(images: ImageSet, network: ImageNetwork, cache: epath.Path) -> np.
     return cached_features(images, network.image_features, cache, key, _progress)
 
 
-def _text_features(network: ImageNetwork, prompts: list[str], batch: int = 256) -> np.ndarray:
-    parts = [prompts[i : i + batch] for i in range(0, len(prompts), batch)]
+def _text_features(network: ImageNetwork, prompts: list[str]) -> np.ndarray:
+    parts = [prompts[i : i + _TEXTS] for i in range(0, len(prompts), _TEXTS)]
     return np.concatenate([network.text_features(part) for part in parts])

@@ -220,12 +220,13 @@ def second_judge(source: Source, judge: Judge) -> PrincipalComponents | None:
 
 
 def real_batches(
-    source: Source, most: int | None = None
+    source: Source, most: int = _MOST_REAL, indices: np.ndarray | None = None
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Real images `[b, H, W, C]` with labels `int32[b]`, see `real_features`; `most` in total."""
-    most = most or _MOST_REAL
-    indices = np.arange(len(source))
-    if len(source) > most:
+    """Real images `[b, H, W, C]` with labels `int32[b]`, see `real_features`.
+
+    They are those at `indices`, by default `most` of the source.
+    """
+    if indices is None:
         indices = np.sort(shuffled(len(source), (0, 0))[:most])
     labels = getattr(source, "labels", None)  # captions made from classes also have labels
     for part in np.split(indices, range(_BATCH, len(indices), _BATCH)):

@@ -155,6 +155,8 @@ class _Pair:
         return self.call(variables["params"], x, t, *arguments, **named), variables["carried"]
 
     def parameters_of(self, given):
+        if isinstance(given, Mapping) and given.keys() == {"params", "carried"}:
+            return given["params"]  # of `train_teacher`, see `init`
         own = jax.eval_shape(self.make, seed_key(0))
         # What it makes may itself be Linen's variables.
         return given if isinstance(own, Mapping) and "params" in own else params_of(given)
@@ -361,6 +363,7 @@ class OwnNetwork(Network):
         row, channels = POLICIES[self.policy.kind], self.data.channels
         noise = jax.random.normal(key, (max(row.droppable(self.policy), 1), channels))
         rest, problems, leaves = dict(_by_path(theirs)), [], []
+        repeats, separates = False, row.droppable(self.policy) < 2
         for path, leaf in _by_path(own):
             given = rest.pop(path, None)
             shape = None if given is None else given.shape
@@ -369,6 +372,7 @@ class OwnNetwork(Network):
             elif shape and _predicts(shape, leaf.shape, channels, self.outputs):
                 rows = given.reshape(*shape[:-1], -1, channels)
                 # The bias is a vector; its noise separates the components.
+                repeats, separates = True, separates or not shape[:-1]
                 repeated = row.start(self.policy, rows, None if shape[:-1] else noise)
                 leaves.append(repeated.reshape(leaf.shape).astype(leaf.dtype))
             else:
@@ -377,6 +381,8 @@ class OwnNetwork(Network):
                     f"{path}: the student has {list(leaf.shape)}, the teacher {of_teacher}"
                 )
         problems += [f"{path}: nothing in the student" for path in rest]
+        if repeats and not separates:
+            problems.append("the layer that predicts has no bias, so all components stay equal")
         if problems:
             raise ConfigError(
                 f"{self.name}: the student cannot start at its teacher:"

@@ -39,7 +39,7 @@ from piflow_jax.whole_files import replacing
 _KEY = "config.train.corrector.space"
 # The judge's own network has seed 0.
 _SEED = 1
-# Most images in the statistics, over which their own errors are far below a student's.
+# Most images in the statistics. With so many, their own errors are far below a student's.
 _MOST_IMAGES = 100_000
 
 

@@ -2,7 +2,8 @@
 
 pi-ID imitates paths. Where the network cannot follow a path, the error stays in the distribution of
 the samples, and nothing corrects it. A corrector finds the direction in which samples are wrong. It
-is sent back through the student's rollout, and its gradient is scaled to the norm of pi-ID's.
+sends this direction back through the student's rollout as a gradient, which is scaled to the norm
+of pi-ID's.
 
 Two correctors compare velocities at states of the student's samples: the teacher's, and that of the
 student's own distribution. A third compares the features of samples with those of training data.
@@ -139,22 +140,22 @@ class Corrector:
         return rows(slice(count)), rows(slice(count, None))
 
     def draw(self, key: jax.Array, noise: jax.Array) -> dict[str, jax.Array]:
-        """Noise levels, one in each stratum, and noise for states of samples.
+        """Noise levels, one in each stratum, and what else a batch's corrections draw.
 
         Args:
           key: PRNG key.
           noise: `[B, *sites, C]`, noise at which the samples start; only its shape matters.
 
         Returns:
-          `t[B]` and `mixed[B, *sites, C]`.
+          `t[B]` and what a corrector adds to it.
         """
-        time_key, noise_key = jax.random.split(key)
+        time_key, _ = jax.random.split(key)
         batch, dtype = noise.shape[0], noise.dtype
         offsets = jax.random.uniform(time_key, (batch,), dtype)
         warp = TimeWarp(self.settings.shift)
         low, high = (warp.unwarp(jnp.asarray(level, dtype)) for level in self.settings.levels)
         tau = low + (high - low) * (jnp.arange(batch) + offsets) / batch
-        return {"t": warp.warp(tau), "mixed": jax.random.normal(noise_key, noise.shape, dtype)}
+        return {"t": warp.warp(tau)}
 
     def learned(self, state: TrainState) -> Any:
         """What the loss takes of the state besides the student; here nothing."""
@@ -272,7 +273,13 @@ class CriticCorrector(Corrector):
 
     @functools.cached_property
     def _optimizer(self) -> optax.GradientTransformation:
-        return make_optimizer(self.settings.optimizer, self.config.train.steps)
+        updates = self.config.train.steps * self.settings.critic_steps
+        return make_optimizer(self.settings.optimizer, updates)
+
+    def draw(self, key: jax.Array, noise: jax.Array) -> dict[str, jax.Array]:
+        """Also noise `mixed[B, *sites, C]` for states of samples; see `Corrector`."""
+        mixed = jax.random.normal(jax.random.split(key)[1], noise.shape, noise.dtype)
+        return super().draw(key, noise) | {"mixed": mixed}
 
     def begin(self, key: jax.Array, state: TrainState, teacher_params: Any) -> CorrectedState:
         """Adds a critic that starts at the teacher; see `Corrector`."""

@@ -20,13 +20,11 @@ from piflow_jax.flow.imitation import (
     uniforms_by_density,
     window_size,
 )
-from piflow_jax.flow.policies import Policy
 from piflow_jax.flow.policies.base import per_sample
 from piflow_jax.flow.schedule import Segments, TimeWarp, segment_start
+from piflow_jax.systems.conditioning import Condition
+from piflow_jax.systems.policies import PolicyFactory
 from piflow_jax.systems.segments import longest_segment
-
-Condition = Any
-"""An example's condition: arrays `[B, ...]` in any structure, or None."""
 
 Velocity = Callable[[jax.Array, jax.Array], jax.Array]
 """`(x[B, *sites, C], sigma[B]) -> u[B, *sites, C]`."""
@@ -37,9 +35,6 @@ Student = Callable[..., tuple[Any, Any]]
 `carried` holds a network's variables other than parameters, such as running averages. `key` is the
 key of its dropout, or None.
 """
-
-PolicyFactory = Callable[[Any, jax.Array, jax.Array], Policy]
-"""`(network output, x_src, sigma_src) -> policy`."""
 
 # Separate random streams, independent of those split off the same key.
 _ADAPTERS, _EVALUATIONS = 0xADA, 0xE7A

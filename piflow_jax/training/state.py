@@ -16,7 +16,7 @@ class TrainState:
 
     Attributes:
       step: int32 scalar, optimiser steps done.
-      params: variables of the module, `{"params": ...}`.
+      params: the trained variables, see `Network.trained`.
       ema_params: their Karras average, same structure; if several networks train together (DMD2),
         the average of the student alone.
       opt_state: state of the optax transformation.

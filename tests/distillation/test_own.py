@@ -13,6 +13,7 @@ from flax import nnx
 import piflow_jax
 from piflow_jax import Schedule, Teacher
 from piflow_jax.config import ConfigError
+from piflow_jax.data import ArraySource
 from piflow_jax.systems.own import own_network
 from piflow_jax.systems.policies import POLICIES
 from piflow_jax.systems.sampling import sampling_cautions
@@ -34,6 +35,8 @@ from tests.distillation.own import (
 def test_a_run_of_any_sites_and_conditions_ends_continues_and_loads(name, tmp_path):
     x, condition = SOURCES[name]
     source = x if condition is None else (x, condition)
+    if name == "tokens":  # with a row of its training data in the report, which has no labels
+        source = ArraySource(name="arrays", x=x, test=ArraySource(name="test", x=x[:32]))
     teacher, params = exact()
     config, seen = settings(), []
     network = Small(piflow_jax.policy_outputs(config, x.shape[-1]))
@@ -230,7 +233,9 @@ def test_images_are_measured_and_looked_at(tmp_path):
     )
 
 
-@pytest.mark.parametrize("given", ["float32", "bfloat16", "others", "linen variables"])
+@pytest.mark.parametrize(
+    "given", ["float32", "bfloat16", "others", "linen variables", "of train_teacher"]
+)
 def test_a_start_at_the_teacher_is_recognised(given, tmp_path, caplog):
     """By values, in whatever dtype; anything else is said to predict velocities."""
     theirs, schedule = Small(2), Schedule.cosine(time_scale=1000.0)
@@ -247,7 +252,9 @@ def test_a_start_at_the_teacher_is_recognised(given, tmp_path, caplog):
     )
     config = settings(train__steps=1)
     network = Small(piflow_jax.policy_outputs(config, 2))
-    if given == "linen variables":
+    if given == "of train_teacher":
+        initial = {"params": params, "carried": ()}
+    if given in ("linen variables", "of train_teacher"):
         example = jnp.zeros((1, 2)), jnp.zeros(1)
         network = (lambda key, module=network: module.init(key, *example), network.apply)
     student = piflow_jax.distill(

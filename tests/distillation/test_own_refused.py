@@ -129,12 +129,30 @@ REFUSED = {
         r"mine: example 2: its label must be an integer in \[0, 2\), got 2",
     ),
     "label of a test": (lambda: ({}, {"test_source": Outside()}), "mine: example 2: its label"),
+    "no bias": (
+        lambda: ({}, {"network": Unbiased(9), "initial_params": started(Unbiased(2))}),
+        "the layer that predicts has no bias, so all components stay equal",
+    ),
     "window": (lambda: ({"train__window_substeps": 9}, {}), r"window_substeps must be in \[0, 8\]"),
     "corrector": (
         lambda: ({"train__corrector__kind": "policy", "train__nfe": 2}, {}),
         "follows one policy from noise to data and needs config.train.nfe = 1",
     ),
 }
+
+
+class Unbiased(nn.Module):
+    """A network whose last layer has no bias."""
+
+    outputs: int
+
+    @nn.compact
+    def __call__(self, x, t, labels=None):
+        return nn.Dense(self.outputs, use_bias=False)(x)
+
+
+def started(module):
+    return module.init(jax.random.key(0), jnp.zeros((1, 2)), jnp.zeros(1))["params"]
 
 
 def negated(params, z, s, cond=None):

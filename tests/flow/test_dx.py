@@ -77,6 +77,18 @@ def test_grid_is_exact_for_linear_x0(x64):
     np.testing.assert_allclose(policy.velocity(x, t), expected, rtol=1e-12)
 
 
+def test_a_policy_of_one_sample_takes_any_number_of_states():
+    rng = np.random.default_rng(0)
+    draws = (rng.normal(size=(1, 3, 4, 2)), rng.normal(size=(1, 3, 2)), np.array([0.9]))
+    output, x_src, sigma_src = (a.astype(np.float32) for a in draws)
+    x, t = rng.normal(size=(5, 3, 2)), np.linspace(0.1, 0.9, 5)
+    one, many = (
+        DXPolicy.create(*(np.repeat(a, count, 0) for a in (output, x_src, sigma_src)))
+        for count in (1, 5)
+    )
+    np.testing.assert_allclose(one.velocity(x, t), many.velocity(x, t), rtol=1e-5)
+
+
 def test_bad_arguments_are_named():
     x, sigma = jnp.ones((2, 3, 1)), jnp.ones((2,))
     with pytest.raises(ValueError, match="unknown DX mode 'spline'"):

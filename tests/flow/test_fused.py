@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from piflow_jax.flow.policies import DXPolicy, GMFlowPolicy, GMOutput
+from piflow_jax.flow.policies import ArcFlowPolicy, ArcOutput, DXPolicy, GMFlowPolicy, GMOutput
 from piflow_jax.flow.rollout import rollout
 from piflow_jax.flow.schedule import TimeWarp
 from piflow_jax.kernels.mosaic import mosaic_rollout
@@ -142,6 +142,10 @@ def test_unknown_choices_are_refused():
     grid = DXPolicy.create(jnp.zeros((4, 3, 2, 2)), x, start)
     with pytest.raises(ValueError, match="not for a DXPolicy"):
         rollout(grid, x, start, end, WARP, 8, implementation="fused")
+    outputs = ArcOutput(jnp.zeros((4, 3, 2, 2)), *jnp.zeros((2, 4, 3, 2)))
+    closed = ArcFlowPolicy.create(outputs, x, start)
+    with pytest.raises(ValueError, match="not for a ArcFlowPolicy"):
+        rollout(closed, x, start, end, WARP, 8, implementation="fused")
 
 
 @pytest.mark.parametrize("program", ["xla", "mosaic", "triton"], indirect=True)

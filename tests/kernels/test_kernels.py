@@ -49,7 +49,7 @@ def expected_end(offsets, logweights, center, residual_src, residual, table, tri
         for n in range(int(trips[b])):
             of = Recurrence(*np.asarray(table[b, :, n], np.float64))
             e = of.pull * y + of.pull_src * ys + of.pull_center * r
-            w = np.exp(a + (d * e).sum(1) - of.half_precision * (d * d).sum(1))
+            w = np.exp(a + (d * e).sum(1) - of.half_zeta * (d * d).sum(1))
             mean = (w[:, None] * d).sum(0) / w.sum(0)
             g = of.gain * y + of.gain_src * ys + of.gain_center * r - of.gain_offset * mean
             y, before = y + of.step * g + of.step_previous * before, g

@@ -239,6 +239,22 @@ def test_its_gradient_has_the_norm_of_the_other_and_waits_for_the_critic():
     np.testing.assert_allclose(added(3), 2.5, rtol=1e-6)
 
 
+DECAYING = {"decay": "cosine", "learning_rate": 0.01, "warmup_steps": 1}
+
+
+def test_the_critics_learning_rate_decays_over_the_run():
+    """Over all of its updates, of which each step has several."""
+    rate = {f"train__corrector__optimizer__{key}": value for key, value in DECAYING.items()}
+    config = settings("critic", train__steps=4, train__corrector__critic_steps=5, **rate)
+    corrector = corrector_of(config)
+    states = [first_state(config, {"mean": jnp.asarray(-0.2), "logstd": jnp.asarray(0.3)})]
+    follow = jax.jit(lambda state, key: corrector.follow(state, RIGHT, part(key), key)[0])
+    for index in range(4):
+        states.append(follow(states[-1], jax.random.key(index)))
+    means = np.array([state.critic.params["mean"] for state in states])
+    assert np.all(np.abs(np.diff(means)) > 1e-5)
+
+
 def test_microbatches_change_no_gradient_of_a_distance():
     """It is that of all samples seen so far, so the parts of a batch are independent."""
     found = []

@@ -116,7 +116,8 @@ class DXPolicy:
         length = jnp.maximum(self.tau_src - self.tau_dst, self.eps)
         position = jnp.clip((tau - self.tau_dst) / length, 0, 1) * intervals
         left = jnp.clip(jnp.floor(position).astype(jnp.int32), 0, intervals - 1)
-        pair = jax.vmap(lambda grid, i: jax.lax.dynamic_slice_in_dim(grid, i, 2))(self.x0, left)
+        grids = jnp.broadcast_to(self.x0, (*left.shape, *self.x0.shape[1:]))
+        pair = jax.vmap(lambda grid, i: jax.lax.dynamic_slice_in_dim(grid, i, 2))(grids, left)
         fraction = per_sample(position - left, self.x0.ndim - 1)
         return (1 - fraction) * pair[:, 0] + fraction * pair[:, 1]
 

@@ -38,7 +38,7 @@ class MixtureCoefficients(NamedTuple):
     In the policy's notation, with the residual `y = x_t - (1 - t) r` at the clamped time `t`:
 
         e / den = pull y + pull_src y_s
-        w       = softmax_k(a_k + <d_k, e / den - half_precision d_k>)
+        w       = softmax_k(a_k + <d_k, e / den - half_zeta d_k>)
         u + r   = (weight y + weight_src y_s + weight_center r - sum_k w_k d_k) / denominator
 
     The clamp raises the noise level by `lift`.
@@ -46,7 +46,7 @@ class MixtureCoefficients(NamedTuple):
 
     pull: jax.Array
     pull_src: jax.Array
-    half_precision: jax.Array
+    half_zeta: jax.Array
     weight: jax.Array
     weight_src: jax.Array
     weight_center: jax.Array
@@ -150,7 +150,7 @@ class GMFlowPolicy:
     def velocity(self, x: jax.Array, sigma: jax.Array) -> jax.Array:
         """Velocity at `x[B, *sites, C]` and noise levels `sigma[B]`; see `Policy.velocity`."""
         of, residual, pull = self._at(x, sigma)
-        mean_offset = self._mean_offset(pull, of.half_precision)
+        mean_offset = self._mean_offset(pull, of.half_zeta)
         numerator = (
             of.weight * residual
             + of.weight_src * self.residual_src
@@ -171,7 +171,7 @@ class GMFlowPolicy:
           mixture's own; towards `t = 0` the component nearest to the state takes all.
         """
         of, _, pull = self._at(x, sigma)
-        logits = self._logits(pull, of.half_precision)
+        logits = self._logits(pull, of.half_zeta)
         return jnp.moveaxis(jax.nn.softmax(logits, axis=1), 1, -1)
 
     def _at(
@@ -208,7 +208,7 @@ class GMFlowPolicy:
         return MixtureCoefficients(
             pull=snr_t / t / denominator,
             pull_src=-snr_s / s / denominator,
-            half_precision=0.5 * zeta / denominator,
+            half_zeta=0.5 * zeta / denominator,
             weight=1 - v * snr_t - v * jnp.square(snr_s) + excess,
             weight_src=v * snr_s / s,
             weight_center=excess,
@@ -216,16 +216,16 @@ class GMFlowPolicy:
             lift=t - sigma,
         )
 
-    def _logits(self, pull: jax.Array, half_precision: jax.Array) -> jax.Array:
+    def _logits(self, pull: jax.Array, half_zeta: jax.Array) -> jax.Array:
         """`a' [B, K, *sites]`, up to a constant, for `e / den` and `zeta / (2 den)`."""
         # Spelled out over C too: on a CPU only reductions along K are fast.
         by_channel = zip(jnp.unstack(self.offsets, axis=2), jnp.unstack(pull, axis=1), strict=True)
-        inner = sum(d * (jnp.expand_dims(p, 1) - half_precision * d) for d, p in by_channel)
+        inner = sum(d * (jnp.expand_dims(p, 1) - half_zeta * d) for d, p in by_channel)
         return self.logweights + inner
 
-    def _mean_offset(self, pull: jax.Array, half_precision: jax.Array) -> jax.Array:
+    def _mean_offset(self, pull: jax.Array, half_zeta: jax.Array) -> jax.Array:
         """`sum_k w_k d_k[B, C, *sites]` for `e / den [B, C, *sites]` and `zeta / (2 den)`."""
-        logits = jax.lax.optimization_barrier(self._logits(pull, half_precision))
+        logits = jax.lax.optimization_barrier(self._logits(pull, half_zeta))
         # As separate reductions, they are not recomputed for each component.
         largest = jax.lax.stop_gradient(jnp.max(logits, axis=1, keepdims=True))
         weights = jax.lax.optimization_barrier(jnp.exp(logits - largest))
