@@ -173,7 +173,7 @@ class Bench:
         if getattr(self.source, "test", None) is None:
             return []
         number = min(self._config.evaluation.num_samples, len(self.source))
-        batches = real_batches(self.source, indices=np.arange(number))
+        batches = real_batches(self.source, number)
         images, labels = map(np.concatenate, zip(*batches, strict=True))
         return [self.row("training images", 0, images, 0.0, None, labels)]
 

@@ -14,6 +14,7 @@ import piflow_jax
 from piflow_jax import Schedule, Teacher
 from piflow_jax.config import ConfigError
 from piflow_jax.data import ArraySource
+from piflow_jax.distillation.bench import Bench
 from piflow_jax.systems.own import own_network
 from piflow_jax.systems.policies import POLICIES
 from piflow_jax.systems.sampling import sampling_cautions
@@ -35,8 +36,6 @@ from tests.distillation.own import (
 def test_a_run_of_any_sites_and_conditions_ends_continues_and_loads(name, tmp_path):
     x, condition = SOURCES[name]
     source = x if condition is None else (x, condition)
-    if name == "tokens":  # with a row of its training data in the report, which has no labels
-        source = ArraySource(name="arrays", x=x, test=ArraySource(name="test", x=x[:32]))
     teacher, params = exact()
     config, seen = settings(), []
     network = Small(piflow_jax.policy_outputs(config, x.shape[-1]))
@@ -231,6 +230,33 @@ def test_images_are_measured_and_looked_at(tmp_path):
     np.testing.assert_array_equal(
         found.velocity(found_params, x, t, labels), teacher.velocity(params, x, t, labels)
     )
+
+
+def test_training_images_of_a_report_are_spread_over_a_set_without_classes(tmp_path):
+    x = np.sort(IMAGES, axis=0)
+    source = ArraySource(name="mine", x=x, test=ArraySource(name="test", x=IMAGES[:32]))
+    teacher, params = exact()
+    measured = {}
+    row = Bench.row
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            Bench,
+            "row",
+            lambda self, system, nfe, images, *more: (
+                measured.update({system: images}) or row(self, system, nfe, images, *more)
+            ),
+        )
+        piflow_jax.distill(
+            settings(train__steps=1),
+            tmp_path,
+            teacher=teacher,
+            teacher_params=params,
+            network=Small(piflow_jax.policy_outputs(settings(), 3)),
+            source=source,
+        )
+    images = measured["training images"]
+    places = [int(np.argmin(np.abs(x - image).sum((1, 2, 3)))) for image in images]
+    assert len(images) == 16 and max(places) > 32
 
 
 @pytest.mark.parametrize(
