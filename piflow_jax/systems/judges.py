@@ -219,12 +219,14 @@ def second_judge(source: Source, judge: Judge) -> PrincipalComponents | None:
     return PrincipalComponents.of(images for images, _ in real_batches(compared(source)))
 
 
-def real_batches(source: Source, most: int = _MOST_REAL) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def real_batches(
+    source: Source, most: int | None = None
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Real images `[b, H, W, C]` with labels `int32[b]`, see `real_features`; `most` in total.
 
     They are spread over the source, which may be sorted.
     """
-    indices = np.sort(shuffled(len(source), (0, 0))[:most])
+    indices = np.sort(shuffled(len(source), (0, 0))[: most or _MOST_REAL])
     labels = getattr(source, "labels", None)  # captions made from classes also have labels
     for part in np.split(indices, range(_BATCH, len(indices), _BATCH)):
         if hasattr(source, "gather"):
