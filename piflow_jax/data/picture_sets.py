@@ -9,8 +9,9 @@ threads.
 import concurrent.futures
 import hashlib
 import os
+import posixpath
 import tarfile
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple, Protocol
 
@@ -202,14 +203,16 @@ class PictureTar(_Listed):
     """A tar file of a folder, or of one tar for each class, read where it lies.
 
     The latter is how ImageNet comes, `ILSVRC2012_img_train.tar`. Opening walks over all headers,
-    1.3 million for that set.
+    1.3 million for that set. Links are followed inside the file, and of a name that was appended
+    again the last file counts.
 
     Args:
       path: The tar file; its tars, or the folders in it, sorted by name, are the classes.
 
     Raises:
       FileNotFoundError: If it does not exist.
-      PicturesError: If it is damaged or compressed, or has no pictures in it or in one of its tars.
+      PicturesError: If it is damaged, cut short or compressed, has links that lead out of it, or
+        has no pictures in it or in one of its tars.
     """
 
     def __init__(self, path: str | os.PathLike):
@@ -222,33 +225,31 @@ class PictureTar(_Listed):
             _, self._fetch = fetcher(self._path)
         damaged = prefixed(f"{path} is damaged or compressed", tarfile.TarError, PicturesError)
         with damaged, tarfile.open(fileobj=self._file, mode="r:") as outer:
-            files = [one for one in outer if one.isfile() and not is_hidden(one.name)]
-            tars = [member for member in files if member.name.endswith(".tar")]
-            loose = [member for member in files if is_picture(member.name)]
-            entries = [entry for tar in tars for entry in self._inner(outer, tar)]
+            files = _files(outer, f"{path}")
+            tars = [name for name in files if name.endswith(".tar")]
+            loose = [name for name in files if is_picture(name)]
+            entries = [one for tar in tars for one in self._inner(outer, tar, files[tar])]
         if not tars:
-            entries, loose = _grouped(loose)
+            entries, loose = _grouped({name: files[name] for name in loose})
         if not entries:
             raise PicturesError(f"{path} has no images in it, and no tar files of them")
-        _warn_of_loose(path, [member.name for member in loose])
+        _warn_of_loose(path, loose)
         super().__init__(entries)
 
     def _read(self, first: int, last: int) -> bytes:
         return os.pread(self._file.fileno(), last - first, first)
 
-    def _inner(self, outer: tarfile.TarFile, tar: tarfile.TarInfo) -> list[_Entry]:
+    def _inner(self, outer: tarfile.TarFile, name: str, tar: tarfile.TarInfo) -> list[_Entry]:
         """The pictures of a tar of one class."""
-        group = PurePosixPath(tar.name).stem
+        group = PurePosixPath(name).stem
         with tarfile.open(fileobj=outer.extractfile(tar), mode="r:") as inner:
             entries = [
-                _Entry(
-                    group, PurePosixPath(one.name).name, tar.offset_data + one.offset_data, one.size
-                )
-                for one in inner
-                if one.isfile() and is_picture(one.name)
+                _Entry(group, PurePosixPath(file).name, tar.offset_data + one.offset_data, one.size)
+                for file, one in _files(inner, f"{name} in {self._path}").items()
+                if is_picture(file)
             ]
         if not entries:
-            raise PicturesError(f"no images in {tar.name} in {self._path}")
+            raise PicturesError(f"no images in {name} in {self._path}")
         return entries
 
     def __getitem__(self, index: int) -> LabelledPicture:
@@ -268,20 +269,59 @@ def _names(folder: epath.Path) -> list[str]:
     return [name for name in names if not is_hidden(name)]
 
 
-def _grouped(
-    members: Collection[tarfile.TarInfo],
-) -> tuple[list[_Entry], list[tarfile.TarInfo]]:
-    """The pictures of class folders, which lie side by side, and those that lie elsewhere."""
-    paths = [PurePosixPath(member.name.lstrip("/")) for member in members]
-    folders = {path.parent for path in paths}
+def _files(tar: tarfile.TarFile, where: str) -> dict[str, tarfile.TarInfo]:
+    """Files of a tar by name that are not hidden; a link is the file to which it leads."""
+    members: dict[str, tarfile.TarInfo] = {}
+    for member in tar:
+        name, found = _plain(member.name), member
+        if member.islnk():  # to what had the name so far
+            found = members.get(_plain(member.linkname), member)
+        if not member.isdir():
+            members[name] = found  # what is appended replaces what had the name
+    # tarfile takes a damaged header, or none, for the end of the archive, which is zeros.
+    tar.fileobj.seek(tar.offset)
+    if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+        count = len(tar.getmembers())
+        raise PicturesError(
+            f"{where} is damaged or cut short behind {count} members; fetch it again"
+        )
+    files = {name: _followed(name, members) for name in members if not is_hidden(name)}
+    links = sorted(name for name, found in files.items() if found.issym() or found.islnk())
+    if links:
+        raise PicturesError(
+            f"{where} has {len(links)} links to what is no file in it, such as "
+            f"{_printable(links[0])}; pack it again with tar --dereference"
+        )
+    return {name: found for name, found in files.items() if found.isfile()}
+
+
+def _plain(name: str) -> str:
+    return posixpath.normpath(name).lstrip("/")
+
+
+def _followed(name: str, members: Mapping[str, tarfile.TarInfo]) -> tarfile.TarInfo:
+    """The member to which symbolic links lead; a link if they leave the archive or lead nowhere."""
+    found, passed = members[name], set()
+    while found.issym() and name not in passed:
+        passed.add(name)
+        name = posixpath.normpath(posixpath.join(posixpath.dirname(name), found.linkname))
+        found = members.get(name, found)
+    return found
+
+
+def _grouped(members: Mapping[str, tarfile.TarInfo]) -> tuple[list[_Entry], list[str]]:
+    """The pictures of class folders, which lie side by side, and names of those elsewhere."""
+    paths = {name: PurePosixPath(name) for name in members}
+    folders = {path.parent for path in paths.values()}
     # Where the class folders lie: in a tar of one class, around it.
     root = PurePosixPath(os.path.commonpath(folders)) if len(folders) > 1 else None
     entries, loose = [], []
-    for member, path in zip(members, paths, strict=True):
+    for name, path in paths.items():
         if root is None or (path.parent != root and path.parent.parent == root):
+            member = members[name]
             entries.append(_Entry(path.parent.name, path.name, member.offset_data, member.size))
         else:
-            loose.append(member)
+            loose.append(name)
     return entries, loose
 
 
@@ -289,8 +329,13 @@ def _warn_of_loose(where: str | os.PathLike, names: Collection[str]) -> None:
     if names:
         logging.warning(
             "%s: %d images are left out since they are in no class folder; the first is %s",
-            *(where, len(names), min(names).encode(errors="backslashreplace").decode()),
+            *(where, len(names), _printable(min(names))),
         )
+
+
+def _printable(name: str) -> str:
+    """A name for messages, also one that is not UTF-8."""
+    return name.encode(errors="backslashreplace").decode()
 
 
 class TfdsPictures:

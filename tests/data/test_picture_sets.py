@@ -141,6 +141,27 @@ def test_a_tar_file_of_the_folder_is_the_folder(folder, tmp_path, root):
     assert source.description == PictureFolder(folder).description
 
 
+def test_links_in_a_tar_file_are_followed_and_the_last_of_a_name_counts(folder, tmp_path):
+    first, second = (folder / NAMES[0] / f"{NAMES[0]}_{index}.JPEG" for index in range(2))
+    (folder / NAMES[1] / "soft.JPEG").symlink_to(f"../{NAMES[0]}/{first.name}")
+    (folder / NAMES[2] / "hard.JPEG").hardlink_to(first)
+    with tarfile.open(tmp_path / "train.tar", "w") as tar:
+        tar.add(folder, arcname=".")
+    second.write_bytes(jpeg(9))
+    with tarfile.open(tmp_path / "train.tar", "a") as tar:
+        tar.add(second, arcname=f"{NAMES[0]}/{second.name}")
+    here, there = open_pictures(str(folder)), open_pictures(str(tmp_path / "train.tar"))
+    assert len(there) == len(files()) + 2 and there.description == here.description
+    for index in range(len(here)):
+        np.testing.assert_array_equal(there[index].image, here[index].image)
+    with tarfile.open(tmp_path / "train.tar", "a") as tar:
+        link = tarfile.TarInfo("n01440764/out.JPEG")
+        link.type, link.linkname = tarfile.SYMTYPE, "/elsewhere.JPEG"
+        tar.addfile(link)
+    with pytest.raises(PicturesError, match=r"1 links .*such as n01440764/out\.JPEG; .*--deref"):
+        open_pictures(str(tmp_path / "train.tar"))
+
+
 @pytest.mark.parametrize("tarred", [False, True])
 @pytest.mark.parametrize("name", ["", NAMES[0]])
 def test_pictures_of_one_folder_are_one_class(folder, tmp_path, name, tarred):
@@ -262,6 +283,27 @@ def test_a_damaged_tar_file_and_a_damaged_image_are_named(tmp_path, folder):
     (index,) = (i for i in range(len(source)) if source._entries[i].name == "bad.JPEG")
     with pytest.raises(ValueError, match=r"n01440764/bad\.JPEG is not a readable image"):
         source[index]
+
+
+@pytest.mark.parametrize("cut", [False, True])
+@pytest.mark.parametrize("inner", [False, True])
+def test_a_tar_file_that_ends_at_a_damaged_header_is_refused(folder, tmp_path, inner, cut):
+    path = tmp_path / "train.tar"
+    with tarfile.open(path, "w") as tar:
+        for name in NAMES:
+            tar.add(folder / name, arcname=name)
+    with tarfile.open(path) as tar:
+        header = tar.getmembers()[-2].offset
+    content = bytearray(path.read_bytes())
+    content[header] ^= 0xFF  # of its checksum
+    content = content[:header] if cut else content
+    path.write_bytes(content)
+    if inner:
+        path.rename(tmp_path / "n1.tar")
+        with tarfile.open(path, "w") as tar:
+            tar.add(tmp_path / "n1.tar", arcname="n1.tar")
+    with pytest.raises(PicturesError, match="cut short behind 9 members; fetch it again"):
+        open_pictures(str(path))
 
 
 # The crop, restated without PIL: separable filters, rounded to bytes after each of the two passes.
