@@ -17,11 +17,12 @@ Such a shard is not written, or, if that is wanted, is written without it and sa
 import concurrent.futures
 import contextlib
 import dataclasses
+import fcntl
 import hashlib
 import os
 import tempfile
 import uuid
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -30,7 +31,7 @@ from absl import logging
 from etils import epath
 
 from piflow_jax.arguments import prefixed
-from piflow_jax.buckets import located
+from piflow_jax.buckets import is_remote, located
 from piflow_jax.data.manifests import check_digest, check_entries, read_json, read_record
 from piflow_jax.data.pictures import PictureError
 from piflow_jax.data.plans import Plan
@@ -195,7 +196,9 @@ class ShardedSet:
             return
         name, work = f"{shard:05d}.array_record", directory / _WORK
         mine = work / f"{name}.{uuid.uuid4().hex}"
-        with replacing(directory / plan.shard_name(shard), mine) as under_way:
+        path = directory / plan.shard_name(shard)
+        # The lock is let go when the shard is in its place, to which its record must belong.
+        with contextlib.ExitStack() as lock, replacing(path, mine) as under_way:
             writer = ArrayRecordWriter(os.fspath(under_way), _WRITER_OPTIONS)
             indices, count, refused = plan.shard_range(shard), 0, {}
             notes = dict.fromkeys(self.notes, 0)
@@ -212,6 +215,7 @@ class ShardedSet:
                 )
             if refused and not skip_refused:
                 raise RefusedError(list(refused.values()))
+            lock.enter_context(_alone(work / _PLAN))
             if self._is_there(directory, plan, shard):
                 under_way.unlink(missing_ok=True)  # the other one may have
                 return
@@ -445,6 +449,18 @@ def _refused(shards: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def _listed(refused: Sequence[PictureError]) -> str:
     lines = [f"{error}" for error in refused[:_LISTED]]
     return "\n".join(lines + [f"and {len(refused) - _LISTED} more"] * (len(refused) > _LISTED))
+
+
+@contextlib.contextmanager
+def _alone(path: epath.Path) -> Iterator[None]:
+    """Keeps others out who ask for the same file; in a bucket, or on a disk without locks, none."""
+    if is_remote(path):
+        yield
+        return
+    with open(path, "rb+") as file:  # NFS locks no file that is opened for reading alone
+        with contextlib.suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def _digest(path: epath.Path) -> str:

@@ -2,13 +2,14 @@
 
 import dataclasses
 import json
+import threading
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from piflow_jax.data import batches
+from piflow_jax.data import batches, shards
 from piflow_jax.data.latents import (
     LATENTS,
     LatentsError,
@@ -294,6 +295,26 @@ def test_two_preparations_at_once_do_not_harm_each_other(place):
     LATENTS.finalize(directory)
     for name in SHARDS:
         assert (directory / name).read_bytes() == (place / "alone" / name).read_bytes()
+
+
+def test_of_two_that_complete_a_shard_at_once_one_puts_it_in_its_place(tmp_path, monkeypatch):
+    LATENTS.start(tmp_path, PLAN)
+    digest, others = shards._digest, []
+
+    def complete():
+        LATENTS.write(tmp_path, PLAN, 0, encoded_at(lambda _: None, 0, []))
+
+    def meanwhile(path):
+        if not others:  # the first one has found that the shard is not there
+            others.append(threading.Thread(target=complete))
+            others[0].start()
+            others[0].join(0.3)
+        return digest(path)
+
+    monkeypatch.setattr(shards, "_digest", meanwhile)
+    complete()
+    others[0].join()
+    write(tmp_path)
 
 
 def test_what_a_killed_preparation_left_does_not_stay(tmp_path):
