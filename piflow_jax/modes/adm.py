@@ -12,8 +12,10 @@ from jax.experimental import multihost_utils
 
 from piflow_jax.arguments import differing
 from piflow_jax.buckets import located
-from piflow_jax.config import Config, ConfigError, naming
+from piflow_jax.config import Config, ConfigError, DataConfig, naming
 from piflow_jax.data.picture_sets import PictureSet, center_crop, open_pictures
+from piflow_jax.data.pictures import PictureError
+from piflow_jax.data.shards import RefusedError
 from piflow_jax.distillation.grids import index_sampler
 from piflow_jax.distillation.sizes import Sizes
 from piflow_jax.evaluation import index_labels, least_samples
@@ -254,8 +256,10 @@ def write_reference(config: Config, workdir: str | os.PathLike) -> epath.Path:
       The file, in ADM's format; without images, so without precision and recall.
 
     Raises:
-      ConfigError: a key is not given, or the reference exists.
+      ConfigError: a key is not given, the reference exists, or no image can be read.
       FileNotFoundError: images or feature weights are not there.
+      PicturesError: `config.data.images` is not what it should be.
+      RefusedError: an image cannot be read, and `config.data.skip_refused` is not set.
     """
     path = config.evaluation.reference
     for key, value in (("data.images", config.data.images), ("evaluation.reference", path)):
@@ -266,21 +270,39 @@ def write_reference(config: Config, workdir: str | os.PathLike) -> epath.Path:
     network = load_inception(config.evaluation)
     images = open_pictures(config.data.images)
     pool, spatial = Moments.empty(POOL_FEATURES), Moments.empty(SPATIAL_FEATURES)
-    for batch in _crops(images, config.data.image_size, network.batch_size):
+    refused: list[PictureError] = []
+    for batch in _crops(images, config.data, network.batch_size, refused):
         activations = network.activations(batch)
         pool, spatial = pool.add(activations.pool), spatial.add(activations.spatial)
+    if refused:
+        logging.warning("left out %d images; the first: %s", len(refused), refused[0])
+    if not pool.count:
+        raise ConfigError("config.data.images has no image that can be read; name others")
     write_statistics(
         path,
         pool.statistics(),
         spatial.statistics(),
-        count=len(images),
+        count=pool.count,
         feature_network=network.digest,
     )
-    logging.info("wrote %s: statistics of %d images", path, len(images))
+    logging.info("wrote %s: statistics of %d images", path, pool.count)
     return located(path)
 
 
-def _crops(images: PictureSet, image_size: int, batch_size: int) -> Iterator[np.ndarray]:
-    for start in range(0, len(images), batch_size):
-        indices = range(start, min(start + batch_size, len(images)))
-        yield np.stack([center_crop(images[i].image, image_size) for i in indices])
+def _crops(
+    images: PictureSet, settings: DataConfig, batch_size: int, refused: list[PictureError]
+) -> Iterator[np.ndarray]:
+    """Batches of crops; adds to `refused` what cannot be read, if that is to be left out."""
+    batch: list[np.ndarray] = []
+    for index in range(len(images)):
+        try:
+            batch.append(center_crop(images[index].image, settings.image_size))
+        except PictureError as error:
+            if not settings.skip_refused:
+                raise RefusedError([error]) from error
+            refused.append(error)
+        if len(batch) == batch_size:
+            yield np.stack(batch)
+            batch = []
+    if batch:
+        yield np.stack(batch)

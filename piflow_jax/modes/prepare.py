@@ -48,8 +48,8 @@ def prepare(
         path, if it ends in `latents/1.0.0`.
       image_size: Side of the crops.
       shard_size: Images in each shard.
-      batch_size: Images in each step, divisible by the number of local devices; fewer if no shard
-        has as many.
+      batch_size: Images in each step, rounded up to a multiple of the number of local devices;
+        fewer if no shard has as many.
       dtype: Type of the stored moments.
       precision: JAX's precision of products; `high` is TensorFloat-32 or three bfloat16 passes.
       **how: `process_index`, `process_count`, `on_progress` and `skip_refused` of
@@ -59,20 +59,16 @@ def prepare(
       The manifest if all shards are there, None if other processes still have some to write.
 
     Raises:
-      ValueError: If the batch size is not divisible, or the process does not exist.
+      ValueError: If the batch size is not positive, or the process does not exist.
       LatentsError: If another preparation was begun in the directory, latents are not finite, or
         shards are damaged.
       RefusedError: If images cannot be read and are not left out; when all shards without such
         images are written.
     """
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be positive, got {batch_size}")
     devices = jax.local_device_count()
-    if batch_size < 1 or batch_size % devices:
-        raise ValueError(
-            f"batch_size ({batch_size}) must be divisible by the number of local devices "
-            f"({devices})"
-        )
-    largest = min(shard_size, len(source))
-    batch_size = min(batch_size, -(-largest // devices) * devices)
+    batch_size = -(-min(batch_size, shard_size, len(source)) // devices) * devices
     image = jax.ShapeDtypeStruct((1, image_size, image_size, 3), jnp.float32)
     module, params = autoencoder.module, autoencoder.params
     moments, _ = jax.eval_shape(
@@ -129,6 +125,11 @@ def prepare_latents(config: Config, workdir: str | os.PathLike) -> None:
         raise ConfigError(
             f"config.data.image_size must be a multiple of {autoencoder.module.downsampling}, by "
             f"which config.data.vae shrinks images, got {settings.image_size}"
+        )
+    if np.ndim(autoencoder.module.latent_scale) > 1:
+        raise ConfigError(
+            f"config.data.vae = {settings.vae!r} scales its latents by place (FLUX.2), which those "
+            "of class images are not; name another autoencoder"
         )
     manifest = prepare(
         source,

@@ -14,11 +14,14 @@ from PIL import Image
 from piflow_jax.config import ConfigError, parse
 from piflow_jax.convert import to_torch_state, write_safetensors
 from piflow_jax.data.latents import LatentsError
+from piflow_jax.data.shards import RefusedError
 from piflow_jax.evaluation.adm import write_samples
 from piflow_jax.loading.runs import load_teacher
 from piflow_jax.models.inception import InceptionV3
 from piflow_jax.models.vae import AutoencoderKL
 from piflow_jax.modes import adm
+from piflow_jax.modes import prepare as prepare_mode
+from piflow_jax.modes.autoencoder import Autoencoder
 from piflow_jax.modes.evaluate import evaluate
 from piflow_jax.modes.export import export
 from piflow_jax.modes.prepare import prepare_latents
@@ -137,6 +140,30 @@ def test_samples_are_decoded_into_a_grid_of_the_classes(trained):
     other.data.vae = ""
     with pytest.raises(ConfigError, match=r"config.data.vae must name"):
         sample(parse(other), workdir)
+
+
+def test_statistics_leave_out_pictures_that_cannot_be_read(tmp_path, monkeypatch):
+    for index in range(4):
+        Image.new("RGB", (9, 8), (index, 0, 0)).save(tmp_path / f"{index}.png")
+    (tmp_path / "1.png").write_text("hello")
+    batches = []
+
+    def activations(batch):
+        batches.append(batch[:, 0, 0, 0].tolist())
+        features = np.random.default_rng(0).normal(size=(len(batch), 2048)).astype(np.float32)
+        return types.SimpleNamespace(pool=features, spatial=features[:, :2023])
+
+    network = types.SimpleNamespace(batch_size=2, digest="abc", activations=activations)
+    monkeypatch.setattr(adm, "load_inception", lambda _: network)
+    monkeypatch.setattr(adm, "write_statistics", lambda *_, **how: batches.append(how["count"]))
+    config = tiny.get_config()
+    config.data.images, config.data.image_size = str(tmp_path), 8
+    config.evaluation.reference = str(tmp_path / "reference.npz")
+    with pytest.raises(RefusedError, match=r"1\.png is not .*\n1 picture was .*skip_refused"):
+        adm.write_reference(parse(config), tmp_path)
+    config.data.skip_refused = True
+    adm.write_reference(parse(config), tmp_path)
+    assert batches == [[0, 2], [3], 3]
 
 
 def test_figures_are_said_to_be_of_the_sampler_that_made_them():
@@ -282,7 +309,7 @@ def test_latents_of_another_autoencoder_are_refused(trained, tmp_path):
             mode(parse(other), workdir)
 
 
-def test_what_does_not_fit_is_named(folder, tmp_path):
+def test_what_does_not_fit_is_named(folder, tmp_path, monkeypatch):
     root, config, _ = folder
     other = config.copy_and_resolve_references()
     other.model.dit.depth = 2
@@ -292,6 +319,11 @@ def test_what_does_not_fit_is_named(folder, tmp_path):
     other.data.vae = config.teacher.weights
     with pytest.raises(ConfigError, match=r"config.data.vae = .*weights of a dit, not of a vae"):
         prepare_latents(parse(other), root)
+    flux2 = AutoencoderKL(channels=(8, 8), norm_groups=8, latent_scale=((1.0,) * 4,) * 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare_mode, "load_autoencoder", lambda *_: Autoencoder(flux2, {}, "abc"))
+        with pytest.raises(ConfigError, match=r"config.data.vae = .* by place \(FLUX.2\).*another"):
+            prepare_latents(parse(other), root)
     other.data.vae = ""
     with pytest.raises(ConfigError, match=r"--mode=prepare needs config.data.vae"):
         prepare_latents(parse(other), root)

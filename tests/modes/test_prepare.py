@@ -140,6 +140,11 @@ def test_a_truncated_shard_is_made_again(whole, images, vae, place):
     assert progress == [(1, 1)] and contents(place) == contents(whole)
 
 
+def test_any_number_of_devices_shares_a_step(images, vae, tmp_path, monkeypatch):
+    monkeypatch.setattr(jax, "local_device_count", lambda: 3 * len(jax.local_devices()))
+    assert prepare(images, vae, tmp_path, **SETTINGS)["num_examples"] == len(SIZES)
+
+
 def test_going_on_with_other_weights_is_refused(whole, images, vae):
     params = jax.tree.map(lambda leaf: leaf + 1, vae.params)
     other = Autoencoder(vae.module, params, tree_digest(params))
