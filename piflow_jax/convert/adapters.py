@@ -159,8 +159,14 @@ def is_adapter(state: Mapping[str, Any]) -> bool:
 
 
 def _renamed(state: Mapping[str, Any]) -> dict[str, Any]:
-    """The arrays, with the names of network and adapter removed."""
-    return {_ADAPTER.sub(r".lora_\1.weight", _NETWORK.sub("", n)): a for n, a in state.items()}
+    """The arrays, with the names of network and adapter removed; `ValueError` for two of a name."""
+    found: dict[str, Any] = {}
+    for name, array in state.items():
+        short = _ADAPTER.sub(r".lora_\1.weight", _NETWORK.sub("", name))
+        if short in found:
+            raise ValueError(f"{name} is the second {short} in the file; keep one adapter in it")
+        found[short] = array
+    return found
 
 
 def _check_kind(module: TextTransformer, found: Mapping[str, Any]) -> None:

@@ -95,7 +95,7 @@ def open_weights(
             names such as "diffusion.denoising" or "teacher.denoising". "" takes all arrays under
             their own names.
         part: The folder to take from a pipeline of `diffusers`, a directory with a
-            `model_index.json`.
+            `model_index.json`; it comes before weights that lie beside it.
 
     Returns:
         The arrays by name. Arrays of a PyTorch file are mapped from the disk (or held in memory, if
@@ -170,11 +170,11 @@ def _one_file(path: epath.Path, part: str) -> epath.Path:
         if not is_file(path):
             raise ValueError(f"{path} is not a regular file")
         return path
-    pipeline = is_file(path / "model_index.json") and (path / part).is_dir()
+    # What lies beside a pipeline's parts is often the same network under its first names.
+    if is_file(path / "model_index.json") and holds_weights(path / part):
+        return _one_file(path / part, part)
     for endings in ((INDEX,), (".safetensors",), PICKLES):
         found = [p for p in visible(path) if p.name.endswith(endings) and is_file(p)]
-        if len(found) > 1 and pipeline:
-            break
         if all(_SHARD.search(p.name) for p in found) and found:
             raise ValueError(f"{path} holds shards and no index, *{INDEX}: fetch that too")
         if len(found) > 1:
@@ -182,8 +182,6 @@ def _one_file(path: epath.Path, part: str) -> epath.Path:
             raise ValueError(f"{path} holds several weight files, name one of: {names}")
         if found:
             return found[0]
-    if pipeline:
-        return _one_file(path / part, part)
     inside = [p.name for p in visible(path) if p.is_dir() and holds_weights(p)]
     # The network comes before the other parts of its pipeline.
     inside.sort(key=lambda name: not name.startswith("transformer"))

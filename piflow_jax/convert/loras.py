@@ -169,17 +169,17 @@ def _changes(
 
 
 def _pairs(state: Mapping[str, Any]) -> tuple[dict[str, _Pair], list[str]]:
-    """Matrices by layer as the file names it, and names that are those of no matrix."""
+    """Matrices by layer as the file names it, and names of no matrix, or of a second one."""
     pairs: dict[str, _Pair] = {}
     faults = []
     for name, array in state.items():
         match = _MATRIX.fullmatch(name)
         if match:
             pair = pairs.setdefault(match["layer"], _Pair())
-            if (match["peft"] or match["kohya"]) in _DOWN:
-                pair.down = array
-            else:
-                pair.up = array
+            side = "down" if (match["peft"] or match["kohya"]) in _DOWN else "up"
+            if getattr(pair, side) is not None:  # of another adapter in the same file
+                faults.append(f"{name}, a second matrix in its place")
+            setattr(pair, side, array)
         elif not name.endswith(_ALPHA):
             faults.append(name)
     for name, array in state.items():

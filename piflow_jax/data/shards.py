@@ -72,7 +72,8 @@ class RefusedError(ShardsError):
         self.refused = refused
 
     def __str__(self) -> str:  # noqa: D105
-        advice = "mend or remove them, or leave them out by config.data.skip_refused"
+        # Without them, the next preparation would be of another plan.
+        advice = "replace them under the same names, or leave them out by config.data.skip_refused"
         count = "1 picture was" if len(self.refused) == 1 else f"{len(self.refused)} pictures were"
         return f"{_listed(self.refused)}\n{count} refused: {advice}"
 
@@ -138,7 +139,10 @@ class ShardedSet:
             and (field.name in recorded or field.name not in self.added)
         ]
         if differences:
-            raise self.error(f"{directory} was begun differently: {'; '.join(differences)}")
+            raise self.error(
+                f"{directory} was begun differently: {'; '.join(differences)}; remove it, or name "
+                "another config.data.data_dir"
+            )
 
     def missing(self, directory: str | os.PathLike, plan: Plan) -> list[int]:
         """Shards that are not there, or shorter or longer than they were when they were written.
@@ -427,7 +431,14 @@ class ShardedSet:
         path = directory / _WORK / _PLAN
         if not path.exists():
             raise self.error(f"no preparation was begun in {directory}: {path} is missing")
-        return read_record(self.plan, read_json(path, self.error), path, self.error)
+        values = read_json(path, self.error)
+        fields = {field.name for field in dataclasses.fields(self.plan)}
+        if values.keys() - fields and fields - values.keys() - set(self.added):
+            raise self.error(
+                f"{directory} was begun as another kind of set than {self.contents}; remove it, or "
+                "name another config.data.data_dir"
+            )
+        return read_record(self.plan, values, path, self.error)
 
     def _entry(self, record: epath.Path) -> dict[str, Any]:
         """What the small record of a shard says of it."""

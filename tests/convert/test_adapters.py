@@ -139,6 +139,10 @@ def test_the_configuration_beside_an_adapter_makes_the_official_network(network)
 def test_misfits():
     module = student("flux", GMHead(2, 7))
     adapter = export_adapter(module, split(drawn(module))[1])
+    name = next(name for name in adapter if name.endswith(".lora_A.weight"))
+    second = name.replace(".weight", ".two.weight")
+    with pytest.raises(ValueError, match=r"two\.weight is the second .*; keep one adapter in it"):
+        load_adapter(module, {**adapter, second: adapter[name]})
     del adapter["norm_out.linear.bias"]
     with pytest.raises(ValueError, match=r"missing norm_out.linear.bias \(64,\)"):
         load_adapter(module, adapter)

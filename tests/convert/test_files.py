@@ -275,6 +275,17 @@ def test_a_directory_with_one_file_or_with_several(tmp_path):
         open_weights(tmp_path)
 
 
+def test_the_part_of_a_pipeline_comes_before_files_beside_it(tmp_path):
+    (tmp_path / "model_index.json").write_text("{}")
+    for place, by in ((".", 0), ("transformer", 1), ("vae", 2)):
+        (tmp_path / place).mkdir(exist_ok=True)
+        write_safetensors(tmp_path / place / "one.safetensors", shifted(by))
+    assert_bit_equal(open_weights(tmp_path), shifted(1))
+    assert_bit_equal(open_weights(tmp_path, part="vae"), shifted(2))
+    (tmp_path / "transformer" / "one.safetensors").unlink()
+    assert_bit_equal(open_weights(tmp_path), SMALL)
+
+
 def shifted(by):
     return {name: array + np.asarray(by, array.dtype) for name, array in SMALL.items()}
 

@@ -239,6 +239,10 @@ REFUSED = [
         ["x_embedder.lora_magnitude_vector", "text_encoder.layers.0", "lora_unet_a.lokr_w1"],
     ),
     (lambda f: f | {"nothing.alpha": np.float32(1)}, ["nothing.alpha"]),
+    (
+        lambda f: f | {"transformer.x_embedder.lora_A.two.weight": drawn((RANK, 16))},
+        ["x_embedder.lora_A", "weight, a second matrix in its place"],
+    ),
 ]
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from piflow_jax.data import batches, shards
+from piflow_jax.data.images import IMAGES, ImagesError, ImagesPlan
 from piflow_jax.data.latents import (
     LATENTS,
     LatentsError,
@@ -315,6 +316,15 @@ def test_of_two_that_complete_a_shard_at_once_one_puts_it_in_its_place(tmp_path,
     complete()
     others[0].join()
     write(tmp_path)
+
+
+def test_a_directory_of_another_kind_of_set_is_not_called_damaged(tmp_path):
+    LATENTS.start(tmp_path, PLAN)
+    plan = ImagesPlan(
+        num_examples=7, shard_size=3, source="", class_names=("a",), image_size=8, channels=1
+    )
+    with pytest.raises(ImagesError, match=r"begun as another kind of set than images; remove it"):
+        IMAGES.start(tmp_path, plan)
 
 
 def test_what_a_killed_preparation_left_does_not_stay(tmp_path):

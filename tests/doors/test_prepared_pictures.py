@@ -236,7 +236,7 @@ def test_refused_images_are_listed_and_can_be_left_out(tmp_path, weights, capfd)
         make(tmp_path / "images" / "b" / name)
     assert run("prepare", of_classes(tmp_path, vae), tmp_path) == 2
     said = capfd.readouterr().err
-    assert "Traceback" not in said and "5 pictures were refused: mend or remove them" in said
+    assert "Traceback" not in said and "5 pictures were refused: replace them" in said
     for name in BROKEN:
         path = f"{tmp_path}/images/b/{name}".encode("ascii", "replace").decode()
         assert f"{path} is not a readable image: " in said.replace("\ufffd", "?")

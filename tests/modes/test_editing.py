@@ -273,7 +273,7 @@ WRONG = {
     "a missing picture": (
         {},
         [{"prompt": "a", "references": ["none.png"]}],
-        r"none\.png is not a readable image: No such file.*\n.*refused: mend or remove them",
+        r"none\.png is not a readable image: No such file.*\n.*refused: replace them",
     ),
     "no picture": (
         {},

@@ -150,7 +150,7 @@ def test_going_on_with_other_weights_is_refused(whole, images, vae):
     other = Autoencoder(vae.module, params, tree_digest(params))
     with pytest.raises(LatentsError, match="was begun differently: vae was"):
         prepare(images, other, whole, **SETTINGS)
-    with pytest.raises(LatentsError, match="shard_size was 3, is 4"):
+    with pytest.raises(LatentsError, match="shard_size was 3, is 4; remove it, or name another"):
         prepare(images, vae, whole, **{**SETTINGS, "shard_size": 4})
 
 
