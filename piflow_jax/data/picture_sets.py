@@ -21,7 +21,13 @@ from etils import epath
 
 from piflow_jax.arguments import prefixed
 from piflow_jax.buckets import fetcher, is_remote, located
-from piflow_jax.data.pictures import PicturesError, is_hidden, is_picture, read_picture
+from piflow_jax.data.pictures import (
+    NoPicturesError,
+    PicturesError,
+    is_hidden,
+    is_picture,
+    read_picture,
+)
 
 __all__ = [
     "LabelledPicture",
@@ -147,15 +153,16 @@ class _Listed:
 class PictureFolder(_Listed):
     """A folder with one folder of pictures for each class, such as `train/n01440764/*.JPEG`.
 
-    A folder that has no folders is one class. Hidden files and folders do not count.
+    A folder that has no folders is one class. Hidden files and folders do not count. Of the rest,
+    what has no name of a picture is left out with a warning, folders in class folders too.
 
     Args:
       directory: The folder; its folders, sorted by name, are the classes.
 
     Raises:
       FileNotFoundError: If it does not exist.
-      PicturesError: If it is no folder, has neither folders nor pictures, or a folder has no
-        pictures.
+      NoPicturesError: If it has no pictures, and its folders have none either.
+      PicturesError: If it is no folder, or one of its folders has no pictures.
     """
 
     def __init__(self, directory: str | os.PathLike):
@@ -166,7 +173,7 @@ class PictureFolder(_Listed):
             raise PicturesError(
                 f"{directory} is neither a folder of images or class folders nor a .tar file"
             )
-        groups, loose = [], []
+        groups, loose, others = [], [], []
         with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
             names = _names(self._root)
             for name, folder in zip(names, pool.map(self._is_folder, names), strict=True):
@@ -176,16 +183,23 @@ class PictureFolder(_Listed):
                     loose.append(name)
                 elif not (self._root / name).exists():  # without it, others had other labels
                     raise PicturesError(f"{self._root / name} is a link to nothing")
+                else:
+                    others.append(name)
             listed = list(pool.map(lambda group: _names(self._root / group), groups))
-        if not groups and not loose:
-            raise PicturesError(f"{directory} has neither images nor folders of them")
+        if not loose and not any(is_picture(file) for files in listed for file in files):
+            raise NoPicturesError(f"{directory} has neither images nor folders of them")
         entries = [_Entry("", name) for name in loose if not groups]
         for group, files in zip(groups, listed, strict=True):
             of_group = [_Entry(group, file) for file in filter(is_picture, files)]
             if not of_group:
                 raise PicturesError(f"no images in {self._root / group}")
             entries += of_group
-        _warn_of_loose(directory, loose if groups else ())
+        if groups:
+            pairs = zip(groups, listed, strict=True)
+            others = [f"{group}/{file}" for group, files in pairs for file in files]
+            others = [name for name in others if not is_picture(name)]
+            _warn_of_loose(directory, loose)
+        _warn_of_loose(directory, others, "files or folders", "their names do not end like images'")
         super().__init__(entries)
 
     def _is_folder(self, name: str) -> bool:
@@ -325,11 +339,16 @@ def _grouped(members: Mapping[str, tarfile.TarInfo]) -> tuple[list[_Entry], list
     return entries, loose
 
 
-def _warn_of_loose(where: str | os.PathLike, names: Collection[str]) -> None:
+def _warn_of_loose(
+    where: str | os.PathLike,
+    names: Collection[str],
+    what: str = "images",
+    why: str = "they are in no class folder",
+) -> None:
     if names:
         logging.warning(
-            "%s: %d images are left out since they are in no class folder; the first is %s",
-            *(where, len(names), _printable(min(names))),
+            "%s: %d %s are left out since %s; the first is %s",
+            *(where, len(names), what, why, _printable(min(names))),
         )
 
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 __all__ = [
+    "NoPicturesError",
     "PictureError",
     "PictureFile",
     "PicturesError",
@@ -35,7 +36,20 @@ PictureFile = str | os.PathLike | bytes
 
 _SUFFIXES = {
     *(".apng", ".avif", ".bmp", ".dib", ".gif", ".j2k", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg"),
-    *(".jpx", ".pbm", ".pcx", ".pgm", ".png", ".pnm", ".ppm", ".qoi", ".tga", ".tif", ".tiff"),
+    *(
+        ".jpx",
+        ".mpo",
+        ".pbm",
+        ".pcx",
+        ".pgm",
+        ".png",
+        ".pnm",
+        ".ppm",
+        ".qoi",
+        ".tga",
+        ".tif",
+        ".tiff",
+    ),
     ".webp",
 }
 # What can be wrong with one file. Other errors of the system (a lost disk, too many open files) are
@@ -63,6 +77,10 @@ _SIDEWAYS = (5, 6, 7, 8)
 
 class PicturesError(ValueError):
     """Pictures cannot be used; the message names their place."""
+
+
+class NoPicturesError(PicturesError):
+    """A folder has no pictures at all."""
 
 
 class PictureError(PicturesError):

@@ -15,6 +15,7 @@ from piflow_jax.data.images import (
     prepared_images,
 )
 from piflow_jax.data.picture_sets import open_pictures
+from piflow_jax.data.pictures import NoPicturesError
 
 _FOLDER = "data"  # of a work directory
 
@@ -102,7 +103,7 @@ def _compare(found: ImagesPlan, config: Config) -> None:
         return
     try:
         pictures = open_pictures(settings.images)
-    except FileNotFoundError:
+    except (FileNotFoundError, NoPicturesError):
         logging.info("data: %s is gone, its prepared pixels are used", settings.images)
         return
     wanted = plan_images(pictures, settings.image_size, settings.channels or found.channels)

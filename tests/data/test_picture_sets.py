@@ -198,6 +198,17 @@ def test_pictures_outside_of_the_class_folders_are_left_out_with_a_warning(
     assert "1 images are left out" in caplog.text and "all.png" in caplog.text
 
 
+def test_what_has_no_name_of_a_picture_is_left_out_with_a_warning(folder, caplog):
+    (folder / NAMES[1] / "more").mkdir()
+    (folder / NAMES[1] / "more" / "a.png").write_bytes(jpeg(0))
+    with caplog.at_level("WARNING", "absl"):
+        assert check_source(open_pictures(str(folder))) == sorted(files())
+        open_pictures(str(folder / NAMES[0]))
+    assert "2 files or folders are left out since their names" in caplog.text
+    assert f"the first is {NAMES[0]}/notes.txt" in caplog.text
+    assert f"{NAMES[0]}: 1 files or folders are left out" in caplog.text
+
+
 @pytest.mark.parametrize(
     "location",
     ["{root}", "{root}/imagenet2012", "{root}/imagenet2012/5.1.0", "imagenet2012", ""],
