@@ -73,7 +73,8 @@ class TextEncoder(Protocol):
       pooled_features: Width `P` of the pooled embedding; 0 if there is none.
       max_length: Tokens of a prompt, at most.
       sees_references: Whether a prompt's embedding depends on the images that it edits. A call then
-        also takes the pictures of each prompt, lists of uint8[H, W, 3].
+        also takes the pictures of each prompt, lists of uint8[H, W, 3], and `tokens` their sizes,
+        lists of (height, width).
     """
 
     identity: str
@@ -281,6 +282,31 @@ class QwenEditEncoder(QwenEncoder):
         self._typed = "mm_token_type_ids" in inspect.signature(self._network.forward).parameters
         return tokenizers
 
+    def tokens(
+        self,
+        prompts: Sequence[str],
+        sizes: Sequence[Sequence[tuple[int, int]]] | None = None,
+    ) -> list[tuple[list, int]]:
+        """Like `QwenEncoder.tokens`, with those of pictures of `sizes`, (height, width) of each."""
+        sizes = [()] * len(prompts) if sizes is None else sizes
+        pairs = zip(sizes, prompts, strict=True)
+        return super().tokens(
+            [self._numbered([self._count(*one) for one in own]) + text for own, text in pairs]
+        )
+
+    def _count(self, height: int, width: int) -> int:
+        """Tokens of a picture without those around it."""
+        size = qwen_edit_size(height, width, self._side)
+        patches = self._pictures.get_number_of_image_patches(*size)
+        return patches // self._pictures.merge_size**2
+
+    def _numbered(self, counts: Sequence[int]) -> str:
+        """What stands for pictures with these numbers of tokens, before a prompt."""
+        return "".join(
+            self._picture.format(i).replace(_EDIT_PAD, _EDIT_PAD * count)
+            for i, count in enumerate(counts, start=1)
+        )
+
     def __call__(
         self, prompts: Sequence[str], pictures: Sequence[Sequence[np.ndarray]] | None = None
     ) -> list[dict[str, np.ndarray]]:
@@ -311,11 +337,7 @@ class QwenEditEncoder(QwenEncoder):
             return_tensors="pt",
         ).to(self._device)
         counts = (seen.image_grid_thw.prod(-1) // self._pictures.merge_size**2).tolist()
-        numbered = "".join(
-            self._picture.format(i).replace(_EDIT_PAD, _EDIT_PAD * count)
-            for i, count in enumerate(counts, start=1)
-        )
-        text = [_QWEN_TEMPLATE.format(self.task, numbered + prompt)]
+        text = [_QWEN_TEMPLATE.format(self.task, self._numbered(counts) + prompt)]
         tokens = self._tokens(text, return_tensors="pt").to(self._device)
         inputs = {name: tokens[name] for name in ("input_ids", "attention_mask")}
         inputs |= {name: seen[name] for name in ("pixel_values", "image_grid_thw")}

@@ -90,6 +90,8 @@ def encode_prompts(
     Raises:
       ValueError: If some prompts have an image and others none, references have no autoencoder or
         size, or the process does not exist.
+      ConfigError: If the list's file is damaged where its images are, or the autoencoder does not
+        fit.
       PromptsError: If another preparation was begun in the directory, or shards are damaged.
       RefusedError: If images cannot be read and are not left out; when all shards without such
         images are written.
@@ -103,8 +105,10 @@ def encode_prompts(
         bare = drawn.index(False)
         raise ValueError(f"latents need an image of every prompt, number {bare} has none")
 
-    def seen(prompt):
-        references = [_seen_size(path) for path in prompt.reference_files(image_folder)]
+    def pictured(prompt):
+        return [_seen_size(path) for path in prompt.reference_files(image_folder)]
+
+    def seen(prompt, references):
         if prompt.aspect is None:
             height, width = references[-1]
             aspect = width / height
@@ -114,7 +118,8 @@ def encode_prompts(
         return bucket_size(aspect, image_size), tuple(own)
 
     with concurrent.futures.ThreadPoolExecutor(_READ_THREADS) as pool:
-        sizes = list(pool.map(seen, prompts))
+        pictures = list(pool.map(pictured, prompts))
+        sizes = list(pool.map(seen, prompts, pictures))
     known = dict.fromkeys(bucket_size(width / height, image_size) for width, height in ASPECTS)
     # By shape, then by the references' sizes.
     buckets = sorted(set(sizes), key=lambda size: (list(known).index(size[0]), size[1]))
@@ -138,7 +143,7 @@ def encode_prompts(
         latent_channels=channels if with_images else 0,
         latents="" if autoencoder is None else autoencoder.identity,
         tokenizer=encoder.tokenizer,
-        cut_off=_count_cut_off(prompts, encoder),
+        cut_off=_count_cut_off(prompts, encoder, pictures if encoder.sees_references else ()),
         references=tuple(tuple(map(in_latents, own)) for _, own in buckets) if edits else (),
         reference_channels=channels if edits else 0,
         with_references=edits and encoder.sees_references,
@@ -262,14 +267,37 @@ def _own_gpu() -> int:
     return first.local_hardware_id if first.platform == "gpu" else 0
 
 
-def _count_cut_off(prompts: Sequence[Prompt], encoder: TextEncoder) -> int:
-    """The number of prompts longer than the encoder reads; warns of them."""
+def _count_cut_off(
+    prompts: Sequence[Prompt],
+    encoder: TextEncoder,
+    pictures: Sequence[Sequence[tuple[int, int]]] = (),
+) -> int:
+    """The number of prompts longer than the encoder reads; warns of them.
+
+    Args:
+      prompts: The prompts.
+      encoder: The text encoders.
+      pictures: Sizes of the references of each prompt, if the encoder sees them.
+
+    Raises:
+      ConfigError: References leave a prompt no token of its text.
+    """
     first: dict[bytes, tuple[str, bool]] = {}
     cut, alike = [], 0
     for start in range(0, len(prompts), _TOKENIZED):
-        texts = [prompt.text for prompt in prompts[start : start + _TOKENIZED]]
-        for text, (tokens, lost) in zip(texts, encoder.tokens(texts), strict=True):
-            key = hashlib.sha256(json.dumps(tokens).encode()).digest()
+        part = prompts[start : start + _TOKENIZED]
+        texts, sizes = [prompt.text for prompt in part], pictures[start : start + _TOKENIZED]
+        read = encoder.tokens(texts, sizes) if any(sizes) else encoder.tokens(texts)
+        for place, (text, (tokens, lost)) in enumerate(zip(texts, read, strict=True)):
+            own = sizes[place : place + 1]
+            if lost and text and any(own) and encoder.tokens([""], own)[0][0] == tokens:
+                raise ConfigError(
+                    f"config.data.text_length: the references of prompt number {start + place}, "
+                    f"counted from 0, take all of the {encoder.max_length} tokens that are read, "
+                    "so that none is left for its text; raise it, or list fewer references"
+                )
+            names = part[place].references if any(own) else ()
+            key = hashlib.sha256(json.dumps([tokens, names]).encode()).digest()
             other, other_lost = first.setdefault(key, (text, lost > 0))
             alike += text != other and (lost > 0 or other_lost)
             if lost:
@@ -342,12 +370,22 @@ def _seen_aspect(prompt: Prompt, folder: str | os.PathLike) -> float:
     if prompt.aspect == 1:
         return 1.0
     try:
-        (stored_height, stored_width), (height, width) = picture_sizes(*prompt.picture(folder))
+        (stored_height, stored_width), (height, width) = picture_sizes(*_picture(prompt, folder))
     except PictureError:  # refused when its turn comes
         return prompt.aspect
     listed_as_stored = abs(math.log(prompt.aspect * stored_height / stored_width)) < _SAME_ASPECT
     turned = (stored_height, stored_width) != (height, width)
     return width / height if turned and listed_as_stored else prompt.aspect
+
+
+def _picture(prompt: Prompt, folder: str | os.PathLike) -> tuple[PictureFile, str]:
+    """A prompt's image for `read_picture`, and its name; `ConfigError` if the list is damaged."""
+    try:
+        return prompt.picture(folder)
+    except PictureError:
+        raise
+    except ValueError as error:
+        raise ConfigError(f"config.data.prompts: {error}; write the list again") from error
 
 
 def _fitted(picture: PictureFile, size: tuple[int, int], name: str = "") -> np.ndarray:
@@ -401,7 +439,7 @@ class _Latents:
         """Latents of the image at a size, with the noise of an index; empty without images."""
         if not self._with_images:
             return {}
-        picture, name = prompt.picture(self._folder)
+        picture, name = _picture(prompt, self._folder)
         return {"latents": np.asarray(self._encode(_fitted(picture, size, name), index))}
 
     def of_references(self, prompt: Prompt, sizes: Sequence[tuple[int, int]]) -> dict[str, Any]:

@@ -186,6 +186,8 @@ def test_an_editor_encodes_as_its_pipeline(name, tmp_path, monkeypatch):
             text, _ = pipeline._get_qwen_prompt_embeds(prompt, seen)
         [found] = encoder([prompt], [pictures])
         np.testing.assert_allclose(found["text"], text[0], rtol=1e-4, atol=1e-5)
+        [(tokens, lost)] = encoder.tokens([prompt], [[pixels.shape[:2] for pixels in pictures]])
+        assert (len(tokens), lost) == (len(text[0]), 0)
     # Another picture is another embedding, and without any it is that of the template alone.
     [other] = encoder([""], [[255 - pixels for pixels in pictures]])
     assert np.abs(other["text"] - found["text"]).max() > 1e-3

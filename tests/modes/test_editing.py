@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from piflow_jax.config import parse
+from piflow_jax.config import ConfigError, parse
 from piflow_jax.convert import open_weights, to_torch_state, write_safetensors
 from piflow_jax.data import batches
-from piflow_jax.data.prompt_lists import read_prompts
+from piflow_jax.data.prompt_lists import Prompt, read_prompts
 from piflow_jax.data.prompts import PromptsError, load_prompts_source
 from piflow_jax.data.reference_sizes import (
     flux2_scale,
@@ -24,7 +24,11 @@ from piflow_jax.data.text_encoders import WordEncoder
 from piflow_jax.models.vae import AutoencoderKL, picture_encoder
 from piflow_jax.modes import run
 from piflow_jax.modes.autoencoder import load_autoencoder
-from piflow_jax.modes.prepare_prompts import encode_prompts, prepare_prompts
+from piflow_jax.modes.prepare_prompts import (
+    _count_cut_off,
+    encode_prompts,
+    prepare_prompts,
+)
 from piflow_jax.modes.sample import sample
 from piflow_jax.modes.train import train
 from piflow_jax.systems.networks import teacher_network
@@ -176,15 +180,32 @@ def test_a_prompt_is_found_with_its_references(prepared):
 
 
 class Seeing(WordEncoder):
-    """Hashed words, moved by the mean of the pictures that the prompt edits."""
+    """Hashed words, moved by the mean of the pictures that the prompt edits.
+
+    A picture takes the place of four words.
+    """
 
     sees_references = True
+
+    def tokens(self, prompts, sizes=None):
+        sizes = [()] * len(prompts) if sizes is None else sizes
+        pairs = zip(sizes, prompts, strict=True)
+        return super().tokens(["picture " * 4 * len(own) + prompt for own, prompt in pairs])
 
     def __call__(self, prompts, pictures=None):
         made = super().__call__(prompts)
         for one, seen in zip(made, pictures or [], strict=pictures is not None):
             one["text"] = one["text"] + sum(float(pixels.mean()) for pixels in seen) / 100
         return made
+
+
+def test_pictures_count_among_the_tokens_of_a_prompt():
+    prompts = [Prompt("make it red", references=("a.png",)), Prompt("make it blue")]
+    sizes = [[(8, 8)], []]
+    assert _count_cut_off(prompts, Seeing(12, 10, 8), sizes) == 0
+    assert _count_cut_off(prompts, Seeing(12, 10, 6), sizes) == 1
+    with pytest.raises(ConfigError, match=r"text_length: the references of prompt number 0.*raise"):
+        _count_cut_off(prompts, Seeing(12, 10, 5), sizes)
 
 
 PAIRS = [

@@ -14,6 +14,7 @@ from PIL import Image
 
 from piflow_jax.config import ConfigError, base_config, parse
 from piflow_jax.data import batches
+from piflow_jax.data.parquet_rows import EmbeddedPicture
 from piflow_jax.data.prompt_lists import Prompt
 from piflow_jax.data.prompts import PromptsError, load_prompts_source
 from piflow_jax.data.text_encoders import WordEncoder
@@ -160,6 +161,22 @@ def test_images_become_latents_of_their_bucket(tmp_path):
         encode_prompts(
             [prompts[0], PROMPTS[1]], ENCODER, tmp_path / "b", **SETTINGS, autoencoder=autoencoder
         )
+
+
+@pytest.mark.parametrize("aspect", [1.0, 2.0])  # of the latter, the picture is looked at first
+def test_damaged_pictures_of_a_list_are_named(tmp_path, aspect):
+    class Damaged:
+        path = "list.parquet"
+
+        def content(self, row):
+            raise ValueError(f"list.parquet, row {row} is damaged")
+
+    prompts = [Prompt("a", aspect, EmbeddedPicture(Damaged(), 3))]
+    autoencoder = Autoencoder(Pooling(), {}, "identity of the autoencoder")
+    with pytest.raises(
+        ConfigError, match=r"config\.data\.prompts: list\.parquet, row 3 is damaged"
+    ):
+        encode_prompts(prompts, ENCODER, tmp_path, **SETTINGS, autoencoder=autoencoder)
 
 
 def config(tmp_path, **data):
