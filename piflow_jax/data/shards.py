@@ -468,7 +468,7 @@ def _alone(path: epath.Path) -> Iterator[None]:
     if is_remote(path):
         yield
         return
-    with open(path, "rb+") as file:  # NFS locks no file that is opened for reading alone
+    with path.open("ab") as file:  # NFS locks no file that is opened for reading alone
         with contextlib.suppress(OSError):
             fcntl.flock(file, fcntl.LOCK_EX)
         yield

@@ -287,7 +287,15 @@ class QwenEditEncoder(QwenEncoder):
         prompts: Sequence[str],
         sizes: Sequence[Sequence[tuple[int, int]]] | None = None,
     ) -> list[tuple[list, int]]:
-        """Like `QwenEncoder.tokens`, with those of pictures of `sizes`, (height, width) of each."""
+        """Like `QwenEncoder.tokens`, with the tokens of pictures.
+
+        Args:
+          prompts: The prompts.
+          sizes: Height and width of the references of each; None and empty ones are no pictures.
+
+        Returns:
+          The tokens of each behind the template, and how many are cut off.
+        """
         sizes = [()] * len(prompts) if sizes is None else sizes
         pairs = zip(sizes, prompts, strict=True)
         return super().tokens(
