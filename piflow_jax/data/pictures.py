@@ -36,21 +36,8 @@ PictureFile = str | os.PathLike | bytes
 
 _SUFFIXES = {
     *(".apng", ".avif", ".bmp", ".dib", ".gif", ".j2k", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg"),
-    *(
-        ".jpx",
-        ".mpo",
-        ".pbm",
-        ".pcx",
-        ".pgm",
-        ".png",
-        ".pnm",
-        ".ppm",
-        ".qoi",
-        ".tga",
-        ".tif",
-        ".tiff",
-    ),
-    ".webp",
+    *(".jpx", ".mpo", ".pbm", ".pcx", ".pgm", ".png", ".pnm", ".ppm", ".qoi", ".tga", ".tif"),
+    *(".tiff", ".webp"),
 }
 # What can be wrong with one file. Other errors of the system (a lost disk, too many open files) are
 # not the picture's: it must not be left out for them.
