@@ -303,7 +303,7 @@ def _files(tar: tarfile.TarFile, where: str) -> dict[str, tarfile.TarInfo]:
     links = sorted(name for name, found in files.items() if found.issym() or found.islnk())
     if links:
         raise PicturesError(
-            f"{where} has {len(links)} links to what is no file in it, such as "
+            f"{where} has links to what is no file in it, {len(links)} in all, such as "
             f"{_printable(links[0])}; pack it again with tar --dereference"
         )
     return {name: found for name, found in files.items() if found.isfile()}
