@@ -171,6 +171,14 @@ def test_contradicting_settings_are_refused_before_anything_runs(whole_run, here
     assert "policy.num_components: the checkpoint has 2, asked for 3" in said
 
 
+def test_a_teacher_that_has_a_student_is_not_trained_further(whole_run, here, tmp_path):
+    copy = shutil.copytree(whole_run[0], tmp_path / "copy")
+    status, said = here(copy, *OFTEN, "--config.teacher.steps=12")
+    assert status == 1
+    assert f"the student in {copy / 'student'} was taught by the teacher at step 6" in said
+    assert (copy / "teacher" / "checkpoints" / "6").exists()
+
+
 def test_corrupt_checkpoint_is_not_taken_for_none(whole_run, tmp_path):
     workdir, _ = whole_run
     copy = tmp_path / "copy"

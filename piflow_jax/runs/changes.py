@@ -38,11 +38,15 @@ def changed_settings(
     for identity, keys in stage.identified.items():
         free.update(keys if identity in saved else [identity])
     keys = sorted(key for key in saved.keys() | wanted.keys() if saved.get(key) != wanted.get(key))
-    different = [
-        f"  config.{key}: the checkpoint has {saved.get(key)!r}, asked for {wanted.get(key)!r}"
-        for key in keys
-        if key not in free
-    ]
+
+    def difference(key: str) -> str:
+        was, now = saved.get(key), wanted.get(key)
+        if key in stage.identified:  # no key of the configuration, which nobody could set back
+            what = f"this {key.split('.')[0]} is not the one that the {stage.name} was trained with"
+            return f"  {key}: {what}; the checkpoint has {was!r}, here is {now!r}"
+        return f"  config.{key}: the checkpoint has {was!r}, asked for {now!r}"
+
+    different = [difference(key) for key in keys if key not in free]
     if different:
         raise CheckpointError(
             "\n".join(
