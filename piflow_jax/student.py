@@ -246,6 +246,7 @@ class Student:
             )
         condition, number = self.network.conditioning.checked(labels, self.settings.data)
         size = self._size(size)
+        check_number("start", start, 0, 1, open_low=True)
         if (x is None) != (start == 1.0):
             raise ValueError("start below 1 and x go together")
         if x is not None:

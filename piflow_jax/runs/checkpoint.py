@@ -190,6 +190,8 @@ class Checkpointer(contextlib.AbstractContextManager):
         if last is not None and step <= last:
             saved = _read_meta(self.directory / str(last))["leaves"] if step == last else None
             if saved == meta["leaves"]:
+                # What comes after it may be missing: a run may be killed between the two.
+                self._ending = self._worker.submit(self._follow, step, then)
                 return False
             if not self._rewind:
                 raise CheckpointError(

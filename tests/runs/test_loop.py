@@ -405,6 +405,17 @@ def test_a_record_without_its_checkpoint_is_no_best(tmp_path):
     assert names(checkpoint_dir(tmp_path, "toy/best")) == ["6"]
 
 
+def test_a_best_checkpoint_whose_record_is_missing_gets_it(tmp_path):
+    """What a run leaves that was killed when it had saved the new best and not its distance."""
+    killed_after_the_look_at_step_6(tmp_path)
+    record = tmp_path / "toy" / "best" / "best.json"
+    record.write_text(json.dumps({"step": 5, "distance": 5.0, "measured": {}}))
+    stage = dataclasses.replace(make_stage(8), look=look_with([5.0, 3.0, 4.0, 4.0]))
+    run_stage(stage, tmp_path, look_every=1, **OPTIONS)
+    assert json.loads(record.read_text()) == {"step": 6, "distance": 3.0, "measured": {}}
+    assert names(checkpoint_dir(tmp_path, "toy/best")) == ["6"]
+
+
 def make_look_again():
     return dataclasses.replace(make_stage(steps=24), look=look_with([0.6]))
 
