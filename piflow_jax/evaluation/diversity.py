@@ -10,6 +10,8 @@ from numpy.typing import ArrayLike
 
 from piflow_jax.evaluation.checks import checked_features
 
+_DISTANCES = 2**22  # at a time, float64
+
 
 def class_diversity(features: ArrayLike, labels: ArrayLike) -> float:
     """Returns the mean pairwise Euclidean distance within a class, averaged over classes.
@@ -44,7 +46,11 @@ def _mean_pairwise_distance(points: np.ndarray) -> float:
     """Mean distance between distinct rows of `points`: float64[n, D], as a float."""
     points = points - points.mean(axis=0)  # limits the cancellation below
     squares = np.einsum("nd,nd->n", points, points)
-    distances = squares[:, None] + squares[None, :] - 2 * points @ points.T
-    np.fill_diagonal(distances, 0)
-    n = len(points)
-    return float(np.sqrt(np.maximum(distances, 0)).sum() / (n * (n - 1)))
+    n, total = len(points), 0.0
+    rows = max(1, _DISTANCES // n)
+    for first in range(0, n, rows):
+        part = slice(first, first + rows)
+        distances = squares[part, None] + squares - 2 * points[part] @ points.T
+        np.fill_diagonal(distances[:, first:], 0)
+        total += np.sqrt(np.maximum(distances, 0)).sum()
+    return float(total / (n * (n - 1)))

@@ -1,3 +1,5 @@
+import tracemalloc
+
 import numpy as np
 import pytest
 from scipy.spatial.distance import pdist
@@ -12,6 +14,16 @@ def test_agrees_with_scipy():
     features[labels == 2] *= 3  # classes of unequal spread and size: their mean is not the pairs'
     expected = np.mean([pdist(features[labels == c].astype(np.float64)).mean() for c in range(4)])
     assert class_diversity(features, labels) == pytest.approx(expected, rel=1e-9)
+
+
+def test_a_large_class_takes_less_than_the_matrix_of_its_distances():
+    features = np.random.default_rng(2).normal(size=(5000, 3))
+    tracemalloc.start()
+    found = class_diversity(features, np.zeros(5000, int))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert found == pytest.approx(pdist(features).mean(), rel=1e-9)
+    assert peak < 8 * 5000**2
 
 
 def test_two_points():
