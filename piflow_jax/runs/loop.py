@@ -293,7 +293,7 @@ class _Loop:
         self._all_finite = self._compile_check(state)
         batch = self._next_batch()
         metrics = pending = None
-        self.monitor.start(start)
+        self.monitor.start(start, stage.steps)
         for step in range(start + 1, stage.steps + 1):
             program, count = self._program(state, batch)
             self.monitor.before(step, metrics, count)

@@ -73,11 +73,16 @@ class Monitor:
         if self._upload is not None:
             self._upload.join()
 
-    def start(self, step: int) -> None:
-        """The loop begins after this step: the clock starts."""
+    def start(self, step: int, last: int) -> None:
+        """The loop begins after this step, and goes to the last one: the clock starts."""
         self._started = step
         self._since = (step, time.perf_counter())
         self._waited = 0.0
+        if self._profile and self._directory is not None:
+            begin, end = self._profile
+            if end <= step or begin > last:
+                text = "%s: config.profile = %s lies outside of steps %d to %d: no profile"
+                logging.info(text, self._name, self._profile, step + 1, last)
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:

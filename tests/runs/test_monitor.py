@@ -27,7 +27,7 @@ def make(directory=None, **options):
 def test_times_are_those_of_the_steps(clock):
     monitor = make(peak=5.0)
     clock.time += 7  # compilation is no step's time
-    monitor.start(10)
+    monitor.start(10, 16)
     for step, flops in zip(range(11, 17), (10, 10, 100, 100, 80, 20), strict=True):
         monitor.before(step, None, flops)  # the last has begun and not ended
     with monitor.waiting():
@@ -50,7 +50,7 @@ def test_times_are_those_of_the_steps(clock):
 
 def test_no_utilisation_of_a_device_that_is_not_known(clock):
     monitor = make()
-    monitor.start(0)
+    monitor.start(0, 8)
     clock.time += 1
     assert "mfu" not in monitor.figures(1)
 
@@ -83,7 +83,7 @@ def test_memory_counters_where_the_backend_has_them(clock, monkeypatch):
         for gib in (2, 3)
     ]
     monitor = make()
-    monitor.start(0)
+    monitor.start(0, 8)
     clock.time += 1
     monkeypatch.setattr(jax, "local_devices", lambda: devices)
     assert monitor.figures(1)["memory_gib"] == 3
@@ -94,7 +94,7 @@ def test_compiling_again_is_said(monkeypatch):
     monkeypatch.setattr(logging, "warning", lambda text, *values: said.append(text % values))
     function = jax.jit(lambda x: x * 3 + 1)
     with make() as monitor:
-        monitor.start(0)
+        monitor.start(0, 8)
         for step in range(1, 9):
             monitor.before(step, None, 0)
             function(jnp.zeros(3 if step < 6 else step))  # from the sixth on, another shape each
@@ -118,7 +118,7 @@ def traces(place):
 def test_a_profile_is_written(place, last):
     function = jax.jit(lambda x: x @ x)
     with make(place, profile=(2, last)) as monitor:
-        monitor.start(0)
+        monitor.start(0, 8)
         x = jnp.ones((8, 8))
         for step in range(1, 6):
             monitor.before(step, x, 0)
@@ -128,6 +128,17 @@ def test_a_profile_is_written(place, last):
             assert bool(traces(place)) == (step > last)
     (trace,) = traces(place)
     assert trace.name.endswith(".xplane.pb") and trace.stat().length > 1000
+
+
+@pytest.mark.parametrize(
+    ("profile", "said"), [((10, 20), True), ((151, 160), True), ((90, 101), False), ((), False)]
+)
+def test_a_profile_of_other_steps_is_said(tmp_path, monkeypatch, profile, said):
+    lines = []
+    monkeypatch.setattr(logging, "info", lambda text, *values: lines.append(text % values))
+    make(tmp_path, profile=profile).start(100, 150)
+    text = f"toy: config.profile = {profile} lies outside of steps 101 to 150: no profile"
+    assert lines == [text] * said
 
 
 def test_a_profile_that_cannot_be_uploaded_does_not_end_the_run(service, monkeypatch):
