@@ -2,6 +2,7 @@
 
 import argparse
 import socket
+from importlib.util import find_spec
 
 from piflow_jax.demo.drawer import Drawer
 from piflow_jax.demo.page import make_page
@@ -46,6 +47,8 @@ def main(arguments: list[str] | None = None) -> None:
         help="the network's compute dtype",
     )
     flags = parser.parse_args(arguments)
+    if find_spec("gradio") is None:
+        parser.error('the page needs Gradio: pip install -e ".[demo]"')
     try:  # before what may take minutes
         with socket.socket(socket.AF_INET6 if ":" in flags.host else socket.AF_INET) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -8,6 +8,12 @@ import pytest
 from piflow_jax.demo import Drawer, main
 
 
+@pytest.fixture(autouse=True)
+def gradio(monkeypatch):
+    """As if it were installed, which these tests do not need."""
+    monkeypatch.setattr("piflow_jax.demo.command.find_spec", lambda name: name)
+
+
 @pytest.fixture
 def served(monkeypatch):
     """What would be served, and how, by command."""
@@ -43,6 +49,14 @@ def test_several_students_and_those_that_ship(run, served, monkeypatch, capsys):
     # A teacher of another run.
     main([f"--checkpoint={run / 'student' / 'checkpoints'}", f"--teacher={run}"])
     assert served[2][0][0].teacher is not None
+
+
+def test_without_gradio_nothing_is_loaded(monkeypatch, capsys):
+    monkeypatch.setattr("piflow_jax.demo.command.find_spec", lambda name: None)
+    monkeypatch.setattr(Drawer, "load", None)
+    with pytest.raises(SystemExit):
+        main(["--checkpoint=fashion_mnist"])
+    assert 'error: the page needs Gradio: pip install -e ".[demo]"' in capsys.readouterr().err
 
 
 def test_a_checkpoint_is_needed(tmp_path, capsys, monkeypatch):
