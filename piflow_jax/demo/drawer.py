@@ -94,8 +94,8 @@ class Drawer:
         Raises:
           CheckpointError: the run's student has no checkpoint yet, or an unusable one.
           FileNotFoundError: there is nothing at the path.
-          ValueError: prompts, teacher or autoencoder are missing or others', or the student has
-            conditions of its own.
+          ValueError: prompts, teacher or autoencoder are missing, others' or of no use to the
+            student, or it has conditions of its own.
         """
         student = piflow_jax.load(path, dtype=dtype, teacher=teacher)
         data = student.settings.data
@@ -110,6 +110,8 @@ class Drawer:
                 )
             source = row.load(DataConfig(name=data.name, data_dir=prompts or ""))
             return cls(student, prompts=source, decode=decode)
+        if prompts is not None:
+            raise ValueError("this student reads no text: leave --prompts out")
         run = (user_path(path) / "teacher" / "checkpoints").is_dir()
         if teacher is None and not run and str(path) not in shipped_names():
             return cls(student, decode=decode)

@@ -238,6 +238,11 @@ def test_the_autoencoder_belongs_to_the_latents(run, of_latents):
         Drawer.load(run, vae=workdir / "vae.safetensors")
 
 
+def test_a_student_of_classes_reads_no_prompts(run, tmp_path):
+    with pytest.raises(ValueError, match=r"reads no text: leave --prompts out"):
+        Drawer.load(run, prompts=tmp_path)
+
+
 def test_what_a_student_that_reads_text_needs_is_named(of_latents, tmp_path):
     data = DataShape(name="prompts", channels=16, text_features=12, pooled_features=10)
     save_run(parse(tiny_text.get_config("flux")), data, tmp_path)
