@@ -124,13 +124,14 @@ class Student:
           The policy, for `Student.rollout` from `t` down.
 
         Raises:
-          ValueError: shapes do not belong together, known labels or noise levels are out of range,
-            or the student does not take a guidance scale.
+          ValueError: shapes do not belong together, `x` is uint8, known labels or noise levels are
+            out of range, or the student does not take a guidance scale.
         """
         labels = self.network.conditioning.guided(labels, guidance)
         params = self.params if params is None else params
         x, t = (a if isinstance(a, jax.Array) else np.asarray(a) for a in (x, t))
-        check_between("t", t, 0, 1, slack=ROUNDING)
+        check_no_pixels("x", x)
+        check_between("t", t, 0, 1, open_low=True, slack=ROUNDING)
         t = jnp.broadcast_to(t, np.shape(x)[:1]) if np.ndim(t) == 0 else t
         predict = student_policy(self.network, self.settings.policy, self.settings.train)
         return predict(params, x, t, labels)
@@ -228,8 +229,7 @@ class Student:
 
         Raises:
           ValueError: the key, labels, `x` or `noise` have a wrong type, shape or value, a number is
-            out of range (`nfe` below 1, `temperature` outside (0, 1]), the student does not take
-            `guidance`, or the call is traced.
+            out of range, the student does not take `guidance`, or the call is traced.
         """
         if references is not None:
             if not isinstance(labels, Mapping):

@@ -306,7 +306,15 @@ OF_STUDENTS = {
     ),
     "noise level of NaN": (
         lambda s: s.policy(s.x, NAN * ONE, LABELS[:2]),
-        r"t must be in \[0, 1\]",
+        r"t must be in \(0, 1\]",
+    ),
+    "noise level 0": (
+        lambda s: s.policy(s.x, 0.0, LABELS[:2]),
+        r"t must be in \(0, 1\], got 0",
+    ),
+    "pixels of a policy": (
+        lambda s: s.policy(np.zeros((2, 8, 8, 1), np.uint8), 1.0, LABELS[:2]),
+        r"x must be about \[-1, 1\], got uint8",
     ),
     "empty batch": (lambda s: s.policy(s.x[:0], ONE[:0], LABELS[:0]), r"x must be \[B, H, W, 1\]"),
     "number for a size": (lambda s: s.sample(0, LABELS, size=8), r"size must be \(8, 8\), got 8"),
@@ -339,6 +347,10 @@ OF_STUDENTS = {
         "noise must be fin",
     ),
     "h": (lambda s: s.sample(0, LABELS, h=-1.0), "h must be at least 0"),
+    "several starts": (
+        lambda s: s.sample(0, [1], x=s.x[:1], start=np.array([0.5, 0.5, 0.5])),
+        r"start must be one number, got an array \[3\]",
+    ),
     "pixels": (
         lambda s: s.sample(0, [1], x=np.zeros((1, 8, 8, 1), np.uint8), start=0.5),
         r"x must be about \[-1, 1\], got uint8: turn pixels into x / 127.5 - 1",
