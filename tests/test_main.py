@@ -168,7 +168,7 @@ def test_contradicting_settings_are_refused_before_anything_runs(whole_run, here
     workdir, _ = whole_run
     status, said = here(workdir, "--mode=sample", "--config.policy.num_components=3")
     assert status == 1
-    assert "policy.num_components: the checkpoint has 2, asked for 3" in said
+    assert "config.policy.num_components: the checkpoint has 2, asked for 3" in said
 
 
 def test_a_teacher_that_has_a_student_is_not_trained_further(whole_run, here, tmp_path):

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import os
+from collections.abc import Mapping
 from typing import Any
 
 from etils import epath
@@ -34,6 +35,7 @@ from piflow_jax.systems.shapes import DataShape
 from piflow_jax.systems.spec import (
     TRAINED_IN,
     check_policy_config,
+    config_keys,
     spaces_in,
     spec_of,
     student_settings,
@@ -222,7 +224,7 @@ def load_initial(systems: Systems) -> Any:
         weights = _from_file(path, config, network, of_network, form)
     else:
         directory, step, saved, _ = find_checkpoint(path, "student")
-        check_spec(updated(saved), of_network, directory)
+        _check_spec(saved, of_network, directory)
         weights = averaged(directory, network, step, replicated(local_mesh()))
     return weights if network.adapted else network.trained(weights)
 
@@ -274,8 +276,15 @@ def load_average(
       CheckpointError: there is no checkpoint, it is unusable, or it contradicts the spec.
     """
     step, saved, _ = read_spec(directory)
-    check_spec(updated(saved), spec, directory)
+    _check_spec(saved, spec, directory)
     return averaged(directory, network, step, shardings or replicated(local_mesh()))
+
+
+def _check_spec(
+    saved: Mapping[str, Any], wanted: Mapping[str, Any], path: str | os.PathLike
+) -> None:
+    """Refuses settings that contradict a spec of any age, by the names that users give them."""
+    check_spec(updated(saved), wanted, path, config_keys(wanted))
 
 
 def _split(mesh: Mesh | None, network: Network) -> Any:
@@ -338,7 +347,7 @@ def _from_file(
         if config.data.latents:
             unknown |= {"data.latent_scale", "data.latent_shift"}
         known = {k: v for k, v in spec.items() if k not in unknown}
-        check_spec(updated(said), known, weights.path)
+        _check_spec(said, known, weights.path)
     elif spec["kind"] == "student":
         policy = weights.metadata.get("policy_config")
         check_policy_config(policy, config.policy, config.train)

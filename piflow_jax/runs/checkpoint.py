@@ -371,13 +371,16 @@ def restore_subtree(directory: Path, key: str, like: Any, step: int | None = Non
     return restored
 
 
-def check_spec(saved: Mapping, wanted: Mapping, path: Path) -> None:
+def check_spec(
+    saved: Mapping, wanted: Mapping, path: Path, names: Mapping[str, str] | None = None
+) -> None:
     """Refuses settings that contradict what a checkpoint was trained with.
 
     Args:
       saved: the checkpoint's spec.
       wanted: the settings asked for; only its keys are compared, as JSON values.
       path: the checkpoint, for the message.
+      names: what users call a key, where they call it something else.
 
     Raises:
       CheckpointError: some values differ; the message lists every key with both values.
@@ -386,7 +389,8 @@ def check_spec(saved: Mapping, wanted: Mapping, path: Path) -> None:
     for key, value in sorted(_as_json(wanted, "wanted").items()):
         if key not in saved or saved[key] != value:
             there = f"has {saved[key]!r}" if key in saved else "does not have it"
-            different.append(f"  {key}: the checkpoint {there}, asked for {value!r}")
+            name = (names or {}).get(key, key)
+            different.append(f"  {name}: the checkpoint {there}, asked for {value!r}")
     if different:
         remedy = "Drop these settings to use the checkpoint's own, or pass another checkpoint."
         head = f"the checkpoint {path} contradicts the settings:"

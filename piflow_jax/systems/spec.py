@@ -68,6 +68,19 @@ def _renamed(key: str, value: Any) -> Any:
     return renamed.get(value, value) if isinstance(value, str) else value
 
 
+def config_keys(spec: Mapping[str, Any]) -> dict[str, str]:
+    """What the configuration calls the keys of a spec, of those that it has."""
+    network = spec.get("model.network", ModelConfig.network)
+    names = {}
+    for key in spec:
+        group, _, name = key.partition(".")
+        if group == "model" and name != "network":
+            names[key] = f"config.model.{network}.{name}"
+        elif group in ("model", "policy", "train", "teacher") or key == "data.name":
+            names[key] = f"config.{key}"
+    return names
+
+
 def model_settings(model: ModelConfig) -> dict[str, Any]:
     """Settings of the chosen network as nested values: the common ones and its own group."""
     groups = {field.name for field in dataclasses.fields(model) if field.name in NETWORKS}

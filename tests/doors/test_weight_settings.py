@@ -306,9 +306,14 @@ def digits(**changes):
 NAN = {"proj_out_means.bias": lambda a: a * np.nan}
 COMMANDS = [
     ({}, NAN, "numbers of proj_out_means.bias are not finite"),
-    ({"train.shift": 3.0}, {}, "train.shift: the checkpoint has 1.0, asked for 3.0"),
-    ({"policy.num_components": 7}, {}, "policy.num_components: the checkpoint has"),
-    ({"policy.kind": "dx", "train.gm_dropout": 0.0}, {}, "policy.kind: the checkpoint has 'gm'"),
+    ({"train.shift": 3.0}, {}, "config.train.shift: the checkpoint has 1.0, asked for 3.0"),
+    ({"model.dit.hidden": 32}, {}, "config.model.dit.hidden: the checkpoint has 16, asked for 32"),
+    ({"policy.num_components": 7}, {}, "config.policy.num_components: the checkpoint has"),
+    (
+        {"policy.kind": "dx", "train.gm_dropout": 0.0},
+        {},
+        "config.policy.kind: the checkpoint has 'gm'",
+    ),
 ]
 
 
