@@ -144,8 +144,8 @@ def initial_start(systems: Systems) -> dict[str, Any]:
 def _check_taught(config: Config, workdir: str | os.PathLike) -> None:
     """Refuses more steps of a teacher that has a student, which could not go on without the old."""
     teacher, student = (checkpoint_dir(workdir, stage) for stage in ("teacher", "student"))
-    step = latest_step(teacher)
-    if step is None or step >= config.teacher.steps or latest_step(student) is None:
+    step = latest_step(teacher, writing=True)
+    if step is None or step >= config.teacher.steps or latest_step(student, writing=True) is None:
         return
     raise CheckpointError(
         f"the student in {student.parent} was taught by the teacher at step {step}, which more "

@@ -28,12 +28,15 @@ class CheckpointError(RuntimeError):
     """A checkpoint is corrupt, partial, incompatible or cannot be written."""
 
 
-def latest_step(directory: epath.Path, *, report: bool = False) -> int | None:
+def latest_step(
+    directory: epath.Path, *, report: bool = False, writing: bool = False
+) -> int | None:
     """The last complete step, or None; raises if a later one was saved and is gone.
 
     Args:
       directory: the directory of steps.
       report: see `complete_steps`.
+      writing: likewise.
 
     Returns:
       The step.
@@ -42,7 +45,7 @@ def latest_step(directory: epath.Path, *, report: bool = False) -> int | None:
       CheckpointError: the last step that was saved is not there; or see `complete_steps`.
     """
     saved = recorded_step(directory)  # before the steps, to which a run may be adding
-    steps = complete_steps(directory, report=report)
+    steps = complete_steps(directory, report=report, writing=writing)
     if saved is not None and (not steps or steps[-1] < saved):
         rest = f"go on from step {steps[-1]}" if steps else "start from the beginning"
         record = _record(directory)

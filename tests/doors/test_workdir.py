@@ -118,7 +118,8 @@ def copied(name):
 def with_record(edit):
     def both(path):
         edit(path)
-        remove(next(p for p in path.parents if p.name == "student") / "checkpoints.json")
+        stage = next(p for p in path.parents if p.name in ("student", "teacher"))
+        remove(stage / "checkpoints.json")
 
     return both
 
@@ -154,6 +155,7 @@ REFUSED = [
     (RECORD, holding(b'{"step": true}'), {}, 1, f"{RECORD} is damaged .*its step is True"),
     (RECORD, replaced(Path.mkdir), {}, 1, f"cannot read .*{RECORD}"),
     (STEPS, with_record(foreign), {}, 1, "other things: notes.txt. Move them away"),
+    ("teacher/checkpoints", with_record(foreign), {}, 1, "other things: notes.txt. Move them away"),
     # Settings that ask for less than there is, or for other steps than those that were done.
     (".", nothing, LESS_TEACHER, 1, "at step 6, beyond the 4 .* Raise config.teacher.steps to 6"),
     (".", nothing, LESS, 1, "at step 6, beyond the 4 .* Raise config.train.steps to 6"),
