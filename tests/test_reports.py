@@ -264,7 +264,9 @@ def test_compiled_steps_have_a_table(repository):
     root_flag = ["--root", str(root)]
     assert collect_compiled.main(root_flag) == 0
     assert "No step has been compiled yet." in page.read_text()
-    write("compile_gm_repa-v6e_4x4.json", compiled("v6e:4x4", remat="dots"))
+    kernel = compiled("v6e:4x4", remat="dots", attention="splash")
+    kernel["cycles"] = kernel["cycles"] | {"minimum": 5e7, "rollouts": 0}
+    write("compile_gm_repa-v6e_4x4.json", kernel)
     small = {"peak": 17 * 2**30, "chip": 16 * 2**30}
     halved = compiled("v5e:4x4", moment_dtype="bfloat16", memory_bytes=small)
     halved["libtpu_flags"] = "--xla_jf_spmd_threshold_for_windowed_einsum_mib=1000000 --other=1"
@@ -278,10 +280,11 @@ def test_compiled_steps_have_a_table(repository):
     first, second, third = (line for line in text.splitlines() if line.startswith("| `gm_repa`"))
     assert first == (
         "| `gm_repa` | v5e:4x4 | 16 | 256 in 16 | none | float32 | on | 13.00 of 16 | 3.250e+18 "
-        "| 0.995 | 1.235e+08 | 40.0% | 35.0% | 20.0% | 4.0% | 1.0% | loop |"
+        "| 0.995 | 1.235e+08 | - | 40.0% | 35.0% | 20.0% | 4.0% | 1.0% | loop | arrays |"
     )
     assert "bfloat16 | off | 17.00 of 16, does not fit |" in second
     assert "v6e:4x4" in third and "| dots | float32 | on |" in third
+    assert "| 1.235e+08 | 2.47 |" in third and third.endswith("| kernel | kernel |")
     assert "Compiled with jax 0.1, libtpu 0.2." in text
 
 

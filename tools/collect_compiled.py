@@ -75,6 +75,17 @@ def _rollout(report: Report) -> str:
     return "loop" if report["cycles"]["rollouts"] else "kernel"
 
 
+def _over_minimum(report: Report) -> str:
+    """The estimate over the networks' arithmetic at the rate of large matrix products."""
+    cycles = report["cycles"]
+    return f"{cycles['total'] / cycles['minimum']:.2f}" if "minimum" in cycles else "-"
+
+
+def _attention(report: Report) -> str:
+    """Whether scores are arrays, or the tiles of a kernel, whose cycles are in no share."""
+    return "kernel" if report.get("attention") == "splash" else "arrays"
+
+
 def compiled_row(variant: str, report: Report) -> list[str]:
     """Cells of one compiled step."""
     memory, flops, cycles = report["memory_bytes"], report["flops"], report["cycles"]
@@ -91,8 +102,10 @@ def compiled_row(variant: str, report: Report) -> list[str]:
         f"{flops['counted']:.3e}",
         f"{flops['ratio']:.3f}",
         f"{cycles['total']:.3e}",
+        _over_minimum(report),
         *(f"{cycles['shares'][name]:.1%}" for name in SCOPES),
         _rollout(report),
+        _attention(report),
     ]
 
 
@@ -107,8 +120,10 @@ def compiled_block(reports: Sequence[tuple[str, Report]]) -> str:
         "FLOPs per step",
         "over the minimum",
         "cycles",
+        "over those of the minimum",
         *SCOPES,
         "rollout",
+        "attention",
     ]
     rows = [compiled_row(variant, report) for variant, report in reports]
     versions = dict.fromkeys(f"jax {r['jax']}, libtpu {r['libtpu']}" for _, r in reports)
@@ -146,8 +161,10 @@ def text_compiled_row(network: str, program: str, report: Report) -> list[str]:
         f"{memory['peak'] / 2**30:.1f} of {memory['chip'] / 2**30:.0f}{fits}",
         f"{memory['arguments'] / 2**30:.1f}",
         f"{flops['per_example'] / 1e12:,.0f}",
+        _over_minimum(report),
         *(f"{shares[name]:.1%}" for name in ("teacher", "student", "policy")),
         _rollout(report),
+        _attention(report),
     ]
 
 
@@ -156,7 +173,8 @@ def text_compiled_block(reports: Sequence[tuple[str, str, Report]]) -> str:
     if not reports:
         return "No program has been compiled yet.\n"
     head = ["network", "program", "base", "slice", "mesh", "images, in parts", "GiB per device"]
-    head += ["of them arguments", "TFLOP per image", "teacher", "student", "policy", "rollout"]
+    head += ["of them arguments", "TFLOP per image", "cycles over those of the minimum"]
+    head += ["teacher", "student", "policy", "rollout", "attention"]
     versions = dict.fromkeys(f"jax {r['jax']}, libtpu {r['libtpu']}" for *_, r in reports)
     rows = [text_compiled_row(*report) for report in reports]
     return "\n".join([*table(head, rows), "", f"Compiled with {'; '.join(versions)}.", ""])

@@ -201,8 +201,9 @@ class ModelConfig:
     scan_unroll: int = _field(1, "blocks per iteration of the scan over layers", low=1, most=256)
     attention: str = _field(
         "default",
-        "implementation of attention; where cuDNN has none, JAX's own is used and the log says so",
-        choices=("default", "xla", "cudnn"),
+        "implementation of attention: cudnn is for GPUs, splash for TPUs; where the chosen one is "
+        "not to be had, JAX's own is used and the log says so",
+        choices=("default", "xla", "cudnn", "splash"),
     )
     dit: DiTConfig = _field(DiTConfig, "")
     flux: FluxConfig = _field(FluxConfig, "")

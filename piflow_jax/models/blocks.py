@@ -45,7 +45,7 @@ class Layers(nn.Module):
         num_heads: Attention heads; must divide the width.
         dtype: Compute dtype.
         param_dtype: Dtype of fresh parameters of the base.
-        attention: `implementation` of `jax.nn.dot_product_attention`.
+        attention: A name in `ATTENTION`, or None; see `attend`.
         constrain: See `DiT`.
         lora: Adapters; None for none.
         use_bias: Whether linear layers have biases.

@@ -12,8 +12,9 @@ from flax import linen as nn
 
 from piflow_jax.arguments import check_between, whole
 from piflow_jax.flow.policies import ArcOutput, GMOutput
+from piflow_jax.models.attention import attend
 from piflow_jax.models.blocks import Layers, modulated
-from piflow_jax.models.layers import attend, named, position_table, time_features
+from piflow_jax.models.layers import named, position_table, time_features
 from piflow_jax.models.transformer import Transformer
 
 # Epsilon of the released weights before an MLP; that of the other norms is `NORM_EPS`.
@@ -78,7 +79,7 @@ class DiT(Transformer):
         param_dtype: Dtype of fresh parameters.
         remat: What the backward pass recomputes: a name in `REMAT_POLICIES`.
         scan_unroll: Blocks per iteration of the scan; `depth` unrolls the loop completely.
-        attention: `implementation` of `jax.nn.dot_product_attention`: None, "xla" or "cudnn".
+        attention: A name in `ATTENTION`, or None; see `attend`.
         constrain: `(x, names of axes) -> x`, which sets the sharding of activations. The names are
             `batch`, `embed`, `heads`, `mlp` or None. By default it changes nothing.
     """

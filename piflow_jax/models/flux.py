@@ -14,6 +14,7 @@ from flax import linen as nn
 from jax.typing import DTypeLike
 
 from piflow_jax.flow.policies import GMOutput
+from piflow_jax.models.attention import attend
 from piflow_jax.models.blocks import modulated
 from piflow_jax.models.joint import (
     GuidedTransformer,
@@ -25,7 +26,7 @@ from piflow_jax.models.joint import (
     rotate,
     round_time,
 )
-from piflow_jax.models.layers import attend, time_features
+from piflow_jax.models.layers import time_features
 
 __all__ = ["FLUX_TARGETS", "Flux", "SingleBlock", "flux_angles", "scaled_features"]
 
@@ -142,7 +143,7 @@ class Flux(GuidedTransformer):
             least float32.
         remat: What the backward pass recomputes: a name in `REMAT_POLICIES`.
         scan_unroll: Blocks per iteration of either scan.
-        attention: `implementation` of `jax.nn.dot_product_attention`: None, "xla" or "cudnn".
+        attention: A name in `ATTENTION`, or None; see `attend`.
         constrain: See `DiT`.
     """
 

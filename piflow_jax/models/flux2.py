@@ -15,6 +15,7 @@ import numpy as np
 from flax import linen as nn
 
 from piflow_jax.flow.policies import GMOutput
+from piflow_jax.models.attention import attend
 from piflow_jax.models.blocks import modulated
 from piflow_jax.models.flux import scaled_features
 from piflow_jax.models.joint import (
@@ -26,7 +27,6 @@ from piflow_jax.models.joint import (
     rotary_table,
     rotate,
 )
-from piflow_jax.models.layers import attend
 
 __all__ = ["FLUX2_TARGETS", "Flux2", "flux2_angles"]
 
@@ -162,7 +162,7 @@ class Flux2(GuidedTransformer):
             least float32.
         remat: What the backward pass recomputes: a name in `REMAT_POLICIES`.
         scan_unroll: Blocks per iteration of the scans.
-        attention: `implementation` of `jax.nn.dot_product_attention`: None, "xla" or "cudnn".
+        attention: A name in `ATTENTION`, or None; see `attend`.
         constrain: See `DiT`.
     """
 

@@ -15,8 +15,9 @@ import numpy as np
 from flax import linen as nn
 from jax.typing import DTypeLike
 
+from piflow_jax.models.attention import attend
 from piflow_jax.models.blocks import NORM_EPS, Layers, modulated
-from piflow_jax.models.layers import attend, named
+from piflow_jax.models.layers import named
 from piflow_jax.models.lora import LoRA
 from piflow_jax.models.transformer import Transformer
 

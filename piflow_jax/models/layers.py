@@ -14,7 +14,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import logging
 from flax import linen as nn
 from jax import dtypes
 from jax.experimental.layout import Layout, with_layout_constraint
@@ -190,96 +189,6 @@ def layer_norm(x: jax.Array, eps: float) -> jax.Array:
     centred = wide - wide.mean(-1, keepdims=True)
     variance = (centred * centred).mean(-1, keepdims=True)
     return (centred * jax.lax.rsqrt(variance + eps)).astype(x.dtype)
-
-
-# Scores that attention holds at a time for an example, and the multiple of queries that TPUs like.
-SCORES = 2**27
-LANES = 128
-
-
-def attend(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    implementation: str | None = None,
-    key_mask: jax.Array | None = None,
-) -> jax.Array:
-    """Full self-attention, scaled by `1 / sqrt(head size)`, softmax in float32 at least.
-
-    Outside cuDNN, scores are arrays. At most about `SCORES` of an example are held at a time:
-    longer sequences attend in pieces of the queries, one after the other, and the backward pass
-    computes the scores of a piece again.
-
-    Args:
-        q: `[B, T, heads, head size]` queries.
-        k: Keys, like `q`.
-        v: Values, like `q`.
-        implementation: `implementation` of `jax.nn.dot_product_attention`; None lets JAX choose.
-            Where "cudnn" is not available for these arrays, JAX chooses and the log says why.
-        key_mask: `[B, T]` booleans, False for keys that are hidden from all queries; None hides
-            none.
-
-    Returns:
-        Array like `q`.
-    """
-    mask = None if key_mask is None else key_mask[:, None, None, :]
-    if implementation == "cudnn" and not _has_cudnn(q, k, v, mask):
-        implementation = None
-    whole = functools.partial(_attend, mask=mask, implementation=implementation)
-    batch, length, heads, size = q.shape
-    fitting = max(SCORES // (heads * k.shape[1]), 1)
-    if implementation == "cudnn" or length <= fitting:
-        return whole(q, k, v)
-    count = -(-length // max(fitting // LANES * LANES, LANES))
-    piece = -(-length // (count * LANES)) * LANES
-    # As residuals of the pieces keys and values are float32, so that the pieces' gradients add up
-    # in it, as the products of one piece do.
-    wide = [x.astype(jnp.promote_types(x.dtype, jnp.float32)) for x in (k, v)]
-
-    @jax.checkpoint
-    def attend_piece(queries):
-        return whole(queries, *(x.astype(q.dtype) for x in wide))
-
-    queries = jnp.pad(q, [(0, 0), (0, count * piece - length), (0, 0), (0, 0)])
-    queries = queries.reshape(batch, count, piece, heads, size).swapaxes(0, 1)
-    attended = jax.lax.map(attend_piece, queries).swapaxes(0, 1)
-    return attended.reshape(batch, count * piece, heads, size)[:, :length]
-
-
-def _attend(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    *,
-    mask: jax.Array | None,
-    implementation: str | None,
-) -> jax.Array:
-    """Attention of queries `[B, n, heads, head size]` to all keys, with a mask `[B, 1, 1, T]`."""
-    if q.dtype == jnp.float64:
-        # The library's softmax is float32 for any input, which would hide errors of 1e-7.
-        logits = jnp.einsum("bthd,bshd->bhts", q, k) / math.sqrt(q.shape[-1])
-        logits = logits if mask is None else jnp.where(mask, logits, -jnp.inf)
-        return jnp.einsum("bhts,bshd->bthd", jax.nn.softmax(logits, axis=-1), v)
-    return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation=implementation)
-
-
-def _has_cudnn(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None) -> bool:
-    """Whether cuDNN has attention for these shapes and dtypes on this machine, according to JAX."""
-    if jax.default_backend() != "gpu":
-        _say_once(f"the backend is {jax.default_backend()}")
-        return False
-    attention = functools.partial(jax.nn.dot_product_attention, implementation="cudnn")
-    try:
-        jax.eval_shape(lambda q, k, v, mask: attention(q, k, v, mask=mask), q, k, v, mask)
-    except (NotImplementedError, RuntimeError, ValueError) as error:
-        _say_once(f"q {q.dtype}{list(q.shape)}: {error}")
-        return False
-    return True
-
-
-@functools.cache
-def _say_once(reason: str) -> None:
-    logging.warning("attention by cuDNN is not to be had, JAX's own takes its place: %s", reason)
 
 
 def time_features(t: jax.Array, *, scale: float = 1.0) -> jax.Array:

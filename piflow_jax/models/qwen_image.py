@@ -106,7 +106,7 @@ class QwenImage(TextTransformer):
             least float32.
         remat: What the backward pass recomputes: a name in `REMAT_POLICIES`.
         scan_unroll: Blocks per iteration of the scan.
-        attention: `implementation` of `jax.nn.dot_product_attention`: None, "xla" or "cudnn".
+        attention: A name in `ATTENTION`, or None; see `attend`.
         constrain: See `DiT`.
     """
 

@@ -21,7 +21,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jax.typing import ArrayLike, DTypeLike
 
 from piflow_jax.arguments import check_no_pixels
-from piflow_jax.models.layers import attend
+from piflow_jax.models.attention import attend
 
 __all__ = [
     "AutoencoderKL",

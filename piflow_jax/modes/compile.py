@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
-from jax.sharding import Mesh
+from jax.sharding import Mesh, SingleDeviceSharding
+from jax.typing import DTypeLike
 
 from piflow_jax.config import Config, ConfigError, naming
 from piflow_jax.distillation.sizes import Machine, Sizes
@@ -65,10 +66,12 @@ def compile_step(config: Config, workdir: str | os.PathLike) -> dict[str, Any]:
 
     Returns:
       The content of the file: memory per device in bytes, FLOPs of a step, the compiler's estimate
-      of cycles per device and step with the share of each part, and seconds. A rollout that is a
-      loop ends when the last sample of the batch has arrived. The estimate assumes the maximum, the
-      substeps of the longest segment. The compiler has no estimate for rollouts that are kernels:
-      their number is given, and they are left out of the cycles.
+      of cycles per device and step with the share of each part, and seconds. `cycles.minimum` is
+      what the networks' FLOPs without recomputation would take at the rate that the compiler
+      expects of a large matrix product. A rollout that is a loop ends when the last sample of the
+      batch has arrived. The estimate assumes the maximum, the substeps of the longest segment. The
+      compiler has no estimate for kernels, which are rollouts and splash attention: their number is
+      given, and they are left out of the cycles.
 
     Raises:
       ConfigError: `config.topology` is unknown, the batch does not divide, or the step does not
@@ -157,6 +160,8 @@ def _compiled(
     seconds = time.perf_counter() - start
     text = compiled.as_text()
     substeps = {"policy": program.substeps}
+    flops_of_run = _flops(program, batch_size)
+    rate = mesh.size * product_rate(devices[0], config.model.dtype)
     report = {
         "topology": config.topology,
         "devices": mesh.size,
@@ -165,10 +170,11 @@ def _compiled(
         "batch_per_device": batch_size / mesh.size,
         **program.settings,
         "dtype": config.model.dtype,
+        "attention": config.model.attention,
         "base_dtype": getattr(config.model.own, "base_dtype", "float32"),
         "memory_bytes": dict(step_memory(compiled)) | {"chip": _chip(config).memory},
-        "flops": _flops(program, batch_size),
-        "cycles": _cycles(text, program.substeps),
+        "flops": flops_of_run,
+        "cycles": _cycles(text, program.substeps) | {"minimum": flops_of_run["minimum"] / rate},
         "collective_bytes": collective_bytes(text, SCOPES, substeps),
         "compile_seconds": seconds,
         "jax": jax.__version__,
@@ -292,6 +298,14 @@ def _flops(program: _Program, examples: int) -> dict[str, Any]:
     }
 
 
+def product_rate(device: jax.Device, dtype: DTypeLike) -> float:
+    """FLOPs per cycle that the compiler expects of a product of two matrices of 8,192 squared."""
+    side = 8192
+    matrix = jax.ShapeDtypeStruct((side, side), dtype, sharding=SingleDeviceSharding(device))
+    program = jax.jit(jnp.matmul).lower(matrix, matrix).compile()
+    return 2 * side**3 / estimated_cycles(program.as_text(), ()).total
+
+
 def _cycles(text: str, substeps: int) -> dict[str, Any]:
     """The compiler's estimate for a run on one device, and what each part of it takes."""
     cycles = estimated_cycles(text, SCOPES, {"policy": substeps})
@@ -316,8 +330,9 @@ def _summary(report: dict[str, Any]) -> str:
         f"{memory['temporary'] / GIB:.2f})\n"
         f"FLOPs of a run: {flops['counted']:.3e}, {flops['ratio']:.3f} times the minimum; "
         f"the teacher's share of the minimum is {flops['teacher_share']:.0%}\n"
-        f"estimated cycles by device: {cycles['total']:.3e}, rollouts at "
-        f"{cycles['substeps']} substeps, {cycles['kernels']} rollouts in kernels, of which the "
+        f"estimated cycles by device: {cycles['total']:.3e}, "
+        f"{cycles['total'] / cycles['minimum']:.2f} times those of the minimum in large products; "
+        f"rollouts at {cycles['substeps']} substeps, {cycles['kernels']} kernels, of which the "
         f"compiler has no estimate; {shares}\n"
         f"compiled in {report['compile_seconds']:.0f} s"
     )

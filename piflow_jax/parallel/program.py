@@ -93,7 +93,7 @@ def parse_program(text: str) -> Program:
     computations: dict[str, Computation] = {}
     entry = name = None
     instructions: list[Instruction] = []
-    for line in text.splitlines():
+    for line in _lines(text):
         header = _HEADER.match(line)
         if header:
             name, instructions = header["name"], []
@@ -105,6 +105,18 @@ def parse_program(text: str) -> Program:
     if entry not in computations:
         raise ValueError("the text has no ENTRY computation; it must be compiled.as_text()")
     return Program(computations, computations[entry])
+
+
+def _lines(text: str) -> Iterator[str]:
+    """Lines of a program; an attribute of a kernel may have line breaks, which are taken out."""
+    whole = ""
+    for line in text.splitlines():
+        if line.startswith(('"', "}}")):
+            whole += line
+            continue
+        yield whole
+        whole = line
+    yield whole
 
 
 def _instruction(start: re.Match, line: str) -> Instruction:

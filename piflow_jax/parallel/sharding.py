@@ -16,12 +16,14 @@ import jax
 from flax import linen as nn
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from piflow_jax.models.attention import HEADS_AXIS
+
 BATCH = ("data", "fsdp")
 # From an axis's name to the mesh axis that splits it; axes with other names stay whole.
 RULES: dict[str, str] = {
     "embed": "fsdp",
     "rank": "fsdp",
-    "heads": "tensor",
+    "heads": HEADS_AXIS,
     "mlp": "tensor",
 }
 

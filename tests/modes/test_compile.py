@@ -55,6 +55,29 @@ def run(workdir, *flags, mode="compile", settings="tiny"):
     )
 
 
+@pytest.mark.tpu
+def test_a_large_product_is_near_the_makers_rate():
+    """At clocks of 1.5 and 1.75 GHz."""
+    code = "\n".join(
+        (
+            "import json",
+            "from piflow_jax.modes.compile import product_rate",
+            "from piflow_jax.parallel.topology import CHIPS, topology_devices",
+            "clocks = {'v5e': 1.5e9, 'v5p': 1.75e9}",
+            "slices = {'v5e': 'v5e:1x1', 'v5p': 'v5p:1x1x1'}",
+            "def share(chip):",
+            "    rate = product_rate(topology_devices(slices[chip])[0], 'bfloat16')",
+            "    return rate * clocks[chip] / CHIPS[chip].flops",
+            "print(json.dumps({chip: share(chip) for chip in slices}))",
+        )
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=tpu_compiler.environment(), capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert all(0.8 < share < 1 for share in json.loads(done.stdout.splitlines()[-1]).values())
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
 def test_a_small_step_compiles_for_a_slice(tmp_path):
@@ -67,6 +90,7 @@ def test_a_small_step_compiles_for_a_slice(tmp_path):
     assert "fits" in done.stderr
 
     cycles = report["cycles"]
+    assert cycles["total"] > cycles["minimum"] > 0
     # The batch is split by jit over four chips, and yet each has the kernel.
     assert (cycles["rollouts"], cycles["kernels"], cycles["substeps"]) == (0, 1, 8)
     assert set(cycles["shares"]) == {"teacher", "student", "policy", "optimizer", "other"}

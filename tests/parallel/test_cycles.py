@@ -83,6 +83,15 @@ def test_loops_count_as_often_as_they_run(numbers, trips):
     assert not cycles.traced
 
 
+def test_line_breaks_in_attributes_end_no_computation():
+    """As XLA prints the settings of a kernel, `splash` of jax."""
+    broken = '%x), @KERNEL, backend_config={"note":{\n"tile":"{\\"queries\\": 512}"\n}}, @NAME, '
+    text = program().replace("%x), ", broken)
+    text = text.replace("@KERNEL", 'custom_call_target="k"').replace("@NAME", name("jit(f)/x"))
+    assert text.count("\n}}") == 1
+    assert estimated_cycles(text, SCOPES) == estimated_cycles(program(), SCOPES)
+
+
 def test_a_stated_trip_count_goes_first():
     known = ', backend_config={"known_trip_count":{"n":"5"},"known_init_step":{"init":"0"}}'
     assert estimated_cycles(program(known=known), SCOPES).by_scope["policy"] == 55

@@ -11,7 +11,7 @@ from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
 from piflow_jax.config import parse
 from piflow_jax.models import ArcHead, DiT, DXHead, GMHead, VelocityHead
-from piflow_jax.models.layers import attend
+from piflow_jax.models.attention import attend
 from piflow_jax.parallel.flops import flops
 from piflow_jax.systems.network import abstract_variables
 from piflow_jax.systems.networks import student_network, teacher_network
