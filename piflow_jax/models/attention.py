@@ -203,17 +203,16 @@ def splash(
         jnp.pad(x, [(0, 0), (0, padding), (0, 0), (0, 0)]).swapaxes(1, 2)
         for x in (q * jnp.asarray(size**-0.5, q.dtype), k, v)
     )
-    # With tokens in the lanes, heads of any size fill them, and XLA need not transpose.
-    layouts = dict.fromkeys(
-        ("q_layout", "k_layout", "v_layout"), splash_attention.QKVLayout.SEQ_MINOR
-    )
+    # Heads that fill no lanes have their tokens there: nothing is padded, and XLA transposes less.
+    layout = splash_attention.QKVLayout
+    layout = layout.SEQ_MINOR if size % LANES else layout.HEAD_DIM_MINOR
     everything = splash_attention.FullMask((length + padding, length + padding))
     kernel = splash_attention.make_splash_mha_single_device(
         splash_attention.MultiHeadMask([everything] * heads),
         block_sizes=splash_attention.BlockSizes(
             **dict.fromkeys(("block_q", "block_q_dkv", "block_q_dq"), tile),
             **dict.fromkeys(("block_kv", "block_kv_dkv", "block_kv_dq"), tile),
-            **layouts,
+            **dict.fromkeys(("q_layout", "k_layout", "v_layout"), layout),
         ),
         interpret=interpret,
     )
