@@ -34,7 +34,7 @@ from piflow_jax.systems.networks import NETWORKS
 from piflow_jax.systems.shapes import DataShape
 from piflow_jax.training.optimizer import make_optimizer
 from piflow_jax.training.state import TrainState
-from piflow_jax.training.step import distill_step, teacher_step
+from piflow_jax.training.step import distill_step, first_student_state, teacher_step
 
 STEPS = 4
 OURS = "piflow_jax"
@@ -111,25 +111,27 @@ class Subject:
         optimizer = make_optimizer(config.teacher.optimizer, config.teacher.steps)
         return teacher_step(systems.teacher_network, optimizer, config, systems.null), optimizer
 
-    def arguments(self, optimizer):
+    def arguments(self, config: Config, optimizer):
         """The step's first state, and its constants."""
         student, teacher = self.weights()
-        create = jax.jit(lambda params: TrainState.create(params, optimizer))
         if self.stage == "student":
-            return create(student), teacher, jax.random.key(1)
+            network = self.systems(config).student_network
+            create = functools.partial(first_student_state, jax.random.key(2), config, network)
+            return jax.jit(create)(student, teacher), teacher, jax.random.key(1)
+        create = jax.jit(lambda params: TrainState.create(params, optimizer))
         return create(teacher), jax.random.key(1)
 
     def flops(self) -> Flops:
         """The arithmetic of a step by scope; all that is not the optimiser's is networks'."""
         step, optimizer = self.step(self.config)
-        arguments = jax.eval_shape(lambda: self.arguments(optimizer))
+        arguments = jax.eval_shape(lambda: self.arguments(self.config, optimizer))
         return flops(step, *arguments, self.batch, scopes=("teacher", "student", "optimizer"))
 
     def ours(self, config: Config) -> Callable:
         """Our step with these settings, compiled at its first call."""
         step, optimizer = self.step(config)
         step = jax.jit(step, donate_argnums=0)
-        state, *constants = self.arguments(optimizer)
+        state, *constants = self.arguments(config, optimizer)
         batch = jax.device_put(self.batch)
 
         def call():
@@ -179,11 +181,27 @@ class Subject:
         return call
 
 
+def with_corrector(config, corrector: str):
+    """The settings with a corrector that acts from the first step on, `KIND:UPDATES` or `none`."""
+    kind, _, updates = corrector.partition(":")
+    changed = copy.deepcopy(config)
+    changed.train.corrector.kind = "" if kind == "none" else kind
+    changed.train.corrector.start = 0
+    changed.train.corrector.critic_steps = int(updates or 1)
+    return changed
+
+
 def our_alternatives(
-    config, remats: list[str], attentions: list[str], rollouts: list[str] = ()
+    config,
+    remats: list[str],
+    attentions: list[str],
+    rollouts: list[str] = (),
+    correctors: list[str] = (),
 ) -> dict[str, Config]:
     """Settings by name; the first has the plain name."""
     found = {}
+    if correctors:
+        config = with_corrector(config, correctors[0])
     for remat, attention in itertools.product(
         remats or [config.model.remat], attentions or [config.model.attention]
     ):
@@ -196,13 +214,15 @@ def our_alternatives(
         changed = copy.deepcopy(config)
         changed.train.solver, changed.train.total_substeps = solver, int(substeps)
         found[f"{OURS}, {substeps} substeps, {solver}"] = parse(changed)
+    for corrector in correctors[1:]:
+        found[f"{OURS}, corrector {corrector}"] = parse(with_corrector(config, corrector))
     return found
 
 
 def measure(raw, stage: str, options) -> dict:
     """Times a stage's alternatives."""
-    rollouts = options.rollouts if stage == "student" else []
-    ours = our_alternatives(raw, options.remat, options.attention, rollouts)
+    students = (options.rollouts, options.correctors) if stage == "student" else ()
+    ours = our_alternatives(raw, options.remat, options.attention, *students)
     subject = Subject(ours[OURS], stage)
     builders = {name: functools.partial(subject.ours, config) for name, config in ours.items()}
     if options.torch:
@@ -237,6 +257,13 @@ def main() -> None:
     parser.add_argument("--attention", nargs="+", default=[], help="implementations to compare")
     parser.add_argument(
         "--rollouts", nargs="+", default=[], metavar="SOLVER:N", help="substeps to compare"
+    )
+    parser.add_argument(
+        "--correctors",
+        nargs="+",
+        default=[],
+        metavar="KIND:UPDATES",
+        help="correctors to compare with the first, such as none policy critic:1 critic:4",
     )
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--torch", action=argparse.BooleanOptionalAction, default=True)

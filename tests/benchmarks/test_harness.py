@@ -98,6 +98,7 @@ def test_what_runs_apart_can_be_sent_there():
         remat=[],
         attention=[],
         rollouts=["euler:4"],
+        correctors=["none", "critic:4"],
         torch=True,
         compile=True,
         apart=True,
@@ -110,6 +111,9 @@ def test_what_runs_apart_can_be_sent_there():
     assert train_step.OURS in found
     config = found[f"{train_step.OURS}, 4 substeps, euler"].args[0]
     assert (config.train.solver, config.train.total_substeps) == ("euler", 4)
+    names = (train_step.OURS, f"{train_step.OURS}, corrector critic:4")
+    plain, corrected = (found[name].args[0].train.corrector for name in names)
+    assert (plain.kind, corrected.kind, corrected.critic_steps) == ("", "critic", 4)
     for build in found.values():
         assert pickle.loads(pickle.dumps(build)).args == build.args
 
