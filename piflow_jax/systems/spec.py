@@ -70,14 +70,15 @@ def _renamed(key: str, value: Any) -> Any:
 
 def config_keys(spec: Mapping[str, Any]) -> dict[str, str]:
     """What the configuration calls the keys of a spec, of those that it has."""
-    network = spec.get("model.network", ModelConfig.network)
-    names = {}
+    own = f"config.model.{spec.get('model.network', ModelConfig.network)}"
+    known, names = key_types(Config, "config"), {}
     for key in spec:
-        group, _, name = key.partition(".")
-        if group == "model" and name != "network":
-            names[key] = f"config.model.{network}.{name}"
-        elif group in ("model", "policy", "train", "teacher") or key == "data.name":
-            names[key] = f"config.{key}"
+        # A network's settings have no name of their group in a spec. Shapes of the data, such as
+        # `data.channels`, are not the settings of the same name.
+        candidates = f"config.{key}", key.replace("model", own, 1)
+        found = next((name for name in candidates if name in known), None)
+        if found and (key == "data.name" or not key.startswith("data.")):
+            names[key] = found
     return names
 
 
