@@ -172,8 +172,7 @@ class Bench:
         """Figures of training images if the real images are test images: a system's floor."""
         if getattr(self.source, "test", None) is None:
             return []
-        number = min(self._config.evaluation.num_samples, len(self.source))
-        batches = real_batches(self.source, number)
+        batches = real_batches(self.source, self._config.evaluation.num_samples)
         images, labels = map(np.concatenate, zip(*batches, strict=True))
         return [self.row("training images", 0, images, 0.0, None, labels)]
 

@@ -204,8 +204,8 @@ def splash(
         for x in (q * jnp.asarray(size**-0.5, q.dtype), k, v)
     )
     # Heads that fill no lanes have their tokens there: nothing is padded, and XLA transposes less.
-    layout = splash_attention.QKVLayout
-    layout = layout.SEQ_MINOR if size % LANES else layout.HEAD_DIM_MINOR
+    layouts = splash_attention.QKVLayout
+    layout = layouts.SEQ_MINOR if size % LANES else layouts.HEAD_DIM_MINOR
     everything = splash_attention.FullMask((length + padding, length + padding))
     kernel = splash_attention.make_splash_mha_single_device(
         splash_attention.MultiHeadMask([everything] * heads),

@@ -27,14 +27,18 @@ def log(caplog):
         yield caplog
 
 
-def test_cudnn_is_replaced_where_there_is_none_and_the_log_says_so(log):
-    module = DiT(**SMALL, attention="cudnn")
+@pytest.mark.parametrize(
+    ("implementation", "words"),
+    [("cudnn", "the backend is cpu"), ("splash", "splash attention is for TPUs")],
+)
+def test_what_a_cpu_lacks_is_replaced_and_the_log_says_so(log, implementation, words):
+    module = DiT(**SMALL, attention=implementation)
     params = random_params(module)
     inputs = small_inputs()
     expected = apply(module.clone(attention=None), params, *inputs)
     np.testing.assert_array_equal(apply(module, params, *inputs), expected)
     (record,) = log.records
-    assert "the backend is cpu" in record.message
+    assert words in record.message
 
 
 def test_the_log_has_what_jax_says_of_arrays_that_cudnn_refuses(log, monkeypatch):
@@ -72,15 +76,9 @@ def test_splash_attention_agrees_with_float64(length, head, masked):
         np.testing.assert_allclose(ours, true, rtol=0, atol=2e-5)
 
 
-def test_splash_attention_is_in_programs_for_tpus_alone(log):
+def test_splash_attention_is_in_programs_for_tpus_alone():
     module = DiT(**SMALL, attention="splash")
-    params = random_params(module)
-    inputs = small_inputs()
-    expected = apply(module.clone(attention=None), params, *inputs)
-    np.testing.assert_array_equal(apply(module, params, *inputs), expected)
-    (record,) = log.records
-    assert "splash attention" in record.message and "for TPUs" in record.message
-    traced = jax.jit(module.apply).trace(params, *inputs)
+    traced = jax.jit(module.apply).trace(random_params(module), *small_inputs())
     for platform, kernels in (("cpu", 0), ("tpu", 1)):
         text = traced.lower(lowering_platforms=(platform,)).as_text()
         assert text.count("tpu_custom_call") == kernels
