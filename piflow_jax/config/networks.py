@@ -202,7 +202,7 @@ class ModelConfig:
     attention: str = _field(
         "default",
         "implementation of attention: cudnn is for GPUs, splash for TPUs; where the chosen one is "
-        "not to be had, JAX's own is used and the log says so",
+        "not available, JAX's own is used and the log says so",
         choices=("default", "xla", "cudnn", "splash"),
     )
     dit: DiTConfig = _field(DiTConfig, "")

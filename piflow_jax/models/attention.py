@@ -122,7 +122,7 @@ def _splash_on_tpus(
 ) -> jax.Array:
     """Splash attention in programs for TPUs, whichever machine compiles them."""
     if jax.default_backend() != "tpu":
-        _say_once("splash attention is for TPUs, JAX's own takes its place in other programs")
+        _say_once("splash attention is for TPUs; JAX's own takes its place in other programs")
     if q.dtype == jnp.float64:
         return _in_pieces(q, k, v, key_mask)
     return jax.lax.platform_dependent(
@@ -228,7 +228,7 @@ ATTENTION: Mapping[str | None, Implementation] = {
 """Implementations by name, `(q, k, v, key_mask) -> attended`; see `attend`."""
 
 
-_NO_CUDNN = "attention by cuDNN is not to be had, JAX's own takes its place: %s"
+_NO_CUDNN = "attention by cuDNN is not available, so JAX's own takes its place: %s"
 
 
 @functools.cache

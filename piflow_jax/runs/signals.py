@@ -14,8 +14,8 @@ class GracefulExit:
     handlers come back on leaving. Python allows handlers in the main thread only; elsewhere this
     does nothing but say so.
 
-    With several processes, the signal reaches them at different steps: the loop agrees on one:
-    the flag travels with every batch, and the step takes its maximum. There,
+    With several processes, the signal reaches them at different steps, so the loop agrees on
+    one: the flag travels with every batch, and the step takes its maximum. There,
     `jax.distributed.initialize` starts a preemption notifier in C++ with a SIGTERM handler of its
     own. The last one installed wins: entered later, this class takes the signal, and
     `multihost_utils.reached_preemption_sync_point` no longer hears of it. Orbax and TensorFlow
