@@ -19,9 +19,6 @@ from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-# Weights are gathered whole: the compiler's default, pieces of a layer one by one, is slower by its
-# own estimate (docs/imagenet.md).
-os.environ.setdefault("LIBTPU_INIT_ARGS", "--xla_jf_spmd_threshold_for_windowed_einsum_mib=1000000")
 
 import jax
 
@@ -29,7 +26,7 @@ from configs import imagenet
 from piflow_jax.config import parse
 from piflow_jax.modes.compile import compile_step
 from piflow_jax.parallel.collectives import BETWEEN_SLICES
-from piflow_jax.parallel.topology import CHIPS, topology_devices
+from piflow_jax.parallel.topology import CHIPS, gather_weights_whole, topology_devices
 
 RESULT = Path(__file__).parent / "results" / "scaling.json"
 # Examples on a chip, and parts that they go through the network in.
@@ -106,6 +103,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("slices", nargs="*", metavar="SLICE[@FSDP]")
     results = json.loads(RESULT.read_text()) if RESULT.exists() else {}
+    gather_weights_whole()  # as in a run
     for name in parser.parse_args().slices:
         results[name] = measure(name)
         RESULT.write_text(json.dumps(results, indent=1) + "\n")

@@ -30,6 +30,7 @@ from piflow_jax.modes.rivals import compare_rivals
 from piflow_jax.modes.sample import sample
 from piflow_jax.modes.train import train
 from piflow_jax.parallel import processes, slice_count
+from piflow_jax.parallel.topology import gather_weights_whole
 from piflow_jax.runs.checkpoint import CheckpointError
 from piflow_jax.runs.loop import Interrupted, NonFiniteLossError
 from piflow_jax.runs.workdir import check_writable, user_path
@@ -185,6 +186,8 @@ def _start(config: Config, mode: Mode, workdir: str | os.PathLike) -> None:
         setting = "jax_remove_custom_partitioning_ptr_from_cache_key"
         if hasattr(jax.config, setting):  # not every JAX has it
             jax.config.update(setting, True)
+    if config.mesh.tensor == 1:  # else products are cut over that axis, as they are meant to be
+        gather_weights_whole()
     if mode.here:
         processes.start(config.processes)
         groups = mode.batches

@@ -2,6 +2,7 @@
 
 import builtins
 import dataclasses
+import os
 
 import jax
 import pytest
@@ -52,6 +53,15 @@ def test_a_mode_checks_the_batches_that_it_makes(tmp_path, settings, mode, used)
         sizes = dict.fromkeys(groups, 8) | {group: 6}
         with pytest.raises(ConfigError, match=rf"config\.{group}\.batch_size must be"):
             start(mode, settings, tmp_path, **sizes)
+
+
+@pytest.mark.parametrize(("tensor", "whole"), [(1, True), (2, False), (-1, False)])
+def test_weights_are_gathered_whole_unless_products_are_split(tmp_path, monkeypatch, tensor, whole):
+    monkeypatch.setenv("LIBTPU_INIT_ARGS", "")
+    config = tiny.get_config()
+    config.mesh.tensor = tensor
+    command._start(parse(config, None), command.MODES["compile"], tmp_path)
+    assert ("windowed_einsum" in os.environ["LIBTPU_INIT_ARGS"]) == whole
 
 
 def refusal(capsys, mode, config, workdir):

@@ -88,6 +88,7 @@ def test_a_small_step_compiles_for_a_slice(tmp_path):
     assert 1 <= report["flops"]["ratio"] < 1.15
     assert 0 < report["memory_bytes"]["peak"] < report["memory_bytes"]["chip"]
     assert "fits" in done.stderr
+    assert report["libtpu_flags"] == "--xla_jf_spmd_threshold_for_windowed_einsum_mib=1000000"
 
     cycles = report["cycles"]
     assert cycles["total"] > cycles["minimum"] > 0

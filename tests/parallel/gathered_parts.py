@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from piflow_jax.parallel import batch_sharding, device_mesh
 from piflow_jax.parallel.collectives import collective_bytes
-from piflow_jax.parallel.topology import topology_devices
+from piflow_jax.parallel.topology import gather_weights_whole, topology_devices
 
 WIDTH, LAYERS, TOKENS = 1152, 4, 1024
 
@@ -36,6 +36,7 @@ def moved(fsdp, devices):
 
 
 if __name__ == "__main__":
+    gather_weights_whole()  # as in a run
     found = {}
     for name in sys.argv[1:]:
         topology, _, size = name.partition("@")

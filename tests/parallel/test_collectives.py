@@ -137,14 +137,10 @@ ENTRY %main (g: f32[8]) -> f32[8] {
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
 def test_matrices_are_gathered_but_by_all_of_sixty_four_chips():
     """Where weights move by all-reduces, see docs/scaling.md."""
-    environment = tpu_compiler.environment() | {
-        # As in benchmarks/scaling.py.
-        "LIBTPU_INIT_ARGS": "--xla_jf_spmd_threshold_for_windowed_einsum_mib=1000000",
-    }
     names = ["v5e:8x8@16", "v5e:8x8@64", "v5e:8x16@64"]
     done = subprocess.run(
         [sys.executable, Path(__file__).parent / "gathered_parts.py", *names],
-        env=environment,
+        env=tpu_compiler.environment(),
         capture_output=True,
         text=True,
         timeout=500,
