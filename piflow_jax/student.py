@@ -106,17 +106,18 @@ class Student:
         self,
         x: jax.Array,
         t: jax.Array,
-        labels: jax.Array | Mapping[str, jax.Array],
+        labels: jax.Array | Mapping[str, jax.Array] | None,
         params: Any = None,
         guidance: ArrayLike | None = None,
     ) -> Policy:
         """One network evaluation; composes with jit, vmap, grad and shard_map.
 
         Args:
-          x: `[B, H, W, C]`, states at `t`.
+          x: `[B, *sites, C]`, states at `t`.
           t: `[B]`, or one for all: noise levels in (0, 1]; traced ones are not checked.
-          labels: `[B]`, integers in `[0, num_classes]`, of which the last is the null label; or
-            embedded prompts, see `sample`. Where they are traced, others give NaN.
+          labels: `[B]`, integers in `[0, num_classes]`, of which the last is the null label. Where
+            they are traced, others give NaN. Or embedded prompts, see `sample`; None without
+            conditions.
           params: weights in place of the student's own, to differentiate by them for instance.
           guidance: a number or `[B]`, see `sample`; traced ones are not checked.
 
@@ -150,14 +151,14 @@ class Student:
 
         Args:
           policy: from `policy`.
-          x: `[B, H, W, C]`, states at `t_start`.
+          x: `[B, *sites, C]`, states at `t_start`.
           t_start: `[B]`, or one for all: noise levels in [0, 1].
           t_end: `[B]`, or one for all, not above `t_start`.
           substeps: see `sample`.
           solver: see `sample`.
 
         Returns:
-          `[B, H, W, C]`, states at `t_end`.
+          `[B, *sites, C]`, states at `t_end`.
 
         Raises:
           ValueError: see `piflow_jax.rollout`, which takes raw times and a time warp.
