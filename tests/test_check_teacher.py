@@ -56,10 +56,16 @@ def test_nothing_is_said_of_the_exact_denoiser(prediction, schedule):
     ids=["eps", "x0", "sign", "clock"],
 )
 def test_a_wrong_description_is_named(prediction, change, words):
-    right = teacher(prediction, Schedule.cosine())
-    if "predict" in change:
-        change = {"predict": lambda *arguments: -right.predict(*arguments)}
-    report = check_teacher(dataclasses.replace(right, **change), {}, DATA)
+    right, traced = teacher(prediction, Schedule.cosine()), []
+    sign = -1 if "predict" in change else 1
+
+    def predict(*arguments):
+        traced.append(arguments)
+        return sign * right.predict(*arguments)
+
+    wrong = dataclasses.replace(right, **change | {"predict": predict})
+    report = check_teacher(wrong, {}, DATA)
+    assert len(traced) == 1  # one program for all that is tried
     assert report.problem is not None and words in report.problem, report
 
 

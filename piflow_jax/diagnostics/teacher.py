@@ -17,7 +17,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from piflow_jax.data import Source, as_source, stacked
-from piflow_jax.flow.policies.base import per_sample
 from piflow_jax.flow.teacher import Schedule, Teacher
 from piflow_jax.keys import as_key
 
@@ -83,6 +82,8 @@ def check_teacher(
     Raises:
       ValueError: the network does not take the data, or predicts another shape.
     """
+    # Compiled once for all levels and readings: around it there is little to compute.
+    teacher = dataclasses.replace(teacher, predict=jax.jit(teacher.predict), guidance_scale=1.0)
     source = as_source(source)
     count = min(examples, len(source))
     batch = stacked([source[int(i)] for i in np.linspace(0, len(source) - 1, count)])
@@ -123,17 +124,14 @@ def _ratio(error: Sequence[float], linear: Sequence[float]) -> float:
 
 def _errors(teacher: Teacher, params, x0, noise, condition) -> list[float]:
     """Mean squared error of the clean samples at each level."""
-    plain = dataclasses.replace(teacher, guidance_scale=1.0)
 
-    @jax.jit
-    def error(params, x0, noise, condition, t):
-        t = jnp.full(x0.shape[:1], t)
-        level = per_sample(t, x0.ndim)
+    def error(level: float) -> float:
+        t = jnp.full(x0.shape[:1], level)
         x = (1 - level) * x0 + level * noise
-        velocity = plain.velocity(params, x, t, condition)
-        return jnp.mean(jnp.square(x - level * velocity - x0))
+        velocity = teacher.velocity(params, x, t, condition)
+        return float(jnp.mean(jnp.square(x - level * velocity - x0)))
 
-    return [float(error(params, x0, noise, condition, t)) for t in _LEVELS]
+    return [error(level) for level in _LEVELS]
 
 
 def _linear(x0: jax.Array) -> list[float]:
