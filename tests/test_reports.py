@@ -1,12 +1,17 @@
 """The tables of the documentation are made of reports, and reports are checked."""
 
+import dataclasses
 import json
 import os
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 
+from piflow_jax.config import parse
+from piflow_jax.config.command_line import override
+from piflow_jax.distillation.stages import flat_settings
 from tests.modules import load_module
 
 ROOT = Path(__file__).parents[1]
@@ -325,3 +330,19 @@ def test_seeds_of_other_protocols_are_not_averaged(repository, capsys):
     other["protocol"]["samples"] = 1000
     assert collect_reports.main(write("digits_gm_seed2.json", other)) == 2
     assert "seeds 0 and 2 of digits_gm differ in samples" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", collect_rivals.COMPARISONS)
+def test_the_command_of_a_comparison_makes_what_its_page_shows(name):
+    """The page has a command for each report, with its budget, methods and seeds."""
+    page = (ROOT / "docs" / "rivals.md").read_text(encoding="utf-8").replace("\\\n", "")
+    (command,) = re.findall(rf"^python .*--workdir=runs/rivals_{name} .*$", page, re.M)
+    words = shlex.split(command)
+    config = re.search(r"--config=configs/(\w+)\.py:rivals", command)[1]
+    made = load_module(ROOT / "configs" / f"{config}.py").get_config("rivals")
+    override(made, [word for word in words if word.startswith("--config.")])
+    found = flat_settings(dataclasses.asdict(parse(made).rivals))
+    report = json.loads((ROOT / f"docs/results/rivals_{name}.json").read_text(encoding="utf-8"))
+    shown = report["times"]["settings"] | {"seeds": report["protocol"]["seed"]}
+    assert {*found.pop("methods")} == {*shown.pop("methods")}
+    assert found == shown
