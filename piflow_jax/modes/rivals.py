@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 
 from piflow_jax.config import Config, ConfigError, naming, parse
 from piflow_jax.data import stacked
+from piflow_jax.data.source import source_digest
 from piflow_jax.distillation.bench import Bench
 from piflow_jax.distillation.sizes import Sizes
 from piflow_jax.distillation.stages import (
@@ -46,6 +47,7 @@ from piflow_jax.rivals.base import (
     rival_setting,
     rival_spec,
 )
+from piflow_jax.runs.fingerprints import tree_fingerprint
 from piflow_jax.runs.loop import Stage, checkpoint_dir
 from piflow_jax.runs.run_lock import RunLock
 from piflow_jax.runs.workdir import user_path
@@ -160,7 +162,7 @@ class _Comparison:
         sizes = Sizes(self._systems, self._source)
         sizes.check_run()
         sizes.check_pairs()
-        self._check_settings()
+        self._check_kept("settings.json", "", _comparable(config))
         judge = config_judge(config, self._source, self._workdir)
         if not (config.teacher.checkpoint or config.teacher.weights):
             stage = teacher_stage(self._systems, self._source, self._mesh)
@@ -168,6 +170,12 @@ class _Comparison:
         teacher = teacher_network(config.model, data)
         shardings = teacher_shardings(config, self._mesh, teacher)
         self._teacher = load_teacher(config, data, self._workdir, shardings)
+        inputs = {
+            "teacher's parameters": tree_fingerprint(self._teacher),
+            "data's examples": source_digest(self._source),
+            "evaluation's judge": judge.digest,
+        }
+        self._check_kept("inputs.json", "the fingerprint of ", inputs)
         times = self._times()
         bench = Bench(config, self._source, data, judge)
         teacher_rows, reference = self._teacher_rows(bench)
@@ -188,19 +196,25 @@ class _Comparison:
             logging.info("wrote %s, seeds to %d", self._workdir / "rivals.json", seed)
         return report
 
-    def _check_settings(self) -> None:
-        """Refuses to mix results of different settings in one work directory."""
-        path = self._workdir / "settings.json"
-        settings = _comparable(self._config)
+    def _check_kept(self, name: str, of: str, found: dict[str, Any]) -> None:
+        """Refuses to mix results of different settings or inputs in one work directory.
+
+        Args:
+          name: the file that keeps them.
+          of: what comes before a key in the message.
+          found: today's, by key.
+        """
+        path = self._workdir / name
         if path.exists():
             kept = read_kept_json(path, dict, "pass another --workdir")
-            for key in sorted(kept.keys() | settings.keys()):
-                if kept.get(key) != settings.get(key):
+            for key in sorted(kept.keys() | found.keys()):
+                if kept.get(key) != found.get(key):
                     raise ConfigError(
-                        f"config.{key} = {settings.get(key)!r}, but what {self._workdir} holds was "
-                        f"made with {kept.get(key)!r}; take that back, or pass another --workdir"
+                        f"{of}config.{key} = {found.get(key)!r}, but what {self._workdir} holds "
+                        f"was made with {kept.get(key)!r}; take that back, or pass another "
+                        "--workdir"
                     )
-        write_json(path, settings)
+        write_json(path, found)
 
     # --- Times -----------------------------------------------------------------------------------
 

@@ -114,7 +114,10 @@ ANEW = "delete it to have it made anew"
 KEPT = [
     ("features.npz", lambda path: open_judge(load_digits_source(), path.parent), ANEW),
     ("plan.json", lambda path: adm._check_plan(path.parent, {}), "remove /"),
-    ("settings.json", compared(lambda c: c._check_settings()), "pass another --workdir"),
+    *(
+        (name, compared(lambda c, name=name: c._check_kept(name, "", {})), "pass another --workdir")
+        for name in ("settings.json", "inputs.json")
+    ),
     ("times.json", compared(lambda c: c._times()), ANEW),
     ("teacher.json", compared(lambda c: c._teacher_rows(None)), ANEW),
     ("result.json", lambda path: rivals.read_kept_json(path, list), ANEW),

@@ -5,11 +5,14 @@ import dataclasses
 import inspect
 import json
 import time
+import types
 
+import numpy as np
 import pytest
 
 from piflow_jax.config import ConfigError, parse
 from piflow_jax.data import load_digits_source
+from piflow_jax.evaluation import load_features
 from piflow_jax.modes import rivals as mode
 from piflow_jax.modes.export import export
 from piflow_jax.modes.rivals import _comparable, compare_rivals, interleaved_seconds
@@ -66,6 +69,44 @@ def test_results_of_other_settings_are_not_mixed(tmp_path):
     (tmp_path / "settings.json").write_text(json.dumps(kept | {"train.batch_size": 7}))
     with pytest.raises(ConfigError, match=r"config\.train\.batch_size = .* with 7; take that back"):
         compare_rivals(parse(toy("gm")), tmp_path)
+
+
+class Reached(Exception):
+    """The comparison got to its first step."""
+
+
+@pytest.mark.parametrize(
+    ("name", "what"),
+    [
+        ("load_teacher", "teacher's parameters"),
+        ("load_source", "data's examples"),
+        ("config_judge", "evaluation's judge"),
+    ],
+)
+def test_results_of_another_teacher_data_or_judge_are_not_mixed(name, what, tmp_path, monkeypatch):
+    """The settings are the same: paths, where something else lies now."""
+    config, digits = toy("gm"), load_digits_source()
+    config.teacher.checkpoint = "runs/teacher"
+    other = {
+        "load_teacher": {"w": np.ones(2)},
+        "load_source": dataclasses.replace(digits, x=-digits.x),
+        "config_judge": types.SimpleNamespace(digest="other"),
+    }
+    found = other | {"load_teacher": {"w": np.zeros(2)}, "load_source": digits}
+    found["config_judge"] = load_features("digits")
+    for each in found:
+        monkeypatch.setattr(mode, each, lambda *_, each=each: found[each])
+
+    def reached(comparison):
+        raise Reached
+
+    monkeypatch.setattr(mode._Comparison, "_times", reached)
+    for _ in range(2):
+        with pytest.raises(Reached):
+            compare_rivals(parse(config), tmp_path)
+    found[name] = other[name]
+    with pytest.raises(ConfigError, match=rf"config\.{what} = .* but what .* another --workdir"):
+        compare_rivals(parse(config), tmp_path)
 
 
 def test_a_rival_goes_on_in_a_comparison_with_other_methods():
