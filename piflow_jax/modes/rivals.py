@@ -222,12 +222,20 @@ class _Comparison:
         """Step times, steps and seconds of every method, from times measured once."""
         config, path = self._config, self._workdir / "times.json"
         measured = read_kept_json(path, dict) if path.exists() else {}
+        here = _machine()
+        machine = measured.pop("machine", here)  # older files do not say
         timed_as = {name: method.timed_as or method.name for name, method in self._methods.items()}
         names = dict.fromkeys((*timed_as.values(), "teacher", "pairs"))
-        calls = {name: self._timed_call(name) for name in names if name not in measured}
-        if calls:
+        missing = [name for name in names if name not in measured]
+        if missing and machine | {"jax": here["jax"]} != here:
+            raise ConfigError(
+                f"config.rivals.methods: {path} has times of {machine}, and {', '.join(missing)} "
+                f"would be timed on {here}; continue on the former, or pass another --workdir"
+            )
+        if missing:
+            calls = {name: self._timed_call(name) for name in missing}
             measured |= interleaved_seconds(calls, config.rivals.rounds)
-            write_json(path, measured)
+            write_json(path, {"machine": machine} | measured)
         rivals = config.rivals
         pairs_seconds = -(-rivals.pairs // config.evaluation.batch_size) * measured["pairs"]
         teacher_seconds = config.teacher.steps * measured["teacher"]
@@ -255,14 +263,8 @@ class _Comparison:
                 "train_seconds": before + steps * step_seconds,
                 "teacher_seconds": 0.0 if method.given == "data" else teacher_seconds,
             }
-        return {
-            "methods": methods,
-            "settings": flat_settings(dataclasses.asdict(rivals)),
-            "clock": "cores" if jax.default_backend() == "cpu" else "wall",
-            "device": jax.devices()[0].device_kind,
-            "cores": os.cpu_count(),
-            "jax": jax.__version__,
-        }
+        settings = flat_settings(dataclasses.asdict(rivals))
+        return {"methods": methods, "settings": settings} | machine
 
     def _timed_call(self, name: str) -> Callable[[], None]:
         """One step of a method or of the teacher, or one call for pairs."""
@@ -442,6 +444,16 @@ def interleaved_seconds(calls: dict[str, Callable[[], Any]], rounds: int) -> dic
                 count += 1
             found[name].append((clock() - began) / count)
     return {name: float(np.median(values)) for name, values in found.items()}
+
+
+def _machine() -> dict[str, Any]:
+    """What step times depend on in addition to the settings."""
+    return {
+        "clock": "cores" if jax.default_backend() == "cpu" else "wall",
+        "device": jax.devices()[0].device_kind,
+        "cores": os.cpu_count(),
+        "jax": jax.__version__,
+    }
 
 
 def _comparable(config: Config) -> dict[str, Any]:

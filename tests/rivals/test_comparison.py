@@ -9,6 +9,7 @@ import types
 
 import numpy as np
 import pytest
+from etils import epath
 
 from piflow_jax.config import ConfigError, parse
 from piflow_jax.data import load_digits_source
@@ -249,6 +250,23 @@ def test_times_are_medians_of_rounds_in_turn(monkeypatch):
     found = interleaved_seconds({"a": call("a", lambda: next(slow)), "b": call("b", 3.0)}, 5)
     assert found == {"a": 1.0, "b": 3.0}
     assert order == ["a", "b"] * 6
+
+
+def test_times_of_two_machines_are_not_compared(tmp_path, monkeypatch):
+    """Methods timed elsewhere keep their steps; a further one would have another clock."""
+
+    def times(*methods):
+        config = toy(*methods)
+        found = {name: find_method(name) for name in methods}
+        return mode._Comparison(parse(config), epath.Path(tmp_path), found)._times()
+
+    monkeypatch.setattr(mode._Comparison, "_timed_call", lambda *_: None)
+    monkeypatch.setattr(mode, "interleaved_seconds", lambda calls, _: dict.fromkeys(calls, 1e-3))
+    first = times("gm")
+    monkeypatch.setattr(mode.os, "cpu_count", lambda: 96)
+    assert times("gm") == first  # it was measured where it says
+    with pytest.raises(ConfigError, match=r"methods: .*times\.json .* dmd would .* 96"):
+        times("gm", "dmd")
 
 
 @pytest.mark.slow
