@@ -273,7 +273,8 @@ class _Comparison:
             return lambda: jax.block_until_ready(self._make_pairs(0))
         if name == "teacher":
             return self._stepper(teacher_stage(self._systems, self._source, self._mesh))
-        some = stacked([self._source[i] for i in range(config.train.batch_size)])
+        source, size = self._source, config.train.batch_size
+        some = stacked([source[i % len(source)] for i in range(size)])
         pairs = Pairs(some["x"], some["x"], some["condition"])
         pairs = jax.device_put(pairs, replicated(self._mesh))
         return self._stepper(self._stage(find_method(name), config, pairs))

@@ -252,6 +252,18 @@ def test_times_are_medians_of_rounds_in_turn(monkeypatch):
     assert order == ["a", "b"] * 6
 
 
+def test_a_batch_may_exceed_the_data(tmp_path, monkeypatch):
+    """As in training, also in the step that is timed with images in place of pairs."""
+    digits = load_digits_source()
+    few = dataclasses.replace(digits, x=digits.x[:5], condition=digits.condition[:5])
+    monkeypatch.setattr(mode, "load_source", lambda _: few)
+    monkeypatch.setattr(mode._Comparison, "_stage", lambda self, method, config, pairs: pairs)
+    monkeypatch.setattr(mode._Comparison, "_stepper", lambda self, stage: stage)
+    comparison = mode._Comparison(parse(toy("regression")), epath.Path(tmp_path), {})
+    pairs = comparison._timed_call("regression")
+    assert pairs.labels.tolist() == [*range(5), 0, 1, 2]
+
+
 def test_times_of_two_machines_are_not_compared(tmp_path, monkeypatch):
     """Methods timed elsewhere keep their steps; a further one would have another clock."""
 
