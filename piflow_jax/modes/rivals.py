@@ -38,7 +38,7 @@ from piflow_jax.parallel import (
     global_batch,
     replicated,
 )
-from piflow_jax.rivals import Method, Rival, find_method
+from piflow_jax.rivals import RATE, Method, Rival, find_method
 from piflow_jax.rivals.base import (
     Pairs,
     changed,
@@ -165,8 +165,7 @@ class _Comparison:
         self._check_kept("settings.json", "", _comparable(config))
         judge = config_judge(config, self._source, self._workdir)
         if not (config.teacher.checkpoint or config.teacher.weights):
-            stage = teacher_stage(self._systems, self._source, self._mesh)
-            run_here(stage, config, self._workdir, self._mesh)
+            run_here(self._teacher_stage(), config, self._workdir, self._mesh)
         teacher = teacher_network(config.model, data)
         shardings = teacher_shardings(config, self._mesh, teacher)
         self._teacher = load_teacher(config, data, self._workdir, shardings)
@@ -272,7 +271,7 @@ class _Comparison:
         if name == "pairs":
             return lambda: jax.block_until_ready(self._make_pairs(0))
         if name == "teacher":
-            return self._stepper(teacher_stage(self._systems, self._source, self._mesh))
+            return self._stepper(self._teacher_stage())
         source, size = self._source, config.train.batch_size
         some = stacked([source[i % len(source)] for i in range(size)])
         pairs = Pairs(some["x"], some["x"], some["condition"])
@@ -293,18 +292,30 @@ class _Comparison:
 
         return call
 
+    def _teacher_stage(self) -> Stage:
+        """Training of the teacher, with settings that the directory holds fast."""
+        stage = teacher_stage(self._systems, self._source, self._mesh)
+        return dataclasses.replace(stage, tunable=())
+
     # --- Methods ---------------------------------------------------------------------------------
 
     def _stage(self, method: Method, config: Config, pairs: Pairs | None) -> Stage:
         """Training of a method at the length and with the seed that the settings have."""
         config, source, mesh = method.configured(config), self._source, self._mesh
-        if not isinstance(method, Rival):
+        if isinstance(method, Rival):
+            given = {"teacher": self._teacher}
+            if method.given == "pairs":
+                given["pairs"] = pairs
+            stage = rival_stage(config, source, self._data, method, given, mesh)
+        else:
             systems = Systems.of(config, self._data, self._systems.null)
-            return student_stage(systems, source, self._teacher, mesh)
-        given = {"teacher": self._teacher}
-        if method.given == "pairs":
-            given["pairs"] = pairs
-        return rival_stage(config, source, self._data, method, given, mesh)
+            stage = student_stage(systems, source, self._teacher, mesh)
+        remedy = (
+            f"Put {method.name} with a smaller factor of its learning rate, such as "
+            f"{method.name}{RATE}0.3, into config.rivals.methods in its place, or leave it out; "
+            "what is finished stays."
+        )
+        return dataclasses.replace(stage, remedy=remedy)
 
     @functools.cached_property
     def _make_pairs(self) -> Callable[[int], Pairs]:

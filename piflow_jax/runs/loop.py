@@ -97,6 +97,8 @@ class Stage:
       look: looks at averaged parameters and at what is carried besides them, with one copy of both
         on this process's devices.
       measured: settings that the distances of looks depend on, and that a resumed run may change.
+      remedy: sentences about what to do after a loss that is not finite; by default to lower the
+        learning rate.
     """
 
     name: str
@@ -116,6 +118,7 @@ class Stage:
     shardings: Callable[[TrainState], Any] | None = None
     look: Callable[[Any, Any], Look] | None = None
     measured: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    remedy: str = ""
 
 
 def checkpoint_dir(workdir: str | os.PathLike, stage: str) -> epath.Path:
@@ -461,12 +464,10 @@ class _Loop:
                 f"{what}, because values of {data} in its batch are not finite; {good} Repair the "
                 "data, and run again."
             )
-        remedy = "Lower the learning rate or raise its warm-up, and run again"
-        if tunable := ", ".join(f"config.{key}" for key in self.stage.tunable):
-            remedy += f"; a run may go on with other {tunable}."
-        else:
-            remedy += " in another --workdir."
-        return NonFiniteLossError(f"{what}; {good} {remedy}")
+        tunable = ", ".join(f"config.{key}" for key in self.stage.tunable)
+        then = f"; a run may go on with other {tunable}." if tunable else " in another --workdir."
+        lower = f"Lower the learning rate or raise its warm-up, and run again{then}"
+        return NonFiniteLossError(f"{what}; {good} {self.stage.remedy or lower}")
 
     def _save(self, step: int, state: TrainState) -> None:
         self._save_to(step, state, self.checkpointer)

@@ -22,8 +22,10 @@ from piflow_jax.rivals import METHODS, Rival, find_method
 from piflow_jax.rivals.base import changed
 from piflow_jax.runs.changes import changed_settings
 from piflow_jax.runs.checkpoint import CheckpointError
+from piflow_jax.runs.loop import NonFiniteLossError, run_stage
 from piflow_jax.systems.shapes import DataShape
 from tests import tiny
+from tests.runs.test_loop import OPTIONS, make_stage
 
 
 def toy(*methods):
@@ -262,6 +264,28 @@ def test_a_batch_may_exceed_the_data(tmp_path, monkeypatch):
     comparison = mode._Comparison(parse(toy("regression")), epath.Path(tmp_path), {})
     pairs = comparison._timed_call("regression")
     assert pairs.labels.tolist() == [*range(5), 0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("name", "remedy"),
+    [
+        ("teacher", r"Lower the learning rate .*, and run again in another --workdir\."),
+        ("gm", "Put gm with a smaller factor .*, such as gm@0.3, into config.rivals.methods"),
+        ("dmd@10", "such as dmd@0.3, .* leave it out; what is finished stays"),
+    ],
+)
+def test_the_advice_after_a_bad_loss_can_be_followed(name, remedy, tmp_path):
+    """Other settings are refused in the directory, which has what else is finished."""
+    comparison = mode._Comparison(parse(toy("gm", "dmd@10")), epath.Path(tmp_path), {})
+    comparison._teacher = {}
+    if name == "teacher":
+        stage = comparison._teacher_stage()
+    else:
+        stage = comparison._stage(find_method(name), comparison._config, None)
+    bad = make_stage(poison_at=1)
+    bad = dataclasses.replace(bad, tunable=stage.tunable, remedy=stage.remedy)
+    with pytest.raises(NonFiniteLossError, match=remedy):
+        run_stage(bad, tmp_path / "toy", **OPTIONS)
 
 
 def test_times_of_two_machines_are_not_compared(tmp_path, monkeypatch):
