@@ -8,6 +8,7 @@ are ours.
 
 import copy
 import math
+import operator
 from collections.abc import Callable, Mapping
 
 import numpy as np
@@ -21,6 +22,19 @@ from piflow_jax.models.layers import TIME_FEATURES, position_table
 __all__ = ["DiT", "Distillation", "FlowMatching", "GMPolicy", "few_step_sample", "from_flax"]
 
 EPS = 1e-6
+# Settings of which the twin has one value.
+_ONLY = {
+    "policy.kind": "gm",
+    "train.data_free": False,
+    "train.nfe_choices": (),
+    "train.final_step_size_scale": 1.0,
+    "train.window_substeps": 0,
+    "train.mixing_steps": 0,
+    "train.state_power": 0.0,
+    "train.corrector.kind": "",
+    "teacher.guidance_range": (),
+    "teacher.orthogonal_guidance": 0.0,
+}
 
 
 class Block(nn.Module):
@@ -340,8 +354,10 @@ class Distillation:
     """The pi-ID step of a Gaussian-mixture student: one segment, no window, no mixing."""
 
     def __init__(self, student: DiT, teacher: DiT, config: Config, null_label: int):
-        if config.policy.kind != "gm" or config.train.window_substeps or config.train.data_free:
-            raise ValueError("the twin has Gaussian mixtures without a window, with data")
+        for key, value in _ONLY.items():
+            found = operator.attrgetter(key)(config)
+            if found != value:
+                raise ValueError(f"the twin has no config.{key} = {found!r}, only {value!r}")
         self.student, self.teacher = student, teacher.requires_grad_(False)
         self.config, self.null_label = config, null_label
         if config.model.dtype == "bfloat16":

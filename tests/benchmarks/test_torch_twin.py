@@ -104,6 +104,24 @@ def test_loss_and_gradients_are_ours(system, solver):
         assert (theirs.grad - ours).abs().max() <= 1e-5 * scale + 1e-9, name
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("train.corrector.kind", "critic"),
+        ("train.mixing_steps", 5),
+        ("train.nfe_choices", (1, 2)),
+        ("train.data_free", True),
+        ("teacher.guidance_range", (1.0, 4.0)),
+    ],
+)
+def test_a_step_that_is_not_ours_is_refused(key, value):
+    """The harness leaves it out with the reason; timed, it would have had less to do."""
+    settings = get_config()
+    settings.update_from_flattened_dict({key: value})
+    with pytest.raises(ValueError, match=f"config.{key} = "):
+        twin.Distillation(None, None, parse(settings), 5)
+
+
 def test_samples_are_ours(system):
     config, modules, params, rng = system
     noise, labels = rng.standard_normal((BATCH, 4, 4, 3)), np.array([1, 3, 0])
