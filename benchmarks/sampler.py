@@ -49,9 +49,9 @@ def ours(
     )
     student = Student(student_network, params, settings)
     noise = jax.random.normal(jax.random.key(1), (len(labels), *subject.data.shape))
-    evaluate = jax.jit(lambda params, x, t, labels: module.apply(params, x, t, labels).means)
+    evaluate = jax.jit(module.apply)
     times, on_device = jnp.ones(len(labels)), jnp.asarray(labels)
-    output = jax.jit(module.apply)(params, noise, times, on_device)
+    output = evaluate(params, noise, times, on_device)
     factory = policy_factory(config.policy, config.train, sampling=True)
 
     @jax.jit

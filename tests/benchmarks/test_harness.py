@@ -17,6 +17,8 @@ import pytest
 
 from benchmarks import guidance_interval, harness, page, rollout, sampler, train_step
 from piflow_jax.config import parse
+from piflow_jax.flow.policies import GMOutput
+from tests import tiny
 from tests.benchmarks import calls
 
 RESULTS = Path(__file__).parents[2] / "docs" / "results"
@@ -188,6 +190,16 @@ def test_cases_of_other_solvers_and_substeps_are_kept_beside_each_other(tmp_path
     (cases,) = harness.load("sampler").values()
     assert len(cases) == 3 and "digits.py, NFE 1, batch 64, multistep, 64 substeps" in cases
     assert page.block("sampler").count("rollouts take 0.05 times as long as the network") == 3
+
+
+def test_a_network_evaluation_is_a_whole_one():
+    """What nothing reads, the compiler leaves out: the heads of weights and of the deviation."""
+    raw = tiny.get_config()
+    raw.train.nfe = 2
+    subject = train_step.Subject(parse(raw), "student")
+    timed = sampler.ours(subject, np.arange(2), "euler", 2)
+    shapes = [jax.tree.map(np.shape, output) for output in timed[sampler.EVALUATIONS]()]
+    assert shapes == 2 * [GMOutput((2, 8, 8, 2, 1), (2, 8, 8, 2), (2,))]
 
 
 def test_data_is_measured_on_the_host():
