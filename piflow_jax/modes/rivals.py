@@ -279,9 +279,12 @@ class _Comparison:
         return self._stepper(self._stage(find_method(name), config, pairs))
 
     def _stepper(self, stage: Stage) -> Callable[[], None]:
-        state = jax.jit(stage.init)(*stage.init_arguments)
+        # Where training has them.
+        places = stage.shardings(jax.eval_shape(stage.init, *stage.init_arguments))
+        state = jax.jit(stage.init, out_shardings=places)(*stage.init_arguments)
         batch = global_batch(next(stage.data), self._mesh)
-        step = jax.jit(stage.step, donate_argnums=0)
+        results = places, replicated(self._mesh)
+        step = jax.jit(stage.step, donate_argnums=0, out_shardings=results)
         with jax.set_mesh(self._mesh):
             compiled = step.lower(state, *stage.constants, batch).compile()
         held = [state]

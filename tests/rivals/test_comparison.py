@@ -4,6 +4,9 @@ import ast
 import dataclasses
 import inspect
 import json
+import os
+import subprocess
+import sys
 import time
 import types
 
@@ -25,6 +28,8 @@ from piflow_jax.runs.checkpoint import CheckpointError
 from piflow_jax.runs.loop import NonFiniteLossError, run_stage
 from piflow_jax.systems.shapes import DataShape
 from tests import tiny
+from tests.compiled import on_devices
+from tests.parallel.launched import ROOT
 from tests.runs.test_loop import OPTIONS, make_stage
 
 
@@ -286,6 +291,14 @@ def test_the_advice_after_a_bad_loss_can_be_followed(name, remedy, tmp_path):
     bad = dataclasses.replace(bad, tunable=stage.tunable, remedy=stage.remedy)
     with pytest.raises(NonFiniteLossError, match=remedy):
         run_stage(bad, tmp_path / "toy", **OPTIONS)
+
+
+def test_a_step_is_timed_with_split_parameters(tmp_path):
+    """Where training has them: a second call must take what the first one made."""
+    environment = os.environ | on_devices(2) | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, ROOT / "tests" / "rivals" / "split_times.py", tmp_path]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr
 
 
 def test_times_of_two_machines_are_not_compared(tmp_path, monkeypatch):
