@@ -120,6 +120,15 @@ def compare_rivals(config: Config, workdir: str | os.PathLike) -> dict[str, Any]
             "config.teacher.guidance_range must be empty with --mode=rivals, whose methods have "
             "one guidance scale"
         )
+    if config.teacher.orthogonal_guidance:
+        raise ConfigError(
+            "config.teacher.orthogonal_guidance must be 0 with --mode=rivals: methods that learn "
+            "from data are guided without it"
+        )
+    if settings.every:
+        raise ConfigError(
+            "config.evaluation.every must be 0 with --mode=rivals, which measures trained methods"
+        )
     if config.train.nfe_choices:
         raise ConfigError(
             "config.train.nfe_choices must be empty with --mode=rivals, whose methods are students "

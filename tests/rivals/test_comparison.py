@@ -59,6 +59,8 @@ def test_unknown_methods_are_refused_with_the_known_ones(method, tmp_path):
         ("data.name", "latents", "compares on pixels"),
         ("train.microbatches", 2, "must be 1"),
         ("train.initial", "runs/a", "config.train.initial must be empty"),
+        ("teacher.orthogonal_guidance", 0.5, "config.teacher.orthogonal_guidance must be 0"),
+        ("evaluation.every", 2, "config.evaluation.every must be 0"),
         ("train.nfe_choices", (1, 2), "config.train.nfe_choices must be empty"),
         ("train.corrector.kind", "frechet", "is for --mode=train and piflow_jax.distill"),
     ],
