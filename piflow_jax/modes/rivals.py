@@ -32,6 +32,7 @@ from piflow_jax.distillation.stages import (
 )
 from piflow_jax.evaluation.kept import read_kept, read_kept_json
 from piflow_jax.loading.runs import load_average, load_student, load_teacher
+from piflow_jax.loading.weights import find_checkpoint
 from piflow_jax.parallel import (
     ActivationSharding,
     config_mesh,
@@ -197,7 +198,7 @@ class _Comparison:
                 "seed": list(config.rivals.seeds[: index + 1]),
                 "batch_size": config.train.batch_size,
                 "optimizer": config.train.optimizer.kind,
-                "teacher_steps": config.teacher.steps,
+                "teacher_steps": self._teacher_steps,
                 "teacher_solver": _TEACHER_SOLVER,
             }
             write_json(self._workdir / "rivals.json", report)
@@ -246,7 +247,7 @@ class _Comparison:
             write_json(path, {"machine": machine} | measured)
         rivals = config.rivals
         pairs_seconds = -(-rivals.pairs // config.evaluation.batch_size) * measured["pairs"]
-        teacher_seconds = config.teacher.steps * measured["teacher"]
+        teacher_seconds = self._teacher_steps * measured["teacher"]
         methods = {}
         for name, method in self._methods.items():
             total = rivals.seconds + (teacher_seconds if method.credit else 0)
@@ -273,6 +274,14 @@ class _Comparison:
             }
         settings = flat_settings(dataclasses.asdict(rivals))
         return {"methods": methods, "settings": settings} | machine
+
+    @functools.cached_property
+    def _teacher_steps(self) -> int:
+        """Steps of the teacher's training; weights do not say, and have those of the settings."""
+        given = self._config.teacher
+        if not given.checkpoint:
+            return given.steps
+        return find_checkpoint(user_path(given.checkpoint), "teacher")[1]
 
     def _timed_call(self, name: str) -> Callable[[], None]:
         """One step of a method or of the teacher, or one call for pairs."""

@@ -303,6 +303,19 @@ def test_a_step_is_timed_with_split_parameters(tmp_path):
     assert done.returncode == 0, done.stderr
 
 
+def test_a_given_teacher_counts_with_the_steps_that_it_has(tmp_path, monkeypatch):
+    config = toy("gm", "meanflow+teacher")
+    config.teacher.checkpoint, config.teacher.steps = "runs/teacher", 6
+    methods = {name: find_method(name) for name in config.rivals.methods}
+    monkeypatch.setattr(mode, "find_checkpoint", lambda path, stage: (path, 100, {}, {}))
+    monkeypatch.setattr(mode._Comparison, "_timed_call", lambda *_: None)
+    monkeypatch.setattr(mode, "interleaved_seconds", lambda calls, _: dict.fromkeys(calls, 2**-7))
+    comparison = mode._Comparison(parse(config), epath.Path(tmp_path), methods)
+    found = comparison._times()["methods"]
+    assert found["gm"]["teacher_seconds"] == 100 / 2**7
+    assert found["meanflow+teacher"]["steps"] - found["gm"]["steps"] == 100
+
+
 def test_times_of_two_machines_are_not_compared(tmp_path, monkeypatch):
     """Methods timed elsewhere keep their steps; a further one would have another clock."""
 
