@@ -115,9 +115,8 @@ class Student:
         Args:
           x: `[B, *sites, C]`, states at `t`.
           t: `[B]`, or one for all: noise levels in (0, 1]; traced ones are not checked.
-          labels: `[B]`, integers in `[0, num_classes]`, of which the last is the null label. Where
-            they are traced, others give NaN. Or embedded prompts, see `sample`; None without
-            conditions.
+          labels: `[B]`, integers in `[0, num_classes]`, of which the last is the null label (others
+            give NaN if traced); or embedded prompts, see `sample`; None without conditions.
           params: weights in place of the student's own, to differentiate by them for instance.
           guidance: a number or `[B]`, see `sample`; traced ones are not checked.
 
