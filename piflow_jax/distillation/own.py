@@ -28,6 +28,7 @@ from piflow_jax.distillation.looks import look_by
 from piflow_jax.distillation.sizes import Sizes
 from piflow_jax.distillation.stages import (
     DESCRIPTION,
+    check_taught,
     flat_settings,
     locked,
     run_here,
@@ -222,7 +223,7 @@ def train_teacher(
 
     Raises:
       BlockingIOError: see `distill`.
-      CheckpointError: see `distill`.
+      CheckpointError: see `distill`; or a student is there that could not go on with this teacher.
       ConfigError: see `distill`.
       Interrupted: see `distill`.
       NonFiniteLossError: see `distill`.
@@ -249,6 +250,7 @@ def train_teacher(
     )
     mesh = config_mesh(parsed)
     with locked(workdir, "teacher") as workdir:
+        check_taught(workdir, parsed.teacher.steps)
         Sizes(systems, source).check_teacher_training()
         stage = teacher_stage(systems, source, mesh, _identity(own, source))
         state = run_here(stage, parsed, workdir, mesh, on_metrics)

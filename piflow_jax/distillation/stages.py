@@ -17,10 +17,12 @@ from piflow_jax.config import Config
 from piflow_jax.data import Source, batches
 from piflow_jax.keys import seed_key
 from piflow_jax.parallel import ActivationSharding, gathered, local_rows
+from piflow_jax.runs.checkpoint import CheckpointError, read_spec
 from piflow_jax.runs.fingerprints import tree_fingerprint
 from piflow_jax.runs.loop import Look, Stage, checkpoint_dir, run_stage
 from piflow_jax.runs.metrics import OnMetrics
 from piflow_jax.runs.run_lock import RunLock
+from piflow_jax.runs.steps import latest_step
 from piflow_jax.runs.workdir import check_writable, user_path
 from piflow_jax.systems.assembly import Systems
 from piflow_jax.systems.sampling import measured_with
@@ -73,6 +75,36 @@ def locked(workdir: str | os.PathLike, *stages: str) -> Iterator[epath.Path]:
         yield workdir
 
 
+def check_taught(workdir: str | os.PathLike, steps: int) -> None:
+    """Refuses to train a teacher with which the student that is there could not go on.
+
+    Args:
+      workdir: the run's directory.
+      steps: where the teacher's training is going to end.
+
+    Raises:
+      CheckpointError: the student was taught by another one, or by the same after fewer steps.
+    """
+    teacher, student = (checkpoint_dir(workdir, stage) for stage in ("teacher", "student"))
+    step = latest_step(teacher, writing=True)
+    if (step or 0) >= steps or latest_step(student, writing=True) is None:
+        return
+    _, _, saved = read_spec(student)
+    for key in _GIVEN:
+        if saved.get(key):
+            raise CheckpointError(
+                f"the student in {student.parent} was taught by config.{key} = {saved[key]!r}, and "
+                "this run would train a teacher of its own; give that one again, or pass another "
+                "--workdir"
+            )
+    if step is not None:
+        raise CheckpointError(
+            f"the student in {student.parent} was taught by the teacher at step {step}, which more "
+            f"steps would change; take config.teacher.steps = {step}, delete {student.parent}, or "
+            f"copy {teacher.parent} into another --workdir and train there"
+        )
+
+
 def stream_key(config: Config, stream: int) -> jax.Array:
     """The key of one of the random streams of a run's seed."""
     return jax.random.fold_in(seed_key(config.seed), stream)
@@ -97,6 +129,8 @@ _COMPUTED_BY = ("model.remat", "model.attention", "model.scan_unroll")
 _TEACHER = "teacher.parameters"
 # Of a caller's own teacher; checkpoints of older runs do not have it.
 DESCRIPTION = "teacher.description"
+# Of these, the ones that name a teacher which no run here trained.
+_GIVEN = ("teacher.checkpoint", "teacher.weights")
 _TEACHER_MADE_BY = tuple(
     f"teacher.{key}"
     for key in (

@@ -13,7 +13,13 @@ from piflow_jax.config import Config, ConfigError, naming
 from piflow_jax.data import Source, has_states
 from piflow_jax.distillation.grids import grid_rows
 from piflow_jax.distillation.sizes import Sizes
-from piflow_jax.distillation.stages import locked, run_here, student_stage, teacher_stage
+from piflow_jax.distillation.stages import (
+    check_taught,
+    locked,
+    run_here,
+    student_stage,
+    teacher_stage,
+)
 from piflow_jax.loading.runs import load_initial, load_teacher, spaces_of, student_dir
 from piflow_jax.modes.adm import load_reference
 from piflow_jax.modes.autoencoder import load_autoencoder
@@ -22,8 +28,6 @@ from piflow_jax.modes.header import say_header
 from piflow_jax.modes.look import student_look
 from piflow_jax.parallel import config_mesh
 from piflow_jax.runs.checkpoint import CheckpointError
-from piflow_jax.runs.loop import checkpoint_dir
-from piflow_jax.runs.steps import latest_step
 from piflow_jax.systems.assembly import Systems
 from piflow_jax.systems.datasets import dataset, load_source, shape_of
 from piflow_jax.systems.judges import (
@@ -76,7 +80,7 @@ def _train(config: Config, workdir: str | os.PathLike) -> None:
     given = config.teacher.checkpoint or config.teacher.weights
     stages = f"student ({config.train.steps:,} steps)"
     if not given:
-        _check_taught(config, workdir)
+        check_taught(workdir, config.teacher.steps)
         stages = f"teacher ({config.teacher.steps:,} steps), {stages}"
     say_header(systems, workdir, stages + (", figures and samples" if row.by_class else ""))
     start = initial_start(systems)  # what it says of a wrong path comes before anything is made
@@ -139,19 +143,6 @@ def initial_start(systems: Systems) -> dict[str, Any]:
         "initial": initial,
         "trained_in": spaces,
     }
-
-
-def _check_taught(config: Config, workdir: str | os.PathLike) -> None:
-    """Refuses more steps of a teacher that has a student, which could not go on without the old."""
-    teacher, student = (checkpoint_dir(workdir, stage) for stage in ("teacher", "student"))
-    step = latest_step(teacher, writing=True)
-    if step is None or step >= config.teacher.steps or latest_step(student, writing=True) is None:
-        return
-    raise CheckpointError(
-        f"the student in {student.parent} was taught by the teacher at step {step}, which more "
-        f"steps would change; take config.teacher.steps = {step}, delete {student.parent}, or copy "
-        f"{teacher.parent} into another --workdir and train there"
-    )
 
 
 def _check_evaluation(

@@ -15,6 +15,7 @@ from piflow_jax import Schedule, Teacher
 from piflow_jax.config import ConfigError
 from piflow_jax.data import ArraySource
 from piflow_jax.distillation.bench import Bench
+from piflow_jax.runs.checkpoint import CheckpointError
 from piflow_jax.systems.own import own_network
 from piflow_jax.systems.policies import POLICIES
 from piflow_jax.systems.sampling import sampling_cautions
@@ -230,6 +231,10 @@ def test_images_are_measured_and_looked_at(tmp_path):
     np.testing.assert_array_equal(
         found.velocity(found_params, x, t, labels), teacher.velocity(params, x, t, labels)
     )
+    longer = config_of_teacher()
+    longer.teacher.steps = 4  # with which the student could not go on
+    with pytest.raises(CheckpointError, match="was taught by the teacher at step 3"):
+        piflow_jax.train_teacher(longer, tmp_path, **given)
 
 
 def test_training_images_of_a_report_are_spread_over_a_set_without_classes(tmp_path):

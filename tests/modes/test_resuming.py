@@ -9,6 +9,7 @@ import pytest
 
 from piflow_jax.config import parse
 from piflow_jax.distillation.stages import student_stage, teacher_stage
+from piflow_jax.modes.train import train
 from piflow_jax.parallel import device_mesh
 from piflow_jax.runs.changes import changed_settings
 from piflow_jax.runs.checkpoint import CheckpointError
@@ -18,6 +19,7 @@ from piflow_jax.systems.network import abstract_variables
 from piflow_jax.systems.networks import teacher_network
 from piflow_jax.systems.shapes import DataShape
 from tests import tiny, tiny_text
+from tests.saved_runs import save_stage
 
 
 def stage_of(network, make=student_stage, fill=0.0, **changes):
@@ -120,3 +122,14 @@ def test_stages_of_other_keys_are_unlike():
 def test_mirror_images_are_other_data(make):
     with pytest.raises(CheckpointError, match=r"config\.data\.mirror"):
         resume(stage_of("dit", make), stage_of("dit", make, data__mirror=True))
+
+
+@pytest.mark.parametrize("key", ["checkpoint", "weights"])
+def test_no_teacher_is_trained_beside_a_student_of_a_given_one(key, tmp_path):
+    """That is what happens if the command is repeated without the teacher."""
+    recorded = {"teacher.checkpoint": "", "teacher.weights": "", f"teacher.{key}": "/runs/a"}
+    save_stage(tmp_path, "student", {"w": np.zeros(1)}, {}, recorded)
+    config = tiny.get_config()
+    with pytest.raises(CheckpointError, match=rf"taught by config\.teacher\.{key} = '/runs/a'"):
+        train(parse(config), tmp_path)
+    assert not (tmp_path / "teacher").exists()
