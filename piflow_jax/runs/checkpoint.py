@@ -17,6 +17,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
@@ -110,6 +111,8 @@ class Checkpointer(contextlib.AbstractContextManager):
         except OSError as error:
             raise cannot("open", self.directory, error) from error
         local = not is_remote(self.directory)
+        if local and not self.directory.exists():  # of several processes, the first one makes it
+            raise _unshared(f"there is no {self.directory} here, where process 0 made one")
         if local and not os.access(self.directory, os.W_OK | os.X_OK):
             error = PermissionError("the directory is read-only for this user")
             raise cannot("write checkpoints to", self.directory, error)
@@ -137,10 +140,17 @@ class Checkpointer(contextlib.AbstractContextManager):
 
         Raises:
           CheckpointError: the directory holds only foreign files, lacks the last step that was
-            saved there, cannot be read, or a save failed.
+            saved there, cannot be read, or a save failed; or processes find different steps.
         """
         self.wait()
-        return latest_step(self.directory)
+        step = latest_step(self.directory)
+        if jax.process_count() > 1:  # each would go on from its own, and wait for the others
+            here = np.int32(-1 if step is None else step)
+            found = multihost_utils.process_allgather(here).tolist()
+            if len(set(found)) > 1:
+                steps = listed([f"step {one}" if one >= 0 else "none" for one in found])
+                raise _unshared(f"processes find different steps in {self.directory} ({steps})")
+        return step
 
     def save(
         self,
@@ -395,6 +405,14 @@ def check_spec(
         remedy = "Drop these settings to use the checkpoint's own, or pass another checkpoint."
         head = f"the checkpoint {path} contradicts the settings:"
         raise CheckpointError("\n".join([head, *different, remedy]))
+
+
+def _unshared(what: str) -> CheckpointError:
+    """The error that processes see other files, which a checkpoint of all of them cannot have."""
+    return CheckpointError(
+        f"{what}: all processes need the same work directory, on storage that they share; pass "
+        "such a --workdir, gs://bucket/run for one"
+    )
 
 
 def _abstract(leaf: Any) -> Any:

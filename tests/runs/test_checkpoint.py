@@ -15,6 +15,7 @@ import pytest
 import tensorstore
 from etils import epath
 
+from piflow_jax.runs import checkpoint
 from piflow_jax.runs.checkpoint import (
     Checkpointer,
     CheckpointError,
@@ -89,6 +90,22 @@ def test_none_for_an_absent_or_empty_directory(tmp_path, make):
         assert checkpointer.latest_step() is None
         with pytest.raises(CheckpointError, match=f"no checkpoint in {directory}"):
             checkpointer.restore(abstract(make_state()))
+
+
+def test_processes_that_see_other_directories_say_so(saved, monkeypatch):
+    """One that goes on from another step, or begins anew, would wait for the others for ever."""
+    gather = lambda step: np.stack([np.int32(4), step])  # noqa: E731
+    with Checkpointer(saved) as checkpointer, monkeypatch.context() as two:
+        two.setattr(jax, "process_count", lambda: 2)
+        two.setattr(jax.experimental.multihost_utils, "process_allgather", gather)
+        with pytest.raises(CheckpointError, match=r"different steps in .* \(step 4, step 2\): all"):
+            checkpointer.latest_step()
+    opened = lambda *_, **__: type("Opened", (), {"close": lambda self: None})()  # noqa: E731
+    monkeypatch.setattr(checkpoint.ocp, "CheckpointManager", opened)  # makes it elsewhere
+    with pytest.raises(
+        CheckpointError, match=r"no .*elsewhere here, where process 0 made one: all"
+    ):
+        Checkpointer(saved / "elsewhere")
 
 
 def test_foreign_files_alone_are_refused_and_beside_steps_ignored(saved, tmp_path):
