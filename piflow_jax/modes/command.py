@@ -147,7 +147,7 @@ def run(mode: str, config: ml_collections.ConfigDict, workdir: str | os.PathLike
         return _refuse(_STOPPED, 130)
     except Interrupted as stop:
         logging.info("%s", stop)
-        return processes.end(0 if stop.signal == "SIGTERM" else 130)
+        return processes.end(0 if stop.signal == "SIGTERM" else 130, agreed=True)
     except (ConfigError, FileNotFoundError, PicturesError, ShardsError) as error:
         return _refuse(str(error), 2)
     except Exception as error:

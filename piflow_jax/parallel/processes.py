@@ -340,22 +340,24 @@ def _has_tpu(environ: Mapping[str, str]) -> bool:
     return "tpu" in platforms.split(",") and bool(chips) and not gpu
 
 
-def end(code: int) -> int:
+def end(code: int, *, agreed: bool = False) -> int:
     """Ends this process's part in the run.
 
-    After a success it waits for the others. After an error it does not return, because Python's
-    normal exit would wait for processes that wait for this one. The others notice at once that its
-    connections are closed, or after `config.processes.heartbeat_seconds`.
+    After a success it waits for the others. After an error, or a Ctrl-C that only this process may
+    have heard of, it does not return, because Python's normal exit would wait for processes that
+    wait for this one. The others notice at once that its connections are closed, or after
+    `config.processes.heartbeat_seconds`.
 
     Args:
       code: the exit status.
+      agreed: all processes end now, although it is no success.
 
     Returns:
       The same exit status.
     """
     if not jax.distributed.is_initialized():
         return code
-    if code not in (0, 130):
+    if code and not agreed:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

@@ -71,15 +71,35 @@ def refusal(capsys, mode, config, workdir):
     return error
 
 
-@pytest.mark.parametrize("mode", ["train", "evaluate", "sample"])
-def test_ctrl_c_is_one_sentence(tmp_path, capsys, monkeypatch, mode):
-    def interrupted(config, workdir):
+@pytest.fixture
+def interrupted(tmp_path, monkeypatch):
+    """Runs a mode that Ctrl-C ends."""
+
+    def interrupt(config, workdir):
         raise KeyboardInterrupt
 
+    def run(mode):
+        row = dataclasses.replace(command.MODES[mode], run=interrupt)
+        monkeypatch.setitem(command.MODES, mode, row)
+        return command.run(mode, tiny.get_config(), tmp_path)
+
     monkeypatch.setattr(command.processes, "start", lambda settings: None)
-    row = dataclasses.replace(command.MODES[mode], run=interrupted)
-    monkeypatch.setitem(command.MODES, mode, row)
-    assert command.run(mode, tiny.get_config(), tmp_path) == 130
+    return run
+
+
+def test_ctrl_c_of_a_process_does_not_wait_for_others(interrupted, monkeypatch):
+    """They may wait for it in a sum, where their own Ctrl-C does not reach them."""
+    ended = []
+    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(jax.distributed, "shutdown", lambda: ended.append("waits"))
+    monkeypatch.setattr(command.processes.os, "_exit", ended.append)
+    interrupted("evaluate")
+    assert ended[:1] == [130]
+
+
+@pytest.mark.parametrize("mode", ["train", "evaluate", "sample"])
+def test_ctrl_c_is_one_sentence(capsys, interrupted, mode):
+    assert interrupted(mode) == 130
     error = capsys.readouterr().err
     assert error.startswith("error: stopped by Ctrl-C; the same command continues")
     assert error.count("\n") == 1
