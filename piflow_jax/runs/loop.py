@@ -22,11 +22,11 @@ from piflow_jax.parallel.flops import flops
 from piflow_jax.parallel.processes import over_devices
 from piflow_jax.runs.best import BestCheckpoint
 from piflow_jax.runs.changes import CHANGES, changed_settings
-from piflow_jax.runs.checkpoint import Checkpointer, CheckpointError
+from piflow_jax.runs.checkpoint import Checkpointer, CheckpointError, read_spec
 from piflow_jax.runs.metrics import MetricWriter, OnMetrics
 from piflow_jax.runs.monitor import Monitor, step_memory
 from piflow_jax.runs.signals import GracefulExit
-from piflow_jax.runs.steps import falling_back
+from piflow_jax.runs.steps import falling_back, latest_step
 from piflow_jax.runs.workdir import user_path
 from piflow_jax.training.state import TrainState
 
@@ -195,6 +195,8 @@ def run_stage(
             looks = contextlib.nullcontext()
             if stage.look is not None and look_every:
                 best = checkpoint_dir(workdir, f"{stage.name}/best")
+                if (kept := latest_step(best)) is not None:  # perhaps of a run that is gone
+                    changed_settings(read_spec(best, kept)[2], stage, best, step)
                 looks = BestCheckpoint(best, stage.measured)
                 checkpointers.append(looks.checkpointer)
             writer = MetricWriter(

@@ -354,6 +354,22 @@ def test_distances_of_other_settings_are_not_compared(place):
     assert json.loads(record.read_text()) == {"step": 12, "distance": 2.0, "measured": many}
 
 
+def test_a_best_checkpoint_of_another_run_is_not_taken_for_one_of_this(place):
+    """What is left if only the latest checkpoints are removed, to begin anew otherwise."""
+
+    def look_at(steps, distance, **config):
+        stage = dataclasses.replace(make_stage(steps, **config), look=look_with([distance]))
+        return run_stage(stage, place, look_every=4, **OPTIONS)
+
+    look_at(4, 1.0)
+    for path in (checkpoint_dir(place, "toy"), place / "toy" / "checkpoints.json"):
+        path.rmtree() if path.is_dir() else path.unlink()
+    with pytest.raises(CheckpointError, match=r"toy/best/checkpoints .* other settings:\n.*rate"):
+        look_at(4, 2.0, rate=0.2)
+    look_at(4, 2.0)  # of the same run, which was killed before its first checkpoint
+    assert names(checkpoint_dir(place, "toy/best")) == ["4"]
+
+
 def killed_after_the_look_at_step_6(workdir):
     """A run whose last checkpoint is of step 4, and whose best one of step 6."""
 
