@@ -96,8 +96,9 @@ class Records(Sequence[Any]):
         """Waits for copies of these records; returns the chunks of those that have none."""
         if self._staging is None:
             return {}
-        far = sorted({index for index in indices if index >= self._copied})
-        self._staging.wait(*sorted({self._shard(i) for i in indices if i < self._copied}))
+        copied = sorted({self._shard(i) for i in indices if i < self._copied})
+        without = self._staging.wait(*copied)
+        far = sorted({i for i in indices if i >= self._copied or self._shard(i) in without})
         places = [(s := self._shard(index), index - self._starts[s]) for index in far]
         return dict(zip(far, self._ranges.read(places), strict=True))
 

@@ -2,14 +2,16 @@
 
 import bisect
 import concurrent.futures
+import errno
 import hashlib
 import itertools
 import math
+import os
 import shutil
 import tempfile
 import threading
 from collections.abc import Sequence
-from typing import Any
+from typing import IO, Any
 
 from absl import logging
 from etils import epath
@@ -20,7 +22,7 @@ __all__ = ["Staging"]
 
 _THREADS = 8
 _PIECE = 2**24  # bytes of a shard that are copied at a time
-_SHARE = 0.9  # of the free disk, which others use as well
+_SHARE = 0.9  # of the disk that is free at first, which others use as well
 _GIB = 2**30
 
 
@@ -28,7 +30,9 @@ class Staging:
     """Local copies of shards, the first ones, as many as there is room for; safe to use in threads.
 
     A copy is a temporary file without a name: whatever ends the process, the system frees its
-    space. Copies are compared with the manifest's checksums.
+    space. It takes all of its space before its first byte, since other processes of this machine
+    may copy to the same disk; if there is too little by then, the shard has no copy. Copies are
+    compared with the manifest's checksums.
 
     Args:
       directory: The set's directory.
@@ -58,11 +62,13 @@ class Staging:
                 *(directory, ends[many], ends[-1], temporary, free, cache_gib),
             )
         shards = shards[:many]
+        self._spare = int((1 - _SHARE) * free * _GIB)
         self._directory, self._shards, self._error = directory, shards, error
         # For as long as their records are read.
         self._files = [tempfile.TemporaryFile() for _ in shards]  # noqa: SIM115
         self._locks = [threading.Lock() for _ in shards]
         self._there = [False] * len(shards)
+        self._without: set[int] = set()
         self.paths = [f"/dev/fd/{file.fileno()}" for file in self._files]
 
     def start(self) -> None:
@@ -79,11 +85,14 @@ class Staging:
         for _ in range(min(_THREADS, len(self._shards))):
             threading.Thread(target=copy, name="staging", daemon=True).start()
 
-    def wait(self, *shards: int) -> None:
+    def wait(self, *shards: int) -> set[int]:
         """Copies shards that are not here yet.
 
         Args:
           shards: Their places.
+
+        Returns:
+          Those for which there is no room any more.
 
         Raises:
           error: One is missing, or differs from what was written.
@@ -95,15 +104,21 @@ class Staging:
         elif missing:
             with concurrent.futures.ThreadPoolExecutor(min(_THREADS, len(missing))) as pool:
                 list(pool.map(self._copy, missing))
+        return self._without.intersection(shards)
 
     def _copy(self, shard: int) -> None:
         with self._locks[shard]:
-            if self._there[shard]:
+            if self._there[shard] or shard in self._without:
                 return
             entry, file, digest = self._shards[shard], self._files[shard], hashlib.sha256()
             path = self._directory / entry["file"]
+            if not self._takes(file, entry["bytes"]):
+                self._without.add(shard)
+                logging.log_first_n(
+                    logging.INFO, "%s: no room for more copies; read from the bucket", 1, path
+                )
+                return
             file.seek(0)
-            file.truncate()
             try:
                 with path.open("rb") as source:
                     while piece := source.read(_PIECE):
@@ -114,3 +129,16 @@ class Staging:
             file.flush()
             check_digest(path, digest.hexdigest(), entry["sha256"], self._error)
             self._there[shard] = True
+
+    def _takes(self, file: IO[bytes], size: int) -> bool:
+        """Takes so many bytes of the disk for a file, if the disk has them to spare."""
+        if shutil.disk_usage(tempfile.gettempdir()).free - size < self._spare:
+            return False
+        try:
+            if hasattr(os, "posix_fallocate"):  # not on macOS
+                os.posix_fallocate(file.fileno(), 0, size)
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                file.truncate(0)
+                return False
+        return True

@@ -1,8 +1,10 @@
 """Data in a bucket: which shards a process copies, and what sets are made of and measured by."""
 
+import errno
 import hashlib
 import io
 import json
+import os
 import tarfile
 import threading
 
@@ -12,7 +14,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from PIL import Image
 
 from piflow_jax.config import DataConfig
-from piflow_jax.data import batches
+from piflow_jax.data import batches, staging
 from piflow_jax.data.images import prepare_images
 from piflow_jax.data.latents import LatentsError, load_latents_source
 from piflow_jax.data.picture_sets import open_pictures
@@ -123,6 +125,34 @@ def test_the_disk_is_not_filled(service, latents, monkeypatch):
         i % 3 for i in (*range(7), *range(7))
     ]
     assert read.count(0) == 1 and read.count(1) > 6
+
+
+def test_processes_of_a_host_do_not_fill_its_disk_together(service, latents, monkeypatch):
+    """Each has room for two shards of three before the others have copied any."""
+    files, new = [], staging.tempfile.TemporaryFile
+    free = int(2**30 * (shard_gib(0) + shard_gib(1)) / 0.85)
+
+    def usage(path):
+        taken = sum(os.fstat(file.fileno()).st_size for file in files)
+        return type("Usage", (), {"free": free - taken})
+
+    monkeypatch.setattr(staging.shutil, "disk_usage", usage)
+    monkeypatch.setattr(staging.tempfile, "TemporaryFile", lambda: files.append(new()) or files[-1])
+    read = read_of(service)
+    sources = [load_latents_source(latents, verify=False) for _ in range(3)]
+    for source in sources:
+        assert [int(source[i]["condition"]) for i in range(7)] == [i % 3 for i in range(7)]
+    assert sum(os.fstat(file.fileno()).st_size > 0 for file in files) == 2
+    assert read.count(0) > 3
+
+
+def test_a_disk_that_others_fill_is_done_without(service, latents, monkeypatch):
+    def full(file, start, size):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    source = load_latents_source(latents, verify=False)
+    assert [int(source[i]["condition"]) for i in range(7)] == [i % 3 for i in range(7)]
 
 
 def test_records_of_any_length_are_cut_out_of_a_shard(service, tmp_path):
