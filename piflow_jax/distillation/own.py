@@ -28,6 +28,7 @@ from piflow_jax.distillation.looks import look_by
 from piflow_jax.distillation.sizes import Sizes
 from piflow_jax.distillation.stages import (
     DESCRIPTION,
+    INITIAL,
     check_taught,
     flat_settings,
     locked,
@@ -179,7 +180,7 @@ def distill(
             look=_look(systems, test, judge, spaces) if parsed.evaluation.every else None,
             start=functools.partial(_start, network),
             initial=None if first is None else _placed(first, mesh, split=False),
-            identity=_identity(network, source) | _description(teacher),
+            identity=_identity(network, source) | _description(teacher) | _initial(first),
             trained_in=before,
         )
         state = run_here(stage, parsed, workdir, mesh, on_metrics)
@@ -432,6 +433,11 @@ def _description(teacher: Teacher) -> dict[str, Any]:
     made_by, scale, levels = schedule.made_by, schedule.time_scale, schedule.levels
     description = [teacher.prediction, made_by, scale, levels, null]
     return {DESCRIPTION: f"digest {_digest(description)}"}
+
+
+def _initial(params: Any) -> dict[str, Any]:
+    """The same for what a student starts at."""
+    return {INITIAL: "none" if params is None else f"fingerprint {tree_fingerprint(params)}"}
 
 
 def _digest(values: Any) -> str:

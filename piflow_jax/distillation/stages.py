@@ -127,8 +127,9 @@ def flat_settings(groups: dict[str, Any]) -> dict[str, Any]:
 _COMPUTED_BY = ("model.remat", "model.attention", "model.scan_unroll")
 # The identity of a teacher's parameters in a student's run, and the settings that made them.
 _TEACHER = "teacher.parameters"
-# Of a caller's own teacher; checkpoints of older runs do not have it.
+# Of a caller's own teacher, and of his student's start; checkpoints of older runs lack them.
 DESCRIPTION = "teacher.description"
+INITIAL = "initial_params"
 # Of these, the ones that name a teacher which no run here trained.
 _GIVEN = ("teacher.checkpoint", "teacher.weights")
 _TEACHER_MADE_BY = tuple(
@@ -293,7 +294,7 @@ def student_stage(
         | dict(identity or {}),
         extensible=extensible,
         tunable=_tunable("train"),
-        identified={_TEACHER: made_by, DESCRIPTION: ()},
+        identified={_TEACHER: made_by, DESCRIPTION: (), INITIAL: ()},
         updated=updated_settings,
         spec=student_spec(config, systems.data) | student.spec,
         init_arguments=(initial, teacher_params) if corrected else (initial,),

@@ -63,6 +63,15 @@ def test_a_run_goes_on_with_what_it_began(change, finished, tmp_path):
         piflow_jax.distill(settings(train__steps=3), tmp_path / "run", **given)
 
 
+def test_a_run_does_not_go_on_with_another_start(finished, tmp_path):
+    workdir, given, student = finished
+    shutil.copytree(workdir, tmp_path / "run")
+    with pytest.raises(CheckpointError, match=r"initial_params: .* trained with; .* has 'none'"):
+        piflow_jax.distill(
+            settings(train__steps=2), tmp_path / "run", **given, initial_params=student
+        )
+
+
 def test_a_student_starts_where_another_ended(finished, tmp_path):
     _, given, first = finished
     config = settings(train__steps=1)
