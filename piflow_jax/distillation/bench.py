@@ -249,6 +249,7 @@ def compare(
       The report, which is also printed as a table.
     """
     config, settings, workdir = systems.config, systems.config.evaluation, user_path(workdir)
+    trained = _steps(config, workdir)  # before a run that still trains goes on
     count = len(settings.teacher_steps) + len(config.sampling_nfes)
     logging.info("evaluation: %d systems, %s samples each", count, f"{settings.num_samples:,}")
     most = settings.teacher_steps[-1]
@@ -300,7 +301,7 @@ def compare(
         rows.append(bench.row("student", nfe, of_student[name], seconds, ends))
 
     rows += bench.of_training_data()
-    protocol = bench.protocol() | {"steps": _steps(settings.checkpoint, workdir)}
+    protocol = bench.protocol() | {"steps": trained}
     report = Report(rows=rows, **bench.of_data(), protocol=protocol)
     if jax.process_index() == 0:
         report.write(workdir / "report.json")
@@ -361,11 +362,13 @@ def draw(
         logging.info("wrote %s and %s", path, write_page(config, workdir, None))
 
 
-def _steps(checkpoint: str, workdir: epath.Path) -> dict[str, int | None]:
+def _steps(config: Config, workdir: epath.Path) -> dict[str, int | None]:
     """Steps of training of what was measured; None of a stage of another run."""
-    student = "student/best" if checkpoint == "best" else "student"
-    places = {"teacher": "teacher", "student": student}
-    return {name: latest_step(checkpoint_dir(workdir, place)) for name, place in places.items()}
+    student = "student/best" if config.evaluation.checkpoint == "best" else "student"
+    steps = {"teacher": None, "student": latest_step(checkpoint_dir(workdir, student))}
+    if not (config.teacher.checkpoint or config.teacher.weights):
+        steps["teacher"] = latest_step(checkpoint_dir(workdir, "teacher"))
+    return steps
 
 
 def _named(system: str, nfe: int) -> str:

@@ -1,6 +1,7 @@
 """The teacher's samples are made once, and again when anything that they depend on has changed."""
 
 import contextlib
+import shutil
 
 import numpy as np
 import pytest
@@ -112,6 +113,21 @@ def test_rows_of_a_teacher_count_its_evaluations(run, evaluated, solver, evaluat
     assert report.protocol["teacher_solver"] == solver
     # The ends of an SDE are not where the student's paths should end.
     assert [row.endpoint_mse is not None for row in rows] == [paired, False, paired]
+
+
+def test_a_report_has_the_steps_of_what_was_measured(run, evaluated, tmp_path, monkeypatch):
+    """Not of a run that trains on meanwhile, and not of its teacher where another one is given."""
+    shutil.copytree(run, tmp_path / "run")
+    place = tmp_path / "run" / "student" / "checkpoints"
+
+    def trained(bench):
+        shutil.copytree(place / "1", place / "2")
+        return []
+
+    monkeypatch.setattr(Bench, "of_training_data", trained)
+    report = evaluate(settings(**{"teacher.checkpoint": str(run)}), tmp_path / "run")
+    assert report.protocol["steps"] == {"teacher": None, "student": 1}
+    assert evaluated[0].protocol["steps"] == {"teacher": 1, "student": 1}
 
 
 def test_other_weights_make_others(made, evaluated, tmp_path):
