@@ -26,6 +26,7 @@ from piflow_jax.loading.runs import (
 from piflow_jax.models.lora import fuse
 from piflow_jax.parallel import config_mesh
 from piflow_jax.runs.loop import checkpoint_dir
+from piflow_jax.runs.steps import latest_step
 from piflow_jax.runs.workdir import user_path
 from piflow_jax.systems.networks import student_network, teacher_network
 from piflow_jax.systems.policies import POLICIES
@@ -99,7 +100,7 @@ def export(config: Config, workdir: str | os.PathLike) -> list[epath.Path]:
         params, module = fuse(params, module.lora.scale), module.clone(lora=None)
     state = to_torch_state(module, params)
     paths.append(_written(workdir / "student.safetensors", state, metadata))
-    if checkpoint_dir(workdir, "teacher").is_dir():
+    if latest_step(checkpoint_dir(workdir, "teacher")) is not None:
         paths.append(_teacher(config, data, workdir))
     return paths
 
