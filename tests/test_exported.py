@@ -100,7 +100,9 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", ["no conditions", "gm", "dx", pytest.param("text", marks=pytest.mark.slow)]
+)
 def test_an_exported_sampler_is_its_student_without_flax(case, tmp_path):
     make, conditions, options = CASES[case]
     student, path = make(), tmp_path / "sampler.safetensors"

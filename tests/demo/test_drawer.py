@@ -213,6 +213,7 @@ def test_latents_of_classes_are_decoded_in_both_rows(of_latents):
     assert not drawer.edits  # of a picture nobody knows the latents
 
 
+@pytest.mark.slow
 def test_times_count_no_compilation_of_the_decoder(of_latents, monkeypatch):
     workdir, *_ = of_latents
     student = piflow_jax.load(workdir)
@@ -243,6 +244,7 @@ def test_a_student_of_classes_reads_no_prompts(run, tmp_path):
         Drawer.load(run, prompts=tmp_path)
 
 
+@pytest.mark.slow
 def test_what_a_student_that_reads_text_needs_is_named(of_latents, tmp_path):
     data = DataShape(name="prompts", channels=16, text_features=12, pooled_features=10)
     save_run(parse(tiny_text.get_config("flux")), data, tmp_path)

@@ -33,7 +33,13 @@ from tests.distillation.own import (
 
 
 @pytest.mark.filterwarnings("error:Explicitly requested dtype")  # the poses are float64
-@pytest.mark.parametrize("name", SOURCES)
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("labels", "mapping"),
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("points", "tokens", "volumes")),
+    ],
+)
 def test_a_run_of_any_sites_and_conditions_ends_continues_and_loads(name, tmp_path):
     x, condition = SOURCES[name]
     source = x if condition is None else (x, condition)
@@ -199,6 +205,7 @@ def test_without_data(tmp_path):
         piflow_jax.distill(settings(), tmp_path / "other", **given)
 
 
+@pytest.mark.slow
 def test_images_are_measured_and_looked_at(tmp_path):
     source = (IMAGES, np.arange(64) % CLASSES)
     several = {"train__nfe_choices": (1, 2), "evaluation__teacher_steps": (1, 2)}

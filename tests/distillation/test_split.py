@@ -33,6 +33,7 @@ def assert_same(found, workdir, one):
     assert (workdir / "report.json").is_file() and (workdir / "samples.png").is_file()
 
 
+@pytest.mark.slow
 def test_parameters_split_over_a_mesh(one, tmp_path):
     environment = os.environ | on_devices(4) | {"PYTHONPATH": str(ROOT)}
     command = [sys.executable, split_runs.__file__, tmp_path, "2"]

@@ -205,6 +205,7 @@ print("same")
 """
 
 
+@pytest.mark.slow
 def test_samples_are_the_same_on_meshes_and_devices_under_any_generator(student, tmp_path):
     """Eight contexts in a process of four devices, whose default generator is another one."""
     done = subprocess.run(

@@ -173,7 +173,7 @@ def test_official_weights_become_few_bits_kernel_by_kernel(folder, tmp_path, mon
         assert is_quantized(leaf) or leaf.dtype == others[path].dtype
 
 
-@pytest.mark.parametrize("kind", ["flux", "qwen_image"])
+@pytest.mark.parametrize("kind", ["flux", pytest.param("qwen_image", marks=pytest.mark.slow)])
 def test_a_step_trains_adapters_on_few_bits(kind):
     """It is the step on the kernels that the few bits stand for."""
     few = {f"model__{kind}__base_dtype": "int8"}

@@ -160,6 +160,7 @@ def test_what_cannot_be_done_with_it_is_said(command, tmp_path, flags, words):
     assert re.search(words, said), said
 
 
+@pytest.mark.slow
 def test_the_example_is_trained_continued_measured_and_loaded(command, tmp_path):
     from examples.unet import unet
 

@@ -436,6 +436,7 @@ def test_teacher_and_student_round_alike_where_they_compute_in_bfloat16(kind, va
 # --- Weights for the latents of another autoencoder -----------------------------------------------
 
 
+@pytest.mark.slow
 def test_official_weights_of_va_vae_are_sampled_through_its_decoder(tmp_path):
     """A REPA-E teacher of one narrow block: its pixels, from its noise, statistics and weights."""
     config = imagenet_config.get_config("gm_repae")

@@ -41,6 +41,7 @@ def command(command, tmp_path):
     return run
 
 
+@pytest.mark.slow
 def test_training_makes_a_space_first_and_measures_in_it(tmp_path, command):
     images = prepared(tmp_path / "images", 0)
     status, said = command("--config.evaluation.every=3", images=images)

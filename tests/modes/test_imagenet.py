@@ -120,6 +120,7 @@ def init_inception(module):
     return jax.tree_util.tree_map_with_path(leaf, shapes)
 
 
+@pytest.mark.slow
 def test_a_look_leaves_a_picture_and_latents_without_a_measure_no_best(trained):
     workdir, _ = trained
     events = list((workdir / "student").glob("events.out.tfevents.*"))

@@ -28,6 +28,7 @@ def fresh():
     compilation_cache.reset_cache()
 
 
+@pytest.mark.slow
 def test_nothing_is_compiled_twice(fresh, tmp_path):
     """Steps, looks at the student, and the evaluation: teacher and student."""
     found = collections.Counter()

@@ -61,6 +61,7 @@ sys.exit(processes.end(0))
 """
 
 
+@pytest.mark.slow
 def test_one_that_is_done_waits_longer_than_for_a_heartbeat(tmp_path):
     """As the others do while the first alone writes its report. CPUs are not shared out by MPI."""
     (tmp_path / "patient.py").write_text(PATIENT)
@@ -342,6 +343,7 @@ def kill(workdir, count, saved, every, *more, launcher=by_hand):
     assert not (workdir / "report.json").exists()
 
 
+@pytest.mark.slow
 def test_two_processes_lose_one_and_two_others_give_the_result_of_one(one, tmp_path):
     """Of four devices under Slurm's variables, parameters split; two of one go on under MPI's."""
 

@@ -388,6 +388,7 @@ def test_what_stands_beside_weights_is_found_in_a_bucket(service, tmp_path):
     assert digest == hashlib.sha256(path.read_bytes()).hexdigest() and list(weights) == ["fc.bias"]
 
 
+@pytest.mark.slow
 def test_each_of_two_processes_reads_its_rows_alone(service, tmp_path):
     ours = two_processes.network()
     drawn = jax.tree.map(

@@ -334,6 +334,7 @@ def test_a_run_is_prolonged_only_if_no_learning_rate_depends_on_its_steps(kind, 
     assert ("train.steps" in made.extensible) == longer
 
 
+@pytest.mark.slow
 def test_microbatches_change_nothing_but_the_last_digits():
     found = []
     for count in (1, 2):
@@ -345,7 +346,7 @@ def test_microbatches_change_nothing_but_the_last_digits():
         np.testing.assert_allclose(found[0][1][name], found[1][1][name], rtol=2e-3, err_msg=name)
 
 
-@pytest.mark.parametrize("network", ["flux", "qwen_image"])
+@pytest.mark.parametrize("network", ["flux", pytest.param("qwen_image", marks=pytest.mark.slow)])
 def test_the_critic_of_a_student_with_adapters_is_adapters_too(network):
     changes = {"train__corrector__kind": "critic", "train__corrector__start": 0}
     config, source, data, teacher, student, params, trained = system(network, **changes)

@@ -197,6 +197,7 @@ def test_elsewhere_than_in_training_it_is_refused():
         student_stage(systems, load_digits_source(), params, device_mesh())
 
 
+@pytest.mark.slow
 def test_a_run_continues_to_the_same_bits_and_names_its_spaces(tmp_path):
     before = {"trained_in": ("a, sha256 0",)}
     made = stage(tmp_path, train__steps=4, **before)

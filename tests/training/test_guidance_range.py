@@ -203,7 +203,7 @@ def stepped(config, batch, steps=1, key=3):
     return student.seen, losses
 
 
-@pytest.mark.parametrize("data_free", [False, True])
+@pytest.mark.parametrize("data_free", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_teacher_and_student_have_the_scale_that_a_step_draws(data_free):
     """A step of one example is the step of a student whose only scale is the drawn one."""
     batch = {"x": 0.5 * jnp.ones((1, 8, 8, 1)), "condition": jnp.array([4])}

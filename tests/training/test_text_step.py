@@ -107,7 +107,11 @@ RECIPES = [
 ]
 
 
-@pytest.mark.parametrize("changes", RECIPES, ids=["arc", "polynomial"])
+@pytest.mark.parametrize(
+    "changes",
+    [RECIPES[0], pytest.param(RECIPES[1], marks=pytest.mark.slow)],
+    ids=["arc", "polynomial"],
+)
 @pytest.mark.parametrize("network", NETWORKS)
 def test_steps_of_later_recipes_move_all_that_is_trained(network, changes):
     config, source, data, teacher, student, params, trained = system(network, **changes)
