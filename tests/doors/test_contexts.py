@@ -143,7 +143,13 @@ CONTEXTS = {
 }
 
 
-@pytest.mark.parametrize("context", CONTEXTS)
+@pytest.mark.parametrize(
+    "context",
+    [
+        pytest.param("no jit", marks=pytest.mark.slow),
+        *(name for name in CONTEXTS if name != "no jit"),
+    ],
+)
 def test_samples_are_the_same_in_every_context(student, samples, context):
     with CONTEXTS[context]():
         found = sampled(student)

@@ -346,7 +346,8 @@ def test_microbatches_change_nothing_but_the_last_digits():
         np.testing.assert_allclose(found[0][1][name], found[1][1][name], rtol=2e-3, err_msg=name)
 
 
-@pytest.mark.parametrize("network", ["flux", pytest.param("qwen_image", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("network", ["flux", "qwen_image"])
 def test_the_critic_of_a_student_with_adapters_is_adapters_too(network):
     changes = {"train__corrector__kind": "critic", "train__corrector__start": 0}
     config, source, data, teacher, student, params, trained = system(network, **changes)
