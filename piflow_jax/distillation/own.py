@@ -37,6 +37,7 @@ from piflow_jax.distillation.stages import (
     teacher_stage,
 )
 from piflow_jax.flow.teacher import Teacher
+from piflow_jax.keys import seed_key
 from piflow_jax.parallel import (
     config_mesh,
     gathered,
@@ -204,6 +205,7 @@ def train_teacher(
     *,
     network: Any,
     source: Any,
+    initial_params: Any = None,
     on_metrics: OnMetrics | None = None,
 ) -> tuple[Teacher, Any]:
     """Trains a teacher by flow matching; `distill` takes the result.
@@ -215,6 +217,9 @@ def train_teacher(
       network: see `distill`. It returns `[B, *sites, C]`, the velocity `eps - x_0` at `(1 - t) x_0
         + t eps`. For data with classes, label `num_classes` is the null label.
       source: data, see `distill`.
+      initial_params: parameters of this network at which training starts, such as those of a model
+        that is trained further; by default fresh ones. Other variables, such as running averages,
+        always start afresh.
       on_metrics: see `distill`.
 
     Returns:
@@ -238,7 +243,9 @@ def train_teacher(
     parsed = _named(parsed, network)
     check_choices(parsed)
     own = own_network("the network", network, data, None)
-    own.check()
+    given = None if initial_params is None else own.functions.parameters_of(initial_params)
+    first = jax.tree.map(_as_array, given)
+    own.check_start(first)
     null = own.conditioning.null(data, getattr(source, "null", None))
     teacher = Teacher(predict=own.apply, shape=data.shape, null_cond=null)
     systems = Systems(
@@ -253,7 +260,10 @@ def train_teacher(
     with locked(workdir, "teacher") as workdir:
         check_taught(workdir, parsed.teacher.steps)
         Sizes(systems, source).check_teacher_training()
-        stage = teacher_stage(systems, source, mesh, _identity(own, source))
+        if first is not None:
+            first = _placed(own.start_at(seed_key(parsed.seed), first), mesh, split=False)
+        identity = _identity(own, source) | _initial(first)
+        stage = teacher_stage(systems, source, mesh, identity, first)
         state = run_here(stage, parsed, workdir, mesh, on_metrics)
     return teacher, own.with_base(*gathered((state.ema_params, state.carried), mesh))
 
@@ -436,7 +446,7 @@ def _description(teacher: Teacher) -> dict[str, Any]:
 
 
 def _initial(params: Any) -> dict[str, Any]:
-    """The same for what a student starts at."""
+    """The same for what training starts at."""
     return {INITIAL: "none" if params is None else f"fingerprint {tree_fingerprint(params)}"}
 
 

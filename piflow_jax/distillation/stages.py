@@ -156,7 +156,11 @@ def _extensible(stage: str, *decays: str) -> tuple[str, ...]:
 
 
 def teacher_stage(
-    systems: Systems, source: Source, mesh: Mesh, identity: Mapping[str, Any] | None = None
+    systems: Systems,
+    source: Source,
+    mesh: Mesh,
+    identity: Mapping[str, Any] | None = None,
+    initial: Any = None,
 ) -> Stage:
     """Training of the teacher by flow matching.
 
@@ -165,6 +169,7 @@ def teacher_stage(
       source: data.
       mesh: the devices.
       identity: values that a continued run must find unchanged, in addition to the settings.
+      initial: the trained part of the first variables; by default fresh.
 
     Returns:
       The stage.
@@ -174,9 +179,10 @@ def teacher_stage(
     settings = config.teacher
     optimizer = make_optimizer(settings.optimizer, settings.steps)
 
-    def init():
+    def init(initial):
         variables = network.init(stream_key(config, TEACHER_INIT))
-        return TrainState.create(network.trained(variables), optimizer, network.carried(variables))
+        trained = network.trained(variables) if initial is None else initial
+        return TrainState.create(trained, optimizer, network.carried(variables))
 
     own = {
         key: getattr(settings, key) for key in ("steps", "batch_size", "label_dropout", "optimizer")
@@ -197,8 +203,10 @@ def teacher_stage(
         config=flat_settings(groups) | dict(identity or {}),
         extensible=_extensible("teacher", settings.optimizer.decay),
         tunable=_tunable("teacher"),
+        identified={INITIAL: ()},
         updated=updated_settings,
         spec=teacher_spec(config, systems.data),
+        init_arguments=(initial,),
         shardings=lambda state: student_shardings(config, mesh, state, network),
     )
 

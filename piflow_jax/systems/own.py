@@ -308,7 +308,7 @@ class OwnNetwork(Network):
         return self.start_at(key, teacher.trained(teacher_variables))
 
     def start_at(self, key: jax.Array, initial: Any) -> Any:
-        """The trained part of a student that starts at its teacher's or a student's parameters.
+        """The trained part of a network that starts at others, as a student at its teacher's.
 
         Args:
           key: PRNG key.
@@ -359,11 +359,12 @@ class OwnNetwork(Network):
         return self.policy is not None and POLICIES[self.policy.kind].predicts_std
 
     def _started(self, own: Any, theirs: Any, key: jax.Array) -> Any:
-        """The student's tree with the values of another tree; see `start_at`."""
-        row, channels = POLICIES[self.policy.kind], self.data.channels
-        noise = jax.random.normal(key, (max(row.droppable(self.policy), 1), channels))
+        """The network's tree with the values of another tree; see `start_at`."""
+        row = None if self.policy is None else POLICIES[self.policy.kind]
+        components, channels = row.droppable(self.policy) if row else 0, self.data.channels
+        noise = jax.random.normal(key, (max(components, 1), channels))
         rest, problems, leaves = dict(_by_path(theirs)), [], []
-        repeats, separates = False, row.droppable(self.policy) < 2
+        repeats, separates = False, components < 2
         for path, leaf in _by_path(own):
             given = rest.pop(path, None)
             shape = None if given is None else given.shape
@@ -376,16 +377,14 @@ class OwnNetwork(Network):
                 repeated = row.start(self.policy, rows, None if shape[:-1] else noise)
                 leaves.append(repeated.reshape(leaf.shape).astype(leaf.dtype))
             else:
-                of_teacher = "has none" if shape is None else f"has {list(shape)}"
-                problems.append(
-                    f"{path}: the student has {list(leaf.shape)}, the teacher {of_teacher}"
-                )
-        problems += [f"{path}: nothing in the student" for path in rest]
+                of_start = "has none" if shape is None else f"has {list(shape)}"
+                problems.append(f"{path}: the network has {list(leaf.shape)}, the start {of_start}")
+        problems += [f"{path}: nothing in the network" for path in rest]
         if repeats and not separates:
             problems.append("the layer that predicts has no bias, so all components stay equal")
         if problems:
             raise ConfigError(
-                f"{self.name}: the student cannot start at its teacher:"
+                f"{self.name} cannot start at the parameters of its teacher, or at those given:"
                 + "".join(f"\n  {problem}" for problem in problems)
             )
         return jax.tree.unflatten(jax.tree.structure(own), leaves)

@@ -193,6 +193,24 @@ def test_it_learns_what_the_teacher_knows(tmp_path):
     assert float(jnp.abs(noise * 0.5).mean()) > 0.3
 
 
+def test_a_teacher_is_trained_further(tmp_path):
+    network, config = Small(2), config_of_teacher()
+    config.teacher.steps, config.teacher.optimizer.learning_rate = 1, 1e-7
+    first = jax.tree.map(np.asarray, network.init(jax.random.key(9), POINTS[:1], np.ones(1)))
+    given = {"network": network, "source": POINTS}
+    _, params = piflow_jax.train_teacher(config, tmp_path, initial_params=first, **given)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), params["params"], first["params"]
+    )
+    config.teacher.steps = 2
+    for other in (None, jax.tree.map(lambda a: a + 1, first)):
+        with pytest.raises(CheckpointError, match="initial_params"):
+            piflow_jax.train_teacher(config, tmp_path, initial_params=other, **given)
+    del first["params"]["out"]
+    with pytest.raises(ConfigError, match=r"out/bias: the network has \[2\], the start has none"):
+        piflow_jax.train_teacher(config, tmp_path / "other", initial_params=first, **given)
+
+
 def test_without_data(tmp_path):
     teacher, params = exact()
     teacher = dataclasses.replace(teacher, shape=(2,))

@@ -120,7 +120,7 @@ REFUSED = {
         lambda: ({}, {"teacher": dataclasses.replace(exact()[0], shape=(3,))}),
         r"samples of arrays are \[2\], the teacher's \[3\]",
     ),
-    "start": (lambda: ({}, {"initial_params": {"a": np.zeros(3)}}), "a: nothing in the student"),
+    "start": (lambda: ({}, {"initial_params": {"a": np.zeros(3)}}), "a: nothing in the network"),
     "test": (
         lambda: ({}, {"test_source": TOKENS}),
         r"samples of test are \[5, 2\], those of arrays \[2\]",

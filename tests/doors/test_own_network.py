@@ -116,7 +116,7 @@ def test_parameters_at_which_a_student_cannot_start_are_listed():
     teacher = own_network("here:wide", wide, DATA, None)
     with pytest.raises(ConfigError) as refusal:
         own_network("here:wide", wide, DATA, POLICY["gm"]).check(teacher)
-    assert "Dense_1/bias: the student has [6], the teacher has [5]" in str(refusal.value)
+    assert "Dense_1/bias: the network has [6], the start has [5]" in str(refusal.value)
     assert "out/bias" not in str(refusal.value)
 
 
