@@ -116,6 +116,7 @@ def main() -> None:
     """Compiles, counts and keeps."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("slices", nargs="*")
+    slices = parser.parse_args().slices
     path = harness.RESULTS / "rollout_tpu.json"
     kept = json.loads(path.read_text()) if path.exists() else {"slices": {}}
     # DiT's paper gives 118.6 G multiply-adds for DiT-XL/2 and a latent of 32 x 32.
@@ -123,7 +124,7 @@ def main() -> None:
     for network in ("flux", "qwen_image"):
         kept["bound"][network] = bound(8, 16, 128**2, flops_of_a_sample(network))
     path.write_text(json.dumps(kept, indent=1) + "\n")
-    for topology in parser.parse_args().slices:
+    for topology in slices:
         kept["slices"][topology] = compile_for(topology)
         path.write_text(json.dumps(kept, indent=1) + "\n")
         print(topology, kept["slices"][topology])
