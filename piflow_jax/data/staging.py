@@ -98,7 +98,7 @@ class Staging:
           error: One is missing, or differs from what was written.
           OSError: The disk or the bucket failed.
         """
-        missing = [shard for shard in shards if not self._there[shard]]
+        missing = [s for s in shards if not (self._there[s] or s in self._without)]
         if len(missing) == 1:
             self._copy(missing[0])
         elif missing:
@@ -132,6 +132,7 @@ class Staging:
 
     def _takes(self, file: IO[bytes], size: int) -> bool:
         """Takes so many bytes of the disk for a file, if the disk has them to spare."""
+        file.truncate(0)  # what a copy that failed has taken
         if shutil.disk_usage(tempfile.gettempdir()).free - size < self._spare:
             return False
         try:

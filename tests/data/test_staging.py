@@ -11,6 +11,7 @@ import threading
 import numpy as np
 import pytest
 from array_record.python.array_record_module import ArrayRecordWriter
+from etils import epath
 from PIL import Image
 
 from piflow_jax.config import DataConfig
@@ -153,6 +154,23 @@ def test_a_disk_that_others_fill_is_done_without(service, latents, monkeypatch):
     monkeypatch.setattr(os, "posix_fallocate", full)
     source = load_latents_source(latents, verify=False)
     assert [int(source[i]["condition"]) for i in range(7)] == [i % 3 for i in range(7)]
+
+
+def test_a_copy_that_is_tried_again_takes_its_space_once(tmp_path, monkeypatch):
+    files, new, content = [], staging.tempfile.TemporaryFile, bytes(100)
+
+    def usage(path):
+        taken = sum(os.fstat(file.fileno()).st_size for file in files)
+        return type("Usage", (), {"free": 150 - taken})
+
+    monkeypatch.setattr(staging.shutil, "disk_usage", usage)
+    monkeypatch.setattr(staging.tempfile, "TemporaryFile", lambda: files.append(new()) or files[-1])
+    shard = {"file": "a", "bytes": 100, "sha256": hashlib.sha256(content).hexdigest()}
+    copies = staging.Staging(epath.Path(tmp_path), [shard], ValueError)
+    with pytest.raises(ValueError, match="a is missing"):
+        copies.wait(0)
+    (tmp_path / "a").write_bytes(content)
+    assert copies.wait(0) == set()
 
 
 def test_records_of_any_length_are_cut_out_of_a_shard(service, tmp_path):
