@@ -39,7 +39,7 @@ from piflow_jax.parallel import (
     global_batch,
     replicated,
 )
-from piflow_jax.rivals import RATE, Method, Rival, find_method
+from piflow_jax.rivals import CREDIT, RATE, Method, Rival, find_method
 from piflow_jax.rivals.base import (
     Pairs,
     changed,
@@ -331,9 +331,11 @@ class _Comparison:
         else:
             systems = Systems.of(config, self._data, self._systems.null)
             stage = student_stage(systems, source, self._teacher, mesh)
+        name = method.name + (CREDIT if method.credit else "")
+        factor = 0.3 * method.rate / find_method(method.name).rate
         remedy = (
-            f"Put {method.name} with a smaller factor of its learning rate, such as "
-            f"{method.name}{RATE}0.3, into config.rivals.methods in its place, or leave it out; "
+            f"Put {name} with a smaller factor of its learning rate, such as "
+            f"{name}{RATE}{factor:.2g}, into config.rivals.methods in its place, or leave it out; "
             "what is finished stays."
         )
         return dataclasses.replace(stage, remedy=remedy)

@@ -278,7 +278,8 @@ def test_a_batch_may_exceed_the_data(tmp_path, monkeypatch):
     [
         ("teacher", r"Lower the learning rate .*, and run again in another --workdir\."),
         ("gm", "Put gm with a smaller factor .*, such as gm@0.3, into config.rivals.methods"),
-        ("dmd@10", "such as dmd@0.3, .* leave it out; what is finished stays"),
+        ("dmd@10", "such as dmd@3, .* leave it out; what is finished stays"),
+        ("meanflow+teacher@0.3", r"Put meanflow\+teacher with .* such as meanflow\+teacher@0.09,"),
     ],
 )
 def test_the_advice_after_a_bad_loss_can_be_followed(name, remedy, tmp_path):
