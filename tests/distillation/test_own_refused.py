@@ -25,6 +25,7 @@ from tests.distillation.own import (
     exact,
     settings,
 )
+from tests.saved_runs import save_stage
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +71,13 @@ def test_a_run_does_not_go_on_with_another_start(finished, tmp_path):
         piflow_jax.distill(
             settings(train__steps=2), tmp_path / "run", **given, initial_params=student
         )
+
+
+def test_a_teacher_that_has_a_student_is_not_trained_further(tmp_path):
+    for stage in ("teacher", "student"):
+        save_stage(tmp_path, stage, {"w": np.zeros(1)}, {})
+    with pytest.raises(CheckpointError, match="was taught by the teacher at step 1"):
+        piflow_jax.train_teacher(config_of_teacher(), tmp_path, network=Small(2), source=POINTS)
 
 
 def test_a_student_starts_where_another_ended(finished, tmp_path):
