@@ -125,13 +125,15 @@ def flat_settings(groups: dict[str, Any]) -> dict[str, Any]:
 
 # Settings that change how networks are computed, but not their result.
 _COMPUTED_BY = ("model.remat", "model.attention", "model.scan_unroll")
-# The identity of a teacher's parameters in a student's run, and the settings that made them.
+# The identity of a teacher's parameters in a student's run.
 _TEACHER = "teacher.parameters"
-# Of a caller's own teacher, and of his student's start; checkpoints of older runs lack them.
+# Identities of a caller's own teacher, and of the parameters at which training starts. Checkpoints
+# of older runs lack both.
 DESCRIPTION = "teacher.description"
 INITIAL = "initial_params"
-# Of these, the ones that name a teacher which no run here trained.
+# Settings that name a teacher which is not trained in the run.
 _GIVEN = ("teacher.checkpoint", "teacher.weights")
+# Settings that made a teacher's parameters.
 _TEACHER_MADE_BY = tuple(
     f"teacher.{key}"
     for key in (
