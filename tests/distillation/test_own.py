@@ -36,8 +36,8 @@ from tests.distillation.own import (
 @pytest.mark.parametrize(
     "name",
     [
-        *("labels", "mapping"),
-        *(pytest.param(name, marks=pytest.mark.slow) for name in ("points", "tokens", "volumes")),
+        *("volumes", "mapping"),
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("points", "tokens", "labels")),
     ],
 )
 def test_a_run_of_any_sites_and_conditions_ends_continues_and_loads(name, tmp_path):
