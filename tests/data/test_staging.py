@@ -128,17 +128,31 @@ def test_the_disk_is_not_filled(service, latents, monkeypatch):
     assert read.count(0) == 1 and read.count(1) > 6
 
 
-def test_processes_of_a_host_do_not_fill_its_disk_together(service, latents, monkeypatch):
+@pytest.fixture
+def disk_with(monkeypatch):
+    """Sets the bytes that are free before the first copy; returns the list of the copies' files."""
+
+    def disk(free):
+        files, new = [], staging.tempfile.TemporaryFile
+
+        def usage(path):
+            taken = sum(os.fstat(file.fileno()).st_size for file in files)
+            return type("Usage", (), {"free": free - taken})
+
+        def made():
+            files.append(new())
+            return files[-1]
+
+        monkeypatch.setattr(staging.shutil, "disk_usage", usage)
+        monkeypatch.setattr(staging.tempfile, "TemporaryFile", made)
+        return files
+
+    return disk
+
+
+def test_processes_of_a_host_do_not_fill_its_disk_together(service, latents, disk_with):
     """Each has room for two shards of three before the others have copied any."""
-    files, new = [], staging.tempfile.TemporaryFile
-    free = int(2**30 * (shard_gib(0) + shard_gib(1)) / 0.85)
-
-    def usage(path):
-        taken = sum(os.fstat(file.fileno()).st_size for file in files)
-        return type("Usage", (), {"free": free - taken})
-
-    monkeypatch.setattr(staging.shutil, "disk_usage", usage)
-    monkeypatch.setattr(staging.tempfile, "TemporaryFile", lambda: files.append(new()) or files[-1])
+    files = disk_with(int(2**30 * (shard_gib(0) + shard_gib(1)) / 0.85))
     read = read_of(service)
     sources = [load_latents_source(latents, verify=False) for _ in range(3)]
     for source in sources:
@@ -156,15 +170,9 @@ def test_a_disk_that_others_fill_is_done_without(service, latents, monkeypatch):
     assert [int(source[i]["condition"]) for i in range(7)] == [i % 3 for i in range(7)]
 
 
-def test_a_copy_that_is_tried_again_takes_its_space_once(tmp_path, monkeypatch):
-    files, new, content = [], staging.tempfile.TemporaryFile, bytes(100)
-
-    def usage(path):
-        taken = sum(os.fstat(file.fileno()).st_size for file in files)
-        return type("Usage", (), {"free": 150 - taken})
-
-    monkeypatch.setattr(staging.shutil, "disk_usage", usage)
-    monkeypatch.setattr(staging.tempfile, "TemporaryFile", lambda: files.append(new()) or files[-1])
+def test_a_copy_that_is_tried_again_takes_its_space_once(tmp_path, disk_with):
+    disk_with(150)
+    content = bytes(100)
     shard = {"file": "a", "bytes": 100, "sha256": hashlib.sha256(content).hexdigest()}
     copies = staging.Staging(epath.Path(tmp_path), [shard], ValueError)
     with pytest.raises(ValueError, match="a is missing"):
