@@ -25,6 +25,7 @@ from piflow_jax.evaluation.adm import Moments
 from piflow_jax.evaluation.components import PrincipalComponents
 from piflow_jax.evaluation.features import FeatureNetwork
 from piflow_jax.evaluation.kept import read_kept
+from piflow_jax.keys import seed_key
 from piflow_jax.systems.correctors import corrector_kind
 from piflow_jax.systems.judges import (
     described,
@@ -167,9 +168,14 @@ def spaces_with(space: Space | None, before: Iterable[str]) -> tuple[str, ...]:
 def _statistics(source: Source, features: Any, path: epath.Path) -> dict[str, np.ndarray]:
     """Mean and covariance of the training data, computed once and kept."""
     made = {"space": features.digest, "images": len(source), "digest": source_digest(source)}
+    draw = getattr(source, "draw", None)  # training sees what it makes, such as mirror images
+    if draw is not None:
+        made["drawn"] = True
     if jax.process_index() == 0 and (not path.exists() or _read(path)[0] != made):
         moments = None
-        for images, _ in real_batches(source, _MOST_IMAGES):
+        for index, (images, _) in enumerate(real_batches(source, _MOST_IMAGES)):
+            if draw is not None:
+                images = np.asarray(draw(seed_key(index), images))
             found = features.extract(images)
             moments = (Moments.empty(found.shape[1]) if moments is None else moments).add(found)
         mean, covariance = moments.statistics()

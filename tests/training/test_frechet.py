@@ -11,6 +11,7 @@ from etils import epath
 
 from piflow_jax.config import ConfigError, parse
 from piflow_jax.data import ArraySource, load_digits_source
+from piflow_jax.data.images import mirrored
 from piflow_jax.distillation.bench import Bench
 from piflow_jax.distillation.stages import student_stage
 from piflow_jax.evaluation import (
@@ -141,6 +142,22 @@ def test_data_without_such_a_space_are_refused(tmp_path, source, space, words):
     with pytest.raises(ConfigError) as error:
         open_space(settings(space), source, tmp_path)
     assert str(error.value) == words
+
+
+class Mirrored(ArraySource):
+    draw = staticmethod(mirrored)
+
+
+def test_statistics_are_of_what_training_draws(tmp_path):
+    x = load_digits_source().x
+    plain = open_space(settings("pixels"), ArraySource(name="mine", x=x), tmp_path)
+    # Not the statistics that are there.
+    space = open_space(settings("pixels"), Mirrored(name="mine", x=x), tmp_path)
+    halves = [plain.features.extract(images) for images in (x, x[:, :, ::-1])]
+    means, errors = (np.stack([f(half, axis=0) for half in halves]) for f in (np.mean, np.std))
+    error = (errors / np.sqrt(len(x))).mean(axis=0)
+    assert np.max(np.abs(space.mean - means.mean(axis=0)) / error) < 5
+    assert np.max(np.abs(plain.mean - means.mean(axis=0)) / error) > 15
 
 
 def test_test_images_without_figures_have_no_space(tmp_path):
