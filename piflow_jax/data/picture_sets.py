@@ -40,6 +40,7 @@ __all__ = [
 ]
 
 _THREADS = 16
+_PADDING = 2**20  # bytes: more zeros than archives end with, in records of any usual size
 _TFDS = "tfds"
 # Between what is named and a version of a TFDS set may be the set and its configuration.
 _TFDS_INFO = tuple(f"{'*/' * depth}dataset_info.json" for depth in range(4))
@@ -298,6 +299,13 @@ def _files(tar: tarfile.TarFile, where: str) -> dict[str, tarfile.TarInfo]:
         count = len(tar.getmembers())
         raise PicturesError(
             f"{where} is damaged or cut short behind {count} members; fetch it again"
+        )
+    left = tar.fileobj.seek(0, os.SEEK_END) - tar.offset
+    if left > _PADDING:
+        raise PicturesError(
+            f"{where} ends behind {len(tar.getmembers())} members, with {left:,} bytes left in the "
+            "file: its download has not ended, or other archives are appended to it. Fetch it "
+            "again, or pack one archive of all"
         )
     files = {name: _followed(name, members) for name in members if not is_hidden(name)}
     links = sorted(name for name, found in files.items() if found.issym() or found.islnk())

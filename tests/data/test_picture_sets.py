@@ -319,6 +319,23 @@ def test_a_tar_file_that_ends_at_a_damaged_header_is_refused(folder, tmp_path, i
         open_pictures(str(path))
 
 
+@pytest.mark.parametrize("inner", [False, True])
+def test_a_tar_file_of_which_only_the_room_is_there_is_refused(folder, tmp_path, inner):
+    """Downloads that take the room of a whole file first have zeros where the rest is to come."""
+    path = tmp_path / "n1.tar"
+    with tarfile.open(path, "w") as tar:
+        for name in NAMES:
+            tar.add(folder / name, arcname=name)
+    with path.open("ab") as file:
+        file.write(bytes(2**20))
+    if inner:
+        with tarfile.open(tmp_path / "train.tar", "w") as tar:
+            tar.add(path, arcname="n1.tar")
+        path = tmp_path / "train.tar"
+    with pytest.raises(PicturesError, match=r"ends behind \d+ members, with 1,\d+,\d+ bytes left"):
+        open_pictures(str(path))
+
+
 # The crop, restated without PIL: separable filters, rounded to bytes after each of the two passes.
 
 
