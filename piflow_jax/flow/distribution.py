@@ -21,7 +21,7 @@ def distribution_matching_loss(
     fake: Callable[[jax.Array, jax.Array], jax.Array],
     noise: jax.Array,
     t: jax.Array,
-) -> tuple[jax.Array, jax.Array]:
+) -> jax.Array:
     """A loss whose gradient with respect to samples is a difference of scores (DMD, Eq. 7).
 
     Args:
@@ -32,7 +32,7 @@ def distribution_matching_loss(
       t: `[B]`, noise levels in (0, 1).
 
     Returns:
-      `(loss[], direction[B, *sites, C])`, see `distribution_matching_loss_at`.
+      `loss[]`, see `distribution_matching_loss_at`.
     """
     level = per_sample(t, noise.ndim)
     x = jax.lax.stop_gradient((1 - level) * generated + level * noise)
@@ -41,7 +41,7 @@ def distribution_matching_loss(
 
 def distribution_matching_loss_at(
     generated: jax.Array, x: jax.Array, t: jax.Array, real: jax.Array, fake: jax.Array
-) -> tuple[jax.Array, jax.Array]:
+) -> jax.Array:
     """The same loss at given states, with the velocities there.
 
     Scores are compared as predictions of `x_0`, `x_t - t u`, in units of the mean distance between
@@ -55,12 +55,12 @@ def distribution_matching_loss_at(
       fake: `[B, *sites, C]`, those of the student's distribution.
 
     Returns:
-      `(loss[], direction[B, *sites, C])`; samples move against the direction.
+      `loss[]`. Its gradient with respect to a value of the samples is the difference there over
+      the number of values.
     """
     level = per_sample(t, x.ndim)
     over = tuple(range(1, x.ndim))
     unit = jnp.mean(jnp.abs(generated - (x - level * real)), over, keepdims=True)
     direction = level * (real - fake) / jnp.maximum(unit, _LEAST_UNIT)
-    direction = jax.lax.stop_gradient(direction)
-    target = jax.lax.stop_gradient(generated) - direction
-    return 0.5 * jnp.mean(jnp.square(generated - target)), direction
+    target = jax.lax.stop_gradient(generated - direction)
+    return 0.5 * jnp.mean(jnp.square(generated - target))

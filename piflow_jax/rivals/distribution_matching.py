@@ -115,7 +115,7 @@ def _step(setting: Setting) -> StepFn:
             noise = jax.random.normal(noise_key, shape)
             real = setting.guided(given["teacher"], labels)
             fake = setting.bind(both["fake"], labels)
-            return distribution_matching_loss(generated, real, fake, noise, t)[0]
+            return distribution_matching_loss(generated, real, fake, noise, t)
 
         loss, grads = jax.value_and_grad(student_loss)(both["student"])
         student = state.replace(params=both["student"], opt_state=moments["student"])

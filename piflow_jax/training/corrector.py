@@ -189,7 +189,7 @@ class Corrector:
             x = jax.lax.stop_gradient(x)
             fake = policy.velocity(x, t)
         real = self.teacher.velocity(teacher_params, x, t, part["condition"])
-        return distribution_matching_loss_at(generated, x, t, real, fake)[0]
+        return distribution_matching_loss_at(generated, x, t, real, fake)
 
     def follow(
         self, state: TrainState, teacher_params: Any, part: Mapping[str, Any], key: jax.Array
@@ -298,7 +298,7 @@ class CriticCorrector(Corrector):
         generated = self._samples(params, carried, teacher_params, part)
         real = self.teacher.bind(teacher_params, part["condition"])
         fake = self._velocity(critic, teacher_params, part["condition"])
-        return distribution_matching_loss(generated, real, fake, part["mixed"], part["t"])[0]
+        return distribution_matching_loss(generated, real, fake, part["mixed"], part["t"])
 
     def follow(self, state, teacher_params, part, key):
         """Trains the critic on samples of the student by flow matching; see `Corrector`."""
