@@ -51,6 +51,7 @@ from piflow_jax.rivals.base import (
 from piflow_jax.runs.fingerprints import tree_fingerprint
 from piflow_jax.runs.loop import Stage, checkpoint_dir
 from piflow_jax.runs.run_lock import RunLock
+from piflow_jax.runs.steps import latest_step
 from piflow_jax.runs.workdir import user_path
 from piflow_jax.systems.assembly import Systems
 from piflow_jax.systems.correctors import corrector_kind
@@ -368,9 +369,11 @@ class _Comparison:
         method = self._methods[name]
         config = changed(self._config, {"seed": seed, "train.steps": times["steps"]})
         pairs = self._pairs if method.given == "pairs" else None
+        stage = self._stage(method, config, pairs)
+        continued = latest_step(checkpoint_dir(place, stage.name)) is not None
         began = time.perf_counter()
-        run_here(self._stage(method, config, pairs), config, place, self._mesh)
-        wall = time.perf_counter() - began
+        run_here(stage, config, place, self._mesh)
+        wall = None if continued else time.perf_counter() - began
         rows = []
         for nfe, sampler, params in self._samplers(method, config, place):
             samples, seconds = bench.sample(sampler, params, f"{name}, {nfe} NFE")
@@ -404,9 +407,8 @@ class _Comparison:
         for steps in reversed(config.evaluation.teacher_steps):
             sampler = systems.teacher_sampler(steps, _TEACHER_SOLVER)
             samples, seconds = bench.sample(sampler, teacher, f"teacher, {steps} NFE")
-            rows.append(
-                dataclasses.asdict(bench.row("teacher", steps, samples, seconds, reference))
-            )
+            row = bench.row("teacher", steps, samples, seconds, reference)
+            rows.append(dataclasses.asdict(row))
             reference = samples if reference is None else reference
         with replacing(endpoints) as under_way:
             np.save(under_way, reference)
