@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+from absl import logging
 from etils import epath
 from jax.sharding import Mesh
 
@@ -102,6 +103,23 @@ def check_taught(workdir: str | os.PathLike, steps: int) -> None:
             f"the student in {student.parent} was taught by the teacher at step {step}, which more "
             f"steps would change; take config.teacher.steps = {step}, delete {student.parent}, or "
             f"copy {teacher.parent} into another --workdir and train there"
+        )
+
+
+def warn_of_another_teacher(directory: str | os.PathLike, teacher_params: Any) -> None:
+    """Warns if a student was taught by other parameters than those that it is compared with.
+
+    Args:
+      directory: the student's checkpoints; older ones do not say who taught them.
+      teacher_params: the teacher's parameters.
+    """
+    _, _, saved = read_spec(directory)
+    found = f"fingerprint {tree_fingerprint(teacher_params)}"
+    if saved.get(_TEACHER, found) != found:
+        logging.warning(
+            "%s: this student was taught by another teacher than that of this report, which is "
+            "config.teacher.checkpoint, config.teacher.weights or the work directory's",
+            directory,
         )
 
 

@@ -5,6 +5,7 @@ import os
 from piflow_jax.config import Config
 from piflow_jax.distillation.bench import Bench, compare
 from piflow_jax.distillation.sizes import Sizes
+from piflow_jax.distillation.stages import warn_of_another_teacher
 from piflow_jax.evaluation import Report
 from piflow_jax.evaluation.adm import AdmFigures
 from piflow_jax.loading.runs import load_student, load_teacher, spaces_of, student_dir
@@ -46,6 +47,7 @@ def evaluate(
         say_header(systems, workdir, "report.html, report.json, samples.png")
     teacher = load_teacher(config, data, workdir)
     student = load_student(config, data, workdir)
+    warn_of_another_teacher(student_dir(config, workdir), teacher)
     judge, spaces = config_judge(config, source, workdir), spaces_of(student_dir(config, workdir))
     bench = Bench(config, source, data, judge, spaces)
     report = compare(bench, systems, teacher, student, workdir, keep=True)

@@ -10,7 +10,9 @@ from piflow_jax.config import parse
 from piflow_jax.data import load_digits_source
 from piflow_jax.distillation.bench import Bench, _read_samples
 from piflow_jax.evaluation.kept import KeptFileError, read_kept
+from piflow_jax.loading.runs import load_teacher
 from piflow_jax.modes.evaluate import evaluate
+from piflow_jax.runs.fingerprints import tree_fingerprint
 from piflow_jax.systems.datasets import shape_of
 from piflow_jax.systems.judges import open_judge, second_judge
 from tests import tiny
@@ -128,6 +130,18 @@ def test_a_report_has_the_steps_of_what_was_measured(run, evaluated, tmp_path, m
     report = evaluate(settings(**{"teacher.checkpoint": str(run)}), tmp_path / "run")
     assert report.protocol["steps"] == {"teacher": None, "student": 1}
     assert evaluated[0].protocol["steps"] == {"teacher": 1, "student": 1}
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_a_student_of_another_teacher_is_compared_with_a_warning(
+    run, tmp_path, monkeypatch, caplog, same
+):
+    config, data = settings(), shape_of(settings(), load_digits_source())
+    teacher = tree_fingerprint(load_teacher(config, data, run)) if same else 16 * "0"
+    save_run(config, data, tmp_path, **{"teacher.parameters": f"fingerprint {teacher}"})
+    monkeypatch.setattr("piflow_jax.modes.evaluate.compare", lambda *args, **options: None)
+    evaluate(config, tmp_path)
+    assert ("taught by another teacher" in caplog.text) == (not same)
 
 
 def test_other_weights_make_others(made, evaluated, tmp_path):
