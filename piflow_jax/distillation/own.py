@@ -37,7 +37,6 @@ from piflow_jax.distillation.stages import (
     teacher_stage,
 )
 from piflow_jax.flow.teacher import Teacher
-from piflow_jax.keys import seed_key
 from piflow_jax.parallel import (
     config_mesh,
     gathered,
@@ -260,10 +259,14 @@ def train_teacher(
     with locked(workdir, "teacher") as workdir:
         check_taught(workdir, parsed.teacher.steps)
         Sizes(systems, source).check_teacher_training()
-        if first is not None:
-            first = _placed(own.start_at(seed_key(parsed.seed), first), mesh, split=False)
-        identity = _identity(own, source) | _initial(first)
-        stage = teacher_stage(systems, source, mesh, identity, first)
+        stage = teacher_stage(
+            systems,
+            source,
+            mesh,
+            start=functools.partial(_start, own),
+            initial=None if first is None else _placed(first, mesh, split=False),
+            identity=_identity(own, source) | _initial(first),
+        )
         state = run_here(stage, parsed, workdir, mesh, on_metrics)
     return teacher, own.with_base(*gathered((state.ema_params, state.carried), mesh))
 

@@ -179,8 +179,10 @@ def teacher_stage(
     systems: Systems,
     source: Source,
     mesh: Mesh,
-    identity: Mapping[str, Any] | None = None,
+    *,
+    start: Callable[[jax.Array, Any], Any] | None = None,
     initial: Any = None,
+    identity: Mapping[str, Any] | None = None,
 ) -> Stage:
     """Training of the teacher by flow matching.
 
@@ -188,8 +190,9 @@ def teacher_stage(
       systems: the teacher to train, and its settings.
       source: data.
       mesh: the devices.
+      start: `(key, initial) -> trained`, the trained part of the first variables; by default fresh.
+      initial: where training starts.
       identity: values that a continued run must find unchanged, in addition to the settings.
-      initial: the trained part of the first variables; by default fresh.
 
     Returns:
       The stage.
@@ -200,8 +203,9 @@ def teacher_stage(
     optimizer = make_optimizer(settings.optimizer, settings.steps)
 
     def init(initial):
-        variables = network.init(stream_key(config, TEACHER_INIT))
-        trained = network.trained(variables) if initial is None else initial
+        key = stream_key(config, TEACHER_INIT)
+        variables = network.init(key)
+        trained = start(key, initial) if start else network.trained(variables)
         return TrainState.create(trained, optimizer, network.carried(variables))
 
     own = {
