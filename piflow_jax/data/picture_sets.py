@@ -244,8 +244,15 @@ class PictureTar(_Listed):
             tars = [name for name in files if name.endswith(".tar")]
             loose = [name for name in files if is_picture(name)]
             entries = [one for tar in tars for one in self._inner(outer, tar, files[tar])]
+        beside = {posixpath.dirname(name) for name in loose}
         if not tars:
-            entries, loose = _grouped({name: files[name] for name in loose})
+            with prefixed(path, PicturesError, PicturesError):
+                entries, loose = _grouped({name: files[name] for name in loose})
+        elif folders := beside - {posixpath.dirname(name) for name in tars}:
+            raise PicturesError(
+                f"{path} has tar files, such as {tars[0]}, and images in folders, such as "
+                f"{_printable(min(folders))}: pack either alone, and the classes have one form"
+            )
         if not entries:
             raise PicturesError(f"{path} has no images in it, and no tar files of them")
         _warn_of_loose(path, loose)
@@ -344,6 +351,15 @@ def _grouped(members: Mapping[str, tarfile.TarInfo]) -> tuple[list[_Entry], list
             entries.append(_Entry(path.parent.name, path.name, member.offset_data, member.size))
         else:
             loose.append(name)
+    # As in a folder: without its images a class would have no label, and others another one.
+    below = {
+        posixpath.relpath(name, root).split("/")[0] for name in loose if paths[name].parent != root
+    }
+    if empty := below - {entry.group for entry in entries}:
+        where = _printable(f"{root / min(empty)}")
+        raise PicturesError(
+            f"no images in {where}, only in its folders; pack the folder of the classes"
+        )
     return entries, loose
 
 

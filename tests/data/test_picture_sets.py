@@ -319,6 +319,33 @@ def test_a_tar_file_that_ends_at_a_damaged_header_is_refused(folder, tmp_path, i
         open_pictures(str(path))
 
 
+@pytest.mark.parametrize("tarred", [False, True])
+def test_a_folder_around_the_class_folders_and_others_is_refused(folder, tmp_path, tarred):
+    """As ImageNet comes from Kaggle: classes in one folder, pictures of others beside it."""
+    around = tmp_path / "CLS-LOC"
+    around.mkdir()
+    folder.rename(around / "train")
+    (around / "val").mkdir()
+    (around / "val" / "1.png").write_bytes(jpeg(0))
+    location = str(around)
+    if tarred:
+        location += ".tar"
+        with tarfile.open(location, "w") as tar:
+            tar.add(around, arcname="CLS-LOC")
+    with pytest.raises(PicturesError, match=r"no images in .*CLS-LOC/train"):
+        open_pictures(location)
+
+
+def test_a_tar_file_of_tar_files_and_of_folders_is_refused(folder, tmp_path):
+    path = make_tar(tmp_path / "train.tar")
+    with tarfile.open(path, "a") as tar:
+        tar.add(folder, arcname="more")
+    with pytest.raises(
+        PicturesError, match=f"tar files, .*, and images in folders, .* more/{NAMES[0]}"
+    ):
+        open_pictures(str(path))
+
+
 @pytest.mark.parametrize("inner", [False, True])
 def test_a_tar_file_of_which_only_the_room_is_there_is_refused(folder, tmp_path, inner):
     """Downloads that take the room of a whole file first have zeros where the rest is to come."""
