@@ -4,6 +4,8 @@ import bisect
 import itertools
 import math
 import os
+import re
+import resource
 from collections.abc import Callable, Sequence
 from typing import Any, SupportsIndex
 
@@ -14,6 +16,9 @@ from piflow_jax.data.ranges import Ranges, record_of
 from piflow_jax.data.staging import Staging
 
 __all__ = ["Records", "num_records"]
+
+# What ArrayRecord says of files that it cannot open or read, whatever is in them.
+_OF_THE_SYSTEM = re.compile(r"(?:open|read|pread)\(\) failed")
 
 
 class Records(Sequence[Any]):
@@ -31,6 +36,7 @@ class Records(Sequence[Any]):
 
     Raises:
       error: If a shard cannot be opened.
+      OSError: If the system refuses to open or read one, as many files are open.
     """
 
     def __init__(
@@ -56,6 +62,8 @@ class Records(Sequence[Any]):
             opened = [f"{path}[0:{shard['examples']}]" for path, shard in pairs]
             self._copied = self._starts[many]
             self._ranges = Ranges(directory, shards, error)
+        # A reader stays open for each shard, and for each copy also its file.
+        _may_open(len(opened) * (2 if self._staging else 1))
         try:
             self._records = ArrayRecordDataSource(opened) if opened else None
         except Exception as reason:  # the library's errors have no common class
@@ -79,6 +87,9 @@ class Records(Sequence[Any]):
             if len(indices) > 1:  # one by one, the damaged record is named
                 return [self[index] for index in indices]
             path = self._paths[self._shard(indices[0])]
+            if _OF_THE_SYSTEM.match(str(reason)):
+                remedy = "; raise the limit, ulimit -n" if "Too many" in str(reason) else ""
+                raise OSError(f"{path} cannot be read: {reason}{remedy}") from reason
             raise self._error(
                 f"{path} has a damaged record, the {indices[0]}th of the set: {reason}; remove the "
                 "file and prepare again"
@@ -109,6 +120,15 @@ class Records(Sequence[Any]):
         else:  # without the threads that the library starts for a list
             copies = (self._records[index] for index in here)
         return [record_of(*chunks[i]) if i in chunks else next(copies) for i in indices]
+
+
+def _may_open(files: int) -> None:
+    """Lets this process open so many files more, as far as its user may."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY:
+        wanted = soft + files
+        wanted = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def num_records(path: str | os.PathLike) -> int:

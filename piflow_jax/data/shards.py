@@ -78,6 +78,16 @@ class RefusedError(ShardsError):
         return f"{_listed(self.refused)}\n{count} refused: {advice}"
 
 
+@contextlib.contextmanager
+def _closing(writer: Any, path: epath.Path) -> Iterator[None]:
+    """Closes a writer of a shard, which notices a full disk only then."""
+    try:
+        yield
+    finally:
+        with prefixed(f"cannot write {path}; make room and start again", RuntimeError, OSError):
+            writer.close()
+
+
 def _say(done: int, todo: int) -> None:
     logging.info("prepare: %d/%d shards", done, todo)
 
@@ -190,6 +200,7 @@ class ShardedSet:
           skip_refused: Leave out examples whose picture cannot be read.
 
         Raises:
+          OSError: If the shard cannot be written, as to a full disk.
           RefusedError: If there are such examples and they are not left out; after all examples.
           ShardsError: If there are not as many as the shard has, or one is not as the plan says.
         """
@@ -206,7 +217,7 @@ class ShardedSet:
             writer = ArrayRecordWriter(os.fspath(under_way), _WRITER_OPTIONS)
             indices, count, refused = plan.shard_range(shard), 0, {}
             notes = dict.fromkeys(self.notes, 0)
-            with contextlib.closing(writer), prefixed(directory, self.error, self.error):
+            with prefixed(directory, self.error, self.error), _closing(writer, path):
                 for index, example in enumerate(examples, start=indices.start):
                     if isinstance(example, PictureError):
                         refused[index] = example
@@ -372,9 +383,7 @@ class ShardedSet:
                 raise self.error(f"{path} does not have all of {shard['file']}")
             self._check_entry(shard, path)
             if PurePosixPath(shard["file"]).name != shard["file"]:
-                raise self.error(
-                    f"{path} names a shard outside of its directory, {shard['file']!r}"
-                )
+                raise self.error(f"{path} names a shard outside of it, {shard['file']!r}")
         total = sum(shard["examples"] for shard in manifest["shards"])
         if total != manifest["num_examples"]:
             raise self.error(

@@ -1,6 +1,9 @@
 """The sharded set of pixels: what is written is what is read, whole, in parts and mirrored."""
 
+import contextlib
 import dataclasses
+import os
+import resource
 
 import jax
 import numpy as np
@@ -38,7 +41,7 @@ class Pictures:
     def __getitem__(self, index):
         if index == self.broken:
             raise PictureError(f"{index}.png", "it is empty")
-        return LabelledPicture(self.pixels[index], int(LABELS[index]), f"{index}.png")
+        return LabelledPicture(self.pixels[index], index % 2, f"{index}.png")
 
 
 PLAN = ImagesPlan(
@@ -149,6 +152,57 @@ def test_a_set_that_does_not_fit_is_read_from_its_disk(directory, monkeypatch):
     for ours, other in zip(read.__getitems__(range(7)), held.__getitems__(range(7)), strict=True):
         np.testing.assert_array_equal(ours["x"], other["x"])
         assert ours["condition"] == other["condition"]
+
+
+@contextlib.contextmanager
+def limited(which, soft):
+    """This process may have less of something meanwhile."""
+    before = resource.getrlimit(which)
+    resource.setrlimit(which, (soft, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(which, before)
+
+
+def many_shards(directory, count=64):
+    pixels = np.random.default_rng(1).integers(0, 256, (count, 4, 4, 3), np.uint8)
+    plan = dataclasses.replace(PLAN, num_examples=count, shard_size=1)
+    prepare_images(directory, plan, Pictures(pixels))
+    return pixels
+
+
+def test_a_set_may_have_more_shards_than_files_may_be_open(tmp_path):
+    pixels = many_shards(tmp_path)
+    files = len(os.listdir("/proc/self/fd")) + 32
+    with limited(resource.RLIMIT_NOFILE, files):
+        source = load_images_source(tmp_path, verify=False)
+        for index, expected in enumerate(pixels):
+            np.testing.assert_allclose(source[index]["x"], expected / 127.5 - 1, atol=1e-6)
+
+
+def test_files_that_the_system_refuses_are_not_called_damaged(tmp_path, monkeypatch):
+    many_shards(tmp_path)
+    monkeypatch.setattr("piflow_jax.data.records._may_open", lambda files: None)
+    files = len(os.listdir("/proc/self/fd")) + 32
+    with limited(resource.RLIMIT_NOFILE, files), pytest.raises(OSError, match="Too many open") as e:
+        source = load_images_source(tmp_path, verify=False)
+        for index in range(len(source)):
+            source[index]
+    assert "damaged" not in str(e.value) and "ulimit -n" in str(e.value)
+
+
+def test_a_full_disk_is_said_and_leaves_whole_shards_alone(tmp_path):
+    """A limit of a file's size stands for it."""
+    pixels = np.random.default_rng(1).integers(0, 256, (7, 128, 128, 3), np.uint8)
+    plan = dataclasses.replace(PLAN, image_size=128)
+    with (
+        limited(resource.RLIMIT_FSIZE, 100_000),
+        pytest.raises(OSError, match=r"cannot write .*00000-of-00003; make room and start again"),
+    ):
+        prepare_images(tmp_path, plan, Pictures(pixels))
+    assert prepare_images(tmp_path, plan, Pictures(pixels))["num_examples"] == 7
+    assert len(load_images_source(tmp_path)) == 7
 
 
 def test_half_of_the_images_are_mirrored():
