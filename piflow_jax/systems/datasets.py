@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-from piflow_jax.config import Config, DataConfig
+from piflow_jax.config import Config, ConfigError, DataConfig
 from piflow_jax.data import (
     Source,
     load_captioned_digits_source,
@@ -19,6 +19,7 @@ from piflow_jax.data import (
 )
 from piflow_jax.data.emoji import EMOJI_CLASSES
 from piflow_jax.data.mnist import DIGIT_CLASSES, FASHION_CLASSES
+from piflow_jax.data.shards import ShardsError
 from piflow_jax.systems.networks import official_data
 from piflow_jax.systems.shapes import DataShape
 
@@ -140,10 +141,18 @@ def load_source(data: DataConfig) -> Source:
       The source.
 
     Raises:
+      ConfigError: a file is damaged, or a package is missing that reads it.
       FileNotFoundError: the data is not on this machine; the message says how to get it.
       ShardsError: a prepared set is incomplete or damaged.
     """
-    return DATASETS[data.name].load(data)
+    try:
+        return DATASETS[data.name].load(data)
+    except (ConfigError, ShardsError):
+        raise
+    except ImportError as error:
+        raise ConfigError(str(error)) from error
+    except ValueError as error:
+        raise ConfigError(f"config.data.data_dir: {error}") from error
 
 
 def shape_of(config: Config, source: Source) -> DataShape:

@@ -1,13 +1,14 @@
 """Colour emoji: pictures, classes and splits, compared with what FreeType draws of the font."""
 
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image, ImageDraw, ImageFont, features
 
-from piflow_jax.config import parse
+from piflow_jax.config import ConfigError, parse
 from piflow_jax.data import emoji, load_emoji_source
 from piflow_jax.systems.datasets import load_source
 from tests import tiny
@@ -100,6 +101,22 @@ def test_the_command_lines_source_is_this_one(folder):
     config.data.name, config.data.data_dir = "emoji", str(folder)
     source = load_source(parse(config).data)
     assert source.name == "emoji" and len(source) == 6 and len(source.test) == 4
+
+
+def test_a_run_is_told_what_is_missing_or_damaged(folder, monkeypatch):
+    config = tiny.get_config()
+    config.data.name, config.data.data_dir = "emoji", str(folder)
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "fontTools.ttLib", None)
+        with pytest.raises(
+            ConfigError, match=r"^config\.data\.name = 'emoji' needs fontTools: pip"
+        ):
+            load_source(parse(config).data)
+    (folder / emoji._FONT).write_bytes(b"")
+    with pytest.raises(
+        ConfigError, match=r"^config\.data\.data_dir: .* is not a font with pictures"
+    ):
+        load_source(parse(config).data)
 
 
 BROKEN = [
