@@ -11,7 +11,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from piflow_jax.arguments import differing
-from piflow_jax.buckets import located
+from piflow_jax.buckets import is_remote, located
 from piflow_jax.config import Config, ConfigError, DataConfig, naming
 from piflow_jax.data.picture_sets import PictureSet, center_crop, open_pictures
 from piflow_jax.data.pictures import PictureError
@@ -44,7 +44,7 @@ from piflow_jax.modes.autoencoder import (
 )
 from piflow_jax.parallel import local_mesh, replicated
 from piflow_jax.progress import tracked
-from piflow_jax.runs.workdir import user_path
+from piflow_jax.runs.workdir import check_writable, user_path
 from piflow_jax.systems.assembly import Systems
 from piflow_jax.systems.judges import load_inception
 from piflow_jax.systems.sampling import (
@@ -223,8 +223,8 @@ def _samples(
     if not whole.exists():
         labels = index_labels(settings.num_samples, data.num_classes)
         write_samples(whole, (read_kept(path, np.load) for path in shards), labels)
-        for path in shards:
-            path.unlink()
+    for path in shards:  # perhaps of a run that was killed in between
+        path.unlink(missing_ok=True)
     read_kept(whole, lambda path: next(image_batches(path, 1)))
     return whole
 
@@ -256,10 +256,11 @@ def write_reference(config: Config, workdir: str | os.PathLike) -> epath.Path:
       The file, in ADM's format; without images, so without precision and recall.
 
     Raises:
-      ConfigError: a key is not given, the reference exists, or no image can be read.
+      ConfigError: a key is not given, the reference exists, or fewer than two images can be read.
       FileNotFoundError: images or feature weights are not there.
+      OSError: the reference's folder cannot be written.
       PicturesError: `config.data.images` is not what it should be.
-      RefusedError: an image cannot be read, and `config.data.skip_refused` is not set.
+      RefusedError: images cannot be read, and `config.data.skip_refused` is not set.
     """
     path = config.evaluation.reference
     for key, value in (("data.images", config.data.images), ("evaluation.reference", path)):
@@ -267,6 +268,10 @@ def write_reference(config: Config, workdir: str | os.PathLike) -> epath.Path:
             raise ConfigError(f"--mode=statistics needs config.{key}")
     if located(path).exists():
         raise ConfigError(f"config.evaluation.reference = {path!r} exists; remove it first")
+    folder = located(path).parent
+    check_writable(folder, instead="name another config.evaluation.reference")
+    if not is_remote(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     network = load_inception(config.evaluation)
     images = open_pictures(config.data.images)
     pool, spatial = Moments.empty(POOL_FEATURES), Moments.empty(SPATIAL_FEATURES)
@@ -274,10 +279,15 @@ def write_reference(config: Config, workdir: str | os.PathLike) -> epath.Path:
     for batch in _crops(images, config.data, network.batch_size, refused):
         activations = network.activations(batch)
         pool, spatial = pool.add(activations.pool), spatial.add(activations.spatial)
+    if refused and not config.data.skip_refused:
+        raise RefusedError(refused)
     if refused:
         logging.warning("left out %d images; the first: %s", len(refused), refused[0])
-    if not pool.count:
-        raise ConfigError("config.data.images has no image that can be read; name others")
+    if pool.count < 2:
+        raise ConfigError(
+            f"config.data.images has {pool.count} images that can be read, too few for a "
+            "covariance; name others"
+        )
     write_statistics(
         path,
         pool.statistics(),
@@ -292,15 +302,18 @@ def write_reference(config: Config, workdir: str | os.PathLike) -> epath.Path:
 def _crops(
     images: PictureSet, settings: DataConfig, batch_size: int, refused: list[PictureError]
 ) -> Iterator[np.ndarray]:
-    """Batches of crops; adds to `refused` what cannot be read, if that is to be left out."""
+    """Batches of crops; adds to `refused` what cannot be read.
+
+    If that is not to be left out, there are no more batches, and the rest is read for its faults.
+    """
     batch: list[np.ndarray] = []
     for index in range(len(images)):
         try:
             batch.append(center_crop(images[index].image, settings.image_size))
         except PictureError as error:
-            if not settings.skip_refused:
-                raise RefusedError([error]) from error
             refused.append(error)
+        if refused and not settings.skip_refused:
+            batch = []
         if len(batch) == batch_size:
             yield np.stack(batch)
             batch = []

@@ -144,9 +144,12 @@ def test_samples_are_decoded_into_a_grid_of_the_classes(trained):
 
 
 def test_statistics_leave_out_pictures_that_cannot_be_read(tmp_path, monkeypatch):
+    images = tmp_path / "images"
+    images.mkdir()
     for index in range(4):
-        Image.new("RGB", (9, 8), (index, 0, 0)).save(tmp_path / f"{index}.png")
-    (tmp_path / "1.png").write_text("hello")
+        Image.new("RGB", (9, 8), (index, 0, 0)).save(images / f"{index}.png")
+    for index in (1, 3):
+        (images / f"{index}.png").write_text("hello")
     batches = []
 
     def activations(batch):
@@ -158,13 +161,26 @@ def test_statistics_leave_out_pictures_that_cannot_be_read(tmp_path, monkeypatch
     monkeypatch.setattr(adm, "load_inception", lambda _: network)
     monkeypatch.setattr(adm, "write_statistics", lambda *_, **how: batches.append(how["count"]))
     config = tiny.get_config()
-    config.data.images, config.data.image_size = str(tmp_path), 8
-    config.evaluation.reference = str(tmp_path / "reference.npz")
-    with pytest.raises(RefusedError, match=r"1\.png is not .*\n1 picture was .*skip_refused"):
+    config.data.images, config.data.image_size = str(images), 8
+    config.evaluation.reference = str(tmp_path / "a folder" / "that is not there" / "reference.npz")
+    with pytest.raises(
+        RefusedError, match=r"1\.png is not .*\n.*3\.png is not .*\n2 pictures were"
+    ):
         adm.write_reference(parse(config), tmp_path)
     config.data.skip_refused = True
     adm.write_reference(parse(config), tmp_path)
-    assert batches == [[0, 2], [3], 3]
+    assert batches == [[0, 2], 2]
+    assert (tmp_path / "a folder" / "that is not there").is_dir()
+    (images / "2.png").write_text("hello")
+    with pytest.raises(ConfigError, match="has 1 images that can be read, too few"):
+        adm.write_reference(parse(config), tmp_path)
+    config.evaluation.reference = str(images / "0.png" / "reference.npz")
+    del batches[:]
+    with pytest.raises(
+        OSError, match=r"cannot write to .*, or name another config\.evaluation\.ref"
+    ):
+        adm.write_reference(parse(config), tmp_path)
+    assert not batches
 
 
 def test_figures_are_said_to_be_of_the_sampler_that_made_them():
