@@ -74,10 +74,15 @@ check_job() {
 
 # The extras of the package that a job with these arguments needs on a TPU.
 extras() {
-  case "$*" in
-    *=gs://*) echo tpu,gcs ;;
-    *) echo tpu ;;
+  local found=tpu
+  case "$*" in *gs://*) found+=,gcs ;; esac
+  case "$*" in *hf:*) found+=,hub ;; esac
+  case "$*" in *base_dtype=int[48]* | *base_dtype=float8*) found+=,qwix ;; esac
+  case "$* " in
+    *data.text_encoder=* | *evaluation.clip=* | *.parquet*) found+=,text ;;
+    *.pth[\ \'\"@,]* | *.pt[\ \'\"@,]* | *.ckpt[\ \'\"@,]* | *.bin[\ \'\"@,]*) found+=,torch ;;
   esac
+  echo "$found"
 }
 
 # The program's code is what is committed, so that a log can name it.

@@ -65,10 +65,22 @@ def test_tpu_dry_run_queued():
     assert [*queue, "delete", "pod", TPU[0], "--force", "--quiet"] in lines
 
 
-@pytest.mark.parametrize("key", ["--workdir=gs://b/run", "--config.data.data_dir=gs://b/set"])
-def test_tpu_workers_of_a_bucket_get_its_client(key):
+@pytest.mark.parametrize(
+    ("key", "extras"),
+    [
+        ("--workdir=gs://b/run", "gcs"),
+        ("--config.data.data_dir=gs://b/set", "gcs"),
+        ("--config.evaluation.loras=('gs://b/a.safetensors',)", "gcs"),
+        ("--config.teacher.weights=gs://b/ema.pth", "gcs,torch"),
+        ("--config.teacher.weights=/mnt/ema.pth@0.5", "torch"),
+        ("--config.teacher.weights=hf:owner/name", "hub"),
+        ("--config.model.flux.base_dtype=int8", "qwix"),
+        ("--config.data.text_encoder=hf:owner/name", "hub,text"),
+    ],
+)
+def test_tpu_workers_get_what_reads_the_files_of_the_run(key, extras):
     done = launch("tpu.sh", "run", "pod", *TPU, "--dry-run", "--", *JOB, key)
-    assert printed(done.stdout)[5][-1].endswith(" -e '.[tpu,gcs]'")
+    assert printed(done.stdout)[5][-1].endswith(f" -e '.[tpu,{extras}]'")
 
 
 @pytest.mark.parametrize(
