@@ -65,7 +65,7 @@ class Control:
           ValueError: there is none; names the control.
         """
         number = isinstance(sent, int | float) and not isinstance(sent, bool)
-        if not number or not math.isfinite(sent):
+        if not number or not abs(sent) < math.inf:
             raise ValueError(f"{self.name} must be a number, got {str(sent)[:40]!r}")
         if self.kind == "radio":
             return min((value for _, value in self.choices), key=lambda value: abs(value - sent))
@@ -74,5 +74,10 @@ class Control:
             raise ValueError(
                 f"{self.name} must be a whole number from {self.low} to {self.high}, got {sent}"
             )
+        nearest = self._nearest(sent)
+        # The place of the first value may lie beside it.
+        return self.value if nearest == self._nearest(self.value) else nearest
+
+    def _nearest(self, sent: float) -> float:
         steps = round((min(max(sent, self.low), self.high) - self.low) / self.step)
-        return round(self.low + steps * self.step, 6)
+        return min(round(self.low + steps * self.step, 6), self.high)

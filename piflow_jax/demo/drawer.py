@@ -16,16 +16,15 @@ import numpy as np
 
 import piflow_jax
 from piflow_jax.config import DataConfig
-from piflow_jax.convert import open_autoencoder
 from piflow_jax.data import stacked
 from piflow_jax.demo.drawings import Batch, Drawing, Row, Trajectory, plural
 from piflow_jax.demo.paths import Way, between, follow_policy, step_teacher, teacher_way
+from piflow_jax.demo.pictures import decoder_of
 from piflow_jax.evaluation import as_pictures
 from piflow_jax.flow.schedule import TimeWarp
 from piflow_jax.flow.teacher import Teacher
 from piflow_jax.keys import index_keys, index_noise, seed_key
 from piflow_jax.loading import shipped_names
-from piflow_jax.models.vae import picture_decoder
 from piflow_jax.runs.workdir import user_path
 from piflow_jax.systems.datasets import DATASETS
 from piflow_jax.systems.policies import POLICIES
@@ -45,7 +44,8 @@ _MORPHED, _MOST_FRAMES = 128, 17
 _FRAMES, _FEW_FRAMES = 33, 9  # of a path
 _SUBSTEPS = 128  # of a path
 _TIMED, _TIMED_SECONDS = 5, 0.3
-_PROGRAMS = 16  # of the teacher and of paths; a student keeps its own
+_PROGRAMS = 16  # no more than students keep, or what is timed might be compiled anew
+_programs: dict[Hashable, Callable[..., Any]] = {}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -58,6 +58,7 @@ class Drawer:
       teacher_params: its weights.
       prompts: of a student that reads text, a source of prompts with their embeddings.
       decode: latents `[N, H, W, C]` to pictures, where samples are latents.
+      name: of the student; by default that of its data.
     """
 
     student: piflow_jax.Student
@@ -65,7 +66,7 @@ class Drawer:
     teacher_params: Any = None
     prompts: Any = None
     decode: Callable[[jax.Array], jax.Array] | None = None
-    _programs: dict = dataclasses.field(default_factory=dict, repr=False)
+    name: str = ""
 
     @classmethod
     def load(
@@ -101,7 +102,7 @@ class Drawer:
         data = student.settings.data
         if data.conditions:
             raise ValueError("this student's conditions are arrays of your own: the page has none")
-        decode = _decoder(data, vae)
+        decode = decoder_of(data, vae)
         if student.network.conditioning.reads_text:
             row = DATASETS[data.name]
             if prompts is None and not row.bundled:
@@ -115,12 +116,15 @@ class Drawer:
         run = (user_path(path) / "teacher" / "checkpoints").is_dir()
         if teacher is None and not run and str(path) not in shipped_names():
             return cls(student, decode=decode)
-        return cls(student, *piflow_jax.load_teacher(teacher or path), decode=decode)
+        pair = piflow_jax.load_teacher(teacher or path)
+        return cls(
+            student, *pair, decode=decode, name=str(path) if str(path) in shipped_names() else ""
+        )
 
     @property
     def title(self) -> str:
-        """Name of the student's data, such as `fashion mnist`."""
-        return self.student.settings.data.name.replace("_", " ")
+        """Name of the student in words, such as `fashion mnist`."""
+        return (self.name or self.student.settings.data.name).replace("_", " ")
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -370,7 +374,8 @@ class Drawer:
         if self.teacher is None or not teacher_nfe:
             return (student,)
         start, noise = options.get("start", 1.0), batch.noise
-        scale = options.get("guidance", self.teacher.guidance_scale)
+        own = self.guidance if self.guidance_range else self.teacher.guidance_scale
+        scale = options.get("guidance", own)
         if start < 1:
             teacher_nfe = max(round(teacher_nfe * float(self._warp.unwarp(start))), 1)
             noise = (1 - start) * options["x"] + start * noise
@@ -432,16 +437,16 @@ class Drawer:
     ) -> Generator[str, None, tuple[Any, float]]:
         """The arrays that a program makes, and the seconds that it takes once it is compiled.
 
-        Programs that were used last are kept.
+        Of all drawers those are kept that were used last: students keep theirs together, too.
         """
-        program = self._programs.pop(key, None)
+        program = _programs.pop((self, key), None)
         if program is None:
             yield f"Compiling {said}, which takes up to a minute, once."
             program = make()
             jax.block_until_ready(program(*arguments))
-        self._programs[key] = program
-        if len(self._programs) > _PROGRAMS:
-            del self._programs[next(iter(self._programs))]
+        _programs[self, key] = program
+        if len(_programs) > _PROGRAMS:
+            _programs.pop(next(iter(_programs)), None)
         seconds = []
         # The least of a few: other work on the machine only adds.
         while len(seconds) < _TIMED and sum(seconds) < _TIMED_SECONDS:
@@ -465,7 +470,7 @@ class Drawer:
 
     def _facts(self, **facts: Any) -> dict[str, Any]:
         """What a drawing was made of, for its file."""
-        made = {"student": self.student.settings.data.name, "version": piflow_jax.__version__}
+        made = {"student": self.title.replace(" ", "_"), "version": piflow_jax.__version__}
         guided = {"guidance": self.guidance} if self.guidance else {}
         return made | guided | facts
 
@@ -477,23 +482,3 @@ def _is_small(shape: tuple[int, ...]) -> bool:
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def _noise(key: jax.Array, count: int, shape: tuple[int, ...]) -> jax.Array:
     return index_noise(index_keys(key, jnp.arange(count, dtype=jnp.uint32)), shape)
-
-
-def _decoder(data: Any, vae: str | Path | None) -> Callable[[jax.Array], jax.Array] | None:
-    """What makes pictures of samples; None where these are pixels."""
-    if data.channels in (1, 3):
-        if vae is not None:
-            raise ValueError("this student's samples are pixels: leave --vae out")
-        return None
-    if vae is None:
-        raise ValueError(
-            f"samples are latents of {data.channels} channels: pass --vae, the autoencoder's "
-            "weights"
-        )
-    module, params = open_autoencoder(vae)
-    if module.latent_channels != data.channels:
-        raise ValueError(
-            f"--vae makes latents with {module.latent_channels} channels, the student's samples "
-            f"have {data.channels}"
-        )
-    return picture_decoder(data.decoder(module), params)

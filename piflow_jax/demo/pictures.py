@@ -3,15 +3,19 @@
 import base64
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from PIL import Image, PngImagePlugin
 
+from piflow_jax.convert import open_autoencoder
 from piflow_jax.data.picture_sets import center_crop
 from piflow_jax.data.pictures import PictureError, picture_sizes, read_picture
 from piflow_jax.evaluation import draw_grid
+from piflow_jax.models.vae import picture_decoder
 
 # Of the mixture's components, the heaviest first; all further ones share the last.
 COLOURS = (
@@ -153,3 +157,34 @@ def as_sample(
         crop = np.asarray(Image.fromarray(crop).convert("L"))[..., None]
     values = np.float32(crop) / 127.5 - 1
     return -values if inverted else values
+
+
+def decoder_of(data: Any, vae: str | Path | None) -> Callable[[jax.Array], jax.Array] | None:
+    """What makes pictures of samples.
+
+    Args:
+      data: the `DataShape` of the samples.
+      vae: weights of their autoencoder, as of `Drawer.load`.
+
+    Returns:
+      From latents `[N, H, W, C]`; None where samples are pixels.
+
+    Raises:
+      ValueError: the autoencoder is missing, another's, or of no use.
+    """
+    if data.channels in (1, 3):
+        if vae is not None:
+            raise ValueError("this student's samples are pixels: leave --vae out")
+        return None
+    if vae is None:
+        raise ValueError(
+            f"samples are latents of {data.channels} channels: pass --vae, the autoencoder's "
+            "weights"
+        )
+    module, params = open_autoencoder(vae)
+    if module.latent_channels != data.channels:
+        raise ValueError(
+            f"--vae makes latents with {module.latent_channels} channels, the student's samples "
+            f"have {data.channels}"
+        )
+    return picture_decoder(data.decoder(module), params)

@@ -1,6 +1,7 @@
 """What the page draws, against the samplers of the package."""
 
 import dataclasses
+import types
 
 import jax
 import jax.numpy as jnp
@@ -12,10 +13,14 @@ from piflow_jax.config import parse
 from piflow_jax.convert import to_torch_state, write_safetensors
 from piflow_jax.data import load_captioned_digits_source, stacked
 from piflow_jax.demo import Drawer
-from piflow_jax.demo.drawer import EACH
+from piflow_jax.demo.controls import Control
+from piflow_jax.demo.drawer import EACH, _programs
+from piflow_jax.demo.drawings import Batch
 from piflow_jax.demo.views import views_of
+from piflow_jax.flow.teacher import Teacher
 from piflow_jax.models.vae import AutoencoderKL
 from piflow_jax.systems.assembly import Systems
+from piflow_jax.systems.conditioning import ClassLabels
 from piflow_jax.systems.shapes import DataShape
 from tests import tiny, tiny_text
 from tests.demo.drawn import drawn
@@ -145,6 +150,42 @@ def test_ways_end_at_the_samples(run):
     np.testing.assert_allclose(mine.weights.sum(-1), 1, atol=1e-5)
 
 
+def test_a_slider_takes_its_first_value_wherever_that_lies():
+    start = Control(key="start", name="start", value=0.666667, low=0.05, high=1.0, step=0.05)
+    # 0.65 is where the page's slider stands at first.
+    sent = (0.666667, 0.65, 0.6, 1.2, 10**400)
+    assert [start.read(one) for one in sent] == [0.666667, 0.666667, 0.6, 1.0, 1.0]
+    with pytest.raises(ValueError, match="start must be a number, got 'nan'"):
+        start.read(float("nan"))
+    scale = Control(key="guidance", name="guidance", value=2.2, low=1.0, high=3.75, step=0.5)
+    assert [scale.read(one) for one in (2.2, 2.0, 2.5, 3.75, 9.0)] == [2.2, 2.2, 2.5, 3.75, 3.75]
+
+
+def test_a_student_of_a_range_and_its_teacher_have_the_same_guidance(monkeypatch):
+    settings = types.SimpleNamespace(
+        train=types.SimpleNamespace(shift=1.0), data=types.SimpleNamespace(name="my_data")
+    )
+    network = types.SimpleNamespace(conditioning=ClassLabels(2.0, (1.0, 4.0)))
+    student = types.SimpleNamespace(settings=settings, network=network)
+    teacher = Teacher(predict=max, shape=(8, 8, 1))  # of a file, which knows no guidance
+    drawer = Drawer(student, teacher, {}, name="another")
+    given = []
+
+    def called(self, key, said, make, *arguments):
+        given.append(arguments[-1])
+        return ((), ()), 0.0
+        yield
+
+    monkeypatch.setattr(Drawer, "_called", called)
+    batch = Batch(("",), np.zeros(1, int), np.zeros((1, 8, 8, 1), np.float32))
+    for options, scale in (({}, 2.0), ({"guidance": 3.0}, 3.0)):
+        _, row = drawn(drawer._rows(batch, 1, 4, options))
+        assert given[-1] == scale and row.said.endswith(f"guidance {scale:g}")
+    # What tells the students of a page apart.
+    assert drawer.title == "another" and drawer._facts()["student"] == "another"
+    assert dataclasses.replace(drawer, name="").title == "my data"
+
+
 def test_programs_are_said_once_and_few_are_kept():
     drawer = Drawer(student=None)
 
@@ -155,7 +196,7 @@ def test_programs_are_said_once_and_few_are_kept():
 
     for number in (*range(16), 0, 16, 0, *range(17, 40), 39):
         call(number)
-    assert len(drawer._programs) == 16
+    assert len(_programs) == 16  # of all drawers
     # The last to be used stay.
     assert [number for number in (39, 24, 23) if call(number)[0]] == [23]
     assert call(50)[1] == ["Compiling number 50, which takes up to a minute, once."]
