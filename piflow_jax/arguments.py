@@ -8,11 +8,12 @@ import contextlib
 import math
 import operator
 import os
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from jax.typing import ArrayLike
 
 ROUNDING = 1e-5
 """What sums of times in float32 may be off by: less than a hundredth of a substep of 1,000."""
@@ -254,11 +255,33 @@ def whole(name: str, value: Any, low: int, high: int = 2**31 - 1) -> int:
     return number
 
 
+def guidance_cautions(scales: ArrayLike, trained: Sequence[float]) -> list[str]:
+    """Finds guidance scales that a student was not trained for.
+
+    Args:
+      scales: guidance scales, any number of them.
+      trained: `(low, high)` of the scales of training; empty if the scale is no input.
+
+    Returns:
+      At most one sentence.
+    """
+    if not trained:
+        return []
+    (low, high), scales = trained, np.unique(np.float32(scales))
+    outside = scales[(scales < np.float32(low)) | (scales > np.float32(high))]
+    text = (
+        f"this student was trained for guidance from {low:g} to {high:g}; guidance={{:g}} is "
+        "outside, where samples may be poor"
+    )
+    return [text.format(scale) for scale in outside[-1:]]
+
+
 def lora_strengths(loras: Any) -> dict[str, float]:
     """Strengths of LoRA files.
 
     Args:
-      loras: a mapping from paths to strengths, or a list of entries `path` or `path@strength`.
+      loras: a mapping from paths to strengths, or a list of entries `path` or `path@strength`, or
+        one such entry.
 
     Returns:
       The strengths by path, in order.
@@ -266,6 +289,8 @@ def lora_strengths(loras: Any) -> dict[str, float]:
     Raises:
       ValueError: a strength is not one finite number.
     """
+    if isinstance(loras, str | os.PathLike):
+        loras = [loras]
     pairs = loras.items() if isinstance(loras, Mapping) else map(_parsed, loras)
     found: dict[str, float] = {}
     for path, strength in pairs:

@@ -13,6 +13,7 @@ Source: sampling is Alg. 1 of pi-Flow, arXiv 2510.14974.
 import dataclasses
 import json
 import os
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -23,7 +24,14 @@ from etils import epath
 from jax import export as jax_export
 from jax.typing import ArrayLike
 
-from piflow_jax.arguments import as_dtype, check_between, class_labels, prefixed, whole
+from piflow_jax.arguments import (
+    as_dtype,
+    check_between,
+    class_labels,
+    guidance_cautions,
+    prefixed,
+    whole,
+)
 from piflow_jax.keys import as_key
 from piflow_jax.safetensors_files import open_safetensors, write_safetensors
 
@@ -74,8 +82,8 @@ class ExportedStudent:
           `float32[N, *sites, C]`.
 
         Raises:
-          ValueError: the key or the conditions have a wrong type, shape or value, or the student
-            does not take `guidance`.
+          ValueError: the key or the conditions have a wrong type, shape or value, the student does
+            not take `guidance`, or the call is traced.
         """
         condition, number = self._checked(labels, guidance)
         words, batch = jax.random.key_data(as_key(key)), self.settings["batch"]
@@ -90,6 +98,8 @@ class ExportedStudent:
     def _checked(self, given: Any, guidance: Any) -> tuple[dict[str, np.ndarray], int]:
         """Conditions by name, in the types that the program takes, and their number."""
         wanted, defaults = self.settings["condition"], self.settings["defaults"]
+        if any(isinstance(a, jax.core.Tracer) for a in jax.tree.leaves((given, guidance))):
+            raise ValueError("sample cannot be traced: under jit, call program")
         if guidance is not None and "guidance" not in wanted:
             raise ValueError("this sampler does not take a guidance scale: leave guidance out")
         if not wanted:
@@ -107,15 +117,21 @@ class ExportedStudent:
             name: as_dtype(name, np.asarray(given[name]), np.dtype(dtype))
             for name, (dtype, _) in wanted.items()
         }
-        number = max(len(array) if array.ndim else 0 for array in arrays.values())
+        number = max(len(a) if a.ndim else 0 for name, a in arrays.items() if name not in defaults)
         for name, (_, shape) in wanted.items():
             if name in defaults:
+                if arrays[name].shape not in ((), (number,)):
+                    found = list(arrays[name].shape)
+                    raise ValueError(f"{name} must be a number or [{number}], got {found}")
                 arrays[name] = np.broadcast_to(arrays[name], (number,))
             if not number or arrays[name].shape != (number, *shape):
                 axes, found = ", ".join(map(str, ("N", *shape))), list(arrays[name].shape)
                 raise ValueError(f"{name} must be [{axes}], got {found}")
         for name in defaults:  # of guidance
             check_between(name, arrays[name], 0)
+            # Older files do not say for which scales the student was trained.
+            for caution in guidance_cautions(arrays[name], self.settings.get("guidance_range", ())):
+                warnings.warn(caution, stacklevel=3)
         if {"text", "text_length"} <= wanted.keys():
             check_between("text_length", arrays["text_length"], 0, arrays["text"].shape[1])
         return arrays, number

@@ -321,7 +321,7 @@ class Student:
         sampler = _sampler(*choice, implementation="scan")
         leaves, tree = jax.tree_util.tree_flatten_with_path(self.params)
         name = functools.partial(jax.tree_util.keystr, simple=True, separator="/")
-        example = conditioning.example(data, 1, text_length)
+        example = conditioning.example(data, 1, whole("text_length", text_length, 1))
         if isinstance(example, Mapping) and "references" in example:
             raise ValueError(
                 "this student edits images, and exported samplers take no references: write its "
@@ -354,10 +354,11 @@ class Student:
             settings={
                 "shape": shape,
                 "nfe": choice[4],
-                "substeps": substeps,
+                "substeps": choice[5],
                 "solver": solver,
                 "num_classes": 0 if named_by_caller else data.num_classes,
                 "defaults": added,
+                "guidance_range": self.settings.teacher.guidance_range,
             },
         )
 
@@ -425,12 +426,7 @@ def _sampler(
 ) -> Callable[..., jax.Array]:
     """The sampler of a choice, for any weights and numbers; `nfe` is how many times it takes."""
     sampler = student_sampler(
-        network,
-        policy,
-        train,
-        substeps=substeps,
-        solver=solver,
-        implementation=implementation,
+        network, policy, train, substeps=substeps, solver=solver, implementation=implementation
     )
 
     def sample(params, key, batch, places, times, temperature, start):

@@ -11,6 +11,7 @@ import pytest
 
 import piflow_jax
 from piflow_jax.config import parse
+from piflow_jax.exported import ExportedStudent
 from piflow_jax.student import Student
 from piflow_jax.systems.networks import student_network
 from piflow_jax.systems.own import own_network
@@ -122,7 +123,7 @@ def test_an_exported_sampler_is_its_student_without_flax(case, tmp_path):
 def exported(tmp_path_factory):
     """A student and its file, of one platform and a batch of 2."""
     student, path = of_classes(), tmp_path_factory.mktemp("exported") / "sampler.safetensors"
-    student.export(path, substeps=8, platforms=["cpu"], batch=2)
+    student.export(path, substeps=np.int64(8), platforms=["cpu"], batch=2)
     return student, path
 
 
@@ -180,6 +181,28 @@ def test_wrong_prompts(tmp_path):
     guided = embedded(1) | {"guidance": 5.0}
     expected = student.sample(0, guided, size=(4, 8), substeps=2)
     np.testing.assert_allclose(loaded.sample(0, guided), expected, rtol=0, atol=1e-5)
+
+
+def test_guidance_is_that_of_the_student(recwarn):
+    settings = {"condition": {"labels": ("int32", []), "guidance": ("float32", [])}}
+    settings |= {"defaults": {"guidance": 2.0}, "num_classes": 10, "batch": None}
+
+    def program(weights, key, places, condition):
+        return condition["guidance"]
+
+    older = ExportedStudent(settings, {}, program)
+    exported = ExportedStudent(settings | {"guidance_range": [1.0, 4.0]}, {}, program)
+    for one in (older, exported):
+        np.testing.assert_array_equal(one.sample(0, [1, 2]), [2, 2])
+        np.testing.assert_array_equal(one.sample(0, [1, 2], guidance=[1, 4]), [1, 4])
+    older.sample(0, [1, 2], guidance=9.0)
+    assert not recwarn.list
+    with pytest.warns(UserWarning, match="guidance from 1 to 4; guidance=9 is outside"):
+        exported.sample(0, [1, 2], guidance=9.0)
+    with pytest.raises(ValueError, match=r"guidance must be a number or \[2\], got \[3\]"):
+        exported.sample(0, [1, 2], guidance=[1.0, 2.0, 3.0])
+    with pytest.raises(ValueError, match="cannot be traced"):
+        jax.jit(lambda labels: exported.sample(0, labels))(jnp.arange(2))
 
 
 def test_files_that_cannot_be_loaded(exported, tmp_path):

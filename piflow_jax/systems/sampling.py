@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
+from piflow_jax.arguments import guidance_cautions
 from piflow_jax.config import Config, EvaluationConfig, PolicyConfig, TrainConfig
 from piflow_jax.data import Source, stacked
 from piflow_jax.flow.policies import Policy
@@ -151,15 +152,7 @@ def sampling_cautions(
         cautions.append(
             f"h={h:g} has no effect with nfe=1: noise is renewed between segments, and there is one"
         )
-    if guidance_range:
-        (low, high), scales = guidance_range, np.unique(np.float32(guidance))
-        outside = scales[(scales < np.float32(low)) | (scales > np.float32(high))]
-        if outside.size:
-            cautions.append(
-                f"this student was trained for guidance from {low:g} to {high:g}; "
-                f"guidance={outside[-1]:g} is outside, where samples may be poor"
-            )
-    return cautions
+    return cautions + guidance_cautions(guidance, guidance_range)
 
 
 def _levels(levels: np.ndarray) -> str:

@@ -1,6 +1,7 @@
 """LoRA files where a run or a notebook names them: what they change, and what is refused."""
 
 import dataclasses
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -143,6 +144,8 @@ def test_what_is_no_lora_is_refused_by_its_key(folder, changes, words):
         (("a@y@-2",), {"a@y": -2.0}),
         (("a", "a@0.5"), {"a": 1.5}),
         ({"a@1": 3}, {"a@1": 3}),
+        ("ab.safetensors@2", {"ab.safetensors": 2.0}),
+        (Path("ab"), {"ab": 1.0}),
     ],
 )
 def test_an_entry_is_a_path_and_a_strength(entries, expected):
