@@ -9,8 +9,10 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from etils import epath
 
 import piflow_jax
+from piflow_jax import loading
 from piflow_jax.config import parse
 from piflow_jax.convert import open_weights, write_safetensors
 from piflow_jax.loading import shipped, shipped_names
@@ -18,7 +20,7 @@ from piflow_jax.modes.export import export
 from piflow_jax.systems.shapes import DataShape
 from tests import tiny
 from tests.modules import load_module
-from tests.saved_runs import save_run
+from tests.saved_runs import save_run, save_stage
 
 ROOT = Path(__file__).parents[1]
 DATA = DataShape(name="digits", sample_size=8, channels=1, num_classes=10)
@@ -91,6 +93,18 @@ def test_students_of_one_teacher_are_told_apart(continued, package):
 def test_a_teachers_file_is_loaded_as_its_run_is(run):
     _, params = piflow_jax.load_teacher(run / "teacher.safetensors")
     jax.tree.map(np.testing.assert_array_equal, params, piflow_jax.load_teacher(run)[1])
+
+
+def test_a_network_of_ones_own_is_in_no_file(run):
+    with pytest.raises(ValueError, match=r"student\.safetensors: network= is for a run"):
+        piflow_jax.load(run / "student.safetensors", network=object())
+
+
+@pytest.mark.parametrize("place", [".", "teacher", "teacher/checkpoints", "teacher/checkpoints/1"])
+def test_a_teacher_is_guided_as_its_student_was_taught_wherever_it_is_found(tmp_path, place):
+    for stage in ("teacher", "student"):
+        save_stage(tmp_path, stage, {"a": np.ones(1)}, {}, {"teacher.guidance_scale": 2.5})
+    assert loading._guidance(epath.Path(tmp_path / place)) == {"guidance_scale": 2.5}
 
 
 def test_the_card_says_what_was_measured(package):

@@ -103,6 +103,8 @@ def load(
         _fetch(path, teacher, *lora_strengths(loras or {}))
     path, is_weights = located_weights(path, "student")
     if is_weights:
+        if network is not None:
+            raise ValueError(f"{path}: network= is for a run of a network of your own")
         return _from_file(path, config, dtype, teacher, loras)
     directory, step, spec, saved = find_checkpoint(path, "student")
     with prefixed(directory):
@@ -195,7 +197,8 @@ def load_teacher(
             "config.evaluation.system=teacher (docs/text_to_image.md)"
         )
     given = {"guidance_scale": guidance_scale, "guidance_interval": guidance_interval}
-    guidance = _guidance(run) | {key: v for key, v in given.items() if v is not None}
+    guidance = {} if is_weights else _guidance(run)
+    guidance |= {key: v for key, v in given.items() if v is not None}
     teacher = Teacher(
         predict=network.apply,
         shape=data.shape,
@@ -253,8 +256,10 @@ def _guidance(path: epath.Path) -> dict[str, Any]:
     from piflow_jax.runs.checkpoint import read_spec
     from piflow_jax.runs.steps import latest_step
 
-    directory = path / "student" / "checkpoints"
-    if latest_step(directory) is None:
+    # The path may lead to the teacher's checkpoints, or to one of their steps.
+    places = (run / "student" / "checkpoints" for run in (path, *list(path.parents)[:3]))
+    directory = next((place for place in places if latest_step(place) is not None), None)
+    if directory is None:
         return {}
     _, _, saved = read_spec(directory)
     found = {
