@@ -33,6 +33,12 @@ RIGHT = [
 ]
 
 
+@pytest.mark.parametrize("examples", [0, -1, 2.5])
+def test_some_examples_are_needed(examples):
+    with pytest.raises(ValueError, match="examples must be"):
+        check_teacher(teacher(*RIGHT[0]), {}, DATA, examples=examples)
+
+
 @pytest.mark.parametrize(("prediction", "schedule"), RIGHT, ids=[name for name, _ in RIGHT])
 def test_nothing_is_said_of_the_exact_denoiser(prediction, schedule):
     report = check_teacher(teacher(prediction, schedule), {}, DATA)

@@ -83,6 +83,14 @@ def test_a_gap_is_the_planted_one_where_it_was_planted():
     assert gap.by_segment[0] < 1e-3 < 0.01 < gap.by_segment[1]
 
 
+def test_a_gap_takes_noise_of_few_bits_and_some_points():
+    low = velocity_gap(exact, teacher, NOISE.astype(jnp.bfloat16), 1, WARP, points=2)
+    high = velocity_gap(exact, teacher, NOISE.astype(jnp.bfloat16).astype(float), 1, WARP, points=2)
+    np.testing.assert_allclose(low.power, high.power, rtol=1e-5)
+    with pytest.raises(ValueError, match="points must be"):
+        velocity_gap(exact, teacher, NOISE, 1, WARP, points=0)
+
+
 @pytest.mark.slow
 def test_an_untrained_network_is_blamed():
     found = diagnose(

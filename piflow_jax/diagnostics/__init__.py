@@ -17,8 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from piflow_jax.arguments import whole
 from piflow_jax.flow.imitation import imitation_loss, sample_intervals
 from piflow_jax.flow.policies import GMFlowPolicy, Policy
+from piflow_jax.flow.policies.base import promote
 from piflow_jax.flow.rollout import rollout
 from piflow_jax.flow.sampling import few_step_sample, ode_sample
 from piflow_jax.flow.schedule import TimeWarp, sampling_times
@@ -169,9 +171,10 @@ def velocity_gap(
       The gap by time and segment.
 
     Raises:
-      ValueError: `nfe` or `total_substeps` is below 1, or `final_step_size_scale` is negative.
+      ValueError: `nfe`, `points` or `total_substeps` is below 1, or `final_step_size_scale` is
+        negative.
     """
-    times = sampling_times(nfe, warp, final_step_size_scale)
+    times, points = sampling_times(nfe, warp, final_step_size_scale), whole("points", points, 1)
     batch = noise.shape[0]
 
     @jax.jit
@@ -188,7 +191,7 @@ def velocity_gap(
         grid = jnp.linspace(tau_src, tau_dst, points + 1)
         return jax.lax.scan(query, x, jnp.stack([grid[:-1], grid[1:]], axis=1))
 
-    x, found = jnp.asarray(noise), []
+    (x,), found = promote(noise), []
     for src, dst in zip(times.src, times.dst, strict=True):
         x, values = segment(x, *(jnp.float32(warp.unwarp(t)) for t in (src, dst)))
         found.append(values)

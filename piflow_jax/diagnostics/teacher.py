@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from piflow_jax.arguments import whole
 from piflow_jax.data import Source, as_source, stacked
 from piflow_jax.flow.teacher import Schedule, Teacher
 from piflow_jax.keys import as_key
@@ -80,12 +81,13 @@ def check_teacher(
       data if the same network denoises much better with it.
 
     Raises:
-      ValueError: the network does not take the data, or predicts another shape.
+      ValueError: the network does not take the data, or predicts another shape; or `examples` is
+        below 1.
     """
     # Compiled once for all levels and readings: around it there is little to compute.
     teacher = dataclasses.replace(teacher, predict=jax.jit(teacher.predict), guidance_scale=1.0)
     source = as_source(source)
-    count = min(examples, len(source))
+    count = min(whole("examples", examples, 1), len(source))
     batch = stacked([source[int(i)] for i in np.linspace(0, len(source) - 1, count)])
     key = as_key(seed)
     x0 = batch["x"]

@@ -40,11 +40,11 @@ def nothing_of(cond: Any, null: Any) -> Any:
     """The null condition of one example, for all examples of `cond`; see `null_conditions`."""
 
     def nothing(given, null):
-        return jnp.broadcast_to(null, given.shape).astype(jnp.asarray(given).dtype)
+        return jnp.broadcast_to(jnp.asarray(null), given.shape).astype(jnp.asarray(given).dtype)
 
     try:
         found = jax.tree.map(nothing, cond, null)
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         raise ValueError(
             "null_cond must be the condition of one example: of the structure of cond, and of "
             "its shapes without B"

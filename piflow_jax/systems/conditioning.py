@@ -86,8 +86,9 @@ class Conditioning(abc.ABC):
         return {**named, "guidance": scale}
 
     def _scales(self, condition: Condition, number: int) -> jax.Array:
-        """The guidance scales `[number]` of a condition, for the network."""
+        """The guidance scales `[number]` of a condition, for the network; checked if known."""
         scale = condition.get("guidance", self.guidance)
+        check_between("guidance", scale, 0)
         return jnp.broadcast_to(jnp.asarray(scale, jnp.float32), (number,))
 
     def _checked_scales(self, condition: Condition, number: int) -> np.ndarray:
@@ -128,6 +129,8 @@ class ClassLabels(Conditioning):
         labels = labels if isinstance(labels, jax.Array) else np.asarray(labels)
         if not self.guidance:
             return {"labels": labels}
+        if labels.ndim != 1:
+            raise ValueError(f"labels must be [B], got {list(labels.shape)}")
         return {"labels": labels, "guidance": self._scales(named, labels.shape[0])}
 
     def null(self, data, caption):

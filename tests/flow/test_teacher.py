@@ -127,6 +127,18 @@ def test_the_ends_of_time_are_finite_in_float32(name, kind):
         assert np.isfinite(teacher.velocity(None, x, jnp.full(2, level))).all()
 
 
+def test_a_null_condition_may_be_a_list():
+    def predict(params, z, s, cond):
+        return z * cond[:, :1]
+
+    x, t, cond = jnp.ones((2, 2)), jnp.ones(2), jnp.full((2, 3), 2.0)
+    teacher = Teacher(predict=predict, shape=(2,), guidance_scale=2.0, null_cond=[0.5, 0.0, 0.0])
+    np.testing.assert_allclose(teacher.velocity({}, x, t, cond), np.full((2, 2), 3.5))
+    other = dataclasses.replace(teacher, null_cond={"a": 0.5})
+    with pytest.raises(ValueError, match="null_cond must be the condition of one example"):
+        other.velocity({}, x, t, cond)
+
+
 @pytest.mark.parametrize("orthogonal", [0.0, 0.7])
 def test_guidance_is_that_of_velocities(x64, orthogonal):
     x, t = states()

@@ -63,6 +63,16 @@ def drawn(student, guidance=None, labels=(3, 3, 7), **options):
     return np.asarray(student.sample(5, np.array(labels), substeps=4, guidance=guidance, **options))
 
 
+@pytest.mark.parametrize("guidance", [-5.0, np.nan, [1.0, np.inf]])
+def test_known_scales_are_checked(guidance):
+    conditioning = ClassLabels(2.0, (1.0, 4.0))
+    with pytest.raises(ValueError, match="guidance must be finite and at least 0"):
+        conditioning({"labels": np.arange(2), "guidance": guidance})
+    for labels in (3, None):
+        with pytest.raises(ValueError, match=r"labels must be \[B\], got \[\]"):
+            conditioning(labels)
+
+
 def test_a_batch_of_scales_is_each_scale_alone(x64):
     """Data `N(m_c, s^2)` of class c, and their mixture where there is no class."""
     means, spread = jnp.array([-1.5, 0.2, 2.0]), 0.4
