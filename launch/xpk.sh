@@ -22,7 +22,8 @@ delete  stops and removes it
   --max-restarts=N     (100)
   --grace=SECONDS      between SIGTERM and SIGKILL; saving has to fit into it (180)
   --base-image=IMAGE   image with Python 3.11 or later; xpk adds the committed code (python:3.12)
-  --setup=COMMAND      run in the container before the program (pip install -q -e '.[tpu]', with the extras that the run needs)
+  --setup=COMMAND      run in the container before the program (pip install -q -e '.[tpu]', with
+                       the further extras that the run needs)
   --image=IMAGE        an image with everything, this repository as its working directory; used as
                        it is, instead of --base-image, and without --setup's default
   --xpk-flag=FLAG      handed to `xpk workload create` as it is, such as --storage=NAME; may be
