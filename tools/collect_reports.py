@@ -57,6 +57,7 @@ Some sections are not variants of a configuration, but a variant with other sett
 | `gm_corrected_policy` | the same with `kind=policy`, and the critic's optimiser at its defaults |
 | `gm_corrected_shift3` | `gm_corrected_scale1_critic1` with `shift=3` of the corrector |
 | `gm_corrected_1800` | `gm_corrected_scale1_critic1` with `--config.train.steps=1800` |
+| `gm_corrected` of emoji | `gm` with [these settings](beyond.md#correcting-the-distribution) |
 | `gm_corrected_frechet` | `gm_frechet`, continuing the student of `gm_corrected_scale1_critic1` |
 """
 COLUMNS = {
