@@ -23,6 +23,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
+from flax import nnx
 
 from piflow_jax.config import Config, ConfigError, CorrectorConfig
 from piflow_jax.flow.distribution import (
@@ -133,7 +134,8 @@ class Corrector:
         def rows(taken):
             def some(a):
                 grouped = a.reshape(len(a) // of, of, *a.shape[1:])[:, taken]
-                return grouped.reshape(-1, *a.shape[1:])
+                # Without -1, which arrays of no elements do not determine.
+                return grouped.reshape(len(grouped) * grouped.shape[1], *a.shape[1:])
 
             return jax.tree.map(some, batch)
 
@@ -285,6 +287,7 @@ class CriticCorrector(Corrector):
         """Adds a critic that starts at the teacher; see `Corrector`."""
         if self._network is None:
             params = jax.tree.map(jnp.copy, _parameters(teacher_params))
+            _check_trainable(params)
         else:
             params = self._network.start(key, None, teacher_params)
         return _with(CorrectedState, state, critic=Critic(params, self._optimizer.init(params)))
@@ -400,6 +403,19 @@ def _parameters(variables: Any) -> Any:
     if isinstance(variables, Mapping) and variables.keys() > {"params"}:
         return {"params": variables["params"]}
     return variables
+
+
+def _check_trainable(params: Any) -> None:
+    """Refuses variables of which some are none that gradients may change."""
+    if isinstance(params, nnx.State):
+        others = params.filter(nnx.Not(nnx.Param))
+    else:
+        others = [leaf for leaf in jax.tree.leaves(params) if not jnp.issubdtype(leaf, jnp.inexact)]
+    if others:
+        raise ConfigError(
+            "config.train.corrector.kind = 'critic' trains a copy of teacher_params, which have "
+            "more in them than parameters: give {'params': parameters, **others}, or kind 'policy'"
+        )
 
 
 def _with(kind: type, state: TrainState, **more: Any) -> Any:

@@ -12,8 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
-from piflow_jax.config import parse
+from piflow_jax.config import ConfigError, parse
 from piflow_jax.data import load_digits_source
 from piflow_jax.distillation.stages import student_stage
 from piflow_jax.flow.frechet import Moments
@@ -152,6 +153,32 @@ def test_a_critic_leaves_running_averages_and_random_state_as_they_are():
     state = corrector.begin(SEEN, first_state(corrector.config, RIGHT), teacher_params)
     followed, metrics = corrector.follow(state, teacher_params, part(SEEN), SEEN)
     assert followed.critic.params.keys() == {"params"} and np.isfinite(metrics["critic_loss"])
+
+
+@pytest.mark.parametrize("policy", ["gm", "dx"])
+def test_shares_of_draws_that_are_empty(policy):
+    """One state has no teacher's draws beside it, and DX drops nothing."""
+    changes = {"train__num_states": 1, "policy__kind": policy, "train__gm_dropout": 0.0}
+    corrector = corrector_of(settings("policy", train__corrector__share=0.25, **changes))
+    batch = {"x": np.arange(8.0), "none": np.zeros((8, 0)), "of none": np.zeros((8, 2, 0))}
+    for rows, found in zip(([0, 4], [1, 2, 3, 5, 6, 7]), corrector.shares(batch), strict=True):
+        np.testing.assert_array_equal(found["x"], rows)
+        assert found["none"].shape == (len(rows), 0) and found["of none"].shape == (len(rows), 2, 0)
+
+
+class Normalised(nnx.Module):
+    def __init__(self):
+        self.norm = nnx.BatchNorm(1, rngs=nnx.Rngs(0))
+
+
+@pytest.mark.parametrize(
+    "given", [nnx.state(Normalised()), {"w": jnp.ones(2), "count": jnp.uint32(3)}]
+)
+def test_a_critic_is_no_copy_of_more_than_parameters(given):
+    corrector = corrector_of(settings("critic"))
+    state = first_student_state(SEEN, settings("policy"), Student(), RIGHT, RIGHT)
+    with pytest.raises(ConfigError, match="'critic' trains a copy of teacher_params, which have"):
+        corrector.begin(SEEN, state, given)
 
 
 # Settings of the test and the rate of its descent, for each corrector.
