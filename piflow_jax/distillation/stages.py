@@ -300,8 +300,8 @@ def student_stage(
     if corrected:  # correctors without an optimizer have the default's, which is constant
         decays.append(settings.corrector.optimizer.decay)
     extensible = _extensible("train", *decays)
-    # Each microbatch has its own key for the dropout of adapters.
-    if not student.drops:
+    # Each microbatch has its own key for the dropout of adapters, and its own averages.
+    if not (student.drops or student.carries):
         extensible += ("train.microbatches",)
     step = distill_step(
         student,

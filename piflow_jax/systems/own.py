@@ -16,8 +16,9 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from flax.errors import FlaxError
 
-from piflow_jax.arguments import check_between
+from piflow_jax.arguments import check_between, prefixed
 from piflow_jax.config import ConfigError, PolicyConfig
 from piflow_jax.flow.teacher import Teacher
 from piflow_jax.keys import is_typed_key, key_numbers, seed_key
@@ -339,13 +340,14 @@ class OwnNetwork(Network):
     def check_start(self, initial: Any = None) -> None:
         """Runs `check` with a start at parameters or at their shapes; None is no start."""
         key, data = seed_key(0), self.data
-        variables = jax.jit(self.init)(key)
         x, t = jnp.zeros((1, *data.shape), jnp.float32), jnp.ones(1, jnp.float32)
         example = self.conditioning.example(data, 1, 0)
         null = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), example)
         if data.num_classes and not data.conditions:
             null = jnp.asarray(self.conditioning.null(data, None))[None]
-        out = jax.jit(self.apply)(variables, x, t, null)
+        rule = f"{self.name} must run without random keys, and leave its state as it is in sampling"
+        with prefixed(rule, FlaxError, ConfigError):
+            out = jax.jit(self.apply)(jax.jit(self.init)(key), x, t, null)
         if not all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(out)):
             raise ConfigError(
                 f"{self.name} is not finite for the null label, {data.num_classes}: embed "

@@ -211,6 +211,19 @@ def test_a_teacher_is_trained_further(tmp_path):
         piflow_jax.train_teacher(config, tmp_path / "other", initial_params=first, **given)
 
 
+@pytest.mark.parametrize(
+    "layer", [nn.Dropout(0.5, deterministic=False), nn.BatchNorm(use_running_average=False)]
+)
+def test_a_module_that_wants_keys_or_always_learns_is_refused(tmp_path, layer):
+    class Wanting(nn.Module):
+        @nn.compact
+        def __call__(self, x, t):
+            return layer.copy()(nn.Dense(2)(x))
+
+    with pytest.raises(ConfigError, match="must run without random keys, and leave its state"):
+        piflow_jax.train_teacher(config_of_teacher(), tmp_path, network=Wanting(), source=POINTS)
+
+
 def test_without_data(tmp_path):
     teacher, params = exact()
     teacher = dataclasses.replace(teacher, shape=(2,))
