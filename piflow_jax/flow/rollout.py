@@ -186,8 +186,8 @@ def average_velocity(
       warp: raw time to noise level.
       total_substeps: substeps per unit of raw time.
       eps: lower bound on the difference of noise levels in the divisor.
-      bound: static bound on the substeps, as for `rollout`. 0 or 1 declares that every interval is
-        shorter than two substeps, so that no rollout is compiled.
+      bound: static bound on the substeps, as for `rollout`. 0 or 1 declares that every interval
+        rounds to fewer than two substeps, so that no rollout is compiled.
       solver: see `rollout`.
 
     Returns:
