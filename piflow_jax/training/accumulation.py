@@ -1,4 +1,4 @@
-"""Gradients of a batch that is computed in parts."""
+"""A batch that is computed in parts."""
 
 from collections.abc import Callable
 from typing import Any
@@ -27,9 +27,7 @@ def accumulate(loss_and_grads: Callable, batch, count: int, carried: Any = ()):
     """
     if count == 1:
         return loss_and_grads(batch, carried)
-    parts = jax.tree.map(
-        lambda a: jnp.swapaxes(a.reshape(len(a) // count, count, *a.shape[1:]), 0, 1), batch
-    )
+    parts = _parts(batch, count)
     first = jax.tree.map(lambda a: a[0], parts)
     shapes, _ = jax.eval_shape(loss_and_grads, first, carried)
     zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
@@ -43,3 +41,28 @@ def accumulate(loss_and_grads: Callable, batch, count: int, carried: Any = ()):
     (total, carried), _ = jax.lax.scan(body, (zeros, carried), parts)
     with jax.named_scope("optimizer"):
         return jax.tree.map(lambda a: a / count, total), carried
+
+
+def in_parts(function: Callable, batch: Any, count: int) -> Any:
+    """What a function makes of each example of a batch, computed in the parts of `accumulate`.
+
+    Args:
+      function: from a part to arrays with its examples on the leading axis.
+      batch: arrays with examples on the leading axis.
+      count: number of parts; divides the number of examples.
+
+    Returns:
+      The arrays for the whole batch, in its order.
+    """
+    if count == 1:
+        return function(batch)
+    found = jax.lax.map(function, _parts(batch, count))
+    return jax.tree.map(
+        lambda a: jnp.swapaxes(a, 0, 1).reshape(count * a.shape[1], *a.shape[2:]), found
+    )
+
+
+def _parts(batch: Any, count: int) -> Any:
+    return jax.tree.map(
+        lambda a: jnp.swapaxes(a.reshape(len(a) // count, count, *a.shape[1:]), 0, 1), batch
+    )

@@ -39,7 +39,7 @@ from piflow_jax.systems.correctors import corrector_kind
 from piflow_jax.systems.network import Network
 from piflow_jax.systems.sampling import student_policy, student_sampler, student_times
 from piflow_jax.systems.spaces import Space
-from piflow_jax.training.accumulation import accumulate
+from piflow_jax.training.accumulation import accumulate, in_parts
 from piflow_jax.training.optimizer import make_optimizer
 from piflow_jax.training.state import CarryingState, TrainState
 
@@ -306,8 +306,9 @@ class CriticCorrector(Corrector):
     def follow(self, state, teacher_params, part, key):
         """Trains the critic on samples of the student by flow matching; see `Corrector`."""
         part = {name: part[name] for name in ("condition", "noise")}
-        x0 = self._samples(state.params, state.carried, teacher_params, part)
-        x0 = jax.lax.stop_gradient(x0)
+        count = self.config.train.microbatches
+        samples = functools.partial(self._samples, state.params, state.carried, teacher_params)
+        x0 = jax.lax.stop_gradient(in_parts(samples, part, count))
 
         def loss_of(params, part):
             t = per_sample(part["t"], x0.ndim)
@@ -321,7 +322,6 @@ class CriticCorrector(Corrector):
             def loss_and_grads(inputs, carried):
                 return jax.value_and_grad(loss_of)(critic.params, inputs), carried
 
-            count = self.config.train.microbatches
             (loss, grads), _ = accumulate(loss_and_grads, inputs, count)
             with jax.named_scope("optimizer"):
                 updates, moments = self._optimizer.update(grads, critic.opt_state, critic.params)
@@ -380,7 +380,9 @@ class FrechetCorrector(Corrector):
     def follow(self, state, teacher_params, part, key):
         """Takes samples of the student into its moments; see `Corrector`."""
         del key
-        features = self._features(state.params, state.carried, teacher_params, part)
+        part = {name: part[name] for name in ("condition", "noise")}
+        features_of = functools.partial(self._features, state.params, state.carried, teacher_params)
+        features = in_parts(features_of, part, self.config.train.microbatches)
         moments = state.moments.add(features, self._most)
         distance = frechet_distance(moments.gaussian(), *self._target(features))
         return state.replace(moments=moments), {"corrector_frechet": distance}

@@ -301,6 +301,26 @@ def test_microbatches_change_no_gradient_of_a_distance():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), *found)
 
 
+@pytest.mark.parametrize("kind", ["critic", "frechet"])
+def test_what_follows_a_student_samples_it_in_parts(kind, monkeypatch):
+    apply, seen, found = Student.apply, [], []
+
+    def recorded(self, variables, x, t, condition):
+        seen.append(len(x))
+        return apply(self, variables, x, t, condition)
+
+    monkeypatch.setattr(Student, "apply", recorded)
+    for count in (1, 4):
+        corrector = corrector_of(settings(kind, train__microbatches=count))
+        state = first_state(
+            corrector.config, {"mean": jnp.asarray(-0.2), "logstd": jnp.asarray(0.3)}
+        )
+        followed, _ = jax.jit(corrector.follow)(state, RIGHT, part(SEEN), SEEN)
+        found.append(corrector.learned(followed))
+    assert seen[0] == BATCH and set(seen) == {BATCH, BATCH // 4}
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), *found)
+
+
 def test_levels_are_stratified_between_their_ends_and_shifted_to_noise():
     config = settings("critic", train__corrector__levels=(0.1, 0.9), train__corrector__shift=3.0)
     corrector = corrector_of(config)
