@@ -15,6 +15,7 @@ score distillation (arXiv 2305.16213) and DMD (arXiv 2311.18828) for the directi
 
 import dataclasses
 import functools
+import sys
 from collections.abc import Callable, Mapping
 from fractions import Fraction
 from typing import Any
@@ -23,7 +24,6 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
-from flax import nnx
 
 from piflow_jax.config import Config, ConfigError, CorrectorConfig
 from piflow_jax.flow.distribution import (
@@ -409,7 +409,8 @@ def _parameters(variables: Any) -> Any:
 
 def _check_trainable(params: Any) -> None:
     """Refuses variables of which some are none that gradients may change."""
-    if isinstance(params, nnx.State):
+    nnx = sys.modules.get("flax.nnx")  # whoever has a state of its own has loaded it
+    if nnx is not None and isinstance(params, nnx.State):
         others = params.filter(nnx.Not(nnx.Param))
     else:
         others = [leaf for leaf in jax.tree.leaves(params) if not jnp.issubdtype(leaf, jnp.inexact)]
