@@ -256,8 +256,9 @@ def _guidance(path: epath.Path) -> dict[str, Any]:
     from piflow_jax.runs.checkpoint import read_spec
     from piflow_jax.runs.steps import latest_step
 
-    # The path may lead to the teacher's checkpoints, or to one of their steps.
-    places = (run / "student" / "checkpoints" for run in (path, *list(path.parents)[:3]))
+    # The path may lead to the run's teacher, to its checkpoints, or to one of their steps.
+    above = [one.parent for one in (path, *list(path.parents)[:2]) if one.name == "teacher"]
+    places = [run / "student" / "checkpoints" for run in (path, *above)]
     directory = next((place for place in places if latest_step(place) is not None), None)
     if directory is None:
         return {}
