@@ -413,7 +413,9 @@ def _check_trainable(params: Any) -> None:
     if nnx is not None and isinstance(params, nnx.State):
         others = params.filter(nnx.Not(nnx.Param))
     else:
-        others = [leaf for leaf in jax.tree.leaves(params) if not jnp.issubdtype(leaf, jnp.inexact)]
+        others = [
+            leaf for leaf in jax.tree.leaves(params) if not jnp.issubdtype(leaf.dtype, jnp.inexact)
+        ]
     if others:
         raise ConfigError(
             "config.train.corrector.kind = 'critic' trains a copy of teacher_params, which have "
