@@ -255,6 +255,26 @@ def whole(name: str, value: Any, low: int, high: int = 2**31 - 1) -> int:
     return number
 
 
+def guidance_scales(scale: ArrayLike, number: int) -> np.ndarray:
+    """Guidance scales of samples, checked.
+
+    Args:
+      scale: a number or `[number]`.
+      number: of samples.
+
+    Returns:
+      `float32[number]`.
+
+    Raises:
+      ValueError: it has another shape, or a scale is negative or not finite.
+    """
+    scale = np.asarray(scale)
+    if scale.shape not in ((), (number,)):
+        raise ValueError(f"guidance must be a number or [{number}], got {list(scale.shape)}")
+    check_between("guidance", scale, 0)
+    return np.broadcast_to(np.float32(scale), (number,))
+
+
 def guidance_cautions(scales: ArrayLike, trained: Sequence[float]) -> list[str]:
     """Finds guidance scales that a student was not trained for.
 
@@ -269,11 +289,11 @@ def guidance_cautions(scales: ArrayLike, trained: Sequence[float]) -> list[str]:
         return []
     (low, high), scales = trained, np.unique(np.float32(scales))
     outside = scales[(scales < np.float32(low)) | (scales > np.float32(high))]
-    text = (
-        f"this student was trained for guidance from {low:g} to {high:g}; guidance={{:g}} is "
+    return [
+        f"this student was trained for guidance from {low:g} to {high:g}; guidance={scale:g} is "
         "outside, where samples may be poor"
-    )
-    return [text.format(scale) for scale in outside[-1:]]
+        for scale in outside[-1:]
+    ]
 
 
 def lora_strengths(loras: Any) -> dict[str, float]:

@@ -29,6 +29,7 @@ from piflow_jax.arguments import (
     check_between,
     class_labels,
     guidance_cautions,
+    guidance_scales,
     prefixed,
     whole,
 )
@@ -119,16 +120,12 @@ class ExportedStudent:
         }
         number = max(len(a) if a.ndim else 0 for name, a in arrays.items() if name not in defaults)
         for name, (_, shape) in wanted.items():
-            if name in defaults:
-                if arrays[name].shape not in ((), (number,)):
-                    found = list(arrays[name].shape)
-                    raise ValueError(f"{name} must be a number or [{number}], got {found}")
-                arrays[name] = np.broadcast_to(arrays[name], (number,))
+            if name in defaults:  # of guidance
+                arrays[name] = guidance_scales(arrays[name], number)
             if not number or arrays[name].shape != (number, *shape):
                 axes, found = ", ".join(map(str, ("N", *shape))), list(arrays[name].shape)
                 raise ValueError(f"{name} must be [{axes}], got {found}")
-        for name in defaults:  # of guidance
-            check_between(name, arrays[name], 0)
+        for name in defaults:
             # Older files do not say for which scales the student was trained.
             for caution in guidance_cautions(arrays[name], self.settings.get("guidance_range", ())):
                 warnings.warn(caution, stacklevel=3)

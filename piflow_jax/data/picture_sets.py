@@ -244,14 +244,13 @@ class PictureTar(_Listed):
             tars = [name for name in files if name.endswith(".tar")]
             loose = [name for name in files if is_picture(name)]
             entries = [one for tar in tars for one in self._inner(outer, tar, files[tar])]
-        beside = {posixpath.dirname(name) for name in loose}
         if not tars:
             with prefixed(path, PicturesError, PicturesError):
                 entries, loose = _grouped({name: files[name] for name in loose})
-        elif folders := beside - {posixpath.dirname(name) for name in tars}:
+        elif folders := {*map(posixpath.dirname, loose)} - {*map(posixpath.dirname, tars)}:
             raise PicturesError(
-                f"{path} has tar files, such as {tars[0]}, and images in folders, such as "
-                f"{_printable(min(folders))}: pack either alone, and the classes have one form"
+                f"{path} has tar files, such as {_printable(tars[0])}, and images in folders, such "
+                f"as {_printable(min(folders))}: pack either alone, and the classes have one form"
             )
         if not entries:
             raise PicturesError(f"{path} has no images in it, and no tar files of them")
@@ -302,15 +301,15 @@ def _files(tar: tarfile.TarFile, where: str) -> dict[str, tarfile.TarInfo]:
             members[name] = found  # what is appended replaces what had the name
     # tarfile takes a damaged header, or none, for the end of the archive, which is zeros.
     tar.fileobj.seek(tar.offset)
+    count = len(tar.getmembers())
     if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-        count = len(tar.getmembers())
         raise PicturesError(
             f"{where} is damaged or cut short behind {count} members; fetch it again"
         )
     left = tar.fileobj.seek(0, os.SEEK_END) - tar.offset
     if left > _PADDING:
         raise PicturesError(
-            f"{where} ends behind {len(tar.getmembers())} members, with {left:,} bytes left in the "
+            f"{where} ends behind {count} members, with {left:,} bytes left in the "
             "file: its download has not ended, or other archives are appended to it. Fetch it "
             "again, or pack one archive of all"
         )

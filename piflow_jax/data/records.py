@@ -123,7 +123,7 @@ class Records(Sequence[Any]):
 
 
 def _may_open(files: int) -> None:
-    """Lets this process open so many files more, as far as its user may."""
+    """Lets this process open that many more files, as far as its user may."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != resource.RLIM_INFINITY:
         wanted = soft + files

@@ -383,12 +383,12 @@ class ShardedSet:
                 raise self.error(f"{path} does not have all of {shard['file']}")
             self._check_entry(shard, path)
             if PurePosixPath(shard["file"]).name != shard["file"]:
-                raise self.error(f"{path} names a shard outside of it, {shard['file']!r}")
+                raise self.error(
+                    f"{path} names a shard outside of its directory, {shard['file']!r}"
+                )
         total = sum(shard["examples"] for shard in manifest["shards"])
-        if total != manifest["num_examples"]:
-            raise self.error(
-                f"{path} lists shards of {total} of {manifest['num_examples']} examples"
-            )
+        if total != (wanted := manifest["num_examples"]):
+            raise self.error(f"{path} lists shards of {total} of {wanted} examples")
         return manifest
 
     def verify(

@@ -45,7 +45,7 @@ _FRAMES, _FEW_FRAMES = 33, 9  # of a path
 _SUBSTEPS = 128  # of a path
 _TIMED, _TIMED_SECONDS = 5, 0.3
 _PROGRAMS = 16  # no more than students keep, or what is timed might be compiled anew
-_programs: dict[Hashable, Callable[..., Any]] = {}
+_kept: dict[Hashable, Callable[..., Any]] = {}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -114,12 +114,11 @@ class Drawer:
         if prompts is not None:
             raise ValueError("this student reads no text: leave --prompts out")
         run = (user_path(path) / "teacher" / "checkpoints").is_dir()
-        if teacher is None and not run and str(path) not in shipped_names():
+        name = str(path) if str(path) in shipped_names() else ""
+        if teacher is None and not run and not name:
             return cls(student, decode=decode)
         pair = piflow_jax.load_teacher(teacher or path)
-        return cls(
-            student, *pair, decode=decode, name=str(path) if str(path) in shipped_names() else ""
-        )
+        return cls(student, *pair, decode=decode, name=name)
 
     @property
     def title(self) -> str:
@@ -437,16 +436,16 @@ class Drawer:
     ) -> Generator[str, None, tuple[Any, float]]:
         """The arrays that a program makes, and the seconds that it takes once it is compiled.
 
-        Of all drawers those are kept that were used last: students keep theirs together, too.
+        The programs that were used last are kept, of all drawers together, as of all students.
         """
-        program = _programs.pop((self, key), None)
+        program = _kept.pop((self, key), None)
         if program is None:
             yield f"Compiling {said}, which takes up to a minute, once."
             program = make()
             jax.block_until_ready(program(*arguments))
-        _programs[self, key] = program
-        if len(_programs) > _PROGRAMS:
-            _programs.pop(next(iter(_programs)), None)
+        _kept[self, key] = program
+        if len(_kept) > _PROGRAMS:
+            _kept.pop(next(iter(_kept)), None)
         seconds = []
         # The least of a few: other work on the machine only adds.
         while len(seconds) < _TIMED and sum(seconds) < _TIMED_SECONDS:

@@ -259,14 +259,11 @@ def train_teacher(
     with locked(workdir, "teacher") as workdir:
         check_taught(workdir, parsed.teacher.steps)
         Sizes(systems, source).check_teacher_training()
-        stage = teacher_stage(
-            systems,
-            source,
-            mesh,
-            start=functools.partial(_start, own),
-            initial=None if first is None else _placed(first, mesh, split=False),
-            identity=_identity(own, source) | _initial(first),
-        )
+        start = {}
+        if first is not None:
+            start = {"start": own.start_at, "initial": _placed(first, mesh, split=False)}
+        identity = _identity(own, source) | _initial(first)
+        stage = teacher_stage(systems, source, mesh, identity=identity, **start)
         state = run_here(stage, parsed, workdir, mesh, on_metrics)
     return teacher, own.with_base(*gathered((state.ema_params, state.carried), mesh))
 

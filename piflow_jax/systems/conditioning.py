@@ -24,7 +24,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from piflow_jax.arguments import as_dtype, check_between, check_no_pixels, class_labels, whole
+from piflow_jax.arguments import (
+    as_dtype,
+    check_between,
+    check_no_pixels,
+    class_labels,
+    guidance_scales,
+    whole,
+)
 from piflow_jax.flow.guidance import Null, nothing_of
 from piflow_jax.systems.shapes import DataShape
 
@@ -93,11 +100,7 @@ class Conditioning(abc.ABC):
 
     def _checked_scales(self, condition: Condition, number: int) -> np.ndarray:
         """The guidance scales `[number]` of a caller's condition, on the host."""
-        scale = np.asarray(condition.get("guidance", self.guidance))
-        if scale.shape not in ((), (number,)):
-            raise ValueError(f"guidance must be a number or [{number}], got {list(scale.shape)}")
-        check_between("guidance", scale, 0)
-        return np.broadcast_to(np.float32(scale), (number,))
+        return guidance_scales(condition.get("guidance", self.guidance), number)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -103,7 +103,7 @@ def test_the_command_lines_source_is_this_one(folder):
     assert source.name == "emoji" and len(source) == 6 and len(source.test) == 4
 
 
-def test_a_run_is_told_what_is_missing_or_damaged(folder, monkeypatch):
+def test_a_missing_reader_and_a_damaged_file_end_a_run_in_a_sentence(folder, monkeypatch):
     config = tiny.get_config()
     config.data.name, config.data.data_dir = "emoji", str(folder)
     with monkeypatch.context() as patch:

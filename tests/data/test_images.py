@@ -156,7 +156,7 @@ def test_a_set_that_does_not_fit_is_read_from_its_disk(directory, monkeypatch):
 
 @contextlib.contextmanager
 def limited(which, soft):
-    """This process may have less of something meanwhile."""
+    """Lowers a limit of this process for a while."""
     before = resource.getrlimit(which)
     resource.setrlimit(which, (soft, before[1]))
     try:

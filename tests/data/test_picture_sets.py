@@ -347,7 +347,7 @@ def test_a_tar_file_of_tar_files_and_of_folders_is_refused(folder, tmp_path):
 
 
 @pytest.mark.parametrize("inner", [False, True])
-def test_a_tar_file_of_which_only_the_room_is_there_is_refused(folder, tmp_path, inner):
+def test_a_tar_file_that_ends_in_zeros_is_refused(folder, tmp_path, inner):
     """Downloads that take the room of a whole file first have zeros where the rest is to come."""
     path = tmp_path / "n1.tar"
     with tarfile.open(path, "w") as tar:

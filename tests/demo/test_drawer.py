@@ -14,7 +14,7 @@ from piflow_jax.convert import to_torch_state, write_safetensors
 from piflow_jax.data import load_captioned_digits_source, stacked
 from piflow_jax.demo import Drawer
 from piflow_jax.demo.controls import Control
-from piflow_jax.demo.drawer import EACH, _programs
+from piflow_jax.demo.drawer import EACH, _kept
 from piflow_jax.demo.drawings import Batch
 from piflow_jax.demo.views import views_of
 from piflow_jax.flow.teacher import Teacher
@@ -196,7 +196,7 @@ def test_programs_are_said_once_and_few_are_kept():
 
     for number in (*range(16), 0, 16, 0, *range(17, 40), 39):
         call(number)
-    assert len(_programs) == 16  # of all drawers
+    assert len(_kept) == 16  # of all drawers
     # The last to be used stay.
     assert [number for number in (39, 24, 23) if call(number)[0]] == [23]
     assert call(50)[1] == ["Compiling number 50, which takes up to a minute, once."]

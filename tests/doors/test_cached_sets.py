@@ -201,7 +201,7 @@ SPOILT = {
     "a shard elsewhere": (
         "latents",
         changed(LATENTS, shard={"file": "../x"}),
-        "names a shard outside of it",
+        "names a shard outside of its directory",
     ),
     "a length of text": (
         "latents",
