@@ -369,7 +369,7 @@ def test_recipes_are_those_of_the_configs_and_reports():
         report = ROOT / "docs" / "results" / f"digits_{name}_seed0.json"
         rows = json.loads(report.read_text(encoding="utf-8"))["rows"]
         (student,) = (row for row in rows if row["system"] == "student")
-        (many,) = (row for row in rows if (row["system"], row["nfe"]) == ("teacher", 128))
+        many = [row for row in rows if row["system"] == "teacher"][-1]
         frechet = student["figures"]["frechet"] / many["figures"]["frechet"]
         assert (ratio, endpoint) == (f"{frechet:.2f}", f"{student['endpoint_mse']:.4f}")
 
