@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks import bucket, guidance_interval, harness, sampler, substeps
+from benchmarks import bucket, guidance_interval, harness, main_job, sampler, substeps
 
 SUBJECTS = ("rollout", "sampler", "train_step", "data", "decode")
 
@@ -42,6 +42,7 @@ def render(text: str) -> str:
     found = harness.load("guidance_interval")
     blocks["guidance_interval"] = guidance_interval.table(found) + "\n"
     blocks["substeps"] = substeps.table(harness.load("substeps")["students"]) + "\n"
+    blocks["main_job"] = main_job.table(harness.load("main_job")) + "\n"
     blocks["bucket"] = bucket.table(harness.load("bucket")) + "\n"
     for subject, new in blocks.items():
         begin, end = f"<!-- {subject}:begin -->\n", f"<!-- {subject}:end -->"

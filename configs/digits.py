@@ -117,7 +117,7 @@ def get_config(variant: str = "gm") -> ml_collections.ConfigDict:
         config.teacher.guidance_interval = (0.0, 0.6)
         config.train.steps = 3000
     elif variant == "rivals":
-        # Eleven methods with three seeds need a network that trains in seconds instead of minutes.
+        # Thirteen methods with three seeds need a network that trains in seconds instead of minutes.
         config.model.dit.hidden = 32
         config.model.dit.depth = 2
         config.model.scan_unroll = 2
@@ -131,7 +131,8 @@ def get_config(variant: str = "gm") -> ml_collections.ConfigDict:
         config.evaluation.teacher_steps = (1, 2, 4, 32)
         config.evaluation.num_samples = 2000
         config.evaluation.substeps = 64
-        config.rivals.methods = (*config.rivals.methods, "gm_timed")
+        with_teacher = ("meanflow+teacher", "meanflow+teacher@3")
+        config.rivals.methods = (*config.rivals.methods, "gm_timed", *with_teacher)
         config.rivals.seconds = 10.0
         config.rivals.pairs = 2000
     return config

@@ -2,6 +2,7 @@
 
     python -m piflow_jax.main --config=configs/digits.py --workdir=runs/unet \
         --config.model.network=examples.unet:unet \
+        --config.teacher.optimizer.kind=adamw --config.teacher.optimizer.learning_rate=1e-3 \
         --config.train.optimizer.kind=adamw
 
 Teacher and student are networks of the same function: the teacher predicts one velocity per pixel,
