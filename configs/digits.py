@@ -117,7 +117,7 @@ def get_config(variant: str = "gm") -> ml_collections.ConfigDict:
         config.teacher.guidance_interval = (0.0, 0.6)
         config.train.steps = 3000
     elif variant == "rivals":
-        # Thirteen methods with three seeds need a network that trains in seconds instead of minutes.
+        # Thirteen methods with three seeds need a network that trains in seconds, not minutes.
         config.model.dit.hidden = 32
         config.model.dit.depth = 2
         config.model.scan_unroll = 2

@@ -45,8 +45,9 @@ Some sections are not variants of a configuration, but a variant with other sett
 
 | section | variant and settings |
 | --- | --- |
-| `gm_teacher_adamw` | `gm` with [the teacher's former settings](recipes.md#the-teachers-optimiser) and 8,800 steps |
-| `gm_euler128` | the same, trained with 128 Euler substeps as in the paper, not 16 of second order |
+| `gm_teacher_adamw` | `gm` with [AdamW for the teacher](recipes.md#the-teachers-optimiser) |
+| `gm_euler128` | `gm`, trained with 128 Euler substeps as in the paper, not 16 of second order |
+| `gm_teacher_adamw_euler128` | `gm_teacher_adamw`, trained with 128 Euler substeps |
 | `gm_any_guidance_scale1` to `4` | `gm_any_guidance` with `--config.evaluation.guidance=1` to `4` |
 | `gm_teacher_euler` | `gm` with `--config.evaluation.teacher_solver=euler` |
 | `gm_3820` | `gm` with `--config.train.steps=3820` |
