@@ -27,7 +27,6 @@ COMPARISONS = {
     "fashion_mnist_weights": "",
     "fashion_mnist_corrected": "",
     "digits": SMALLER,
-    "digits_total": "",
     "mnist": SMALLER,
 }
 # Their distances at one evaluation are a curve over compute.
