@@ -17,13 +17,13 @@ Variants, as in `--config=configs/digits.py:dx`:
     rivals    pi-Flow against other few-step methods at equal compute, with --mode=rivals;
               docs/rivals.md has the results
 
-The student's Frechet distance at 1 evaluation is 1.04 times its teacher's at 128, and a fifteenth
-of its teacher's at 1. Its precision is lower by 0.01, its recall by 0.02, and its endpoints are at
-a mean squared distance of 0.0030. docs/results.md has every seed and variant.
+The student's Frechet distance at 1 evaluation is 1.37 times its teacher's at 32, and a fortieth of
+its teacher's at 1. Its precision and recall are lower by 0.03, and its endpoints are at a mean
+squared distance of 0.0069. docs/results.md has every seed and variant.
 
-On two cores of a shared server (AMD EPYC, 2026-11-29) the default took 5 minutes 44 seconds. Both
-cores together worked for 8 minutes 55 seconds. On another day, with slower cores, it took 9 minutes
-37 seconds. The student of `quick` has a distance of 1.15 times its teacher's.
+On two cores of a shared server (AMD EPYC, 2026-11-30, a slow day) the default took 6 minutes 6
+seconds, and both cores together worked for 9 minutes 39 seconds. The student of `quick` has a
+distance of 1.67 times its teacher's.
 """
 
 import ml_collections
