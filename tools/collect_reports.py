@@ -50,7 +50,7 @@ Some sections are not variants of a configuration, but a variant with other sett
 | `gm_teacher_adamw_euler128` | `gm_teacher_adamw`, trained with 128 Euler substeps |
 | `gm_any_guidance_scale1` to `4` | `gm_any_guidance` with `--config.evaluation.guidance=1` to `4` |
 | `gm_teacher_euler` | `gm` with `--config.evaluation.teacher_solver=euler` |
-| `gm_teacher_euler` of digits | the same with `--config.evaluation.teacher_steps="(1,2,4,8,32,128)"` |
+| `gm_teacher_euler` of digits | the same, and `evaluation.teacher_steps=(1,2,4,8,32,128)` |
 | `gm_3820` | `gm` with `--config.train.steps=3820` |
 | `gm_continued` | `gm_corrected` without the corrector |
 | `gm_continued_1140` | the same with `--config.train.steps=1140` |
