@@ -63,12 +63,8 @@ def waits(lines: list[dict], stage: str, said: str) -> dict[str, float]:
 
 def table(found: dict) -> str:
     """The waits as Markdown."""
-    if not found:
-        return "Nothing has been measured yet."
-    machine = found["machine"]
     lines = [
-        f"**{found['config']}**, {found['delay']:g} s a request, on {machine['cpu']}, "
-        f"{machine['cores']} cores (jax {found['versions']['jax']}): "
+        f"**{found['config']}**, {found['delay']:g} s a request, {harness.where(found)}: "
         f"{found['seconds']['disk']:.0f} s on a disk and {found['seconds']['bucket']:.0f} s in the "
         f"bucket, {found['requests']:,} requests.",
         "",

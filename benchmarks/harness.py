@@ -344,6 +344,12 @@ def load(subject: str) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
+def where(found: Mapping[str, Any]) -> str:
+    """Words for the `machine` and the `versions` of a result."""
+    machine = found["machine"]
+    return f"on {machine['cpu']}, {machine['cores']} cores (jax {found['versions']['jax']})"
+
+
 def write(subject: str, content: Mapping[str, Any]) -> None:
     """Writes `benchmarks/results/<subject>.json`."""
     RESULTS.mkdir(exist_ok=True)

@@ -45,12 +45,8 @@ def job(checkout: Path, config: str) -> dict:
 
 def table(found: dict) -> str:
     """The jobs as Markdown, relative to the first."""
-    if not found:
-        return "Nothing has been measured yet."
-    machine = found["machine"]
     lines = [
-        f"**{found['config']}**, on {machine['cpu']}, {machine['cores']} cores "
-        f"({found['rounds']} in turn; jax {found['versions']['jax']}):",
+        f"**{found['config']}**, rounds: {found['rounds']}, {harness.where(found)}:",
         "",
         "| code | processor, s | relative | wall, s | relative | teacher, Frechet | student |",
         "| --- |" + " ---: |" * 6,

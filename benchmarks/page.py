@@ -12,7 +12,15 @@ from pathlib import Path
 
 from benchmarks import bucket, guidance_interval, harness, main_job, sampler, substeps
 
+NOTHING = "Nothing has been measured yet."
 SUBJECTS = ("rollout", "sampler", "train_step", "data", "decode")
+# Subjects with a table of their own.
+TABLES = {
+    "guidance_interval": guidance_interval.table,
+    "substeps": lambda found: substeps.table(found["students"]),
+    "main_job": main_job.table,
+    "bucket": bucket.table,
+}
 
 
 def block(subject: str) -> str:
@@ -27,7 +35,7 @@ def block(subject: str) -> str:
             parts.append(f"**{name}**, on {machine} ({about}):\n\n{harness.table(case)}\n")
             share = sampler.policy_share(case)
             parts += [share] if share else []
-    return "\n".join(parts) or "Nothing has been measured yet.\n"
+    return "\n".join(parts) or f"{NOTHING}\n"
 
 
 def _peak(case) -> str:
@@ -39,11 +47,9 @@ def _peak(case) -> str:
 def render(text: str) -> str:
     """The page's text with its tables made anew."""
     blocks = {subject: block(subject) for subject in SUBJECTS}
-    found = harness.load("guidance_interval")
-    blocks["guidance_interval"] = guidance_interval.table(found) + "\n"
-    blocks["substeps"] = substeps.table(harness.load("substeps")["students"]) + "\n"
-    blocks["main_job"] = main_job.table(harness.load("main_job")) + "\n"
-    blocks["bucket"] = bucket.table(harness.load("bucket")) + "\n"
+    for subject, table in TABLES.items():
+        found = harness.load(subject)
+        blocks[subject] = (table(found) if found else NOTHING) + "\n"
     for subject, new in blocks.items():
         begin, end = f"<!-- {subject}:begin -->\n", f"<!-- {subject}:end -->"
         before, rest = text.split(begin)
